@@ -1,0 +1,1 @@
+"""What decides: job specification, search, verification, service, exports, the command line."""

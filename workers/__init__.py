@@ -1,0 +1,1 @@
+"""What measures: the skip runtime, tasks, evaluation, latency, redundancy, and the Ray workers."""
