@@ -1,0 +1,49 @@
+"""Faults a user can meet, each with the exit code it ends the command with.
+
+A fault's message is one line that names what is wrong and what would be right; the command line prints it without a
+traceback. Anything else that escapes is a defect of ours and ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class Fault(Exception):  # noqa: N818 - a fault of the input or surroundings, not an error of ours
+    """A problem that is explained to the user in one line."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class UsageFault(Fault):
+    """The job file, an option, a path, the task's data or the model is not usable as given."""
+
+    exit_code = 2
+
+
+class NoFeasiblePlan(Fault):
+    """No plan meets the constraint: the dense model is the answer."""
+
+    exit_code = 3
+
+
+class ClusterOrDatabaseFault(Fault):
+    """The Ray cluster or the database cannot be reached, lacks resources, or refused the work."""
+
+    exit_code = 4
+
+
+class LeaseLost(ClusterOrDatabaseFault):
+    """Another process took over the job, so this one must not write any more."""
+
+
+class Interrupted(Fault):
+    """The user or the system asked the process to stop (Ctrl-C, SIGTERM); the job is resumable."""
+
+    exit_code = 130
+
+
+def one_line(text: object) -> str:
+    """Fold any whitespace, line breaks included, into single spaces."""
+    return " ".join(str(text).split())

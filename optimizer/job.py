@@ -1,0 +1,332 @@
+"""The job specification: what a job file may say, with every default.
+
+A job file is YAML. Unknown keys, wrong types and impossible values end in one :class:`UsageFault` line that names
+the field by its dotted path and says what would be right. Environment variables that override fields are listed in
+``ENVIRONMENT``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from optimizer.errors import UsageFault, one_line
+
+DEFAULT_DATABASE = "sqlite:///skipplan.db"
+
+ENVIRONMENT: dict[str, tuple[str, ...]] = {
+    "SKIPPLAN_DATABASE": ("database",),
+    "SKIPPLAN_CLUSTER_ADDRESS": ("cluster", "address"),
+    "SKIPPLAN_CLUSTER_WORKERS": ("cluster", "workers"),
+    "SKIPPLAN_DEVICE": ("model", "device"),
+}
+"""Environment variables and the fields they override (the variable wins over the job file)."""
+
+ActionName = Literal["skip", "freeze", "bypass"]
+ACTION_LETTERS: dict[str, str] = {"run": "R", "freeze": "F", "bypass": "B", "skip": "S"}
+
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    """A part of the job file: frozen, and nothing in it that is not documented here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelSpec(_Section):
+    """Which model, and how the workers load it."""
+
+    path: str = Field(min_length=1, description="Directory, name of a bundled reference model, or hub id.")
+    revision: str | None = Field(default=None, description="Revision of a hub model; the default branch when absent.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Weights and activations; auto takes the checkpoint's own."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where a worker holds one.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="The attention implementation of transformers."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model. Off by default.")
+
+
+class ConstraintSpec(_Section):
+    """What a plan must keep to be an answer; accuracies are judged on the held-out split."""
+
+    max_accuracy_drop: Share | None = Field(
+        default=0.01,
+        description="Largest loss of accuracy against the dense model, as a share (0.01 is one point). The upper "
+        "confidence bound of the loss must stay under it. null: no limit.",
+    )
+    confidence: float = Field(
+        default=0.95, ge=0.5, lt=1.0, description="Confidence of intervals and of the judgement over all finalists."
+    )
+    min_accuracy: Share | None = Field(default=None, description="Smallest held-out accuracy, by its lower bound.")
+    min_speedup: float | None = Field(
+        default=None, ge=1.0, le=1000.0, description="Smallest measured speed-up, by the lower end of its interval."
+    )
+    max_layers_touched: int | None = Field(default=None, ge=1, description="Most layers that may do other than run.")
+
+
+class SearchSpec(_Section):
+    """How plans are proposed and how many are tried."""
+
+    evaluations: int = Field(default=200, ge=1, le=1_000_000, description="Number of distinct plans to evaluate.")
+    sampler: Literal["tpe", "nsga2", "gp", "random"] = Field(default="tpe", description="Optuna sampler.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler and of every resampling.")
+    batch: int = Field(
+        default=8, ge=1, le=4096, description="Plans proposed together; the same on any number of workers."
+    )
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None,
+        description="Growing prefix sizes of the search split; a plan that cannot reach the front stops on an early "
+        "one. Default: a quarter of the split, then all of it.",
+    )
+    finalists: int = Field(default=6, ge=1, le=64, description="Most plans of the front that are verified held-out.")
+
+    @field_validator("rungs")
+    @classmethod
+    def _rungs_grow(cls, rungs: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if rungs is not None and (not rungs or list(rungs) != sorted(set(rungs))):
+            raise ValueError("the sizes must grow, for example [64, 256]")
+        return rungs
+
+
+class SplitSpec(_Section):
+    """Sizes of the three splits in samples, where the job wants other ones than the task says."""
+
+    calibration: int | None = Field(default=None, ge=1, description="Samples of the redundancy statistics.")
+    search: int | None = Field(default=None, ge=1, description="Samples that proposals are judged on.")
+    held_out: int | None = Field(default=None, ge=1, description="Samples that published figures come from.")
+
+
+class WorkloadSpec(_Section):
+    """The serving situation that latency is measured for."""
+
+    batch_size: int = Field(default=1, ge=1, le=4096, description="Prompts per request.")
+    new_tokens: int = Field(default=4, ge=1, le=65536, description="Tokens generated per prompt.")
+
+
+class ClusterSpec(_Section):
+    """Where the workers run."""
+
+    address: str = Field(
+        default="local",
+        min_length=1,
+        description="local: a Ray instance of this job alone. auto, host:port or ray://host:port: a running cluster.",
+    )
+    workers: int | Literal["auto"] = Field(
+        default="auto", description="Number of workers; auto: one per GPU or per CPU core."
+    )
+    cpus_per_worker: float = Field(default=1.0, gt=0, le=1024, description="CPU cores reserved per worker.")
+    gpus_per_worker: float = Field(default=0.0, ge=0, le=64, description="GPUs reserved per worker; fractions share.")
+    threads: int = Field(default=1, ge=1, le=1024, description="torch threads per worker.")
+
+    @field_validator("workers")
+    @classmethod
+    def _at_least_one_worker(cls, workers: int | str) -> int | str:
+        if isinstance(workers, int) and not 1 <= workers <= 4096:
+            raise ValueError("must be auto or a number from 1 to 4096")
+        return workers
+
+
+class JobSpec(_Section):
+    """Everything a job file says. Relative paths in a file are relative to that file."""
+
+    model: ModelSpec
+    task: str = Field(min_length=1, description="Name of a bundled task, or path of a task file.")
+    actions: tuple[ActionName, ...] = Field(
+        default=("skip",), min_length=1, description="What may happen at a layer: skip, freeze, bypass."
+    )
+    constraint: ConstraintSpec = ConstraintSpec()
+    protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(), description="Layers (from 0) that must run."
+    )
+    search: SearchSpec = SearchSpec()
+    splits: SplitSpec = SplitSpec()
+    workload: WorkloadSpec = WorkloadSpec()
+    latency_precision: float = Field(
+        default=0.02, gt=0, le=0.5, description="Half-width of the speed-up's interval to measure down to, relative."
+    )
+    latency_seconds: float = Field(
+        default=60.0, gt=0, le=86_400, description="Most seconds spent on re-measuring one finalist."
+    )
+    cluster: ClusterSpec = ClusterSpec()
+    database: str = Field(default=DEFAULT_DATABASE, min_length=1, description="SQLAlchemy URL.")
+
+    @field_validator("actions")
+    @classmethod
+    def _actions_once(cls, actions: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(actions)) != len(actions):
+            raise ValueError("each action may be named once")
+        return tuple(sorted(actions))
+
+    @model_validator(mode="after")
+    def _rungs_fit(self) -> JobSpec:
+        largest = self.search.rungs[-1] if self.search.rungs else 0
+        if self.splits.search is not None and largest > self.splits.search:
+            raise ValueError(f"search.rungs: {largest} is more than the {self.splits.search} samples of splits.search")
+        return self
+
+    @property
+    def letters(self) -> str:
+        """Letters of the actions the search may use, ``R`` first, for example ``"RS"``."""
+        return "R" + "".join(letter for name, letter in ACTION_LETTERS.items() if name in self.actions)
+
+    def canonical(self) -> dict[str, Any]:
+        """What determines the result, as plain JSON values: where it runs and where it is stored left out."""
+        return self.model_dump(mode="json", exclude={"database", "cluster"})
+
+    def digest(self, **inputs: str) -> str:
+        """Hash of :meth:`canonical` and of the contents of its inputs (task data, model), for finding equal jobs."""
+        text = json.dumps({"spec": self.canonical(), "inputs": inputs}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_job(path: Path, *, database: str | None = None, environment: Mapping[str, str] | None = None) -> JobSpec:
+    """Read a job file; ``database`` (the option) wins over the environment, which wins over the file.
+
+    Raises UsageFault naming the file and the field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise UsageFault(f"{path}: is a directory; a job file (YAML) is needed") from None
+    except FileNotFoundError:
+        raise UsageFault(f"{path}: no such job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageFault(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    document = parse_yaml(text, str(path))
+    _override(document, os.environ if environment is None else environment, database)
+    return resolve_paths(validate_job(document, str(path)), path.resolve().parent)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """Read a YAML mapping safely (no Python objects, no repeated keys). Raises UsageFault naming the line."""
+    try:
+        document = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UsageFault(f"{source}:{where} not valid YAML: {problem}") from None
+    if not isinstance(document, dict):
+        raise UsageFault(f"{source}: a job file is a mapping of fields such as 'model:' and 'task:'")
+    return document
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key said twice is an error, not the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, refusing repeated keys."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = getattr(key_node, "value", None)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def validate_job(document: dict[str, Any], source: str) -> JobSpec:
+    """Check a job's fields. Raises UsageFault with one line about the first problem."""
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # A misspelt field is reported before the field it left out: it is the likelier mistake.
+        first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+        raise UsageFault(f"{source}: {_explain(first)}") from None
+
+
+def _override(document: dict[str, Any], environment: Mapping[str, str], database: str | None) -> None:
+    for variable, field in ENVIRONMENT.items():
+        value: Any = environment.get(variable)
+        if not value:
+            continue
+        section: Any = document
+        for key in field[:-1]:
+            section = section.setdefault(key, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[field[-1]] = int(value) if value.isdigit() else value
+    if database:
+        document["database"] = database
+
+
+def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
+    """Make the model and task paths absolute where they name files beside the job file.
+
+    A plain name (``llava-12``, ``org/model``) stays a name unless such a file or directory exists.
+    """
+    model = _resolve(spec.model.path, base)
+    task = _resolve(spec.task, base)
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"path": model}), "task": task})
+
+
+def _resolve(name: str, base: Path) -> str:
+    path = Path(name).expanduser()
+    if path.is_absolute() or name.startswith((".", "~")):
+        return str((base / path).resolve())
+    return str((base / path).resolve()) if (base / path).exists() else name
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """One line for a pydantic problem: dotted field, what is wrong, what would be right."""
+    location = [part for part in problem["loc"] if part not in ("int", "literal['auto']")]
+    field = ".".join(str(part) for part in location) or "job"
+    kind, given = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = _known_fields(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+        return f"{field}: unknown field; {hint}"
+    if kind == "missing":
+        return f"{field}: missing; {_describe(location)}"
+    if kind == "model_type":
+        return f"{field}: must be a mapping with fields such as {', '.join(_known_fields(location)[:3])}, not {given!r}"
+    if kind == "literal_error" and isinstance(given, str):
+        close = difflib.get_close_matches(given, re.findall(r"'([^']+)'", problem["msg"]), n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        return one_line(f"{field}: {_lower(problem['msg'])}, not {given!r}{hint}")
+    message = problem["msg"].removeprefix("Value error, ")
+    if location == []:
+        return one_line(message)
+    return one_line(f"{field}: {_lower(message)}, not {given!r}"[:400])
+
+
+def _lower(message: str) -> str:
+    return (message[:1].lower() + message[1:]).replace("input should", "must")
+
+
+def _known_fields(location: list[int | str]) -> list[str]:
+    section = _section(location)
+    return list(section.model_fields) if section else []
+
+
+def _section(location: list[int | str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = JobSpec
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        candidates = [annotation, *get_args(annotation)]
+        section_type = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section_type is None:
+            return None
+        section = section_type
+    return section
+
+
+def _describe(location: list[int | str]) -> str:
+    section = _section(location[:-1])
+    field = section.model_fields.get(str(location[-1])) if section else None
+    return (field.description if field and field.description else "this field is needed").rstrip(".")
