@@ -1,0 +1,175 @@
+"""Engines and their peculiarities: URLs, SQLite's settings, server versions and what the drivers' errors mean."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from storage.errors import (
+    BadDatabaseURL,
+    BusyDatabase,
+    Conflict,
+    DatabaseError,
+    NotADatabase,
+    UnreachableDatabase,
+)
+
+VERSION_TABLE = "skipplan_version"
+"""Not Alembic's default name, so that the database may be shared with another application."""
+
+WRITING = {"skipplan_writing": True}
+"""Execution options of a transaction that will write."""
+
+BUSY_MILLISECONDS = 60_000
+SQLITE_OLDEST = (3, 35)
+POSTGRESQL_OLDEST = (13,)
+EXPECTED = "expected sqlite:///path/to/file.db or postgresql://user:password@host/database"
+
+_SECRET_OPTIONS = ("password", "sslpassword", "passfile", "sslkey")
+_BROKEN_CONNECTION = (
+    "57P01",  # admin_shutdown
+    "57P02",  # crash_shutdown
+    "57P03",  # cannot_connect_now: the server is starting
+    "53300",  # too_many_connections
+)
+_CONFLICT = ("40001", "40P01")  # serialization_failure, deadlock_detected
+
+
+def parse(url: str) -> URL:
+    """Read a URL, naming the driver we ship with. Raises ``BadDatabaseURL`` without repeating what may be secret."""
+    try:
+        parsed = make_url(url)
+    except (SQLAlchemyError, ValueError):
+        # The text itself may hold a password that could not be told apart, so it is not repeated.
+        raise BadDatabaseURL(f"the database URL cannot be read; {EXPECTED}") from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise BadDatabaseURL("a database in memory would lose its jobs; give a file: sqlite:///path/to/file.db")
+        if parsed.host:
+            raise BadDatabaseURL(f"{hide_password(parsed)}: three slashes before a path, sqlite:///path/to/file.db")
+    elif parsed.drivername != "postgresql+psycopg":
+        raise BadDatabaseURL(f"database type {parsed.drivername!r} is not supported; {EXPECTED}")
+    return parsed
+
+
+def hide_password(url: URL) -> str:
+    """Write a URL for people: no password, neither in its place nor among the options."""
+    secret = [key for key in url.query if key.lower() in _SECRET_OPTIONS]
+    return url.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+
+
+def check_file(url: URL, *, create: bool) -> bool:
+    """Look at an SQLite file before the driver does; true when there is nothing in it yet.
+
+    Raises ``UnreachableDatabase`` (no such directory, or no file and ``create`` is false) or ``NotADatabase``.
+    """
+    if url.drivername != "sqlite":
+        return False
+    path = Path(str(url.database))
+    if path.is_dir():
+        raise NotADatabase(f"{path} is a directory; give a file: sqlite:///{path}/skipplan.db")
+    if not path.parent.is_dir():
+        raise UnreachableDatabase(f"cannot create {path}: the directory {path.parent} does not exist")
+    if not path.exists():
+        if not create:
+            raise UnreachableDatabase(f"there is no database at {path}; a first job creates it")
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise UnreachableDatabase(f"cannot read {path}: {error.strerror}") from None
+    if start and start != b"SQLite format 3\x00":
+        raise NotADatabase(f"{path} is not an SQLite database; name another file")
+    return not start
+
+
+def build_engine(url: URL) -> Engine:
+    """Create the engine; parameters stay out of error messages, because a job's spec would be among them."""
+    if url.drivername == "sqlite":
+        engine = create_engine(url, hide_parameters=True)
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    try:
+        return create_engine(
+            url,
+            hide_parameters=True,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 10, "application_name": "skipplan", **_query_arguments(url)},
+        )
+    except ModuleNotFoundError:
+        raise DatabaseError("PostgreSQL needs its driver; install it with: pip install 'skipplan[postgres]'") from None
+
+
+def _query_arguments(url: URL) -> dict[str, Any]:
+    """Options given in the URL win over ours."""
+    return {key: value for key, value in url.query.items() if key in ("connect_timeout", "application_name")}
+
+
+def _set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions by itself: _begin_sqlite does
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
+    mode = cursor.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":
+        raise sqlite3.OperationalError(f"write-ahead log refused ({mode})")
+    cursor.execute("PRAGMA synchronous = FULL")  # a committed job survives a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later would fail at once, without waiting, if another wrote between.
+    writing = connection.get_execution_options().get("skipplan_writing")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+def check_server(connection: Connection) -> None:
+    """Refuse an engine too old for the statements used."""
+    oldest = SQLITE_OLDEST if connection.dialect.name == "sqlite" else POSTGRESQL_OLDEST
+    version = tuple(connection.dialect.server_version_info or ())
+    if version < oldest:
+        have, need = (".".join(map(str, numbers)) for numbers in (version, oldest))
+        raise DatabaseError(f"{connection.dialect.name} {have} is too old; {need} or newer is needed")
+
+
+def schema_revision(connection: Connection) -> str | None:
+    """The revision that the database is at, or ``None`` before the first migration."""
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one_or_none()
+
+
+def translate(error: DBAPIError, url: URL) -> DatabaseError:
+    """Name a driver's error in one line that holds no password."""
+    reason = " ".join(str(error.orig).split()) if error.orig is not None else type(error).__name__
+    secrets = [str(url.password)] if url.password is not None else []
+    secrets += [str(value) for key, value in url.query.items() if key.lower() in _SECRET_OPTIONS]
+    for secret in filter(None, secrets):
+        reason = reason.replace(secret, "***")
+    state = getattr(error.orig, "sqlstate", None)
+    where = hide_password(url)
+    if "file is not a database" in reason or "malformed" in reason:
+        return NotADatabase(f"{where}: not an SQLite database, or a damaged one ({reason})")
+    if "database is locked" in reason:
+        seconds = BUSY_MILLISECONDS // 1000
+        return BusyDatabase(f"{where}: another process held the write lock for more than {seconds} s")
+    if "write-ahead log refused" in reason:
+        return DatabaseError(
+            f"{where}: its file system cannot hold SQLite's write-ahead log; use a local disk, or PostgreSQL"
+        )
+    if state in _CONFLICT:
+        return Conflict(f"{where}: {reason}")
+    never_connected = url.drivername != "sqlite" and state is None and type(error).__name__ == "OperationalError"
+    if error.connection_invalidated or state in _BROKEN_CONNECTION or never_connected:
+        return UnreachableDatabase(f"cannot reach {where}: {reason}")
+    if "unable to open database file" in reason:
+        return UnreachableDatabase(f"cannot open {where}: no permission, or no such directory")
+    return DatabaseError(f"{where}: {reason}")

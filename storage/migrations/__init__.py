@@ -1,0 +1,1 @@
+"""Alembic's migrations; run them through ``storage.migration`` or ``skipplan db upgrade``."""

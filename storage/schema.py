@@ -1,0 +1,345 @@
+"""The tables. Changing one means writing a migration beside it; `skipplan db check` compares the two."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, LargeBinary, MetaData, String, UniqueConstraint, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from storage.types import Json, RowId, Text, UtcDateTime, database_now
+
+REVISION = "0001"
+"""The migration that these tables correspond to."""
+
+JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Base(DeclarativeBase):
+    """Every table has names for its constraints from the first revision on, so that migrations can drop them."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {  # noqa: RUF012  (read by SQLAlchemy, never changed)
+        str: Text(),
+        datetime: UtcDateTime(),
+        dict[str, Any]: Json(),
+        bytes: LargeBinary(),
+    }
+
+
+def _id() -> Mapped[int]:
+    return mapped_column(RowId, primary_key=True)
+
+
+def _reference(target: str, ondelete: str = "RESTRICT", **options: Any) -> Mapped[Any]:
+    return mapped_column(RowId, ForeignKey(f"{target}.id", ondelete=ondelete), **options)
+
+
+def _now() -> Mapped[datetime]:
+    return mapped_column(insert_default=database_now())
+
+
+class ModelRow(Base):
+    """A model's identity is the fingerprint of its configuration and weights, wherever it was loaded from."""
+
+    __tablename__ = "models"
+
+    id: Mapped[int] = _id()
+    fingerprint: Mapped[str] = mapped_column(unique=True)
+    family: Mapped[str]
+    num_layers: Mapped[int]
+    parameters: Mapped[int] = mapped_column(RowId)
+    created_at: Mapped[datetime] = _now()
+
+
+class ModelNameRow(Base):
+    """A path or hub id (and revision) under which a model was loaded, and when it last was."""
+
+    __tablename__ = "model_names"
+    __table_args__ = (
+        UniqueConstraint("model_id", "name", "revision"),
+        Index(None, "name", "seen_at"),
+        Index(None, "short_name", "seen_at"),
+    )
+
+    id: Mapped[int] = _id()
+    model_id: Mapped[int] = _reference("models", "CASCADE")
+    name: Mapped[str]
+    revision: Mapped[str]
+    """Empty where none was asked for, since NULLs would not be unique."""
+    short_name: Mapped[str]
+    """The last part of the name: what a person types."""
+    seen_at: Mapped[datetime] = _now()
+
+
+class TaskRow(Base):
+    """A task: its data (with prompt and metric) by hash, and how they were split."""
+
+    __tablename__ = "tasks"
+    __table_args__ = (
+        UniqueConstraint("name", "data_hash", "split_seed", "calibration_size", "search_size", "held_out_size"),
+    )
+
+    id: Mapped[int] = _id()
+    name: Mapped[str]
+    data_hash: Mapped[str]
+    split_seed: Mapped[int] = mapped_column(RowId)
+    calibration_size: Mapped[int]
+    search_size: Mapped[int]
+    held_out_size: Mapped[int]
+    created_at: Mapped[datetime] = _now()
+
+
+class DeviceRow(Base):
+    """A device that latency was measured on, by the name that the worker gave."""
+
+    __tablename__ = "devices"
+
+    id: Mapped[int] = _id()
+    name: Mapped[str] = mapped_column(unique=True)
+    details: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = _now()
+
+
+class JobRow(Base):
+    """A job in the queue. ``attempt`` only ever grows; with ``owner`` it names who may write for the job."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("state IN ('" + "', '".join(JOB_STATES) + "')", name="state"),
+        CheckConstraint(
+            "(state = 'running') = (owner IS NOT NULL AND lease_expires_at IS NOT NULL)", name="running_has_a_lease"
+        ),
+        Index(
+            "ix_jobs_queue",
+            "precedence",
+            "id",
+            sqlite_where=text("state = 'queued'"),
+            postgresql_where=text("state = 'queued'"),
+        ),
+        Index(
+            "ix_jobs_leases",
+            "lease_expires_at",
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+        Index(None, "spec_hash", "id"),
+        Index(None, "state", "id"),
+        {"sqlite_autoincrement": True},  # the number of a removed job must never name another one
+    )
+
+    id: Mapped[int] = _id()
+    spec: Mapped[dict[str, Any]]
+    spec_hash: Mapped[str]
+    state: Mapped[str] = mapped_column(String(16))
+    precedence: Mapped[int]
+    """Minus the priority, so that the queue's index is in the order in which jobs are taken."""
+    owner: Mapped[str | None]
+    attempt: Mapped[int]
+    attempt_limit: Mapped[int]
+    lease_expires_at: Mapped[datetime | None]
+    progress: Mapped[dict[str, Any]]
+    error: Mapped[str | None]
+    created_at: Mapped[datetime] = _now()
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class JobEventRow(Base):
+    """What happened to a job and when: every transition, and what else is worth telling."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index(None, "job_id", "id"),)
+
+    id: Mapped[int] = _id()
+    job_id: Mapped[int] = _reference("jobs", "CASCADE")
+    at: Mapped[datetime] = _now()
+    attempt: Mapped[int]
+    kind: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+
+
+class JobStageRow(Base):
+    """What a finished stage of a job produced, so that a killed job goes on after it."""
+
+    __tablename__ = "job_stages"
+
+    job_id: Mapped[int] = _reference("jobs", "CASCADE", primary_key=True)
+    stage: Mapped[str] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    payload: Mapped[dict[str, Any]]
+    recorded_at: Mapped[datetime] = _now()
+
+
+class JobCounterRow(Base):
+    """A running sum of a job, such as evaluations done or layer executions saved."""
+
+    __tablename__ = "job_counters"
+
+    job_id: Mapped[int] = _reference("jobs", "CASCADE", primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]
+
+
+class LatencyProfileRow(Base):
+    """Seconds of every layer under every action, measured on a device under a workload."""
+
+    __tablename__ = "latency_profiles"
+    __table_args__ = (
+        UniqueConstraint("job_id", "model_id", "task_id", "device_id", "workload"),
+        Index(None, "model_id", "task_id", "device_id", "workload", "id"),
+    )
+
+    id: Mapped[int] = _id()
+    job_id: Mapped[int | None] = _reference("jobs", "SET NULL")
+    model_id: Mapped[int] = _reference("models")
+    task_id: Mapped[int] = _reference("tasks")
+    device_id: Mapped[int] = _reference("devices")
+    workload: Mapped[str]
+    prompt_tokens: Mapped[int]
+    dense_seconds: Mapped[float]
+    layer_seconds: Mapped[dict[str, Any]]
+    relative_error: Mapped[float]
+    measured_at: Mapped[datetime] = _now()
+
+
+class RedundancyRow(Base):
+    """One redundancy statistic of one layer over one group of tokens of the calibration split."""
+
+    __tablename__ = "redundancy_measurements"
+    __table_args__ = (UniqueConstraint("model_id", "task_id", "calibration_hash", "name", "token_group", "layer"),)
+
+    id: Mapped[int] = _id()
+    model_id: Mapped[int] = _reference("models")
+    task_id: Mapped[int] = _reference("tasks")
+    job_id: Mapped[int | None] = _reference("jobs", "SET NULL", index=True)
+    calibration_hash: Mapped[str]
+    name: Mapped[str]
+    token_group: Mapped[str]
+    layer: Mapped[int]
+    value: Mapped[float]
+    standard_error: Mapped[float | None]
+    n: Mapped[int] = mapped_column(RowId)
+    measured_at: Mapped[datetime] = _now()
+
+
+class EvaluationRow(Base):
+    """Per-sample scores of a plan on a rung of a split, or the reason why there are none."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (
+        UniqueConstraint("job_id", "plan", "compensation", "split", "rung"),
+        Index("ix_evaluations_known", "model_id", "task_id", "split_hash", "plan", "rung"),
+        CheckConstraint("(failure IS NULL) = (accuracy IS NOT NULL)", name="accuracy_or_failure"),
+        CheckConstraint("accuracy BETWEEN 0 AND 1", name="accuracy_range"),
+    )
+
+    id: Mapped[int] = _id()
+    job_id: Mapped[int] = _reference("jobs", "CASCADE")
+    model_id: Mapped[int] = _reference("models")
+    task_id: Mapped[int] = _reference("tasks")
+    plan: Mapped[str]
+    compensation: Mapped[str]
+    settings: Mapped[str]
+    """What else may change an answer, such as the dtype and the attention kernel."""
+    split: Mapped[str]
+    split_hash: Mapped[str]
+    rung: Mapped[int]
+    n: Mapped[int]
+    accuracy: Mapped[float | None]
+    scores: Mapped[bytes]
+    secondary: Mapped[dict[str, Any]]
+    seconds: Mapped[float]
+    failure: Mapped[str | None]
+    reused_from: Mapped[int | None] = _reference("evaluations", "SET NULL", index=True)
+    """The evaluation of an earlier job that these scores were taken from, where this job ran nothing."""
+    recorded_at: Mapped[datetime] = _now()
+
+
+class PlanRow(Base):
+    """A published plan: verified on the held-out split, latency measured against dense."""
+
+    __tablename__ = "plans"
+    __table_args__ = (
+        UniqueConstraint("job_id", "plan", "compensation", "device_id", "workload"),
+        Index(
+            "uq_plans_imported",
+            "model_id",
+            "task_id",
+            "device_id",
+            "workload",
+            "plan",
+            "compensation",
+            unique=True,
+            sqlite_where=text("job_id IS NULL"),
+            postgresql_where=text("job_id IS NULL"),
+        ),
+        Index(
+            "ix_plans_contenders",
+            "model_id",
+            "task_id",
+            "speedup",
+            sqlite_where=text("contender"),
+            postgresql_where=text("contender"),
+        ),
+        Index(
+            "ix_plans_front",
+            "model_id",
+            "task_id",
+            "device_id",
+            "workload",
+            "speedup",
+            sqlite_where=text("on_front"),
+            postgresql_where=text("on_front"),
+        ),
+        Index("ix_plans_speedup", "model_id", "task_id", "speedup"),
+        Index("ix_plans_accuracy", "model_id", "task_id", "accuracy"),
+        Index("ix_plans_group", "model_id", "task_id", "device_id", "workload", "speedup"),
+        CheckConstraint("accuracy BETWEEN 0 AND 1 AND dense_accuracy BETWEEN 0 AND 1", name="accuracy_range"),
+        CheckConstraint("difference_low <= difference_high", name="difference_interval"),
+        CheckConstraint("speedup > 0 AND speedup_low <= speedup_high", name="speedup_interval"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = _id()
+    job_id: Mapped[int | None] = _reference("jobs", "CASCADE")
+    model_id: Mapped[int] = _reference("models")
+    task_id: Mapped[int] = _reference("tasks")
+    device_id: Mapped[int] = _reference("devices", index=True)
+    workload: Mapped[str]
+    plan: Mapped[str]
+    compensation: Mapped[str]
+    origin: Mapped[str]
+    n: Mapped[int]
+    accuracy: Mapped[float]
+    accuracy_low: Mapped[float]
+    accuracy_high: Mapped[float]
+    dense_accuracy: Mapped[float]
+    difference: Mapped[float]
+    difference_low: Mapped[float]
+    difference_high: Mapped[float]
+    confidence: Mapped[float]
+    dense_seconds: Mapped[float]
+    seconds: Mapped[float]
+    speedup: Mapped[float]
+    speedup_low: Mapped[float]
+    speedup_high: Mapped[float]
+    dense_kv_cache_bytes: Mapped[int] = mapped_column(RowId)
+    kv_cache_bytes: Mapped[int] = mapped_column(RowId)
+    layers_touched: Mapped[int]
+    secondary: Mapped[dict[str, Any]]
+    on_front: Mapped[bool]
+    """No plan of its model, task, device and workload is at least as accurate and as fast, and better in one."""
+    contender: Mapped[bool]
+    """No plan of its group is at least as good in everything that a query can constrain (see ``storage.pareto``)."""
+    published_at: Mapped[datetime] = _now()

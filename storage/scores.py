@@ -1,0 +1,36 @@
+"""Per-sample scores as bytes: one bit a sample where all are right or wrong, eight bytes a sample otherwise."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from storage.errors import InvalidValue
+
+_BITS, _DOUBLES = b"\x01", b"\x02"
+
+
+def pack(scores: Sequence[float]) -> bytes:
+    """Scores in [0, 1], in the split's order, as bytes; ``unpack`` gives the same floats back.
+
+    Raises ``InvalidValue`` for a score outside [0, 1] or a NaN.
+    """
+    for place, score in enumerate(scores):
+        if not 0.0 <= score <= 1.0:
+            raise InvalidValue(f"score {score} of sample {place} is outside [0, 1]")
+    if all(score in (0, 1) for score in scores):
+        bits = "".join("1" if score else "0" for score in scores)
+        padded = bits + "0" * (-len(bits) % 8)
+        return _BITS + int("0" + padded, 2).to_bytes(len(padded) // 8, "big")
+    return _DOUBLES + struct.pack(f"<{len(scores)}d", *scores)
+
+
+def unpack(data: bytes, n: int) -> tuple[float, ...]:
+    """The scores of ``n`` samples. Raises ``InvalidValue`` for bytes that ``pack`` did not write."""
+    kind, body = data[:1], data[1:]
+    if kind == _BITS and len(body) == (n + 7) // 8:
+        bits = format(int.from_bytes(body, "big"), f"0{8 * len(body)}b") if body else ""
+        return tuple(float(bit == "1") for bit in bits[:n])
+    if kind == _DOUBLES and len(body) == 8 * n:
+        return tuple(struct.unpack(f"<{n}d", body))
+    raise InvalidValue(f"{len(data)} bytes do not hold the scores of {n} samples")
