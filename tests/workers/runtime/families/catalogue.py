@@ -1,0 +1,82 @@
+"""All families, and the plans that each is tried with."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+from transformers import PreTrainedModel
+
+from . import patch_grids, picture_towers, text_only
+from .tiny import TEXT_BESIDE_PICTURES, Family, Prompt, build
+
+FAMILIES: tuple[Family, ...] = (*picture_towers.FAMILIES, *patch_grids.FAMILIES, *text_only.FAMILIES)
+
+ONE_PICTURE = Prompt((3, 0, 5), seed=1)
+TEXT_ONLY = Prompt((9,), seed=2)
+TWO_PICTURES = Prompt((4, 0, 2, 0, 3), seed=3)
+PICTURE_FIRST = Prompt((0, 4), seed=4)
+
+SUPPRESSED = tuple(range(90, 99))
+"""Placeholders and special ids: a generated one would stand for a picture that is not there."""
+
+
+def by_name(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+@lru_cache(maxsize=4)
+def model_of(family_name: str, attention: str = "sdpa") -> PreTrainedModel:
+    """A model shared by tests that leave it as they found it. Few are kept: tests run family by family."""
+    return build(by_name(family_name), attention)
+
+
+def prompts_of(family: Family) -> list[Prompt]:
+    """Prompts of different lengths that the family understands one at a time."""
+    if not family.multimodal:
+        return [TEXT_ONLY, Prompt((5,), seed=5)]
+    prompts = [ONE_PICTURE, PICTURE_FIRST]
+    if family.max_images > 1:
+        prompts.append(TWO_PICTURES)
+    if family.text_only:
+        prompts.append(TEXT_ONLY)
+    return prompts
+
+
+def batch_of(family: Family) -> list[Prompt]:
+    """Prompts that plain transformers handles right in one left-padded batch."""
+    return [prompt for prompt in prompts_of(family) if prompt.images or TEXT_BESIDE_PICTURES not in family.traps]
+
+
+def letters(family: Family, layer: int) -> str:
+    """The actions that the runtime has to offer at a layer, R first."""
+    declined = family.refused.get(layer, "") + family.may_refuse.get(layer, "")
+    return "".join(letter for letter in "RFBS" if letter not in declined)
+
+
+def single(family: Family, layer: int, letter: str) -> str:
+    return "R" * layer + letter + "R" * (family.layers - layer - 1)
+
+
+def mixed_plans(family: Family, count: int, *, seed: int = 0, only: str = "RFBS") -> list[str]:
+    """Random plans over the actions in `only`: the same ones in every run, possible for the family, never dense."""
+    generator = random.Random(f"{family.name} {seed} {only}")
+    choices = ["".join(letter for letter in letters(family, layer) if letter in only) for layer in range(family.layers)]
+    plans: list[str] = []
+    while len(plans) < count:
+        plan = "".join(generator.choice(choice) for choice in choices)
+        if family.possible(plan) and plan not in plans and set(plan) != {"R"} and set(plan) != {"S"}:
+            plans.append(plan)
+    return plans
+
+
+def end_plans(family: Family, only: str = "RFBS") -> list[str]:
+    """For each action, the plan that takes it at the first and at the last layer, or as near as the family allows."""
+    plans = []
+    for letter in only.replace("R", ""):
+        able = [layer for layer in range(family.layers) if letter in letters(family, layer)]
+        if len(able) > 1:
+            plan = "".join(letter if layer in (able[0], able[-1]) else "R" for layer in range(family.layers))
+            if family.possible(plan):
+                plans.append(plan)
+    return plans

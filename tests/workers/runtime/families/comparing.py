@@ -1,0 +1,55 @@
+"""Running a model as its users do, and comparing with a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .catalogue import SUPPRESSED
+from .tiny import Family, Prompt, batch_inputs, forget_positions
+
+
+def plain_logits(model: PreTrainedModel, family: Family, prompt: Prompt) -> Tensor:
+    """Logits [tokens, vocabulary] of one prompt by the model as it is."""
+    forget_positions(model)
+    with torch.no_grad():
+        return model(**batch_inputs(family, [prompt])).logits[0]
+
+
+def greedy(
+    model: PreTrainedModel, family: Family, prompts: Sequence[Prompt], length: int, **settings: Any
+) -> list[tuple[list[int], Tensor]]:
+    """Cached greedy generation of a left-padded batch: per prompt the answer and its logits [length, vocabulary]."""
+    forget_positions(model)
+    output = model.generate(
+        **batch_inputs(family, prompts),
+        **{
+            "do_sample": False,
+            "max_new_tokens": length,
+            "suppress_tokens": list(SUPPRESSED),
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            **settings,
+        },
+    )
+    logits = torch.stack(output.logits, dim=1)
+    return [(output.sequences[row, -length:].tolist(), logits[row]) for row in range(len(prompts))]
+
+
+def assert_close(family: Family, found: Tensor, expected: Tensor, what: str) -> None:
+    """Equal up to the family's tolerance, relative to the largest expected logit."""
+    assert found.shape == expected.shape, f"{what}: {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    assert torch.isfinite(expected).all(), f"{what}: the reference is not finite"
+    difference = distance(found, expected)
+    assert difference <= family.tolerance, f"{what}: logits differ by {difference:.1e} of their scale"
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference as a share of the largest expected value; infinite when `found` has a NaN."""
+    if not torch.isfinite(found).all():
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,220 @@
+"""Ways to generate beyond greedy search, each against a reference that runs the whole sequence for every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from workers.runtime import SkipPlan, apply
+
+from .catalogue import (
+    ONE_PICTURE,
+    SUPPRESSED,
+    TWO_PICTURES,
+    batch_of,
+    by_name,
+    end_plans,
+    mixed_plans,
+    model_of,
+)
+from .comparing import assert_close, greedy
+from .references import reference_generation, reference_logits
+from .tiny import Family, Prompt, batch_inputs, forget_positions, prompt_ids
+
+NAMES = ("llava", "qwen2_vl", "gemma3", "idefics3", "paligemma", "qwen3_vl", "aya_vision", "mistral3")
+LENGTH = 5
+handful = pytest.mark.parametrize("family", [by_name(name) for name in NAMES], ids=str, scope="module")
+
+
+def plans_of(family: Family) -> list[str]:
+    return [*end_plans(family), mixed_plans(family, 1, seed=3)[0]]
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"max_new_tokens": LENGTH, "suppress_tokens": list(SUPPRESSED), **changes}
+
+
+def generate(model: PreTrainedModel, family: Family, prompts: list[Prompt], **changes: Any) -> list[list[int]]:
+    forget_positions(model)
+    sequences = model.generate(**batch_inputs(family, prompts), **settings(**changes))
+    return sequences[:, -LENGTH:].tolist()
+
+
+def sampled_reference(family: Family, plan: str, prompt: Prompt, seed: int) -> list[int]:
+    eager = model_of(family.name, "eager")
+    answer: list[int] = []
+    torch.manual_seed(seed)
+    for _ in range(LENGTH):
+        last = reference_logits(eager, family, plan, prompt, answer)[-1]
+        last[list(SUPPRESSED)] = -torch.inf
+        answer.append(int(torch.multinomial(last.softmax(-1)[None], 1)))
+    return answer
+
+
+def beam_reference(family: Family, plan: str, prompt: Prompt, width: int) -> list[int]:
+    """The best of `width` beams after `LENGTH` tokens: sums of log-probabilities, no end token."""
+    eager = model_of(family.name, "eager")
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(LENGTH):
+        longer = []
+        for score, answer in beams:
+            step = reference_logits(eager, family, plan, prompt, answer)[-1].log_softmax(-1)
+            step[list(SUPPRESSED)] = -torch.inf
+            best = step.topk(width)
+            longer += [
+                (score + gain, [*answer, token])
+                for gain, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        beams = sorted(longer, reverse=True)[:width]
+    return beams[0][1]
+
+
+@handful
+def test_sampling_with_a_seed(family: Family) -> None:
+    model = model_of(family.name)
+    for plan in plans_of(family):
+        expected = sampled_reference(family, plan, ONE_PICTURE, seed=11)
+        with apply(model, SkipPlan.parse(plan)):
+            torch.manual_seed(11)
+            found = generate(model, family, [ONE_PICTURE], do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
+        assert found == [expected], plan
+
+
+@handful
+def test_beam_search_over_a_padded_batch(family: Family) -> None:
+    model = model_of(family.name)
+    prompts = [ONE_PICTURE, TWO_PICTURES]
+    for plan in plans_of(family):
+        expected = [beam_reference(family, plan, prompt, 3) for prompt in prompts]
+        with apply(model, SkipPlan.parse(plan)):
+            found = generate(model, family, prompts, num_beams=3, do_sample=False)
+        assert found == expected, plan
+
+
+@handful
+def test_several_answers_per_prompt(family: Family) -> None:
+    """Expanding a batch repeats prompts that share pictures; greedy beams of one prompt must stay in order."""
+    model = model_of(family.name)
+    plan = mixed_plans(family, 1, seed=4)[0]
+    expected = [sampled_reference(family, plan, ONE_PICTURE, seed=3)]
+    with apply(model, SkipPlan.parse(plan)):
+        forget_positions(model)
+        torch.manual_seed(3)
+        alone = generate(model, family, [ONE_PICTURE], do_sample=True, top_k=0, num_return_sequences=1)
+        torch.manual_seed(3)
+        together = generate(model, family, [ONE_PICTURE], do_sample=True, top_k=0, num_return_sequences=3)
+    assert alone == expected
+    assert len(together) == 3
+    eager = model_of(family.name, "eager")
+    for answer in together:  # every sampled id has a finite probability under the reference of its own prefix
+        logits = reference_logits(eager, family, plan, ONE_PICTURE, answer[:-1])[-LENGTH:]
+        assert torch.isfinite(logits).all()
+
+
+@handful
+def test_a_static_cache(family: Family) -> None:
+    model = model_of(family.name)
+    for plan in ["R" * family.layers, *plans_of(family)]:
+        for prompts in ([ONE_PICTURE], batch_of(family)):
+            with apply(model, SkipPlan.parse(plan)):
+                found = greedy(model, family, prompts, LENGTH, cache_implementation="static")
+            check_against_reference(family, plan, prompts, found)
+
+
+def check_against_reference(family: Family, plan: str, prompts: list[Prompt], found: list[Any]) -> None:
+    eager = model_of(family.name, "eager")
+    for prompt, (ids, logits) in zip(prompts, found, strict=True):
+        expected_ids, expected = reference_generation(eager, family, plan, prompt, LENGTH, SUPPRESSED)
+        assert_close(family, logits, expected, f"{plan} {prompt}")
+        assert ids == expected_ids
+
+
+@handful
+def test_generation_without_a_cache(family: Family) -> None:
+    model = model_of(family.name)
+    for plan in plans_of(family):
+        expected_ids, _ = reference_generation(
+            model_of(family.name, "eager"), family, plan, ONE_PICTURE, LENGTH, SUPPRESSED
+        )
+        with apply(model, SkipPlan.parse(plan)):
+            assert generate(model, family, [ONE_PICTURE], do_sample=False, use_cache=False) == [expected_ids], plan
+
+
+@pytest.mark.parametrize("family", [by_name(name) for name in ("llava", "idefics3", "mistral3")], ids=str)
+def test_prompt_lookup_decoding_which_crops_the_cache(family: Family) -> None:
+    model = model_of(family.name)
+    prompt = Prompt((3, 0, 5), seed=1)
+    for plan in ["R" * family.layers, *plans_of(family)]:
+        expected_ids, _ = reference_generation(model_of(family.name, "eager"), family, plan, prompt, LENGTH, SUPPRESSED)
+        with apply(model, SkipPlan.parse(plan)):
+            found = generate(model, family, [prompt], do_sample=False, prompt_lookup_num_tokens=3)
+        assert found == [expected_ids], plan
+
+
+@pytest.mark.parametrize("family", [by_name(name) for name in ("llava", "idefics3", "mistral3")], ids=str)
+def test_a_second_turn_continues_the_cache_of_the_first(family: Family) -> None:
+    model, eager = model_of(family.name), model_of(family.name, "eager")
+    for plan in ["R" * family.layers, *plans_of(family)]:
+        first, _ = reference_generation(eager, family, plan, ONE_PICTURE, LENGTH, SUPPRESSED)
+        question = [30, 41, 52]
+        second: list[int] = []
+        for _ in range(LENGTH):
+            last = reference_logits(eager, family, plan, ONE_PICTURE, [*first, *question, *second])[-1]
+            last[list(SUPPRESSED)] = -torch.inf
+            second.append(int(last.argmax()))
+        with apply(model, SkipPlan.parse(plan)):
+            inputs = batch_inputs(family, [ONE_PICTURE])
+            output = model.generate(**inputs, **settings(do_sample=False, return_dict_in_generate=True))
+            assert output.sequences[0, -LENGTH:].tolist() == first, plan
+            longer = torch.cat([output.sequences, torch.tensor([question])], dim=1)
+            found = model.generate(
+                input_ids=longer,
+                attention_mask=torch.ones_like(longer),
+                past_key_values=output.past_key_values,
+                **settings(do_sample=False),
+            )
+        assert found[0, -LENGTH:].tolist() == second, plan
+
+
+@handful
+def test_a_batch_padded_on_the_right(family: Family) -> None:
+    """As in training: logits of every prompt's own rows."""
+    model, eager = model_of(family.name), model_of(family.name, "eager")
+    prompts = [ONE_PICTURE, TWO_PICTURES]
+    inputs = batch_inputs(family, prompts)
+    short = len(prompt_ids(family, ONE_PICTURE))
+    for name, value in inputs.items():
+        if value.dim() == 2 and value.shape == inputs["input_ids"].shape:
+            padding = value.shape[1] - short
+            inputs[name] = torch.stack([value[0].roll(-padding), value[1]])
+    for plan in plans_of(family):
+        forget_positions(model)
+        with torch.no_grad(), apply(model, SkipPlan.parse(plan)):
+            found = model(**inputs).logits
+        for row, prompt in enumerate(prompts):
+            expected = reference_logits(eager, family, plan, prompt)
+            assert_close(family, found[row, : len(expected)], expected, f"{plan} {prompt}")
+
+
+def test_frozen_plans_are_never_silently_wrong_without_input_ids() -> None:
+    """Embeddings alone do not say which rows are vision: the right logits or an error, nothing between."""
+    family = by_name("llava")
+    model, eager = model_of("llava"), model_of("llava", "eager")
+    inputs = batch_inputs(family, [ONE_PICTURE])
+    with torch.no_grad():
+        features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+        embeddings = model.get_input_embeddings()(inputs["input_ids"])
+        mask = (inputs["input_ids"] == 90)[..., None].expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(mask, torch.cat(list(features)))
+    for plan in ("RSRSRRR", "RFRRRRR", "RRBRRRR"):
+        expected = reference_logits(eager, family, plan, ONE_PICTURE)
+        with torch.no_grad(), apply(model, SkipPlan.parse(plan)):
+            if "S" in plan:
+                found = model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"]).logits[0]
+                assert_close(family, found, expected, plan)
+            else:
+                with pytest.raises(ValueError, match="input_ids"):
+                    model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
