@@ -1,0 +1,120 @@
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.runtime import Action, PlanError, SkipPlan
+
+LETTERS = "RFBS"
+texts = st.text(alphabet=LETTERS, min_size=1, max_size=80)
+
+
+@given(texts)
+def test_text_and_json_round_trip(text: str) -> None:
+    plan = SkipPlan.parse(text)
+    assert str(plan) == plan.text == text
+    assert SkipPlan.from_json(plan.to_json()) == plan
+    assert SkipPlan.from_json(json.loads(plan.to_json())) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert len(plan) == len(text) and [action.value for action in plan] == list(text)
+
+
+@given(texts, texts)
+def test_plans_are_equal_hashed_and_ordered_as_their_texts(first: str, second: str) -> None:
+    one, other = SkipPlan.parse(first), SkipPlan.parse(second)
+    assert (one == other) == (first == second)
+    assert (one < other) == (first < second) and (one >= other) == (first >= second)
+    assert len({one, other, SkipPlan.parse(first)}) == len({first, second})
+
+
+@given(texts)
+def test_layers_of_all_actions_partition_the_plan(text: str) -> None:
+    plan = SkipPlan.parse(text)
+    layers = sorted(layer for action in Action for layer in plan.layers(action))
+    assert layers == list(range(len(text)))
+    assert all(text[layer] == action.value for action in Action for layer in plan.layers(action))
+    assert plan.kept == tuple(layer for layer, letter in enumerate(text) if letter != "S")
+    assert plan.is_dense == (set(text) == {"R"})
+    assert plan.needs_vision_tokens == bool({"F", "B"} & set(text))
+
+
+@given(texts.flatmap(lambda text: st.tuples(st.just(text), st.integers(0, len(text) - 1), st.sampled_from(Action))))
+def test_changing_one_layer_changes_that_layer_only(case: tuple[str, int, Action]) -> None:
+    text, layer, action = case
+    plan = SkipPlan.parse(text)
+    changed = plan.with_action(layer, action)
+    assert changed.text == text[:layer] + action.value + text[layer + 1 :]
+    assert plan.text == text
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_a_wrong_letter_is_named_with_its_layer(text: str) -> None:
+    wrong = next((layer for layer, letter in enumerate(text) if letter not in LETTERS), None)
+    if wrong is None:
+        assert SkipPlan.parse(text).text == text
+    else:
+        with pytest.raises(PlanError, match=f"^layer {wrong}: "):
+            SkipPlan.parse(text)
+
+
+def test_the_known_special_cases() -> None:
+    assert SkipPlan.dense(4).text == "RRRR"
+    assert SkipPlan.skipping(4, [3, 1]).text == "RSRS"
+    assert SkipPlan.late_entry(5, 2).text == "BBRRR"
+    assert SkipPlan.early_exit(5, 3).text == "RRRBB"
+    assert SkipPlan.frozen_set(5, (1, 4)).text == "RFRRF"
+    assert SkipPlan.contiguous_block(5, 2, 2).text == "RRSSR"
+    assert SkipPlan.late_entry(3, 0).is_dense and SkipPlan.early_exit(3, 3).is_dense
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SkipPlan.skipping(4, [4]),
+        lambda: SkipPlan.skipping(4, [-1]),
+        lambda: SkipPlan.contiguous_block(4, 3, 2),
+        lambda: SkipPlan.late_entry(4, 5),
+        lambda: SkipPlan.early_exit(4, -1),
+        lambda: SkipPlan.dense(0),
+        lambda: SkipPlan.parse(""),
+        lambda: SkipPlan(("R",)),
+        lambda: SkipPlan.dense(3).with_action(3, Action.SKIP),
+    ],
+)
+def test_impossible_plans_are_refused(build) -> None:
+    with pytest.raises(PlanError):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ('{"plan": "RR"}', "schema version None"),
+        ('{"schema_version": 2, "plan": "RR"}', "schema version 2"),
+        ('{"schema_version": true, "plan": "RR"}', "schema version True"),
+        ('{"schema_version": 1, "plan": "RX"}', "layer 1"),
+        ('{"schema_version": 1}', "at least one layer"),
+        ('{"schema_version": 1, "plan": ["R"]}', "must be a string"),
+        ('{"schema_version": 1, "plan": "R", "maps": {}}', "unknown keys in a plan's JSON: maps"),
+        ('"RRR"', "must be an object"),
+        ("RRR", "not a plan's JSON"),
+    ],
+)
+def test_other_json_is_refused(document: str, said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        SkipPlan.from_json(document)
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        SkipPlan.parse("RS").actions = ()  # type: ignore[misc]
+
+
+def test_the_plan_value_needs_no_torch() -> None:
+    code = "import sys; from workers.runtime import SkipPlan; SkipPlan.parse('RS'); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

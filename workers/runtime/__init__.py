@@ -1,0 +1,59 @@
+"""Running a skip plan on a live model, and removing its skipped layers from a checkpoint.
+
+This package needs torch and transformers only, and imports nothing from the rest of the project, so that it can be
+shipped inside other deployments as it is. Names are loaded on first use: the plan value alone needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .apply import AppliedPlan, apply, apply_permanently
+    from .descriptor import FamilyDescriptor, UnsupportedFamilyError, validate
+    from .families import describe
+    from .plan import Action, PlanError, SkipPlan
+    from .surgery import save_pruned
+
+_HOMES = {
+    "Action": "plan",
+    "AppliedPlan": "apply",
+    "FamilyDescriptor": "descriptor",
+    "PlanError": "plan",
+    "SkipPlan": "plan",
+    "UnsupportedFamilyError": "descriptor",
+    "apply": "apply",
+    "apply_permanently": "apply",
+    "describe": "families",
+    "save_pruned": "surgery",
+    "validate": "descriptor",
+}
+
+__all__ = [
+    "Action",
+    "AppliedPlan",
+    "FamilyDescriptor",
+    "PlanError",
+    "SkipPlan",
+    "UnsupportedFamilyError",
+    "apply",
+    "apply_permanently",
+    "describe",
+    "save_pruned",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds a public name when the name is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    # ``apply`` is a function and a module: importing the module binds it here, so the function must win.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,123 @@
+"""Running a plan on a live model, and giving the model back as it was."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from torch import Tensor, nn
+
+from .descriptor import FamilyDescriptor, validate
+from .edits import Edits
+from .families import APPLIED, describe_stack
+from .layer_removal import remove_layers
+from .locate import DecoderStack, locate
+from .plan import Action, PlanError, SkipPlan
+from .token_layers import TokenLayer
+from .vision_tokens import VisionTokens
+
+MASKED_ATTENTION = ("sdpa", "eager")
+
+
+class AppliedPlan:
+    """A plan on a model: a context manager that installs the plan and removes it again, bitwise.
+
+    One plan at a time: while a plan other than the all-run plan is installed, installing another raises
+    :class:`PlanError`. The all-run plan installs nothing.
+    """
+
+    def __init__(self, model: nn.Module, plan: SkipPlan) -> None:
+        self.plan = plan
+        self._model = model
+        self._edits = Edits()
+        self._stack: DecoderStack = locate(model)
+        self._refuse_second_plan()
+        self.descriptor: FamilyDescriptor = describe_stack(self._stack)
+        validate(plan, self.descriptor)
+        self._tokens = VisionTokens(self.descriptor.vision_token_ids)
+
+    @property
+    def vision_mask(self) -> Tensor | None:
+        """Vision tokens given by hand, bool ``[batch, tokens]``: for calls with ``inputs_embeds`` or of inner modules.
+
+        It holds for every call on that many tokens until it is set anew; a call on one token is a decoding step.
+        """
+        return self._tokens.mask
+
+    @vision_mask.setter
+    def vision_mask(self, mask: Tensor | None) -> None:
+        self._tokens.mask = mask
+
+    def __enter__(self) -> AppliedPlan:
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def install(self, *, permanent: bool = False) -> None:
+        """Put the plan on the model. Raises :class:`PlanError` when one is on it already."""
+        if self.plan.is_dense:
+            return
+        self._refuse_second_plan()
+        try:
+            self._install(permanent)
+        except BaseException:
+            self._edits.undo()
+            raise
+
+    def remove(self) -> None:
+        """Give the model back as it was; a plan already removed stays removed."""
+        self._edits.undo()
+
+    def _refuse_second_plan(self) -> None:
+        applied = self._stack.layers.__dict__.get(APPLIED)
+        if applied is not None:
+            raise PlanError(f"the plan {applied.plan.text} is applied to this model: remove it before applying another")
+
+    def _install(self, permanent: bool) -> None:
+        stack, plan = self._stack, self.plan
+        if not permanent or plan.needs_vision_tokens:
+            self._edits.set_instance_attribute(stack.layers, APPLIED, self)
+        if plan.needs_vision_tokens:
+            self._require_masked_attention()
+        layers = list(stack.layers)
+        if plan.layers(Action.SKIP):
+            remove_layers(self._edits, stack, plan.kept, permanent=permanent)
+        if not plan.needs_vision_tokens:
+            return
+        self._tokens.watch(self._edits, stack)
+        mask_may_be_none = stack.text_config._attn_implementation == "sdpa"
+        for new, old in enumerate(plan.kept):
+            if plan[old] in (Action.FREEZE, Action.BYPASS):
+                special = TokenLayer(layers[old], new, plan[old], self._tokens, mask_may_be_none=mask_may_be_none)
+                self._edits.set_instance_attribute(layers[old], "forward", special)
+
+    def _require_masked_attention(self) -> None:
+        implementation = self._stack.text_config._attn_implementation
+        if implementation not in MASKED_ATTENTION:
+            raise PlanError(
+                f"frozen and bypassed layers need attention masks, which {implementation!r} attention does not take: "
+                "load the model with attn_implementation='sdpa' or 'eager'"
+            )
+
+
+def apply(model: nn.Module, plan: SkipPlan) -> AppliedPlan:
+    """A context manager under which ``model`` runs ``plan``: ``with apply(model, plan): model.generate(...)``.
+
+    Raises :class:`PlanError` when the model cannot take the plan, and
+    :class:`~workers.runtime.descriptor.UnsupportedFamilyError` when the model is not understood.
+    """
+    return AppliedPlan(model, plan)
+
+
+def apply_permanently(model: nn.Module, plan: SkipPlan) -> AppliedPlan:
+    """Put ``plan`` on ``model`` for good: skipped layers leave the model, its configuration and memory.
+
+    What is left is an ordinary model (after a plan of R and S: it can be saved, described and given further plans).
+    """
+    applied = AppliedPlan(model, plan)
+    applied.install(permanent=True)
+    applied._edits.forget()
+    return applied

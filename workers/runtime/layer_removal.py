@@ -1,0 +1,64 @@
+"""Taking decoder layers out of a live model, so that what is left is an ordinary, shallower model of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .edits import Edits
+from .families import family_of
+from .layer_config import keep_layers, renumbering
+from .locate import INDEX_ATTRIBUTES, DecoderStack, ancestors
+
+HOOKS_INSTALLED = "_output_capturing_hooks_installed"
+
+
+def remove_layers(edits: Edits, stack: DecoderStack, kept: Sequence[int], *, permanent: bool) -> None:
+    """Leave only the layers ``kept`` in the model: module list, layer numbers, configuration, per-layer weights.
+
+    ``permanent`` slices weights that hold a block per layer; otherwise their results are sliced, which copies nothing.
+    """
+    family = family_of(stack)
+    for change in family.on_removal:
+        change(edits, stack, kept, permanent)
+    layers = dict(stack.layers._modules)
+    num_layers = len(layers)
+    _forget_lazy_hooks(edits, stack)
+    for old, new in renumbering(kept).items():
+        if old != new:
+            _renumber(edits, stack.layers[old], old, new)
+    remaining = {str(new): layers[str(old)] for new, old in enumerate(kept)}
+    edits.set_instance_attribute(stack.layers, "_modules", remaining)
+    for config in stack.configs:
+        keep_layers(edits, config, family.names, num_layers, kept)
+
+
+def _renumber(edits: Edits, layer: nn.Module, old: int, new: int) -> None:
+    for module in layer.modules():
+        for name in INDEX_ATTRIBUTES:
+            value = module.__dict__.get(name)
+            if value == old and not isinstance(value, bool):
+                edits.set_instance_attribute(module, name, new)
+
+
+def _forget_lazy_hooks(edits: Edits, stack: DecoderStack) -> None:
+    """Have transformers install its output-recording hooks anew after the layers are back.
+
+    It installs them once, when hidden states are first asked for, on the layers that are there at that moment.
+    """
+    models = [module for module in ancestors(stack.model, stack.path) if isinstance(module, PreTrainedModel)]
+    before = [getattr(module, HOOKS_INSTALLED, False) for module in models]
+
+    def forget() -> None:
+        for module, installed in zip(models, before, strict=True):
+            if installed or not getattr(module, HOOKS_INSTALLED, False):
+                continue
+            for inner in module.modules():
+                for key, hook in list(inner._forward_hooks.items()):
+                    if "output_capturing_hook" in getattr(hook, "__qualname__", ""):
+                        del inner._forward_hooks[key]
+                inner.__dict__.pop(HOOKS_INSTALLED, None)
+
+    edits.on_undo(forget)

@@ -1,0 +1,61 @@
+"""Checkpoints without the skipped layers, which plain transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .apply import AppliedPlan
+from .edits import Edits
+from .layer_removal import remove_layers
+from .plan import Action, PlanError, SkipPlan
+
+
+def save_pruned(
+    model: nn.Module,
+    plan: SkipPlan,
+    directory: str | Path,
+    *,
+    processor: Any = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write ``model`` without the layers that ``plan`` skips as an ordinary checkpoint; the model stays as it was.
+
+    Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
+    of the live model while it is saved, so no second copy of it is held. The directory appears complete or not at
+    all. Raises :class:`PlanError` for plans with other actions than run and skip, and ``FileExistsError`` when the
+    directory exists and is not empty.
+    """
+    special = [layer for layer, action in enumerate(plan) if action not in (Action.RUN, Action.SKIP)]
+    if special:
+        raise PlanError(
+            f"layer {special[0]}: a checkpoint can leave layers out, but cannot say {plan[special[0]].value} "
+            f"({plan[special[0]].name.lower()}); save plans of R and S only"
+        )
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty directory")
+    applied = AppliedPlan(model, plan)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    edits = Edits()
+    try:
+        if plan.layers(Action.SKIP):
+            remove_layers(edits, applied._stack, plan.kept, permanent=True)
+        model.save_pretrained(staging, max_shard_size=max_shard_size)  # type: ignore[operator]
+        if processor is not None:
+            processor.save_pretrained(staging)
+        staging.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        edits.undo()
+    return target

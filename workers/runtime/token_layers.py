@@ -1,0 +1,213 @@
+"""The forward of a frozen or bypassed decoder layer: text rows go through the layer, vision rows keep their state.
+
+The layer's own forward is called on gathered rows, so that norms, gates, experts and residuals need no code of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters
+from .plan import Action
+from .text_cache import (
+    CapturedKeys,
+    CapturingCache,
+    MergingCache,
+    causal_columns,
+    existing_text_only_layer,
+    query_columns,
+    select_columns,
+    text_only_layer,
+)
+from .token_rows import TokenRows, TokenSplit
+from .vision_tokens import VisionTokens
+
+QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "wq", "query")
+TOKENS_SECOND_TO_LAST = ("position_embedding", "freqs_ci", "rotary", "per_layer_input")
+TOKENS_LAST = ("position_ids", "cache_position")
+UNTOUCHED = ("shared_kv_states",)
+
+
+class TokenLayer:
+    """What is called in place of one decoder layer's forward while a plan freezes or bypasses it."""
+
+    def __init__(
+        self, layer: nn.Module, layer_idx: int, action: Action, tokens: VisionTokens, *, mask_may_be_none: bool
+    ) -> None:
+        self._layer_idx, self._action, self._tokens = layer_idx, action, tokens
+        self._mask_may_be_none = mask_may_be_none
+        self._forward: Callable[..., Any] = layer.forward
+        named = forward_parameters(layer)
+        self._parameters = tuple(name for name, own in named.items() if own.kind is own.POSITIONAL_OR_KEYWORD)
+        self._cache_name = argument_name(layer, CACHE_ARGUMENTS) or CACHE_ARGUMENTS[0]
+        self._mask_name = argument_name(layer, MASK_ARGUMENTS) or MASK_ARGUMENTS[0]
+        self._query_projections = tuple(
+            module
+            for name, module in layer.named_modules()
+            if name.rsplit(".", 1)[-1] in QUERY_PROJECTIONS and isinstance(module, nn.Linear)
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; hidden states are ``[..., batch, tokens, hidden]``, as are those returned."""
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        hidden_states = arguments.pop(self._parameters[0])
+        split = self._tokens.split_for(hidden_states)
+        if split is None:
+            if self._action is Action.BYPASS:
+                self._hide_vision_columns(arguments, hidden_states.shape[-2])
+            return self._forward(hidden_states, **arguments)
+        run = self._freeze if self._action is Action.FREEZE else self._bypass
+        output = run(split, hidden_states, arguments)
+        if isinstance(output, tuple):
+            return (split.text.put(hidden_states, output[0]), *output[1:])
+        return split.text.put(hidden_states, output)
+
+    # Freeze -------------------------------------------------------------------------------------------------------
+
+    def _freeze(self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+        cache: Cache | None = arguments.get(self._cache_name)
+        mask = self._mask_rows(split.text, arguments.get(self._mask_name))
+        if mask is None:
+            mask = self._causal_mask(split.text, cache)
+        text = self._rows_of(split.text, arguments)
+        text[self._mask_name] = mask
+        captured = self._capture(split.vision, hidden_states, arguments)
+
+        def merge(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return (
+                split.merge_along_tokens(keys, captured.keys),
+                split.merge_along_tokens(values, captured.values),
+            )
+
+        text[self._cache_name] = MergingCache(cache, merge)
+        return self._forward(_take_tokens(split.text, hidden_states), **text)
+
+    def _capture(self, rows: TokenRows, hidden_states: Tensor, arguments: dict[str, Any]) -> CapturedKeys:
+        """Keys and values of the vision rows; the layer stops before attention and pays for no query."""
+        vision = self._rows_of(rows, arguments)
+        vision[self._mask_name] = None
+        vision[self._cache_name] = CapturingCache()
+        try:
+            with _without_queries(self._query_projections):
+                self._forward(_take_tokens(rows, hidden_states), **vision)
+        except CapturedKeys as captured:
+            return captured
+        raise RuntimeError(f"decoder layer {self._layer_idx} handed no keys to the cache: it cannot be frozen")
+
+    def _causal_mask(self, rows: TokenRows, cache: Cache | None) -> Tensor:
+        """What attention does without a mask, for some of the queries: ``[batch or 1, 1, rows, keys]``."""
+        length, offset, start = rows.length, 0, 0
+        if cache is not None and len(cache.layers) > self._layer_idx:
+            length, offset = cache.get_mask_sizes(rows.length, self._layer_idx)
+            start = int(cache.get_seq_length(self._layer_idx))
+        queries = query_columns(rows, start, rows.width, rows.index.device)
+        keys = torch.arange(offset, offset + length, device=queries.device)
+        return causal_columns(keys[None], queries)
+
+    # Bypass -------------------------------------------------------------------------------------------------------
+
+    def _bypass(self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+        cache: Cache | None = arguments.get(self._cache_name)
+        mask = self._mask_rows(split.text, arguments.get(self._mask_name))
+        text = self._rows_of(split.text, arguments)
+        if cache is not None:
+            entry = text_only_layer(cache, self._layer_idx)
+            text[self._mask_name] = entry.mask_for(mask, split.text, split.text.width)
+            entry.expect(split.text)
+        else:
+            text[self._mask_name] = _text_columns(mask, split.text)
+        return self._forward(_take_tokens(split.text, hidden_states), **text)
+
+    def _hide_vision_columns(self, arguments: dict[str, Any], new_tokens: int) -> None:
+        """In later calls of a bypassed layer, drop the mask's columns of vision tokens: it has no keys for them."""
+        cache: Cache | None = arguments.get(self._cache_name)
+        entry = None if cache is None else existing_text_only_layer(cache, self._layer_idx)
+        if entry is not None:
+            arguments[self._mask_name] = entry.mask_for(arguments.get(self._mask_name), None, new_tokens)
+
+    # Arguments ----------------------------------------------------------------------------------------------------
+
+    def _mask_rows(self, rows: TokenRows, mask: Any) -> Tensor | None:
+        if mask is None and self._mask_may_be_none:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2] != rows.length:
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise RuntimeError(f"frozen and bypassed layers need a mask [batch, heads, queries, keys], got {shape}")
+        return rows.take(mask, token_dim=2, batch_dim=0)
+
+    def _rows_of(self, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
+        skip = (self._cache_name, self._mask_name, *UNTOUCHED)
+        return {
+            name: value if name in skip else _select(name, value, rows, self._layer_idx)
+            for name, value in arguments.items()
+        }
+
+
+def _select(name: str, value: Any, rows: TokenRows, layer: int) -> Any:
+    """The rows of a layer's argument, whatever is indexed by token in it."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_select(name, item, rows, layer) for item in value)
+    if isinstance(value, dict):
+        return {key: _select(name, item, rows, layer) for key, item in value.items()}
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if name in ("cos", "sin") or any(known in name for known in TOKENS_SECOND_TO_LAST):
+        token_dim = value.dim() - 2
+    elif name in TOKENS_LAST:
+        token_dim = value.dim() - 1
+    elif rows.length not in value.shape:
+        return value
+    elif value.dim() >= 2 and value.shape[1] == rows.length and value.shape[0] in (1, rows.batch):
+        token_dim = 1
+    else:
+        raise RuntimeError(
+            f"decoder layer {layer}: cannot tell which dimension of {name} {list(value.shape)} is tokens"
+        )
+    if token_dim < 0 or value.shape[token_dim] != rows.length:
+        if token_dim >= 0 and value.shape[token_dim] == 1:
+            return value  # the same for every token
+        raise RuntimeError(f"decoder layer {layer}: {name} {list(value.shape)} does not have {rows.length} tokens")
+    return rows.take(value, token_dim, token_dim - 1 if token_dim > 0 else None)
+
+
+def _take_tokens(rows: TokenRows, hidden_states: Tensor) -> Tensor:
+    dims = hidden_states.dim()
+    return rows.take(hidden_states, token_dim=dims - 2, batch_dim=dims - 3)
+
+
+def _text_columns(mask: Tensor | None, rows: TokenRows) -> Tensor | None:
+    """Keep the text columns of a mask that already has text rows, for a call without a cache."""
+    if mask is None:
+        if rows.valid is None:
+            return None  # text alone is causal in its own order
+        columns = query_columns(rows, 0, rows.width, rows.index.device)
+        return causal_columns(columns, columns)
+    columns = query_columns(rows, 0, rows.width, mask.device)
+    return select_columns(mask, columns.clamp(min=0), columns < 0)
+
+
+@contextmanager
+def _without_queries(projections: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Let query projections give zeros of the right shape for free: nobody reads them."""
+
+    def zeros(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        width = int(module.out_features)  # type: ignore[arg-type]
+        return lambda states: states.new_zeros(()).expand(*states.shape[:-1], width)
+
+    saved = [(module, module.__dict__.get("forward")) for module in projections]
+    for module in projections:
+        module.__dict__["forward"] = zeros(module)
+    try:
+        yield
+    finally:
+        for module, forward in saved:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
