@@ -6,9 +6,12 @@ heavy, so that the driver and the command line can use it without torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import fsum, nan, sqrt
 
 SPLITS = ("calibration", "search", "held_out")
+TOKEN_GROUPS = ("vision", "text", "all")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class WorkerInfo:
     allowed_actions: tuple[str, ...]
     """Per layer the letters of the actions it may take, for example ``"RS"``."""
     parameters: int
+    dtype: str
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -91,14 +95,62 @@ class ScoreRedundancy:
 class RedundancySums:
     """Running sums over tokens, per layer and token group (``"vision"``, ``"text"``, ``"all"``), exact to merge.
 
-    ``distance_sum[group][layer]`` sums the cosine distance between the layer's input and output state,
-    ``distance_squares`` its square, ``tokens[group]`` counts the tokens.
+    With d the cosine distance between a layer's input and output state at a token, s the sum of d over a sample's
+    tokens and n their number: ``distance_sum`` sums d, ``distance_squares`` d^2 (both over tokens),
+    ``sample_squares`` s^2, ``sample_products`` s * n, ``token_squares`` n^2 (over samples), ``tokens`` n.
     """
 
     distance_sum: dict[str, tuple[float, ...]]
     distance_squares: dict[str, tuple[float, ...]]
+    sample_squares: dict[str, tuple[float, ...]]
+    sample_products: dict[str, tuple[float, ...]]
     tokens: dict[str, int]
+    token_squares: dict[str, int]
     samples: int
+
+    @classmethod
+    def merge(cls, shards: Sequence[RedundancySums]) -> RedundancySums:
+        """Add shards up; their order does not matter. Raises ValueError when there are none."""
+        if not shards:
+            raise ValueError("there is nothing to merge: give at least one shard")
+
+        def add(name: str) -> dict[str, tuple[float, ...]]:
+            sums = [getattr(shard, name) for shard in shards]
+            return {g: tuple(fsum(layer) for layer in zip(*(s[g] for s in sums), strict=True)) for g in TOKEN_GROUPS}
+
+        return cls(
+            distance_sum=add("distance_sum"),
+            distance_squares=add("distance_squares"),
+            sample_squares=add("sample_squares"),
+            sample_products=add("sample_products"),
+            tokens={group: sum(shard.tokens[group] for shard in shards) for group in TOKEN_GROUPS},
+            token_squares={group: sum(shard.token_squares[group] for shard in shards) for group in TOKEN_GROUPS},
+            samples=sum(shard.samples for shard in shards),
+        )
+
+    def mean(self, group: str) -> tuple[float, ...]:
+        """Mean distance per layer over the group's tokens; NaN when it has none."""
+        count = self.tokens[group]
+        return tuple(total / count if count else nan for total in self.distance_sum[group])
+
+    def standard_error(self, group: str) -> tuple[float, ...]:
+        """Standard error of :meth:`mean` per layer, with samples as the independent units (tokens of one are not).
+
+        The ratio estimator's variance, sum over samples of (s - mean * n)^2 / (sum of n)^2, times the finite-sample
+        factor samples / (samples - 1) (Cochran 1977, section 6.4). NaN below two samples.
+        """
+        count, samples = self.tokens[group], self.samples
+        if not count or samples < 2:
+            return tuple(nan for _ in self.distance_sum[group])
+        errors = []
+        for layer, mean in enumerate(self.mean(group)):
+            residual = (
+                self.sample_squares[group][layer]
+                - 2 * mean * self.sample_products[group][layer]
+                + mean * mean * self.token_squares[group]
+            )
+            errors.append(sqrt(max(0.0, residual) * samples / (samples - 1)) / count)
+        return tuple(errors)
 
 
 @dataclass(frozen=True)

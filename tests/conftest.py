@@ -1,0 +1,108 @@
+"""Databases for all tests: a fresh one for each, on both engines."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from postgresql_server import PostgresqlServer, find_binaries
+from psycopg import sql
+from sqlalchemy import make_url
+
+from storage.database import Database
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgresqlServer]:
+    """A server of our own, that a test may also halt. Absent binaries skip the test, except under ``CI=true``."""
+    binaries = find_binaries()
+    if binaries is None:
+        reason = "no PostgreSQL binaries found (Debian: apt-get install postgresql)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    server = PostgresqlServer(binaries)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgresql_admin_url(request: pytest.FixtureRequest) -> str:
+    """A server on which databases may be created: the one named in the environment, or our own."""
+    given = os.environ.get("SKIPPLAN_TEST_POSTGRES_URL")
+    if given:
+        return given
+    server: PostgresqlServer = request.getfixturevalue("postgresql_server")
+    return server.url()
+
+
+def _as_admin(admin_url: str, statement: str, *names: str) -> None:
+    url = make_url(admin_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+def _database_url(admin_url: str, name: str) -> str:
+    return make_url(admin_url).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql_admin_url: str) -> Iterator[str]:
+    """A migrated database to copy: faster than migrating each."""
+    name = f"skipplan_template_{os.getpid()}"
+    _as_admin(postgresql_admin_url, "CREATE DATABASE {}", name)
+    Database.open(_database_url(postgresql_admin_url, name), migrate=True).close()
+    yield name
+    _as_admin(postgresql_admin_url, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated file to copy."""
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    Database.open(f"sqlite:///{path}").close()
+    return path
+
+
+def _fresh(request: pytest.FixtureRequest, *, migrated: bool) -> Iterator[str]:
+    if request.param == "sqlite":
+        path = request.getfixturevalue("tmp_path") / "skipplan.db"
+        if migrated:
+            shutil.copy(request.getfixturevalue("sqlite_template"), path)
+        yield f"sqlite:///{path}"
+        return
+    admin_url = request.getfixturevalue("postgresql_admin_url")
+    template = request.getfixturevalue("postgresql_template") if migrated else "template1"
+    name = f"skipplan_test_{os.getpid()}_{next(_numbers)}"
+    _as_admin(admin_url, "CREATE DATABASE {} TEMPLATE {}", name, template)
+    yield _database_url(admin_url, name)
+    _as_admin(admin_url, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+_ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(params=_ENGINES)
+def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a fresh database with the current schema, on each engine."""
+    yield from _fresh(request, migrated=True)
+
+
+@pytest.fixture(params=_ENGINES)
+def empty_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a database without any table (an SQLite file that is not there), on each engine."""
+    yield from _fresh(request, migrated=False)
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[Database]:
+    """A fresh open database, on each engine."""
+    with Database.open(database_url) as database:
+        yield database

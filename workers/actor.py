@@ -1,0 +1,46 @@
+"""The Ray actor. Imports torch only once it runs, so that the driver need not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .messages import ModelSource, Reply, Request, WorkerInfo
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from .measuring import Measurer
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How a worker computes: its number, torch's threads, whether it holds a GPU, and the evaluation batch size."""
+
+    worker: int
+    threads: int = 1
+    holds_gpu: bool = False
+    batch_size: int = 32
+
+
+class Worker:
+    """Holds one model and one task; loads when told to, then answers one request at a time."""
+
+    def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
+        self._source, self._task, self._settings = model, task, settings
+        self._measurer: Measurer | None = None
+
+    def setup(self) -> WorkerInfo:
+        """Load the model. Raises ModelError or UnsupportedFamilyError when that is not possible."""
+        from transformers.utils import logging as transformers_logging
+
+        from .measuring import Measurer
+
+        transformers_logging.disable_progress_bar()
+        self._measurer = Measurer.load(self._source, self._task, self._settings)
+        return self._measurer.info
+
+    def handle(self, request: Request) -> Reply:
+        """Do what a request says. Raises what went wrong; the worker lives on."""
+        if self._measurer is None:
+            raise RuntimeError("setup() must be called before the first request")
+        return self._measurer.handle(request)

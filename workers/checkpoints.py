@@ -1,0 +1,184 @@
+"""Model directories: where one is found, whether it can be used, and its fingerprint. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .messages import ModelSource
+
+BUNDLED_MODELS = Path(__file__).resolve().parents[1] / "configs" / "reference"
+PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+VOLATILE_CONFIG_FIELDS = frozenset(("transformers_version", "_name_or_path", "_commit_hash"))
+
+_HEADER_SIZE_BYTES = 8
+_LARGEST_HEADER = 100_000_000
+_READ_BYTES = 1 << 24
+
+
+def bundled_models() -> tuple[str, ...]:
+    """Return the names of the models that ship with the project."""
+    return tuple(sorted(path.parent.name for path in BUNDLED_MODELS.glob("*/config.json")))
+
+
+def find_checkpoint(source: ModelSource) -> Path:
+    """Return the directory of a model: a path, a bundled model, or the local copy of a hub repository.
+
+    A hub repository is downloaded if it is not in the local cache yet, without any pickled weights.
+
+    Raises:
+        ModelError: nothing is there, or the hub does not answer; the message names the bundled models.
+    """
+    name, path = source.path, Path(source.path).expanduser()
+    if path.is_dir():
+        return path
+    if name in bundled_models():
+        return BUNDLED_MODELS / name
+    known = f"bundled models: {', '.join(bundled_models()) or 'none'}"
+    if path.exists():
+        raise ModelError(f"model {name}: is a file; give the directory that holds config.json ({known})")
+    if not _is_hub_id(name):
+        raise ModelError(
+            f"model {name}: no such directory, nor a bundled model ({known}); a hub id has the form owner/name"
+        )
+    return _download(source, known)
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Check config and weight files without reading the weights.
+
+    Raises:
+        ModelError: no config, no safetensors (pickled weights are refused), a missing or a corrupt file.
+    """
+    read_config(directory)
+    for file in weight_files(directory):
+        _tensors(file)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read ``config.json``. Raises ModelError if it is missing or no JSON object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"model {directory}: has no config.json, so it is not a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {directory}: config.json cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model {directory}: config.json is not a JSON object")
+    return config
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """Return the safetensors files, all that the index names if there is one. Raises ModelError if any is missing."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"model {directory}: {index.name} is not a readable index of weights") from None
+        for name in names:
+            if not (directory / name).is_file():
+                raise ModelError(f"model {directory}: weight file {name} is missing (named in {index.name})")
+        return tuple(directory / name for name in names)
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return (single,)
+    pickled = sorted(path.name for pattern in PICKLED_PATTERNS for path in directory.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"model {directory}: has only pickled weights ({pickled[0]}), which can run code when loaded; "
+            "convert them to safetensors"
+        )
+    raise ModelError(f"model {directory}: has no model.safetensors, nor an index of several")
+
+
+def fingerprint_checkpoint(directory: Path) -> str:
+    """Identify a model by its config and weights.
+
+    SHA-256 over the config as canonical JSON, without the fields that change with the program that saved it
+    (``transformers_version``, ``_name_or_path``, ``_commit_hash``), and over every tensor in the order of names: name,
+    dtype, shape, and the SHA-256 of its bytes. How the tensors are spread over files does not matter.
+
+    Raises:
+        ModelError: as :func:`check_checkpoint`.
+    """
+    digest = hashlib.sha256(canonical_config(read_config(directory)).encode())
+    entries = [entry for file in weight_files(directory) for entry in _hash_tensors(file)]
+    for entry in sorted(entries):
+        digest.update(b"\0" + "\0".join(entry).encode())
+    return digest.hexdigest()
+
+
+def canonical_config(config: dict[str, Any]) -> str:
+    """Return a config as JSON with sorted keys and without volatile fields, at any depth."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): clean(item) for key, item in value.items() if key not in VOLATILE_CONFIG_FIELDS}
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(clean(config), sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _tensors(file: Path) -> tuple[int, dict[str, Any]]:
+    """Read a safetensors header: where the data start, and each tensor's dtype, shape and offsets."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(_HEADER_SIZE_BYTES), "little")
+            if not 2 <= length <= _LARGEST_HEADER:
+                raise ValueError("its header has an impossible length")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        start = _HEADER_SIZE_BYTES + length
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size != end:
+            raise ValueError(f"it has {file.stat().st_size} bytes where its header says {end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"model file {file} is corrupt: {' '.join(str(error).split())}") from None
+    return start, header
+
+
+def _hash_tensors(file: Path) -> Iterator[tuple[str, str, str, str]]:
+    start, header = _tensors(file)
+    with file.open("rb") as stream:
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            stream.seek(start + begin)
+            digest, left = hashlib.sha256(), end - begin
+            while left > 0:
+                block = stream.read(min(left, _READ_BYTES))
+                if not block:
+                    raise ModelError(f"model file {file} ended early while it was read")
+                digest.update(block)
+                left -= len(block)
+            yield name, entry["dtype"], str(entry["shape"]), digest.hexdigest()
+
+
+def _is_hub_id(name: str) -> bool:
+    owner, _, repository = name.partition("/")
+    return bool(owner and repository) and "/" not in repository and owner not in (".", "..", "~")
+
+
+def _download(source: ModelSource, known: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = [*HUB_FILES, "*.py"] if source.trust_remote_code else list(HUB_FILES)
+    nowhere = f"model {source.path}: no such directory, nor a bundled model ({known})"
+    try:
+        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"model {source.path}: the hub repository has no revision {source.revision!r}") from None
+    except errors.GatedRepoError:
+        raise ModelError(f"model {source.path}: the hub repository is gated; log in with access to it") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(f"{nowhere}, nor a public hub repository") from None
+    except errors.HFValidationError:
+        raise ModelError(f"{nowhere}, nor a valid hub id") from None
+    except Exception as error:  # the hub client, its HTTP library and the file system raise many kinds here
+        raise ModelError(f"{nowhere}, and the hub cannot be reached ({type(error).__name__})") from None

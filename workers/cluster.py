@@ -1,0 +1,159 @@
+"""Reaching a Ray cluster, or starting a local one, and finding out whether it has what was asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import ray
+
+from .errors import ClusterError
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """Where workers run and what each may use.
+
+    ``address`` is ``"local"`` (a cluster of this machine alone, for this process), ``"auto"`` (a cluster that runs on
+    this machine), a head node's ``host:port``, or ``ray://host:port``. ``workers=None`` takes as many as fit: one per
+    GPU where there are GPUs, else one per core. ``gpus_per_worker=None`` takes one where there are GPUs, else none.
+    A worker uses as many threads as it has whole CPUs. A request is given up after ``max_attempts`` workers died or
+    ran out of time over it.
+    """
+
+    address: str = LOCAL
+    workers: int | None = None
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float | None = None
+    batch_size: int = 32
+    max_attempts: int = 2
+    connect_timeout_seconds: float = 10.0
+    load_timeout_seconds: float = 900.0
+    request_timeout_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "batch_size", "max_attempts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ClusterError(f"cluster.{name} must be at least 1, not {value}")
+        for name in ("connect_timeout_seconds", "load_timeout_seconds", "request_timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise ClusterError(f"cluster.{name} must be above 0, not {getattr(self, name)}")
+        if not self.cpus_per_worker >= 0 or not (self.gpus_per_worker is None or self.gpus_per_worker >= 0):
+            raise ClusterError("cluster.cpus_per_worker and cluster.gpus_per_worker must not be below 0")
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch in each worker."""
+        return max(1, int(self.cpus_per_worker))
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """How many workers there will be and what each gets."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
+def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
+    """Connect this process to the cluster, unless it is connected to one already.
+
+    ``cpus`` is how many CPUs a local cluster counts, by default those of the machine.
+
+    Returns whether a connection was made, so that who made it can end it with :func:`disconnect`.
+
+    A local cluster uses token authentication, and it is an error if Ray does not turn it on: Ray keeps the token in
+    the user's home, and nobody else on the machine can give the cluster work. ``RAY_AUTH_MODE=disabled`` in the
+    environment is the only way to do without; for any other address the environment decides alone.
+
+    Raises:
+        ClusterError: nothing answers at the address, within ``connect_timeout_seconds``.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers without a GPU are told so by us; Ray need not warn that it leaves their environment alone.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if settings.address == LOCAL:
+            ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, **quiet)
+        else:
+            _probe(settings.address, settings.connect_timeout_seconds)
+            ray.init(address=settings.address, **quiet)
+    except ClusterError:
+        raise
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, its own kinds, and ImportError
+        raise ClusterError(f"cluster {settings.address}: cannot be used: {_first_line(error)}") from None
+    if settings.address == LOCAL and os.environ.get("RAY_AUTH_MODE", "").lower() not in ("token", "disabled"):
+        disconnect()
+        raise ClusterError("cluster local: Ray started without token authentication; set RAY_AUTH_MODE=token")
+    return True
+
+
+def disconnect() -> None:
+    """End this process's connection, and the cluster with it if it is a local one."""
+    ray.shutdown()
+
+
+def allot(settings: ClusterSettings, *, model_device: str) -> Allotment:
+    """Decide what each worker gets from what the connected cluster has.
+
+    Raises:
+        ClusterError: it has less than was asked for; the message says what is missing.
+    """
+    there = ray.cluster_resources()
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    gpus_each = settings.gpus_per_worker
+    if gpus_each is None:
+        gpus_each = 1.0 if gpus >= 1 and model_device != "cpu" else 0.0
+    if model_device == "cuda" and (gpus == 0 or gpus_each == 0):
+        raise ClusterError(
+            f"cluster: the model is to run on a GPU; the cluster has {gpus:g}, each worker gets {gpus_each:g}"
+        )
+    fits = [_count(cpus, settings.cpus_per_worker), _count(gpus, gpus_each)]
+    workers = settings.workers or max(1, min((fit for fit in fits if fit is not None), default=1))
+    for kind, needed, available in (
+        ("CPU", workers * settings.cpus_per_worker, cpus),
+        ("GPU", workers * gpus_each, gpus),
+    ):
+        if needed > available + 1e-9:
+            raise ClusterError(
+                f"cluster: {workers} workers with {settings.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each need "
+                f"{needed:g} {kind}s, the cluster has {available:g}; missing {needed - available:g}"
+            )
+    return Allotment(workers, settings.cpus_per_worker, gpus_each)
+
+
+def _count(available: float, each: float) -> int | None:
+    return int(available / each + 1e-9) if each > 0 else None
+
+
+def _probe(address: str, timeout: float) -> None:
+    """Open a TCP connection first: Ray's own attempts to reach a silent address take minutes."""
+    if address == "auto":
+        return
+    url = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = url.hostname, url.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port or url.scheme not in ("", "ray"):
+        raise ClusterError(f"cluster address {address!r}: give local, auto, host:port, or ray://host:port")
+    try:
+        socket.create_connection((host, port), timeout=timeout).close()
+    except OSError as error:
+        raise ClusterError(f"cluster {address}: nothing answers ({error.strerror or error})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,30 @@
+"""Errors a person can act on: one line that names what is wrong and what would be right.
+
+They cross process boundaries (a worker raises, the driver shows), so each is built from its message alone.
+"""
+
+from __future__ import annotations
+
+
+class WorkersError(Exception):
+    """Base of all errors raised by this package; ``str(error)`` is one line for a person."""
+
+
+class ModelError(WorkersError):
+    """A model cannot be found, read, or used."""
+
+
+class TaskError(WorkersError):
+    """A task file, its data, or one of its images is not usable."""
+
+
+class ImageError(TaskError):
+    """One image cannot be decoded; the sample that shows it fails, the job goes on."""
+
+
+class ClusterError(WorkersError):
+    """The cluster cannot be reached, lacks what was asked for, or lost all its workers."""
+
+
+class MeasurementError(WorkersError):
+    """A measurement was asked for that cannot be made, for example an unknown split."""

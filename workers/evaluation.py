@@ -1,0 +1,226 @@
+"""The plain evaluation path: apply the plan, generate greedily batch by batch, decode, score.
+
+Nothing is shared between plans but the processed inputs; faster paths are held to this one's numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
+
+from .errors import ImageError
+from .messages import Evaluation
+from .metrics import METRICS
+from .models import LoadedModel
+from .prompts import build_inputs, to_device
+from .runtime.apply import apply
+from .runtime.plan import SkipPlan
+from .tasks import Sample, Task
+
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """Samples whose images could be opened, their model inputs on the CPU, and why the others failed."""
+
+    samples: tuple[Sample, ...]
+    inputs: BatchFeature | None
+    failed: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        tensors = () if self.inputs is None else self.inputs.values()
+        return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Decoded answers by sample id, and why the other samples have none."""
+
+    texts: dict[str, str]
+    failed: dict[str, str]
+
+
+class Evaluator:
+    """Evaluates plans of one model on one task.
+
+    ``batch_size`` is halved for good when memory runs out. Processed inputs are kept between plans, up to
+    ``cache_bytes``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        task: Task,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.loaded, self.task = loaded, task
+        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self._cache: OrderedDict[tuple[str, ...], PreparedBatch] = OrderedDict()
+        self._cached_bytes = 0
+
+    def evaluate(self, plan: SkipPlan, split: str, limit: int | None = None) -> Evaluation:
+        """Score a plan on the first ``limit`` samples of a split (all when ``None``).
+
+        A sample fails, and scores 0, when its image cannot be decoded, when its logits hold NaN, or when it does not
+        fit into memory alone.
+
+        Raises:
+            TaskError: no such split.
+            PlanError: the model cannot take the plan.
+        """
+        started = time.perf_counter()
+        samples = self.task.split(split)[:limit]
+        answers = self.answer(plan, samples)
+        spec = self.task.spec
+        return Evaluation(
+            plan=plan.text,
+            split=split,
+            sample_ids=tuple(sample.id for sample in samples),
+            scores=tuple(_score(spec.metric, sample, answers) for sample in samples),
+            secondary={name: _mean([_score(name, s, answers) for s in samples]) for name in spec.secondary},
+            failed_samples=answers.failed,
+            seconds=time.perf_counter() - started,
+        )
+
+    def answer(self, plan: SkipPlan, samples: Sequence[Sample]) -> Answers:
+        """Generate the model's answers under a plan."""
+        texts: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        with torch.inference_mode(), apply(self.loaded.model, plan):
+            for chunk in self._chunks(samples):
+                batch = self._prepare(chunk)
+                failed.update(batch.failed)
+                if batch.inputs is not None:
+                    answers = self._generate(batch)
+                    texts.update(answers.texts)
+                    failed.update(answers.failed)
+        return Answers(texts, failed)
+
+    def _chunks(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        position = 0
+        while position < len(samples):
+            size = self.batch_size  # may shrink before the next chunk
+            yield samples[position : position + size]
+            position += size
+
+    def _prepare(self, samples: Sequence[Sample]) -> PreparedBatch:
+        key = tuple(sample.id for sample in samples)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        batch = prepare_batch(self.loaded, self.task, samples)
+        self._cache[key] = batch
+        self._cached_bytes += batch.nbytes
+        while self._cached_bytes > self.cache_bytes and self._cache:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.nbytes
+        return batch
+
+    def _generate(self, batch: PreparedBatch) -> Answers:
+        """Generate for a prepared batch; out of memory: halve the batch size and go on in halves."""
+        assert batch.inputs is not None
+        try:
+            return generate_answers(self.loaded, self.task, batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, so that the failed attempt's tensors are no longer held by its traceback.
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch.samples) == 1:
+            return Answers({}, {batch.samples[0].id: "out of memory at batch size 1"})
+        self.batch_size = max(1, min(self.batch_size, len(batch.samples)) // 2)
+        texts: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        for start in range(0, len(batch.samples), self.batch_size):
+            half = self._generate(self._prepare(batch.samples[start : start + self.batch_size]))
+            texts.update(half.texts)
+            failed.update(half.failed)
+        return Answers(texts, failed)
+
+
+def prepare_batch(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> PreparedBatch:
+    """Open images and build inputs; samples whose image cannot be decoded are listed as failed."""
+    opened, images = [], []
+    failed: dict[str, str] = {}
+    for sample in samples:
+        try:
+            images.append(sample.image.open())
+            opened.append(sample)
+        except ImageError as error:
+            failed[sample.id] = str(error)
+    inputs = build_inputs(loaded.processor, task.spec, opened, images) if opened else None
+    return PreparedBatch(tuple(opened), inputs, failed)
+
+
+def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> Answers:
+    """Generate and decode the answers of one batch under whatever plan is applied to the model."""
+    assert batch.inputs is not None
+    watch = NanWatch(len(batch.samples))
+    inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
+    tokens = loaded.model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=task.spec.answer.max_new_tokens,
+        pad_token_id=loaded.processor.tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([watch]),
+    )
+    new_tokens = _without_prompt(tokens, inputs["input_ids"])
+    decoded = loaded.processor.batch_decode(new_tokens, skip_special_tokens=True)
+    not_a_number = watch.rows.tolist()
+    texts, failed = {}, {}
+    for sample, text, is_nan in zip(batch.samples, decoded, not_a_number, strict=True):
+        if is_nan:
+            failed[sample.id] = "the logits hold NaN"
+        else:
+            texts[sample.id] = text.strip()
+    return Answers(texts, failed)
+
+
+class NanWatch(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
+    """Remembers which rows of a batch ever had a NaN among their logits; changes nothing."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Look at ``scores`` ``[batch, vocabulary]``."""
+        self.rows = self.rows.to(scores.device) | scores.isnan().any(dim=-1)
+        return scores
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Cut the prompt off the generated ``[batch, tokens]``; a few families return the new tokens alone."""
+    length = prompt.shape[1]
+    if tokens.shape[1] >= length and torch.equal(tokens[:, :length], prompt):
+        return tokens[:, length:]
+    return tokens
+
+
+def _score(metric: str, sample: Sample, answers: Answers) -> float:
+    text = answers.texts.get(sample.id)
+    return 0.0 if text is None else METRICS[metric](text, sample.answers)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,105 @@
+"""What a worker does: hold one model and one task, and answer requests one after another."""
+
+from __future__ import annotations
+
+import platform
+import socket
+
+import torch
+import transformers
+
+from .actor import WorkerSettings
+from .evaluation import Evaluator
+from .latency import compare_latency, device_name, profile_latency
+from .messages import (
+    CompareLatency,
+    EvaluatePlan,
+    ModelSource,
+    ProfileLatency,
+    Reply,
+    Request,
+    ScoreRedundancy,
+    WorkerInfo,
+)
+from .models import LoadedModel, load_model
+from .redundancy import score_redundancy
+from .runtime.families import describe
+from .runtime.plan import SkipPlan
+from .tasks import Task
+
+
+class Measurer:
+    """Answers requests about one loaded model and one task."""
+
+    def __init__(self, loaded: LoadedModel, task: Task, settings: WorkerSettings) -> None:
+        self.loaded, self.task, self.settings = loaded, task, settings
+        self.descriptor = describe(loaded.model)
+        self.evaluator = Evaluator(loaded, task, batch_size=settings.batch_size)
+
+    @classmethod
+    def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Measurer:
+        """Set torch's threads and load the model.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            UnsupportedFamilyError: the runtime cannot skip layers of such a model.
+        """
+        torch.set_num_threads(settings.threads)
+        device = "cpu" if source.device == "auto" and not settings.holds_gpu else source.device
+        return cls(load_model(source, device=device), task, settings)
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What this worker is, and what model it holds."""
+        letters = "RFBS"
+        return WorkerInfo(
+            worker=self.settings.worker,
+            node=socket.gethostname(),
+            device=device_name(self.loaded.device),
+            threads=torch.get_num_threads(),
+            model_family=self.descriptor.family,
+            model_fingerprint=self.loaded.fingerprint,
+            num_layers=self.descriptor.num_layers,
+            allowed_actions=tuple(
+                "".join(sorted((action.value for action in allowed), key=letters.index))
+                for allowed in self.descriptor.allowed
+            ),
+            parameters=self.loaded.parameters,
+            dtype=str(self.loaded.model.dtype).removeprefix("torch."),
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        )
+
+    def handle(self, request: Request) -> Reply:
+        """Do what a request says.
+
+        Raises:
+            WorkersError: the request asks for something that is not there.
+            PlanError: the model cannot take the plan.
+        """
+        loaded, task = self.loaded, self.task
+        match request:
+            case EvaluatePlan():
+                return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
+            case ScoreRedundancy():
+                return score_redundancy(
+                    loaded, task, shard=request.shard, shards=request.shards, batch_size=self.evaluator.batch_size
+                )
+            case ProfileLatency():
+                return profile_latency(
+                    loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload
+                )
+            case CompareLatency():
+                return compare_latency(
+                    loaded,
+                    task,
+                    SkipPlan.parse(request.plan),
+                    workload=request.workload,
+                    precision=request.precision,
+                    confidence=request.confidence,
+                    max_seconds=request.max_seconds,
+                    seed=request.seed,
+                )

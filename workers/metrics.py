@@ -1,0 +1,88 @@
+"""Metrics: one function each, from a predicted text and the accepted answers to a score in [0, 1]."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+Metric = Callable[[str, Sequence[str]], float]
+
+_VQA_PUNCTUATION = ";:/'[]\"()=+\\_><@`,?"
+_VQA_NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
+_VQA_ARTICLES = frozenset(("a", "an", "the"))
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD_NOT_DECIMAL = re.compile(r"\.(?!\d)")
+
+VQA_MINIMUM_ANSWERS = 4
+"""Three matches among the answers of the *other* annotators need at least four answers."""
+
+
+def normalise_vqa(text: str) -> str:
+    """Normalise an answer by the rules of the VQA evaluation code (Antol et al. 2015, visualqa.org/evaluation).
+
+    Lower case, number words to digits, no articles, no periods except decimal points, and a punctuation mark is
+    removed where a space stands beside it (or the text holds a number such as 1,000) and becomes a space elsewhere.
+    The published table of contractions is left out: it puts back apostrophes that the punctuation rule has removed
+    before, so between two texts normalised here it cannot change whether they are equal.
+    """
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    remove_all = _COMMA_IN_NUMBER.search(text) is not None
+    cleaned = text
+    for mark in _VQA_PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if beside_space or remove_all else " ")
+    cleaned = _PERIOD_NOT_DECIMAL.sub("", cleaned)
+    words = (_VQA_NUMBERS.get(word, word) for word in cleaned.lower().split())
+    return " ".join(word for word in words if word not in _VQA_ARTICLES)
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction equals one of the answers after :func:`normalise_vqa`, else 0."""
+    normalised = normalise_vqa(prediction)
+    return float(any(normalised == normalise_vqa(answer) for answer in answers))
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy (Antol et al. 2015): mean over annotators of min(1, matches among the others / 3).
+
+    Raises:
+        ValueError: with fewer than four answers the rule cannot give 1.
+    """
+    if len(answers) < VQA_MINIMUM_ANSWERS:
+        raise ValueError(f"vqa_accuracy needs at least {VQA_MINIMUM_ANSWERS} answers a question, not {len(answers)}")
+    normalised = normalise_vqa(prediction)
+    matches = [normalised == normalise_vqa(answer) for answer in answers]
+    total = sum(matches)
+    return sum(min(1.0, (total - match) / 3) for match in matches) / len(matches)
+
+
+def normalise_squad(text: str) -> str:
+    """Normalise a text by the SQuAD v1.1 rules (Rajpurkar et al. 2016): case, punctuation, articles, white space."""
+    lowered = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", lowered).split())
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Token-level F1 as in SQuAD v1.1 (Rajpurkar et al. 2016): the best over the accepted answers."""
+    return max((_f1(normalise_squad(prediction).split(), normalise_squad(a).split()) for a in answers), default=0.0)
+
+
+def _f1(predicted: list[str], expected: list[str]) -> float:
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = sum((Counter(predicted) & Counter(expected)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(predicted), common / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+METRICS: dict[str, Metric] = {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "token_f1": token_f1}
+"""The metrics a task file may name."""

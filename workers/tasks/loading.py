@@ -1,0 +1,140 @@
+"""From a task file to its samples in three splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.errors import TaskError
+from workers.messages import SPLITS
+from workers.metrics import VQA_MINIMUM_ANSWERS
+
+from .samples import ImageFile, Sample, SceneImage
+from .spec import EasyVqaSource, FileSource, HubSource, ScenesSource, SplitSizes, TaskSpec, load_spec
+from .splits import Region, make_splits
+from .tables import image_key, read_file_samples
+
+SCENES_FIRST_INDEX = {"calibration": 0, "search": 1_000_000, "held_out": 2_000_000}
+"""Scenes below 1,000,000 are the range reference models are trained on; the rest were never seen by one."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its data: the spec, the samples of each split, and hashes that identify them.
+
+    ``data_hash`` covers every sample read from the source (image content, question, answers); ``split_hash`` the
+    samples of each split in order; ``definition_hash`` prompt, answer format and metrics.
+    """
+
+    spec: TaskSpec
+    calibration: tuple[Sample, ...]
+    search: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
+    data_hash: str
+    split_hash: str
+    definition_hash: str
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.spec.name
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """Return the samples of a split. Raises TaskError for an unknown name."""
+        if name not in SPLITS:
+            raise TaskError(f"task {self.name}: no split {name!r}; there are {', '.join(SPLITS)}")
+        samples: tuple[Sample, ...] = getattr(self, name)
+        return samples
+
+
+def load_task(task: str | Path | TaskSpec) -> Task:
+    """Read a task: a bundled name, the path of a task file, or a spec.
+
+    Columns and files are checked here; an image that is there but cannot be decoded shows at evaluation.
+
+    Raises:
+        TaskError: naming the field, file, column or row, and what would be right.
+    """
+    spec = task if isinstance(task, TaskSpec) else load_spec(task)
+    regions = _read(spec)
+    if "vqa_accuracy" in (spec.metric, *spec.secondary):
+        _require_annotators(regions, spec)
+    splits = make_splits(regions, spec.splits, spec.name)
+    return Task(
+        spec=spec,
+        **splits,
+        data_hash=_hash_samples(sample for region in regions for sample in region.samples),
+        split_hash=_hash_text(
+            json.dumps({name: [[s.id, s.image_key] for s in samples] for name, samples in splits.items()})
+        ),
+        definition_hash=_hash_text(repr((spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary))),
+    )
+
+
+def _read(spec: TaskSpec) -> list[Region]:
+    source = spec.source
+    if isinstance(source, EasyVqaSource):
+        return _read_easy_vqa()
+    if isinstance(source, ScenesSource):
+        return _read_scenes(source.seed, spec.splits)
+    if isinstance(source, FileSource):
+        return [Region(SPLITS, tuple(read_file_samples(source, uses_question=spec.uses_question)))]
+    assert isinstance(source, HubSource)
+    from .hub import read_hub_samples
+
+    return [Region(SPLITS, tuple(read_hub_samples(source, uses_question=spec.uses_question)))]
+
+
+def _read_easy_vqa() -> list[Region]:
+    """Calibration from the training images, search and held-out from the test images."""
+    import easy_vqa
+
+    parts = {
+        "train": (easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()),
+        "test": (easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()),
+    }
+    samples: dict[str, tuple[Sample, ...]] = {}
+    for part, (paths, (questions, answers, images)) in parts.items():
+        keys = {number: image_key(Path(path), f"easy-vqa {part} image {number}") for number, path in paths.items()}
+        samples[part] = tuple(
+            Sample(f"{part}-{image}-{number}", ImageFile(paths[image]), keys[image], question, (answer,))
+            for number, (question, answer, image) in enumerate(zip(questions, answers, images, strict=True))
+        )
+    return [Region(("calibration",), samples["train"]), Region(("search", "held_out"), samples["test"])]
+
+
+def _read_scenes(seed: int, sizes: SplitSizes) -> list[Region]:
+    from .scenes import scene
+
+    regions = []
+    for split in SPLITS:
+        first = SCENES_FIRST_INDEX[split]
+        samples = []
+        for index in range(first, first + getattr(sizes, split)):
+            drawn = scene(index, seed)
+            key = hashlib.sha256(repr((drawn.image.size, drawn.image.mode)).encode() + drawn.image.tobytes())
+            samples.append(Sample(f"scene-{index}", SceneImage(index, seed), key.hexdigest(), "", (drawn.caption,)))
+        regions.append(Region((split,), tuple(samples)))
+    return regions
+
+
+def _require_annotators(regions: list[Region], spec: TaskSpec) -> None:
+    for region in regions:
+        for sample in region.samples:
+            if len(sample.answers) < VQA_MINIMUM_ANSWERS:
+                raise TaskError(
+                    f"task {spec.name}: vqa_accuracy needs at least {VQA_MINIMUM_ANSWERS} answers a question, "
+                    f"sample {sample.id} has {len(sample.answers)}; exact_match takes any number"
+                )
+
+
+def _hash_samples(samples: Iterable[Sample]) -> str:
+    lines = sorted(json.dumps([s.image_key, s.question, list(s.answers)]) for s in samples)
+    return _hash_text("\n".join(lines))
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""Splits that are disjoint by image, the same for the same seed, and whose prefixes are fair subsets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from workers.errors import TaskError
+from workers.messages import SPLITS
+
+from .samples import Sample
+from .spec import SplitSizes
+
+
+@dataclass(frozen=True)
+class Region:
+    """Samples that may go to some of the splits only, for example because a model was trained on their images."""
+
+    splits: tuple[str, ...]
+    samples: tuple[Sample, ...]
+
+
+def make_splits(regions: Sequence[Region], sizes: SplitSizes, task: str) -> dict[str, tuple[Sample, ...]]:
+    """Deal whole images out to the splits.
+
+    Images stand in the order of a hash of seed and image, which neither the order nor the number of other rows
+    changes; all questions about an image stand together. So the first n samples of a split are a random subset by
+    image, and a larger n contains the smaller one.
+
+    Raises:
+        TaskError: too few images (or samples) for the sizes asked for.
+    """
+    result: dict[str, tuple[Sample, ...]] = {}
+    taken: set[str] = set()
+    for region in regions:
+        images = _by_image(region.samples, sizes.seed, without=taken)
+        available = len(images) if sizes.unit == "images" else sum(len(group) for group in images)
+        position = 0
+        for split in region.splits:
+            size = getattr(sizes, split)
+            chosen, position = _take(images, position, size, sizes.unit)
+            if chosen is None:
+                wanted = " + ".join(f"{name} {getattr(sizes, name)}" for name in region.splits)
+                raise TaskError(
+                    f"task {task}: too few {sizes.unit} for the splits: {wanted} asked for, {available} there "
+                    f"(splits are disjoint by image); make splits.{split} smaller"
+                )
+            result[split] = tuple(chosen)
+        taken.update(group[0].image_key for group in images[:position])
+    return {split: result[split] for split in SPLITS}
+
+
+def _by_image(samples: Iterable[Sample], seed: int, *, without: set[str]) -> list[list[Sample]]:
+    groups: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.image_key not in without:
+            groups[sample.image_key].append(sample)
+    ordered = sorted(groups, key=lambda key: (_rank(seed, key), key))
+    return [sorted(groups[key], key=lambda sample: (_rank(seed, key, sample.id), sample.id)) for key in ordered]
+
+
+def _take(images: list[list[Sample]], position: int, size: int, unit: str) -> tuple[list[Sample] | None, int]:
+    """Take ``size`` images or samples from ``position`` on; the last image is cut to reach a number of samples."""
+    if unit == "images":
+        groups = images[position : position + size]
+        chosen = [sample for group in groups for sample in group] if len(groups) == size else None
+        return chosen, position + len(groups)
+    chosen = []
+    while len(chosen) < size and position < len(images):
+        chosen += images[position]
+        position += 1
+    return (chosen[:size] if len(chosen) >= size else None), position
+
+
+def _rank(*parts: object) -> str:
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
