@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from workers.messages import RedundancySums
-
-GROUPS = ("vision", "text", "all")
+from workers.messages import TOKEN_GROUPS, RedundancySums
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,8 @@ class Redundancy:
     """
 
     distance: dict[str, tuple[float, ...]]
-    standard_error: dict[str, tuple[float, ...]]
+    standard_error: dict[str, tuple[float | None, ...]]
+    """None where a single sample gives no error."""
     tokens: dict[str, int]
     samples: int
 
@@ -34,20 +33,20 @@ class Redundancy:
 
 
 def merge(shards: Sequence[RedundancySums]) -> Redundancy:
-    """Exact means and standard errors of the means over all shards' tokens. Raises ValueError without any token."""
-    distance: dict[str, tuple[float, ...]] = {}
-    error: dict[str, tuple[float, ...]] = {}
-    tokens = {group: sum(shard.tokens[group] for shard in shards) for group in GROUPS}
-    for group, count in tokens.items():
+    """Exact means over all shards' tokens. Raises ValueError when a group has no token at all."""
+    sums = RedundancySums.merge(shards)
+    for group, count in sums.tokens.items():
         if count == 0:
             raise ValueError(f"the calibration split holds no {group} tokens")
-        sums = [math.fsum(layer) for layer in zip(*(shard.distance_sum[group] for shard in shards), strict=True)]
-        squares = [math.fsum(layer) for layer in zip(*(shard.distance_squares[group] for shard in shards), strict=True)]
-        means = [total / count for total in sums]
-        variances = [max(0.0, square / count - mean**2) for square, mean in zip(squares, means, strict=True)]
-        distance[group] = tuple(means)
-        error[group] = tuple(math.sqrt(variance / count) for variance in variances)
-    return Redundancy(distance, error, tokens, sum(shard.samples for shard in shards))
+    return Redundancy(
+        distance={group: sums.mean(group) for group in TOKEN_GROUPS},
+        standard_error={
+            group: tuple(None if math.isnan(error) else error for error in sums.standard_error(group))
+            for group in TOKEN_GROUPS
+        },
+        tokens=dict(sums.tokens),
+        samples=sums.samples,
+    )
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,14 @@ class SearchSpec(_Section):
 
 
 class SplitSpec(_Section):
-    """Sizes of the three splits in samples, where the job wants other ones than the task says."""
+    """Sizes of the three splits, where the job wants other ones than the task says."""
 
     calibration: int | None = Field(default=None, ge=1, description="Samples of the redundancy statistics.")
     search: int | None = Field(default=None, ge=1, description="Samples that proposals are judged on.")
     held_out: int | None = Field(default=None, ge=1, description="Samples that published figures come from.")
+    unit: Literal["images", "samples"] | None = Field(
+        default=None, description="What the sizes count; the task's own unit when absent."
+    )
 
 
 class WorkloadSpec(_Section):
@@ -127,9 +130,18 @@ class ClusterSpec(_Section):
     workers: int | Literal["auto"] = Field(
         default="auto", description="Number of workers; auto: one per GPU or per CPU core."
     )
-    cpus_per_worker: float = Field(default=1.0, gt=0, le=1024, description="CPU cores reserved per worker.")
-    gpus_per_worker: float = Field(default=0.0, ge=0, le=64, description="GPUs reserved per worker; fractions share.")
-    threads: int = Field(default=1, ge=1, le=1024, description="torch threads per worker.")
+    cpus_per_worker: float = Field(
+        default=1.0, gt=0, le=1024, description="CPU cores reserved per worker, and its torch threads."
+    )
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, le=64, description="GPUs reserved per worker, fractions share; absent: one where there are."
+    )
+    batch_size: int = Field(
+        default=32, ge=1, le=65536, description="Samples evaluated together; halved when memory ends."
+    )
+    request_timeout_seconds: float = Field(
+        default=3600.0, gt=0, le=1e6, description="A worker that takes longer over one request is replaced."
+    )
 
     @field_validator("workers")
     @classmethod
@@ -148,9 +160,7 @@ class JobSpec(_Section):
         default=("skip",), min_length=1, description="What may happen at a layer: skip, freeze, bypass."
     )
     constraint: ConstraintSpec = ConstraintSpec()
-    protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(), description="Layers (from 0) that must run."
-    )
+    protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Layers (from 0) that must run.")
     search: SearchSpec = SearchSpec()
     splits: SplitSpec = SplitSpec()
     workload: WorkloadSpec = WorkloadSpec()

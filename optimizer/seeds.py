@@ -17,7 +17,7 @@ def nested_sets(space: PlanSpace, risk: Risk, limit: int) -> tuple[SkipPlan, ...
     for size in range(1, space.max_touched + 1):
         for letter in letters:
             layers = [layer for layer in risk.order(letter) if letter in space.letters[layer]]
-            if size > len(layers) or size >= space.num_layers and letter == Action.SKIP.value:
+            if size > len(layers) or (size >= space.num_layers and letter == Action.SKIP.value):
                 continue  # a model without any layer left is no model
             plan = SkipPlan.dense(space.num_layers)
             for layer in layers[:size]:

@@ -35,7 +35,7 @@ def wilson_interval(share: float, n: float, confidence: float) -> Interval:
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))  # rounding at 0 and 1
 
 
 def effective_sample_size(scores: Sequence[float], groups: Sequence[str]) -> float:
@@ -73,7 +73,7 @@ def bootstrap_drop(
     are added, one lost and one gained, so that a plan which agreed on every sample still gets an interval of the
     width that its sample size deserves (Agresti and Min's adjustment) instead of none.
     """
-    if len(dense) != len(plan) or not dense:
+    if len(dense) != len(plan) or len(dense) == 0:
         raise ValueError(f"the same samples are needed for both, not {len(dense)} and {len(plan)}")
     totals, sizes = _group_totals([d - p for d, p in zip(dense, plan, strict=True)], groups)
     totals = np.concatenate([totals, [1.0, -1.0]])
@@ -93,18 +93,13 @@ def two_sided(distribution: NDArray[np.float64], confidence: float) -> Interval:
     return Interval(float(np.quantile(distribution, tail)), float(np.quantile(distribution, 1 - tail)))
 
 
-def upper_bound(distribution: NDArray[np.float64], confidence: float) -> float:
-    """One-sided upper bound: the value that the quantity stays under with the given confidence."""
-    return float(np.quantile(distribution, confidence))
-
-
 def mcnemar_exact(dense: Sequence[float], plan: Sequence[float]) -> float:
     """Two-sided exact p-value that the two score equally often better than the other on a sample.
 
     For scores of 0 and 1 this is McNemar's exact test; for graded scores it is the sign test on the differences.
     """
-    better = sum(p > d for d, p in zip(dense, plan, strict=True))
-    worse = sum(p < d for d, p in zip(dense, plan, strict=True))
+    better = sum(bool(p > d) for d, p in zip(dense, plan, strict=True))
+    worse = sum(bool(p < d) for d, p in zip(dense, plan, strict=True))
     n = better + worse
     if n == 0:
         return 1.0
@@ -113,7 +108,7 @@ def mcnemar_exact(dense: Sequence[float], plan: Sequence[float]) -> float:
 
 
 def holm_confidences(evidence: Sequence[float], confidence: float) -> list[float]:
-    """Per hypothesis the confidence its bound is judged at, so that all judgements together hold at ``confidence``.
+    """Per hypothesis the confidence its interval is judged at, so that all judgements together hold at ``confidence``.
 
     ``evidence`` orders the hypotheses, the smallest p-value first in line for the strictest level (Holm, 1979). A
     judgement that fails ends the line: the caller must reject all later ones too.
