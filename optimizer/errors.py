@@ -47,3 +47,20 @@ class Interrupted(Fault):
 def one_line(text: object) -> str:
     """Fold any whitespace, line breaks included, into single spaces."""
     return " ".join(str(text).split())
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and one line for an error that a user can act on, or None for a defect of ours."""
+    from storage import errors as storage
+    from workers import errors as workers
+    from workers.runtime import PlanError
+
+    if isinstance(error, Fault):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted.exit_code, "interrupted"
+    if isinstance(error, workers.ClusterError | storage.DatabaseError | storage.LeaseLost):
+        return ClusterOrDatabaseFault.exit_code, one_line(error)
+    if isinstance(error, workers.WorkersError | storage.StorageError | PlanError):
+        return UsageFault.exit_code, one_line(error)
+    return None

@@ -1,0 +1,49 @@
+"""``skipplan db``: the database's schema."""
+
+from __future__ import annotations
+
+import typer
+
+from optimizer.cli.state import open_database, print_line
+
+app = typer.Typer(no_args_is_help=True, help="The database's schema.")
+
+
+@app.command()
+def upgrade(context: typer.Context) -> int:
+    """Create the tables, or bring them to this version's schema."""
+    import os
+
+    from optimizer.cli.state import global_options
+    from optimizer.job import DEFAULT_DATABASE
+    from storage import migration
+    from storage.database import Database
+
+    url = global_options(context).database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE
+    with Database.open(url, migrate=True) as db:
+        print_line(f"{db.safe_url} has schema {migration.current(db)}")
+    return 0
+
+
+@app.command()
+def current(context: typer.Context) -> int:
+    """Print the schema's revision."""
+    from storage import migration
+
+    with open_database(context, check_schema=False) as db:
+        print_line(migration.current(db) or "none")
+    return 0
+
+
+@app.command()
+def check(context: typer.Context) -> int:
+    """Compare the database with the tables that this version writes; exit code 4 when they differ."""
+    from optimizer.errors import ClusterOrDatabaseFault
+    from storage import migration
+
+    with open_database(context, check_schema=False) as db:
+        differences = migration.check(db)
+        if differences:
+            raise ClusterOrDatabaseFault(f"{db.safe_url}: {'; '.join(differences)}")
+        print_line(f"{db.safe_url} is as this version writes it")
+    return 0

@@ -1,0 +1,76 @@
+"""``skipplan export``: write a published plan for other deployments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optimizer.cli.plans import AsJson, DeviceOption, MaxDrop, MinSpeedup, ModelOption, TaskOption, find_best
+from optimizer.cli.state import open_database, print_json, print_line
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.plans import Plan
+    from workers.messages import ModelSource
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(export)
+
+
+def export(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option("--output", help="Directory to write.", show_default=False)],
+    plan_id: Annotated[int | None, typer.Argument(metavar="[PLAN]", help="Id; or pick one as `best` does.")] = None,
+    format_name: Annotated[str, typer.Option("--format", metavar="plan|checkpoint")] = "checkpoint",
+    model: ModelOption = None,
+    task: TaskOption = None,
+    max_accuracy_drop: MaxDrop = None,
+    min_speedup: MinSpeedup = None,
+    device: DeviceOption = None,
+    model_path: Annotated[
+        str | None, typer.Option("--model-path", help="Where the model is now, if not where it was measured.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write a plan as JSON, or the model without its skipped layers as a plain Hugging Face checkpoint.
+
+    [bold]Example:[/bold] skipplan export --model llava-12 --task easy-vqa --output exports/fast
+    """
+    from optimizer.export import export_plan
+
+    with open_database(context) as db:
+        plan = _chosen(db, plan_id) or find_best(db, model, task, max_accuracy_drop, min_speedup, device)
+        source = _model_source(db, plan, model_path)
+    export_plan(plan, source, format_name, output, force=force)
+    if as_json:
+        print_json({"plan": plan.id, "format": format_name, "output": str(output)})
+    else:
+        print_line(f"plan {plan.id} ({plan.plan}) written to {output}")
+    return 0
+
+
+def _chosen(db: Database, plan_id: int | None) -> Plan | None:
+    from storage import plans
+
+    return None if plan_id is None else plans.get(db, plan_id)
+
+
+def _model_source(db: Database, plan: Plan, model_path: str | None) -> ModelSource:
+    """The model as the plan's job loaded it, or the one at ``model_path``."""
+    from dataclasses import replace
+
+    from optimizer.inputs import model_source
+    from optimizer.service import read_spec
+    from storage import jobs
+    from workers.messages import ModelSource
+
+    source = ModelSource(plan.model) if plan.job_id is None else model_source(read_spec(jobs.get(db, plan.job_id)))
+    if model_path is None:
+        return source
+    local = Path(model_path).expanduser()
+    return replace(source, path=str(local.resolve()) if local.exists() else model_path, revision=None)

@@ -1,0 +1,118 @@
+"""The ``skipplan`` command: its options, and how errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from optimizer.cli import database, export, jobs, plans, run
+from optimizer.cli.state import GlobalOptions
+
+app = typer.Typer(
+    name="skipplan",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Find, prove and export which work of a vision-language model can be skipped.",
+)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            "--database",
+            metavar="URL",
+            help="Where jobs and plans are kept; wins over SKIPPLAN_DATABASE and the job file.",
+        ),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options that every command takes, before or after its name."""
+    context.obj = GlobalOptions(database=database_url, debug=debug)
+
+
+run.register(app)
+plans.register(app)
+export.register(app)
+jobs.register(app)
+app.add_typer(database.app, name="db")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    raise SystemExit(_run(_global_options_first(given)))
+
+
+def _run(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    try:
+        result = app(arguments, prog_name="skipplan", standalone_mode=False)
+    except BrokenPipeError:
+        # The reader of a pipe went away (``skipplan plans | head``); nothing more can or should be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.Abort:
+        return _report(130, "interrupted")
+    except BaseException as error:
+        if debug and not isinstance(error, SystemExit):
+            import traceback
+
+            traceback.print_exc()
+        return _explain(error)
+    return result if isinstance(result, int) else 0
+
+
+def _explain(error: BaseException) -> int:
+    from optimizer.errors import explain, one_line
+
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    known = explain(error)
+    if known is not None:
+        return _report(*known)
+    if isinstance(error, typer.TyperException):
+        message = one_line(error.format_message()) or "a command is needed; see skipplan --help"
+        return _report(error.exit_code, message)
+    return _report(
+        1, f"unexpected {type(error).__name__}: {one_line(error)} (run again with --debug for the traceback)"
+    )
+
+
+def _report(code: int, message: str) -> int:
+    sys.stderr.write(f"skipplan: {message}\n")
+    return code
+
+
+def _global_options_first(arguments: list[str]) -> list[str]:
+    """Let ``--debug`` and ``--database URL`` stand anywhere on the line."""
+    first: list[str] = []
+    rest: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if argument == "--":
+            rest += arguments[position:]
+            break
+        if argument == "--debug" or argument.startswith("--database="):
+            first.append(argument)
+        elif argument == "--database":
+            first += arguments[position : position + 2]
+            position += 1
+        else:
+            rest.append(argument)
+        position += 1
+    return first + rest
+
+
+if __name__ == "__main__":
+    main()

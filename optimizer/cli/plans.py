@@ -1,0 +1,128 @@
+"""``skipplan best`` and ``plans``: ask the database for published plans."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optimizer.cli.state import open_database, print_json
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.plans import Plan
+
+
+class SortKey(StrEnum):
+    """What ``plans`` can be sorted by."""
+
+    speedup = "speedup"
+    accuracy = "accuracy"
+    seconds = "seconds"
+    drop = "drop"
+    newest = "newest"
+
+
+ModelOption = Annotated[str | None, typer.Option("--model", help="Name, path, hub id or fingerprint.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-accuracy-drop", min=0.0, max=1.0, help="Largest loss, as a share, by the upper end of its interval."
+    ),
+]
+MinSpeedup = Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Smallest measured speed-up.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(best)
+    app.command(name="plans")(list_plans)
+
+
+def find_best(
+    db: Database,
+    model: str | None,
+    task: str | None,
+    max_accuracy_drop: float | None,
+    min_speedup: float | None,
+    device: str | None,
+) -> Plan:
+    """The plan to use. Raises UsageFault when model or task is not named, NoFeasiblePlan when none meets the limits."""
+    from optimizer.errors import NoFeasiblePlan, UsageFault
+    from storage import plans
+
+    if model is None or task is None:
+        raise UsageFault("name both --model and --task")
+    found = plans.best(db, model, task, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup, device=device)
+    if found is None:
+        raise NoFeasiblePlan(
+            f"no published plan of {model} on {task} meets these limits; the dense model is the answer"
+        )
+    return found
+
+
+def best(
+    context: typer.Context,
+    model: ModelOption = None,
+    task: TaskOption = None,
+    max_accuracy_drop: MaxDrop = None,
+    min_speedup: MinSpeedup = None,
+    device: DeviceOption = None,
+    as_json: AsJson = False,
+) -> int:
+    """The fastest published plan of a model on a task within limits.
+
+    [bold]Example:[/bold] skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.02
+    """
+    with open_database(context) as db:
+        found = find_best(db, model, task, max_accuracy_drop, min_speedup, device)
+    if as_json:
+        from optimizer.results import plan_json
+
+        print_json(plan_json(found))
+    else:
+        from optimizer.cli.screen import Screen
+
+        Screen(quiet=False).plans([found])
+    return 0
+
+
+def list_plans(
+    context: typer.Context,
+    model: ModelOption = None,
+    task: TaskOption = None,
+    max_accuracy_drop: MaxDrop = None,
+    min_speedup: MinSpeedup = None,
+    device: DeviceOption = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Only members of the Pareto front.")] = False,
+    sort: Annotated[SortKey, typer.Option(help="Order.")] = SortKey.speedup,
+    limit: Annotated[int, typer.Option(min=1, help="Most plans to list.")] = 50,
+    as_json: AsJson = False,
+) -> int:
+    """List published plans."""
+    from optimizer.results import plan_json
+    from storage import plans
+
+    with open_database(context) as db:
+        found = plans.list_plans(
+            db,
+            model,
+            task,
+            max_accuracy_drop=max_accuracy_drop,
+            min_speedup=min_speedup,
+            device=device,
+            on_front=pareto,
+            sort=sort.value,
+            limit=limit,
+        )
+    if as_json:
+        print_json([plan_json(plan) for plan in found])
+    else:
+        from optimizer.cli.screen import Screen
+
+        Screen(quiet=False).plans(found)
+    return 0

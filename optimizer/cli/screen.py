@@ -1,0 +1,180 @@
+"""What a person sees: live progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from optimizer.progress import Display, State
+from optimizer.results import JobResult, layers_by_action
+from storage.plans import Plan
+
+ACTION_STYLES = {"R": "green", "F": "cyan", "B": "blue", "S": "red"}
+
+
+class Screen:
+    """Progress goes to standard error and only to a terminal; results go to standard output as they are."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._errors = Console(stderr=True, highlight=False)
+        width = None if sys.stdout.isatty() else 160  # a file or pipe has no width to fold at
+        self._out = Console(highlight=False, width=width)
+
+    def say(self, text: str) -> None:
+        """Say something about the course of things; nothing when quiet or without a terminal."""
+        if not self._quiet and self._errors.is_terminal:
+            self._errors.print(text, markup=False)
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[Status]:
+        """A spinner while something of unknown length happens."""
+        status = Status(text, console=self._errors)
+        if not self._quiet and self._errors.is_terminal:
+            status.start()
+        try:
+            yield status
+        finally:
+            status.stop()
+
+    @contextmanager
+    def live(self, title: str) -> Iterator[Display]:
+        """A live display of a job's stages."""
+        with LiveStages(self._errors, title, enabled=not self._quiet and self._errors.is_terminal) as display:
+            yield display
+
+    def notes(self) -> Display:
+        """A display that only says what should stay."""
+        return Notes(self)
+
+    def result(self, result: JobResult) -> None:
+        """The final table of a job, and its answer in words."""
+        self._out.print(plans_table(result.plans, best=result.best, title=f"Job {result.job.id}: {result.job.state}"))
+        tried, failed = result.search["plans_tried"], result.search["plans_failed"]
+        self._out.print(
+            f"{tried} plans tried ({failed} failed); {result.search['stopped_because']}. Accuracy on held-out samples "
+            "only; intervals at the job's confidence, the difference's corrected for the number of plans.",
+            markup=False,
+        )
+        if result.best is not None:
+            self._out.print(answer(result.best), markup=False, style="bold")
+
+    def plans(self, found: list[Plan]) -> None:
+        """A list of published plans."""
+        self._out.print(plans_table(tuple(found), best=None, title=None))
+
+    def table(self, table: Table) -> None:
+        """Any table."""
+        self._out.print(table)
+
+
+class Notes:
+    """Shows what should stay, and no live state."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+
+    def update(self, state: State) -> None:
+        """Show nothing."""
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._screen.say(text)
+
+
+class LiveStages:
+    """One progress bar per stage, the running one with its latest news."""
+
+    def __init__(self, console: Console, title: str, *, enabled: bool) -> None:
+        self._console, self._title, self._enabled = console, title, enabled
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[news]}", markup=False, style="dim"),
+            console=console,
+            disable=not enabled,
+        )
+
+    def __enter__(self) -> LiveStages:
+        if self._enabled:
+            self._console.print(self._title, markup=False)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, state: State) -> None:
+        """Show the stage's bar; earlier stages stay as finished."""
+        if state.stage not in self._bars:
+            for bar in self._bars.values():
+                done = self._progress.tasks[bar].completed
+                self._progress.update(bar, total=done or 1, completed=done or 1)
+            self._bars[state.stage] = self._progress.add_task(state.stage, total=state.total, news="")
+        self._progress.update(self._bars[state.stage], completed=state.done, total=state.total, news=state.news)
+
+    def note(self, text: str) -> None:
+        """Show a line that stays above the bars."""
+        if self._enabled:
+            self._progress.console.print(text, markup=False)
+
+
+def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None) -> Table:
+    """Published plans, one a row."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name, justify in (
+        ("id", "right"),
+        ("plan", "left"),
+        ("layers", "left"),
+        ("accuracy", "right"),
+        ("difference to dense (points)", "right"),
+        ("measured speed-up", "right"),
+        ("KV cache", "right"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=name in ("id", "plan"))  # type: ignore[arg-type]
+    for plan in plans:
+        marked = best is not None and plan.id == best.id
+        table.add_row(
+            f"{'→ ' if marked else ''}{plan.id}",
+            coloured(plan.plan),
+            describe_layers(plan.plan),
+            f"{plan.accuracy:.3f} [{plan.accuracy_low:.3f}, {plan.accuracy_high:.3f}]",
+            f"{100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, {100 * plan.difference_high:+.2f}]",
+            f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
+            f"{plan.kv_cache_bytes / plan.dense_kv_cache_bytes:.0%}" if plan.dense_kv_cache_bytes else "",
+            style="bold" if marked else None,
+        )
+    return table
+
+
+def coloured(plan: str) -> Text:
+    """A plan's letters in colours."""
+    text = Text()
+    for letter in plan:
+        text.append(letter, style=ACTION_STYLES.get(letter, ""))
+    return text
+
+
+def describe_layers(plan: str) -> str:
+    """The layers that do other than run, for example ``"skip 2 3 7"``."""
+    return "; ".join(f"{name} {' '.join(map(str, layers))}" for name, layers in layers_by_action(plan).items())
+
+
+def answer(plan: Plan) -> str:
+    """The best plan in a sentence."""
+    return (
+        f"Best: plan {plan.id}, {describe_layers(plan.plan)}: {plan.speedup:.2f} times as fast as dense "
+        f"({1000 * plan.dense_seconds:.1f} -> {1000 * plan.seconds:.1f} ms a request, {plan.workload}), accuracy "
+        f"{plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n} held-out samples."
+    )

@@ -1,0 +1,17 @@
+"""The path of a job, station by station. Each persists what it produced; a resumed job passes finished ones through."""
+
+from __future__ import annotations
+
+from optimizer.stages import measure, profile, publish, score, search, verify
+from optimizer.stages.context import JobContext
+from optimizer.stages.publish import Published
+
+
+def run(context: JobContext) -> Published:
+    """Take a claimed job from the model to published plans. Raises JobFailed when a station cannot be passed."""
+    latency = profile.run(context)
+    redundancy = score.run(context)
+    outcome = search.run(context, latency, redundancy)
+    verdicts = verify.run(context, outcome)
+    measured = measure.run(context, verdicts)
+    return publish.run(context, verdicts, measured)

@@ -1,0 +1,120 @@
+"""What every stage works with: the claimed job, its inputs, the workers, the database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from optimizer.errors import Fault
+from optimizer.inputs import Inputs, task_hash
+from optimizer.job import JobSpec
+from optimizer.progress import Progress
+from storage import measurements, stages
+from storage.database import Database
+from storage.jobs import Job
+from workers.messages import Failure, Reply, Request, WorkerInfo, Workload
+from workers.tasks import Task
+
+if TYPE_CHECKING:
+    from workers.pool import WorkerPool
+
+T = TypeVar("T")
+
+
+class JobFailed(Fault):
+    """The job cannot be done, for a reason that another attempt would meet too."""
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """One claimed job on its way through the stages."""
+
+    db: Database
+    job: Job
+    inputs: Inputs
+    pool: WorkerPool
+    progress: Progress
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job's specification."""
+        return self.inputs.spec
+
+    @property
+    def task(self) -> Task:
+        """The job's task."""
+        return self.inputs.task
+
+    @cached_property
+    def worker(self) -> WorkerInfo:
+        """What the first worker says about the model; all workers hold the same one."""
+        return self.pool.info[0]
+
+    @property
+    def workload(self) -> Workload:
+        """The serving situation that latency is measured for."""
+        return Workload(self.spec.workload.batch_size, self.spec.workload.new_tokens)
+
+    @property
+    def workload_name(self) -> str:
+        """The workload as the database names it."""
+        return workload_name(self.workload)
+
+    @cached_property
+    def model_id(self) -> int:
+        """The model's row."""
+        return measurements.ensure_model(
+            self.db,
+            name=self.spec.model.path,
+            revision=self.spec.model.revision,
+            fingerprint=self.worker.model_fingerprint,
+            family=self.worker.model_family,
+            num_layers=self.worker.num_layers,
+            parameters=self.worker.parameters,
+        )
+
+    @cached_property
+    def task_id(self) -> int:
+        """The task's row."""
+        return measurements.ensure_task(
+            self.db,
+            name=self.task.name,
+            data_hash=task_hash(self.task),
+            split_seed=self.task.spec.splits.seed,
+            calibration_size=len(self.task.calibration),
+            search_size=len(self.task.search),
+            held_out_size=len(self.task.held_out),
+        )
+
+    @cached_property
+    def settings(self) -> str:
+        """What else a score depends on; evaluations of other jobs are only reused under the same settings."""
+        device = "cpu" if "thread" in self.worker.device else self.worker.device
+        versions = " ".join(f"{name}={version}" for name, version in sorted(self.worker.versions.items()))
+        return f"dtype={self.worker.dtype} attention={self.spec.model.attention} device={device} {versions}".strip()
+
+    def once(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
+        """What the stage produced, of type ``kind``: read back if an earlier attempt finished it, else computed."""
+        adapter: TypeAdapter[T] = TypeAdapter(kind)
+        recorded = stages.stages(self.db, self.job.id).get(stage)
+        if recorded is not None:
+            return adapter.validate_python(recorded.payload["value"])
+        value = compute()
+        stages.record_stage(self.db, self.job, stage, {"value": adapter.dump_python(value, mode="json")})
+        return value
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Send requests to the workers; yield index and reply as they arrive. Raises JobFailed for one that failed."""
+        for index, result in self.pool.run(requests):
+            if isinstance(result, Failure):
+                raise JobFailed(f"{type(result.request).__name__} failed: {result.reason}")
+            yield index, result
+
+
+def workload_name(workload: Workload) -> str:
+    """Canonical text of a workload, for example ``"batch 1, 4 new tokens"``."""
+    return f"batch {workload.batch_size}, {workload.new_tokens} new tokens"

@@ -1,0 +1,36 @@
+"""Station 1: how long every layer takes under every action, on this device and workload."""
+
+from __future__ import annotations
+
+from optimizer.stages.context import JobContext
+from storage import measurements
+from workers.messages import LatencyProfile, ProfileLatency
+
+
+def run(context: JobContext) -> LatencyProfile:
+    """Measure the profile on one worker while the others wait, or read it back."""
+    context.progress.begin("profile latency", 1)
+    profile = context.once("profile", LatencyProfile, lambda: _measure(context))
+    context.progress.advance(news=f"dense {profile.dense_seconds * 1000:.1f} ms a request")
+    return profile
+
+
+def _measure(context: JobContext) -> LatencyProfile:
+    ((_, profile),) = context.ask([ProfileLatency(actions=context.spec.letters, workload=context.workload)])
+    assert isinstance(profile, LatencyProfile)
+    device_id = measurements.ensure_device(context.db, name=profile.device)
+    measurements.record_latency(
+        context.db,
+        context.job,
+        measurements.LatencyProfile(
+            model_id=context.model_id,
+            task_id=context.task_id,
+            device_id=device_id,
+            workload=context.workload_name,
+            prompt_tokens=profile.prompt_tokens,
+            dense_seconds=profile.dense_seconds,
+            layer_seconds=profile.layer_seconds,
+            relative_error=profile.relative_error,
+        ),
+    )
+    return profile

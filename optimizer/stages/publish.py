@@ -1,0 +1,91 @@
+"""Station 6: store what was verified and measured, and say which plan is the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optimizer.job import ConstraintSpec
+from optimizer.space import touched
+from optimizer.stages.context import JobContext
+from optimizer.verification import Verdict
+from storage import measurements, plans
+from storage.plans import PlanFigures
+from workers.messages import LatencyComparison
+from workers.runtime import SkipPlan
+
+
+@dataclass(frozen=True)
+class Published:
+    """The ids of a job's published plans, and the one that meets the constraint at the largest measured speed-up."""
+
+    plan_ids: tuple[int, ...]
+    best: int | None
+
+
+def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[str, LatencyComparison]) -> Published:
+    """Publish every verified and measured plan, whether it meets the job's constraint or not."""
+    context.progress.begin("publish", 1)
+    published = context.once("publish", Published, lambda: _publish(context, verdicts, measured))
+    context.progress.advance()
+    return published
+
+
+def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[str, LatencyComparison]) -> Published:
+    constraint = context.spec.constraint
+    complete = [(verdict, measured[verdict.plan]) for verdict in verdicts if verdict.plan in measured]
+    if not complete:
+        return Published((), None)
+    device_id = measurements.ensure_device(context.db, name=complete[0][1].device)
+    rows = plans.publish(
+        context.db,
+        context.job,
+        model_id=context.model_id,
+        task_id=context.task_id,
+        device_id=device_id,
+        workload=context.workload_name,
+        figures=[figures(verdict, latency, constraint) for verdict, latency in complete],
+    )
+    feasible = [
+        row
+        for row, (verdict, latency) in zip(rows, complete, strict=True)
+        if verdict.accepted and fast_enough(latency, constraint)
+    ]
+    best = max(feasible, key=lambda row: (row.speedup, row.accuracy), default=None)
+    return Published(tuple(row.id for row in rows), None if best is None else best.id)
+
+
+def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
+    """Whether the measured speed-up is surely above the constraint's; a plan must at least surely be a gain."""
+    return latency.speedup_low >= constraint.min_speedup if constraint.min_speedup else latency.speedup_low > 1.0
+
+
+def figures(verdict: Verdict, latency: LatencyComparison, constraint: ConstraintSpec) -> PlanFigures:
+    """The published figures of a plan. Differences are accuracies less dense's, so a loss is negative."""
+    return PlanFigures(
+        plan=verdict.plan,
+        n=verdict.n,
+        accuracy=verdict.accuracy,
+        accuracy_low=verdict.accuracy_low,
+        accuracy_high=verdict.accuracy_high,
+        dense_accuracy=verdict.dense_accuracy,
+        difference=-verdict.drop,
+        difference_low=-verdict.drop_high,
+        difference_high=-verdict.drop_low,
+        confidence=verdict.confidence,
+        dense_seconds=latency.dense_seconds,
+        seconds=latency.plan_seconds,
+        speedup=latency.speedup,
+        speedup_low=latency.speedup_low,
+        speedup_high=latency.speedup_high,
+        dense_kv_cache_bytes=latency.kv_cache_bytes_dense,
+        kv_cache_bytes=latency.kv_cache_bytes_plan,
+        layers_touched=touched(SkipPlan.parse(verdict.plan)),
+        secondary={
+            "metrics": verdict.secondary,
+            "images": verdict.images,
+            "difference_confidence": verdict.drop_confidence,
+            "mcnemar_p": verdict.mcnemar_p,
+            "meets_constraint": verdict.accepted and fast_enough(latency, constraint),
+            "latency_pairs": latency.pairs,
+        },
+    )
