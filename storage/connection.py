@@ -49,10 +49,10 @@ def parse(url: str) -> URL:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "sqlite":
-        if parsed.database in (None, "", ":memory:"):
-            raise BadDatabaseURL("a database in memory would lose its jobs; give a file: sqlite:///path/to/file.db")
         if parsed.host:
             raise BadDatabaseURL(f"{hide_password(parsed)}: three slashes before a path, sqlite:///path/to/file.db")
+        if parsed.database in (None, "", ":memory:"):
+            raise BadDatabaseURL("a database in memory would lose its jobs; give a file: sqlite:///path/to/file.db")
     elif parsed.drivername != "postgresql+psycopg":
         raise BadDatabaseURL(f"database type {parsed.drivername!r} is not supported; {EXPECTED}")
     return parsed
@@ -61,7 +61,11 @@ def parse(url: str) -> URL:
 def hide_password(url: URL) -> str:
     """Write a URL for people: no password, neither in its place nor among the options."""
     secret = [key for key in url.query if key.lower() in _SECRET_OPTIONS]
-    return url.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+    return (
+        url.update_query_dict(dict.fromkeys(secret, "***"))
+        .render_as_string(hide_password=True)
+        .replace("+psycopg", "", 1)
+    )
 
 
 def check_file(url: URL, *, create: bool) -> bool:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm import Session
 
 from storage import connection, schema
-from storage.errors import Conflict, DatabaseError, OldSchema, UnreachableDatabase
+from storage.errors import Conflict, DatabaseError, OldSchema, StorageError, UnreachableDatabase
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,9 @@ class Database:
             yield
         except DBAPIError as error:
             raise connection.translate(error, self.engine.url) from error
+        except StatementError as error:
+            # What our column types refuse comes wrapped.
+            raise (error.orig if isinstance(error.orig, StorageError) else error) from None
 
     def _check_schema(self) -> None:
         """Refuse a schema that this version does not write."""

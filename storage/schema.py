@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import CheckConstraint, ForeignKey, Index, LargeBinary, MetaData, String, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from storage.types import Json, RowId, Text, UtcDateTime, database_now
+from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
 REVISION = "0001"
 """The migration that these tables correspond to."""
@@ -32,6 +32,7 @@ class Base(DeclarativeBase):
         str: Text(),
         datetime: UtcDateTime(),
         dict[str, Any]: Json(),
+        float: Real(),
         bytes: LargeBinary(),
     }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Dialect, Float, Integer, literal
+from sqlalchemy import BigInteger, Dialect, Double, Integer, literal
 from sqlalchemy import DateTime as SQLDateTime
 from sqlalchemy import Text as SQLText
 from sqlalchemy.ext.compiler import compiles
@@ -55,6 +56,19 @@ class Text(TypeDecorator[str]):
         return value.replace("\x00", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+class Real(TypeDecorator[float]):
+    """A finite number; SQLite would store a NaN as NULL, and PostgreSQL would sort it above everything."""
+
+    impl = Double
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
+        """Refuse NaN and infinities."""
+        if value is not None and not math.isfinite(value):
+            raise InvalidValue(f"{value} cannot be stored as a measurement")
+        return value
+
+
 class Json(TypeDecorator[Any]):
     """JSON with its order of keys kept; NaN and infinities are refused, because JSON has none."""
 
@@ -77,7 +91,7 @@ class database_now(FunctionElement[datetime]):  # noqa: N801  (an SQL function, 
     inherit_cache = True
 
     def __init__(self, seconds: float = 0.0) -> None:
-        super().__init__(literal(float(seconds), Float()))
+        super().__init__(literal(float(seconds), Double()))
 
 
 @compiles(database_now, "sqlite")

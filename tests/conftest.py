@@ -1,4 +1,4 @@
-"""Databases for all tests: a fresh one for each, on both engines."""
+"""Databases for all tests: an empty one for each, on both engines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 from storage.database import Database
+from storage.schema import Base
 
 _numbers = itertools.count()
 
@@ -54,16 +55,6 @@ def _database_url(admin_url: str, name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgresql_template(postgresql_admin_url: str) -> Iterator[str]:
-    """A migrated database to copy: faster than migrating each."""
-    name = f"skipplan_template_{os.getpid()}"
-    _as_admin(postgresql_admin_url, "CREATE DATABASE {}", name)
-    Database.open(_database_url(postgresql_admin_url, name), migrate=True).close()
-    yield name
-    _as_admin(postgresql_admin_url, "DROP DATABASE {} WITH (FORCE)", name)
-
-
-@pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated file to copy."""
     path = tmp_path_factory.mktemp("sqlite") / "template.db"
@@ -71,38 +62,53 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _fresh(request: pytest.FixtureRequest, *, migrated: bool) -> Iterator[str]:
-    if request.param == "sqlite":
-        path = request.getfixturevalue("tmp_path") / "skipplan.db"
-        if migrated:
-            shutil.copy(request.getfixturevalue("sqlite_template"), path)
-        yield f"sqlite:///{path}"
-        return
-    admin_url = request.getfixturevalue("postgresql_admin_url")
-    template = request.getfixturevalue("postgresql_template") if migrated else "template1"
+def _fresh_database(admin_url: str, template: str) -> Iterator[str]:
     name = f"skipplan_test_{os.getpid()}_{next(_numbers)}"
     _as_admin(admin_url, "CREATE DATABASE {} TEMPLATE {}", name, template)
     yield _database_url(admin_url, name)
     _as_admin(admin_url, "DROP DATABASE {} WITH (FORCE)", name)
 
 
+@pytest.fixture(scope="session")
+def postgresql_database(postgresql_admin_url: str) -> Iterator[Database]:
+    """A migrated database that tests share one after the other."""
+    for url in _fresh_database(postgresql_admin_url, "template1"):
+        with Database.open(url, migrate=True) as database:
+            yield database
+
+
+def _emptied(database: Database) -> str:
+    """Delete all rows: ten times faster than another database."""
+    with database.transaction() as session:
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(table.delete())
+    return database.engine.url.render_as_string(hide_password=False)
+
+
 _ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
 
 
 @pytest.fixture(params=_ENGINES)
-def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a fresh database with the current schema, on each engine."""
-    yield from _fresh(request, migrated=True)
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database with the current schema, on each engine; tests must leave the schema as it is."""
+    if request.param == "postgresql":
+        return _emptied(request.getfixturevalue("postgresql_database"))
+    path = request.getfixturevalue("tmp_path") / "skipplan.db"
+    shutil.copy(request.getfixturevalue("sqlite_template"), path)
+    return f"sqlite:///{path}"
 
 
 @pytest.fixture(params=_ENGINES)
 def empty_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of a database without any table (an SQLite file that is not there), on each engine."""
-    yield from _fresh(request, migrated=False)
+    if request.param == "postgresql":
+        yield from _fresh_database(request.getfixturevalue("postgresql_admin_url"), "template1")
+    else:
+        yield f"sqlite:///{request.getfixturevalue('tmp_path') / 'skipplan.db'}"
 
 
 @pytest.fixture
 def db(database_url: str) -> Iterator[Database]:
-    """A fresh open database, on each engine."""
+    """An empty open database, on each engine."""
     with Database.open(database_url) as database:
         yield database

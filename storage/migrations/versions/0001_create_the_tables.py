@@ -19,8 +19,8 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("details", sa.JSON(), nullable=False),
         sa.Column("created_at", Time, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_devices"),
-        sa.UniqueConstraint("name", name="uq_devices_name"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_devices")),
+        sa.UniqueConstraint("name", name=op.f("uq_devices_name")),
     )
     op.create_table(
         "jobs",
@@ -40,12 +40,13 @@ def upgrade() -> None:
         sa.Column("finished_at", Time, nullable=True),
         sa.CheckConstraint(
             "(state = 'running') = (owner IS NOT NULL AND lease_expires_at IS NOT NULL)",
-            name="ck_jobs_running_has_a_lease",
+            name=op.f("ck_jobs_running_has_a_lease"),
         ),
         sa.CheckConstraint(
-            "state IN ('queued', 'running', 'succeeded', 'infeasible', 'failed', 'cancelled')", name="ck_jobs_state"
+            "state IN ('queued', 'running', 'succeeded', 'infeasible', 'failed', 'cancelled')",
+            name=op.f("ck_jobs_state"),
         ),
-        sa.PrimaryKeyConstraint("id", name="pk_jobs"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
         sqlite_autoincrement=True,
     )
     op.create_index(
@@ -73,8 +74,8 @@ def upgrade() -> None:
         sa.Column("num_layers", sa.Integer(), nullable=False),
         sa.Column("parameters", RowId, nullable=False),
         sa.Column("created_at", Time, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_models"),
-        sa.UniqueConstraint("fingerprint", name="uq_models_fingerprint"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_models")),
+        sa.UniqueConstraint("fingerprint", name=op.f("uq_models_fingerprint")),
     )
     op.create_table(
         "tasks",
@@ -86,9 +87,15 @@ def upgrade() -> None:
         sa.Column("search_size", sa.Integer(), nullable=False),
         sa.Column("held_out_size", sa.Integer(), nullable=False),
         sa.Column("created_at", Time, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_tasks"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_tasks")),
         sa.UniqueConstraint(
-            "name", "data_hash", "split_seed", "calibration_size", "search_size", "held_out_size", name="uq_tasks_name"
+            "name",
+            "data_hash",
+            "split_seed",
+            "calibration_size",
+            "search_size",
+            "held_out_size",
+            name=op.f("uq_tasks_name"),
         ),
     )
     op.create_table(
@@ -111,18 +118,25 @@ def upgrade() -> None:
         sa.Column("failure", sa.Text(), nullable=True),
         sa.Column("reused_from", RowId, nullable=True),
         sa.Column("recorded_at", Time, nullable=False),
-        sa.CheckConstraint("(failure IS NULL) = (accuracy IS NOT NULL)", name="ck_evaluations_accuracy_or_failure"),
-        sa.CheckConstraint("accuracy BETWEEN 0 AND 1", name="ck_evaluations_accuracy_range"),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_evaluations_job_id_jobs", ondelete="CASCADE"),
+        sa.CheckConstraint(
+            "(failure IS NULL) = (accuracy IS NOT NULL)", name=op.f("ck_evaluations_accuracy_or_failure")
+        ),
+        sa.CheckConstraint("accuracy BETWEEN 0 AND 1", name=op.f("ck_evaluations_accuracy_range")),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_evaluations_job_id_jobs"), ondelete="CASCADE"),
         sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_evaluations_model_id_models", ondelete="RESTRICT"
+            ["model_id"], ["models.id"], name=op.f("fk_evaluations_model_id_models"), ondelete="RESTRICT"
         ),
         sa.ForeignKeyConstraint(
-            ["reused_from"], ["evaluations.id"], name="fk_evaluations_reused_from_evaluations", ondelete="SET NULL"
+            ["reused_from"],
+            ["evaluations.id"],
+            name=op.f("fk_evaluations_reused_from_evaluations"),
+            ondelete="SET NULL",
         ),
-        sa.ForeignKeyConstraint(["task_id"], ["tasks.id"], name="fk_evaluations_task_id_tasks", ondelete="RESTRICT"),
-        sa.PrimaryKeyConstraint("id", name="pk_evaluations"),
-        sa.UniqueConstraint("job_id", "plan", "compensation", "split", "rung", name="uq_evaluations_job_id"),
+        sa.ForeignKeyConstraint(
+            ["task_id"], ["tasks.id"], name=op.f("fk_evaluations_task_id_tasks"), ondelete="RESTRICT"
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_evaluations")),
+        sa.UniqueConstraint("job_id", "plan", "compensation", "split", "rung", name=op.f("uq_evaluations_job_id")),
     )
     op.create_index("ix_evaluations_known", "evaluations", ["model_id", "task_id", "split_hash", "plan", "rung"])
     op.create_index("ix_evaluations_reused_from", "evaluations", ["reused_from"])
@@ -132,8 +146,8 @@ def upgrade() -> None:
         sa.Column("job_id", RowId, nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.Double(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_counters_job_id_jobs", ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("job_id", "name", name="pk_job_counters"),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_counters_job_id_jobs"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("job_id", "name", name=op.f("pk_job_counters")),
     )
     op.create_table(
         "job_events",
@@ -144,8 +158,8 @@ def upgrade() -> None:
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("message", sa.Text(), nullable=False),
         sa.Column("data", sa.JSON(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_events_job_id_jobs", ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("id", name="pk_job_events"),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_events_job_id_jobs"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_job_events")),
     )
     op.create_index("ix_job_events_job_id", "job_events", ["job_id", "id"])
 
@@ -156,8 +170,8 @@ def upgrade() -> None:
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("payload", sa.JSON(), nullable=False),
         sa.Column("recorded_at", Time, nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_stages_job_id_jobs", ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("job_id", "stage", name="pk_job_stages"),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_stages_job_id_jobs"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("job_id", "stage", name=op.f("pk_job_stages")),
     )
     op.create_table(
         "latency_profiles",
@@ -173,18 +187,20 @@ def upgrade() -> None:
         sa.Column("relative_error", sa.Double(), nullable=False),
         sa.Column("measured_at", Time, nullable=False),
         sa.ForeignKeyConstraint(
-            ["device_id"], ["devices.id"], name="fk_latency_profiles_device_id_devices", ondelete="RESTRICT"
-        ),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_latency_profiles_job_id_jobs", ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_latency_profiles_model_id_models", ondelete="RESTRICT"
+            ["device_id"], ["devices.id"], name=op.f("fk_latency_profiles_device_id_devices"), ondelete="RESTRICT"
         ),
         sa.ForeignKeyConstraint(
-            ["task_id"], ["tasks.id"], name="fk_latency_profiles_task_id_tasks", ondelete="RESTRICT"
+            ["job_id"], ["jobs.id"], name=op.f("fk_latency_profiles_job_id_jobs"), ondelete="SET NULL"
         ),
-        sa.PrimaryKeyConstraint("id", name="pk_latency_profiles"),
+        sa.ForeignKeyConstraint(
+            ["model_id"], ["models.id"], name=op.f("fk_latency_profiles_model_id_models"), ondelete="RESTRICT"
+        ),
+        sa.ForeignKeyConstraint(
+            ["task_id"], ["tasks.id"], name=op.f("fk_latency_profiles_task_id_tasks"), ondelete="RESTRICT"
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_latency_profiles")),
         sa.UniqueConstraint(
-            "job_id", "model_id", "task_id", "device_id", "workload", name="uq_latency_profiles_job_id"
+            "job_id", "model_id", "task_id", "device_id", "workload", name=op.f("uq_latency_profiles_job_id")
         ),
     )
     op.create_index(
@@ -199,9 +215,11 @@ def upgrade() -> None:
         sa.Column("revision", sa.Text(), nullable=False),
         sa.Column("short_name", sa.Text(), nullable=False),
         sa.Column("seen_at", Time, nullable=False),
-        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_model_names_model_id_models", ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("id", name="pk_model_names"),
-        sa.UniqueConstraint("model_id", "name", "revision", name="uq_model_names_model_id"),
+        sa.ForeignKeyConstraint(
+            ["model_id"], ["models.id"], name=op.f("fk_model_names_model_id_models"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_model_names")),
+        sa.UniqueConstraint("model_id", "name", "revision", name=op.f("uq_model_names_model_id")),
     )
     op.create_index("ix_model_names_name", "model_names", ["name", "seen_at"])
     op.create_index("ix_model_names_short_name", "model_names", ["short_name", "seen_at"])
@@ -239,16 +257,20 @@ def upgrade() -> None:
         sa.Column("contender", sa.Boolean(), nullable=False),
         sa.Column("published_at", Time, nullable=False),
         sa.CheckConstraint(
-            "accuracy BETWEEN 0 AND 1 AND dense_accuracy BETWEEN 0 AND 1", name="ck_plans_accuracy_range"
+            "accuracy BETWEEN 0 AND 1 AND dense_accuracy BETWEEN 0 AND 1", name=op.f("ck_plans_accuracy_range")
         ),
-        sa.CheckConstraint("difference_low <= difference_high", name="ck_plans_difference_interval"),
-        sa.CheckConstraint("speedup > 0 AND speedup_low <= speedup_high", name="ck_plans_speedup_interval"),
-        sa.ForeignKeyConstraint(["device_id"], ["devices.id"], name="fk_plans_device_id_devices", ondelete="RESTRICT"),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_plans_job_id_jobs", ondelete="CASCADE"),
-        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_plans_model_id_models", ondelete="RESTRICT"),
-        sa.ForeignKeyConstraint(["task_id"], ["tasks.id"], name="fk_plans_task_id_tasks", ondelete="RESTRICT"),
-        sa.PrimaryKeyConstraint("id", name="pk_plans"),
-        sa.UniqueConstraint("job_id", "plan", "compensation", "device_id", "workload", name="uq_plans_job_id"),
+        sa.CheckConstraint("difference_low <= difference_high", name=op.f("ck_plans_difference_interval")),
+        sa.CheckConstraint("speedup > 0 AND speedup_low <= speedup_high", name=op.f("ck_plans_speedup_interval")),
+        sa.ForeignKeyConstraint(
+            ["device_id"], ["devices.id"], name=op.f("fk_plans_device_id_devices"), ondelete="RESTRICT"
+        ),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_plans_job_id_jobs"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["model_id"], ["models.id"], name=op.f("fk_plans_model_id_models"), ondelete="RESTRICT"
+        ),
+        sa.ForeignKeyConstraint(["task_id"], ["tasks.id"], name=op.f("fk_plans_task_id_tasks"), ondelete="RESTRICT"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_plans")),
+        sa.UniqueConstraint("job_id", "plan", "compensation", "device_id", "workload", name=op.f("uq_plans_job_id")),
         sqlite_autoincrement=True,
     )
     op.create_index("ix_plans_accuracy", "plans", ["model_id", "task_id", "accuracy"])
@@ -293,15 +315,15 @@ def upgrade() -> None:
         sa.Column("n", RowId, nullable=False),
         sa.Column("measured_at", Time, nullable=False),
         sa.ForeignKeyConstraint(
-            ["job_id"], ["jobs.id"], name="fk_redundancy_measurements_job_id_jobs", ondelete="SET NULL"
+            ["job_id"], ["jobs.id"], name=op.f("fk_redundancy_measurements_job_id_jobs"), ondelete="SET NULL"
         ),
         sa.ForeignKeyConstraint(
-            ["model_id"], ["models.id"], name="fk_redundancy_measurements_model_id_models", ondelete="RESTRICT"
+            ["model_id"], ["models.id"], name=op.f("fk_redundancy_measurements_model_id_models"), ondelete="RESTRICT"
         ),
         sa.ForeignKeyConstraint(
-            ["task_id"], ["tasks.id"], name="fk_redundancy_measurements_task_id_tasks", ondelete="RESTRICT"
+            ["task_id"], ["tasks.id"], name=op.f("fk_redundancy_measurements_task_id_tasks"), ondelete="RESTRICT"
         ),
-        sa.PrimaryKeyConstraint("id", name="pk_redundancy_measurements"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_redundancy_measurements")),
         sa.UniqueConstraint(
             "model_id",
             "task_id",
@@ -309,7 +331,7 @@ def upgrade() -> None:
             "name",
             "token_group",
             "layer",
-            name="uq_redundancy_measurements_model_id",
+            name=op.f("uq_redundancy_measurements_model_id"),
         ),
     )
     op.create_index("ix_redundancy_measurements_job_id", "redundancy_measurements", ["job_id"])
