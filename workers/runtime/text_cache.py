@@ -30,8 +30,6 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
     samples with fewer text tokens. Tokens stored after them (generated ones) are the last of the sequence in order.
     """
 
-    is_compileable = False
-
     def __init__(self, replaced: Any) -> None:
         super().__init__()
         self.window: int | None = None
@@ -77,6 +75,11 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         if self.static_length is not None and self.length + query_length <= self.window:
             return self.window, offset
         return self.length + query_length, offset
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether masks must be made as for a static cache (this layer itself grows)."""
+        return self.static_length is not None
 
     def get_max_length(self) -> int:
         """The most tokens the replaced layer could hold, -1 for no limit."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .edits import Edits
 from .locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters
 from .plan import Action
 from .text_cache import (
@@ -47,11 +48,7 @@ class TokenLayer:
         self._parameters = tuple(name for name, own in named.items() if own.kind is own.POSITIONAL_OR_KEYWORD)
         self._cache_name = argument_name(layer, CACHE_ARGUMENTS) or CACHE_ARGUMENTS[0]
         self._mask_name = argument_name(layer, MASK_ARGUMENTS) or MASK_ARGUMENTS[0]
-        self._query_projections = tuple(
-            module
-            for name, module in layer.named_modules()
-            if name.rsplit(".", 1)[-1] in QUERY_PROJECTIONS and isinstance(module, nn.Linear)
-        )
+        self._query_projections = _query_projections(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; hidden states are ``[..., batch, tokens, hidden]``, as are those returned."""
@@ -192,22 +189,35 @@ def _text_columns(mask: Tensor | None, rows: TokenRows) -> Tensor | None:
     return select_columns(mask, columns.clamp(min=0), columns < 0)
 
 
+class _NoQueries(nn.Module):
+    """Stands in for a query projection whose result nobody reads: zeros of the right shape, for free."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Zeros ``[..., width]`` for states ``[..., hidden]``, without storage of their own."""
+        return states.new_zeros(()).expand(*states.shape[:-1], self._width)
+
+
+def _query_projections(layer: nn.Module) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
+    """Separate query projections: the module that holds each, its name there, and what stands in for it."""
+    return tuple(
+        (parent, name, _NoQueries(child.out_features))
+        for parent in layer.modules()
+        for name, child in parent.named_children()
+        if name in QUERY_PROJECTIONS and isinstance(child, nn.Linear)
+    )
+
+
 @contextmanager
-def _without_queries(projections: tuple[nn.Module, ...]) -> Iterator[None]:
-    """Let query projections give zeros of the right shape for free: nobody reads them."""
-
-    def zeros(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        width = int(module.out_features)  # type: ignore[arg-type]
-        return lambda states: states.new_zeros(()).expand(*states.shape[:-1], width)
-
-    saved = [(module, module.__dict__.get("forward")) for module in projections]
-    for module in projections:
-        module.__dict__["forward"] = zeros(module)
+def _without_queries(projections: tuple[tuple[nn.Module, str, nn.Module], ...]) -> Iterator[None]:
+    """Let query projections give zeros for free, hooks on them included."""
+    edits = Edits()
+    for parent, name, substitute in projections:
+        edits.set_item(parent._modules, name, substitute)
     try:
         yield
     finally:
-        for module, forward in saved:
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
+        edits.undo()
