@@ -76,15 +76,15 @@ def check_file(url: URL, *, create: bool) -> bool:
     if url.drivername != "sqlite":
         return False
     path = Path(str(url.database))
-    if path.is_dir():
-        raise NotADatabase(f"{path} is a directory; give a file: sqlite:///{path}/skipplan.db")
-    if not path.parent.is_dir():
-        raise UnreachableDatabase(f"cannot create {path}: the directory {path.parent} does not exist")
-    if not path.exists():
-        if not create:
-            raise UnreachableDatabase(f"there is no database at {path}; a first job creates it")
-        return True
     try:
+        if path.is_dir():
+            raise NotADatabase(f"{path} is a directory; give a file: sqlite:///{path}/skipplan.db")
+        if not path.parent.is_dir():
+            raise UnreachableDatabase(f"cannot create {path}: the directory {path.parent} does not exist")
+        if not path.exists():
+            if not create:
+                raise UnreachableDatabase(f"there is no database at {path}; a first job creates it")
+            return True
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:
