@@ -1,0 +1,89 @@
+"""The reference architecture: a genuine Hugging Face LLaVA, a CLIP vision tower and a Llama backbone, made small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from workers.reference.tokenizer import IMAGE, LONGEST_TEXT, PATCH_SIZE
+from workers.tasks.scenes import IMAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the two transformers; the defaults are the shipped model's."""
+
+    vision_width: int = 128
+    vision_layers: int = 6
+    vision_heads: int = 4
+    vision_inner: int = 512
+    text_width: int = 192
+    text_layers: int = 12
+    text_heads: int = 6
+    text_inner: int = 512
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens of an image: one for each patch."""
+        return (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+
+def vision_config(architecture: Architecture) -> CLIPVisionConfig:
+    """Configuration of the vision tower alone."""
+    return CLIPVisionConfig(
+        hidden_size=architecture.vision_width,
+        intermediate_size=architecture.vision_inner,
+        num_hidden_layers=architecture.vision_layers,
+        num_attention_heads=architecture.vision_heads,
+        projection_dim=architecture.vision_width,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, architecture: Architecture, seed: int
+) -> LlavaForConditionalGeneration:
+    """A randomly initialised float32 model; the same seed gives the same weights."""
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.text_width,
+        intermediate_size=architecture.text_inner,
+        num_hidden_layers=architecture.text_layers,
+        num_attention_heads=architecture.text_heads,
+        num_key_value_heads=architecture.text_heads,
+        max_position_embeddings=LONGEST_TEXT,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config(architecture),
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=architecture.vision_tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=32,
+    )
+    return model
