@@ -19,7 +19,7 @@ Batches = Iterator[tuple[PackedBatch, torch.Tensor]]
 
 
 class SecondHalf:
-    """A process that computes the gradient of its own batches with the model's present weights.
+    """A process that computes the gradient of its own batches with the model's present weights. Use it in a `with`.
 
     build: called in the new process; returns a model of the same architecture and the batches, one for each step.
     threads: torch threads of the new process.
@@ -63,9 +63,12 @@ class SecondHalf:
             at += weight.numel()
         return loss
 
-    def close(self) -> None:
-        """End the other process."""
-        self._connection.send(False)
+    def __enter__(self) -> SecondHalf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the other process, also where this one was interrupted within a step."""
+        self._connection.close()
         self._process.join()
 
 
@@ -93,7 +96,9 @@ def _serve(
     model.to(weights.dtype).train()
     _place(model, weights)
     for batch, pixels in batches:
-        if not connection.recv():
+        try:
+            connection.recv()
+        except EOFError:
             return
         model.zero_grad(set_to_none=True)
         loss = answer_loss(model, batch, pixels)
@@ -106,4 +111,3 @@ def _serve(
             out=gradients,
         )
         connection.send(loss.item())
-    connection.recv()

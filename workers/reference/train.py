@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,8 @@ FIRST_PACKED_SCENE = 400_000
 
 FIRST_DEVELOPMENT_SCENE = 990_000
 """Scenes that neither stage trains on, for choices made during development."""
+
+_REPORT_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,11 @@ def train_model(
     training: Training,
     architecture: Architecture,
     output: Path,
+    images: list[EasyVqaImage],
+    development: Mapping[str, DevelopmentSet],
 ) -> dict[str, float]:
     """Stage 2. Saves its state every `save_every` steps and the finished checkpoint in `output`; returns accuracies."""
     packer = Packer(processor, architecture.vision_tokens)
-    images = easy_vqa_training_images()
-    labelled = label_easy_vqa(images)
-    development = development_sets(packer, training)
     schedule = Schedule(training.rate, warmup=min(150, training.steps), total=training.steps)
     optimiser = Optimiser(model, schedule, slow={"model.vision_tower.": training.tower_rate})
     state_file = output / "state.pt"
@@ -172,31 +173,32 @@ def train_model(
         optimiser.restore(torch.load(state_file, weights_only=True))
         log.info("going on from step %d", optimiser.step_number)
     first = optimiser.step_number
-    losses: list[tuple[float, float]] = []
+    batches = easy_batches(images, label_easy_vqa(images), packer, training, first)
+    scenes = partial(scene_half, architecture, training, first)
     accuracy: dict[str, float] = {}
+    losses: list[tuple[float, float]] = []
     model.train()
-    second = SecondHalf(model, partial(scene_half, architecture, training, first), torch.get_num_threads())
-    started = time.perf_counter()
-    for batch, pixels in easy_batches(images, labelled, packer, training, first):
-        second.begin()
-        loss = answer_loss(model, batch, pixels)
-        torch.autograd.backward(loss)
-        losses.append((loss.item(), second.finish()))
-        optimiser.step()
-        step = optimiser.step_number
-        if step % 20 == 0:
-            means = np.mean(losses, axis=0)
-            rate = (time.perf_counter() - started) / len(losses)
-            log.info("step %d: loss easy-vqa %.4f, scenes %.4f, %.2f s a step", step, means[0], means[1], rate)
-            losses, started = [], time.perf_counter()
-        if step % training.save_every == 0 or step == training.steps:
-            _save_state(optimiser, state_file)
-            finished = averaged_model(model, optimiser)
-            accuracy = {name: entry.accuracy(finished) for name, entry in development.items()}
-            log.info("step %d: development accuracy %s", step, {k: round(v, 4) for k, v in accuracy.items()})
-            save_checkpoint(finished, processor, output / "checkpoint")
-            started = time.perf_counter()
-    second.close()
+    with SecondHalf(model, scenes, torch.get_num_threads()) as second:
+        started = time.perf_counter()
+        for batch, pixels in batches:
+            second.begin()
+            loss = answer_loss(model, batch, pixels)
+            torch.autograd.backward(loss)
+            losses.append((loss.item(), second.finish()))
+            optimiser.step()
+            step = optimiser.step_number
+            if step % _REPORT_EVERY == 0:
+                easy, scene = np.mean(losses, axis=0)
+                rate = (time.perf_counter() - started) / len(losses)
+                log.info("step %d: loss easy-vqa %.4f, scenes %.4f, %.2f s a step", step, easy, scene, rate)
+            if step % training.save_every == 0 or step == training.steps:
+                _save_state(optimiser, state_file)
+                finished = averaged_model(model, optimiser)
+                save_checkpoint(finished, processor, output / "checkpoint")
+                accuracy = {name: entry.accuracy(finished) for name, entry in development.items()}
+                log.info("step %d: development accuracy %s", step, {k: round(v, 4) for k, v in accuracy.items()})
+            if step % _REPORT_EVERY == 0:
+                losses, started = [], time.perf_counter()
     return accuracy
 
 
@@ -265,7 +267,9 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(processor.tokenizer, architecture, options.seed)
     model.model.vision_tower.load_state_dict(tower, strict=True)
     torch.set_num_threads(max(1, options.threads // 2))
-    train_model(model, processor, training, architecture, options.output)
+    images = easy_vqa_training_images()
+    development = development_sets(Packer(processor, architecture.vision_tokens), training)
+    train_model(model, processor, training, architecture, options.output, images, development)
     return 0
 
 
