@@ -49,7 +49,12 @@ def assert_close(family: Family, found: Tensor, expected: Tensor, what: str) -> 
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest expected value; infinite when `found` has a NaN."""
-    if not torch.isfinite(found).all():
+    """Largest difference as a share of the largest expected value; infinite when `found` has a NaN.
+
+    Ids that a model rules out itself carry the smallest number of their type (chameleon): they only have to agree.
+    """
+    ruled_out = expected < -1e30
+    if not torch.isfinite(found).all() or not torch.equal(ruled_out, found < -1e30):
         return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max())
+    scale = expected.masked_fill(ruled_out, 0).abs().max()
+    return float((found - expected).masked_fill(ruled_out, 0).abs().max() / scale)

@@ -25,7 +25,7 @@ from transformers import (
     VipLlavaConfig,
 )
 
-from .tiny import IMAGE, IMAGE_END, IMAGE_START, LEFT_PADDING, PAD, VOCABULARY, Family, Seeds, flat, pixels, sliced
+from .tiny import BATCH, IMAGE, IMAGE_END, IMAGE_START, PAD, VOCABULARY, Family, Seeds, flat, pixels, sliced
 
 SIDE = 8
 TEXT: dict[str, Any] = {
@@ -372,7 +372,7 @@ FAMILIES = (
         8,
         stacked,
         (IMAGE_START, *FOUR, IMAGE_END),
-        traps={LEFT_PADDING: "temperature tuning counts the padding as positions"},
+        traps={BATCH: "temperature tuning counts the padding as positions"},
         saved_lists=_llama4_lists,
     ),
     Family(

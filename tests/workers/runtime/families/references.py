@@ -11,6 +11,7 @@ Generation runs the whole sequence again for every token.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,20 +73,23 @@ def reference_generation(
 Hook = Callable[..., Any]
 
 
-def _hidden_input(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    hidden = arguments[0] if arguments else keywords["hidden_states"]
-    assert isinstance(hidden, Tensor)
-    return hidden
+def _named(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a layer's call by name; some families pass the mask by position."""
+    names = [name for name in inspect.signature(type(layer).forward).parameters if name != "self"]
+    return {**dict(zip(names, arguments, strict=False)), **keywords}
 
 
 def _put_back(rows: Tensor) -> Hook:
-    """A forward hook that restores `rows` ([tokens], bool) of the hidden state [..., tokens, hidden] to the input."""
+    """A forward hook that restores `rows` ([tokens], bool) of a layer's hidden state to its input."""
 
     def hook(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        before = _hidden_input(arguments, keywords)
+        before = _named(layer, arguments, keywords)["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        assert after.shape == before.shape and after.shape[-2] == len(rows)
-        restored = torch.where(rows[:, None], before, after)
+        assert after.shape == before.shape
+        axis = next(axis for axis in (-2, 1, 2) if after.shape[axis] == len(rows))  # some have several streams
+        restored = torch.where(
+            rows.view([-1 if at == axis % after.dim() else 1 for at in range(after.dim())]), before, after
+        )
         return (restored, *output[1:]) if isinstance(output, tuple) else restored
 
     return hook
@@ -95,13 +99,13 @@ def _hide_vision_from_text(vision: Tensor) -> Hook:
     """A pre-hook that adds to the layer's additive mask [1, heads or 1, tokens, tokens]: no text row sees vision."""
 
     def hook(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        mask = keywords["attention_mask"]
+        named = _named(layer, arguments, keywords)
+        mask = named["attention_mask"]
         if not vision.any() or mask is None or mask.dim() != 4:
             return None
         assert mask.is_floating_point(), mask.dtype
         hidden = ~vision[:, None] & vision[None, :]
-        keywords["attention_mask"] = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-        return arguments, keywords
+        return (), {**named, "attention_mask": mask.masked_fill(hidden, torch.finfo(mask.dtype).min)}
 
     return hook
 
@@ -110,12 +114,12 @@ def _text_alone(vision: Tensor) -> Hook:
     """A forward hook for layers that mix tokens without attention: text rows as if vision tokens were not there."""
 
     def hook(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        mask = keywords["attention_mask"]
+        named = _named(layer, arguments, keywords)
+        hidden, mask = named["hidden_states"], named["attention_mask"]
         if not vision.any() or (mask is not None and mask.dim() == 4):
             return None
-        hidden = _hidden_input(arguments, keywords)
         assert isinstance(output, Tensor) and hidden.dim() == 3
-        others = {key: value for key, value in keywords.items() if key not in ("hidden_states", "attention_mask")}
+        others = {key: value for key, value in named.items() if key not in ("hidden_states", "attention_mask")}
         text = type(layer).forward(layer, hidden[:, ~vision], attention_mask=None, **others)
         return output.index_copy(1, (~vision).nonzero()[:, 0], text)
 

@@ -25,7 +25,7 @@ PAD = 0
 FIRST_TEXT_ID, LAST_TEXT_ID = 20, 89  # ids below and above are kept for placeholders and special tokens
 IMAGE, IMAGE_START, IMAGE_END, VIDEO = 90, 91, 92, 93
 
-LEFT_PADDING = "left padding"
+BATCH = "batch"
 TEXT_BESIDE_PICTURES = "text-only prompt beside pictures"
 RELOAD = "reload"
 """Keys of `Family.traps`."""
@@ -72,6 +72,8 @@ class Family:
     text_only: bool = True
     refused: Mapping[int, str] = field(default_factory=dict)
     may_refuse: Mapping[int, str] = field(default_factory=dict)
+    # Whether the runtime may decline the whole family, by a clear error.
+    may_be_unsupported: bool = False
     # Plans that cannot work although each of their actions could alone, and the rule that sorts them out.
     refused_plans: tuple[str, ...] = ()
     possible: Callable[[str], bool] = lambda plan: True
@@ -81,6 +83,7 @@ class Family:
     tolerance: float = 2e-5
     # What a reloaded pruned text config must say, from the kept layers' old indices.
     saved_lists: Callable[[tuple[int, ...]], dict[str, object]] = lambda kept: {}
+    attention: str = "sdpa"  # "eager" where the library offers nothing faster
     build: Callable[[PreTrainedConfig, str], PreTrainedModel] | None = None
     # What the dense model gets wrong in plain transformers, before anything is skipped; the value is the reason.
     traps: Mapping[str, str] = field(default_factory=dict)
@@ -114,9 +117,10 @@ def gaussian_weights(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter.copy_(noise / math.sqrt(max(fan_in, 1)))
 
 
-def build(family: Family, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+def build(family: Family, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
     """A float32 model of the family in evaluation mode; the same seed gives the same weights in every call."""
     config = family.config()
+    attention = attention or family.attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family.build is not None:
