@@ -1,0 +1,68 @@
+"""Running the command line in a process of its own, and the small job that the tests here share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+MODEL = "llava-12"
+
+JOB = """\
+model: {path: llava-12}
+task: easy-vqa
+actions: [skip]
+constraint: {max_accuracy_drop: 0.5}
+search: {evaluations: 6, batch: 6, finalists: 2, rungs: [16]}
+splits: {calibration: 8, search: 48, held_out: 160, unit: samples}
+workload: {new_tokens: 2}
+latency_seconds: 4
+latency_precision: 0.1
+cluster: {workers: 2}
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def command(directory: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 300) -> Ended:
+    """Run ``skipplan`` in a process of its own, in ``directory``."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("SKIPPLAN_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "optimizer.cli.main", *arguments],
+        cwd=directory,
+        env={**inherited, "PYTHONPATH": str(PROJECT), **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class FinishedJob:
+    """A job that ran to its end: where, and what it printed."""
+
+    directory: Path
+    job_file: Path
+    result: dict[str, Any]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        best: dict[str, Any] = self.result["best"]
+        return best
+
+    @property
+    def database_url(self) -> str:
+        return f"sqlite:///{self.directory / 'skipplan.db'}"

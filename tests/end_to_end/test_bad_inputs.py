@@ -1,0 +1,298 @@
+"""Bad inputs of every kind: the exit code, one line that names the field or file, no traceback, nothing stored."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from command_line import PROJECT, FinishedJob, command
+from PIL import Image
+
+from storage import measurements, plans
+from storage.database import Database
+
+JOB = """\
+model: {path: llava-12}
+task: task.yaml
+search: {evaluations: 2}
+cluster: {workers: 1}
+"""
+TASK = """\
+name: mine
+source: {kind: file, path: data.csv}
+prompt: "{question}"
+answer: {kind: short, max_new_tokens: 4}
+metric: exact_match
+splits: {calibration: 2, search: 2, held_out: 2}
+"""
+
+
+def no_change(directory: Path) -> None:
+    """Leave the directory as it is."""
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], None]:
+    """Overwrite a file."""
+
+    def change(directory: Path) -> None:
+        data = content.encode() if isinstance(content, str) else content
+        (directory / name).write_bytes(data)
+
+    return change
+
+
+def replace(name: str, old: str, new: str) -> Callable[[Path], None]:
+    """Replace text in a file that must hold it."""
+
+    def change(directory: Path) -> None:
+        text = (directory / name).read_text()
+        assert old in text
+        (directory / name).write_text(text.replace(old, new))
+
+    return change
+
+
+def append(text: str) -> Callable[[Path], None]:
+    """Append to the job file."""
+    return lambda directory: (directory / "job.yaml").write_text(JOB + text) and None
+
+
+def model_directory(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Let the job use a copy of the reference model that was changed."""
+
+    def prepare(directory: Path) -> None:
+        shutil.copytree(PROJECT / "configs" / "reference" / "llava-12", directory / "model")
+        change(directory / "model")
+        replace("job.yaml", "llava-12", "./model")(directory)
+
+    return prepare
+
+
+def truncate_weights(model: Path) -> None:
+    (weights,) = model.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+
+
+def only_pickled_weights(model: Path) -> None:
+    for weights in model.glob("*.safetensors"):
+        weights.rename(model / "pytorch_model.bin")
+
+
+RUN = ("run", "job.yaml")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    code: int
+    words: tuple[str, ...]
+    change: Callable[[Path], None] = no_change
+    arguments: tuple[str, ...] = RUN
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+CASES = [
+    # job files
+    Case("no such job file", 2, ("nothing.yaml", "no such job file"), arguments=("run", "nothing.yaml")),
+    Case("job file is a directory", 2, ("images", "is a directory"), arguments=("run", "images")),
+    Case("not YAML", 2, ("job.yaml", "line 2", "not valid YAML"), write("job.yaml", "model: x\n  task: [")),
+    Case("not a mapping", 2, ("job.yaml", "mapping"), write("job.yaml", "- a\n- b\n")),
+    Case("not text", 2, ("job.yaml", "UTF-8"), write("job.yaml", b"\xff\xfe\x00\x80")),
+    Case("empty", 2, ("job.yaml", "mapping"), write("job.yaml", "")),
+    Case("unknown field", 2, ("serch", "did you mean 'search'"), append("serch: {}\n")),
+    Case(
+        "unknown nested field", 2, ("constraint.max_drop", "max_accuracy_drop"), append("constraint: {max_drop: 1}\n")
+    ),
+    Case("field twice", 2, ("'task' is given twice", "line 5"), append("task: easy-vqa\n")),
+    Case("no model", 2, ("model", "missing"), replace("job.yaml", "model: {path: llava-12}\n", "")),
+    Case("model is a number", 2, ("model", "mapping", "path"), replace("job.yaml", "{path: llava-12}", "5")),
+    Case("evaluations is a word", 2, ("search.evaluations", "'many'"), replace("job.yaml", "ns: 2", "ns: many")),
+    Case(
+        "no evaluations", 2, ("search.evaluations", "greater than or equal to 1"), replace("job.yaml", "ns: 2", "ns: 0")
+    ),
+    Case("drop in points", 2, ("constraint.max_accuracy_drop", "3"), append("constraint: {max_accuracy_drop: 3}\n")),
+    Case("certain", 2, ("constraint.confidence", "less than 1"), append("constraint: {confidence: 1.0}\n")),
+    Case("unknown action", 2, ("actions", "'skip'", "'skp'", "did you mean 'skip'"), append("actions: [skp]\n")),
+    Case("no action", 2, ("actions",), append("actions: []\n")),
+    Case("unknown sampler", 2, ("search.sampler", "'tpe'"), replace("job.yaml", "ns: 2", "ns: 2, sampler: tpr")),
+    Case("rungs shrink", 2, ("search.rungs", "grow"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [9, 3]")),
+    Case("rung too large", 2, ("search.rungs", "2 samples"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [900]")),
+    Case(
+        "code in YAML", 2, ("not valid YAML", "constructor"), append("database: !!python/object/apply:os.getcwd []\n")
+    ),
+    Case("workers by environment", 2, ("cluster.workers",), environment={"SKIPPLAN_CLUSTER_WORKERS": "several"}),
+    Case("protected layer that is not there", 2, ("protect", "layer 99", "0..11"), append("protect: [99]\n")),
+    # tasks
+    Case("unknown task", 2, ("nothing", "easy-vqa", "scenes"), replace("job.yaml", "task.yaml", "nothing")),
+    Case("task field unknown", 2, ("task.yaml", "metrics"), replace("task.yaml", "metric:", "metrics:")),
+    Case("unknown metric", 2, ("metric", "exact_match"), replace("task.yaml", "exact_match", "exactly")),
+    Case("unknown placeholder", 2, ("prompt", "{question}"), replace("task.yaml", "{question}", "{query}")),
+    Case("splits too large", 2, ("splits", "too few images"), replace("task.yaml", "search: 2", "search: 2000")),
+    Case("no such data file", 2, ("data.tsv",), replace("task.yaml", "data.csv", "data.tsv")),
+    Case("no such column", 2, ("data.csv", "'answers'", "answer"), replace("data.csv", "answers", "answer")),
+    Case("empty cell", 2, ("data.csv", "row 1", "question"), replace("data.csv", "what is 0?", "")),
+    # images
+    Case("image missing", 2, ("3.png", "row 4"), lambda directory: (directory / "images" / "3.png").unlink()),
+    Case("image corrupt", 2, ("3.png", "cannot be decoded"), write("images/3.png", b"\x89PNG\r\n\x1a\n and no more")),
+    Case("image is text", 2, ("3.png", "cannot be decoded"), write("images/3.png", "a red circle")),
+    # models
+    Case("unknown model", 2, ("./nothing", "llava-12"), replace("job.yaml", "llava-12", "./nothing")),
+    Case("model without config", 2, ("config.json",), model_directory(lambda model: (model / "config.json").unlink())),
+    Case("corrupt config", 2, ("config.json",), model_directory(write("config.json", "{"))),
+    Case("truncated weights", 2, ("safetensors",), model_directory(truncate_weights)),
+    Case("pickled weights", 2, ("safetensors",), model_directory(only_pickled_weights)),
+    # databases and clusters
+    Case("database type", 4, ("mysql",), environment={"SKIPPLAN_DATABASE": "mysql://u:secret@host/db"}),
+    Case("database URL", 4, ("URL",), arguments=("--database", "nonsense", *RUN)),
+    Case(
+        "no database server",
+        4,
+        ("127.0.0.1",),
+        environment={"SKIPPLAN_DATABASE": "postgresql://u:secret@127.0.0.1:9/d"},
+    ),
+    Case("no directory for the database", 4, ("no/where",), arguments=(*RUN, "--database", "sqlite:///no/where/x.db")),
+    Case("not a database", 4, ("data.csv",), arguments=(*RUN, "--database", "sqlite:///data.csv")),
+    Case("no database yet", 4, ("other.db",), arguments=("--database=sqlite:///other.db", "jobs")),
+    Case("no cluster", 4, ("127.0.0.1:9", "nothing answers"), environment={"SKIPPLAN_CLUSTER_ADDRESS": "127.0.0.1:9"}),
+    Case("cluster address", 4, ("cluster", "host:port"), environment={"SKIPPLAN_CLUSTER_ADDRESS": "somewhere"}),
+    Case("cluster too small", 4, ("4000", "CPU"), environment={"SKIPPLAN_CLUSTER_WORKERS": "4000"}),
+    # plans and options
+    Case("unknown plan", 2, ("plan 77",), arguments=("export", "77", "--output", "out")),
+    Case("plan is no number", 2, ("PLAN", "'best'"), arguments=("export", "best", "--output", "out")),
+    Case("no plan named", 2, ("--model", "--task"), arguments=("export", "--output", "out")),
+    Case(
+        "unknown format",
+        2,
+        ("zip", "plan, checkpoint"),
+        arguments=("export", "1", "--format", "zip", "--output", "out"),
+    ),
+    Case("no output", 2, ("--output",), arguments=("export", "1")),
+    Case("output below a file", 2, ("job.yaml/x",), arguments=("export", "1", "--output", "job.yaml/x")),
+    Case(
+        "unknown model in the database",
+        2,
+        ("llava-13", "llava-12"),
+        arguments=("best", "--model", "llava-13", "--task", "t"),
+    ),
+    Case(
+        "unknown task in the database",
+        2,
+        ("easy", "easy-vqa"),
+        arguments=("best", "--model", "llava-12", "--task", "easy"),
+    ),
+    Case("drop in points for best", 2, ("max-accuracy-drop",), arguments=("best", "--max-accuracy-drop", "3")),
+    Case("unknown state", 2, ("done", "succeeded"), arguments=("jobs", "--state", "done")),
+    Case("unknown command", 2, ("rnu",), arguments=("rnu", "job.yaml")),
+    Case("unknown option", 2, ("--fast",), arguments=(*RUN, "--fast")),
+]
+
+
+@pytest.fixture
+def directory(finished_job: FinishedJob, tmp_path: Path) -> Path:
+    """A good job on a small task of its own, beside a database that holds a finished job."""
+    shutil.copy(finished_job.directory / "skipplan.db", tmp_path)
+    (tmp_path / "images").mkdir()
+    rows = ["image,question,answers"]
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+        rows.append(f"images/{number}.png,what is {number}?,red")
+    (tmp_path / "data.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "task.yaml").write_text(TASK)
+    (tmp_path / "job.yaml").write_text(JOB)
+    return tmp_path
+
+
+def contents(directory: Path) -> list[str]:
+    """Everything the database holds."""
+    with sqlite3.connect(directory / "skipplan.db") as connection:
+        return list(connection.iterdump())
+
+
+def listing(directory: Path) -> list[str]:
+    """The files that are there, SQLite's own beside a database left out."""
+    return sorted(path.name for path in directory.iterdir() if not path.name.endswith(("-wal", "-shm")))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input(case: Case, directory: Path):
+    case.change(directory)
+    before, files = contents(directory), listing(directory)
+    ended = command(directory, *case.arguments, environment=case.environment)
+    assert ended.code == case.code, ended.errors
+    assert ended.output == ""
+    assert len(ended.errors.splitlines()) == 1, ended.errors
+    for word in case.words:
+        assert word in ended.errors
+    assert "Traceback" not in ended.errors and "secret" not in ended.errors
+    assert contents(directory) == before
+    assert listing(directory) == files
+
+
+def test_debug_shows_the_traceback(directory: Path):
+    ended = command(directory, "run", "nothing.yaml", "--debug")
+    assert ended.code == 2 and "Traceback" in ended.errors
+    assert ended.errors.splitlines()[-1] == "skipplan: nothing.yaml: no such job file"
+
+
+def test_a_constraint_nobody_can_meet(directory: Path):
+    append("constraint: {min_speedup: 900}\n")(directory)
+    ended = command(directory, *RUN)
+    assert ended.code == 3
+    assert len(ended.errors.splitlines()) == 1 and "dense model is the answer" in ended.errors
+    assert "infeasible" in command(directory, "jobs", "--json").output
+    again = command(directory, *RUN, timeout=60)
+    assert again.code == 3 and "dense model is the answer" in again.errors
+
+
+def frozen_plan(directory: Path) -> plans.Plan:
+    """A plan with a frozen layer, imported beside the job's own."""
+    with Database.open(f"sqlite:///{directory / 'skipplan.db'}", create=False) as db:
+        known = plans.list_plans(db)[0]
+        figures = plans.PlanFigures(
+            plan="F" + "R" * 11,
+            n=10,
+            accuracy=0.9,
+            accuracy_low=0.8,
+            accuracy_high=1.0,
+            dense_accuracy=0.9,
+            difference=0.0,
+            difference_low=-0.1,
+            difference_high=0.1,
+            confidence=0.95,
+            dense_seconds=1.0,
+            seconds=0.9,
+            speedup=1.1,
+            speedup_low=1.0,
+            speedup_high=1.2,
+            dense_kv_cache_bytes=10,
+            kv_cache_bytes=10,
+            layers_touched=1,
+        )
+        device_id = measurements.ensure_device(db, name=known.device)
+        (plan,) = plans.import_plans(
+            db,
+            model_id=known.model_id,
+            task_id=known.task_id,
+            device_id=device_id,
+            workload=known.workload,
+            figures=[figures],
+        )
+        return plan
+
+
+def test_a_plan_that_a_checkpoint_cannot_express_is_refused_with_the_formats_that_can(directory: Path):
+    plan = frozen_plan(directory)
+    refused = command(directory, "export", str(plan.id), "--format", "checkpoint", "--output", "out")
+    assert refused.code == 2 and not (directory / "out").exists()
+    assert "cannot express freeze" in refused.errors and refused.errors.strip().endswith("formats that can: plan")
+    assert command(directory, "export", str(plan.id), "--format", "plan", "--output", "out").code == 0
+
+
+def test_a_plan_is_refused_on_another_model(directory: Path, exported: Path):
+    refused = command(directory, "export", "1", "--model-path", str(exported), "--output", "out")
+    assert refused.code == 2 and "fingerprint" in refused.errors and not (directory / "out").exists()

@@ -1,0 +1,65 @@
+"""A job that is stopped goes on where it was, and ends as it would have."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from command_line import PROJECT, FinishedJob, command
+
+from storage import evaluations, jobs
+from storage.database import Database
+from storage.errors import DatabaseError
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_job_is_released_and_resumed(number: signal.Signals, finished_job: FinishedJob, tmp_path: Path):
+    (tmp_path / "job.yaml").write_text(finished_job.job_file.read_text())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optimizer.cli.main", "run", "job.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    url = f"sqlite:///{tmp_path / 'skipplan.db'}"
+    _wait_for_evaluations(url, 2, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, ""), errors
+    assert len(errors.splitlines()) == 1 and "goes on where it was" in errors
+    with Database.open(url, create=False) as db:
+        (job,) = jobs.list_jobs(db)
+        assert job.state == "queued" and job.owner is None
+        before = {(each.plan, each.split, each.rung): each.id for each in evaluations.for_job(db, job.id)}
+
+    ended = command(tmp_path, "run", "job.yaml", "--json")
+    assert ended.code == 0, ended.errors
+    with Database.open(url, create=False) as db:
+        after = {(each.plan, each.split, each.rung): each.id for each in evaluations.for_job(db, job.id)}
+        assert len(jobs.list_jobs(db)) == 1
+    assert json.loads(ended.output)["job"] == job.id
+    assert before.items() <= after.items()  # kept, not evaluated again
+
+
+def _wait_for_evaluations(url: str, count: int, process: subprocess.Popen[str]) -> None:
+    path = Path(url.removeprefix("sqlite:///"))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if path.exists() and path.stat().st_size:
+            # The tables may be half made at this moment.
+            with suppress(DatabaseError), Database.open(url, create=False) as db:
+                found = jobs.list_jobs(db)
+                if found and len(evaluations.for_job(db, found[0].id)) >= count:
+                    return
+        time.sleep(0.1)
+    pytest.fail(f"no {count} evaluations after two minutes")

@@ -1,0 +1,179 @@
+"""The main job through the command line: what it prints is what is stored, and what an outsider measures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import MODEL, PROJECT, FinishedJob, command
+
+from storage import evaluations, jobs, plans, stages
+from storage.database import Database
+from workers.messages import ModelSource
+from workers.models import load_model
+from workers.runtime import SkipPlan, apply
+
+BENCHMARKS = PROJECT / "tests" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def held_out(finished_job: FinishedJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job's held-out samples as plain files."""
+    directory = tmp_path_factory.mktemp("held_out")
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "held_out_samples.py", finished_job.job_file, directory],
+        cwd=PROJECT,
+        env={"PYTHONPATH": str(PROJECT)},
+        check=True,
+        capture_output=True,
+    )
+    return directory / "samples.jsonl"
+
+
+def outsider(checkpoint: Path, samples: Path, *more: str | Path) -> dict[str, float]:
+    """Accuracy by a script that knows transformers only; ``-I`` keeps this project off its path."""
+    script = BENCHMARKS / "exported_accuracy.py"
+    done = subprocess.run(
+        [sys.executable, "-I", script, checkpoint, samples, *more],
+        cwd=samples.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def test_what_is_printed_is_what_is_stored(finished_job: FinishedJob):
+    with Database.open(finished_job.database_url, create=False) as db:
+        stored = plans.for_job(db, finished_job.result["job"])
+        job = jobs.get(db, finished_job.result["job"])
+        assert job.state == finished_job.result["state"] == "succeeded"
+        assert [plan.id for plan in stored] == [plan["id"] for plan in finished_job.result["plans"]]
+        best = next(plan for plan in stored if plan.id == finished_job.best["id"])
+        for name in ("plan", "n", "accuracy", "difference_low", "speedup", "speedup_low", "kv_cache_bytes"):
+            assert getattr(best, name) == finished_job.best[name]
+
+
+def test_published_figures_come_from_the_held_out_split_alone(finished_job: FinishedJob):
+    with Database.open(finished_job.database_url, create=False) as db:
+        every = evaluations.for_job(db, finished_job.result["job"])
+    held_out = {each.plan: each for each in every if each.split == "held_out"}
+    dense = held_out["R" * 12]
+    for plan in finished_job.result["plans"]:
+        assert plan["n"] == 160 == len(held_out[plan["plan"]].scores)
+        assert plan["accuracy"] == pytest.approx(sum(held_out[plan["plan"]].scores) / 160)
+        assert plan["dense_accuracy"] == pytest.approx(sum(dense.scores) / 160)
+        assert plan["difference_low"] <= plan["difference"] <= plan["difference_high"]
+        assert plan["speedup_low"] <= plan["speedup"] <= plan["speedup_high"]
+    assert {each.rung for each in every if each.split == "search"} <= {16, 48}
+    keys = [(each.plan, each.split, each.rung) for each in every]
+    assert len(keys) == len(set(keys))  # nothing twice
+
+
+def test_every_station_is_on_record_and_the_profile_speaks_of_all_layers(finished_job: FinishedJob):
+    with Database.open(finished_job.database_url, create=False) as db:
+        recorded = stages.stages(db, finished_job.result["job"])
+    assert [name for name in recorded if not name.startswith("measure")] == [
+        "profile",
+        "score",
+        "search",
+        "verify",
+        "publish",
+    ]
+    profile = recorded["profile"].payload["value"]
+    assert all(len(profile["layer_seconds"][letter]) == 12 for letter in "RS")
+    assert all(len(layers) == 12 for layers in recorded["score"].payload["value"]["distance"].values())
+    assert recorded["search"].payload["value"]["tried"][0]["plan"] == "R" * 12
+
+
+def test_dense_model_answers_well(finished_job: FinishedJob):
+    assert finished_job.best["dense_accuracy"] > 0.8
+
+
+def test_best_and_plans_and_jobs_answer_from_the_database(finished_job: FinishedJob):
+    found = command(finished_job.directory, "best", "--model", MODEL, "--task", "easy-vqa", "--json")
+    fastest = max(plan["speedup"] for plan in finished_job.result["plans"])
+    assert found.code == 0 and json.loads(found.output)["speedup"] == fastest
+    strict = command(
+        finished_job.directory, "best", "--model", MODEL, "--task", "easy-vqa", "--min-speedup", "50", "--json"
+    )
+    assert strict.code == 3 and strict.output == "" and "dense model is the answer" in strict.errors
+    listed = command(finished_job.directory, "plans", "--model", MODEL, "--json")
+    assert {plan["id"] for plan in json.loads(listed.output)} == {plan["id"] for plan in finished_job.result["plans"]}
+    (job,) = json.loads(command(finished_job.directory, "jobs", "--json").output)
+    assert (job["id"], job["state"], job["task"]) == (finished_job.result["job"], "succeeded", "easy-vqa")
+
+
+def test_the_same_specification_is_not_run_twice(finished_job: FinishedJob):
+    again = command(finished_job.directory, "run", "job.yaml", "--json", timeout=60)
+    assert again.code == 0 and json.loads(again.output) == finished_job.result
+    queued = command(finished_job.directory, "submit", "job.yaml", "--json")
+    assert json.loads(queued.output) == {"job": finished_job.result["job"], "state": "succeeded", "new": False}
+
+
+def test_checkpoint_holds_the_kept_layers_only(finished_job: FinishedJob, exported: Path):
+    config = json.loads((exported / "config.json").read_text())
+    skipped = len(finished_job.best["layers"]["skip"])
+    assert config["text_config"]["num_hidden_layers"] == 12 - skipped
+    described = json.loads((exported / "skipplan.json").read_text())
+    assert described["plan"] == finished_job.best["plan"]
+    assert described["figures"]["accuracy"] == finished_job.best["accuracy"]
+    assert "auto_map" not in config and not list(exported.glob("*.py"))
+
+
+def test_an_outsider_reproduces_accuracy_and_logits(finished_job: FinishedJob, exported: Path, held_out: Path):
+    figures = outsider(exported, held_out, "--logits", held_out.parent / "logits.pt")
+    assert figures["n"] == finished_job.best["n"]
+    assert figures["accuracy"] == pytest.approx(finished_job.best["accuracy"])
+
+    theirs = torch.load(held_out.parent / "logits.pt", weights_only=True)
+    loaded = load_model(ModelSource(MODEL, device="cpu"))
+    samples = [json.loads(line) for line in held_out.read_text().splitlines()][: len(theirs)]
+    inputs = _inputs(loaded.processor, samples, held_out.parent, loaded.model.dtype)
+    with torch.inference_mode(), apply(loaded.model, SkipPlan.parse(finished_job.best["plan"])):
+        ours = loaded.model(**inputs).logits[:, -1]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with torch.inference_mode():
+        dense = loaded.model(**inputs).logits[:, -1]
+    assert not torch.equal(dense, theirs)
+
+
+def _inputs(processor, samples, directory, dtype):
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from exported_accuracy import build_inputs
+        from PIL import Image
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    inputs = build_inputs(
+        processor, samples, [Image.open(directory / each["image"]).convert("RGB") for each in samples]
+    )
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    return inputs
+
+
+def test_existing_export_is_kept_unless_forced(finished_job: FinishedJob, exported: Path):
+    before = (exported / "config.json").stat().st_mtime_ns
+    plan = str(finished_job.best["id"])
+    refused = command(finished_job.directory, "export", plan, "--output", "exported")
+    assert refused.code == 2 and "--force" in refused.errors
+    assert (exported / "config.json").stat().st_mtime_ns == before
+    written = command(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan")
+    assert written.code == 0
+    assert (
+        SkipPlan.from_json((finished_job.directory / "plan" / "plan.json").read_text()).text
+        == finished_job.best["plan"]
+    )
+    replaced = command(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan", "--force")
+    assert replaced.code == 0
+    assert sorted(path.name for path in (finished_job.directory / "plan").iterdir()) == ["plan.json", "skipplan.json"]
+    assert not [path for path in finished_job.directory.iterdir() if path.name.startswith(".")]
+
+
+def test_database_is_as_this_version_writes_it(finished_job: FinishedJob):
+    assert command(finished_job.directory, "db", "check").code == 0
