@@ -57,6 +57,7 @@ def ensure_model(
     revision: str | None = None,
 ) -> int:
     """The id of the model of this fingerprint, noting that it was now loaded as ``name`` (a path or hub id)."""
+    name = trimmed(name)
     values = {"fingerprint": fingerprint, "family": family, "num_layers": num_layers, "parameters": parameters}
     upsert.insert_or_keep(session, ModelRow, [values], [ModelRow.fingerprint])
     model_id = session.execute(select(ModelRow.id).where(ModelRow.fingerprint == fingerprint)).scalar_one()
@@ -68,6 +69,11 @@ def ensure_model(
         also={"seen_at": database_now()},
     )
     return model_id
+
+
+def trimmed(name: str) -> str:
+    """A path without the slash that people leave at its end."""
+    return name.rstrip("/") or name
 
 
 def short_name(name: str) -> str:

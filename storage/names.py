@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from storage.database import reads
 from storage.errors import NotFound
+from storage.measurements import trimmed
 from storage.schema import DeviceRow, ModelNameRow, ModelRow, TaskRow
 
 SHORTEST_FINGERPRINT = 6
@@ -21,7 +22,7 @@ def find_model(session: Session, model: str, revision: str | None = None) -> int
 
     A name may have stood for several models over time; the one last loaded under it is meant. Raises ``NotFound``.
     """
-    wanted = model.rstrip("/") or model
+    wanted = trimmed(model)
     for column in (ModelNameRow.name, ModelNameRow.short_name):
         query = select(ModelNameRow.model_id).where(column == wanted)
         if revision is not None:

@@ -75,6 +75,15 @@ class Plan(PlanFigures):
 
 _FIGURES = tuple(each.name for each in fields(PlanFigures))
 
+_GROUP_KEY = (
+    PlanRow.model_id,
+    PlanRow.task_id,
+    PlanRow.device_id,
+    PlanRow.workload,
+    PlanRow.plan,
+    PlanRow.compensation,
+)
+
 
 @writes
 def publish(
@@ -92,9 +101,8 @@ def publish(
     Published again by the same job, a plan takes the new figures. Raises ``LeaseLost`` or ``InvalidValue``.
     """
     jobs.hold(session, job)
-    key = [PlanRow.job_id, PlanRow.plan, PlanRow.compensation, PlanRow.device_id, PlanRow.workload]
     group = Group(model_id, task_id, device_id, workload)
-    return _write(session, group, figures, {"job_id": job.id, "origin": "measured"}, key, None)
+    return _write(session, group, figures, {"job_id": job.id, "origin": "measured"})
 
 
 @writes
@@ -102,16 +110,8 @@ def import_plans(
     session: Session, *, model_id: int, task_id: int, device_id: int, workload: str, figures: Sequence[PlanFigures]
 ) -> list[Plan]:
     """Take plans over from another database, marked as imported. Raises ``InvalidValue``."""
-    key = [
-        PlanRow.model_id,
-        PlanRow.task_id,
-        PlanRow.device_id,
-        PlanRow.workload,
-        PlanRow.plan,
-        PlanRow.compensation,
-    ]
     group = Group(model_id, task_id, device_id, workload)
-    return _write(session, group, figures, {"job_id": None, "origin": "imported"}, key, PlanRow.job_id.is_(None))
+    return _write(session, group, figures, {"job_id": None, "origin": "imported"})
 
 
 def _write(
@@ -119,15 +119,18 @@ def _write(
     group: Group,
     figures: Sequence[PlanFigures],
     source: dict[str, Any],
-    key: Sequence[Any],
-    key_where: ColumnElement[bool] | None,
 ) -> list[Plan]:
     for each in figures:
         _validate(each)
     pareto.lock(session, [group])
     same = source | asdict(group) | {"on_front": False, "contender": False}
     rows = [same | asdict(each) for each in figures]
-    upsert.insert_or_replace(session, PlanRow, rows, key, key_where=key_where)
+    if (
+        source["job_id"] is None
+    ):  # NULLs are not equal to each other, so imported plans have a unique index of their own
+        upsert.insert_or_replace(session, PlanRow, rows, _GROUP_KEY, key_where=PlanRow.job_id.is_(None))
+    else:
+        upsert.insert_or_replace(session, PlanRow, rows, [PlanRow.job_id, *_GROUP_KEY])
     pareto.recompute(session, group)
     written = select(PlanRow.id).where(
         PlanRow.job_id == source["job_id"] if source["job_id"] is not None else PlanRow.job_id.is_(None),

@@ -272,7 +272,7 @@ class PlanRow(Base):
 
     __tablename__ = "plans"
     __table_args__ = (
-        UniqueConstraint("job_id", "plan", "compensation", "device_id", "workload"),
+        UniqueConstraint("job_id", "model_id", "task_id", "device_id", "workload", "plan", "compensation"),
         Index(
             "uq_plans_imported",
             "model_id",

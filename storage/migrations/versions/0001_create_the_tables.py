@@ -270,7 +270,16 @@ def upgrade() -> None:
         ),
         sa.ForeignKeyConstraint(["task_id"], ["tasks.id"], name=op.f("fk_plans_task_id_tasks"), ondelete="RESTRICT"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_plans")),
-        sa.UniqueConstraint("job_id", "plan", "compensation", "device_id", "workload", name=op.f("uq_plans_job_id")),
+        sa.UniqueConstraint(
+            "job_id",
+            "model_id",
+            "task_id",
+            "device_id",
+            "workload",
+            "plan",
+            "compensation",
+            name=op.f("uq_plans_job_id"),
+        ),
         sqlite_autoincrement=True,
     )
     op.create_index("ix_plans_accuracy", "plans", ["model_id", "task_id", "accuracy"])
