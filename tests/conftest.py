@@ -1,4 +1,4 @@
-"""Databases for all tests: an empty one for each, on both engines."""
+"""What tests of several rooms share: a local Ray cluster, and an empty database for each test on both engines."""
 
 from __future__ import annotations
 
@@ -18,6 +18,22 @@ from storage.database import Database
 from storage.schema import Base
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster with two CPUs, whatever the machine has; pools find it and leave it running.
+
+    One for the whole session, because starting it takes seconds.
+    """
+    import ray
+
+    from workers.cluster import ClusterSettings, connect, disconnect
+
+    assert not ray.is_initialized()
+    connect(ClusterSettings(address="local"), cpus=2)
+    yield
+    disconnect()
 
 
 @pytest.fixture(scope="session")
