@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from functools import lru_cache
 
 from transformers import PreTrainedModel
@@ -65,10 +66,18 @@ def single(family: Family, layer: int, letter: str) -> str:
     return "R" * layer + letter + "R" * (family.layers - layer - 1)
 
 
-def mixed_plans(family: Family, count: int, *, seed: int = 0, only: str = "RFBS") -> list[str]:
-    """Random plans over the actions in `only`: the same ones in every run, possible for the family, never dense."""
+def mixed_plans(
+    family: Family, count: int, *, seed: int = 0, only: str = "RFBS", also: Mapping[int, str] | None = None
+) -> list[str]:
+    """Random plans over the actions in `only`: the same ones in every run, possible for the family, never dense.
+
+    `also` adds letters per layer that the runtime need not offer but does.
+    """
     generator = random.Random(f"{family.name} {seed} {only}")
-    choices = ["".join(letter for letter in letters(family, layer) if letter in only) for layer in range(family.layers)]
+    choices = [
+        "".join(letter for letter in letters(family, layer) + (also or {}).get(layer, "") if letter in only)
+        for layer in range(family.layers)
+    ]
     plans: list[str] = []
     for _ in range(200):
         if len(plans) == count:
@@ -79,9 +88,10 @@ def mixed_plans(family: Family, count: int, *, seed: int = 0, only: str = "RFBS"
     return plans
 
 
-def plans_of(family: Family) -> list[str]:
+def plans_of(family: Family, also: Mapping[int, str] | None = None) -> list[str]:
     """The plans that a family is tried with in every run of the tests."""
-    return mixed_plans(family, 2) if is_held_out(family) else [*end_plans(family), *mixed_plans(family, 2)]
+    mixed = mixed_plans(family, 2, also=also)
+    return mixed if is_held_out(family) else [*end_plans(family), *mixed]
 
 
 def end_plans(family: Family, only: str = "RFBS") -> list[str]:

@@ -305,6 +305,7 @@ FAMILIES = (
         patch_grid,
         SIX,
         BOTH,
+        may_refuse=everywhere("FB", range(8)),  # its attention can hold an indexer that counts rows
         saved_lists=sliced(mlp_layer_types=STEP_MLPS),
     ),
     Family(

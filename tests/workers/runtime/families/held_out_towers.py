@@ -384,6 +384,7 @@ FAMILIES = (
         per_token=_kosmos2_mask,
         max_images=1,
         text_only=False,
+        may_refuse=everywhere("FB", range(6)),  # its config names no placeholder id
     ),
     Family(
         "instructblip",

@@ -372,6 +372,7 @@ FAMILIES = (
         8,
         stacked,
         (IMAGE_START, *FOUR, IMAGE_END),
+        may_refuse={2: "FB", 5: "FB"},  # temperature tuning takes positions from the number of rows
         traps={BATCH: "temperature tuning counts the padding as positions"},
         saved_lists=_llama4_lists,
     ),

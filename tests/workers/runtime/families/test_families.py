@@ -38,6 +38,19 @@ def planned_logits(model: PreTrainedModel, family: Family, plan: str, prompt: Pr
         return plain_logits(model, family, prompt)
 
 
+def plans_for(family: Family, count: int | None = None) -> list[str]:
+    """Plans over what must be offered, and over what is offered although it may be declined."""
+    allowed = describe(supported(family)).allowed
+    also = {
+        layer: "".join(letter for letter in optional if Action(letter) in allowed[layer])
+        for layer, optional in family.may_refuse.items()
+    }
+    plans = plans_of(family, also) if count is None else mixed_plans(family, count, seed=2, also=also)
+    if not plans:
+        pytest.skip("every action is declined, as it may be")
+    return plans
+
+
 def check_generation(family: Family, plan: str, prompts: list[Prompt], attention: str | None = None) -> None:
     """Cached generation, all prompts in one left-padded batch, against every prompt alone and uncached."""
     supported(family)
@@ -69,6 +82,8 @@ def test_the_descriptor_finds_the_stack_and_the_vision_tokens(family: Family) ->
     assert descriptor.num_layers == family.layers
     assert descriptor.stack_path == family.stack
     found = set(descriptor.vision_token_ids)
+    if all(family.may_refuse.get(layer) == "FB" for layer in range(family.layers)) and not found:
+        return  # no placeholder known and so nothing to freeze: the refusals are checked elsewhere
     assert family.vision_ids <= found
     assert found - family.vision_ids <= {VIDEO}
 
@@ -105,7 +120,7 @@ def test_every_action_at_every_single_layer(family: Family) -> None:
 @families
 def test_mixed_plans(family: Family) -> None:
     model, eager = supported(family), model_of(family.name, "eager")
-    for plan in plans_of(family):
+    for plan in plans_for(family):
         for prompt in prompts_of(family):
             expected = reference_logits(eager, family, plan, prompt)
             assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
@@ -113,7 +128,7 @@ def test_mixed_plans(family: Family) -> None:
 
 @families
 def test_cached_generation_of_a_padded_batch(family: Family) -> None:
-    for plan in plans_of(family)[1:]:
+    for plan in plans_for(family)[-3:]:
         check_generation(family, plan, batch_of(family))
 
 
@@ -127,7 +142,7 @@ def test_cached_generation_of_one_prompt_with_eager_attention(family: Family) ->
 @families
 def test_many_mixed_plans(family: Family) -> None:
     model, eager = supported(family), model_of(family.name, "eager")
-    for number, plan in enumerate(mixed_plans(family, 24, seed=2)):
+    for number, plan in enumerate(plans_for(family, 24)):
         prompts = prompts_of(family)
         prompt = prompts[number % len(prompts)]
         expected = reference_logits(eager, family, plan, prompt)
@@ -167,7 +182,7 @@ def test_a_model_is_restored_bitwise(family: Family) -> None:
     prompt = prompts_of(family)[0]
     greedy(model, family, [prompt], 2)  # generation itself leaves settings behind the first time
     before, logits = snapshot(model), plain_logits(model, family, prompt)
-    for plan in plans_of(family)[-2:]:
+    for plan in plans_for(family)[-2:]:
         with apply(model, SkipPlan.parse(plan)):
             changed = plain_logits(model, family, prompt)
             greedy(model, family, [prompt], 2)
@@ -184,7 +199,7 @@ def test_a_model_is_restored_after_an_error_inside(family: Family) -> None:
     model = supported(family)
     prompt = prompts_of(family)[0]
     before = plain_logits(model, family, prompt)
-    with pytest.raises(KeyError, match="inside"), apply(model, SkipPlan.parse(plans_of(family)[0])):
+    with pytest.raises(KeyError, match="inside"), apply(model, SkipPlan.parse(plans_for(family)[0])):
         raise KeyError("inside")
     assert torch.equal(plain_logits(model, family, prompt), before)
 
