@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
+from . import special_layers as special
 from .descriptor import FamilyDescriptor, KeepOne
-from .edits import Edits
 from .layer_config import LayerNames, unknown_per_layer_lists
-from .locate import DecoderStack, locate, vision_token_ids
+from .locate import CACHE_ARGUMENTS, DecoderStack, locate, vision_token_ids
+from .loop_guard import attribute_uses, counts_rows, loop_facts
 from .plan import Action
-
-Refusals = list[dict[Action, str]]
+from .special_layers import VISION_ACTIONS, OnRemoval, Refusals, refuse
+from .token_layers import scales_queries_by_row
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,58 @@ class Family:
     """What one family adds to what inspection finds."""
 
     names: LayerNames = field(default_factory=LayerNames)
+    loop_uses: frozenset[str] = frozenset()
+    """Uses of a layer's position in the decoder's loop, the position called ``i``, that are taken care of."""
+    carried: frozenset[str] = frozenset()
+    """What the loop sets anew between layers that is taken care of."""
     restrict: tuple[Callable[[DecoderStack, Refusals], None], ...] = ()
     """Each adds reasons to the refusals, layer by layer."""
-    on_removal: tuple[Callable[[Edits, DecoderStack, Sequence[int], bool], None], ...] = ()
-    """Each changes what only this family has when layers leave: called with the kept layers, before they are
-    renumbered, and whether the change is permanent."""
+    keep_one: Callable[[DecoderStack], tuple[KeepOne, ...]] = lambda stack: ()
+    """Further sets of layers of which one must stay."""
+    on_removal: tuple[OnRemoval, ...] = ()
+    """Each changes what only this family has when layers leave."""
+    no_vision_tokens: str = ""
+    """Why the decoder's sequence has no vision tokens although the model sees."""
 
+
+DEEPSTACK_USES = frozenset(
+    {
+        "i in range(len(deepstack_visual_embeds))",
+        "i < len(deepstack_visual_embeds)",
+        "deepstack_visual_embeds[i]",
+    }
+)
+DEEPSTACK = Family(loop_uses=DEEPSTACK_USES, restrict=(special.refuse_deepstack_layers,))
+PER_LAYER_EMBEDDINGS = Family(
+    # From the first layer that shares keys on, Gemma 4 goes on with the last tokens only.
+    carried=frozenset({"causal_mask_mapping", "position_embeddings", "per_layer_inputs"}),
+    restrict=(special.refuse_shared_keys,),
+    on_removal=(special.slice_per_layer_embeddings, special.forget_unused_stores),
+)
+CROSS_ATTENTION = "image features enter through cross-attention layers, not as tokens of the sequence"
 
 DEFAULT = Family()
-FAMILIES: Mapping[str, Family] = {}
+FAMILIES: Mapping[str, Family] = {
+    "cohere_compass_text": DEEPSTACK,
+    "qwen3_vl_text": DEEPSTACK,
+    "qwen3_vl_moe_text": DEEPSTACK,
+    "qwen3_omni_moe_text": DEEPSTACK,
+    "granite_docling_text": DEEPSTACK,
+    "granite4_vision_text": Family(
+        loop_uses=frozenset({"i in deepstack_features", "deepstack_features[i]"}),
+        restrict=(special.refuse_mapped_deepstack_layers,),
+        on_removal=(special.remap_deepstack,),
+    ),
+    "gemma3n_text": PER_LAYER_EMBEDDINGS,
+    "gemma4_text": PER_LAYER_EMBEDDINGS,
+    "gemma4_unified_text": PER_LAYER_EMBEDDINGS,
+    "mllama_text_model": Family(
+        loop_uses=frozenset({"_has_cached_cross_attention_states(past_key_values, i)"}),
+        keep_one=special.self_attention_before_cross_attention,
+        no_vision_tokens=CROSS_ATTENTION,
+    ),
+    "idefics": Family(no_vision_tokens=CROSS_ATTENTION),
+}
 """By the text configuration's ``model_type``; most families need no entry."""
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -60,18 +103,14 @@ def describe_stack(stack: DecoderStack) -> FamilyDescriptor:
     """Describe a located decoder without any plan applied."""
     family = family_of(stack)
     num_layers = len(stack.layers)
-    vision_ids = vision_token_ids(stack.model.config)
-    refusals: Refusals = [{} for _ in range(num_layers)]
     kinds = layer_kinds(stack)
+    refusals: Refusals = [{} for _ in range(num_layers)]
+    vision_ids = () if family.no_vision_tokens else vision_token_ids(stack.model.config)
     if not vision_ids:
-        _refuse(refusals, range(num_layers), (Action.FREEZE, Action.BYPASS), "the model has no vision tokens")
-    for layer, kind in enumerate(kinds):
-        if kind not in ATTENTION_KINDS:
-            reason = f"it is a {kind} layer, whose state mixes tokens outside the KV cache"
-            _refuse(refusals, (layer,), (Action.FREEZE, Action.BYPASS), reason)
-    for name in unknown_per_layer_lists(stack.text_config, family.names, num_layers):
-        reason = f"the configuration's list {name!r} has one entry per layer and its meaning is not known"
-        _refuse(refusals, range(num_layers), (Action.SKIP,), reason)
+        reason = family.no_vision_tokens or "the configuration names no placeholder token of images or videos"
+        refuse(refusals, range(num_layers), VISION_ACTIONS, reason)
+    _refuse_by_kind(stack, kinds, refusals)
+    _refuse_by_names(stack, family, refusals)
     for restrict in family.restrict:
         restrict(stack, refusals)
     return FamilyDescriptor(
@@ -80,31 +119,56 @@ def describe_stack(stack: DecoderStack) -> FamilyDescriptor:
         stack_path=stack.path,
         vision_token_ids=vision_ids,
         refusals=tuple(refusals),
-        keep_one=_keep_one(kinds),
+        keep_one=(*_keep_attention(kinds), *family.keep_one(stack)),
     )
 
 
 def layer_kinds(stack: DecoderStack) -> tuple[str, ...]:
     """Per layer the kind of token mixing, in transformers' words (``"full_attention"`` when nothing is said)."""
-    kinds: Sequence[str] | None = getattr(stack.text_config, "layer_types", None)
-    if kinds is None or len(kinds) != len(stack.layers):
-        return ("full_attention",) * len(stack.layers)
-    return tuple(kinds)
+    for name in ("layer_types", "layers_block_type"):
+        kinds: Sequence[str] | None = getattr(stack.text_config, name, None)
+        if kinds is not None and len(kinds) == len(stack.layers):
+            return tuple(kinds)
+    return ("full_attention",) * len(stack.layers)
 
 
-def _keep_one(kinds: tuple[str, ...]) -> tuple[KeepOne, ...]:
+def _keep_attention(kinds: tuple[str, ...]) -> Iterable[KeepOne]:
     attention = tuple(layer for layer, kind in enumerate(kinds) if "attention" in kind and kind != "linear_attention")
-    if len(attention) in (0, len(kinds)):
-        return ()
-    return (KeepOne(attention, "the cache takes its length from an attention layer, so one must stay"),)
+    if len(attention) not in (0, len(kinds)):
+        yield KeepOne(attention, "the cache takes its length from an attention layer, so one must stay")
 
 
-def _refuse(refusals: Refusals, layers: Sequence[int], actions: Sequence[Action], reason: str) -> None:
-    for layer in layers:
-        for action in actions:
-            refusals[layer].setdefault(action, reason)
+def _refuse_by_kind(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refusals) -> None:
+    """Refuse to split tokens where they are mixed by anything but attention over a KV cache."""
+    for index, (layer, kind) in enumerate(zip(stack.layers, kinds, strict=True)):
+        if kind not in ATTENTION_KINDS:
+            reason = f"it is a {kind} layer, whose state mixes tokens outside the KV cache"
+            refuse(refusals, (index,), VISION_ACTIONS, reason)
+        elif any(isinstance(module, nn.Conv1d) for module in layer.modules()):
+            refuse(refusals, (index,), VISION_ACTIONS, "it mixes neighbouring tokens by convolution")
+        elif named := counts_rows(layer, CACHE_ARGUMENTS, scales_queries_by_row):
+            reason = f"{named} counts its rows or reaches into the cache, so it cannot be given some rows only"
+            refuse(refusals, (index,), VISION_ACTIONS, reason)
 
 
-def uses(stack: DecoderStack, name: str) -> Any:
-    """A text configuration attribute, or ``None``."""
-    return getattr(stack.text_config, name, None)
+def _refuse_by_names(stack: DecoderStack, family: Family, refusals: Refusals) -> None:
+    """Refuse what depends on a layer's place in a way that nobody told this runtime."""
+    everywhere = range(len(stack.layers))
+    for name in unknown_per_layer_lists(stack.text_config, family.names, len(stack.layers)):
+        reason = f"the configuration's list {name!r} has one entry per layer and its meaning is not known"
+        refuse(refusals, everywhere, (Action.SKIP,), reason)
+    list_name = stack.path.rsplit(".", 1)[-1]
+    facts = loop_facts(stack.owner, list_name)
+    owner = type(stack.owner).__name__
+    if not facts.found:
+        reason = f"no single loop over {list_name} was found in {owner}.forward, so it cannot be checked"
+        refuse(refusals, everywhere, (Action.SKIP, *VISION_ACTIONS), reason)
+    known = family.names.sliced | family.names.indices | family.names.leading
+    unknown = attribute_uses(facts, known) - family.loop_uses
+    if unknown:
+        reason = f"{owner} depends on the layer's position in a way that is not known: {', '.join(sorted(unknown))}"
+        refuse(refusals, everywhere, (Action.SKIP,), reason)
+    carried = facts.carried - family.carried
+    if carried:
+        reason = f"layers of {owner} hand each other more than hidden states: {', '.join(sorted(carried))}"
+        refuse(refusals, everywhere, (Action.SKIP, *VISION_ACTIONS), reason)

@@ -28,6 +28,7 @@ SLICED_LISTS = frozenset(
         "no_rope_layers",
         "num_experts",  # a list in HunYuan, a number elsewhere
         "rope_layers",
+        "rope_types",
         "swiglu_limits",
         "swiglu_limits_shared",
     }
@@ -46,7 +47,9 @@ INDEX_LISTS = frozenset(
 )
 """The entries are layer indices."""
 
-LEADING_COUNTS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
+LEADING_COUNTS = frozenset(
+    {"first_k_dense_replace", "first_kv_shared_layer_idx", "max_window_layers", "num_dense_layers"}
+)
 """How many of the first layers are of another kind."""
 
 TRAILING_COUNTS = frozenset({"num_kv_shared_layers"})
@@ -120,21 +123,8 @@ def keep_layers(edits: Edits, config: Any, names: LayerNames, num_layers: int, k
     """Change ``config`` in place so that it describes the kept layers only."""
     new_index = renumbering(kept)
     values = stored(config)
+    keep_values(edits, values, names, num_layers, kept)
     _make_periods_explicit(edits, values, num_layers, new_index)
-    for name in names.sliced:
-        value = values.get(name)
-        if isinstance(value, (list, tuple)) and len(value) == num_layers:
-            edits.set_item(values, name, type(value)(value[layer] for layer in kept))
-    for name in names.indices - {"mlp_only_layers" if _has_sparse_period(values) else ""}:
-        value = values.get(name)
-        if isinstance(value, (list, tuple)):
-            edits.set_item(values, name, type(value)(new_index[layer] for layer in value if layer in new_index))
-    for name in names.leading:
-        if isinstance(values.get(name), int):
-            edits.set_item(values, name, sum(layer < values[name] for layer in kept))
-    for name in names.trailing:
-        if isinstance(values.get(name), int):
-            edits.set_item(values, name, sum(layer >= num_layers - values[name] for layer in kept))
     heterogeneity = values.get("_heterogeneity_spec")
     if heterogeneity is not None:
         overrides = heterogeneity.per_layer_overrides
@@ -142,6 +132,29 @@ def keep_layers(edits: Edits, config: Any, names: LayerNames, num_layers: int, k
         edits.set_item(values, "_heterogeneity_spec", replace(heterogeneity, per_layer_overrides=rekeyed))
     for name in names.depth:
         edits.set_item(values, stored_name(config, name), len(kept))
+
+
+def keep_values(edits: Edits, values: dict[str, Any], names: LayerNames, num_layers: int, kept: Sequence[int]) -> None:
+    """Change the layer-indexed entries of ``values``: those of a configuration, or copies kept on a module."""
+    new_index = renumbering(kept)
+    for name in names.sliced:
+        value = values.get(name)
+        if isinstance(value, (list, tuple)) and len(value) == num_layers:
+            edits.set_item(values, name, type(value)(value[layer] for layer in kept))
+    for name in names.indices - ({"mlp_only_layers"} if _has_sparse_period(values) else set()):
+        value = values.get(name)
+        if isinstance(value, (list, tuple)):
+            edits.set_item(values, name, type(value)(new_index[layer] for layer in value if layer in new_index))
+    for name in names.leading:
+        if _is_count(values.get(name)):
+            edits.set_item(values, name, sum(layer < values[name] for layer in kept))
+    for name in names.trailing:
+        if _is_count(values.get(name)):
+            edits.set_item(values, name, sum(layer >= num_layers - values[name] for layer in kept))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _has_sparse_period(values: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .edits import Edits
 from .families import family_of
-from .layer_config import keep_layers, renumbering
+from .layer_config import keep_layers, keep_values, renumbering
 from .locate import INDEX_ATTRIBUTES, DecoderStack, ancestors
 
 HOOKS_INSTALLED = "_output_capturing_hooks_installed"
@@ -33,6 +33,7 @@ def remove_layers(edits: Edits, stack: DecoderStack, kept: Sequence[int], *, per
     edits.set_instance_attribute(stack.layers, "_modules", remaining)
     for config in stack.configs:
         keep_layers(edits, config, family.names, num_layers, kept)
+    keep_values(edits, stack.owner.__dict__, family.names, num_layers, kept)
 
 
 def _renumber(edits: Edits, layer: nn.Module, old: int, new: int) -> None:

@@ -13,6 +13,7 @@ from .apply import AppliedPlan
 from .edits import Edits
 from .layer_removal import remove_layers
 from .plan import Action, PlanError, SkipPlan
+from .reload_check import require_faithful_reload
 
 
 def save_pruned(
@@ -28,7 +29,8 @@ def save_pruned(
     Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
     of the live model while it is saved, so no second copy of it is held. The directory appears complete or not at
     all. Raises :class:`PlanError` for plans with other actions than run and skip, and ``FileExistsError`` when the
-    directory exists and is not empty.
+    directory exists and is not empty. A pruned model that transformers would build differently when it loads it is
+    refused with a :class:`PlanError` too.
     """
     special = [layer for layer, action in enumerate(plan) if action not in (Action.RUN, Action.SKIP)]
     if special:
@@ -46,6 +48,8 @@ def save_pruned(
     try:
         if plan.layers(Action.SKIP):
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
+            model.config.save_pretrained(staging)  # type: ignore[union-attr,operator]
+            require_faithful_reload(applied._stack, staging)
         model.save_pretrained(staging, max_shard_size=max_shard_size)  # type: ignore[operator]
         if processor is not None:
             processor.save_pretrained(staging)

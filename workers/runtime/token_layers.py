@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +50,17 @@ class TokenLayer:
         self._cache_name = argument_name(layer, CACHE_ARGUMENTS) or CACHE_ARGUMENTS[0]
         self._mask_name = argument_name(layer, MASK_ARGUMENTS) or MASK_ARGUMENTS[0]
         self._query_projections = _query_projections(layer)
+        self._shares_keys = shares_keys(layer)
+        self._query_scale = query_scale(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; hidden states are ``[..., batch, tokens, hidden]``, as are those returned."""
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         hidden_states = arguments.pop(self._parameters[0])
-        split = self._tokens.split_for(hidden_states)
+        cache: Cache | None = arguments.get(self._cache_name)
+        split = self._tokens.split_for(
+            hidden_states, lambda: self._past_tokens(cache, hidden_states.shape[-2]), last_tokens=self._shares_keys
+        )
         if split is None:
             if self._action is Action.BYPASS:
                 self._hide_vision_columns(arguments, hidden_states.shape[-2])
@@ -68,12 +74,15 @@ class TokenLayer:
     # Freeze -------------------------------------------------------------------------------------------------------
 
     def _freeze(self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+        """Text rows attend to everything; vision rows give keys and values only."""
         cache: Cache | None = arguments.get(self._cache_name)
         mask = self._mask_rows(split.text, arguments.get(self._mask_name))
         if mask is None:
             mask = self._causal_mask(split.text, cache)
         text = self._rows_of(split.text, arguments)
         text[self._mask_name] = mask
+        if self._shares_keys:  # it takes all keys from an earlier layer
+            return self._run_text(split.text, hidden_states, text, cache)
         captured = self._capture(split.vision, hidden_states, arguments)
 
         def merge(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +92,20 @@ class TokenLayer:
             )
 
         text[self._cache_name] = MergingCache(cache, merge)
-        return self._forward(_take_tokens(split.text, hidden_states), **text)
+        return self._run_text(split.text, hidden_states, text, cache)
+
+    def _run_text(self, rows: TokenRows, hidden_states: Tensor, text: dict[str, Any], cache: Cache | None) -> Any:
+        past = self._past_tokens(cache, rows.length) if self._query_scale else 0
+        with _scaled_queries(self._query_scale, rows, past):
+            return self._forward(_take_tokens(rows, hidden_states), **text)
+
+    def _past_tokens(self, cache: Cache | None, new_tokens: int) -> int:
+        """Tokens of the sequence before this call's."""
+        if cache is None:
+            return 0
+        if self._shares_keys:  # it has no length of its own; an earlier layer has stored this call's tokens already
+            return int(cache.get_seq_length()) - new_tokens
+        return int(cache.get_seq_length(self._layer_idx))
 
     def _capture(self, rows: TokenRows, hidden_states: Tensor, arguments: dict[str, Any]) -> CapturedKeys:
         """Keys and values of the vision rows; the layer stops before attention and pays for no query."""
@@ -100,7 +122,7 @@ class TokenLayer:
     def _causal_mask(self, rows: TokenRows, cache: Cache | None) -> Tensor:
         """What attention does without a mask, for some of the queries: ``[batch or 1, 1, rows, keys]``."""
         length, offset, start = rows.length, 0, 0
-        if cache is not None and len(cache.layers) > self._layer_idx:
+        if cache is not None and len(cache.layers) > self._layer_idx and not self._shares_keys:
             length, offset = cache.get_mask_sizes(rows.length, self._layer_idx)
             start = int(cache.get_seq_length(self._layer_idx))
         queries = query_columns(rows, start, rows.width, rows.index.device)
@@ -119,7 +141,7 @@ class TokenLayer:
             entry.expect(split.text)
         else:
             text[self._mask_name] = _text_columns(mask, split.text)
-        return self._forward(_take_tokens(split.text, hidden_states), **text)
+        return self._run_text(split.text, hidden_states, text, cache)
 
     def _hide_vision_columns(self, arguments: dict[str, Any], new_tokens: int) -> None:
         """In later calls of a bypassed layer, drop the mask's columns of vision tokens: it has no keys for them."""
@@ -140,10 +162,12 @@ class TokenLayer:
 
     def _rows_of(self, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
         skip = (self._cache_name, self._mask_name, *UNTOUCHED)
-        return {
-            name: value if name in skip else _select(name, value, rows, self._layer_idx)
-            for name, value in arguments.items()
-        }
+        selected = {}
+        for name, value in arguments.items():
+            if self._shares_keys and name in TOKENS_LAST and isinstance(value, Tensor):
+                value = value[..., -rows.length :]
+            selected[name] = value if name in skip else _select(name, value, rows, self._layer_idx)
+        return selected
 
 
 def _select(name: str, value: Any, rows: TokenRows, layer: int) -> Any:
@@ -190,15 +214,15 @@ def _text_columns(mask: Tensor | None, rows: TokenRows) -> Tensor | None:
 
 
 class _NoQueries(nn.Module):
-    """Stands in for a query projection whose result nobody reads: zeros of the right shape, for free."""
+    """Stands in for a query projection whose result nobody reads: zeros of the right shape."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self._width = width
 
     def forward(self, states: Tensor) -> Tensor:
-        """Zeros ``[..., width]`` for states ``[..., hidden]``, without storage of their own."""
-        return states.new_zeros(()).expand(*states.shape[:-1], self._width)
+        """Zeros ``[..., width]`` for states ``[..., hidden]``."""
+        return states.new_zeros((*states.shape[:-1], self._width))
 
 
 def _query_projections(layer: nn.Module) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
@@ -213,7 +237,7 @@ def _query_projections(layer: nn.Module) -> tuple[tuple[nn.Module, str, nn.Modul
 
 @contextmanager
 def _without_queries(projections: tuple[tuple[nn.Module, str, nn.Module], ...]) -> Iterator[None]:
-    """Let query projections give zeros for free, hooks on them included."""
+    """Let query projections give zeros, past any hook on them."""
     edits = Edits()
     for parent, name, substitute in projections:
         edits.set_item(parent._modules, name, substitute)
@@ -221,3 +245,51 @@ def _without_queries(projections: tuple[tuple[nn.Module, str, nn.Module], ...]) 
         yield
     finally:
         edits.undo()
+
+
+def shares_keys(layer: nn.Module) -> bool:
+    """Whether a layer attends to the keys and values of an earlier layer and makes none."""
+    return any(module.__dict__.get("is_kv_shared_layer") is True for module in layer.modules())
+
+
+QueryScale = tuple[nn.Module, Callable[[Tensor], Tensor]]
+
+
+def scales_queries_by_row(module: nn.Module) -> bool:
+    """Whether an attention module is one whose row count :func:`query_scale` makes up for (Llama 4)."""
+    return all(hasattr(module, name) for name in ("attn_temperature_tuning", "floor_scale", "attn_scale", "q_proj"))
+
+
+def query_scale(layer: nn.Module) -> QueryScale | None:
+    """The query projection of a layer that scales queries by how many rows came before them, and that scale.
+
+    Llama 4 does so in layers without rotary positions. Its count is right for whole sequences only; gathered rows need
+    the scale of their original positions.
+    """
+    for module in layer.modules():
+        if not scales_queries_by_row(module) or not module.attn_temperature_tuning or getattr(module, "use_rope", True):
+            continue
+        attention: Any = module
+        return attention.q_proj, partial(_temperature, float(attention.floor_scale), float(attention.attn_scale))
+    return None
+
+
+def _temperature(floor: float, factor: float, positions: Tensor) -> Tensor:
+    return torch.log1p(torch.floor((positions + 1.0) / floor)) * factor + 1.0
+
+
+@contextmanager
+def _scaled_queries(scale: QueryScale | None, rows: TokenRows, past: int) -> Iterator[None]:
+    """Make queries of gathered rows come out scaled by their own positions, not by their place among the rows."""
+    if scale is None:
+        yield
+        return
+    projection, of = scale
+    own = of(rows.index.float() + past)
+    counted = of(torch.arange(rows.width, device=own.device, dtype=own.dtype) + past)
+    correction = (own / counted)[..., None]
+    handle = projection.register_forward_hook(lambda module, args, queries: queries * correction.to(queries.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -107,9 +107,11 @@ class TokenSplit:
             return None
         return cls(text=TokenRows.from_mask(~vision), vision=TokenRows.from_mask(vision))
 
-    def matches(self, hidden_states: Tensor) -> bool:
-        """Whether hidden states ``[..., batch, tokens, hidden]`` are those of the prompt that was split."""
-        return tuple(hidden_states.shape[-3:-1]) == (self.text.batch, self.text.length)
+    def of_last(self, length: int) -> TokenSplit | None:
+        """The split of the last ``length`` tokens only."""
+        vision = torch.zeros(self.text.batch * self.text.length, dtype=torch.bool, device=self.vision.target.device)
+        vision[self.vision.target] = True
+        return TokenSplit.from_vision_mask(vision.view(self.text.batch, self.text.length)[:, -length:])
 
     def merge_along_tokens(self, text: Tensor, vision: Tensor) -> Tensor:
         """Keys or values of both parts, ``[batch, heads, rows, size]``, in original order, ``[..., length, size]``."""

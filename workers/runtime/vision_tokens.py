@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationMixin
 
 from .edits import Edits
 from .locate import DecoderStack, ancestors
@@ -30,6 +34,11 @@ VISION_INPUTS = (
 )
 """Arguments whose presence says that placeholders stand for image or video features."""
 
+UNKNOWN = (
+    "a plan with frozen or bypassed layers needs to know the vision tokens: pass input_ids beside the image inputs to "
+    "the model itself, not to an inner module, or set vision_mask on what apply() returned"
+)
+
 
 class VisionTokens:
     """The split of the call that is running, shared by all frozen and bypassed layers of one applied plan."""
@@ -37,53 +46,49 @@ class VisionTokens:
     def __init__(self, token_ids: tuple[int, ...]) -> None:
         self._token_ids = token_ids
         self._depth = 0
-        self._split: TokenSplit | None = None
-        self._given: Tensor | None = None
-        self._given_split: TokenSplit | None = None
-        self._missing = ""
+        self._call: TokenSplit | None = None
+        self._known = False
+        self._given = SequenceMask(None)
+        self._generation = SequenceMask(None)
 
     @property
     def mask(self) -> Tensor | None:
         """The mask given by hand, ``None`` when the calls' own inputs decide."""
-        return self._given
+        return self._given.mask
 
     @mask.setter
     def mask(self, mask: Tensor | None) -> None:
-        self._given = mask
-        self._given_split = None if mask is None else TokenSplit.from_vision_mask(mask)
+        self._given = SequenceMask(mask)
 
-    def split_for(self, hidden_states: Tensor) -> TokenSplit | None:
+    def split_for(
+        self, hidden_states: Tensor, past: Callable[[], int], *, last_tokens: bool = False
+    ) -> TokenSplit | None:
         """The split of ``hidden_states``, ``[..., batch, tokens, hidden]``; ``None`` when they hold no vision token.
 
-        Raises ``RuntimeError`` when nobody said which tokens are vision.
+        ``past`` tells how many tokens came before them, ``last_tokens`` says that they may be the last ones of the
+        call only. Raises ``RuntimeError`` when nobody said which tokens are vision.
         """
-        if self._given is not None:
-            return self._split_by_hand(hidden_states)
-        if not self._depth:
-            raise RuntimeError(
-                "a plan with frozen or bypassed layers needs to know the vision tokens: call the model itself, not an "
-                "inner module, or set vision_mask on what apply() returned"
-            )
-        if self._missing:
-            raise RuntimeError(self._missing)
-        if self._split is not None and not self._split.matches(hidden_states):
-            raise RuntimeError(
-                f"the decoder sees [batch, tokens] = {list(hidden_states.shape[-3:-1])} but input_ids had "
-                f"{[self._split.text.batch, self._split.text.length]}: vision tokens cannot be located"
-            )
-        return self._split
+        batch, length = hidden_states.shape[-3:-1]
+        if self._given.mask is not None:
+            return self._given.split(batch, length, past())
+        if self._depth and self._known:
+            return self._split_of_call(batch, length, last_tokens)
+        if not self._depth and self._generation.mask is not None:
+            return self._generation.split(batch, length, past())
+        raise RuntimeError(UNKNOWN)
 
-    def _split_by_hand(self, hidden_states: Tensor) -> TokenSplit | None:
-        mask = self._given
-        assert mask is not None
-        if tuple(mask.shape) == tuple(hidden_states.shape[-3:-1]):
-            return self._given_split
-        if hidden_states.shape[-2] == 1:  # a decoding step
-            return None
+    def _split_of_call(self, batch: int, length: int, last_tokens: bool) -> TokenSplit | None:
+        call = self._call
+        if call is None or (call.text.batch, call.text.length) == (batch, length):
+            return call
+        if last_tokens and call.text.batch == batch and length < call.text.length:
+            return call.of_last(length)
         raise RuntimeError(
-            f"vision_mask has shape {list(mask.shape)} but the decoder sees [batch, tokens] = "
-            f"{list(hidden_states.shape[-3:-1])}"
+            f"the decoder sees [batch, tokens] = {[batch, length]} but input_ids had "
+            f"{[call.text.batch, call.text.length]}: vision tokens cannot be located"
         )
+
+    # Listening to the model ---------------------------------------------------------------------------------------
 
     def watch(self, edits: Edits, stack: DecoderStack) -> None:
         """Read the inputs of every call of the model, or of an inner module that takes images too."""
@@ -97,32 +102,71 @@ class VisionTokens:
             )
             for handle in handles:
                 edits.on_undo(handle.remove)
+        self._watch_generate(edits, stack.model)
 
-    def _enter(self, inputs: dict[str, Any]) -> None:
+    def _watch_generate(self, edits: Edits, model: nn.Module) -> None:
+        """Read the inputs of a family's own ``generate``, which may call the language model past our forward."""
+        generate = getattr(model, "generate", None)
+        if generate is None or getattr(type(model), "generate", None) is GenerationMixin.generate:
+            return
+        parameters = tuple(inspect.signature(generate).parameters)
+
+        @wraps(generate)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            inputs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            ids = inputs.get("input_ids")
+            if ids is not None:
+                self._generation = SequenceMask(self._mask_of(ids) & _has_vision(inputs))
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._generation = SequenceMask(None)
+
+        edits.set_instance_attribute(model, "generate", watched)
+
+    def _mask_of(self, input_ids: Tensor) -> Tensor:
+        return torch.isin(input_ids, torch.tensor(self._token_ids, device=input_ids.device))
+
+    def enter(self, inputs: dict[str, Any]) -> None:
+        """Take note of a call that starts, by the names of its arguments."""
         self._depth += 1
-        if self._depth > 1 or self._given is not None:
+        if self._depth > 1 or self._given.mask is not None:
             return
-        self._split, self._missing = None, ""
-        if not any(_present(inputs.get(name)) for name in VISION_INPUTS):
-            # Without image inputs, placeholder ids would be ordinary words, and embeddings may hold anything.
-            if inputs.get("inputs_embeds") is not None and inputs["inputs_embeds"].shape[1] > 1:
-                self._missing = (
-                    "inputs_embeds without image inputs do not say which tokens are vision: set vision_mask on what "
-                    "apply() returned"
-                )
-            return
-        input_ids = inputs.get("input_ids")
-        if input_ids is None:
-            self._missing = (
-                "a plan with frozen or bypassed layers needs input_ids beside the image inputs, or vision_mask set on "
-                "what apply() returned"
-            )
-            return
-        ids = torch.tensor(self._token_ids, device=input_ids.device)
-        self._split = TokenSplit.from_vision_mask(torch.isin(input_ids, ids))
+        input_ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        with_vision = _has_vision(inputs)
+        self._call = None
+        # Without image inputs, placeholder ids are ordinary words; but embeddings may hold anything.
+        self._known = input_ids is not None or (not with_vision and embeddings is not None and embeddings.shape[1] == 1)
+        if with_vision and input_ids is not None:
+            self._call = TokenSplit.from_vision_mask(self._mask_of(input_ids))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(self._depth - 1, 0)
+
+
+class SequenceMask:
+    """Vision tokens of whole sequences, bool ``[batch, tokens]``; what comes after them is text."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"a vision mask has shape [batch, tokens], got {list(mask.shape)}")
+        self.mask = mask
+        self._splits: dict[tuple[int, int, int], TokenSplit | None] = {}
+
+    def split(self, batch: int, length: int, past: int) -> TokenSplit | None:
+        """The split of ``length`` tokens after ``past`` ones; sequences may have been repeated, as for beams."""
+        assert self.mask is not None
+        if past >= self.mask.shape[1]:
+            return None
+        if batch % self.mask.shape[0]:
+            raise RuntimeError(f"the vision mask is for {self.mask.shape[0]} sequences, the decoder sees {batch}")
+        key = (batch, length, past)
+        if key not in self._splits:
+            part = self.mask[:, past : past + length]
+            part = functional.pad(part, (0, length - part.shape[1]))
+            repeated = part.repeat_interleave(batch // part.shape[0], dim=0)
+            self._splits = {key: TokenSplit.from_vision_mask(repeated)}
+        return self._splits[key]
 
 
 class _Reader:
@@ -132,7 +176,11 @@ class _Reader:
         self._tokens, self._parameters = tokens, parameters
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tokens._enter({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        self._tokens.enter({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+
+
+def _has_vision(inputs: dict[str, Any]) -> bool:
+    return any(_present(inputs.get(name)) for name in VISION_INPUTS)
 
 
 def _present(value: Any) -> bool:
