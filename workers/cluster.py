@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -32,7 +34,7 @@ class ClusterSettings:
     gpus_per_worker: float | None = None
     batch_size: int = 32
     max_attempts: int = 2
-    connect_timeout_seconds: float = 10.0
+    connect_timeout_seconds: float = 30.0
     load_timeout_seconds: float = 900.0
     request_timeout_seconds: float = 3600.0
 
@@ -88,6 +90,7 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
             ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, **quiet)
         else:
             _probe(settings.address, settings.connect_timeout_seconds)
+            _rehearse(settings.address, settings.connect_timeout_seconds)
             ray.init(address=settings.address, **quiet)
     except ClusterError:
         raise
@@ -138,7 +141,7 @@ def _count(available: float, each: float) -> int | None:
 
 
 def _probe(address: str, timeout: float) -> None:
-    """Open a TCP connection first: Ray's own attempts to reach a silent address take minutes."""
+    """Open a TCP connection: the quickest way to find that nothing is there."""
     if address == "auto":
         return
     url = urlsplit(address if "://" in address else f"//{address}")
@@ -152,6 +155,20 @@ def _probe(address: str, timeout: float) -> None:
         socket.create_connection((host, port), timeout=timeout).close()
     except OSError as error:
         raise ClusterError(f"cluster {address}: nothing answers ({error.strerror or error})") from None
+
+
+def _rehearse(address: str, timeout: float) -> None:
+    """Connect in a process that can be stopped: Ray tries for minutes where something else than Ray answers."""
+    code = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"cluster {address}: no Ray cluster answers there within {timeout:g} s") from None
+    if result.returncode:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        raise ClusterError(f"cluster {address}: cannot be used: {lines[-1] if lines else 'Ray gave no reason'}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -127,6 +127,10 @@ class Evaluator:
             self._cached_bytes -= dropped.nbytes
         return batch
 
+    def _forget(self, batch: PreparedBatch) -> None:
+        for key in [key for key, cached in self._cache.items() if cached is batch]:
+            self._cached_bytes -= self._cache.pop(key).nbytes
+
     def _generate(self, batch: PreparedBatch) -> Answers:
         """Generate for a prepared batch; out of memory: halve the batch size and go on in halves."""
         assert batch.inputs is not None
@@ -140,13 +144,14 @@ class Evaluator:
             torch.cuda.empty_cache()
         if len(batch.samples) == 1:
             return Answers({}, {batch.samples[0].id: "out of memory at batch size 1"})
-        self.batch_size = max(1, min(self.batch_size, len(batch.samples)) // 2)
+        self._forget(batch)
+        self.batch_size = min(self.batch_size, len(batch.samples) // 2)
         texts: dict[str, str] = {}
         failed: dict[str, str] = {}
-        for start in range(0, len(batch.samples), self.batch_size):
-            half = self._generate(self._prepare(batch.samples[start : start + self.batch_size]))
-            texts.update(half.texts)
-            failed.update(half.failed)
+        for chunk in self._chunks(batch.samples):
+            part = self._generate(self._prepare(chunk))
+            texts.update(part.texts)
+            failed.update(part.failed)
         return Answers(texts, failed)
 
 

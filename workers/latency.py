@@ -11,7 +11,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,22 +139,30 @@ def profile_latency(
         for _ in range(WARM_UP_REQUESTS):
             time_request(loaded, request)
     layers: dict[str, list[list[float]]] = {letter: [] for letter in uniform}
-    totals: dict[SkipPlan, list[float]] = {plan: [] for plan in (dense, *checks)}
+    hooked_totals: list[float] = []
+    times: dict[SkipPlan, list[float]] = {plan: [] for plan in (dense, *checks)}
     for _ in range(repeats):
         for letter, plan in uniform.items():
             with apply(loaded.model, plan), _layer_timers(loaded, descriptor.stack_path) as timers:
-                run_request(loaded, request)
-            layers[letter].append(timers.seconds())
-        for plan, times in totals.items():
+                total, per_layer = timers.time(lambda: run_request(loaded, request))
+            layers[letter].append(per_layer)
+            if letter == "R":
+                hooked_totals.append(total)
+        for plan, measured in times.items():
             with apply(loaded.model, plan):
-                times.append(time_request(loaded, request))
-    layer_seconds = {letter: _medians(rows) for letter, rows in layers.items()}
+                measured.append(time_request(loaded, request))
+    dense_seconds = statistics.median(times[dense])
+    # The hooks may read another clock than the wall's (see _LayerTimers): the dense request links the two.
+    scale = dense_seconds / statistics.median(hooked_totals)
+    layer_seconds = {letter: _scaled_medians(rows, scale) for letter, rows in layers.items()}
     if "S" in letters:
         runs = zip(descriptor.allowed, layer_seconds["R"], strict=True)
         layer_seconds["S"] = tuple(0.0 if Action.SKIP in allowed else seconds for allowed, seconds in runs)
-    dense_seconds = statistics.median(totals[dense])
-    measured = {plan: statistics.median(times) for plan, times in totals.items()}
-    errors = [abs(predict_seconds(dense_seconds, layer_seconds, plan) / measured[plan] - 1) for plan in checks]
+    errors = []
+    for plan in checks:
+        # Against the dense request of the same round: a busy machine drifts between rounds.
+        ratio = statistics.median(mine / its for mine, its in zip(times[plan], times[dense], strict=True))
+        errors.append(abs(predict_seconds(dense_seconds, layer_seconds, plan) / (ratio * dense_seconds) - 1))
     return LatencyProfile(
         device=device_name(loaded.device),
         workload=workload,
@@ -265,29 +273,36 @@ def cache_bytes(cache: Any) -> int:
 
 @dataclass
 class _LayerTimers:
-    """Start and end marks of every call of every layer: CUDA events on a GPU, seconds on the CPU."""
+    """Start and end marks of every call of every layer.
+
+    On a GPU they are CUDA events. On the CPU with one thread they are that thread's own CPU time: what other processes
+    take from a shared core would otherwise fall on some layers and not on others. With more threads, wall time.
+    """
 
     device: torch.device
     starts: list[list[Any]] = field(default_factory=list)
     ends: list[list[Any]] = field(default_factory=list)
 
     def mark(self) -> Any:
-        """Return the present moment in the device's own time."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        """Return the present moment."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            return event
+        return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
-    def seconds(self) -> list[float]:
-        """Sum each layer's calls."""
+    def time(self, request: Callable[[], object]) -> tuple[float, list[float]]:
+        """Run a request; return its seconds and, summed over its calls, each layer's."""
         _synchronise(self.device)
-        if self.device.type != "cuda":
-            return [sum(ends) - sum(starts) for starts, ends in zip(self.starts, self.ends, strict=True)]
-        return [
-            sum(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)) / 1000
-            for starts, ends in zip(self.starts, self.ends, strict=True)
-        ]
+        start = self.mark()
+        request()
+        end = self.mark()
+        _synchronise(self.device)
+        calls = zip(self.starts, self.ends, strict=True)
+        return self._between(start, end), [sum(map(self._between, begun, done)) for begun, done in calls]
+
+    def _between(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start)
 
 
 @contextmanager
@@ -342,8 +357,8 @@ def _check_plans(letters: str, descriptor: FamilyDescriptor, generator: random.R
     return plans or [SkipPlan.dense(layers)]
 
 
-def _medians(rows: list[list[float]]) -> tuple[float, ...]:
-    return tuple(statistics.median(column) for column in zip(*rows, strict=True))
+def _scaled_medians(rows: list[list[float]], scale: float) -> tuple[float, ...]:
+    return tuple(scale * statistics.median(column) for column in zip(*rows, strict=True))
 
 
 def _synchronise(device: torch.device) -> None:

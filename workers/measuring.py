@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 
@@ -66,6 +67,7 @@ class Measurer:
             ),
             parameters=self.loaded.parameters,
             dtype=str(self.loaded.model.dtype).removeprefix("torch."),
+            process=os.getpid(),
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,

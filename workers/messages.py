@@ -54,6 +54,7 @@ class WorkerInfo:
     """Per layer the letters of the actions it may take, for example ``"RS"``."""
     parameters: int
     dtype: str
+    process: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
 

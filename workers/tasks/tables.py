@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,23 @@ def _image_path(value: Any, source: FileSource, where: str, column: str) -> Path
     return Path(source.images) / cell_text(value, where, column)
 
 
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    """Read one JSON object a line; values keep the types they have in the file."""
+    import pandas as pd
+
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise TaskError(f"{path}, line {number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise TaskError(f"{path}, line {number}: must be a JSON object, one a line")
+            rows.append(row)
+    return pd.DataFrame(rows, dtype=object)
+
+
 def _read_table(source: FileSource) -> pd.DataFrame:
     import pandas as pd
 
@@ -101,7 +119,7 @@ def _read_table(source: FileSource) -> pd.DataFrame:
         if source.format == "csv":
             return pd.read_csv(path, dtype=str, keep_default_na=False)
         if source.format == "jsonl":
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+            return _read_jsonl(path)
         return pd.read_parquet(path)
     except ImportError:
         raise TaskError(f"{path}: reading Parquet needs pyarrow: pip install 'skipplan[parquet]'") from None
