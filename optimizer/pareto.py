@@ -37,18 +37,3 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
         area += (reference[0] - first) * (ceiling - second)
         ceiling = second
     return area
-
-
-def spread(points: Sequence[Point], count: int, reference: Point) -> list[int]:
-    """Indices of at most ``count`` points that together cover the most hypervolume, picked greedily.
-
-    Equal gains are settled in favour of the smaller first cost, so the choice is deterministic.
-    """
-    chosen: list[int] = []
-    remaining = sorted(front_indices(points), key=lambda index: points[index])
-    while remaining and len(chosen) < count:
-        base = [points[index] for index in chosen]
-        gains = [hypervolume([*base, points[index]], reference) for index in remaining]
-        best = max(range(len(remaining)), key=lambda position: gains[position])
-        chosen.append(remaining.pop(best))
-    return sorted(chosen, key=lambda index: points[index])

@@ -72,7 +72,7 @@ class Proposals:
             trial = self._study.ask(self._distributions)
             proposed = self._plan_of(trial.params)
             plan = self._repair(proposed, risk_order)
-            if plan.text in self._known:
+            if plan.text in self._known or plan not in self._space:
                 self._study.tell(trial, state=TrialState.FAIL)
             elif plan == proposed:
                 return self._register(plan, trial)

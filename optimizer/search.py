@@ -7,7 +7,7 @@ front under the constraint. Everything is decided from paired differences to the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from optimizer.job import ConstraintSpec, SearchSpec
@@ -223,27 +223,34 @@ def constraint_values(tried: Tried, constraint: ConstraintSpec) -> dict[str, flo
 
 
 def choose_finalists(outcome: SearchOutcome, constraint: ConstraintSpec, count: int) -> tuple[str, ...]:
-    """At most ``count`` plans of the front to verify, spread over it from the fastest to the most careful.
+    """At most ``count`` plans to verify: spread over the front from fastest to most careful, then the runners-up.
 
     The dense plan, plans predicted to be no faster than it, and plans that could meet the constraint only against
-    the evidence of the search are left out.
+    the evidence of the search are left out. Runners-up (the front without the plans chosen already) fill the places
+    that a short front leaves, since its few plans may owe their rank to chance.
     """
     limit = math.inf if constraint.max_accuracy_drop is None else constraint.max_accuracy_drop
     slowest = 1.0 if constraint.min_speedup is None else 1.0 / constraint.min_speedup
     eligible = [
         tried
-        for tried in outcome.front()
-        if tried.latency_ratio < 1.0 and tried.latency_ratio <= slowest and tried.optimistic_drop <= limit
+        for tried in outcome.tried
+        if tried.complete
+        and tried.latency_ratio < 1.0
+        and tried.latency_ratio <= slowest
+        and tried.optimistic_drop <= limit
     ]
-    if len(eligible) <= count:
-        return tuple(tried.plan for tried in eligible)
+    chosen: list[Tried] = []
+    while eligible and len(chosen) < count:
+        front = [eligible[index] for index in front_indices([tried.costs for tried in eligible])]
+        chosen += _spread(front, count - len(chosen), limit)
+        eligible = [tried for tried in eligible if tried not in front]
+    return tuple(tried.plan for tried in chosen)
+
+
+def _spread(front: Sequence[Tried], count: int, limit: float) -> list[Tried]:
+    """At most ``count`` members of a front that is ordered by latency, at even steps with both ends."""
+    if len(front) <= count:
+        return list(front)
     if count == 1:
-        within = [tried for tried in eligible if tried.drop <= limit]
-        return ((within or eligible)[0].plan,)
-    steps = [round(position * (len(eligible) - 1) / (count - 1)) for position in range(count)]
-    return tuple(eligible[step].plan for step in steps)
-
-
-def constraint_summary(values: Mapping[str, float]) -> str:
-    """Names of the constraints that are not met, for messages."""
-    return ", ".join(name for name, value in values.items() if value > 0) or "none"
+        return [next((tried for tried in front if tried.drop <= limit), front[0])]
+    return [front[round(position * (len(front) - 1) / (count - 1))] for position in range(count)]

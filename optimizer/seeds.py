@@ -17,10 +17,11 @@ def nested_sets(space: PlanSpace, risk: Risk, limit: int) -> tuple[SkipPlan, ...
     for size in range(1, space.max_touched + 1):
         for letter in letters:
             layers = [layer for layer in risk.order(letter) if letter in space.letters[layer]]
-            if size > len(layers) or (size >= space.num_layers and letter == Action.SKIP.value):
-                continue  # a model without any layer left is no model
+            if size > len(layers):
+                continue
             plan = SkipPlan.dense(space.num_layers)
             for layer in layers[:size]:
                 plan = plan.with_action(layer, Action(letter))
-            seeds.setdefault(plan.text, plan)
+            if plan in space:
+                seeds.setdefault(plan.text, plan)
     return tuple(seeds.values())[:limit]

@@ -40,6 +40,7 @@ class PlanSpace:
             len(plan) == self.num_layers
             and all(action.value in letters for action, letters in zip(plan, self.letters, strict=True))
             and touched(plan) <= self.max_touched
+            and any(action is not Action.SKIP for action in plan)  # a model without any layer left is no model
         )
 
     def enumerate(self) -> Iterator[SkipPlan]:

@@ -78,12 +78,14 @@ def bootstrap_drop(
     totals, sizes = _group_totals([d - p for d, p in zip(dense, plan, strict=True)], groups)
     totals = np.concatenate([totals, [1.0, -1.0]])
     sizes = np.concatenate([sizes, [1.0, 1.0]])
+    # Images with the same loss and number of questions are interchangeable, so their kinds are drawn, not they.
+    kinds, counts = np.unique(np.stack([totals, sizes]), axis=1, return_counts=True)
     generator = np.random.default_rng(seed)
     drops = np.empty(resamples)
-    for start in range(0, resamples, 500):  # in pieces: thousands of images times all resamples would not fit
+    for start in range(0, resamples, 500):  # in pieces: all resamples at once may not fit into memory
         rows = min(500, resamples - start)
-        weights = generator.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=rows)
-        drops[start : start + rows] = weights @ totals / np.maximum(weights @ sizes, 1.0)
+        weights = generator.multinomial(len(totals), counts / len(totals), size=rows)
+        drops[start : start + rows] = (weights @ kinds[0]) / (weights @ kinds[1])
     return np.sort(drops)
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.pareto import dominates, front_indices, hypervolume, spread
+from optimizer.pareto import dominates, front_indices, hypervolume
 
 grid = st.integers(0, 12).map(lambda value: value / 12)
 clouds = st.lists(st.tuples(grid, grid), min_size=0, max_size=25)
@@ -27,13 +27,3 @@ def test_hypervolume_counts_the_dominated_cells(points, reference):
         if (i + 1) / 12 <= reference[0] and (j + 1) / 12 <= reference[1]
     )
     assert abs(hypervolume(points, reference) - cells / 144) < 1e-9
-
-
-@given(clouds, st.integers(1, 5))
-def test_spread_picks_front_points_and_never_loses_the_best_single_one(points, count):
-    chosen = spread(points, count, (1.0, 1.0))
-    assert set(chosen) <= set(front_indices(points))
-    assert len(chosen) == min(count, len(front_indices(points)))
-    if points:
-        best = max(hypervolume([point], (1.0, 1.0)) for point in points)
-        assert hypervolume([points[index] for index in chosen], (1.0, 1.0)) >= best - 1e-12

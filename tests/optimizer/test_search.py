@@ -62,8 +62,8 @@ def test_finds_the_plan_of_all_harmless_layers_and_evaluates_nothing_twice(sampl
 
 def test_random_sampler_evaluates_nothing_twice():
     evaluate = Planted()
-    outcome = search(evaluate, sampler="random", evaluations=200)
-    assert len(evaluate.asked) == len(set(evaluate.asked)) and len(outcome.tried) == 201
+    outcome = search(evaluate, sampler="random", evaluations=150)
+    assert len(evaluate.asked) == len(set(evaluate.asked)) and len(outcome.tried) == 151
 
 
 def test_gp_sampler_runs_where_scipy_is_there():
@@ -155,3 +155,20 @@ def test_finalists_are_spread_over_the_part_of_the_front_that_could_pass():
     assert choose_finalists(outcome, ConstraintSpec(max_accuracy_drop=0.045), 1) == ("p4",)
     assert choose_finalists(outcome, ConstraintSpec(max_accuracy_drop=0.045, min_speedup=2.2), 3) == ("p5",)
     assert len(choose_finalists(outcome, ConstraintSpec(max_accuracy_drop=None), 50)) == 8
+
+
+def test_runners_up_fill_the_places_that_a_short_front_leaves():
+    outcome = SearchOutcome(
+        1.0,
+        200,
+        (tried("winner", 0.3, 0.0), tried("second", 0.4, 0.0), tried("third", 0.5, 0.0), tried("bad", 0.6, 0.3)),
+    )
+    assert choose_finalists(outcome, ConstraintSpec(max_accuracy_drop=0.05), 2) == ("winner", "second")
+    assert choose_finalists(outcome, ConstraintSpec(max_accuracy_drop=0.05), 9) == ("winner", "second", "third")
+
+
+def test_a_plan_without_any_layer_is_never_proposed():
+    evaluate = Planted()
+    outcome = search(evaluate, sampler="random", evaluations=255, constraint=ConstraintSpec(max_accuracy_drop=None))
+    assert len(outcome.tried) == 255 and outcome.stopped_because == "every possible plan was tried"
+    assert "S" * LAYERS not in {plan for plan, _ in evaluate.asked}
