@@ -21,10 +21,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from storage import connection, schema
-from storage.errors import Conflict, DatabaseError, OldSchema, StorageError, UnreachableDatabase
+from storage.errors import BusyDatabase, Conflict, DatabaseError, OldSchema, StorageError, UnreachableDatabase
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ class Database:
             yield
         except DBAPIError as error:
             raise connection.translate(error, self.engine.url) from error
+        except PoolTimeout:
+            raise BusyDatabase(f"{self.safe_url}: too many threads use this connection pool at once") from None
         except StatementError as error:
             # What our column types refuse comes wrapped.
             raise (error.orig if isinstance(error.orig, StorageError) else error) from None

@@ -9,7 +9,7 @@ Leases are judged by the database's clock.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -53,23 +53,11 @@ class Job:
         return self.state in FINISHED_STATES
 
 
+_SAME = tuple(field.name for field in fields(Job) if field.name != "priority")
+
+
 def _job(row: JobRow) -> Job:
-    return Job(
-        id=row.id,
-        spec=row.spec,
-        spec_hash=row.spec_hash,
-        state=row.state,
-        priority=-row.precedence,
-        owner=row.owner,
-        attempt=row.attempt,
-        attempt_limit=row.attempt_limit,
-        lease_expires_at=row.lease_expires_at,
-        progress=row.progress,
-        error=row.error,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-    )
+    return Job(priority=-row.precedence, **{name: getattr(row, name) for name in _SAME})
 
 
 @writes
@@ -316,7 +304,7 @@ def cancel(session: Session, job_id: int, reason: str = "cancelled by a user") -
     if row.state == "cancelled":
         return _job(row)
     if row.state not in ("queued", "running"):
-        raise InvalidTransition(f"job {job_id} has already {_ended(row.state)}; there is nothing to cancel")
+        raise InvalidTransition(f"job {job_id} is {row.state} already; there is nothing to cancel")
     row.state, row.owner, row.lease_expires_at, row.error = "cancelled", None, None, reason
     return _changed(session, row, {"finished_at": database_now()}, "cancelled", reason)
 
@@ -367,10 +355,6 @@ def _changed(session: Session, row: JobRow, values: dict[str, Any], kind: str, m
     events.add(session, row.id, row.attempt, kind, message)
     session.refresh(row)
     return _job(row)
-
-
-def _ended(state: str) -> str:
-    return {"infeasible": "ended as infeasible"}.get(state, state)
 
 
 @reads

@@ -12,13 +12,15 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
+from alembic.script import Script, ScriptDirectory
 from sqlalchemy import Connection, text
 
 from storage import connection as connections
 from storage.database import UPGRADE_COMMAND, Database
 from storage.errors import DatabaseError, OldSchema
 from storage.schema import Base
+
+FOLDER = Path(__file__).parent / "migrations"
 
 _MIGRATION_LOCK = 0x736B6970  # "skip": the key of PostgreSQL's advisory lock
 
@@ -69,6 +71,19 @@ def check(db: Database) -> list[str]:
         return [_describe(difference) for difference in compare_metadata(context, Base.metadata)]
 
 
+def draft(db: Database, message: str) -> Path:
+    """Write the migration that brings ``db``, which is at the newest revision, to the tables in ``storage.schema``.
+
+    To be read and corrected by a person before it is committed; ``storage.schema.REVISION`` is then its number.
+    """
+    with _locked(db) as connection:
+        script = command.revision(
+            _config(connection), message, autogenerate=True, rev_id=f"{len(known_revisions()) + 1:04d}"
+        )
+    assert isinstance(script, Script)
+    return Path(script.path)
+
+
 def _is_ours(name: str | None, kind: str, parents: Any) -> bool:
     """Leave tables alone that another application keeps in the same database."""
     return kind != "table" or name in Base.metadata.tables
@@ -89,13 +104,13 @@ def _describe(difference: Any) -> str:
 
 def _config(connection: Connection) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
 
 
 def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(Path(__file__).parent / "migrations"))
+    return ScriptDirectory(str(FOLDER))
 
 
 def _refuse_unknown(db: Database, connection: Connection) -> None:

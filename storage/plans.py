@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, UnaryExpression, literal_column, select, union_all
+from sqlalchemy import ColumnElement, Select, UnaryExpression, false, literal_column, select, union_all
 from sqlalchemy.orm import Session
 
 from storage import jobs, names, pareto, upsert
@@ -266,11 +266,15 @@ def _branched(
             conditions = [*conditions, PlanRow.task_id.in_(task_ids)]
         return everything.where(*conditions)
     parts = [
-        select(everything.where(PlanRow.model_id == model, PlanRow.task_id == task, *conditions).subquery().c.id)
+        everything.where(PlanRow.model_id == model, PlanRow.task_id == task, *conditions)
         for model in models
         for task in tasks
     ]
-    return everything.where(PlanRow.id.in_(union_all(*parts)))
+    if not parts:
+        return everything.where(false())
+    if len(parts) == 1:
+        return parts[0]
+    return everything.where(PlanRow.id.in_(union_all(*(select(part.subquery().c.id) for part in parts))))
 
 
 def _where(

@@ -1,6 +1,7 @@
 """Migrations on both engines: there and back, equal to the models, safe to run from several processes at once."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -173,3 +174,17 @@ def test_upgrade_keeps_what_is_there(db):
     migration.upgrade(db)
     with db.reading() as session:
         assert session.get(schema.JobRow, job.id).spec == {"kept": True}
+
+
+def test_draft_of_a_migration_holds_what_changed(migrated, tmp_path, monkeypatch):
+    folder = tmp_path / "migrations"
+    shutil.copytree(migration.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(migration, "FOLDER", folder)
+    with migrated.transaction() as session:
+        session.execute(text("ALTER TABLE devices DROP COLUMN details"))
+    written = migration.draft(migrated, "Give devices details")
+    assert written.name == "0002_give_devices_details.py"
+    lines = written.read_text()
+    assert "with op.batch_alter_table('devices'" in lines
+    assert "batch_op.add_column(sa.Column('details', sa.JSON(), nullable=False))" in lines
+    assert "storage.types" not in lines

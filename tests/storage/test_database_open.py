@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from storage import connection, jobs, migration, schema
 from storage.database import Database
 from storage.errors import (
     BadDatabaseURL,
+    BusyDatabase,
     DatabaseError,
     NotADatabase,
     OldSchema,
@@ -151,6 +153,15 @@ def test_older_schema_is_refused_with_the_command(database_url, monkeypatch):
     monkeypatch.setattr(schema, "REVISION", "0002")
     with pytest.raises(OldSchema, match=r"has schema 0001, this version needs 0002; .*skipplan db upgrade"):
         Database.open(database_url)
+
+
+def test_more_threads_than_connections_is_said(db, monkeypatch):
+    monkeypatch.setattr(db.engine.pool, "_timeout", 0.05)
+    with ExitStack() as held:
+        for _ in range(db.engine.pool.size() + db.engine.pool._max_overflow):
+            held.enter_context(db.engine.connect())
+        with pytest.raises(BusyDatabase, match="too many threads"):
+            jobs.count(db)
 
 
 def test_old_servers_are_refused(db, monkeypatch):

@@ -343,6 +343,12 @@ def test_best_of_what_is_not_known(db):
         plans.list_plans(db, sort="speed")
 
 
+def test_lists_of_an_empty_database(db):
+    assert plans.list_plans(db) == []
+    task(db, "easy-vqa")
+    assert plans.list_plans(db, task="easy-vqa") == []
+
+
 def test_figures_of_an_old_model_are_not_offered_for_a_new_one_of_the_same_name(db):
     stage = scene(db)
     plans.publish(db, stage.job, figures=[figures("RRSS")], **stage.group)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from storage_builders import claimed, model, scene, task
 
-from storage import evaluations, frames, jobs, measurements, names, scores, stages
+from storage import evaluations, frames, identities, jobs, measurements, names, scores, stages
 from storage.errors import InvalidValue, LeaseLost, NotFound
 from storage.schema import JobEventRow
 
@@ -360,3 +360,13 @@ def test_evaluations_as_a_frame(db):
     assert frame["accuracy"].iloc[0] == 0.5
     assert math.isnan(frame["accuracy"].iloc[1])
     assert str(frame["recorded_at"].dt.tz) == "UTC"
+
+
+def test_identities_are_those_that_were_given(db):
+    stage = scene(db)
+    assert identities.model(db, stage.model_id).fingerprint == "f1e2d3c4"
+    assert identities.task(db, stage.task_id) == identities.TaskIdentity("easy-vqa", "d1", 0, 1, 2, 3)
+    assert identities.device(db, stage.device_id).name == "cpu: test, 1 thread"
+    for read, kind in ((identities.model, "model"), (identities.task, "task"), (identities.device, "device")):
+        with pytest.raises(NotFound, match=f"there is no {kind} 4711"):
+            read(db, 4711)
