@@ -23,13 +23,16 @@ def save_pruned(
     *,
     processor: Any = None,
     max_shard_size: int | str = "5GB",
+    original_names: bool = True,
 ) -> Path:
     """Write ``model`` without the layers that ``plan`` skips as an ordinary checkpoint; the model stays as it was.
 
     Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
     of the live model while it is saved, so no second copy of it is held. The directory appears complete or not at
-    all. Raises :class:`PlanError` for plans with other actions than run and skip, and ``FileExistsError`` when the
-    directory exists and is not empty. A pruned model that transformers would build differently when it loads it is
+    all. ``original_names`` names the tensors as the family's published checkpoints do; otherwise they have their
+    names in memory, which is what model code outside transformers loads. Raises :class:`PlanError` for plans with
+    other actions than run and skip, and ``FileExistsError`` when the directory exists and is not empty. A pruned
+    model that transformers would build differently when it loads it is
     refused with a :class:`PlanError` too.
     """
     special = [layer for layer, action in enumerate(plan) if action not in (Action.RUN, Action.SKIP)]
@@ -50,7 +53,9 @@ def save_pruned(
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             model.config.save_pretrained(staging)  # type: ignore[union-attr,operator]
             require_faithful_reload(applied._stack, staging)
-        model.save_pretrained(staging, max_shard_size=max_shard_size)  # type: ignore[operator]
+        model.save_pretrained(  # type: ignore[operator]
+            staging, max_shard_size=max_shard_size, save_original_format=original_names
+        )
         if processor is not None:
             processor.save_pretrained(staging)
         staging.chmod(0o755)  # mkdtemp makes it private

@@ -1,0 +1,131 @@
+"""The model card ``README.md``: measured numbers, how to use what was written, and the limits."""
+
+from __future__ import annotations
+
+import re
+
+from optimizer.exports.document import Interval, PlanDocument
+from optimizer.exports.formats import ExportFormat, Guide
+from workers.runtime import Action, SkipPlan
+
+FILE_NAME = "README.md"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MEANINGS = {
+    Action.RUN: "run as they are",
+    Action.FREEZE: "leave vision tokens as they are (text still attends to them)",
+    Action.BYPASS: "leave vision tokens as they are and out of text's attention",
+    Action.SKIP: "are skipped for every token",
+}
+
+
+def model_card(document: PlanDocument, chosen: ExportFormat, guide: Guide) -> str:
+    """The card's text. ``document`` has its export part."""
+    parts = [
+        _front_matter(document, chosen),
+        f"# {_inline(document.model.name)} under skip plan `{document.plan}`",
+        _what(document),
+        _origin(document),
+        "## Measured",
+        _table(document),
+        "## Use",
+        guide.usage,
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in (*guide.limits, *_general_limits(document))),
+        "## Made with",
+        _made_with(document),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(document: PlanDocument, chosen: ExportFormat) -> str:
+    lines = ["---", "pipeline_tag: image-text-to-text", "tags: [skipplan, layer-skipping]"]
+    if chosen.loadable is not None:
+        lines.append(f"library_name: {'openvino' if chosen.name == 'openvino' else 'transformers'}")
+    if _HUB_ID.fullmatch(document.model.name):
+        lines.append(f"base_model: {document.model.name}")
+    return "\n".join([*lines, "---"])
+
+
+def _what(document: PlanDocument) -> str:
+    plan = SkipPlan.parse(document.plan)
+    model = document.model
+    told = [
+        f"{len(plan.layers(action))} {meaning} ({action.value}: {', '.join(map(str, plan.layers(action)))})"
+        for action, meaning in _MEANINGS.items()
+        if plan.layers(action) and action is not Action.RUN
+    ]
+    return (
+        f"Of the {len(plan)} decoder layers of {_inline(model.name)} ({_inline(model.family)}, fingerprint "
+        f"`{model.fingerprint[:16]}`), {'; '.join(told) or 'all run'}. Compensation: {_inline(document.compensation)}."
+    )
+
+
+def _origin(document: PlanDocument) -> str:
+    notes = []
+    if document.origin == "imported":
+        notes.append("**The figures below were imported, not measured by the installation that wrote this.**")
+    export = document.export
+    if export is not None and export.model_fingerprint and export.model_fingerprint != document.model.fingerprint:
+        notes.append(
+            f"**The figures below are not of this model.** It was measured on `{document.model.fingerprint[:16]}` "
+            f"and forced onto `{export.model_fingerprint[:16]}`, on which nothing was measured."
+        )
+    return "\n\n".join(notes)
+
+
+def _table(document: PlanDocument) -> str:
+    own = document.figures
+    confidence = f"{100 * own.confidence:g} %"
+    own_confidence = own.secondary.get("difference_confidence")
+    corrected = f" (at {100 * own_confidence:.4g} %)" if isinstance(own_confidence, float) else ""
+    rows = [
+        ("", "dense", "this plan", f"interval ({confidence})"),
+        ("---", "---:", "---:", "---:"),
+        (
+            f"accuracy, {own.n} held-out samples",
+            f"{own.dense_accuracy:.4f}",
+            f"{own.accuracy.estimate:.4f}",
+            _interval(own.accuracy, "{:.4f}"),
+        ),
+        (
+            "difference to dense",
+            "",
+            f"{own.difference.estimate:+.4f}",
+            _interval(own.difference, "{:+.4f}") + corrected,
+        ),
+        ("seconds a request", f"{own.dense_seconds:.5f}", f"{own.seconds:.5f}", ""),
+        ("speed-up", "1", f"{own.speedup.estimate:.3f}", _interval(own.speedup, "{:.3f}")),
+        ("KV cache, bytes", str(own.dense_kv_cache_bytes), str(own.kv_cache_bytes), ""),
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"{table}\n\nTask: {_inline(document.task.name)} (held-out split, which the search never saw). "
+        f"Device: {_inline(document.device)}. Workload: {_inline(document.workload)}."
+    )
+
+
+def _interval(interval: Interval, form: str) -> str:
+    return f"{form.format(interval.low)} to {form.format(interval.high)}"
+
+
+def _general_limits(document: PlanDocument) -> list[str]:
+    return [
+        f"The plan was chosen for the task {_inline(document.task.name)}; on other tasks its accuracy is unknown.",
+        "Speed was measured on the device and workload above; other hardware, batch sizes and answer lengths differ.",
+        "The licence of the original model applies.",
+    ]
+
+
+def _made_with(document: PlanDocument) -> str:
+    export = document.export
+    assert export is not None
+    versions = ", ".join(f"{name} {version}" for name, version in export.versions.items())
+    return (
+        f"Format `{export.format}`, written {export.created_at:%Y-%m-%d} with {versions}. Everything above is also "
+        "in `skipplan.json`, in full; `skipplan verify-export` checks this directory against the live model."
+    )
+
+
+def _inline(text: str) -> str:
+    """Text from elsewhere, without line breaks and with Markdown's and HTML's marks escaped."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,53 @@
+"""Format ``checkpoint``: a plain Hugging Face directory whose skipped layers are gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optimizer.exports.formats import ExportFormat, Guide, Loadable, Subject, needs_plain_skips
+from workers.runtime import Action, SkipPlan
+
+
+def write(subject: Subject, directory: Path) -> None:
+    """Write the model without the layers that the plan skips."""
+    from workers.runtime import save_pruned
+
+    save_pruned(subject.model.model, subject.plan, directory, processor=subject.model.processor)
+
+
+def removal_of(plan: SkipPlan) -> SkipPlan:
+    """The plan with its skips alone."""
+    return SkipPlan.skipping(len(plan), plan.layers(Action.SKIP))
+
+
+def remainder_of(plan: SkipPlan) -> SkipPlan:
+    """The plan over the layers that stay."""
+    return SkipPlan(tuple(plan[layer] for layer in plan.kept))
+
+
+def guide(subject: Subject, directory: Path) -> Guide:
+    """How the checkpoint is loaded."""
+    return Guide(
+        usage="```python\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        f'model = AutoModelForImageTextToText.from_pretrained("{directory.name}")\n'
+        f'processor = AutoProcessor.from_pretrained("{directory.name}")\n'
+        "```",
+        limits=("A server that fixes the number of layers by the model's name must take it from `config.json`.",),
+    )
+
+
+def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
+    """The directory, by transformers without any code of ours."""
+    return Loadable(directory, "transformers", python)
+
+
+FORMAT = ExportFormat(
+    name="checkpoint",
+    summary="a plain Hugging Face checkpoint without the skipped layers",
+    needs="model",
+    refusal=needs_plain_skips,
+    write=write,
+    guide=guide,
+    loadable=loadable,
+)

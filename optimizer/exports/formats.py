@@ -1,0 +1,107 @@
+"""What an export format is. Each format is a file of its own; ``registry`` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from optimizer.errors import UsageFault
+from optimizer.exports.document import PlanDocument
+from workers.messages import ModelSource
+from workers.runtime import Action, SkipPlan
+
+if TYPE_CHECKING:
+    from workers.models import LoadedModel
+
+Loader = Literal["transformers", "transformers-remote-code", "openvino"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported: a plan and, for formats that need it, the model it belongs to."""
+
+    document: PlanDocument
+    source: ModelSource
+    checkpoint: Path | None
+    """The model's directory; None for formats that need no model."""
+    fingerprint: str | None
+    """Of that directory."""
+    loaded: LoadedModel | None
+    """The model on the CPU in its own dtype; None for formats that do not load it."""
+
+    @property
+    def plan(self) -> SkipPlan:
+        """The plan as a value."""
+        return SkipPlan.parse(self.document.plan)
+
+    @property
+    def model(self) -> LoadedModel:
+        """The loaded model; only formats that ask for it have one."""
+        assert self.loaded is not None
+        return self.loaded
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What the model card says about a format, as Markdown."""
+
+    usage: str
+    limits: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """A written model and what loads it."""
+
+    directory: Path
+    loader: Loader
+    python: str
+    """The interpreter that loads it."""
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """One way of handing a plan on.
+
+    ``refusal`` says why a plan (with its kind of compensation) cannot be handed on this way, or None. ``write`` fills
+    an empty directory. ``loadable`` gives what ``verify-export`` loads, from the written directory, a scratch
+    directory and the interpreter asked for; None for formats that hold no model. ``check`` says what can be said about
+    the surroundings, such as whether the program that the commands call is there.
+    """
+
+    name: str
+    summary: str
+    needs: Literal["nothing", "files", "model"]
+    refusal: Callable[[SkipPlan, str], str | None]
+    write: Callable[[Subject, Path], None]
+    guide: Callable[[Subject, Path], Guide]
+    loadable: Callable[[Path, Path, str], Loadable] | None = None
+    check: Callable[[], Sequence[str]] = tuple
+    lossless: bool = True
+    """Whether the written model computes in the same arithmetic, so that logits may differ by rounding at most."""
+
+
+def takes_everything(plan: SkipPlan, compensation: str) -> str | None:
+    """No plan is refused."""
+    return None
+
+
+def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
+    """Refuse what a checkpoint without code cannot say."""
+    for layer, action in enumerate(plan):
+        if action not in (Action.RUN, Action.SKIP):
+            return f"layer {layer} is {action.value} ({action.name.lower()}), which takes code to run"
+    return without_compensation(plan, compensation)
+
+
+def without_compensation(plan: SkipPlan, compensation: str) -> str | None:
+    """Refuse plans with compensation maps."""
+    if compensation != "none":
+        return f"its gaps are compensated ({compensation}), and the maps are not folded into weights here"
+    return None
+
+
+class ExportFault(UsageFault):
+    """An export that cannot be written or verified; the message says why and what can be done."""

@@ -1,0 +1,99 @@
+"""Format ``openvino``: the checkpoint without the skipped layers, exported through optimum-intel.
+
+optimum-intel pins a version of transformers of its own (2.2 wants one below 5.6), so it usually lives in another
+environment, whose interpreter is named in ``SKIPPLAN_OPENVINO_PYTHON``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from optimizer.exports import checkpoint
+from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
+from optimizer.exports.tools import find_program
+
+PYTHON_VARIABLE = "SKIPPLAN_OPENVINO_PYTHON"
+PROBE = "import optimum.intel, importlib.metadata as m; print(m.version('optimum-intel'), m.version('openvino'))"
+INSTALL = (
+    "install it into an environment of its own (pip install 'optimum-intel[openvino]') and name that environment's "
+    f"python in {PYTHON_VARIABLE}"
+)
+
+
+def interpreter() -> str:
+    """The Python that has optimum-intel. Raises ExportFault saying how to get it when there is none."""
+    python = find_program(sys.executable, PYTHON_VARIABLE) or sys.executable
+    done = _run([python, "-I", "-c", PROBE])
+    if done.returncode:
+        raise ExportFault(f"--format: openvino needs optimum-intel, which {python} cannot import; {INSTALL}")
+    return python
+
+
+def write(subject: Subject, directory: Path) -> None:
+    """Write the pruned checkpoint to a scratch directory and have optimum-intel export it."""
+    python = interpreter()
+    with tempfile.TemporaryDirectory(prefix="skipplan-openvino-", dir=directory.parent) as scratch:
+        pruned = Path(scratch) / "checkpoint"
+        checkpoint.write(subject, pruned)
+        entry = "from optimum.commands.optimum_cli import main; main()"
+        task = ["--task", "image-text-to-text", "--weight-format", "fp32"]
+        done = _run([python, "-I", "-c", entry, "export", "openvino", "--model", str(pruned), *task, str(directory)])
+    if done.returncode or not (directory / "openvino_language_model.xml").is_file():
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise ExportFault(f"--format: openvino: optimum-intel failed: {lines[-1].strip()}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+
+
+def guide(subject: Subject, directory: Path) -> Guide:
+    """How the model is run."""
+    return Guide(
+        usage="```python\n"
+        "from optimum.intel import OVModelForVisualCausalLM\n"
+        "from transformers import AutoProcessor\n\n"
+        f'model = OVModelForVisualCausalLM.from_pretrained("{directory.name}")\n'
+        f'processor = AutoProcessor.from_pretrained("{directory.name}")\n'
+        "```",
+        limits=(
+            "Weights are stored in float32, so that answers are those of the model; quantise with optimum-intel "
+            "afterwards if you accept other answers.",
+            "OpenVINO computes on its own kernels: logits agree to rounding, not bit for bit.",
+            "optimum-intel must know the family.",
+        ),
+    )
+
+
+def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
+    """The directory, by optimum-intel in the environment that has it."""
+    return Loadable(directory, "openvino", interpreter())
+
+
+def check() -> Sequence[str]:
+    """Which optimum-intel would be used."""
+    done = _run([find_program(sys.executable, PYTHON_VARIABLE) or sys.executable, "-I", "-c", PROBE])
+    if done.returncode:
+        return ("optimum-intel is not installed here: the export was not run",)
+    optimum, runtime = done.stdout.split()
+    return (f"exported by optimum-intel {optimum} with OpenVINO {runtime}",)
+
+
+FORMAT = ExportFormat(
+    name="openvino",
+    summary="OpenVINO files through optimum-intel, for CPUs",
+    needs="model",
+    refusal=needs_plain_skips,
+    write=write,
+    guide=guide,
+    loadable=loadable,
+    check=check,
+    lossless=False,
+)

@@ -1,0 +1,189 @@
+"""Format ``runtime``: the checkpoint without its skipped layers, and the code that freezes and bypasses the others.
+
+The code is the package that the workers themselves run, copied as it is, with two small modules that make it Hugging
+Face remote code. ``config.json`` gets a model type of its own, so that loading without the code fails instead of
+quietly running every layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from optimizer.exports import checkpoint
+from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, without_compensation
+
+CODE_DIRECTORY = "skipplan_runtime"
+MODEL_TYPE_PREFIX = "skipplan_"
+MODEL_CLASS = "SkipPlanForImageTextToText"
+CONFIG_CLASS = "SkipPlanConfig"
+
+CONFIGURATION = '''"""The configuration of a model under a skip plan."""
+
+from {module} import {name}
+
+
+class {CONFIG_CLASS}({name}):
+    """``{name}`` with the plan of the remaining layers in ``skip_plan``.
+
+    The file has a model type of its own, so that the model cannot be loaded by accident without its plan; to the
+    model's code the configuration is an ordinary ``{name}``.
+    """
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read the file, under the model type that the model's code knows."""
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == "{model_type}":
+            values["model_type"] = cls.model_type
+        return values, unused
+
+    def to_dict(self):
+        """The file's content, under the model type of the file."""
+        return super().to_dict() | {{"model_type": "{model_type}"}}
+'''
+
+MODELING = '''"""The model under its skip plan."""
+
+from {module} import {name}
+
+from .apply import apply_permanently
+from .configuration import {CONFIG_CLASS}
+from .plan import SkipPlan
+
+
+class {MODEL_CLASS}({name}):
+    """``{name}`` whose layers do what ``config.skip_plan`` says, one letter per layer."""
+
+    config_class = {CONFIG_CLASS}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        apply_permanently(self, SkipPlan.parse(config.skip_plan))
+'''
+
+
+def write(subject: Subject, directory: Path) -> None:
+    """Write checkpoint, code, and a configuration that names the code."""
+    from workers.runtime import save_pruned
+
+    model = subject.model.model
+    sources = {type(model): MODELING, type(model.config): CONFIGURATION}
+    for kind in sources:
+        if not kind.__module__.startswith("transformers.models."):
+            raise ExportFault(f"--format: runtime needs a model class of transformers, not {kind.__module__}")
+    removal = checkpoint.removal_of(subject.plan)
+    # transformers renames stored tensors for its own classes only.
+    save_pruned(model, removal, directory, processor=subject.model.processor, original_names=False)
+    model_type = MODEL_TYPE_PREFIX + model.config.model_type
+    code = directory / CODE_DIRECTORY
+    code.mkdir()
+    for module in runtime_modules():
+        shutil.copyfile(module, code / module.name)
+    for kind, template in sources.items():
+        text = template.format(
+            module=kind.__module__,
+            name=kind.__name__,
+            model_type=model_type,
+            CONFIG_CLASS=CONFIG_CLASS,
+            MODEL_CLASS=MODEL_CLASS,
+        )
+        (code / ("modeling.py" if template is MODELING else "configuration.py")).write_text(text, encoding="utf-8")
+    _name_code(directory / "config.json", model_type, checkpoint.remainder_of(subject.plan).text)
+
+
+def runtime_modules() -> list[Path]:
+    """The source files of the runtime."""
+    found = find_spec("workers.runtime")
+    assert found is not None and found.submodule_search_locations is not None
+    return sorted(Path(found.submodule_search_locations[0]).glob("*.py"))
+
+
+def changed_code(directory: Path) -> list[str]:
+    """Names of code files in an export that are not what this version would write: they are not to be run unseen."""
+    code = directory / CODE_DIRECTORY
+    own = {module.name: module.read_bytes() for module in runtime_modules()}
+    written = {file.name: file.read_bytes() for file in code.iterdir() if file.is_file()}
+    generated = {"modeling.py", "configuration.py"}
+    changed = {name for name in own.keys() | written.keys() if own.get(name) != written.get(name)} - generated
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return sorted(changed | {name for name in generated if not _is_generated(written.get(name), name, config)})
+
+
+def _is_generated(content: bytes | None, name: str, config: dict[str, object]) -> bool:
+    """Whether a generated module is its template filled in with names of transformers."""
+    template = MODELING if name == "modeling.py" else CONFIGURATION
+    lines = (content or b"").decode("utf-8", errors="replace").splitlines()
+    imported = next((line for line in lines if line.startswith("from transformers.models.")), "")
+    _, _, rest = imported.partition("from ")
+    module, _, kind = rest.partition(" import ")
+    if not all(part.isidentifier() for part in [*module.split("."), kind]):
+        return False
+    expected = template.format(
+        module=module,
+        name=kind,
+        model_type=config.get("model_type"),
+        CONFIG_CLASS=CONFIG_CLASS,
+        MODEL_CLASS=MODEL_CLASS,
+    )
+    return content == expected.encode()
+
+
+def _name_code(config_file: Path, model_type: str, remainder: str) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config |= {
+        "architectures": [MODEL_CLASS],
+        "auto_map": {
+            "AutoConfig": f"{CODE_DIRECTORY}/configuration.{CONFIG_CLASS}",
+            "AutoModelForImageTextToText": f"{CODE_DIRECTORY}/modeling.{MODEL_CLASS}",
+        },
+        "model_type": model_type,
+        "skip_plan": remainder,
+    }
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def guide(subject: Subject, directory: Path) -> Guide:
+    """How the model is loaded, with and without remote code."""
+    name = directory.name
+    return Guide(
+        usage="As Hugging Face remote code:\n\n```python\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        f'model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)\n'
+        f'processor = AutoProcessor.from_pretrained("{name}")\n'
+        "```\n\nOr with the code imported from here, in three lines:\n\n```python\n"
+        f'import sys; sys.path.insert(0, "{name}")\n'
+        f"from {CODE_DIRECTORY}.modeling import {MODEL_CLASS}\n"
+        f'model = {MODEL_CLASS}.from_pretrained("{name}")\n```',
+        limits=(
+            f"`{CODE_DIRECTORY}/` needs torch and transformers only, of the versions below or close to them.",
+            "Frozen and bypassed layers need `sdpa` (the default) or `eager` attention.",
+            "Loading without the code fails by design: the weights alone would run every layer for every token.",
+            "Servers with model code of their own (vLLM, SGLang, llama.cpp) cannot run frozen and bypassed layers.",
+            "Copy the directory to hand it on; `save_pretrained` does not write the code.",
+        ),
+    )
+
+
+def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
+    """The directory, by transformers with the directory's own code, if that code is ours."""
+    changed = changed_code(directory)
+    if changed:
+        raise ExportFault(
+            f"{directory / CODE_DIRECTORY} is not what this version of skipplan writes ({', '.join(changed)}), so it "
+            "is not run; export again, or verify with the version that wrote it"
+        )
+    return Loadable(directory, "transformers-remote-code", python)
+
+
+FORMAT = ExportFormat(
+    name="runtime",
+    summary="the checkpoint without the skipped layers, and the code that freezes and bypasses others",
+    needs="model",
+    refusal=without_compensation,
+    write=write,
+    guide=guide,
+    loadable=loadable,
+)

@@ -1,0 +1,230 @@
+"""``skipplan verify-export``: what was written, loaded in a fresh process, against the live model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.exports import document, fresh_process, registry
+from optimizer.exports.document import PlanDocument
+from optimizer.exports.formats import ExportFault, ExportFormat, Loadable
+from optimizer.exports.target import checksum, inside, require_contained
+from optimizer.exports.writing import UNLISTED, check_model
+from workers.messages import ModelSource
+from workers.runtime import SkipPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.models import LoadedModel
+    from workers.tasks import Sample, Task
+
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
+"""Largest allowed difference of logits as a share of the largest logit, by the arithmetic's dtype."""
+OTHER_KERNELS_TOLERANCE = 2e-2
+"""The same for runtimes with kernels of their own."""
+TIMEOUT_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. ``answers`` pairs the live model's answer with the export's, by sample."""
+
+    format: str
+    plan: str
+    files: int
+    answers: dict[str, tuple[str, str]]
+    largest_logit_difference: float
+    """Over all steps and tokens, as a share of the largest logit."""
+    tolerance: float
+    model_class: str
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """Samples that were answered differently."""
+        return tuple(sample for sample, (live, written) in self.answers.items() if live != written)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there was a model to load."""
+        return bool(self.answers)
+
+    @property
+    def passed(self) -> bool:
+        """Equal answers, and logits within the tolerance."""
+        return not self.differing and self.largest_logit_difference <= self.tolerance
+
+
+def verify_export(
+    directory: Path,
+    source: ModelSource,
+    *,
+    task: str | Path | None = None,
+    samples: int = 8,
+    python: str | None = None,
+    force_model: bool = False,
+) -> Verification:
+    """Load what ``directory`` holds in a fresh process and compare logits and answers with the live model.
+
+    ``task`` names the task whose held-out samples are asked (the plan's by default); ``python`` is the interpreter of
+    the fresh process (this one by default). Formats without a model are checked for what they hold. Raises
+    UsageFault when the export is damaged, or cannot be verified here.
+    """
+    plan = document.read(directory)
+    chosen = check_files(plan, directory)
+    notes = tuple(chosen.check())
+    if chosen.loadable is None:
+        return Verification(chosen.name, plan.plan, _count(plan), {}, 0.0, 0.0, "", {}, notes)
+    check_model(plan, source, force_model=force_model)
+    with tempfile.TemporaryDirectory(prefix="skipplan-verify-") as name:
+        scratch = Path(name)
+        loadable = chosen.loadable(directory.resolve(), scratch, python or sys.executable)
+        asked = _Asked.of(plan, source, task, samples, chosen)
+        live_answers, live_logits = asked.ask_live(SkipPlan.parse(plan.plan))
+        result, logits = asked.ask_written(loadable, scratch)
+    largest = max(_difference(live, other) for live, other in zip(live_logits, logits, strict=True))
+    pairs = zip(live_answers, result["answers"], strict=True)
+    return Verification(
+        format=chosen.name,
+        plan=plan.plan,
+        files=_count(plan),
+        answers={sample.id: pair for sample, pair in zip(asked.samples, pairs, strict=True)},
+        largest_logit_difference=largest,
+        tolerance=LOGIT_TOLERANCE.get(asked.dtype, 1e-4) if chosen.lossless else OTHER_KERNELS_TOLERANCE,
+        model_class=result["model_class"],
+        versions=result["versions"],
+        notes=notes,
+    )
+
+
+def check_files(plan: PlanDocument, directory: Path) -> ExportFormat:
+    """The export's format, if all its files are as they were written. Raises ExportFault naming the file."""
+    if plan.export is None or not directory.is_dir():
+        raise ExportFault(f"{directory} is a plan file, not the directory of an export")
+    require_contained(directory)
+    for name, expected in plan.export.files.items():
+        file = inside(directory, name)
+        if not file.is_file():
+            raise ExportFault(f"{file} is missing: the export is damaged")
+        if file.stat().st_size != expected.size or checksum(file) != expected.sha256:
+            raise ExportFault(f"{file} is not as it was written: the export is damaged")
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    for name in sorted(present - plan.export.files.keys() - UNLISTED):
+        if name.endswith((".py", ".json", ".safetensors", ".sh")):
+            raise ExportFault(f"{directory / name} was added after the export was written")
+    return registry.find(plan.export.format)
+
+
+def _count(plan: PlanDocument) -> int:
+    return len(plan.export.files) if plan.export else 0
+
+
+def _difference(live: Tensor, written: Tensor) -> float:
+    """Largest difference of two ``[steps, vocabulary]`` logits over the steps both made, as a share of the largest."""
+    steps = min(len(live), len(written))
+    scale = max(1e-6, live[:steps].abs().max().item())
+    return float((live[:steps] - written[:steps]).abs().max().item() / scale)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The questions, and the live model to compare with."""
+
+    loaded: LoadedModel
+    task: Task
+    samples: Sequence[Sample]
+    dtype: str
+
+    @classmethod
+    def of(
+        cls, plan: PlanDocument, source: ModelSource, task: str | Path | None, samples: int, chosen: ExportFormat
+    ) -> _Asked:
+        from workers.errors import TaskError
+        from workers.models import load_model
+        from workers.tasks import load_task
+
+        try:
+            loaded_task = load_task(task or plan.task.name)
+        except TaskError as error:
+            raise ExportFault(f"{error}; --task names the task file whose samples are asked") from None
+        if not chosen.lossless:
+            source = replace(source, dtype="float32")  # what other runtimes compute in
+        loaded = load_model(source, device="cpu")
+        return cls(loaded, loaded_task, loaded_task.held_out[:samples], str(loaded.model.dtype).removeprefix("torch."))
+
+    def ask_live(self, plan: SkipPlan) -> tuple[list[str], list[Tensor]]:
+        """Answers and logits of the live model under the plan, one sample at a time."""
+        from workers.prompts import build_inputs
+        from workers.runtime.apply import apply
+
+        answers, logits = [], []
+        with apply(self.loaded.model, plan):
+            for sample in self.samples:
+                inputs = build_inputs(self.loaded.processor, self.task.spec, [sample], [sample.image.open()])
+                answer, steps = fresh_process.generate_with_logits(
+                    self.loaded.model, self.loaded.processor, inputs, self.task.spec.answer.max_new_tokens
+                )
+                answers.append(answer)
+                logits.append(steps)
+        return answers, logits
+
+    def ask_written(self, loadable: Loadable, scratch: Path) -> tuple[dict[str, Any], list[Tensor]]:
+        """Answers and logits of the export in a fresh process. Raises ExportFault when it cannot be loaded."""
+        from safetensors.torch import load_file
+
+        request = scratch / "request.json"
+        request.write_text(json.dumps(self._request(loadable, scratch)), encoding="utf-8")
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+        try:
+            done = subprocess.run(
+                [loadable.python, "-I", fresh_process.__file__, str(request)],
+                cwd=scratch,
+                env=environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ExportFault(f"the export cannot be loaded by {loadable.python}: {error}") from None
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+            raise ExportFault(f"the export does not load in a fresh process: {lines[-1].strip()}")
+        logits = load_file(scratch / "logits.safetensors")
+        result = json.loads((scratch / "result.json").read_text(encoding="utf-8"))
+        return result, [logits[str(number)] for number in range(len(self.samples))]
+
+    def _request(self, loadable: Loadable, scratch: Path) -> dict[str, Any]:
+        import torch
+
+        from workers.prompts import has_chat_template, prompt_text
+
+        chat = has_chat_template(self.loaded.processor)
+        token = getattr(self.loaded.processor, "image_token", None) or "<image>"
+        questions = []
+        for number, sample in enumerate(self.samples):
+            image = scratch / f"{number}.png"
+            sample.image.open().save(image)
+            text = prompt_text(self.task.spec, sample)
+            if not chat:
+                text = self.task.spec.plain_prompt.format(image=token, prompt=text)
+            questions.append({"image": str(image), "text": text})
+        return {
+            "directory": str(loadable.directory),
+            "loader": loadable.loader,
+            "dtype": self.dtype,
+            "chat": chat,
+            "questions": questions,
+            "max_new_tokens": self.task.spec.answer.max_new_tokens,
+            "threads": torch.get_num_threads(),
+        }

@@ -1,0 +1,95 @@
+"""Format ``vllm``: the checkpoint without the skipped layers, with the command that serves it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+from optimizer.exports import checkpoint
+from optimizer.exports.formats import ExportFormat, Guide, Subject, needs_plain_skips
+
+SCRIPT = "serve.sh"
+
+DEEPSTACK = ("The first layers take vision features of their own (deepstack), so no plan skips them.",)
+FAMILY_LIMITS: Mapping[str, Sequence[str]] = MappingProxyType(
+    {
+        "mllama": ("vLLM dropped this family with its first engine; versions that still serve it are old.",),
+        "gemma3n": ("Layers that share keys and values are counted in `config.json`, which the export adapts.",),
+        "gemma4": ("Layers that share keys and values are counted in `config.json`, which the export adapts.",),
+        "qwen3_vl": DEEPSTACK,
+        "qwen3_vl_moe": DEEPSTACK,
+    }
+)
+"""By ``model_type``: what is known beyond the general limits."""
+
+
+def write(subject: Subject, directory: Path) -> None:
+    """Write the checkpoint and the serve command."""
+    from optimizer.exports.target import inside
+
+    checkpoint.write(subject, directory)
+    script = inside(directory, SCRIPT)
+    script.write_text("#!/bin/sh\nset -e\n" + command(directory, '"$(dirname "$0")"') + ' "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+
+
+def command(directory: Path, location: str) -> str:
+    """The serve command for the checkpoint in ``directory``, as the shell sees it at ``location``."""
+    parts = ["exec", "vllm", "serve", location, "--limit-mm-per-prompt", shlex.quote('{"image": 1}')]
+    overrides = needed_overrides(directory)
+    if overrides:
+        parts += ["--hf-overrides", shlex.quote(json.dumps(overrides))]
+    return " ".join(parts)
+
+
+def needed_overrides(directory: Path) -> dict[str, object]:
+    """What vLLM must be told because ``config.json`` does not say it.
+
+    vLLM chooses its model class by ``architectures``; configurations of models that were never saved by transformers'
+    ``save_pretrained`` may lack it.
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if config.get("architectures"):
+        return {}
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    model_class = AutoModelForImageTextToText._model_mapping[CONFIG_MAPPING[config["model_type"]]]
+    return {"architectures": [model_class.__name__]}
+
+
+def guide(subject: Subject, directory: Path) -> Guide:
+    """How the checkpoint is served, with the family's limits."""
+    family = subject.document.model.family
+    return Guide(
+        usage=f"```sh\n{command(directory, shlex.quote(directory.name)).removeprefix('exec ')}\n```\n\n"
+        f"or `./{SCRIPT}`, which passes further options on.",
+        limits=(
+            "vLLM runs plans of R and S only: it has no freeze and no bypass.",
+            f"vLLM must know the family `{family}`; a pruned checkpoint needs nothing beyond what the dense one needs.",
+            "Tensor parallelism is not affected; pipeline parallelism splits the remaining layers.",
+            "A speculative (draft, MTP or EAGLE) head trained on the dense model's states no longer fits.",
+            "The speed-up above was measured in transformers; vLLM's own will differ.",
+            *FAMILY_LIMITS.get(family, ()),
+        ),
+    )
+
+
+def check() -> Sequence[str]:
+    """Whether vLLM is here."""
+    return () if find_spec("vllm") else ("vLLM is not installed here: the serve command was not run",)
+
+
+FORMAT = ExportFormat(
+    name="vllm",
+    summary="the checkpoint with vLLM's serve command",
+    needs="model",
+    refusal=needs_plain_skips,
+    write=write,
+    guide=guide,
+    loadable=checkpoint.loadable,
+    check=check,
+)

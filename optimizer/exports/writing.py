@@ -1,0 +1,108 @@
+"""Writing an export: the checks before, the format's own files, and what stands beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from optimizer.errors import UsageFault
+from optimizer.exports import card, document, registry
+from optimizer.exports.document import Export, File, PlanDocument
+from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Subject
+from optimizer.exports.target import check_target, checksum, whole_directory
+from workers.messages import ModelSource
+from workers.runtime import PlanError, SkipPlan
+
+UNLISTED = frozenset({document.FILE_NAME, card.FILE_NAME})
+"""Files without a checksum: the document itself, and the card, which a person may want to edit."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished export, and what is to be said about the surroundings it is for."""
+
+    directory: Path
+    document: PlanDocument
+    notes: tuple[str, ...]
+
+
+def export_plan(
+    plan: PlanDocument,
+    source: ModelSource,
+    format_name: str,
+    output: Path,
+    *,
+    force: bool = False,
+    force_model: bool = False,
+) -> Written:
+    """Write ``plan`` for the model at ``source`` to the directory ``output``.
+
+    ``force`` replaces an existing directory in one step; ``force_model`` takes a model with another fingerprint than
+    the plan's. Raises UsageFault for an unknown format, a plan that the format or the model cannot take, a model with
+    another fingerprint, or a directory that exists.
+    """
+    chosen = registry.find(format_name)
+    registry.require_takes(chosen, SkipPlan.parse(plan.plan), plan.compensation)
+    check_target(output, force=force)
+    subject = _subject(plan, source, chosen, force_model=force_model)
+    with whole_directory(output, force=force) as directory:
+        chosen.write(subject, directory)
+        _describe(subject, chosen, chosen.guide(subject, directory), directory)
+    return Written(output, document.read(output), tuple(chosen.check()))
+
+
+def _describe(subject: Subject, chosen: ExportFormat, guide: Guide, directory: Path) -> None:
+    """Write the document and the card beside the format's files."""
+    files = {
+        path.relative_to(directory).as_posix(): File(size=path.stat().st_size, sha256=checksum(path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.relative_to(directory).as_posix() not in UNLISTED
+    }
+    export = Export(
+        format=chosen.name,
+        created_at=datetime.now(UTC),
+        model_fingerprint=subject.fingerprint,
+        versions=document.versions("skipplan", "torch", "transformers"),
+        files=files,
+    )
+    complete = subject.document.model_copy(update={"export": export})
+    (directory / document.FILE_NAME).write_text(complete.to_json(), encoding="utf-8")
+    (directory / card.FILE_NAME).write_text(card.model_card(complete, chosen, guide), encoding="utf-8")
+
+
+def _subject(plan: PlanDocument, source: ModelSource, chosen: ExportFormat, *, force_model: bool) -> Subject:
+    if chosen.needs == "nothing":
+        return Subject(plan, source, checkpoint=None, fingerprint=None, loaded=None)
+    directory, fingerprint = check_model(plan, source, force_model=force_model)
+    if chosen.needs == "files":
+        return Subject(plan, source, directory, fingerprint, loaded=None)
+    from workers.models import load_model
+    from workers.runtime import describe, validate
+
+    loaded = load_model(source, device="cpu")
+    try:
+        validate(SkipPlan.parse(plan.plan), describe(loaded.model))
+    except PlanError as error:
+        raise ExportFault(f"model {source.path} cannot take plan {plan.plan}: {error}") from None
+    return Subject(plan, source, directory, fingerprint, loaded)
+
+
+def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -> tuple[Path, str]:
+    """The model's directory and fingerprint. Raises UsageFault when it is not the plan's model (unless forced)."""
+    from workers.checkpoints import check_checkpoint, find_checkpoint, fingerprint_checkpoint
+    from workers.errors import ModelError
+
+    try:
+        directory = find_checkpoint(source)
+        check_checkpoint(directory)
+        fingerprint = fingerprint_checkpoint(directory)
+    except ModelError as error:
+        raise UsageFault(f"{error}; --model-path names where it is now") from None
+    if fingerprint != plan.model.fingerprint and not force_model:
+        raise ExportFault(
+            f"model {source.path} is not the one that the plan was measured on: its fingerprint is {fingerprint[:12]}, "
+            f"the plan's is {plan.model.fingerprint[:12]}; name the right one with --model-path, or take this one, "
+            "unmeasured, with --force-model"
+        )
+    return directory, fingerprint
