@@ -5,8 +5,6 @@ Every layer is present and computed, nothing is cached, every prompt goes alone 
 - skip: the layer's output is replaced by its input;
 - freeze: the layer's output at vision tokens is replaced by its input there;
 - bypass: the same, and in that layer text tokens cannot attend to vision tokens.
-
-Generation runs the whole sequence again for every token.
 """
 
 from __future__ import annotations
@@ -53,21 +51,6 @@ def reference_logits(
         outputs = model(**inputs, use_cache=False)
     forget_positions(model)
     return outputs.logits[0]
-
-
-def reference_generation(
-    model: PreTrainedModel, family: Family, plan: str, prompt: Prompt, length: int, suppressed: Sequence[int] = ()
-) -> tuple[list[int], Tensor]:
-    """Greedy answer and its logits [length, vocabulary]; ids in `suppressed` are never chosen."""
-    answer: list[int] = []
-    logits: list[Tensor] = []
-    for _ in range(length):
-        last = reference_logits(model, family, plan, prompt, answer)[-1]
-        logits.append(last)
-        choice = last.clone()
-        choice[list(suppressed)] = -torch.inf
-        answer.append(int(choice.argmax()))
-    return answer, torch.stack(logits)
 
 
 Hook = Callable[..., Any]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .catalogue import ALL, ONE_PICTURE, SUPPRESSED, TEXT_ONLY, batch_of, letters, model_of, prompts_of, single
+from .catalogue import ALL, ONE_PICTURE, TEXT_ONLY, batch_of, letters, model_of, prompts_of, single
 from .comparing import assert_close, distance, greedy, plain_logits
-from .references import reference_generation, reference_logits
+from .expected import expected_generation, expected_logits
 from .tiny import BATCH, TEXT_BESIDE_PICTURES, Family
 
 LENGTH = 4
@@ -15,17 +15,17 @@ families = pytest.mark.parametrize("family", ALL, ids=str, scope="module")
 
 @families
 def test_the_reference_of_the_all_run_plan_is_the_dense_model(family: Family) -> None:
-    dense, eager = model_of(family.name), model_of(family.name, "eager")
+    dense = model_of(family.name)
     for prompt in prompts_of(family):
-        expected = reference_logits(eager, family, "R" * family.layers, prompt)
+        expected = expected_logits(family, "R" * family.layers, prompt)
         assert_close(family, plain_logits(dense, family, prompt), expected, f"{prompt}")
 
 
 @families
 def test_cached_generation_of_the_dense_model_is_the_uncached_reference(family: Family) -> None:
-    dense, eager = model_of(family.name), model_of(family.name, "eager")
+    dense = model_of(family.name)
     prompts = batch_of(family)
-    references = [reference_generation(eager, family, "R" * family.layers, p, LENGTH, SUPPRESSED) for p in prompts]
+    references = [expected_generation(family, "R" * family.layers, p, LENGTH) for p in prompts]
     runs = [[prompt] for prompt in prompts] if BATCH in family.traps else [prompts]
     found = [answer for run in runs for answer in greedy(dense, family, run, LENGTH)]
     for prompt, (ids, logits), (expected_ids, expected) in zip(prompts, found, references, strict=True):
@@ -36,13 +36,12 @@ def test_cached_generation_of_the_dense_model_is_the_uncached_reference(family: 
 @families
 def test_every_action_at_every_layer_shows(family: Family) -> None:
     """A layer that changes nothing would pass every comparison: all must show far above the tolerance."""
-    eager = model_of(family.name, "eager")
     prompt = ONE_PICTURE if family.multimodal else TEXT_ONLY
-    dense = reference_logits(eager, family, "R" * family.layers, prompt)
+    dense = expected_logits(family, "R" * family.layers, prompt)
     for layer in range(family.layers):
         offered = letters(family, layer).replace("R", "")
         for letter in offered if family.vision_ids else offered.replace("F", "").replace("B", ""):
-            changed = reference_logits(eager, family, single(family, layer, letter), prompt)
+            changed = expected_logits(family, single(family, layer, letter), prompt)
             assert distance(changed, dense) > 20 * family.tolerance, f"{letter} at layer {layer}"
 
 

@@ -15,7 +15,6 @@ from .catalogue import (
     ALL,
     FAMILIES,
     ONE_PICTURE,
-    SUPPRESSED,
     TEXT_ONLY,
     batch_of,
     letters,
@@ -26,7 +25,7 @@ from .catalogue import (
     single,
 )
 from .comparing import assert_close, distance, greedy, plain_logits
-from .references import reference_generation, reference_logits
+from .expected import expected_generation, expected_logits
 from .tiny import BATCH, VIDEO, Family, Prompt
 
 LENGTH = 5
@@ -44,6 +43,7 @@ def plans_for(family: Family, count: int | None = None) -> list[str]:
     also = {
         layer: "".join(letter for letter in optional if Action(letter) in allowed[layer])
         for layer, optional in family.may_refuse.items()
+        if layer < family.layers
     }
     plans = plans_of(family, also) if count is None else mixed_plans(family, count, seed=2, also=also)
     if not plans:
@@ -54,8 +54,8 @@ def plans_for(family: Family, count: int | None = None) -> list[str]:
 def check_generation(family: Family, plan: str, prompts: list[Prompt], attention: str | None = None) -> None:
     """Cached generation, all prompts in one left-padded batch, against every prompt alone and uncached."""
     supported(family)
-    model, eager = model_of(family.name, attention), model_of(family.name, "eager")
-    references = [reference_generation(eager, family, plan, prompt, LENGTH, SUPPRESSED) for prompt in prompts]
+    model = model_of(family.name, attention)
+    references = [expected_generation(family, plan, prompt, LENGTH) for prompt in prompts]
     runs = [[prompt] for prompt in prompts] if BATCH in family.traps else [prompts]
     with apply(model, SkipPlan.parse(plan)):
         found = [answer for run in runs for answer in greedy(model, family, run, LENGTH)]
@@ -106,23 +106,23 @@ def test_exactly_the_expected_actions_are_refused(family: Family) -> None:
 
 @families
 def test_every_action_at_every_single_layer(family: Family) -> None:
-    model, eager = supported(family), model_of(family.name, "eager")
+    model = supported(family)
     allowed = describe(model).allowed
     prompt = ONE_PICTURE if family.multimodal else TEXT_ONLY
     for layer in range(family.layers):
         for action in allowed[layer]:
             plan = single(family, layer, action.value)
             if family.possible(plan):
-                expected = reference_logits(eager, family, plan, prompt)
+                expected = expected_logits(family, plan, prompt)
                 assert_close(family, planned_logits(model, family, plan, prompt), expected, plan)
 
 
 @families
 def test_mixed_plans(family: Family) -> None:
-    model, eager = supported(family), model_of(family.name, "eager")
+    model = supported(family)
     for plan in plans_for(family):
         for prompt in prompts_of(family):
-            expected = reference_logits(eager, family, plan, prompt)
+            expected = expected_logits(family, plan, prompt)
             assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
 
 
@@ -141,11 +141,11 @@ def test_cached_generation_of_one_prompt_with_eager_attention(family: Family) ->
 @pytest.mark.slow
 @families
 def test_many_mixed_plans(family: Family) -> None:
-    model, eager = supported(family), model_of(family.name, "eager")
+    model = supported(family)
     for number, plan in enumerate(plans_for(family, 24)):
         prompts = prompts_of(family)
         prompt = prompts[number % len(prompts)]
-        expected = reference_logits(eager, family, plan, prompt)
+        expected = expected_logits(family, plan, prompt)
         assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
         check_generation(family, plan, batch_of(family))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from .catalogue import (
     model_of,
 )
 from .comparing import assert_close, greedy
-from .references import reference_generation, reference_logits
-from .tiny import Family, Prompt, batch_inputs, forget_positions, prompt_ids
+from .expected import expected_generation, expected_logits, expected_next
+from .patch_grids import patch_grid
+from .references import reference_logits
+from .tiny import VIDEO, Family, Prompt, Seeds, batch_inputs, forget_positions, prompt_ids
 
 NAMES = ("llava", "qwen2_vl", "gemma3", "idefics3", "paligemma", "qwen3_vl", "aya_vision", "mistral3")
 LENGTH = 5
@@ -44,24 +47,21 @@ def generate(model: PreTrainedModel, family: Family, prompts: list[Prompt], **ch
 
 
 def sampled_reference(family: Family, plan: str, prompt: Prompt, seed: int) -> list[int]:
-    eager = model_of(family.name, "eager")
     answer: list[int] = []
     torch.manual_seed(seed)
     for _ in range(LENGTH):
-        last = reference_logits(eager, family, plan, prompt, answer)[-1]
-        last[list(SUPPRESSED)] = -torch.inf
-        answer.append(int(torch.multinomial(last.softmax(-1)[None], 1)))
+        chances = expected_next(family, plan, prompt, answer).softmax(-1)
+        answer.append(int(torch.multinomial(chances[None], 1)))
     return answer
 
 
 def beam_reference(family: Family, plan: str, prompt: Prompt, width: int) -> list[int]:
     """The best of `width` beams after `LENGTH` tokens: sums of log-probabilities, no end token."""
-    eager = model_of(family.name, "eager")
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(LENGTH):
         longer = []
         for score, answer in beams:
-            step = reference_logits(eager, family, plan, prompt, answer)[-1].log_softmax(-1)
+            step = expected_logits(family, plan, prompt, answer)[-1].log_softmax(-1)
             step[list(SUPPRESSED)] = -torch.inf
             best = step.topk(width)
             longer += [
@@ -108,9 +108,8 @@ def test_several_answers_per_prompt(family: Family) -> None:
         together = generate(model, family, [ONE_PICTURE], do_sample=True, top_k=0, num_return_sequences=3)
     assert alone == expected
     assert len(together) == 3
-    eager = model_of(family.name, "eager")
     for answer in together:  # every sampled id has a finite probability under the reference of its own prefix
-        logits = reference_logits(eager, family, plan, ONE_PICTURE, answer[:-1])[-LENGTH:]
+        logits = expected_logits(family, plan, ONE_PICTURE, answer[:-1])[-LENGTH:]
         assert torch.isfinite(logits).all()
 
 
@@ -125,9 +124,8 @@ def test_a_static_cache(family: Family) -> None:
 
 
 def check_against_reference(family: Family, plan: str, prompts: list[Prompt], found: list[Any]) -> None:
-    eager = model_of(family.name, "eager")
     for prompt, (ids, logits) in zip(prompts, found, strict=True):
-        expected_ids, expected = reference_generation(eager, family, plan, prompt, LENGTH, SUPPRESSED)
+        expected_ids, expected = expected_generation(family, plan, prompt, LENGTH)
         assert_close(family, logits, expected, f"{plan} {prompt}")
         assert ids == expected_ids
 
@@ -136,9 +134,7 @@ def check_against_reference(family: Family, plan: str, prompts: list[Prompt], fo
 def test_generation_without_a_cache(family: Family) -> None:
     model = model_of(family.name)
     for plan in plans_of(family):
-        expected_ids, _ = reference_generation(
-            model_of(family.name, "eager"), family, plan, ONE_PICTURE, LENGTH, SUPPRESSED
-        )
+        expected_ids, _ = expected_generation(family, plan, ONE_PICTURE, LENGTH)
         with apply(model, SkipPlan.parse(plan)):
             assert generate(model, family, [ONE_PICTURE], do_sample=False, use_cache=False) == [expected_ids], plan
 
@@ -148,7 +144,7 @@ def test_prompt_lookup_decoding_which_crops_the_cache(family: Family) -> None:
     model = model_of(family.name)
     prompt = Prompt((3, 0, 5), seed=1)
     for plan in ["R" * family.layers, *plans_of(family)]:
-        expected_ids, _ = reference_generation(model_of(family.name, "eager"), family, plan, prompt, LENGTH, SUPPRESSED)
+        expected_ids, _ = expected_generation(family, plan, prompt, LENGTH)
         with apply(model, SkipPlan.parse(plan)):
             found = generate(model, family, [prompt], do_sample=False, prompt_lookup_num_tokens=3)
         assert found == [expected_ids], plan
@@ -156,15 +152,13 @@ def test_prompt_lookup_decoding_which_crops_the_cache(family: Family) -> None:
 
 @pytest.mark.parametrize("family", [by_name(name) for name in ("llava", "idefics3", "mistral3")], ids=str)
 def test_a_second_turn_continues_the_cache_of_the_first(family: Family) -> None:
-    model, eager = model_of(family.name), model_of(family.name, "eager")
+    model = model_of(family.name)
     for plan in ["R" * family.layers, *plans_of(family)]:
-        first, _ = reference_generation(eager, family, plan, ONE_PICTURE, LENGTH, SUPPRESSED)
+        first, _ = expected_generation(family, plan, ONE_PICTURE, LENGTH)
         question = [30, 41, 52]
         second: list[int] = []
         for _ in range(LENGTH):
-            last = reference_logits(eager, family, plan, ONE_PICTURE, [*first, *question, *second])[-1]
-            last[list(SUPPRESSED)] = -torch.inf
-            second.append(int(last.argmax()))
+            second.append(int(expected_next(family, plan, ONE_PICTURE, [*first, *question, *second]).argmax()))
         with apply(model, SkipPlan.parse(plan)):
             inputs = batch_inputs(family, [ONE_PICTURE])
             output = model.generate(**inputs, **settings(do_sample=False, return_dict_in_generate=True))
@@ -182,7 +176,7 @@ def test_a_second_turn_continues_the_cache_of_the_first(family: Family) -> None:
 @handful
 def test_a_batch_padded_on_the_right(family: Family) -> None:
     """As in training: logits of every prompt's own rows."""
-    model, eager = model_of(family.name), model_of(family.name, "eager")
+    model = model_of(family.name)
     prompts = [ONE_PICTURE, TWO_PICTURES]
     inputs = batch_inputs(family, prompts)
     short = len(prompt_ids(family, ONE_PICTURE))
@@ -195,14 +189,69 @@ def test_a_batch_padded_on_the_right(family: Family) -> None:
         with torch.no_grad(), apply(model, SkipPlan.parse(plan)):
             found = model(**inputs).logits
         for row, prompt in enumerate(prompts):
-            expected = reference_logits(eager, family, plan, prompt)
+            expected = expected_logits(family, plan, prompt)
             assert_close(family, found[row, : len(expected)], expected, f"{plan} {prompt}")
+
+
+@handful
+def test_prompts_that_end_with_a_picture_or_are_nothing_else(family: Family) -> None:
+    """The first answer token then comes from a vision row, and a bypassed layer may hold no key at all."""
+    model = model_of(family.name)
+    for prompts in ([Prompt((3, 0), seed=7)], [Prompt((0,), seed=8)], [Prompt((0,), seed=8), ONE_PICTURE]):
+        for plan in plans_of(family):
+            with apply(model, SkipPlan.parse(plan)):
+                found = greedy(model, family, prompts, LENGTH)
+            check_against_reference(family, plan, prompts, found)
+
+
+@handful
+def test_a_prompt_without_an_attention_mask(family: Family) -> None:
+    model = model_of(family.name)
+    inputs = {key: value for key, value in batch_inputs(family, [ONE_PICTURE]).items() if key != "attention_mask"}
+    for plan in plans_of(family):
+        forget_positions(model)
+        with torch.no_grad(), apply(model, SkipPlan.parse(plan)):
+            found = model(**inputs).logits[0]
+        assert_close(family, found, expected_logits(family, plan, ONE_PICTURE), plan)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_video_tokens_are_vision_tokens(name: str) -> None:
+    """A video of two frames in the place of a picture; Qwen 3 writes its frames one by one between timestamps."""
+    placeholder = FRAME_BY_FRAME if name.startswith("qwen3") else ONE_BLOCK
+    family = replace(by_name(name), picture=video_grid, placeholder=placeholder)
+    model, eager = model_of(name), model_of(name, "eager")
+    prompt = Prompt((3, 0, 4), seed=9)
+    for plan in plans_of(family):
+        expected = reference_logits(eager, family, plan, prompt)
+        forget_positions(model)
+        with torch.no_grad(), apply(model, SkipPlan.parse(plan)):
+            found = model(**batch_inputs(family, [prompt])).logits[0]
+            forget_positions(model)
+            answer, logits = greedy(model, family, [prompt], 3)[0]
+        assert_close(family, found, expected, plan)
+        for step in range(3):
+            again = reference_logits(eager, family, plan, prompt, answer[:step])[-1]
+            assert_close(family, logits[step], again, f"{plan} step {step}")
+
+
+ONE_BLOCK = (91, *(VIDEO,) * 12, 92)
+FRAME_BY_FRAME = (91, *(VIDEO,) * 6, 92, 91, *(VIDEO,) * 6, 92)
+
+
+def video_grid(seeds: Seeds) -> dict[str, torch.Tensor]:
+    """Two frames of 4 x 6 patches: what `patch_grid` is for a picture."""
+    inputs = patch_grid([[seed, seed + 1] for row in seeds for seed in row])
+    return {
+        "pixel_values_videos": inputs["pixel_values"],
+        "video_grid_thw": torch.tensor([[2, 4, 6]] * (len(inputs["image_grid_thw"]) // 2)),
+    }
 
 
 def test_frozen_plans_are_never_silently_wrong_without_input_ids() -> None:
     """Embeddings alone do not say which rows are vision: the right logits or an error, nothing between."""
     family = by_name("llava")
-    model, eager = model_of("llava"), model_of("llava", "eager")
+    model = model_of("llava")
     inputs = batch_inputs(family, [ONE_PICTURE])
     with torch.no_grad():
         features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
@@ -210,7 +259,7 @@ def test_frozen_plans_are_never_silently_wrong_without_input_ids() -> None:
         mask = (inputs["input_ids"] == 90)[..., None].expand_as(embeddings)
         embeddings = embeddings.masked_scatter(mask, torch.cat(list(features)))
     for plan in ("RSRSRRR", "RFRRRRR", "RRBRRRR"):
-        expected = reference_logits(eager, family, plan, ONE_PICTURE)
+        expected = expected_logits(family, plan, ONE_PICTURE)
         with torch.no_grad(), apply(model, SkipPlan.parse(plan)):
             if "S" in plan:
                 found = model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"]).logits[0]

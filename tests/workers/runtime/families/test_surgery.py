@@ -8,12 +8,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from workers.runtime import PlanError, SkipPlan, apply_permanently, save_pruned
+from workers.runtime import (
+    Action,
+    PlanError,
+    SkipPlan,
+    UnsupportedFamilyError,
+    apply_permanently,
+    describe,
+    save_pruned,
+)
 
 from .catalogue import (
     ALL,
     FAMILIES,
-    SUPPRESSED,
     batch_of,
     by_name,
     end_plans,
@@ -23,7 +30,7 @@ from .catalogue import (
     prompts_of,
 )
 from .comparing import assert_close, greedy, plain_logits
-from .references import reference_generation, reference_logits
+from .expected import expected_generation, expected_logits
 from .tiny import BATCH, PAD, RELOAD, Family, build
 
 LENGTH = 4
@@ -31,9 +38,22 @@ families = pytest.mark.parametrize("family", ALL, ids=str, scope="module")
 
 
 def removal_plans(family: Family, count: int = 2) -> list[str]:
-    plans = [*end_plans(family, "RS"), *mixed_plans(family, 4 * count, only="RS")]
+    """Plans of R and S over what must be offered, and over what is offered although it may be declined."""
+    also = {}
+    if any("S" in optional for optional in family.may_refuse.values()):
+        try:
+            allowed = describe(model_of(family.name)).allowed
+        except UnsupportedFamilyError as error:
+            assert family.may_be_unsupported, error
+            pytest.skip(f"declined: {error}")
+        also = {
+            layer: "S"
+            for layer, optional in family.may_refuse.items()
+            if "S" in optional and Action.SKIP in allowed[layer]
+        }
+    plans = [*end_plans(family, "RS"), *mixed_plans(family, 4 * count, only="RS", also=also)]
     if not plans:
-        pytest.skip("the runtime may decline to skip any layer of this family")
+        pytest.skip("skipping is declined at every layer, as it may be")
     return [plan for plan in plans if family.savable(plan)][: 1 if is_held_out(family) else count]
 
 
@@ -47,7 +67,6 @@ def reload(family: Family, directory: Path) -> PreTrainedModel:
 
 def check_pruned(pruned: PreTrainedModel, family: Family, plan: str) -> None:
     """A model without the skipped layers against the reference that has them: logits and cached generation."""
-    eager = model_of(family.name, "eager")
     kept = tuple(layer for layer, letter in enumerate(plan) if letter != "S")
     assert len(pruned.get_submodule(family.stack)) == len(kept)  # type: ignore[arg-type]
     text_config = pruned.config.get_text_config()
@@ -55,13 +74,13 @@ def check_pruned(pruned: PreTrainedModel, family: Family, plan: str) -> None:
         found_value = getattr(text_config, name)
         assert (list(found_value) if isinstance(found_value, tuple) else found_value) == expected_value, name
     for prompt in prompts_of(family):
-        expected = reference_logits(eager, family, plan, prompt)
+        expected = expected_logits(family, plan, prompt)
         assert_close(family, plain_logits(pruned, family, prompt), expected, f"{plan} {prompt}")
     prompts = batch_of(family)
     runs = [[prompt] for prompt in prompts] if BATCH in family.traps else [prompts]
     found = [answer for run in runs for answer in greedy(pruned, family, run, LENGTH)]
     for prompt, (ids, logits) in zip(prompts, found, strict=True):
-        expected_ids, expected = reference_generation(eager, family, plan, prompt, LENGTH, SUPPRESSED)
+        expected_ids, expected = expected_generation(family, plan, prompt, LENGTH)
         assert_close(family, logits, expected, f"{plan} {prompt}")
         assert ids == expected_ids
 
