@@ -61,6 +61,8 @@ class AppliedPlan:
         if self.plan.is_dense:
             return
         self._refuse_second_plan()
+        if len(self._stack.layers) != self.descriptor.num_layers:
+            raise PlanError("the model has lost layers since apply() was called: call it again")
         try:
             self._install(permanent)
         except BaseException:

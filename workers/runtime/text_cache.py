@@ -125,6 +125,9 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
             return
         if self._padded:
             # A sample with padding has fewer tokens stored: some of its first ones may still be in the window.
+            # Looking costs a synchronisation with the device, so it is done once in a while.
+            if surplus < self.window:
+                return
             outside = (columns <= self.length - self.window).all(0)
             surplus = min(surplus, int(outside.cumprod(0).sum()))
         self.keys, self.values = self.keys[..., surplus:, :], self.values[..., surplus:, :]
@@ -137,17 +140,15 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         whole sequence as columns. ``query_rows`` are the rows of a prompt with vision tokens, else the queries are
         ``new_tokens`` in a row. Without a mask (causal), one is made only where a key must be hidden.
         """
-        stored = self.stored
+        nothing_hidden = not self._padded and (query_rows is None or query_rows.valid is None)
+        if mask is None and nothing_hidden and (new_tokens == 1 or self.stored == 0):
+            return None
         device = mask.device if mask is not None else self._device_of(query_rows)
-        past = self._all_columns(stored)
+        past = self._all_columns(self.stored)
         new = query_columns(query_rows, self.length, new_tokens, device)
-        if mask is None:
-            nothing_hidden = not self._padded and (query_rows is None or query_rows.valid is None)
-            if nothing_hidden and (new_tokens == 1 or past is None):
-                return None
-            columns = new if past is None else _join(past.to(device), new)
-            return causal_columns(columns, new)
         columns = new if past is None else _join(past.to(device), new)
+        if mask is None:
+            return causal_columns(columns, new)
         full_length = new_tokens if query_rows is None else query_rows.length
         _, offset = self.get_mask_sizes(full_length)
         position = columns - offset

@@ -93,6 +93,9 @@ class VisionTokens:
     def watch(self, edits: Edits, stack: DecoderStack) -> None:
         """Read the inputs of every call of the model, or of an inner module that takes images too."""
         for module in dict.fromkeys(ancestors(stack.model, stack.path)):
+            if isinstance(module, GenerationMixin):
+                # Static caches make generation compile the model; gathered rows change their number from call to call.
+                edits.set_instance_attribute(module, "_valid_auto_compile_criteria", lambda *args, **kwargs: False)
             parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
             if module is not stack.model and not set(VISION_INPUTS).intersection(parameters):
                 continue

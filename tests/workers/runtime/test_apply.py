@@ -1,0 +1,359 @@
+"""Putting plans on a live model and taking them off: order, leftovers, refusals. References are in families/."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+from workers.runtime import (
+    Action,
+    PlanError,
+    SkipPlan,
+    UnsupportedFamilyError,
+    apply,
+    apply_permanently,
+    describe,
+    validate,
+)
+
+LAYERS, IMAGE, VOCABULARY = 6, 99, 100
+VISION = 4
+
+
+def build_model(attention: str = "sdpa", **text: object) -> LlavaForConditionalGeneration:
+    text_config = LlamaConfig(
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "initializer_range": 0.3,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **text,
+        }
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(text_config=text_config, vision_config=tower, image_token_index=IMAGE)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+MODEL = build_model()
+
+
+def prompt(before: int = 3, after: int = 4, images: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(1, 90, (before + after,), generator=generator).tolist()
+    ids = torch.tensor([[*words[:before], *([IMAGE] * VISION * images), *words[before:]]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if images:
+        inputs["pixel_values"] = torch.randn(images, 3, 8, 8, generator=generator)
+    return inputs
+
+
+def logits(model: nn.Module, **changes: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(**{**prompt(), **changes}).logits
+
+
+def random_plan(generator: random.Random) -> SkipPlan:
+    text = "".join(generator.choice("RFBS") for _ in range(LAYERS))
+    return SkipPlan.parse(text if set(text) != {"S"} else "R" * LAYERS)
+
+
+# Leaving nothing behind ---------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_random_cycles_restore_every_bit_and_keep_nothing() -> None:
+    generator = random.Random(0)
+    before = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}
+    configuration, expected = str(MODEL.config), logits(MODEL)
+    for _ in range(50):  # whatever is made once is made now
+        with apply(MODEL, random_plan(generator)):
+            logits(MODEL)
+    gc.collect()
+    objects = len(gc.get_objects())
+    for cycle in range(1000):
+        with apply(MODEL, random_plan(generator)):
+            if cycle % 20 == 0:
+                logits(MODEL)
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 500  # fewer than one per two cycles
+    after = MODEL.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert str(MODEL.config) == configuration
+    assert torch.equal(logits(MODEL), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.text("RFBS", min_size=LAYERS, max_size=LAYERS), st.booleans()), max_size=5))
+def test_any_order_of_installing_and_removing(steps: list[tuple[str, bool]]) -> None:
+    """One plan at a time: a second one is refused and changes nothing, and removing twice is removing once."""
+    expected = logits(MODEL)
+    handles = []
+    installed = None
+    for text, early in steps:
+        plan = SkipPlan.parse(text)
+        if not plan.kept:
+            continue
+        if installed is not None and not plan.is_dense:
+            with pytest.raises(PlanError, match=installed.plan.text):
+                apply(MODEL, plan)
+        elif installed is None:
+            handle = apply(MODEL, plan)
+            handle.install()
+            handles.append(handle)
+            installed = None if plan.is_dense else handle
+        if early and installed is not None:
+            installed.remove()
+            installed.remove()
+            installed = None
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(logits(MODEL), expected)
+    assert len(MODEL.model.language_model.layers) == MODEL.config.text_config.num_hidden_layers == LAYERS
+
+
+def test_handles_made_before_a_plan_is_installed_cannot_be_installed_beside_it() -> None:
+    first, second = (apply(MODEL, SkipPlan.skipping(LAYERS, [layer])) for layer in (1, 2))
+    with first, pytest.raises(PlanError, match="RSRRRR"):
+        second.install()
+    with second:
+        assert len(MODEL.model.language_model.layers) == LAYERS - 1
+    assert len(MODEL.model.language_model.layers) == LAYERS
+
+
+def test_the_all_run_plan_installs_nothing() -> None:
+    modules = [dict(module.__dict__) for module in MODEL.modules()]
+    with apply(MODEL, SkipPlan.dense(LAYERS)):
+        hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in MODEL.modules())
+        assert hooks == sum(len(own["_forward_hooks"]) + len(own["_forward_pre_hooks"]) for own in modules)
+        assert all(own.keys() == module.__dict__.keys() for own, module in zip(modules, MODEL.modules(), strict=True))
+        with apply(MODEL, SkipPlan.parse("RFRRRS")):  # so another plan may come inside
+            logits(MODEL)
+
+
+def test_hidden_states_first_asked_for_under_a_plan_are_complete_afterwards() -> None:
+    """transformers installs its recording hooks on first demand, on the layers that it finds then."""
+    model = build_model()
+    with torch.no_grad():
+        with apply(model, SkipPlan.parse("SRRSRR")):
+            assert len(model(**prompt(), output_hidden_states=True).hidden_states) == LAYERS - 2 + 1
+        assert len(model(**prompt(), output_hidden_states=True).hidden_states) == LAYERS + 1
+
+
+def test_a_description_is_that_of_the_whole_model_while_a_plan_is_applied() -> None:
+    whole = describe(MODEL)
+    with apply(MODEL, SkipPlan.parse("SFRRBS")):
+        assert describe(MODEL) == whole
+    assert whole.stack_path == "model.language_model.layers" and whole.vision_token_ids == (IMAGE,)
+
+
+def test_a_permanent_plan_leaves_an_ordinary_model_that_takes_further_plans() -> None:
+    model = build_model()
+    with apply(model, SkipPlan.parse("SRSRRR")):
+        expected = logits(model)
+    apply_permanently(model, SkipPlan.parse("SRRRRR"))
+    assert describe(model).num_layers == LAYERS - 1
+    with apply(model, SkipPlan.parse("RSRRR")):
+        assert torch.equal(logits(model), expected)
+    apply_permanently(model, SkipPlan.parse("RSRRR"))
+    assert torch.equal(logits(model), expected)
+    assert model.config.text_config.num_hidden_layers == LAYERS - 2
+
+
+# Vision tokens ------------------------------------------------------------------------------------------------------
+
+
+def embedded(model: LlavaForConditionalGeneration) -> tuple[dict[str, Tensor], Tensor]:
+    """The prompt as embeddings with the picture's features in place, and where they are."""
+    inputs = prompt()
+    vision = inputs["input_ids"] == IMAGE
+    with torch.no_grad():
+        features = torch.cat(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
+        embeddings = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(vision[..., None], features)
+    return {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}, vision
+
+
+@pytest.mark.parametrize("text", ["RFRRRR", "BRRRRB", "SFRBRR"])
+def test_a_mask_given_by_hand_stands_for_missing_input_ids(text: str) -> None:
+    plan = SkipPlan.parse(text)
+    with apply(MODEL, plan):
+        expected = logits(MODEL)
+        answer = MODEL.generate(**prompt(), max_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE])[:, -4:]
+    inputs, vision = embedded(MODEL)
+    with torch.no_grad(), apply(MODEL, plan) as applied:
+        with pytest.raises(RuntimeError, match="vision_mask"):
+            MODEL(**inputs)
+        applied.vision_mask = vision
+        assert torch.equal(MODEL(**inputs).logits, expected)
+        for use_cache in (True, False):
+            found = MODEL.generate(
+                **inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE], use_cache=use_cache
+            )
+            assert torch.equal(found, answer)
+        states = MODEL.model.language_model(**inputs).last_hidden_state  # an inner module
+        assert torch.equal(MODEL.lm_head(states), expected)
+
+
+def test_a_mask_for_another_batch_is_refused() -> None:
+    with apply(MODEL, SkipPlan.parse("RFRRRR")) as applied:
+        with pytest.raises(ValueError, match="batch, tokens"):
+            applied.vision_mask = torch.zeros(3, dtype=torch.bool)
+        applied.vision_mask = torch.ones(2, 11, dtype=torch.bool)
+        with pytest.raises(RuntimeError, match="2 sequences"):
+            logits(MODEL)
+
+
+def test_placeholder_ids_without_a_picture_are_words() -> None:
+    inputs = prompt()
+    del inputs["pixel_values"]
+    with torch.no_grad():
+        expected = MODEL(**inputs).logits
+        with apply(MODEL, SkipPlan.parse("RFRRBR")):
+            assert torch.equal(MODEL(**inputs).logits, expected)
+
+
+def test_an_inner_module_does_not_run_a_plan_unknowingly() -> None:
+    inputs, _ = embedded(MODEL)
+    with apply(MODEL, SkipPlan.parse("RFRRRR")), pytest.raises(RuntimeError, match="vision_mask"):
+        MODEL.model.language_model(**inputs)
+
+
+def test_a_conversation_with_a_second_picture_continues_on_the_cache() -> None:
+    first, second = prompt(seed=1), prompt(before=2, seed=2)
+    together = {name: torch.cat([first[name], second[name]], dim=int(name != "pixel_values")) for name in first}
+    for text in ("RFRRRR", "BRRRRB", "SFRBRR"):
+        with torch.no_grad(), apply(MODEL, SkipPlan.parse(text)):
+            expected = MODEL(**together).logits[:, first["input_ids"].shape[1] :]
+            cache = MODEL(**first, use_cache=True).past_key_values
+            second_turn = {**second, "attention_mask": together["attention_mask"]}
+            found = MODEL(**second_turn, past_key_values=cache).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def test_attention_without_masks_takes_no_split_plan() -> None:
+    model = build_model()
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(PlanError, match=r"flash_attention_2.*sdpa"):
+        apply(model, SkipPlan.parse("RFRRRR")).install()
+    with apply(model, SkipPlan.parse("RSRRRR")):
+        assert len(model.model.language_model.layers) == LAYERS - 1
+
+
+def test_a_text_model_takes_only_run_and_skip() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=20)
+    )
+    descriptor = describe(model)
+    assert all(allowed == {Action.RUN, Action.SKIP} for allowed in descriptor.allowed)
+    with pytest.raises(PlanError, match=r"layer 1 cannot take F .*placeholder"):
+        validate(SkipPlan.parse("RFR"), descriptor)
+
+
+def test_a_list_of_unknown_meaning_with_one_entry_per_layer_stops_skipping() -> None:
+    model = build_model()
+    model.config.text_config.head_widths = [8] * LAYERS
+    with pytest.raises(PlanError, match="head_widths"):
+        apply(model, SkipPlan.parse("SRRRRR"))
+    apply(model, SkipPlan.parse("FRRRRR"))
+
+
+def test_a_loop_that_depends_on_layer_places_stops_skipping() -> None:
+    class Odd(type(MODEL.model.language_model)):  # type: ignore[misc]
+        def forward(self, inputs_embeds: Tensor, **kwargs: object) -> Tensor:
+            hidden_states = inputs_embeds
+            for place, layer in enumerate(self.layers):
+                if place % 2:
+                    hidden_states = layer(hidden_states, **kwargs)
+            return hidden_states
+
+    model = build_model()
+    model.model.language_model.__class__ = Odd
+    assert "i % 2" in describe(model).reason(0, Action.SKIP)
+    with pytest.raises(PlanError, match="layer 2 cannot take S"):
+        apply(model, SkipPlan.parse("RRSRRR"))
+
+
+def test_a_loop_that_hands_on_more_than_hidden_states_is_refused() -> None:
+    class Chatty(type(MODEL.model.language_model)):  # type: ignore[misc]
+        def forward(self, inputs_embeds: Tensor, memory: Tensor, **kwargs: object) -> Tensor:
+            hidden_states = inputs_embeds
+            for layer in self.layers:
+                hidden_states, memory = layer(hidden_states, memory)
+            return hidden_states
+
+    model = build_model()
+    model.model.language_model.__class__ = Chatty
+    for action in (Action.SKIP, Action.FREEZE, Action.BYPASS):
+        assert "memory" in describe(model).reason(3, action)
+
+
+def test_models_without_a_decoder_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedFamilyError, match="Linear"):
+        describe(nn.Linear(2, 2))
+    model = build_model()
+    model.model.language_model.layers = nn.ModuleList(list(model.model.language_model.layers)[:-1])
+    with pytest.raises(UnsupportedFamilyError, match=r"6 decoder layers.*found 0"):
+        describe(model)
+
+
+# The cache of bypassed layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("window", "text"), itertools.product((None, 5), ("BRRRRR", "RRRRRB", "BBBBBB", "SBRFRB")), ids=str
+)
+def test_cropping_a_cache_goes_back_exactly(window: int | None, text: str) -> None:
+    """Assisted decoding crops: after it the cache must be as if the cropped tokens had never been seen."""
+    model = MODEL if window is None else build_mistral(window)
+    inputs = prompt()
+    more = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), apply(model, SkipPlan.parse(text)):
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.activate_past_recording()
+        expected = model(input_ids=more, past_key_values=cache).logits
+        for tokens in (3, 2, 3):
+            cache.crop(-3)
+            model(input_ids=torch.full((1, tokens), 9), past_key_values=cache)
+            cache.crop(-tokens)
+            found = model(input_ids=more, past_key_values=cache).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 3
+
+
+def build_mistral(window: int) -> LlavaForConditionalGeneration:
+    from transformers import MistralConfig
+
+    text_config = MistralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        initializer_range=0.3,
+        sliding_window=window,
+    )
+    config = LlavaConfig(text_config=text_config, vision_config=MODEL.config.vision_config, image_token_index=IMAGE)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
