@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import chain
 
 from storage.errors import InvalidValue
 
 _BITS, _DOUBLES = b"\x01", b"\x02"
+_SCORES_OF_BYTE = [tuple(float(byte >> place & 1) for place in range(7, -1, -1)) for byte in range(256)]
 
 
 def pack(scores: Sequence[float]) -> bytes:
@@ -29,8 +31,7 @@ def unpack(data: bytes, n: int) -> tuple[float, ...]:
     """The scores of ``n`` samples. Raises ``InvalidValue`` for bytes that ``pack`` did not write."""
     kind, body = data[:1], data[1:]
     if kind == _BITS and len(body) == (n + 7) // 8:
-        bits = format(int.from_bytes(body, "big"), f"0{8 * len(body)}b") if body else ""
-        return tuple(float(bit == "1") for bit in bits[:n])
+        return tuple(chain.from_iterable(map(_SCORES_OF_BYTE.__getitem__, body)))[:n]
     if kind == _DOUBLES and len(body) == 8 * n:
         return tuple(struct.unpack(f"<{n}d", body))
     raise InvalidValue(f"{len(data)} bytes do not hold the scores of {n} samples")

@@ -52,7 +52,7 @@ print(json.dumps(done))
 
 def test_four_processes_share_the_queue(database_url):
     with Database.open(database_url) as db:
-        submitted = [jobs.submit(db, {"n": n}, str(n)).id for n in range(60)]
+        submitted = [jobs.submit(db, {"n": n}, str(n)).id for n in range(32)]
         serving = [
             subprocess.Popen(
                 [sys.executable, "-c", SERVE, database_url, f"serve-{n}"],

@@ -15,7 +15,7 @@ from storage import frames, jobs, measurements, pareto, plans, schema
 from storage.errors import InvalidValue, NotFound
 from storage.pareto import Point
 
-shared_db = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shared_db = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 coarse = st.integers(0, 4).map(lambda n: n / 4)  # few values, so that there are ties
 points = st.lists(st.tuples(coarse, coarse, coarse, coarse), max_size=14).map(

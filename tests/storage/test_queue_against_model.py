@@ -94,7 +94,7 @@ def user(db, plain, kind, job_id):
         entry.state = "cancelled"
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(operations, min_size=5, max_size=30))
 def test_queue_does_what_a_plain_one_does(db, sequence):
     for job in jobs.list_jobs(db, limit=None):

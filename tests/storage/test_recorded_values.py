@@ -14,7 +14,7 @@ from storage import evaluations, frames, identities, jobs, measurements, names, 
 from storage.errors import InvalidValue, LeaseLost, NotFound
 from storage.schema import JobEventRow
 
-shared_db = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shared_db = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
