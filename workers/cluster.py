@@ -166,6 +166,11 @@ def _rehearse(address: str, timeout: float) -> None:
         )
     except subprocess.TimeoutExpired:
         raise ClusterError(f"cluster {address}: no Ray cluster answers there within {timeout:g} s") from None
+    if "AuthenticationError" in result.stderr:
+        raise ClusterError(
+            f"cluster {address}: asks for a token; set RAY_AUTH_MODE=token in the environment, and give the token in "
+            "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
     if result.returncode:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         raise ClusterError(f"cluster {address}: cannot be used: {lines[-1] if lines else 'Ray gave no reason'}")

@@ -209,7 +209,7 @@ class WorkerPool:
         except RayTaskError as error:
             self._raised(slot, error.cause)
         except RayError as error:
-            self._lost(slot, f"the worker's process died ({type(error).__name__}): killed, crashed, or out of memory")
+            self._lost(slot, _describe_death(error))
         else:
             slot.reference = None
             if slot.ticket is None:
@@ -291,8 +291,8 @@ class WorkerPool:
             raise ClusterError(f"worker {slot.number} could not start: {_describe(error.cause)}") from None
         except RayError as error:
             raise ClusterError(
-                f"worker {slot.number} died while loading the model ({type(error).__name__}): perhaps out of memory; "
-                "fewer workers (cluster.workers) need less"
+                f"worker {slot.number} could not load the model: {_describe_death(error)}; memory is needed for "
+                f"{self._allotment.workers} models (cluster.workers), and skipplan must be installed on every node"
             ) from None
         slot.reference = None
         self._ready(slot, info)
@@ -314,3 +314,11 @@ class WorkerPool:
 def _describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, WorkersError) else f"{type(error).__name__}: {text}"
+
+
+def _describe_death(error: RayError) -> str:
+    """Say why an actor is gone; what its start raised stands in the last line of Ray's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "creation task" in lines[0]:
+        return lines[-1]
+    return f"the worker's process died ({type(error).__name__}): killed, crashed, or out of memory"

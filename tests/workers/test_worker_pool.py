@@ -5,6 +5,9 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -246,3 +249,59 @@ def _accept_and_say_nothing(listener: socket.socket) -> None:
             connections.append(listener.accept())
         except OSError:
             return
+
+
+DRIVER = """
+import sys
+from workers.cluster import ClusterSettings
+from workers.errors import ClusterError
+from workers.messages import EvaluatePlan, ModelSource
+from workers.pool import WorkerPool
+from workers.tasks import load_spec, load_task
+
+task = load_task(load_spec("easy-vqa").with_sizes(2, 2, 2))
+try:
+    with WorkerPool(ClusterSettings(address=sys.argv[1], workers=1), ModelSource(sys.argv[2]), task) as pool:
+        print(*(type(result).__name__ for _, result in pool.run([EvaluatePlan("RRRRRR", "search")])))
+except ClusterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_running_cluster_is_joined_with_its_token_only(tiny_directory: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "token").write_text("0123456789abcdef" * 4)
+    root = str(Path(__file__).resolve().parents[2])
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": root}
+    token = plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--block"]
+    options = ["--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"]
+    directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
+    head = subprocess.Popen(
+        [*start, *options, f"--temp-dir={directory}"], env=token, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for_port(port)
+        command = [sys.executable, "-c", DRIVER, f"127.0.0.1:{port}", str(tiny_directory)]
+
+        def drive(environment: dict[str, str]) -> str:
+            return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+        assert drive(token) == "Evaluation"
+        assert "asks for a token; set RAY_AUTH_MODE=token" in drive(plain | {"RAY_AUTH_MODE": "disabled"})
+    finally:
+        head.terminate()
+        head.wait(timeout=30)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(300):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the head node did not start")
