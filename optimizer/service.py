@@ -121,7 +121,7 @@ def process(db: Database, job: Job, inputs: Inputs, pool: WorkerPool, progress: 
         _quietly(lambda: jobs.fail(db, job, reason))
         raise
     if published.best is None:
-        jobs.infeasible(db, job, "no plan meets the constraint; the dense model is the answer")
+        jobs.infeasible(db, job, published.reason)
     else:
         jobs.finish(db, job)
     return published

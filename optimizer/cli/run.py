@@ -87,7 +87,7 @@ def _print_result(db: Database, job_id: int, screen: Screen, as_json: bool) -> i
     else:
         screen.result(result)
     if result.best is None:
-        raise NoFeasiblePlan(f"job {job_id}: no plan meets the constraint; the dense model is the answer")
+        raise NoFeasiblePlan(f"job {job_id}: {result.job.error}; the dense model is the answer")
     return 0
 
 

@@ -20,6 +20,8 @@ class Published:
 
     plan_ids: tuple[int, ...]
     best: int | None
+    reason: str
+    """Why no plan is the answer; empty when one is."""
 
 
 def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[str, LatencyComparison]) -> Published:
@@ -34,7 +36,7 @@ def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[
     constraint = context.spec.constraint
     complete = [(verdict, measured[verdict.plan]) for verdict in verdicts if verdict.plan in measured]
     if not complete:
-        return Published((), None)
+        return Published((), None, "no plan that the search tried could meet the constraint")
     device_id = measurements.ensure_device(context.db, name=complete[0][1].device)
     rows = plans.publish(
         context.db,
@@ -51,7 +53,15 @@ def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[
         if verdict.accepted and fast_enough(latency, constraint)
     ]
     best = max(feasible, key=lambda row: (row.speedup, row.accuracy), default=None)
-    return Published(tuple(row.id for row in rows), None if best is None else best.id)
+    if best is not None:
+        return Published(tuple(row.id for row in rows), best.id, "")
+    accurate = sum(verdict.accepted for verdict, _ in complete)
+    fast = sum(fast_enough(latency, constraint) for _, latency in complete)
+    reason = (
+        f"no plan meets the constraint: of {len(complete)} verified on held-out samples, {accurate} surely keep the "
+        f"accuracy and {fast} are surely fast enough, none is both"
+    )
+    return Published(tuple(row.id for row in rows), None, reason)
 
 
 def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:

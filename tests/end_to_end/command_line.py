@@ -16,8 +16,8 @@ JOB = """\
 model: {path: llava-12}
 task: easy-vqa
 actions: [skip]
-constraint: {max_accuracy_drop: 0.5}
-search: {evaluations: 6, batch: 6, finalists: 2, rungs: [16]}
+constraint: {max_accuracy_drop: 1.0}  # also plans that skip half of the layers: surely faster on any machine
+search: {evaluations: 12, batch: 6, finalists: 3, rungs: [16]}
 splits: {calibration: 8, search: 48, held_out: 160, unit: samples}
 workload: {new_tokens: 2}
 latency_seconds: 4

@@ -129,7 +129,7 @@ CASES = [
     Case("protected layer that is not there", 2, ("protect", "layer 99", "0..11"), append("protect: [99]\n")),
     # tasks
     Case("unknown task", 2, ("nothing", "easy-vqa", "scenes"), replace("job.yaml", "task.yaml", "nothing")),
-    Case("task field unknown", 2, ("task.yaml", "metrics"), replace("task.yaml", "metric:", "metrics:")),
+    Case("task field unknown", 2, ("task.yaml.metric", "missing"), replace("task.yaml", "metric:", "metrics:")),
     Case("unknown metric", 2, ("metric", "exact_match"), replace("task.yaml", "exact_match", "exactly")),
     Case("unknown placeholder", 2, ("prompt", "{question}"), replace("task.yaml", "{question}", "{query}")),
     Case("splits too large", 2, ("splits", "too few images"), replace("task.yaml", "search: 2", "search: 2000")),
@@ -141,7 +141,7 @@ CASES = [
     Case("image corrupt", 2, ("3.png", "cannot be decoded"), write("images/3.png", b"\x89PNG\r\n\x1a\n and no more")),
     Case("image is text", 2, ("3.png", "cannot be decoded"), write("images/3.png", "a red circle")),
     # models
-    Case("unknown model", 2, ("./nothing", "llava-12"), replace("job.yaml", "llava-12", "./nothing")),
+    Case("unknown model", 2, ("/nothing", "llava-12"), replace("job.yaml", "llava-12", "./nothing")),
     Case("model without config", 2, ("config.json",), model_directory(lambda model: (model / "config.json").unlink())),
     Case("corrupt config", 2, ("config.json",), model_directory(write("config.json", "{"))),
     Case("truncated weights", 2, ("safetensors",), model_directory(truncate_weights)),
@@ -163,7 +163,7 @@ CASES = [
     Case("cluster too small", 4, ("4000", "CPU"), environment={"SKIPPLAN_CLUSTER_WORKERS": "4000"}),
     # plans and options
     Case("unknown plan", 2, ("plan 77",), arguments=("export", "77", "--output", "out")),
-    Case("plan is no number", 2, ("PLAN", "'best'"), arguments=("export", "best", "--output", "out")),
+    Case("plan is no number", 2, ("PLAN", "integer"), arguments=("export", "best", "--output", "out")),
     Case("no plan named", 2, ("--model", "--task"), arguments=("export", "--output", "out")),
     Case(
         "unknown format",
@@ -198,7 +198,7 @@ def directory(finished_job: FinishedJob, tmp_path: Path) -> Path:
     shutil.copy(finished_job.directory / "skipplan.db", tmp_path)
     (tmp_path / "images").mkdir()
     rows = ["image,question,answers"]
-    for number in range(8):
+    for number in range(6):  # as many as the three splits take, so that each one is used
         Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
         rows.append(f"images/{number}.png,what is {number}?,red")
     (tmp_path / "data.csv").write_text("\n".join(rows) + "\n")
