@@ -6,15 +6,38 @@ import random
 from collections.abc import Mapping
 from functools import lru_cache
 
+import pytest
 from transformers import PreTrainedModel
 
-from . import held_out_exotic, held_out_grids, held_out_towers, patch_grids, picture_towers, text_only
+from . import (
+    held_out_exotic,
+    held_out_grids,
+    held_out_omni,
+    held_out_stacks,
+    held_out_towers,
+    patch_grids,
+    picture_towers,
+    text_only,
+)
 from .tiny import TEXT_BESIDE_PICTURES, Family, Prompt, build
 
 FAMILIES: tuple[Family, ...] = (*picture_towers.FAMILIES, *patch_grids.FAMILIES, *text_only.FAMILIES)
-HELD_OUT: tuple[Family, ...] = (*held_out_towers.FAMILIES, *held_out_grids.FAMILIES, *held_out_exotic.FAMILIES)
+HELD_OUT: tuple[Family, ...] = (
+    *held_out_towers.FAMILIES,
+    *held_out_grids.FAMILIES,
+    *held_out_omni.FAMILIES,
+    *held_out_exotic.FAMILIES,
+    *held_out_stacks.FAMILIES,
+)
 """Families beyond those the runtime was written for. They go through the same checks with fewer plans each."""
 ALL = (*FAMILIES, *HELD_OUT)
+
+every_family = pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f in held_out_stacks.FAMILIES else (), id=f.name) for f in ALL],
+    scope="module",
+)
+"""Runs a test on all families, one family after the other; the many text models under one tower only when asked."""
 
 ONE_PICTURE = Prompt((3, 0, 5), seed=1)
 TEXT_ONLY = Prompt((9,), seed=2)

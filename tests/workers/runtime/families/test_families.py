@@ -17,6 +17,7 @@ from .catalogue import (
     ONE_PICTURE,
     TEXT_ONLY,
     batch_of,
+    every_family,
     letters,
     mixed_plans,
     model_of,
@@ -29,7 +30,6 @@ from .expected import expected_generation, expected_logits
 from .tiny import BATCH, VIDEO, Family, Prompt
 
 LENGTH = 5
-families = pytest.mark.parametrize("family", ALL, ids=str, scope="module")
 
 
 def planned_logits(model: PreTrainedModel, family: Family, plan: str, prompt: Prompt) -> Tensor:
@@ -76,7 +76,7 @@ def supported(family: Family) -> PreTrainedModel:
     return model
 
 
-@families
+@every_family
 def test_the_descriptor_finds_the_stack_and_the_vision_tokens(family: Family) -> None:
     descriptor = describe(supported(family))
     assert descriptor.num_layers == family.layers
@@ -88,7 +88,7 @@ def test_the_descriptor_finds_the_stack_and_the_vision_tokens(family: Family) ->
     assert found - family.vision_ids <= {VIDEO}
 
 
-@families
+@every_family
 def test_exactly_the_expected_actions_are_refused(family: Family) -> None:
     model = supported(family)
     descriptor = describe(model)
@@ -104,7 +104,7 @@ def test_exactly_the_expected_actions_are_refused(family: Family) -> None:
             assert f"layer {layer} " in f"{caught.value} " and reason in str(caught.value)
 
 
-@families
+@every_family
 def test_every_action_at_every_single_layer(family: Family) -> None:
     model = supported(family)
     allowed = describe(model).allowed
@@ -117,7 +117,7 @@ def test_every_action_at_every_single_layer(family: Family) -> None:
                 assert_close(family, planned_logits(model, family, plan, prompt), expected, plan)
 
 
-@families
+@every_family
 def test_mixed_plans(family: Family) -> None:
     model = supported(family)
     for plan in plans_for(family):
@@ -126,7 +126,7 @@ def test_mixed_plans(family: Family) -> None:
             assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
 
 
-@families
+@every_family
 def test_cached_generation_of_a_padded_batch(family: Family) -> None:
     for plan in plans_for(family)[-3:]:
         check_generation(family, plan, batch_of(family))
@@ -139,7 +139,7 @@ def test_cached_generation_of_one_prompt_with_eager_attention(family: Family) ->
 
 
 @pytest.mark.slow
-@families
+@every_family
 def test_many_mixed_plans(family: Family) -> None:
     model = supported(family)
     for number, plan in enumerate(plans_for(family, 24)):
@@ -150,7 +150,7 @@ def test_many_mixed_plans(family: Family) -> None:
         check_generation(family, plan, batch_of(family))
 
 
-@families
+@every_family
 def test_the_all_run_plan_changes_no_bit(family: Family) -> None:
     model = supported(family)
     for prompt in prompts_of(family):
@@ -176,7 +176,7 @@ def _plain_attributes(model: PreTrainedModel) -> Iterator[str]:
         yield f"{name}: {len(module._forward_hooks)} {len(module._forward_pre_hooks)} hooks"
 
 
-@families
+@every_family
 def test_a_model_is_restored_bitwise(family: Family) -> None:
     model = supported(family)
     prompt = prompts_of(family)[0]
@@ -194,7 +194,7 @@ def test_a_model_is_restored_bitwise(family: Family) -> None:
         assert torch.equal(plain_logits(model, family, prompt), logits), plan
 
 
-@families
+@every_family
 def test_a_model_is_restored_after_an_error_inside(family: Family) -> None:
     model = supported(family)
     prompt = prompts_of(family)[0]
@@ -217,7 +217,7 @@ def test_plans_that_leave_too_little_are_refused(family: Family, plan: str) -> N
     assert torch.equal(plain_logits(model, family, prompts_of(family)[0]), before)
 
 
-@families
+@every_family
 def test_a_plan_of_another_length_is_refused(family: Family) -> None:
     model = supported(family)
     for plan in ("R" * (family.layers - 1), "R" * family.layers + "S"):
@@ -225,7 +225,7 @@ def test_a_plan_of_another_length_is_refused(family: Family) -> None:
             pass
 
 
-@families
+@every_family
 def test_refused_letters_are_never_in_the_plans_of_these_tests(family: Family) -> None:
     """A guard on the tests themselves: an expected refusal must not leak into the plans that have to work."""
     for plan in [*plans_of(family), *mixed_plans(family, 24, seed=2)]:

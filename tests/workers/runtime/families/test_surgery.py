@@ -19,11 +19,11 @@ from workers.runtime import (
 )
 
 from .catalogue import (
-    ALL,
     FAMILIES,
     batch_of,
     by_name,
     end_plans,
+    every_family,
     is_held_out,
     mixed_plans,
     model_of,
@@ -34,7 +34,6 @@ from .expected import expected_generation, expected_logits
 from .tiny import BATCH, PAD, RELOAD, Family, build
 
 LENGTH = 4
-families = pytest.mark.parametrize("family", ALL, ids=str, scope="module")
 
 
 def removal_plans(family: Family, count: int = 2) -> list[str]:
@@ -85,7 +84,7 @@ def check_pruned(pruned: PreTrainedModel, family: Family, plan: str) -> None:
         assert ids == expected_ids
 
 
-@families
+@every_family
 def test_a_saved_pruned_model_reloads_and_equals_the_reference(family: Family, tmp_path: Path) -> None:
     if RELOAD in family.traps:
         pytest.skip(family.traps[RELOAD])
@@ -100,7 +99,7 @@ def test_a_saved_pruned_model_reloads_and_equals_the_reference(family: Family, t
         check_pruned(pruned, family, plan)
 
 
-@families
+@every_family
 def test_a_permanently_applied_plan_equals_the_reference_and_frees_its_layers(family: Family) -> None:
     plan = removal_plans(family)[-1]
     model = build(family)
@@ -113,7 +112,7 @@ def test_a_permanently_applied_plan_equals_the_reference_and_frees_its_layers(fa
 
 
 @pytest.mark.slow
-@families
+@every_family
 def test_many_removals(family: Family, tmp_path: Path) -> None:
     if RELOAD in family.traps:
         pytest.skip(family.traps[RELOAD])
