@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from workers.messages import ModelSource
 
 
+FORMAT_NAMES = "plan|checkpoint|runtime|mergekit|llama-cpp|openvino|vllm"
+ModelPath = Annotated[
+    str | None, typer.Option("--model-path", help="Where the model is now, if not where it was measured.")
+]
+ForceModel = Annotated[
+    bool, typer.Option("--force-model", help="Take a model with another fingerprint than the plan's.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(export)
@@ -25,32 +34,36 @@ def export(
     context: typer.Context,
     output: Annotated[Path, typer.Option("--output", help="Directory to write.", show_default=False)],
     plan_id: Annotated[int | None, typer.Argument(metavar="[PLAN]", help="Id; or pick one as `best` does.")] = None,
-    format_name: Annotated[str, typer.Option("--format", metavar="plan|checkpoint")] = "checkpoint",
+    format_name: Annotated[str, typer.Option("--format", metavar=FORMAT_NAMES, help="What to write.")] = "checkpoint",
     model: ModelOption = None,
     task: TaskOption = None,
     max_accuracy_drop: MaxDrop = None,
     min_speedup: MinSpeedup = None,
     device: DeviceOption = None,
-    model_path: Annotated[
-        str | None, typer.Option("--model-path", help="Where the model is now, if not where it was measured.")
-    ] = None,
+    model_path: ModelPath = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    force_model: ForceModel = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write a plan as JSON, or the model without its skipped layers as a plain Hugging Face checkpoint.
+    """Write a plan for another deployment: as JSON, as a plain Hugging Face checkpoint, or for another runtime.
 
     [bold]Example:[/bold] skipplan export --model llava-12 --task easy-vqa --output exports/fast
     """
-    from optimizer.export import export_plan
+    from optimizer.exports.document import describe
+    from optimizer.exports.writing import export_plan
+    from storage import identities
 
     with open_database(context) as db:
         plan = _chosen(db, plan_id) or find_best(db, model, task, max_accuracy_drop, min_speedup, device)
         source = _model_source(db, plan, model_path)
-    export_plan(plan, source, format_name, output, force=force)
+        document = describe(plan, identities.model(db, plan.model_id), identities.task(db, plan.task_id))
+    written = export_plan(document, source, format_name, output, force=force, force_model=force_model)
     if as_json:
-        print_json({"plan": plan.id, "format": format_name, "output": str(output)})
+        print_json({"plan": plan.id, "format": format_name, "output": str(output), "notes": list(written.notes)})
     else:
         print_line(f"plan {plan.id} ({plan.plan}) written to {output}")
+        for note in written.notes:
+            print_line(f"note: {note}")
     return 0
 
 
@@ -62,15 +75,18 @@ def _chosen(db: Database, plan_id: int | None) -> Plan | None:
 
 def _model_source(db: Database, plan: Plan, model_path: str | None) -> ModelSource:
     """The model as the plan's job loaded it, or the one at ``model_path``."""
-    from dataclasses import replace
-
     from optimizer.inputs import model_source
     from optimizer.service import read_spec
     from storage import jobs
     from workers.messages import ModelSource
 
     source = ModelSource(plan.model) if plan.job_id is None else model_source(read_spec(jobs.get(db, plan.job_id)))
-    if model_path is None:
-        return source
+    return source if model_path is None else moved(source, model_path)
+
+
+def moved(source: ModelSource, model_path: str) -> ModelSource:
+    """The same source at another place: a local path or a hub id."""
+    from dataclasses import replace
+
     local = Path(model_path).expanduser()
     return replace(source, path=str(local.resolve()) if local.exists() else model_path, revision=None)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli import database, export, jobs, plans, run
+from optimizer.cli import database, exchange, export, jobs, plans, run
 from optimizer.cli.state import GlobalOptions
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def options(
 run.register(app)
 plans.register(app)
 export.register(app)
+exchange.register(app)
 jobs.register(app)
 app.add_typer(database.app, name="db")
 

@@ -31,13 +31,13 @@ def global_options(context: typer.Context) -> GlobalOptions:
 
 
 @contextmanager
-def open_database(context: typer.Context, *, check_schema: bool = True) -> Iterator[Database]:
-    """The database that the options or the environment name, which must exist already."""
+def open_database(context: typer.Context, *, check_schema: bool = True, create: bool = False) -> Iterator[Database]:
+    """The database that the options or the environment name, which must exist already unless ``create``."""
     from optimizer.job import DEFAULT_DATABASE
     from storage.database import Database
 
     url = global_options(context).database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE
-    with Database.open(url, create=False, check_schema=check_schema) as db:
+    with Database.open(url, create=create, check_schema=check_schema) as db:
         yield db
 
 

@@ -1,17 +1,21 @@
 """Format ``openvino``: the checkpoint without the skipped layers, exported through optimum-intel.
 
 optimum-intel pins a version of transformers of its own (2.2 wants one below 5.6), so it usually lives in another
-environment, whose interpreter is named in ``SKIPPLAN_OPENVINO_PYTHON``.
+environment, whose interpreter is named in ``SKIPPLAN_OPENVINO_PYTHON``. That version may know some tensors by other
+names than the one that saved the checkpoint, and would then fill them with random numbers and go on: so the names are
+checked there first, and changed where the difference is known.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from optimizer.exports import checkpoint
 from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
@@ -19,6 +23,14 @@ from optimizer.exports.tools import find_program
 
 PYTHON_VARIABLE = "SKIPPLAN_OPENVINO_PYTHON"
 PROBE = "import optimum.intel, importlib.metadata as m; print(m.version('optimum-intel'), m.version('openvino'))"
+REPORT_NAMES = (
+    "import json, sys; from transformers import AutoModelForImageTextToText as A; "
+    "report = A.from_pretrained(sys.argv[1], output_loading_info=True)[1]; "
+    "json.dump({kind: sorted(map(str, report[kind])) for kind in ('missing_keys', 'unexpected_keys')}, "
+    "open(sys.argv[2], 'w'))"
+)
+OLD_TOWER, NEW_TOWER = "vision_tower.vision_model.", "vision_tower."
+"""CLIP and SigLIP towers lost a level of names in transformers 5.6; published checkpoints have the old one."""
 INSTALL = (
     "install it into an environment of its own (pip install 'optimum-intel[openvino]') and name that environment's "
     f"python in {PYTHON_VARIABLE}"
@@ -40,12 +52,57 @@ def write(subject: Subject, directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="skipplan-openvino-", dir=directory.parent) as scratch:
         pruned = Path(scratch) / "checkpoint"
         checkpoint.write(subject, pruned)
+        use_known_names(python, pruned)
         entry = "from optimum.commands.optimum_cli import main; main()"
         task = ["--task", "image-text-to-text", "--weight-format", "fp32"]
         done = _run([python, "-I", "-c", entry, "export", "openvino", "--model", str(pruned), *task, str(directory)])
     if done.returncode or not (directory / "openvino_language_model.xml").is_file():
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise ExportFault(f"--format: openvino: optimum-intel failed: {lines[-1].strip()}")
+        raise ExportFault(f"--format: openvino: optimum-intel failed: {_last_line(done)}")
+
+
+def use_known_names(python: str, directory: Path) -> None:
+    """Name the checkpoint's tensors as the transformers of that Python does. Raises ExportFault when that fails."""
+    report = _loading_report(python, directory)
+    if report["missing_keys"] and any(NEW_TOWER in name for name in report["unexpected_keys"]):
+        _rename(directory, set(report["unexpected_keys"]))
+        report = _loading_report(python, directory)
+    if any(report.values()):
+        example = next(name for names in report.values() for name in names)
+        raise ExportFault(
+            f"--format: openvino: the transformers that optimum-intel uses names this model's weights otherwise (for "
+            f"example {example}), so they would be left random; use format checkpoint"
+        )
+
+
+def _loading_report(python: str, directory: Path) -> dict[str, list[str]]:
+    """Which weights that Python's transformers finds missing from the checkpoint or does not know."""
+    file = directory.with_name("loading-report.json")
+    done = _run([python, "-I", "-c", REPORT_NAMES, str(directory), str(file)])
+    if done.returncode:
+        raise ExportFault(f"--format: openvino: the checkpoint does not load there: {_last_line(done)}")
+    report: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
+    return report
+
+
+def _rename(directory: Path, unknown: set[str]) -> None:
+    """Give the tower's tensors their old names, one weight file at a time."""
+    from safetensors.torch import load_file, save_file
+
+    def old(name: str) -> str:
+        return name.replace(NEW_TOWER, OLD_TOWER, 1) if name in unknown and OLD_TOWER not in name else name
+
+    for file in sorted(directory.glob("*.safetensors")):
+        save_file({old(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {old(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

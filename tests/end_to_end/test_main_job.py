@@ -122,7 +122,7 @@ def test_checkpoint_holds_the_kept_layers_only(finished_job: FinishedJob, export
     assert config["text_config"]["num_hidden_layers"] == 12 - skipped
     described = json.loads((exported / "skipplan.json").read_text())
     assert described["plan"] == finished_job.best["plan"]
-    assert described["figures"]["accuracy"] == finished_job.best["accuracy"]
+    assert described["figures"]["accuracy"]["estimate"] == finished_job.best["accuracy"]
     assert "auto_map" not in config and not list(exported.glob("*.py"))
 
 
@@ -165,13 +165,11 @@ def test_existing_export_is_kept_unless_forced(finished_job: FinishedJob, export
     assert (exported / "config.json").stat().st_mtime_ns == before
     written = command(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan")
     assert written.code == 0
-    assert (
-        SkipPlan.from_json((finished_job.directory / "plan" / "plan.json").read_text()).text
-        == finished_job.best["plan"]
-    )
+    described = json.loads((finished_job.directory / "plan" / "skipplan.json").read_text())
+    assert described["plan"] == finished_job.best["plan"]
     replaced = command(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan", "--force")
     assert replaced.code == 0
-    assert sorted(path.name for path in (finished_job.directory / "plan").iterdir()) == ["plan.json", "skipplan.json"]
+    assert sorted(path.name for path in (finished_job.directory / "plan").iterdir()) == ["README.md", "skipplan.json"]
     assert not [path for path in finished_job.directory.iterdir() if path.name.startswith(".")]
 
 
