@@ -30,7 +30,7 @@ class Worker:
         self._measurer: Measurer | None = None
 
     def setup(self) -> WorkerInfo:
-        """Load the model. Raises ModelError or UnsupportedFamilyError when that is not possible."""
+        """Load the model. Raises ModelError when that is not possible."""
         from transformers.utils import logging as transformers_logging
 
         from .measuring import Measurer

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from .actor import WorkerSettings
+from .errors import ModelError
 from .evaluation import Evaluator
 from .latency import compare_latency, device_name, profile_latency
 from .messages import (
@@ -24,6 +25,7 @@ from .messages import (
 )
 from .models import LoadedModel, load_model
 from .redundancy import score_redundancy
+from .runtime.descriptor import UnsupportedFamilyError
 from .runtime.families import describe
 from .runtime.plan import SkipPlan
 from .tasks import Task
@@ -42,12 +44,14 @@ class Measurer:
         """Set torch's threads and load the model.
 
         Raises:
-            ModelError: the model cannot be loaded.
-            UnsupportedFamilyError: the runtime cannot skip layers of such a model.
+            ModelError: the model cannot be loaded, or the runtime cannot skip layers of such a model.
         """
         torch.set_num_threads(settings.threads)
         device = "cpu" if source.device == "auto" and not settings.holds_gpu else source.device
-        return cls(load_model(source, device=device), task, settings)
+        try:
+            return cls(load_model(source, device=device), task, settings)
+        except UnsupportedFamilyError as error:
+            raise ModelError(f"model {source.path}: {error}") from None
 
     @property
     def info(self) -> WorkerInfo:

@@ -9,11 +9,14 @@ import tiny_llava
 import torch
 from safetensors.torch import load_file, save_file
 
+from workers import measuring
+from workers.actor import WorkerSettings
 from workers.checkpoints import canonical_config, find_checkpoint, fingerprint_checkpoint
 from workers.errors import ModelError
 from workers.messages import ModelSource
 from workers.models import LoadedModel, choose_device, fingerprint_model, load_model
 from workers.prompts import build_inputs
+from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.tasks import Task
 
 
@@ -133,6 +136,17 @@ def test_unsupported_architectures_are_named(copy: Path, change: dict[str, str],
     refused(copy, message)
     (copy / "config.json").write_text("{")
     refused(copy, "config.json cannot be read")
+
+
+def test_a_family_the_runtime_does_not_understand_is_a_model_error(
+    tiny_directory: Path, small_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: object) -> None:
+        raise UnsupportedFamilyError("no list of decoder layers was found")
+
+    monkeypatch.setattr(measuring, "describe", refuse)
+    with pytest.raises(ModelError, match=f"model {tiny_directory}: no list of decoder layers was found"):
+        measuring.Measurer.load(ModelSource(str(tiny_directory), device="cpu"), small_task, WorkerSettings(0))
 
 
 def test_bad_settings_are_named(tiny_directory: Path) -> None:
