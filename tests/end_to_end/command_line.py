@@ -35,7 +35,7 @@ class Ended:
     errors: str
 
 
-def command(directory: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 300) -> Ended:
+def command(directory: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 600) -> Ended:
     """Run ``skipplan`` in a process of its own, in ``directory``."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("SKIPPLAN_")}
     done = subprocess.run(
