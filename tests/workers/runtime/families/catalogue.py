@@ -18,10 +18,16 @@ from . import (
     patch_grids,
     picture_towers,
     text_only,
+    uneven_stacks,
 )
 from .tiny import TEXT_BESIDE_PICTURES, Family, Prompt, build
 
-FAMILIES: tuple[Family, ...] = (*picture_towers.FAMILIES, *patch_grids.FAMILIES, *text_only.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *picture_towers.FAMILIES,
+    *patch_grids.FAMILIES,
+    *uneven_stacks.FAMILIES,
+    *text_only.FAMILIES,
+)
 HELD_OUT: tuple[Family, ...] = (
     *held_out_towers.FAMILIES,
     *held_out_grids.FAMILIES,

@@ -22,22 +22,19 @@ from transformers import (
 from .held_out_grids import GLM_ENDS
 from .patch_grids import (
     BOTH,
-    GEMMA4_TYPES,
     GRID_IDS,
     MROPE,
     PATCH,
     SIX,
     START_END,
     deepstack_tower,
-    everywhere,
     grid_tower,
-    keeps_one_of,
     modality_types,
     patch_grid,
-    positioned_patches,
 )
 from .picture_towers import LANGUAGE_MODEL, TEXT, TOWER, text, tower, with_sizes
-from .tiny import IMAGE, IMAGE_END, IMAGE_START, VIDEO, Family, Seeds, flat, pixels, sliced
+from .tiny import IMAGE, IMAGE_END, IMAGE_START, VIDEO, Family, Seeds, everywhere, flat, keeps_one_of, pixels, sliced
+from .uneven_stacks import GEMMA4_TYPES, positioned_patches
 
 ANYTHING = everywhere("FBS", range(8))
 MUSE_TYPES = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2

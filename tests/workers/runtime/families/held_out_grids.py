@@ -33,15 +33,25 @@ from .patch_grids import (
     SIX,
     START_END,
     deepstack_tower,
-    everywhere,
     grid_tower,
-    keeps_one_of,
-    mixers,
     modality_types,
     patch_grid,
 )
 from .picture_towers import LANGUAGE_MODEL, TEXT, TOWER, text
-from .tiny import BATCH, IMAGE, IMAGE_END, IMAGE_START, Family, Seeds, flat, pixels, sliced
+from .tiny import (
+    BATCH,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    Family,
+    Seeds,
+    everywhere,
+    flat,
+    keeps_one_of,
+    mixers,
+    pixels,
+    sliced,
+)
 
 EXAONE_TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["full_attention"]
 LFM3_TYPES = ["conv", "conv", "full_attention", "conv", "sliding_attention", "conv", "full_attention", "conv"]

@@ -24,15 +24,25 @@ from .patch_grids import (
     QWEN3_5_TYPES,
     SIX,
     deepstack_tower,
-    everywhere,
     grid_tower,
-    keeps_one_of,
-    mixers,
     modality_types,
     patch_grid,
 )
 from .picture_towers import LANGUAGE_MODEL, TEXT, TOWER, text
-from .tiny import IMAGE, IMAGE_END, IMAGE_START, VIDEO, Family, Seeds, flat, pixels, sliced
+from .tiny import (
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    VIDEO,
+    Family,
+    Seeds,
+    everywhere,
+    flat,
+    keeps_one_of,
+    mixers,
+    pixels,
+    sliced,
+)
 
 AUDIO: dict[str, Any] = {
     "num_mel_bins": 16,

@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import LlavaConfig, PreTrainedConfig
 
-from .patch_grids import everywhere, keeps_one_of, mixers
 from .picture_towers import LANGUAGE_MODEL, TEXT, stacked, tower
-from .tiny import IMAGE, Family, sliced
+from .tiny import IMAGE, Family, everywhere, keeps_one_of, mixers, sliced
 
 HYBRID_TYPES = ["linear_attention", "linear_attention", "full_attention"] * 2 + ["linear_attention"]
 CONV_TYPES = ["conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]

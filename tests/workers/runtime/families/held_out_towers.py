@@ -24,7 +24,6 @@ from transformers import (
     VideoLlavaConfig,
 )
 
-from .patch_grids import everywhere
 from .picture_towers import (
     LANGUAGE_MODEL,
     SIDE,
@@ -38,7 +37,7 @@ from .picture_towers import (
     tower,
     with_sizes,
 )
-from .tiny import IMAGE, IMAGE_END, IMAGE_START, PAD, VIDEO, VOCABULARY, Family, Seeds, flat, pixels, sliced
+from .tiny import IMAGE, IMAGE_END, IMAGE_START, PAD, VIDEO, VOCABULARY, Family, Seeds, everywhere, flat, pixels, sliced
 
 FOUR = (IMAGE,) * 4
 ALTERNATING = ["full_attention", "sliding_attention"] * 3 + ["full_attention"]

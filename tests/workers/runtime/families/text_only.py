@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import Gemma3nTextConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from .patch_grids import KV_PROVIDERS_3N, everywhere, gemma3n_lists, gemma3n_text
 from .picture_towers import TEXT
-from .tiny import Family, sliced
+from .tiny import Family, everywhere, sliced
+from .uneven_stacks import KV_PROVIDERS_3N, gemma3n_lists, gemma3n_text
 
 STACK = "model.layers"
 QWEN3_TYPES = ["full_attention", "sliding_attention"] * 3 + ["sliding_attention"]

@@ -8,7 +8,7 @@ learn it from the code under test.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -209,6 +209,20 @@ def flat(seeds: Seeds) -> list[int]:
 def sliced(**lists: Sequence[object]) -> Callable[[tuple[int, ...]], dict[str, object]]:
     """`Family.saved_lists` for lists with one entry per layer: the entries of the kept layers."""
     return lambda kept: {name: [values[layer] for layer in kept] for name, values in lists.items()}
+
+
+def keeps_one_of(*layers: int) -> Callable[[str], bool]:
+    """Whether a plan leaves at least one of these layers in place."""
+    return lambda plan: any(plan[layer] != "S" for layer in layers)
+
+
+def everywhere(letters: str, layers: Iterable[int]) -> dict[int, str]:
+    return dict.fromkeys(layers, letters)
+
+
+def mixers(types: Sequence[str]) -> list[int]:
+    """Layers without attention: keys and values, and so freeze and bypass, mean nothing there by themselves."""
+    return [layer for layer, kind in enumerate(types) if kind in ("linear_attention", "conv")]
 
 
 def _pad_left(row: Tensor, length: int, value: int) -> Tensor:
