@@ -11,7 +11,16 @@ from pathlib import Path, PurePath
 from platform import python_version
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from optimizer.errors import UsageFault
 from storage.identities import ModelIdentity, TaskIdentity
@@ -20,6 +29,14 @@ from storage.plans import Plan, PlanFigures
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "skipplan.json"
 LARGEST_FILE = 16 << 20
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Python takes True for 1; JSON does not."""
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not a truth value")
+    return value
+
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{6,128}$")]
@@ -125,7 +142,7 @@ class PlanDocument(Part):
 
     model_config = ConfigDict(title="skipplan plan")
 
-    schema_version: Literal[1]
+    schema_version: Annotated[Literal[1], BeforeValidator(_no_truth_value)]
     plan: Letters = Field(description="One letter per decoder layer: R run, F freeze, B bypass, S skip")
     compensation: Name = Field(description="'none', or how the gaps of skipped layers are compensated")
     model: Model

@@ -18,8 +18,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-def load(path):
-    return AutoModelForImageTextToText.from_pretrained(path, dtype="auto").eval()
+def load(path, trust_remote_code=False):
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+    return model.eval()
 
 
 def request(processor, sample, directory, dtype):
@@ -57,11 +58,12 @@ def main():
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--trust-remote-code", action="store_true", help="for exports of format runtime")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
     processor = AutoProcessor.from_pretrained(arguments.dense)
-    models = {"dense": load(arguments.dense), "exported": load(arguments.exported)}
+    models = {"dense": load(arguments.dense), "exported": load(arguments.exported, arguments.trust_remote_code)}
     samples = [json.loads(line) for line in arguments.samples.read_text().splitlines()]
     times = {"dense": [], "exported": []}
     for pair in range(-5, arguments.pairs):  # the first five warm up

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "workers"))
+
+import tiny_llava
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of six layers with random weights."""
+    return tiny_llava.save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other_model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one of the same shape."""
+    directory = tmp_path_factory.mktemp("models") / "other"
+    processor = tiny_llava.build_processor()
+    tiny_llava.build_model(processor, seed=1).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory

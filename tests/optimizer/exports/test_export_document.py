@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from export_builders import document
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimizer.errors import UsageFault
+from optimizer.exports.card import model_card
+from optimizer.exports.document import PlanDocument, describe, json_schema, read, shared_name
+from optimizer.exports.formats import Guide
+from optimizer.exports.importing import import_plan
+from optimizer.exports.registry import FORMATS
+from storage import identities, measurements, plans
+from storage.database import Database
+from storage.errors import NotFound
+
+SCHEMA = Path(__file__).parents[3] / "docs" / "schema" / "skipplan-plan.schema.json"
+REGENERATE = (
+    'python -c "import json; from optimizer.exports.document import json_schema; '
+    'print(json.dumps(json_schema(), indent=2))" > docs/schema/skipplan-plan.schema.json'
+)
+
+
+def test_the_published_schema_is_the_one_in_force():
+    assert json.loads(SCHEMA.read_text()) == json_schema(), REGENERATE
+
+
+def test_a_document_survives_its_file(tmp_path: Path):
+    written = document("RFBS")
+    file = tmp_path / "skipplan.json"
+    file.write_text(written.to_json())
+    assert read(file) == written == read(tmp_path)
+    jsonschema.validate(json.loads(file.read_text()), json.loads(SCHEMA.read_text()))
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.just(0.5), st.text(max_size=3), st.just([]), st.just({})
+)
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where values stand in a JSON document."""
+    found = [path] if path else []
+    for key, item in value.items() if isinstance(value, dict) else ():
+        found += paths(item, (*path, key))
+    return found
+
+
+BASE = json.loads(document("RFBS").to_json())
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
+
+
+@settings(max_examples=100, deadline=None)
+@given(path=st.sampled_from(paths(BASE)), value=VALUES, drop=st.booleans())
+def test_reader_refuses_whatever_the_schema_refuses(path: tuple[Any, ...], value: Any, drop: bool):
+    changed = json.loads(json.dumps(BASE))
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    if drop:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    valid = VALIDATOR.is_valid(changed)
+    try:
+        PlanDocument.model_validate_json(json.dumps(changed))
+        accepted = True
+    except ValueError:
+        accepted = False
+    assert not accepted or valid  # the reader also compares fields with each other, which a schema cannot
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plan": "RFXS"}, "plan"),
+        ({"plan": "RFB"}, "3 letters, the model 4 layers"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"extra": 1}, "extra"),
+        ({"published_at": "2026-05-01T12:00:00"}, "published_at"),
+        ({"figures": BASE["figures"] | {"accuracy": {"estimate": 0.9, "low": 0.95, "high": 0.8}}}, "figures.accuracy"),
+        ({"figures": BASE["figures"] | {"accuracy": {"estimate": 1.9, "low": 0.9, "high": 1.9}}}, "outside [0, 1]"),
+        ({"figures": BASE["figures"] | {"seconds": float("nan")}}, "figures.seconds"),
+        ({"model": BASE["model"] | {"fingerprint": "../../etc"}}, "model.fingerprint"),
+    ],
+)
+def test_a_bad_document_is_refused_naming_the_field(tmp_path: Path, change: dict[str, Any], message: str):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(BASE | change))
+    with pytest.raises(UsageFault, match="is no valid plan") as refused:
+        read(file)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"plan": "R"}'])
+def test_what_is_no_document_is_refused(tmp_path: Path, content: str):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UsageFault, match="no valid plan"):
+        read(tmp_path / "plan.json")
+    with pytest.raises(UsageFault, match="cannot be read"):
+        read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("/home/someone/models/llava-12", "llava-12"),
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("llava-12", "llava-12"),
+        ("configs/reference/llava-12", "llava-12"),
+        ("~/llava", "llava"),
+    ],
+)
+def test_directories_of_a_person_are_not_published(name: str, shared: str):
+    assert shared_name(name) == shared
+
+
+def test_an_imported_plan_is_found_and_marked(db: Database, tmp_path: Path):
+    file = tmp_path / "skipplan.json"
+    file.write_text(document("RFBS").to_json())
+    stored = import_plan(db, file)
+    assert stored.origin == "imported" and stored.job_id is None
+    assert plans.best(db, "tiny", "easy-vqa") == stored
+    again = describe(stored, identities.model(db, stored.model_id), identities.task(db, stored.task_id))
+    original = document("RFBS")
+    assert again == original.model_copy(update={"origin": "imported", "published_at": again.published_at})
+    assert asdict(stored)["secondary"] == original.figures.secondary
+    assert identities.device(db, measurements.ensure_device(db, name=stored.device)).name == original.device
+
+    better = original.model_copy(update={"figures": original.figures.model_copy(update={"n": 300})})
+    file.write_text(better.to_json())
+    assert import_plan(db, tmp_path).n == 300
+    assert len(plans.list_plans(db)) == 1  # the new figures took the place of the old
+
+
+def test_unknown_identities_are_not_found(db: Database):
+    for look_up, kind in ((identities.model, "model"), (identities.task, "task"), (identities.device, "device")):
+        with pytest.raises(NotFound, match=f"no {kind} 99"):
+            look_up(db, 99)
+
+
+def test_nothing_from_elsewhere_can_mark_up_the_card():
+    hostile = document("RS", device="cpu | <script>alert(1)</script> [x](http://x)\n# Title")
+    hostile = hostile.model_copy(update={"export": EXPORT})
+    text = model_card(hostile, FORMATS["checkpoint"], Guide("", ()))
+    assert "<script>" not in text and "\n# Title" not in text and "[x](" not in text
+
+
+EXPORT = PlanDocument.model_validate_json(
+    json.dumps(
+        BASE
+        | {
+            "export": {
+                "format": "checkpoint",
+                "created_at": "2026-05-02T12:00:00Z",
+                "model_fingerprint": "cd" * 32,
+                "versions": {"torch": "2"},
+                "files": {},
+            }
+        }
+    )
+).export
+
+
+def test_the_card_tells_every_figure_and_what_was_forced_or_imported():
+    imported = document("RFBS", origin="imported").model_copy(update={"export": EXPORT})
+    text = model_card(imported, FORMATS["runtime"], Guide("USAGE", ("LIMIT",)))
+    for figure in ("0.9000", "0.8700 to 0.9300", "-0.0200", "98.75 %", "1.500", "1.400 to 1.600", "200", "4096"):
+        assert figure in text
+    assert "imported, not measured" in text and "not of this model" in text
+    assert "USAGE" in text and "- LIMIT" in text and "batch=1 new=4" in text
