@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, UnaryExpression, false, literal_column, select, union_all
+from sqlalchemy import ColumnElement, Select, UnaryExpression, false, select, true, union_all
 from sqlalchemy.orm import Session
 
 from storage import jobs, names, pareto, upsert
@@ -207,7 +207,7 @@ def best(
         .where(
             PlanRow.model_id == names.find_model(session, model, revision),
             PlanRow.task_id.in_(names.find_tasks(session, task)),
-            literal_column("plans.contender"),  # spelled as in the partial index, which SQLite compares by text
+            PlanRow.contender == true(),
             *_where(session, device, workload, max_accuracy_drop, min_accuracy, min_speedup, max_latency),
         )
         .order_by(*_order(sort))
@@ -237,7 +237,7 @@ def list_plans(
     """Published plans, best first by ``sort``; constraints as for ``best``. ``on_front`` leaves only Pareto members."""
     conditions = _where(session, device, workload, max_accuracy_drop, min_accuracy, min_speedup, max_latency)
     if on_front:
-        conditions.append(literal_column("plans.on_front"))
+        conditions.append(PlanRow.on_front == true())
     order = _order(sort)
     model_ids = None if model is None else [names.find_model(session, model, revision)]
     task_ids = None if task is None else names.find_tasks(session, task)

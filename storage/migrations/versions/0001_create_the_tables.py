@@ -286,19 +286,42 @@ def upgrade() -> None:
     op.create_index(
         "ix_plans_contenders",
         "plans",
-        ["model_id", "task_id", "speedup"],
-        sqlite_where=sa.text("contender"),
-        postgresql_where=sa.text("contender"),
+        [
+            "contender",
+            "model_id",
+            "task_id",
+            "device_id",
+            "workload",
+            "speedup",
+            "accuracy",
+            "difference_low",
+            "seconds",
+            "id",
+        ],
     )
     op.create_index("ix_plans_device_id", "plans", ["device_id"])
+    op.create_index("ix_plans_fastest", "plans", ["speedup"])
     op.create_index(
         "ix_plans_front",
         "plans",
-        ["model_id", "task_id", "device_id", "workload", "speedup"],
-        sqlite_where=sa.text("on_front"),
-        postgresql_where=sa.text("on_front"),
+        [
+            "on_front",
+            "model_id",
+            "task_id",
+            "device_id",
+            "workload",
+            "speedup",
+            "accuracy",
+            "difference_low",
+            "seconds",
+            "id",
+        ],
     )
-    op.create_index("ix_plans_group", "plans", ["model_id", "task_id", "device_id", "workload", "speedup"])
+    op.create_index(
+        "ix_plans_group",
+        "plans",
+        ["model_id", "task_id", "device_id", "workload", "speedup", "accuracy", "difference_low", "seconds", "id"],
+    )
     op.create_index("ix_plans_speedup", "plans", ["model_id", "task_id", "speedup"])
     op.create_index(
         "uq_plans_imported",
