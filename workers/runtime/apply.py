@@ -12,6 +12,7 @@ from .families import APPLIED, describe_stack
 from .layer_removal import remove_layers
 from .locate import DecoderStack, locate
 from .plan import Action, PlanError, SkipPlan
+from .reload_check import require_faithful_reload
 from .token_layers import TokenLayer
 from .vision_tokens import VisionTokens
 
@@ -87,6 +88,8 @@ class AppliedPlan:
         layers = list(stack.layers)
         if plan.layers(Action.SKIP):
             remove_layers(self._edits, stack, plan.kept, permanent=permanent)
+            if permanent:
+                require_faithful_reload(stack)
         if not plan.needs_vision_tokens:
             return
         self._tokens.watch(self._edits, stack)
@@ -118,6 +121,7 @@ def apply_permanently(model: nn.Module, plan: SkipPlan) -> AppliedPlan:
     """Put ``plan`` on ``model`` for good: skipped layers leave the model, its configuration and memory.
 
     What is left is an ordinary model (after a plan of R and S: it can be saved, described and given further plans).
+    Raises :class:`PlanError`, the model as it was, when transformers would load such a model differently once saved.
     """
     applied = AppliedPlan(model, plan)
     applied.install(permanent=True)

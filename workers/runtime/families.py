@@ -141,8 +141,10 @@ def _keep_attention(kinds: tuple[str, ...]) -> Iterable[KeepOne]:
 def _refuse_by_kind(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refusals) -> None:
     """Refuse to split tokens where they are mixed by anything but attention over a KV cache."""
     for index, (layer, kind) in enumerate(zip(stack.layers, kinds, strict=True)):
-        if kind not in ATTENTION_KINDS:
-            reason = f"it is a {kind} layer, whose state mixes tokens outside the KV cache"
+        if kind == "indexed_attention":
+            refuse(refusals, (index,), VISION_ACTIONS, "its attention picks keys by an index over all tokens")
+        elif kind not in ATTENTION_KINDS:
+            reason = f"its kind is {kind}, which mixes tokens by other means than attention over a KV cache"
             refuse(refusals, (index,), VISION_ACTIONS, reason)
         elif any(isinstance(module, nn.Conv1d) for module in layer.modules()):
             refuse(refusals, (index,), VISION_ACTIONS, "it mixes neighbouring tokens by convolution")

@@ -6,8 +6,8 @@ decoder is therefore built anew from the saved configuration, without memory for
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from .plan import PlanError
 PLAIN = (bool, int, float, str, type(None))
 
 
-def require_faithful_reload(stack: DecoderStack, directory: Path) -> None:
-    """Raise :class:`PlanError` when the configuration saved in ``directory`` describes other decoder layers."""
+def require_faithful_reload(stack: DecoderStack) -> None:
+    """Raise :class:`PlanError` when the model's configuration, saved and read, describes other decoder layers."""
     model: Any = stack.model
     try:
-        config = type(model.config).from_pretrained(directory)
+        with tempfile.TemporaryDirectory() as directory:
+            model.config.save_pretrained(directory)
+            config = type(model.config).from_pretrained(directory)
         rebuilt = _rebuild(stack, config)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise PlanError(

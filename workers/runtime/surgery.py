@@ -51,8 +51,7 @@ def save_pruned(
     try:
         if plan.layers(Action.SKIP):
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
-            model.config.save_pretrained(staging)  # type: ignore[union-attr,operator]
-            require_faithful_reload(applied._stack, staging)
+            require_faithful_reload(applied._stack)
         model.save_pretrained(  # type: ignore[operator]
             staging, max_shard_size=max_shard_size, save_original_format=original_names
         )

@@ -1,0 +1,110 @@
+"""Pruned checkpoints as files: complete or absent, processor included. What they compute is tested in families/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llava import build_model, build_processor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+from workers.runtime import PlanError, SkipPlan, apply, apply_permanently, save_pruned
+
+PLAN = SkipPlan.parse("SRRSRR")
+
+
+@pytest.fixture(scope="module")
+def processor() -> LlavaProcessor:
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    return build_model(processor)
+
+
+def ask(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> torch.Tensor:
+    picture = torch.randint(0, 255, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    inputs = processor(images=[picture], text=["USER: <image>\nwhat shape? ASSISTANT:"], return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_model_generation_config_and_processor_travel_together(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, tmp_path: Path
+) -> None:
+    model.generation_config.max_new_tokens = 7
+    directory = save_pruned(model, PLAN, tmp_path / "pruned", processor=processor)
+    reloaded = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    reloaded_processor = AutoProcessor.from_pretrained(directory)
+    with apply(model, PLAN):
+        expected = ask(model, processor)
+    assert torch.equal(ask(reloaded, reloaded_processor), expected)
+    assert reloaded.generation_config.max_new_tokens == 7
+    assert reloaded_processor.chat_template == processor.chat_template
+    assert reloaded.config.text_config.num_hidden_layers == 4
+
+
+def test_a_permanent_plan_saves_as_the_pruned_checkpoint_does(processor: LlavaProcessor, tmp_path: Path) -> None:
+    whole, cut = build_model(processor), build_model(processor)
+    save_pruned(whole, PLAN, tmp_path / "pruned")
+    apply_permanently(cut, PLAN)
+    cut.save_pretrained(tmp_path / "cut")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes()
+
+
+def test_a_directory_with_something_in_it_is_left_alone(model: LlavaForConditionalGeneration, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        save_pruned(model, PLAN, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_failed_save_leaves_no_directory_and_the_model_whole(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, tmp_path: Path
+) -> None:
+    class Unsaved:
+        def save_pretrained(self, directory: Path) -> None:
+            raise OSError("disk full")
+
+    before = ask(model, processor)
+    with pytest.raises(OSError, match="disk full"):
+        save_pruned(model, PLAN, tmp_path / "pruned", processor=Unsaved())
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(ask(model, processor), before)
+
+
+def test_a_model_that_transformers_would_load_differently_is_not_cut(processor: LlavaProcessor, tmp_path: Path) -> None:
+    odd = build_model(processor)
+    odd.model.language_model.layers[2].self_attn.scaling = 0.25  # nothing in the configuration says so
+    before = ask(odd, processor)
+    with pytest.raises(PlanError, match=r"layer 1 .*scaling"):
+        save_pruned(odd, PLAN, tmp_path / "pruned")
+    with pytest.raises(PlanError, match=r"layer 1 .*scaling"):
+        apply_permanently(odd, PLAN)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(ask(odd, processor), before)
+
+
+MEASURE = """
+import resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from workers.runtime import SkipPlan, save_pruned
+torch.set_num_threads(1)
+config = dict(hidden_size=1024, intermediate_size=2048, num_attention_heads=8, vocab_size=64)
+save_pruned(LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=2)), SkipPlan.parse("RS"), sys.argv[1] + "/warm")
+model = LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=16))
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+save_pruned(model, SkipPlan.parse("RRRRRRRSRRRRRRRS"), sys.argv[1] + "/model", max_shard_size="40MB")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / size)
+"""
+
+
+def test_saving_holds_no_second_copy_of_the_model(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 0.3  # of the model's own size; a second copy would be 0.9
