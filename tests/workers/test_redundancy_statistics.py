@@ -87,6 +87,16 @@ def test_shards_merge_to_the_whole(tiny: LoadedModel, small_task: Task) -> None:
     assert all(shard.samples < whole.samples for shard in shards)
 
 
+def test_a_layer_that_writes_into_its_input_is_measured_all_the_same(tiny: LoadedModel, small_task: Task) -> None:
+    expected = score_redundancy(tiny, small_task).mean("all")
+    layer = tiny.model.model.language_model.layers[2]
+    # The next layer gets the same state; the tensor that came in does not hold the old one any more.
+    handle = layer.register_forward_hook(lambda _, inputs, output: inputs[0].copy_(output))
+    found = score_redundancy(tiny, small_task).mean("all")
+    handle.remove()
+    assert found == pytest.approx(expected, rel=1e-6) and found[2] > 0.01
+
+
 def test_samples_without_a_usable_image_are_not_counted(tiny: LoadedModel, small_task: Task, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     first, *rest = small_task.calibration

@@ -17,9 +17,6 @@ from .spec import EasyVqaSource, FileSource, HubSource, ScenesSource, SplitSizes
 from .splits import Region, make_splits
 from .tables import image_key, read_file_samples
 
-SCENES_FIRST_INDEX = {"calibration": 0, "search": 1_000_000, "held_out": 2_000_000}
-"""Scenes below 1,000,000 are the range reference models are trained on; the rest were never seen by one."""
-
 
 @dataclass(frozen=True)
 class Task:
@@ -107,11 +104,12 @@ def _read_easy_vqa() -> list[Region]:
 
 
 def _read_scenes(seed: int, sizes: SplitSizes) -> list[Region]:
-    from .scenes import scene
+    """Calibration scenes from the range reference models are trained on, the others from beyond it."""
+    from .scenes import FIRST_EVALUATION_INDEX, scene
 
     regions = []
-    for split in SPLITS:
-        first = SCENES_FIRST_INDEX[split]
+    for number, split in enumerate(SPLITS):
+        first = number * FIRST_EVALUATION_INDEX
         samples = []
         for index in range(first, first + getattr(sizes, split)):
             drawn = scene(index, seed)
