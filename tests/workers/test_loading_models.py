@@ -65,6 +65,16 @@ def test_the_fingerprint_sees_weights_and_config_but_not_their_packing(tiny: Loa
     assert len({tiny.fingerprint, changed, fingerprint_checkpoint(copy)}) == 3
 
 
+def test_the_fingerprint_sees_names_dtypes_and_shapes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tensor = torch.arange(6, dtype=torch.float32)
+    found = set()
+    for tensors in ({"a": tensor}, {"b": tensor}, {"a": tensor.view(torch.int32)}, {"a": tensor.view(2, 3)}):
+        save_file(tensors, tmp_path / "model.safetensors")  # the same 24 bytes each time
+        found.add(fingerprint_checkpoint(tmp_path))
+    assert len(found) == 4
+
+
 def test_the_fingerprint_of_a_live_model_follows_its_parameters(tiny_directory: Path) -> None:
     model = load_model(ModelSource(str(tiny_directory), device="cpu")).model
     before = fingerprint_model(model)
