@@ -293,6 +293,7 @@ class PlanRow(Base):
         # which does not reckon with partial indexes being small, then takes them. The rest is there to be read from
         # the index alone.
         Index("ix_plans_contenders", "contender", *_GROUP, *_COMPARED),
+        Index("ix_plans_contenders_anywhere", "contender", "model_id", "task_id", *_COMPARED),
         Index("ix_plans_front", "on_front", *_GROUP, *_COMPARED),
         Index("ix_plans_group", *_GROUP, *_COMPARED),
         Index("ix_plans_speedup", "model_id", "task_id", "speedup"),

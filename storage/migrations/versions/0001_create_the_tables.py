@@ -299,6 +299,11 @@ def upgrade() -> None:
             "id",
         ],
     )
+    op.create_index(
+        "ix_plans_contenders_anywhere",
+        "plans",
+        ["contender", "model_id", "task_id", "speedup", "accuracy", "difference_low", "seconds", "id"],
+    )
     op.create_index("ix_plans_device_id", "plans", ["device_id"])
     op.create_index("ix_plans_fastest", "plans", ["speedup"])
     op.create_index(
