@@ -1,0 +1,162 @@
+"""Exports of a model with random weights, loaded where nothing of this project can be imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from export_builders import document
+
+from optimizer.errors import UsageFault
+from optimizer.exports.runtime import changed_code, runtime_modules
+from optimizer.exports.verification import verify_export
+from optimizer.exports.writing import export_plan
+from workers.messages import ModelSource
+
+MIXED = "RSFRBR"
+
+
+@pytest.fixture(scope="module")
+def runtime_export(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exports") / "runtime"
+    return export_plan(document(MIXED, model_directory), ModelSource(str(model_directory)), "runtime", output).directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint_export(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exports") / "checkpoint"
+    plan = document("SRRSRR", model_directory)
+    return export_plan(plan, ModelSource(str(model_directory)), "checkpoint", output).directory
+
+
+def test_a_checkpoint_answers_in_a_fresh_process(checkpoint_export: Path, model_directory: Path):
+    found = verify_export(checkpoint_export, ModelSource(str(model_directory)), samples=2)
+    assert found.passed and len(found.answers) == 2, found
+    assert found.model_class == "LlavaForConditionalGeneration"
+
+
+def test_a_mixed_plan_answers_in_a_fresh_process(runtime_export: Path, model_directory: Path):
+    found = verify_export(runtime_export, ModelSource(str(model_directory)), samples=2)
+    assert found.passed and len(found.answers) == 2, found
+    assert found.model_class == "SkipPlanForImageTextToText"
+
+
+def test_another_plan_does_not_pass(checkpoint_export: Path, model_directory: Path, tmp_path: Path):
+    """Verification can fail: the document of another plan beside the same weights."""
+    file = checkpoint_export / "skipplan.json"
+    kept = file.read_text()
+    file.write_text(kept.replace('"SRRSRR"', '"RRSSRR"'))
+    try:
+        assert not verify_export(checkpoint_export, ModelSource(str(model_directory)), samples=2).passed
+    finally:
+        file.write_text(kept)
+
+
+def isolated(program: str, directory: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-I", "-c", program, str(directory)],
+        env=environment,
+        cwd=cache,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+THREE_LINES = """
+import sys; directory = sys.argv[1]
+sys.path.insert(0, directory)
+from skipplan_runtime.modeling import SkipPlanForImageTextToText
+model = SkipPlanForImageTextToText.from_pretrained(directory)
+print(model.config.skip_plan, len(model.model.language_model.layers), "workers" in sys.modules)
+from transformers import AutoModelForImageTextToText
+try:
+    AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=False)
+except ValueError as error:
+    print("trust_remote_code" in str(error))
+"""
+
+
+def test_three_lines_load_it_and_without_the_code_it_does_not_load(runtime_export: Path, tmp_path: Path):
+    done = isolated(THREE_LINES, runtime_export, tmp_path)
+    assert done.stdout.splitlines() == ["RFRBR 5 False", "True"], done.stderr[-2000:]
+
+
+def test_the_code_is_the_workers_own_and_changed_code_is_not_run(
+    runtime_export: Path, model_directory: Path, tmp_path: Path
+):
+    code = runtime_export / "skipplan_runtime"
+    for module in runtime_modules():
+        assert (code / module.name).read_bytes() == module.read_bytes()
+    assert changed_code(runtime_export) == []
+    modeling = code / "modeling.py"
+    kept = modeling.read_text()
+    try:
+        modeling.write_text(kept + "import os\n")
+        assert changed_code(runtime_export) == ["modeling.py"]
+        with pytest.raises(UsageFault, match=r"modeling\.py is not as it was written"):
+            verify_export(runtime_export, ModelSource(str(model_directory)))
+    finally:
+        modeling.write_text(kept)
+    (code / "more.py").touch()
+    try:
+        assert changed_code(runtime_export) == ["more.py"]
+        with pytest.raises(UsageFault, match="was added after"):
+            verify_export(runtime_export, ModelSource(str(model_directory)))
+    finally:
+        (code / "more.py").unlink()
+
+
+def test_every_export_has_its_document_and_card(checkpoint_export: Path, model_directory: Path, tmp_path: Path):
+    written = json.loads((checkpoint_export / "skipplan.json").read_text())
+    assert written["export"]["format"] == "checkpoint"
+    assert written["export"]["model_fingerprint"] == written["model"]["fingerprint"]
+    assert set(written["export"]["versions"]) >= {"skipplan", "torch", "transformers", "python"}
+    present = {path.name for path in checkpoint_export.iterdir()}
+    assert set(written["export"]["files"]) | {"skipplan.json", "README.md"} == present
+    assert "0.8700 to 0.9300" in (checkpoint_export / "README.md").read_text()
+    plan = document(MIXED)
+    export_plan(plan, ModelSource("nowhere"), "plan", tmp_path / "plan")
+    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["README.md", "skipplan.json"]
+    found = verify_export(tmp_path / "plan", ModelSource("nowhere"))
+    assert found.passed and not found.loaded
+
+
+def test_a_damaged_export_is_refused(checkpoint_export: Path, model_directory: Path):
+    config = checkpoint_export / "config.json"
+    kept = config.read_bytes()
+    try:
+        config.write_bytes(kept + b" ")
+        with pytest.raises(UsageFault, match=r"config\.json is not as it was written"):
+            verify_export(checkpoint_export, ModelSource(str(model_directory)))
+        config.unlink()
+        with pytest.raises(UsageFault, match=r"config\.json is missing"):
+            verify_export(checkpoint_export, ModelSource(str(model_directory)))
+    finally:
+        config.write_bytes(kept)
+
+
+def test_another_model_is_refused_unless_forced(model_directory: Path, other_model_directory: Path, tmp_path: Path):
+    plan, other = document("RRSRRR", model_directory), ModelSource(str(other_model_directory))
+    for name in ("checkpoint", "llama-cpp"):
+        with pytest.raises(UsageFault, match=r"fingerprint is .*--force-model"):
+            export_plan(plan, other, name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    written = export_plan(plan, other, "checkpoint", tmp_path / "out", force_model=True)
+    assert written.document.export is not None
+    assert written.document.export.model_fingerprint != plan.model.fingerprint == written.document.model.fingerprint
+    assert "not of this model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_plan_of_another_length_is_refused_even_by_force(model_directory: Path, tmp_path: Path):
+    with pytest.raises(UsageFault, match="5 layers, the llava model has 6"):
+        export_plan(
+            document("RRSRR"), ModelSource(str(model_directory)), "checkpoint", tmp_path / "o", force_model=True
+        )
+    assert list(tmp_path.iterdir()) == []

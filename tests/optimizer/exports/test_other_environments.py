@@ -1,0 +1,89 @@
+"""Exports in environments of their own: plain transformers, mergekit, optimum-intel.
+
+Each test needs an environment that a variable names; ``docs/exports.md`` says how they are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from export_builders import document
+
+from optimizer.exports.openvino import PYTHON_VARIABLE
+from optimizer.exports.verification import Verification, verify_export
+from optimizer.exports.writing import export_plan
+from workers.checkpoints import BUNDLED_MODELS
+from workers.messages import ModelSource
+from workers.models import load_model
+
+pytestmark = pytest.mark.slow
+PLAIN_VARIABLE = "SKIPPLAN_TEST_PLAIN_PYTHON"
+MERGEKIT_VARIABLE = "SKIPPLAN_MERGEKIT"
+SKIPS = "RRRSRRSRRRSR"
+MIXED = "RRFSRBSBRFSR"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Path:
+    """The bundled model, whose answers mean something."""
+    directory = BUNDLED_MODELS / "llava-12"
+    if not (directory / "config.json").is_file():
+        pytest.skip("the reference model llava-12 is not in configs/reference")
+    return directory
+
+
+def environment(variable: str, purpose: str) -> str:
+    named = os.environ.get(variable)
+    if not named or shutil.which(named) is None:
+        pytest.skip(f"{variable} names no program: {purpose}")
+    return named
+
+
+def exported(reference: Path, format_name: str, plan: str, output: Path) -> Path:
+    return export_plan(document(plan, reference), ModelSource(str(reference)), format_name, output).directory
+
+
+def verified(directory: Path, reference: Path, **options: str) -> Verification:
+    found = verify_export(directory, ModelSource(str(reference)), samples=32, **options)
+    assert found.passed and len(found.answers) == 32, found
+    assert len({live for live, _ in found.answers.values()}) > 2  # answers that could differ
+    return found
+
+
+@pytest.mark.parametrize(("format_name", "plan"), [("checkpoint", SKIPS), ("runtime", MIXED), ("vllm", SKIPS)])
+def test_torch_and_transformers_alone_run_it(reference: Path, tmp_path: Path, format_name: str, plan: str):
+    python = environment(PLAIN_VARIABLE, "a Python with torch, transformers and pillow only")
+    listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
+    installed = {package["name"].lower() for package in json.loads(listed.stdout)}
+    assert not installed & {"skipplan", "ray", "optuna", "sqlalchemy", "pydantic"}
+    found = verified(exported(reference, format_name, plan, tmp_path / "out"), reference, python=python)
+    assert found.largest_logit_difference == 0.0
+
+
+def test_mergekit_makes_the_same_tensors(reference: Path, tmp_path: Path):
+    program = environment(MERGEKIT_VARIABLE, "mergekit-yaml of an environment with mergekit 0.1.5")
+    configuration = exported(reference, "mergekit", SKIPS, tmp_path / "mergekit")
+    subprocess.run(
+        [configuration / "merge.sh", tmp_path / "merged"],
+        env=os.environ | {MERGEKIT_VARIABLE: program, "HF_HUB_OFFLINE": "1"},
+        check=True,
+        capture_output=True,
+    )
+    checkpoint = exported(reference, "checkpoint", SKIPS, tmp_path / "checkpoint")
+    ours = load_model(ModelSource(str(checkpoint), device="cpu")).model.state_dict()
+    theirs = load_model(ModelSource(str(tmp_path / "merged"), device="cpu")).model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+    verified(configuration, reference)
+
+
+def test_openvino_gives_the_same_answers(reference: Path, tmp_path: Path):
+    environment(PYTHON_VARIABLE, "a Python with optimum-intel and OpenVINO")
+    verified(exported(reference, "openvino", SKIPS, tmp_path / "openvino"), reference)
