@@ -18,7 +18,7 @@ from .messages import Evaluation
 from .metrics import METRICS
 from .models import LoadedModel
 from .prompts import build_inputs, to_device
-from .runtime.apply import apply
+from .runtime import apply
 from .runtime.plan import SkipPlan
 from .tasks import Sample, Task
 

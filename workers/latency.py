@@ -25,7 +25,7 @@ from .evaluation import prepare_batch
 from .messages import LatencyComparison, LatencyProfile, Workload
 from .models import LoadedModel
 from .prompts import to_device
-from .runtime.apply import apply
+from .runtime import apply
 from .runtime.descriptor import FamilyDescriptor, validate
 from .runtime.families import describe
 from .runtime.plan import Action, PlanError, SkipPlan

@@ -49,8 +49,7 @@ DEFINED = frozenset(
 def write(subject: Subject, directory: Path) -> None:
     """Write the configuration, the files that mergekit does not make, and the model where mergekit needs it renamed."""
     from workers.checkpoints import find_checkpoint, weight_files
-    from workers.runtime import describe
-    from workers.runtime.apply import apply
+    from workers.runtime import apply, describe
 
     model = subject.model.model
     architecture = type(model).__name__

@@ -164,7 +164,7 @@ class _Asked:
     def ask_live(self, plan: SkipPlan) -> tuple[list[str], list[Tensor]]:
         """Answers and logits of the live model under the plan, one sample at a time."""
         from workers.prompts import build_inputs
-        from workers.runtime.apply import apply
+        from workers.runtime import apply
 
         answers, logits = [], []
         with apply(self.loaded.model, plan):

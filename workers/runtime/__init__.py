@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .apply import AppliedPlan, apply, apply_permanently
+    from .applied import AppliedPlan, apply, apply_permanently
     from .descriptor import FamilyDescriptor, UnsupportedFamilyError, validate
     from .families import describe
     from .plan import Action, PlanError, SkipPlan
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Action": "plan",
-    "AppliedPlan": "apply",
+    "AppliedPlan": "applied",
     "FamilyDescriptor": "descriptor",
     "PlanError": "plan",
     "SkipPlan": "plan",
     "UnsupportedFamilyError": "descriptor",
-    "apply": "apply",
-    "apply_permanently": "apply",
+    "apply": "applied",
+    "apply_permanently": "applied",
     "describe": "families",
     "save_pruned": "surgery",
     "validate": "descriptor",
@@ -50,7 +50,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    # ``apply`` is a function and a module: importing the module binds it here, so the function must win.
     globals()[name] = value
     return value
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .apply import AppliedPlan
+from .applied import AppliedPlan
 from .edits import Edits
 from .layer_removal import remove_layers
 from .plan import Action, PlanError, SkipPlan
