@@ -49,7 +49,7 @@ MODELING = '''"""The model under its skip plan."""
 
 from {module} import {name}
 
-from .apply import apply_permanently
+from .applied import apply_permanently
 from .configuration import {CONFIG_CLASS}
 from .plan import SkipPlan
 
