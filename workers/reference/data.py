@@ -45,11 +45,54 @@ class EasyVqaImage:
             words = set(question.rstrip("?").split())
             open_question = "what" in words
             # "is there not a red shape?" - "no" tells as much as "is there a red shape?" - "yes".
-            confirmed = open_question or (answer == "yes") != bool(words & {"not", "no"})
+            confirmed = open_question or (answer == "yes") != _is_negated(words)
             told = (words if confirmed else set()) | {answer}
             shapes |= told & set(EASY_VQA_SHAPES)
             colours |= told & set(COLOURS)
         return next(iter(shapes), ""), next(iter(colours), "")
+
+
+class YesNoQuestions:
+    """Yes/no questions in the wordings of a set of images, asked so that both answers are about equally likely.
+
+    In easy-VQA four of five yes/no questions ask for something that is not there, and a model learns that share long
+    before it learns to look. Asked in balance, and more often without a negation than with one, looking pays at once.
+    """
+
+    def __init__(self, images: Iterable[EasyVqaImage]) -> None:
+        asked = {question for image in images for question in image.questions if not question.startswith("what")}
+        self._wordings: dict[tuple[str, bool], list[str]] = {}
+        for question in sorted(asked):
+            words = question.rstrip("?").split()
+            named = [word for word in words if word in COLOURS or word in EASY_VQA_SHAPES]
+            self._wordings.setdefault((named[0], _is_negated(words)), []).append(question)
+
+    def balanced(self, image: EasyVqaImage, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Up to seven questions and answers, three of them affirmed.
+
+        Without a negation: one for the shape and one for the colour shown, one for another shape, two for other
+        colours; with a negation: one for what is shown and one for what is not. Fewer where the image's own questions
+        do not tell the shape or the colour.
+        """
+        shape, colour = image.shape_and_colour
+        shown = [name for name in (shape, colour) if name]
+        other_shapes = [name for name in EASY_VQA_SHAPES if shape and name != shape]
+        other_colours = [name for name in COLOURS if colour and name != colour]
+        absent = [*rng.permutation(other_shapes)[:1], *rng.permutation(other_colours)[:2]]
+        chosen = [(str(name), False) for name in (*shown, *absent)]
+        chosen += [(str(rng.choice(names)), True) for names in (shown, absent) if len(names)]
+        pairs = []
+        for name, negated in chosen:
+            wordings = self._wordings.get((name, negated), [])
+            if wordings:
+                answer = "yes" if (name in shown) != negated else "no"
+                pairs.append((wordings[rng.integers(len(wordings))], answer))
+        return pairs
+
+
+def _is_negated(words: Iterable[str]) -> bool:
+    """Whether a question asks if something is not there."""
+    return bool({"not", "no"} & set(words))
 
 
 def easy_vqa_images(split: str) -> list[EasyVqaImage]:

@@ -21,7 +21,7 @@ class Schedule:
     peak: float
     warmup: int
     total: int
-    decay: float = 0.4
+    decay: float
 
     def rate(self, step: int) -> float:
         """Learning rate of step number `step`, counted from 0."""

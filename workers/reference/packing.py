@@ -31,13 +31,15 @@ class PackedBatch:
 
     tokens, positions: `[images, tokens]`. mask: `[images, 1, tokens, tokens]`, 0 where a row's token may look and a
     large negative number elsewhere. targets: `[images, tokens]`, the next token where that is part of an answer, -100
-    elsewhere. branches: `[images, tokens]`, the branch number of a token, -1 in the prefix and the padding.
+    elsewhere; question_targets: the same for the questions, each from its second token on.
+    branches: `[images, tokens]`, the branch number of a token, -1 in the prefix and the padding.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
+    question_targets: torch.Tensor
     branches: torch.Tensor
 
 
@@ -85,6 +87,7 @@ class Packer:
         tokens = torch.full((len(rows), length), self.pad)
         positions = torch.zeros((len(rows), length), dtype=torch.long)
         targets = torch.full((len(rows), length), -100)
+        question_targets = torch.full((len(rows), length), -100)
         branches = torch.full((len(rows), length), -2)
         tokens[:, :start] = torch.tensor(self.prefix)
         positions[:, :start] = torch.arange(start)
@@ -97,6 +100,7 @@ class Packer:
                 positions[number, at:end] = torch.arange(start, start + len(branch.tokens))
                 branches[number, at:end] = which
                 targets[number, first_answer - 1 : end - 1] = tokens[number, first_answer:end]
+                question_targets[number, at : first_answer - 1] = tokens[number, at + 1 : first_answer]
                 at = end
         # Padding keeps its own number: it may look at other padding, so that no row of the mask is empty.
         same = branches[:, :, None] == branches[:, None, :]
@@ -104,31 +108,39 @@ class Packer:
         seen = (same | to_prefix) & torch.ones(length, length, dtype=torch.bool).tril()
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
         branches = branches.masked_fill(branches == -2, -1)
-        return PackedBatch(tokens, positions, mask[:, None], targets, branches)
+        return PackedBatch(tokens, positions, mask[:, None], targets, question_targets, branches)
 
 
-def answer_scores(
-    model: LlavaForConditionalGeneration, batch: PackedBatch, pixels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores `[answer tokens, vocabulary]` and targets `[answer tokens]` of all answers of a batch.
-
-    pixels: `[images, 3, height, width]` in the model's dtype.
-    """
-    states = model.model(
+def _states(model: LlavaForConditionalGeneration, batch: PackedBatch, pixels: torch.Tensor) -> torch.Tensor:
+    """Last hidden states `[images, tokens, hidden]`; pixels are `[images, 3, height, width]` in the model's dtype."""
+    states: torch.Tensor = model.model(
         input_ids=batch.tokens,
         pixel_values=pixels,
         attention_mask=batch.mask,
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state
+    return states
+
+
+def answer_scores(
+    model: LlavaForConditionalGeneration, batch: PackedBatch, pixels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores `[answer tokens, vocabulary]` and targets `[answer tokens]` of all answers of a batch."""
     counted = batch.targets >= 0
-    return model.lm_head(states[counted]).float(), batch.targets[counted]
+    return model.lm_head(_states(model, batch, pixels)[counted]).float(), batch.targets[counted]
 
 
-def answer_loss(model: LlavaForConditionalGeneration, batch: PackedBatch, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens, the end token included."""
-    scores, targets = answer_scores(model, batch, pixels)
-    return functional.cross_entropy(scores, targets)
+def packed_losses(
+    model: LlavaForConditionalGeneration, batch: PackedBatch, pixels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy of the answer tokens, the end token included, and of the question tokens."""
+    states = _states(model, batch, pixels)
+    answers, questions = (
+        functional.cross_entropy(model.lm_head(states[targets >= 0]).float(), targets[targets >= 0])
+        for targets in (batch.targets, batch.question_targets)
+    )
+    return answers, questions
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import multiprocessing, nn
 from transformers import LlavaForConditionalGeneration
 
-from workers.reference.packing import PackedBatch, answer_loss
+from workers.reference.packing import PackedBatch, packed_losses
 
 Batches = Iterator[tuple[PackedBatch, torch.Tensor]]
 
@@ -101,7 +101,7 @@ def _serve(
         except EOFError:
             return
         model.zero_grad(set_to_none=True)
-        loss = answer_loss(model, batch, pixels)
+        loss, _ = packed_losses(model, batch, pixels)
         torch.autograd.backward(loss)
         torch.cat(
             [

@@ -26,6 +26,7 @@ from workers.reference.data import (
 )
 from workers.reference.model import Architecture, vision_config
 from workers.reference.optimisation import Optimiser, Schedule
+from workers.reference.recipe import VisionTraining
 from workers.reference.tokenizer import PATCH_SIZE
 from workers.tasks.scenes import COLOURS, IMAGE_SIZE, Scene, Shape
 
@@ -197,17 +198,6 @@ def classification_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return losses[shown].sum() / shown.sum().clamp(min=1) + losses[empty].sum() / empty.sum().clamp(min=1)
 
 
-@dataclass(frozen=True)
-class VisionTraining:
-    """How long and how fast the tower is trained. Each epoch draws scenes never seen before."""
-
-    epochs: int = 12
-    scenes_per_epoch: int = 6000
-    batch: int = 64
-    rate: float = 1.5e-3
-    seed: int = 0
-
-
 def _epoch(easy: LabelledImages, training: VisionTraining, epoch: int) -> Iterator[LabelledImages]:
     """Batches of one epoch: all easy-VQA images and fresh scenes, moved and mirrored, in random order."""
     rng = np.random.default_rng([training.seed, 1, epoch])
@@ -244,7 +234,7 @@ def train_vision(
     easy = label_easy_vqa(easy_images)
     batches = (len(easy) + training.scenes_per_epoch) // training.batch
     total = batches * training.epochs
-    optimiser = Optimiser(model, Schedule(training.rate, warmup=min(150, total), total=total))
+    optimiser = Optimiser(model, Schedule(training.rate, warmup=150, total=total, decay=0.4))
     for epoch in range(training.epochs):
         started, losses = time.perf_counter(), []
         for batch in _epoch(easy, training, epoch):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from workers.reference.data import CAPTION_PROMPTS, EasyVqaImage, easy_vqa_images
 from workers.reference.model import Architecture, build_model
-from workers.reference.packing import Packer, answer_loss, answer_scores, answers_right
+from workers.reference.packing import Packer, answer_scores, answers_right, packed_losses
 from workers.reference.tokenizer import build_processor, task_text, train_tokenizer
 from workers.tasks.scenes import scene
 
@@ -72,7 +72,7 @@ def test_packed_loss_equals_the_plain_loss_of_every_question(model, processor, p
     rows = [[packer.branch(q, a) for q, a in zip(e.questions, e.answers, strict=True)] for e in images[:4]]
     pixels = processor.image_processor(opened, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        packed = answer_loss(model, packer.pack(rows, torch.float32), pixels)
+        packed, _ = packed_losses(model, packer.pack(rows, torch.float32), pixels)
     total, tokens = 0.0, 0
     for entry, image in zip(images[:4], opened, strict=True):
         for question, answer in zip(entry.questions, entry.answers, strict=True):
@@ -86,11 +86,11 @@ def test_the_comparison_notices_a_leak_between_questions(model, packer, images, 
     pixels = processor.image_processor([Image.open(images[0].path)], return_tensors="pt")["pixel_values"]
     batch = packer.pack(rows, torch.float32)
     with torch.no_grad():
-        right = answer_loss(model, batch, pixels).item()
+        right = packed_losses(model, batch, pixels)[0].item()
         length = batch.tokens.shape[1]
         causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
         batch.mask.copy_(causal)
-        leaking = answer_loss(model, batch, pixels).item()
+        leaking = packed_losses(model, batch, pixels)[0].item()
     assert abs(leaking - right) > 1e-4
 
 
@@ -131,3 +131,21 @@ def test_scores_cover_answers_only(model, packer, processor, images):
         scores, targets = answer_scores(model, packer.pack([[branch]], torch.float32), pixels)
     assert processor.tokenizer.decode(targets) == " a red circle<eos>"
     assert scores.shape == (4, len(processor.tokenizer))
+
+
+def test_question_loss_equals_the_plain_loss_of_the_question_tokens(model, processor, packer, images):
+    """From the second token of a question on; the first one follows the prefix, which all questions share."""
+    image = Image.open(images[0].path)
+    pairs = list(zip(images[0].questions[:3], images[0].answers[:3], strict=True))
+    pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        rows = [[packer.branch(question, answer) for question, answer in pairs]]
+        _, packed = packed_losses(model, packer.pack(rows, torch.float32), pixels)
+        losses = []
+        for question, _ in pairs:
+            inputs = plain_inputs(processor, question, image)
+            ids = inputs["input_ids"][0]
+            first = int((ids == processor.image_token_id).nonzero().max()) + 2
+            log_probabilities = model(**inputs).logits[0].log_softmax(-1)
+            losses += [-log_probabilities[at, ids[at + 1]] for at in range(first, len(ids) - 1)]
+    assert packed.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)

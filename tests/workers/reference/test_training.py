@@ -8,16 +8,25 @@ import torch
 from PIL import Image
 from torch import nn
 
-from workers.reference.data import EASY_VQA_SHAPES, EasyVqaImage, easy_vqa_images, easy_vqa_training_images, open_images
+from workers.reference.batches import easy_batches
+from workers.reference.data import (
+    EASY_VQA_SHAPES,
+    EasyVqaImage,
+    YesNoQuestions,
+    easy_vqa_images,
+    easy_vqa_training_images,
+    open_images,
+)
 from workers.reference.model import Architecture, build_model
 from workers.reference.optimisation import Optimiser, Schedule
-from workers.reference.train import Training, reference_processor, train_model
+from workers.reference.packing import Packer
+from workers.reference.recipe import RECIPE, Training, VisionTraining
+from workers.reference.train import reference_processor, second_half, train_model
 from workers.reference.vision import (
     COLOUR_LABELS,
     IGNORED,
     SHAPE_LABELS,
     LabelledImages,
-    VisionTraining,
     label_easy_vqa,
     label_scenes,
     patch_labels,
@@ -53,7 +62,18 @@ def train_tiny():
 
     def train(output, seed=0, development=None):
         output.mkdir(exist_ok=True)
-        training = Training(steps=4, easy_images=6, questions=3, scenes=5, save_every=2, seed=seed, rate=1e-2)
+        training = Training(
+            "tiny",
+            steps=4,
+            rate=1e-2,
+            warmup=1,
+            decay=0.5,
+            easy_images=6,
+            scenes=5,
+            question_weight=0.5,
+            save_every=2,
+            seed=seed,
+        )
         model = build_model(processor.tokenizer, TINY, seed)
         train_model(model, processor, training, TINY, output, images, development or {})
         return {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -65,7 +85,17 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_training_depends_on_the_seed_alone_and_goes_on_where_it_was_stopped(train_tiny, tmp_path, caplog):
+def test_training_depends_on_the_seed_alone(train_tiny, tmp_path):
+    assert same(train_tiny(tmp_path / "first"), train_tiny(tmp_path / "second"))
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_training(train_tiny, tmp_path):
+    assert not same(train_tiny(tmp_path / "first"), train_tiny(tmp_path / "other", seed=1))
+
+
+@pytest.mark.slow
+def test_interrupted_training_goes_on_where_it_was_stopped(train_tiny, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     first = train_tiny(tmp_path / "first")
     with pytest.raises(KeyboardInterrupt):
@@ -74,7 +104,6 @@ def test_training_depends_on_the_seed_alone_and_goes_on_where_it_was_stopped(tra
     resumed = train_tiny(tmp_path / "second")
     assert "going on from step 2" in caplog.messages
     assert same(first, resumed)
-    assert not same(first, train_tiny(tmp_path / "other", seed=1))
 
 
 def test_vision_training_depends_on_the_seed_alone_and_learns():
@@ -102,7 +131,7 @@ def test_the_optimiser_is_adamw_with_clipping_and_an_average():
     torch.manual_seed(0)
     module = nn.Linear(6, 5)
     start = {name: weight.detach().clone() for name, weight in module.named_parameters()}
-    schedule = Schedule(1e-2, warmup=2, total=1000)
+    schedule = Schedule(1e-2, warmup=2, total=1000, decay=0.4)
     optimiser = Optimiser(module, schedule, slow={"bias": 0.5}, weight_decay=0.1, average_decay=0.6)
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in start.items()}
     averages = {name: weight.clone() for name, weight in start.items()}
@@ -206,3 +235,36 @@ def test_processor_pixels_are_those_of_training():
     image = Image.open(easy_vqa_training_images()[0].path)
     pixels = reference_processor().image_processor(image, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels.bfloat16(), to_input(open_images(easy_vqa_training_images()[:1])))
+
+
+def test_balanced_questions_are_answered_as_the_data_set_answers_them():
+    images = easy_vqa_training_images()
+    bank = YesNoQuestions(images)
+    rng = np.random.default_rng(0)
+    known = {(image.image_id, q): a for image in images for q, a in zip(image.questions, image.answers, strict=True)}
+    asked = [(image.image_id, pair) for image in images[:1500] for pair in bank.balanced(image, rng)]
+    shared = [known[image_id, q] == a for image_id, (q, a) in asked if (image_id, q) in known]
+    assert len(shared) > 200 and all(shared)
+    negated = [answer for _, (question, answer) in asked if {"not", "no"} & set(question.split())]
+    affirmative = [answer for _, (question, answer) in asked if not {"not", "no"} & set(question.split())]
+    assert 0.35 < affirmative.count("yes") / len(affirmative) < 0.45
+    assert 0.45 < negated.count("yes") / len(negated) < 0.55
+    assert 2.2 < len(affirmative) / len(negated) < 2.8
+
+
+def test_the_recipe_never_reaches_evaluation_scenes_and_ends_with_a_decay():
+    assert all(400_000 + phase.steps * phase.scenes < 990_000 for phase in RECIPE)
+    assert [phase.decay for phase in RECIPE[:-1]] == [0.0] * (len(RECIPE) - 1)
+    assert RECIPE[-1].decay > 0
+
+
+def test_without_scenes_the_second_half_sees_other_images():
+    training = Training("alone", steps=2, easy_images=3, scenes=0)
+    _, batches = second_half(TINY, training, 0)
+    processor = reference_processor()
+    images = easy_vqa_training_images()
+    packer = Packer(processor, TINY.vision_tokens)
+    first, first_pixels = next(easy_batches(images, label_easy_vqa(images), packer, training, 0))
+    second, second_pixels = next(batches)
+    assert len(second.tokens) == len(first.tokens) == 3
+    assert not torch.equal(first_pixels, second_pixels)
