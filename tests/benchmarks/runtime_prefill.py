@@ -97,6 +97,14 @@ def report(name: str, ratios: list[float], bound: float | None = None) -> None:
     print(line, flush=True)
 
 
+def applied_and_removed(model: LlavaForConditionalGeneration, plan: SkipPlan) -> float:
+    """Seconds to put a plan on the model and take it off again."""
+    started = time.perf_counter()
+    with apply(model, plan):
+        pass
+    return time.perf_counter() - started
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--rounds", type=int, default=15)
@@ -146,6 +154,9 @@ def main() -> None:
         f"dense backbone {statistics.median(dense):.3f} s ({options.clock} clock), {options.threads} threads, "
         f"{options.text_tokens} text tokens"
     )
+    mixed = SkipPlan.parse("RFBS" * (LAYERS // 4))
+    milliseconds = 1000 * statistics.median(applied_and_removed(model, mixed) for _ in range(30))
+    print(f"applying and removing a plan with all four actions: {milliseconds:.1f} ms")
     total = flops(SkipPlan.dense(LAYERS), options.text_tokens)
     for name, plan in plans.items():
         report(name, ratios[name], total / flops(plan, options.text_tokens))

@@ -15,6 +15,7 @@ from .loop_guard import attribute_uses, counts_rows, loop_facts
 from .plan import Action
 from .special_layers import VISION_ACTIONS, OnRemoval, Refusals, refuse
 from .token_layers import scales_queries_by_row
+from .vision_tokens import takes_vision
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def describe_stack(stack: DecoderStack) -> FamilyDescriptor:
     vision_ids = () if family.no_vision_tokens else vision_token_ids(stack.model.config)
     if not vision_ids:
         reason = family.no_vision_tokens or "the configuration names no placeholder token of images or videos"
+        refuse(refusals, range(num_layers), VISION_ACTIONS, reason)
+    elif not takes_vision(stack):
+        reason = "the model takes no image inputs by a name that is known, so prompts with images cannot be told apart"
         refuse(refusals, range(num_layers), VISION_ACTIONS, reason)
     _refuse_by_kind(stack, kinds, refusals)
     _refuse_by_names(stack, family, refusals)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import GenerationMixin
 
 from .edits import Edits
-from .locate import DecoderStack, ancestors
+from .locate import DecoderStack, ancestors, forward_parameters
 from .token_rows import TokenSplit
 
 VISION_INPUTS = (
@@ -21,6 +21,7 @@ VISION_INPUTS = (
     "pixel_values_videos",
     "pixel_values_images",
     "pixel_values_global",
+    "pixel_values_local",
     "image_embeds",
     "image_embeddings",
     "image_features",
@@ -96,7 +97,7 @@ class VisionTokens:
             if isinstance(module, GenerationMixin):
                 # Static caches make generation compile the model; gathered rows change their number from call to call.
                 edits.set_instance_attribute(module, "_valid_auto_compile_criteria", lambda *args, **kwargs: False)
-            parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            parameters = tuple(forward_parameters(module))
             if module is not stack.model and not set(VISION_INPUTS).intersection(parameters):
                 continue
             handles = (
@@ -145,6 +146,13 @@ class VisionTokens:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(self._depth - 1, 0)
+
+
+def takes_vision(stack: DecoderStack) -> bool:
+    """Whether the model, or a module on the way to its decoder, takes image inputs by a name known here."""
+    return any(
+        set(VISION_INPUTS).intersection(forward_parameters(module)) for module in ancestors(stack.model, stack.path)
+    )
 
 
 class SequenceMask:

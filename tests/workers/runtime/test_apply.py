@@ -357,3 +357,19 @@ def build_mistral(window: int) -> LlavaForConditionalGeneration:
     config = LlavaConfig(text_config=text_config, vision_config=MODEL.config.vision_config, image_token_index=IMAGE)
     torch.manual_seed(0)
     return LlavaForConditionalGeneration(config).eval()
+
+
+class Renamed(LlavaForConditionalGeneration):
+    """A model whose image inputs have a name that nobody told the runtime."""
+
+    def forward(self, input_ids: Tensor, canvas: Tensor | None = None, **kwargs: object) -> object:
+        return super().forward(input_ids, pixel_values=canvas, **kwargs)
+
+
+def test_images_by_an_unknown_name_stop_splitting_rather_than_count_as_text() -> None:
+    model = build_model()
+    model.__class__ = Renamed
+    model.model.__class__ = type("Inner", (type(model.model),), {"forward": lambda self, input_ids, **kwargs: None})
+    assert "no image inputs by a name" in describe(model).reason(0, Action.FREEZE)
+    with pytest.raises(PlanError, match="layer 1 cannot take B"):
+        apply(model, SkipPlan.parse("RBRRRR"))
