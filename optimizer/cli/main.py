@@ -49,6 +49,8 @@ app.add_typer(database.app, name="db")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: nobody would see them move
     raise SystemExit(_run(_global_options_first(given)))
 
 

@@ -12,16 +12,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from command_line import PROJECT, FinishedJob, command
+from command_line import PROJECT, command
 
 from storage import evaluations, jobs
 from storage.database import Database
 from storage.errors import DatabaseError
 
+SMALLER_JOB = """\
+model: {path: llava-12}
+task: easy-vqa
+constraint: {max_accuracy_drop: 1.0}
+search: {evaluations: 8, batch: 2, finalists: 1, rungs: [8]}
+splits: {calibration: 4, search: 16, held_out: 32, unit: samples}
+workload: {new_tokens: 1}
+latency_seconds: 2
+latency_precision: 0.2
+cluster: {workers: 2}
+"""
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_stopped_job_is_released_and_resumed(number: signal.Signals, finished_job: FinishedJob, tmp_path: Path):
-    (tmp_path / "job.yaml").write_text(finished_job.job_file.read_text())
+def test_a_stopped_job_is_released_and_resumed(number: signal.Signals, tmp_path: Path):
+    (tmp_path / "job.yaml").write_text(SMALLER_JOB)
     process = subprocess.Popen(
         [sys.executable, "-m", "optimizer.cli.main", "run", "job.yaml"],
         cwd=tmp_path,
@@ -42,7 +54,7 @@ def test_a_stopped_job_is_released_and_resumed(number: signal.Signals, finished_
         before = {(each.plan, each.split, each.rung): each.id for each in evaluations.for_job(db, job.id)}
 
     ended = command(tmp_path, "run", "job.yaml", "--json")
-    assert ended.code == 0, ended.errors
+    assert ended.code in (0, 3), ended.errors  # so small a job may find no plan that is surely faster
     with Database.open(url, create=False) as db:
         after = {(each.plan, each.split, each.rung): each.id for each in evaluations.for_job(db, job.id)}
         assert len(jobs.list_jobs(db)) == 1
