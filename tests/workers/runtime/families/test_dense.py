@@ -9,7 +9,7 @@ from .comparing import assert_close, distance, greedy, plain_logits
 from .expected import expected_generation, expected_logits
 from .tiny import BATCH, TEXT_BESIDE_PICTURES, Family
 
-LENGTH = 4
+LENGTH = 3
 
 
 @every_family
