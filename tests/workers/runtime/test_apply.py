@@ -23,6 +23,7 @@ from workers.runtime import (
     describe,
     validate,
 )
+from workers.runtime.edits import Edits
 
 LAYERS, IMAGE, VOCABULARY = 6, 99, 100
 VISION = 4
@@ -321,7 +322,7 @@ def test_models_without_a_decoder_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "text"), itertools.product((None, 5), ("BRRRRR", "RRRRRB", "BBBBBB", "SBRFRB")), ids=str
+    ("window", "text"), list(itertools.product((None, 5), ("BRRRRR", "RRRRRB", "BBBBBB", "SBRFRB"))), ids=str
 )
 def test_cropping_a_cache_goes_back_exactly(window: int | None, text: str) -> None:
     """Assisted decoding crops: after it the cache must be as if the cropped tokens had never been seen."""
@@ -373,3 +374,16 @@ def test_images_by_an_unknown_name_stop_splitting_rather_than_count_as_text() ->
     assert "no image inputs by a name" in describe(model).reason(0, Action.FREEZE)
     with pytest.raises(PlanError, match="layer 1 cannot take B"):
         apply(model, SkipPlan.parse("RBRRRR"))
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers()), max_size=8))
+def test_edits_are_undone_last_first(steps: list[tuple[str, int]]) -> None:
+    values: dict[str, object] = {"a": (first := object()), "b": None}
+    edits = Edits()
+    for key, value in steps:
+        edits.set_item(values, key, value)
+    edits.undo()
+    assert list(values.items()) == [("a", first), ("b", None)]
+    values["a"] = 1
+    edits.undo()  # nothing is undone twice
+    assert values["a"] == 1
