@@ -43,8 +43,13 @@ def refuse_deepstack_layers(stack: DecoderStack, refusals: Refusals) -> None:
 def refuse_mapped_deepstack_layers(stack: DecoderStack, refusals: Refusals) -> None:
     """Vision features are added before the layers that the configuration lists."""
     config: Any = stack.model.config
-    targets = {target for _, target in config.deepstack_layer_map or ()}
-    refuse(refusals, sorted(targets), (Action.SKIP,), "vision features are added in front of it (deepstack)")
+    targets = {target for _, target in config.deepstack_layer_map or ()} | set(config.spatial_target_layers or ())
+    refuse(
+        refusals,
+        sorted(targets & set(range(len(stack.layers)))),
+        (Action.SKIP,),
+        "vision features are added in front of it (deepstack)",
+    )
 
 
 def remap_deepstack(edits: Edits, stack: DecoderStack, kept: Sequence[int], permanent: bool) -> None:
@@ -53,6 +58,9 @@ def remap_deepstack(edits: Edits, stack: DecoderStack, kept: Sequence[int], perm
     new_index = renumbering(kept)
     remapped = [(source, new_index[target]) for source, target in config.deepstack_layer_map or ()]
     edits.set_item(stored(config), "deepstack_layer_map", remapped)
+    # A target behind the last layer never comes up, before or after.
+    spatial = [new_index.get(target, target) for target in config.spatial_target_layers or ()]
+    edits.set_item(stored(config), "spatial_target_layers", spatial)
 
 
 def self_attention_before_cross_attention(stack: DecoderStack) -> tuple[KeepOne, ...]:

@@ -47,6 +47,8 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         self.length = int(replaced.get_seq_length())
         self.columns: Tensor | None = None
         self._incoming: TokenRows | None = None
+        self._padded = False
+        """Whether padding is stored: samples had different numbers of text tokens, or none at all."""
         if self.length:
             self._take_over(replaced)
 
@@ -100,6 +102,7 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
             past = self._all_columns(self.stored)
             self.columns = _join(past, query_columns(self._incoming, self.length, new, key_states.device))
             self.length += self._incoming.length
+            self._padded = self._padded or self._incoming.valid is not None
             self._incoming = None
         else:
             self.length += new
@@ -163,17 +166,12 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
     def _device_of(self, rows: TokenRows | None) -> torch.device:
         return self.keys.device if rows is None else rows.index.device
 
-    @property
-    def _padded(self) -> bool:
-        """Whether padding may be stored: samples of a batch had different numbers of text tokens."""
-        return self.columns is not None and self.columns.shape[0] > 1
-
     # What generation does to a cache ------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.length, self.columns, self._incoming = 0, None, None
+        self.length, self.columns, self._incoming, self._padded = 0, None, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens of the sequence, vision tokens counted."""
@@ -211,7 +209,7 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized or self.keys is None:
             return
         self.keys, self.values = change(self.keys), change(self.values)
-        if self._padded and self.columns is not None:
+        if self.columns is not None and self.columns.shape[0] > 1:
             self.columns = change(self.columns)
 
 
