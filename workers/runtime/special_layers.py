@@ -56,9 +56,9 @@ def remap_deepstack(edits: Edits, stack: DecoderStack, kept: Sequence[int], perm
     """Have vision features added before the same layers, by their new numbers."""
     config: Any = stack.model.config
     new_index = renumbering(kept)
-    remapped = [(source, new_index[target]) for source, target in config.deepstack_layer_map or ()]
-    edits.set_item(stored(config), "deepstack_layer_map", remapped)
     # A target behind the last layer never comes up, before or after.
+    remapped = [(source, new_index.get(target, target)) for source, target in config.deepstack_layer_map or ()]
+    edits.set_item(stored(config), "deepstack_layer_map", remapped)
     spatial = [new_index.get(target, target) for target in config.spatial_target_layers or ()]
     edits.set_item(stored(config), "spatial_target_layers", spatial)
 
