@@ -18,8 +18,8 @@ $(INSTALLED): pyproject.toml configs/constraints-cpu.txt
 
 quickstart: install
 	$(BIN)/skipplan run configs/quickstart.yaml
-	$(BIN)/skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.03
-	$(BIN)/skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.03 --format checkpoint --output exports/quickstart --force
+	$(BIN)/skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.01
+	$(BIN)/skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.01 --format checkpoint --output exports/quickstart --force
 
 test: install
 	$(BIN)/python -m pytest
