@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +123,28 @@ def _set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself: _begin_sqlite does
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
-    mode = cursor.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    mode = _use_write_ahead_log(cursor)
     if mode != "wal":
         raise sqlite3.OperationalError(f"write-ahead log refused ({mode})")
     cursor.execute("PRAGMA synchronous = FULL")  # a committed job survives a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
+
+
+def _use_write_ahead_log(cursor: sqlite3.Cursor) -> str:
+    """Switch the file to write-ahead logging; return the journal mode that it then has.
+
+    Two processes that switch a new file at once each hold a read lock and want the other's gone: SQLite sees the
+    deadlock and refuses one of them at once, without waiting for ``busy_timeout``. The refused one tries again.
+    """
+    deadline = time.monotonic() + BUSY_MILLISECONDS / 1000
+    while True:
+        try:
+            return str(cursor.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(random.uniform(0.005, 0.05))  # not in step with the other one
 
 
 def _begin_sqlite(connection: Connection) -> None:
