@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
-REVISION = "0001"
+REVISION = "0002"
 """The migration that these tables correspond to."""
 
 JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
@@ -153,6 +153,8 @@ class JobRow(Base):
     created_at: Mapped[datetime] = _now()
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
+    """A queued job is not taken before; set when a cluster or the like failed and is given time to recover."""
 
 
 class JobEventRow(Base):
@@ -265,6 +267,13 @@ class EvaluationRow(Base):
     reused_from: Mapped[int | None] = _reference("evaluations", "SET NULL", index=True)
     """The evaluation of an earlier job that these scores were taken from, where this job ran nothing."""
     recorded_at: Mapped[datetime] = _now()
+    kl: Mapped[bytes | None]
+    """Per sample the divergence from the dense model's answer distribution, packed like ``scores``."""
+    layer_executions: Mapped[int] = mapped_column(RowId, server_default="0")
+    layer_executions_saved: Mapped[int] = mapped_column(RowId, server_default="0")
+    artefact: Mapped[str | None]
+    """Where the fitted compensation lies, and the checksum of that file."""
+    artefact_checksum: Mapped[str | None]
 
 
 _GROUP = ("model_id", "task_id", "device_id", "workload")
@@ -337,3 +346,6 @@ class PlanRow(Base):
     contender: Mapped[bool]
     """No plan of its group is at least as good in everything that a query can constrain (see ``storage.pareto``)."""
     published_at: Mapped[datetime] = _now()
+    artefact: Mapped[str | None]
+    """Where the fitted compensation lies, and the checksum of that file."""
+    artefact_checksum: Mapped[str | None]

@@ -183,7 +183,7 @@ def test_draft_of_a_migration_holds_what_changed(migrated, tmp_path, monkeypatch
     with migrated.transaction() as session:
         session.execute(text("ALTER TABLE devices DROP COLUMN details"))
     written = migration.draft(migrated, "Give devices details")
-    assert written.name == "0002_give_devices_details.py"
+    assert written.name == "0003_give_devices_details.py"
     lines = written.read_text()
     assert "with op.batch_alter_table('devices'" in lines
     assert "batch_op.add_column(sa.Column('details', sa.JSON(), nullable=False))" in lines
