@@ -1,0 +1,140 @@
+"""How the gaps of a plan are compensated, as a value with a canonical text. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from workers.errors import WorkersError
+
+Kind = Literal["none", "linear"]
+Weighting = Literal["uniform", "rms", "groups", "gain"]
+Source = Literal["pruned", "dense"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+SOURCES: tuple[Source, ...] = get_args(Source)
+LARGEST_SEED = 2**32
+
+
+class CompensationError(WorkersError):
+    """A compensation that cannot be read, fitted, found, or folded into a model; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How linear maps are fitted, everything but the plan, the model and the calibration samples.
+
+    Raises :class:`CompensationError` for values that mean nothing.
+    """
+
+    kind: Kind = "none"
+    ridge: float = 1e-3
+    """Pull of the maps towards the identity, relative to the mean squared entry of the projection's output."""
+    weighting: Weighting = "rms"
+    """What a token's squared error is divided by or multiplied with: ``uniform`` nothing; ``rms`` divided by the
+    target's mean square; ``groups`` so too, with vision and text tokens weighing the same in total; ``gain`` so too,
+    times how much an error on the token's group changes the answer's distribution."""
+    tokens: int = 16384
+    """Calibration tokens: whole samples in the split's order until this many are reached."""
+    bias: bool = False
+    """Whether a constant is fitted beside each map; the projections must have a bias to hold it."""
+    source: Source = "pruned"
+    """Whose states the maps are fitted on: the pruned and so far compensated model's, or the dense model's (ReplaceMe,
+    arXiv 2505.02819)."""
+    seed: int = 0
+    """Picks the tokens that are kept where the memory budget does not hold all."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", KINDS), ("weighting", WEIGHTINGS), ("source", SOURCES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise CompensationError(f"compensation {name} is one of {', '.join(known)}, not {value!r}")
+        if not (isinstance(self.ridge, float) and math.isfinite(self.ridge) and self.ridge > 0):
+            raise CompensationError(f"compensation ridge must be a number above 0, not {self.ridge!r}")
+        if not _is_integer(self.tokens) or self.tokens < 1:
+            raise CompensationError(f"compensation tokens must be a whole number above 0, not {self.tokens!r}")
+        if not _is_integer(self.seed) or not 0 <= self.seed < LARGEST_SEED:
+            raise CompensationError(f"compensation seed must be a whole number below 2^32, not {self.seed!r}")
+
+    @property
+    def is_none(self) -> bool:
+        """Whether skips stay plain."""
+        return self.kind == "none"
+
+    @property
+    def text(self) -> str:
+        """The canonical text: ``"none"``, or ``"linear ridge=0.001 weighting=rms tokens=16384"``.
+
+        What comes after these three is written only where it is not the default.
+        """
+        if self.is_none:
+            return "none"
+        parts = [self.kind, f"ridge={self.ridge!r}", f"weighting={self.weighting}", f"tokens={self.tokens}"]
+        if self.bias:
+            parts.append("bias=yes")
+        if self.source != "pruned":
+            parts.append(f"source={self.source}")
+        if self.seed:
+            parts.append(f"seed={self.seed}")
+        return " ".join(parts)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read a recipe's text; its settings may stand in any order and be left out where they are the default.
+
+        Raises :class:`CompensationError` naming the part that is wrong.
+        """
+        if not isinstance(text, str) or not text.split():
+            raise CompensationError(f"a compensation's text starts with one of {', '.join(KINDS)}, got {text!r}")
+        kind, *settings = text.split()
+        if kind not in KINDS:
+            raise CompensationError(f"compensation {text!r}: starts with one of {', '.join(KINDS)}, not {kind!r}")
+        if kind == "none" and settings:
+            raise CompensationError(f"compensation {text!r}: none takes no settings")
+        values: dict[str, Any] = {}
+        for setting in settings:
+            name, separator, value = setting.partition("=")
+            if name not in _READERS or not separator:
+                raise CompensationError(
+                    f"compensation {text!r}: {setting!r} is no setting; known are {', '.join(_READERS)}, as name=value"
+                )
+            if name in values:
+                raise CompensationError(f"compensation {text!r}: {name} is given twice")
+            values[name] = _read(text, name, value)
+        return cls(kind=kind, **values)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _yes_or_no(value: str) -> bool:
+    return {"yes": True, "no": False}[value]
+
+
+_READERS: Mapping[str, Callable[[str], Any]] = {
+    "ridge": float,
+    "weighting": str,
+    "tokens": int,
+    "bias": _yes_or_no,
+    "source": str,
+    "seed": int,
+}
+
+
+def _read(text: str, name: str, value: str) -> Any:
+    try:
+        return _READERS[name](value)
+    except (ValueError, KeyError):
+        expected = {float: "a number", int: "a whole number", _yes_or_no: "yes or no"}[_READERS[name]]
+        raise CompensationError(f"compensation {text!r}: {name} is {expected}, not {value!r}") from None
+
+
+NONE = Recipe()
+"""Plain skips."""
