@@ -1,0 +1,227 @@
+"""Accuracy and KL of every skip-only plan of a small model, for the search benchmark to look up.
+
+    python tests/benchmarks/skip_only_table.py --task easy-vqa --search 512 --held-out 1024 --work DIRECTORY
+
+Walks all 2^layers masks depth first, so that masks which agree on their first layers share that work: 4,095 layer
+executions instead of 24,576. Answers are teacher-forced (exact match of the tokens, as greedy decoding would give);
+questions of one image share its prefix. The result goes to tests/fixtures/skip_only_<model>_<task>.npz with:
+
+    right_search    [masks, ceil(search / 8)]     bit-packed: the answer to a search sample is right
+    right_held_out  [masks, ceil(held_out / 8)]   the same for held-out samples
+    kl_search       [masks, 2]                    mean KL to dense at the answer tokens, first quarter and all samples
+    samples         [2]                           numbers of search and held-out samples
+    images_search, images_held_out                image number of each sample
+
+A mask is a number whose bit ``l`` (1 << l) is set where layer ``l`` is skipped. Finished blocks of images are kept in
+the work directory, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import rotate_half
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+from workers.messages import ModelSource  # noqa: E402
+from workers.models import LoadedModel, load_model  # noqa: E402
+from workers.prompts import build_inputs  # noqa: E402
+from workers.reference.packing import Packer  # noqa: E402
+from workers.tasks import Sample, TaskSpec, load_spec, load_task  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images ``[images, prefix, hidden]`` with their questions and answers ``[questions, tokens, hidden]``."""
+
+    prefix: torch.Tensor
+    branches: torch.Tensor
+    image_of: torch.Tensor
+    answer_rows: torch.Tensor
+    """Question of every answer token; [answer tokens]."""
+    answer_columns: torch.Tensor
+    """Position in the branch that predicts the answer token."""
+    targets: torch.Tensor
+
+
+def block_of(loaded: LoadedModel, packer: Packer, spec: TaskSpec, samples: Sequence[Sample]) -> Block:
+    model = loaded.model
+    images = list(dict.fromkeys(sample.image_key for sample in samples))
+    first = {sample.image_key: sample for sample in reversed(samples)}
+    pixels = build_inputs(
+        loaded.processor, spec, [first[key] for key in images], [first[k].image.open() for k in images]
+    )
+    features = model.model.get_image_features(pixel_values=pixels["pixel_values"].to(model.dtype)).pooler_output
+    embed = model.get_input_embeddings()
+    prefix = embed(torch.tensor(packer.prefix)).repeat(len(images), 1, 1)
+    where = torch.tensor(packer.prefix) == loaded.processor.image_token_id
+    prefix[:, where] = torch.stack(list(features)).to(prefix.dtype)
+    branches = [packer.branch(spec.prompt.format(question=each.question), each.answers[0]) for each in samples]
+    longest = max(len(branch.tokens) for branch in branches)
+    tokens = torch.full((len(branches), longest), packer.pad)
+    rows, columns, targets = [], [], []
+    for row, branch in enumerate(branches):
+        tokens[row, : len(branch.tokens)] = torch.tensor(branch.tokens)
+        for column in range(len(branch.tokens) - branch.answer_length, len(branch.tokens)):
+            rows.append(row)
+            columns.append(column - 1)
+            targets.append(branch.tokens[column])
+    numbers = {key: number for number, key in enumerate(images)}
+    return Block(
+        prefix,
+        embed(tokens),
+        torch.tensor([numbers[sample.image_key] for sample in samples]),
+        torch.tensor(rows),
+        torch.tensor(columns),
+        torch.tensor(targets),
+    )
+
+
+class Walker:
+    """Depth-first over the masks of one block; the state before a layer is kept only on the path."""
+
+    def __init__(self, loaded: LoadedModel, block: Block) -> None:
+        self.text, self.head = loaded.model.model.language_model, loaded.model.lm_head
+        self.block = block
+        self.images, self.prefix_length, self.hidden = block.prefix.shape
+        self.questions, self.tokens, _ = block.branches.shape
+        positions = torch.arange(self.prefix_length + self.tokens)[None]
+        self.cos, self.sin = self.text.rotary_emb(block.branches, positions)
+        causal = torch.ones(self.tokens, self.tokens, dtype=torch.bool).tril()
+        self.mask = torch.cat([torch.ones(self.tokens, self.prefix_length, dtype=torch.bool), causal], dim=1)
+        self.split = self.images * self.prefix_length
+
+    def walk(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every mask with the log-probabilities ``[answer tokens, vocabulary]``; dense (mask 0) first."""
+        start = torch.cat([self.block.prefix.reshape(-1, self.hidden), self.block.branches.reshape(-1, self.hidden)])
+        yield from self._walk(0, start, 0)
+
+    def _walk(self, layer: int, states: torch.Tensor, mask: int) -> Iterator[tuple[int, torch.Tensor]]:
+        if layer == len(self.text.layers):
+            answers = states[self.split :].view(self.questions, self.tokens, -1)
+            picked = self.text.norm(answers[self.block.answer_rows, self.block.answer_columns])
+            yield mask, self.head(picked).float().log_softmax(-1)
+            return
+        yield from self._walk(layer + 1, self._run(self.text.layers[layer], states), mask)
+        yield from self._walk(layer + 1, states, mask | 1 << layer)
+
+    def _run(self, layer: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+        attention, normed = layer.self_attn, layer.input_layernorm(states)
+        parts = [projection(normed) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        before = [self._heads(part[: self.split], self.images, attention.head_dim) for part in parts]
+        after = [self._heads(part[self.split :], self.questions, attention.head_dim) for part in parts]
+        q, k, v = (self._rotate(before[0], 0), self._rotate(before[1], 0), before[2])
+        first = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        keys = torch.cat([k[self.block.image_of], self._rotate(after[1], self.prefix_length)], dim=2)
+        values = torch.cat([v[self.block.image_of], after[2]], dim=2)
+        queries = self._rotate(after[0], self.prefix_length)
+        second = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask)
+        attended = torch.cat([part.transpose(1, 2).reshape(-1, self.hidden) for part in (first, second)])
+        states = states + attention.o_proj(attended)
+        return states + layer.mlp(layer.post_attention_layernorm(states))
+
+    def _heads(self, states: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+        return states.view(rows, -1, self.hidden // width, width).transpose(1, 2)
+
+    def _rotate(self, states: torch.Tensor, start: int) -> torch.Tensor:
+        cos = self.cos[:, start : start + states.shape[2], :].unsqueeze(1)
+        sin = self.sin[:, start : start + states.shape[2], :].unsqueeze(1)
+        return states * cos + rotate_half(states) * sin
+
+
+def scores_of(
+    loaded: LoadedModel, packer: Packer, spec: TaskSpec, samples: Sequence[Sample]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each mask answers each sample right, and its KL to dense there; both [masks, samples]."""
+    with torch.inference_mode():
+        block = block_of(loaded, packer, spec, samples)
+        walker = Walker(loaded, block)
+        masks = 1 << len(walker.text.layers)
+        right = np.zeros((masks, len(samples)), dtype=bool)
+        kl = np.zeros((masks, len(samples)), dtype=np.float32)
+        counts = torch.bincount(block.answer_rows, minlength=len(samples))
+        dense: torch.Tensor | None = None
+        for mask, logs in walker.walk():
+            dense = logs if dense is None else dense
+            wrong = torch.bincount(block.answer_rows[logs.argmax(-1) != block.targets], minlength=len(samples))
+            diverged = (dense.exp() * (dense - logs)).sum(-1).double()
+            right[mask] = (wrong == 0).numpy()
+            kl[mask] = (torch.bincount(block.answer_rows, diverged, minlength=len(samples)) / counts).numpy()
+    return right, kl
+
+
+def by_image(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Blocks of about ``size`` samples; an image's questions that follow each other stay together."""
+    blocks: list[list[Sample]] = [[]]
+    for number, sample in enumerate(samples):
+        new_image = number == 0 or sample.image_key != samples[number - 1].image_key
+        if new_image and len(blocks[-1]) >= size:
+            blocks.append([])
+        blocks[-1].append(sample)
+    return blocks
+
+
+def table(
+    loaded: LoadedModel, packer: Packer, spec: TaskSpec, samples: Sequence[Sample], work: Path, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rights, kls = [], []
+    for number, part in enumerate(by_image(samples, block)):
+        kept = work.with_name(f"{work.name}-{number}.npz")
+        if not kept.exists():
+            started = time.perf_counter()
+            right, kl = scores_of(loaded, packer, spec, part)
+            np.savez(kept.with_suffix(".part.npz"), right=right, kl=kl)
+            kept.with_suffix(".part.npz").replace(kept)
+            print(f"{kept.name}: {len(part)} samples in {time.perf_counter() - started:.0f} s", flush=True)
+        with np.load(kept) as stored:
+            rights.append(stored["right"])
+            kls.append(stored["kl"])
+    return np.concatenate(rights, axis=1), np.concatenate(kls, axis=1)
+
+
+def image_numbers(samples: Sequence[Sample]) -> np.ndarray:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(sample.image_key, len(numbers)) for sample in samples], dtype=np.uint16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="llava-12")
+    parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--search", type=int, default=512)
+    parser.add_argument("--held-out", type=int, default=1024)
+    parser.add_argument("--block", type=int, default=64, help="samples walked together")
+    parser.add_argument("--work", type=Path, required=True, help="directory for finished blocks")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    spec = load_spec(options.task)
+    splits = replace(spec.splits, search=options.search, held_out=options.held_out, unit="samples")
+    task = load_task(replace(spec, splits=splits))
+    loaded = load_model(ModelSource(options.model, device="cpu"))
+    packer = Packer(loaded.processor, loaded.model.config.image_seq_length)
+    search, kl = table(loaded, packer, spec, task.search, options.work / f"{options.task}-search", options.block)
+    held_out, _ = table(loaded, packer, spec, task.held_out, options.work / f"{options.task}-held-out", options.block)
+    np.savez_compressed(
+        PROJECT / "tests" / "fixtures" / f"skip_only_{options.model}_{options.task}.npz",
+        right_search=np.packbits(search, axis=1),
+        right_held_out=np.packbits(held_out, axis=1),
+        kl_search=np.stack([kl[:, : len(task.search) // 4].mean(1), kl.mean(1)], axis=1).astype(np.float32),
+        samples=np.array([len(task.search), len(task.held_out)]),
+        images_search=image_numbers(task.search),
+        images_held_out=image_numbers(task.held_out),
+    )
+
+
+if __name__ == "__main__":
+    main()
