@@ -164,6 +164,11 @@ class JobSpec(_Section):
     search: SearchSpec = SearchSpec()
     splits: SplitSpec = SplitSpec()
     workload: WorkloadSpec = WorkloadSpec()
+    evaluation: Literal["auto", "fast", "plain"] = Field(
+        default="auto",
+        description="How plans are scored. fast: plans share work; an error where that would not be exact. plain: one "
+        "generate call a batch. auto: fast where it is exact for the model and the task, else plain.",
+    )
     latency_precision: float = Field(
         default=0.02, gt=0, le=0.5, description="Half-width of the speed-up's interval to measure down to, relative."
     )

@@ -26,6 +26,8 @@ class Scores:
 
     values: tuple[float, ...]
     failure: str | None = None
+    kl: tuple[float, ...] | None = None
+    """Per sample KL(dense || plan) over the answer, NaN where a sample failed; None where it was not measured."""
 
 
 Evaluate = Callable[[Sequence[tuple[SkipPlan, int]]], Iterator[tuple[SkipPlan, Scores]]]

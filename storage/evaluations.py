@@ -18,6 +18,8 @@ from storage.jobs import Job
 from storage.schema import EvaluationRow
 
 NO_COMPENSATION = "none"
+_SPENT = ("seconds", "layer_executions", "layer_executions_saved")
+"""What a reused evaluation did not cost again."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Evaluation:
     failure: str | None
     reused_from: int | None
     recorded_at: datetime
+    kl: tuple[float, ...] | None = None
+    """Per sample, in nats; NaN where a sample failed. None where it was not measured."""
+    layer_executions: int = 0
+    layer_executions_saved: int = 0
 
 
 def _evaluation(row: EvaluationRow) -> Evaluation:
@@ -64,6 +70,9 @@ def _evaluation(row: EvaluationRow) -> Evaluation:
         failure=row.failure,
         reused_from=row.reused_from,
         recorded_at=row.recorded_at,
+        kl=None if row.kl is None else scores.unpack_divergences(row.kl, row.n),
+        layer_executions=row.layer_executions,
+        layer_executions_saved=row.layer_executions_saved,
     )
 
 
@@ -83,6 +92,9 @@ def record(
     secondary: Mapping[str, float] | None = None,
     compensation: str = NO_COMPENSATION,
     settings: str = "",
+    kl: Sequence[float] | None = None,
+    layer_executions: int = 0,
+    layer_executions_saved: int = 0,
 ) -> Evaluation:
     """Persist the scores of ``plan`` on the samples that ``split_hash`` and ``rung`` name, in their order.
 
@@ -91,6 +103,8 @@ def record(
     """
     if not sample_scores:
         raise InvalidValue(f"evaluation of {plan} has no scores; record a failure instead")
+    if kl is not None and len(kl) != len(sample_scores):
+        raise InvalidValue(f"evaluation of {plan} has {len(sample_scores)} scores and {len(kl)} divergences")
     outcome = {
         "n": len(sample_scores),
         "accuracy": math.fsum(sample_scores) / len(sample_scores),
@@ -99,6 +113,9 @@ def record(
         "seconds": seconds,
         "failure": None,
         "reused_from": None,
+        "kl": None if kl is None else scores.pack_divergences(kl),
+        "layer_executions": layer_executions,
+        "layer_executions_saved": layer_executions_saved,
     }
     identity = _identity(job, model_id, task_id, plan, compensation, settings, split, split_hash, rung)
     return _write(session, job, identity | outcome)
@@ -129,6 +146,9 @@ def record_failure(
         "seconds": seconds,
         "failure": reason,
         "reused_from": None,
+        "kl": None,
+        "layer_executions": 0,
+        "layer_executions_saved": 0,
     }
     identity = _identity(job, model_id, task_id, plan, compensation, settings, split, split_hash, rung)
     return _write(session, job, identity | outcome)
@@ -146,9 +166,13 @@ def reuse(session: Session, job: Job, evaluation_id: int, rung: int | None = Non
     same = {
         column: getattr(row, column)
         for column in EvaluationRow.__table__.columns.keys()  # noqa: SIM118  (iterating gives columns)
-        if column not in ("id", "job_id", "seconds", "rung", "reused_from", "recorded_at")
+        if column not in ("id", "job_id", "rung", "reused_from", "recorded_at", *_SPENT)
     }
-    new = {"job_id": job.id, "seconds": 0.0, "rung": row.rung if rung is None else rung, "reused_from": row.id}
+    new = dict.fromkeys(_SPENT, 0) | {
+        "job_id": job.id,
+        "rung": row.rung if rung is None else rung,
+        "reused_from": row.id,
+    }
     return _write(session, job, same | new)
 
 

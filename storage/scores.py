@@ -1,7 +1,11 @@
-"""Per-sample scores as bytes: one bit a sample where all are right or wrong, eight bytes a sample otherwise."""
+"""Per-sample scores as bytes: one bit a sample where all are right or wrong, eight bytes a sample otherwise.
+
+Divergences take four bytes a sample.
+"""
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from itertools import chain
@@ -35,3 +39,21 @@ def unpack(data: bytes, n: int) -> tuple[float, ...]:
     if kind == _DOUBLES and len(body) == 8 * n:
         return tuple(struct.unpack(f"<{n}d", body))
     raise InvalidValue(f"{len(data)} bytes do not hold the scores of {n} samples")
+
+
+def pack_divergences(values: Sequence[float]) -> bytes:
+    """Per-sample divergences as 32-bit floats; NaN stands for a sample that failed.
+
+    Raises ``InvalidValue`` for a negative or infinite one.
+    """
+    for place, value in enumerate(values):
+        if not (math.isnan(value) or 0.0 <= value < math.inf):
+            raise InvalidValue(f"divergence {value} of sample {place} is negative or infinite")
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def unpack_divergences(data: bytes, n: int) -> tuple[float, ...]:
+    """The divergences of ``n`` samples. Raises ``InvalidValue`` for bytes of another length."""
+    if len(data) != 4 * n:
+        raise InvalidValue(f"{len(data)} bytes do not hold the divergences of {n} samples")
+    return tuple(struct.unpack(f"<{n}f", data))

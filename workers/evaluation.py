@@ -14,12 +14,12 @@ import torch
 from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
 
 from .errors import ImageError
-from .messages import Evaluation
+from .messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from .metrics import METRICS
 from .models import LoadedModel
 from .prompts import build_inputs, to_device
 from .runtime import apply
-from .runtime.plan import SkipPlan
+from .runtime.plan import PlanError, SkipPlan
 from .tasks import Sample, Task
 
 DEFAULT_BATCH_SIZE = 32
@@ -69,8 +69,24 @@ class Evaluator:
         self._cache: OrderedDict[tuple[str, ...], PreparedBatch] = OrderedDict()
         self._cached_bytes = 0
 
-    def evaluate(self, plan: SkipPlan, split: str, limit: int | None = None) -> Evaluation:
-        """Score a plan on the first ``limit`` samples of a split (all when ``None``).
+    def evaluate_all(self, request: EvaluatePlans) -> Evaluations:
+        """Score the plans of a request one after another; one that cannot be scored does not stop the others.
+
+        Raises:
+            TaskError: no such split.
+        """
+        self.task.split(request.split)
+        results: list[Evaluation | EvaluationFailure] = []
+        for text in request.plans:
+            try:
+                plan = SkipPlan.parse(text)
+                results.append(self.evaluate(plan, request.split, request.limit, start=request.start))
+            except (PlanError, RuntimeError, MemoryError) as error:
+                results.append(EvaluationFailure(text, describe_error(error)))
+        return Evaluations(tuple(results))
+
+    def evaluate(self, plan: SkipPlan, split: str, limit: int | None = None, *, start: int = 0) -> Evaluation:
+        """Score a plan on the samples from ``start`` up to ``limit`` of a split (to its end when ``None``).
 
         A sample fails, and scores 0, when its image cannot be decoded, when its logits hold NaN, or when it does not
         fit into memory alone.
@@ -80,7 +96,7 @@ class Evaluator:
             PlanError: the model cannot take the plan.
         """
         started = time.perf_counter()
-        samples = self.task.split(split)[:limit]
+        samples = self.task.split(split)[start:limit]
         answers = self.answer(plan, samples)
         spec = self.task.spec
         return Evaluation(
@@ -91,6 +107,7 @@ class Evaluator:
             secondary={name: _mean([_score(name, s, answers) for s in samples]) for name in spec.secondary},
             failed_samples=answers.failed,
             seconds=time.perf_counter() - started,
+            layer_executions=len(plan.kept) * (len(samples) - len(answers.failed)),
         )
 
     def answer(self, plan: SkipPlan, samples: Sequence[Sample]) -> Answers:
@@ -204,6 +221,12 @@ class NanWatch(LogitsProcessor):  # type: ignore[misc]  # transformers is not ty
         """Look at ``scores`` ``[batch, vocabulary]``."""
         self.rows = self.rows.to(scores.device) | scores.isnan().any(dim=-1)
         return scores
+
+
+def describe_error(error: BaseException) -> str:
+    """One line for an error that ends one candidate; the plan's own errors speak for themselves."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PlanError) else f"{type(error).__name__}: {text}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from .latency import compare_latency, device_name, profile_latency
 from .messages import (
     CompareLatency,
     EvaluatePlan,
+    EvaluatePlans,
     ModelSource,
     ProfileLatency,
     Reply,
@@ -90,6 +91,8 @@ class Measurer:
         match request:
             case EvaluatePlan():
                 return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
+            case EvaluatePlans():
+                return self.evaluator.evaluate_all(request)
             case ScoreRedundancy():
                 return score_redundancy(
                     loaded, task, shard=request.shard, shards=request.shards, batch_size=self.evaluator.batch_size

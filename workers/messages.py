@@ -164,8 +164,29 @@ class EvaluatePlan:
 
 
 @dataclass(frozen=True)
+class EvaluatePlans:
+    """Score plans on samples ``start`` up to ``limit`` (all to the end when ``None``) of a split.
+
+    ``compensation`` is ``"none"`` or the text of a recipe; it holds for all plans. ``path`` is ``"plain"`` (one plan
+    after another through ``generate``), ``"fast"`` (work is shared; an error where that is not exact), or ``"auto"``.
+    """
+
+    plans: tuple[str, ...]
+    split: str
+    limit: int | None = None
+    compensation: str = "none"
+    start: int = 0
+    path: str = "auto"
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Per-sample scores of one plan, in the split's order; failed samples are listed, and score 0."""
+    """Per-sample scores of one plan, in the split's order; failed samples are listed, and score 0.
+
+    A layer execution is one decoder layer run over one sample's prompt (a frozen or bypassed layer counts as one):
+    the dense model over n samples takes n * layers. ``layer_executions_saved`` are those that sharing work with other
+    plans made unnecessary, so that executions + saved = n * (layers that the plan does not skip).
+    """
 
     plan: str
     split: str
@@ -174,6 +195,15 @@ class Evaluation:
     secondary: dict[str, float]
     failed_samples: dict[str, str]
     seconds: float
+    compensation: str = "none"
+    kl: tuple[float, ...] | None = None
+    """Per sample the mean over the answer's positions of KL(dense || plan), in nats; NaN where a sample failed.
+    None where the path does not measure it."""
+    layer_executions: int = 0
+    layer_executions_saved: int = 0
+    path: str = "plain"
+    near_ties: int = 0
+    """Samples whose score hung on two logits closer than rounding and were therefore decided by the plain path."""
 
     @property
     def n(self) -> int:
@@ -184,6 +214,22 @@ class Evaluation:
     def accuracy(self) -> float:
         """Mean score in [0, 1]."""
         return sum(self.scores) / len(self.scores) if self.scores else float("nan")
+
+
+@dataclass(frozen=True)
+class EvaluationFailure:
+    """Why one plan of an :class:`EvaluatePlans` has no scores."""
+
+    plan: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """One entry per plan of an :class:`EvaluatePlans`, in its order; ``note`` says why the fast path was not taken."""
+
+    results: tuple[Evaluation | EvaluationFailure, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,8 +261,8 @@ class LatencyComparison:
     kv_cache_bytes_plan: int
 
 
-Request = ProfileLatency | ScoreRedundancy | EvaluatePlan | CompareLatency
-Reply = LatencyProfile | RedundancySums | Evaluation | LatencyComparison
+Request = ProfileLatency | ScoreRedundancy | EvaluatePlan | EvaluatePlans | CompareLatency
+Reply = LatencyProfile | RedundancySums | Evaluation | Evaluations | LatencyComparison
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ class JobContext:
         """What else a score depends on; evaluations of other jobs are only reused under the same settings."""
         device = "cpu" if "thread" in self.worker.device else self.worker.device
         versions = " ".join(f"{name}={version}" for name, version in sorted(self.worker.versions.items()))
-        return f"dtype={self.worker.dtype} attention={self.spec.model.attention} device={device} {versions}".strip()
+        how = f"dtype={self.worker.dtype} attention={self.spec.model.attention} evaluation={self.spec.evaluation}"
+        return f"{how} device={device} {versions}".strip()
 
     def once(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
         """What the stage produced, of type ``kind``: read back if an earlier attempt finished it, else computed."""
