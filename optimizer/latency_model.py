@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from workers.messages import LatencyProfile
+from collections.abc import Mapping
+from typing import Protocol
+
 from workers.runtime import SkipPlan
 
 
-def latency_ratio(profile: LatencyProfile, plan: SkipPlan) -> float:
+class LayerTimes(Protocol):
+    """A measured or a stored latency profile: seconds of a dense request, and of each layer under each action."""
+
+    @property
+    def dense_seconds(self) -> float:
+        """Seconds of a request of the dense model."""
+        ...
+
+    @property
+    def layer_seconds(self) -> Mapping[str, tuple[float, ...]]:
+        """By letter, each layer's part in the whole request."""
+        ...
+
+
+def latency_ratio(profile: LayerTimes, plan: SkipPlan) -> float:
     """Predicted request time of ``plan`` as a share of the dense model's; lower is faster, 1.0 is dense.
 
     A layer whose action was measured slower than running it (noise, or a real overhead) counts as it was measured.
     """
-    running = profile.layer_seconds["R"]
+    seconds = profile.layer_seconds
     saved = sum(
-        running[layer] - profile.layer_seconds[action.value][layer]
+        seconds["R"][layer] - seconds[action.value][layer]
         for layer, action in enumerate(plan)
         if action.value != "R"
     )

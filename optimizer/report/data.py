@@ -1,0 +1,222 @@
+"""What a report shows, read from the database alone; nothing is measured, estimated or filled in here.
+
+Accuracies and drops are shares in [0, 1], times are seconds, a speed-up is dense time / plan time. What a job did not
+measure (an older version, a stage not reached) is ``None`` or empty, and shown as "not measured".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from optimizer.job import ConstraintSpec, JobSpec
+from optimizer.latency_model import latency_ratio
+from optimizer.results import JobResult, load_result
+from optimizer.service import read_spec
+from optimizer.space import touched
+from storage import events, identities, overview, stages
+from storage.database import Database
+from storage.events import Event
+from storage.identities import ModelIdentity, TaskIdentity
+from storage.jobs import Job
+from storage.measurements import Redundancy, short_name
+from storage.overview import EvaluationSummary, JobProfile
+from storage.plans import Plan
+from workers.runtime import SkipPlan
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan that the search scored, on the largest prefix of the search split that it reached."""
+
+    order: int
+    """Position among the plans tried, from 1; the dense model is no plan and not counted."""
+    plan: str
+    compensation: str
+    n: int
+    accuracy: float
+    drop: float | None
+    """Accuracy of the dense model on the same samples less this plan's; None where dense was not scored."""
+    complete: bool
+    """Whether it was scored on the whole search split; otherwise the search gave it up earlier."""
+    predicted_speedup: float | None
+    """By the additive latency profile; None where there is no profile. Never a measured figure."""
+    within: bool
+    """Whether it meets the job's constraint as far as the search could see (no intervals)."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A plan that could not be scored, and why."""
+
+    plan: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """Everything that a job's report shows."""
+
+    job: Job
+    spec: JobSpec
+    model: ModelIdentity | None
+    """None until a worker has loaded the model."""
+    task: TaskIdentity | None
+    result: JobResult
+    profile: JobProfile | None
+    redundancy: tuple[Redundancy, ...]
+    tried: tuple[Tried, ...]
+    failed: tuple[Failed, ...]
+    search_samples: int | None
+    """Size of the search split as scored."""
+    dense_search_accuracy: float | None
+    evaluations: int
+    """Rows of scores that this job wrote, dense and partial ones included."""
+    reused: int
+    """Of these, taken over from earlier jobs."""
+    counters: dict[str, float]
+    settings: str
+    split_hashes: dict[str, str]
+    events: tuple[Event, ...]
+    ids: tuple[int, int] | None = field(default=None, repr=False)
+    """Model and task row, for finding jobs to compare with."""
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The published plans, the fastest first."""
+        return self.result.plans
+
+    @property
+    def best(self) -> Plan | None:
+        """The plan that is the job's answer."""
+        return self.result.best
+
+    @property
+    def model_name(self) -> str:
+        """Last part of the model's name."""
+        return short_name(self.spec.model.path)
+
+    @property
+    def task_name(self) -> str:
+        """The task's name; the last part of its file while no worker has loaded it."""
+        return self.task.name if self.task is not None else short_name(self.spec.task).removesuffix(".yaml")
+
+    @property
+    def num_layers(self) -> int | None:
+        """Decoder layers of the model."""
+        return None if self.model is None else self.model.num_layers
+
+
+def collect(db: Database, job_id: int) -> JobReport:
+    """Read a job in any state. Raises NotFound for an unknown job, UsageFault for one this version cannot read."""
+    result = load_result(db, job_id)
+    spec = read_spec(result.job)
+    rows = overview.evaluations(db, job_id)
+    profile = overview.latency_profile(db, job_id)
+    ids = _ids(rows, profile)
+    scored = Scored.of(db, rows, profile, spec)
+    return JobReport(
+        job=result.job,
+        spec=spec,
+        model=None if ids is None else identities.model(db, ids[0]),
+        task=None if ids is None else identities.task(db, ids[1]),
+        result=result,
+        profile=profile,
+        redundancy=() if ids is None else tuple(overview.redundancy(db, *ids)),
+        tried=scored.tried,
+        failed=tuple(Failed(row.plan, row.failure) for row in rows if row.failure is not None),
+        search_samples=scored.samples,
+        dense_search_accuracy=scored.dense_accuracy,
+        evaluations=sum(row.failure is None for row in rows),
+        reused=sum(row.reused_from is not None for row in rows),
+        counters=stages.counters(db, job_id),
+        settings=next((row.settings for row in rows), ""),
+        split_hashes={row.split: row.split_hash for row in rows},
+        events=tuple(events.for_job(db, job_id)),
+        ids=ids,
+    )
+
+
+def _ids(rows: list[EvaluationSummary], profile: JobProfile | None) -> tuple[int, int] | None:
+    if profile is not None:
+        return profile.model_id, profile.task_id
+    return (rows[0].model_id, rows[0].task_id) if rows else None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the search of a job scored."""
+
+    tried: tuple[Tried, ...]
+    samples: int | None
+    dense_accuracy: float | None
+
+    @classmethod
+    def of(
+        cls, db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: JobSpec
+    ) -> Scored:
+        """Each plan on the largest prefix it reached, in the order in which plans were first scored."""
+        search = [row for row in rows if row.split == "search" and row.failure is None]
+        if not search:
+            return cls((), None, None)
+        largest: dict[tuple[str, str], EvaluationSummary] = {}
+        for row in search:
+            known = largest.setdefault((row.plan, row.compensation), row)
+            if row.n > known.n:
+                largest[row.plan, row.compensation] = row
+        dense = next((row for row in largest.values() if not row.plan.strip("R")), None)
+        samples = max(row.n for row in search) if dense is None else dense.n
+        dense_means = _prefix_means(() if dense is None else overview.sample_scores(db, dense.id))
+        tried: list[Tried] = []
+        for row in largest.values():
+            if row is dense or row.accuracy is None:
+                continue
+            plan = SkipPlan.parse(row.plan)
+            drop = dense_means[row.n] - row.accuracy if row.n < len(dense_means) else None
+            speedup = None if profile is None else 1.0 / latency_ratio(profile, plan)
+            complete = row.n >= samples
+            tried.append(
+                Tried(
+                    order=len(tried) + 1,
+                    plan=row.plan,
+                    compensation=row.compensation,
+                    n=row.n,
+                    accuracy=row.accuracy,
+                    drop=drop,
+                    complete=complete,
+                    predicted_speedup=speedup,
+                    within=complete and _within(spec.constraint, row.accuracy, drop, speedup, touched(plan)),
+                )
+            )
+        return cls(tuple(tried), samples, None if dense is None else dense.accuracy)
+
+
+def _prefix_means(scores: tuple[float, ...]) -> list[float]:
+    """Mean of the first n scores at index n, summed exactly as the evaluations' own accuracies are."""
+    if not scores:
+        return []
+    if all(score in (0.0, 1.0) for score in scores):
+        right, means = 0.0, [math.nan]
+        for count, score in enumerate(scores, start=1):
+            right += score
+            means.append(right / count)
+        return means
+    return [math.nan, *(math.fsum(scores[:count]) / count for count in range(1, len(scores) + 1))]
+
+
+def _within(
+    constraint: ConstraintSpec, accuracy: float, drop: float | None, speedup: float | None, layers: int
+) -> bool:
+    limits = (
+        constraint.max_accuracy_drop is None or (drop is not None and drop <= constraint.max_accuracy_drop),
+        constraint.min_accuracy is None or accuracy >= constraint.min_accuracy,
+        constraint.min_speedup is None or (speedup is not None and speedup >= constraint.min_speedup),
+        constraint.max_layers_touched is None or layers <= constraint.max_layers_touched,
+    )
+    return all(limits)
+
+
+def meets_constraint(plan: Plan) -> bool | None:
+    """The job's judgement of a published plan; None where it was imported without one."""
+    judged = plan.secondary.get("meets_constraint")
+    return judged if isinstance(judged, bool) else None
