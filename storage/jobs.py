@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage import events
+from storage import events, headway
 from storage.database import Database, reads, writes
 from storage.errors import InvalidTransition, JobCancelled, LeaseLost, NotFound
 from storage.schema import JOB_STATES, JobRow
@@ -46,6 +46,8 @@ class Job:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    not_before: datetime | None = None
+    """A queued job is not taken from the queue before; set by ``retry``."""
 
     @property
     def is_finished(self) -> bool:
@@ -113,26 +115,32 @@ def claim(db: Database, owner: str, lease_seconds: float, job_id: int | None = N
     """Take the first job of the queue (or the given one) for ``owner``, or ``None`` when there is nothing to take.
 
     ``owner`` names one process, uniquely. Jobs whose lease ran out are put back first, those that used up their
-    attempts fail with that reason. An idle queue is only read, so polling it disturbs nobody.
+    attempts fail with that reason. A job that waits after a failed attempt (see ``retry``) is only taken when asked
+    for by its id. An idle queue is only read, so polling it disturbs nobody.
     """
-    if not _anything_to_claim(db):
+    if not _anything_to_claim(db, job_id):
         return None
     return _claim(db, owner, lease_seconds, job_id)
 
 
 @reads
-def _anything_to_claim(session: Session) -> bool:
-    queued = exists(select(JobRow.id).where(JobRow.state == "queued"))
+def _anything_to_claim(session: Session, job_id: int | None) -> bool:
+    queued = exists(select(JobRow.id).where(*_wanted(job_id)))
     return bool(session.scalar(select(or_(queued, exists(select(JobRow.id).where(_expired()))))))
+
+
+def _wanted(job_id: int | None) -> tuple[ColumnElement[bool], ...]:
+    if job_id is not None:
+        return (JobRow.state == "queued", JobRow.id == job_id)
+    return (JobRow.state == "queued", or_(JobRow.not_before.is_(None), JobRow.not_before <= database_now()))
 
 
 @writes
 def _claim(session: Session, owner: str, lease_seconds: float, job_id: int | None) -> Job | None:
     requeue_expired(session)
-    wanted = [JobRow.state == "queued"] + ([] if job_id is None else [JobRow.id == job_id])
     first = (
         select(JobRow.id)
-        .where(*wanted)
+        .where(*_wanted(job_id))
         .order_by(JobRow.precedence, JobRow.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -148,6 +156,7 @@ def _claim(session: Session, owner: str, lease_seconds: float, job_id: int | Non
             lease_expires_at=database_now(lease_seconds),
             started_at=func.coalesce(JobRow.started_at, database_now()),
             finished_at=None,
+            not_before=None,
             error=None,
         )
         .returning(JobRow)
@@ -165,11 +174,15 @@ def _expired() -> ColumnElement[bool]:
 
 @writes
 def requeue_expired(session: Session) -> list[int]:
-    """Put back jobs whose owner stopped sending heartbeats, fail those out of attempts; the jobs concerned."""
+    """Put back jobs whose owner stopped sending heartbeats, fail those out of attempts; the jobs concerned.
+
+    An attempt that got somewhere does not count: a job that goes on a little each time will end.
+    """
     lost = select(JobRow.id, JobRow.owner, JobRow.attempt, JobRow.attempt_limit).where(_expired())
     rows = session.execute(lost.with_for_update(skip_locked=True)).all()
     for row in rows:
-        if row.attempt < row.attempt_limit:
+        extra = int(headway.made(session, row.id, row.attempt))
+        if row.attempt < row.attempt_limit + extra:
             state, reason, message = "queued", None, f"lease of {row.owner} ran out; queued again"
         else:
             state, reason = "failed", f"its process died or hung {row.attempt} times, last {row.owner}; not tried again"
@@ -181,6 +194,7 @@ def requeue_expired(session: Session) -> list[int]:
                 state=state,
                 owner=None,
                 lease_expires_at=None,
+                attempt_limit=JobRow.attempt_limit + extra,
                 error=reason,
                 finished_at=None if state == "queued" else database_now(),
             )
@@ -280,6 +294,26 @@ def release(session: Session, job: Job, reason: str = "released") -> Job:
     return _transition(session, job, values, "released", reason)
 
 
+@writes
+def retry(session: Session, job: Job, reason: str, wait_seconds: float) -> Job:
+    """Put a running job back because its surroundings failed, to be taken again after ``wait_seconds``.
+
+    The attempt counts unless it got somewhere; when none is left, the job fails with ``reason``. Raises ``LeaseLost``.
+    """
+    extra = int(headway.made(session, job.id, job.attempt))
+    limit = session.scalar(select(JobRow.attempt_limit).where(JobRow.id == job.id)) or 0
+    if job.attempt >= limit + extra:
+        return _end(session, job, "failed", f"{reason} (attempt {job.attempt}, the last one)")
+    values = {
+        "state": "queued",
+        "owner": None,
+        "lease_expires_at": None,
+        "attempt_limit": JobRow.attempt_limit + extra,
+        "not_before": database_now(wait_seconds),
+    }
+    return _transition(session, job, values, "retry", f"{reason}; queued again, not before {wait_seconds:g} s from now")
+
+
 def _transition(session: Session, job: Job, values: dict[str, Any], kind: str, message: str) -> Job:
     row = session.scalars(
         update(JobRow)
@@ -318,7 +352,7 @@ def resume(session: Session, job_id: int, max_attempts: int = MAX_ATTEMPTS) -> J
     row = _locked(session, job_id)
     if row.state not in ("failed", "cancelled"):
         raise InvalidTransition(f"job {job_id} is {row.state}; only failed and cancelled jobs can be resumed")
-    row.state, row.error, row.finished_at = "queued", None, None
+    row.state, row.error, row.finished_at, row.not_before = "queued", None, None, None
     row.attempt_limit = row.attempt + max_attempts
     return _changed(session, row, {}, "resumed", "queued again by a user")
 
