@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any
@@ -30,6 +30,8 @@ class LatencyProfile:
     dense_seconds: float
     layer_seconds: dict[str, tuple[float, ...]]
     relative_error: float
+    phases: dict[str, Any] = field(default_factory=dict)
+    """The same for the prefill and each token after it: ``phases["prefill"]["R"][3]``, ``phases["decode"]["dense"]``."""
     measured_at: datetime | None = None
 
 
@@ -127,6 +129,7 @@ def record_latency(session: Session, job: Job, profile: LatencyProfile) -> None:
         "dense_seconds": profile.dense_seconds,
         "layer_seconds": {action: list(seconds) for action, seconds in profile.layer_seconds.items()},
         "relative_error": profile.relative_error,
+        "phases": profile.phases,
     }
     key = [getattr(LatencyProfileRow, name) for name in ("job_id", "model_id", "task_id", "device_id", "workload")]
     upsert.insert_or_replace(session, LatencyProfileRow, [values], key, also={"measured_at": database_now()})
@@ -157,6 +160,7 @@ def latest_latency(
         dense_seconds=row.dense_seconds,
         layer_seconds={action: tuple(seconds) for action, seconds in row.layer_seconds.items()},
         relative_error=row.relative_error,
+        phases=dict(row.phases),
         measured_at=row.measured_at,
     )
 

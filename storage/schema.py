@@ -214,6 +214,8 @@ class LatencyProfileRow(Base):
     layer_seconds: Mapped[dict[str, Any]]
     relative_error: Mapped[float]
     measured_at: Mapped[datetime] = _now()
+    phases: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    """``layer_seconds``, prefill and decoding apart."""
 
 
 class RedundancyRow(Base):

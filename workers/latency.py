@@ -1,35 +1,39 @@
 """Latency: an additive profile per layer and action, and paired comparisons of a plan against dense.
 
-A request is one ``generate`` call on prompts of the task, prefill and a forced number of new tokens, with everything a
-caller pays for but the processor. Separate blocks of repeats drift apart on a busy machine, so what is compared is
-always measured in turns.
+Separate blocks of repeats drift apart on a busy machine, so what is compared is always measured in turns; and other
+workers are kept off the device meanwhile.
 """
 
 from __future__ import annotations
 
-import platform
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
-import torch
 
+from . import device_lock
 from .errors import MeasurementError
-from .evaluation import prepare_batch
+from .memory import peak_bytes
 from .messages import LatencyComparison, LatencyProfile, Workload
 from .models import LoadedModel
-from .prompts import to_device
 from .runtime import apply
 from .runtime.descriptor import FamilyDescriptor, validate
 from .runtime.families import describe
 from .runtime.plan import Action, PlanError, SkipPlan
 from .tasks import Task
+from .timed_request import (
+    RequestTimer,
+    RequestTimes,
+    cache_bytes,
+    device_name,
+    prepare_request,
+    run_request,
+    time_request,
+)
 
 DEFAULT_WORKLOAD = Workload()
 WARM_UP_REQUESTS = 3
@@ -38,74 +42,6 @@ PAIRS_PER_LOOK = 10
 LATE_PAIRS = 5
 """Fewest pairs an interval is made of when time is up."""
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """Model inputs on the device and the number of tokens to generate."""
-
-    inputs: dict[str, Any]
-    new_tokens: int
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the padded prompts."""
-        return int(self.inputs["input_ids"].shape[1])
-
-
-def device_name(device: torch.device) -> str:
-    """Name what latency depends on: the GPU, or the processor and torch's threads."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    threads = torch.get_num_threads()
-    return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def prepare_request(loaded: LoadedModel, task: Task, workload: Workload) -> PreparedRequest:
-    """Build the request from the first calibration samples whose images open.
-
-    Raises:
-        MeasurementError: the split has too few for the batch size.
-    """
-    if workload.batch_size < 1 or workload.new_tokens < 1:
-        raise MeasurementError("a workload needs a batch_size and new_tokens of at least 1")
-    samples = task.calibration
-    start = 0
-    usable: list[Any] = []
-    while len(usable) < workload.batch_size and start < len(samples):
-        chunk = samples[start : start + workload.batch_size]
-        usable += prepare_batch(loaded, task, chunk).samples
-        start += len(chunk)
-    if len(usable) < workload.batch_size:
-        raise MeasurementError(
-            f"the calibration split has {len(usable)} usable samples, fewer than the batch_size {workload.batch_size}"
-        )
-    batch = prepare_batch(loaded, task, usable[: workload.batch_size])
-    assert batch.inputs is not None
-    return PreparedRequest(to_device(batch.inputs, loaded.device, loaded.model.dtype), workload.new_tokens)
-
-
-def run_request(loaded: LoadedModel, request: PreparedRequest) -> Any:
-    """Generate exactly ``new_tokens`` tokens greedily; return the library's output with its KV cache."""
-    with torch.inference_mode():
-        return loaded.model.generate(
-            **request.inputs,
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=request.new_tokens,
-            max_new_tokens=request.new_tokens,
-            pad_token_id=loaded.processor.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-        )
-
-
-def time_request(loaded: LoadedModel, request: PreparedRequest) -> float:
-    """Seconds of one request, the device idle before and after."""
-    _synchronise(loaded.device)
-    started = time.perf_counter()
-    run_request(loaded, request)
-    _synchronise(loaded.device)
-    return time.perf_counter() - started
 
 
 def profile_latency(
@@ -117,7 +53,7 @@ def profile_latency(
     workload: Workload = DEFAULT_WORKLOAD,
     seed: int = 0,
 ) -> LatencyProfile:
-    """Time every layer under every action.
+    """Time every layer under every action, in prefill and in decoding.
 
     A layer's cost under run, freeze and bypass is timed by hooks around it, in a plan that gives that action to every
     layer that may take it; where a layer may not, its cost under run stands. A skipped layer is not executed and costs
@@ -125,59 +61,78 @@ def profile_latency(
     the profile.
 
     Raises:
-        MeasurementError: unknown actions or no repeats.
+        MeasurementError: unknown actions, no repeats, or other workers do not leave the device.
     """
     letters = _letters(actions)
     if repeats < 1:
         raise MeasurementError(f"repeats must be at least 1, not {repeats}")
     descriptor = describe(loaded.model)
     request = prepare_request(loaded, task, workload)
-    uniform = {letter: _uniform_plan(letter, descriptor.allowed) for letter in letters if letter != "S"}
     checks = _check_plans(letters, descriptor, random.Random(seed))
     dense = SkipPlan.dense(descriptor.num_layers)
-    with apply(loaded.model, dense):
-        for _ in range(WARM_UP_REQUESTS):
-            time_request(loaded, request)
-    layers: dict[str, list[list[float]]] = {letter: [] for letter in uniform}
-    hooked_totals: list[float] = []
+    hooked: dict[str, list[RequestTimes]] = {letter: [] for letter in letters if letter != "S"}
     times: dict[SkipPlan, list[float]] = {plan: [] for plan in (dense, *checks)}
-    for _ in range(repeats):
-        for letter, plan in uniform.items():
-            with apply(loaded.model, plan), _layer_timers(loaded, descriptor.stack_path) as timers:
-                total, per_layer = timers.time(lambda: run_request(loaded, request))
-            layers[letter].append(per_layer)
-            if letter == "R":
-                hooked_totals.append(total)
-        for plan, measured in times.items():
-            with apply(loaded.model, plan):
-                measured.append(time_request(loaded, request))
+    with device_lock.timing(loaded.device):
+        with apply(loaded.model, dense):
+            for _ in range(WARM_UP_REQUESTS):
+                time_request(loaded, request)
+        for _ in range(repeats):
+            for letter, rows in hooked.items():
+                uniform = _uniform_plan(letter, descriptor.allowed)
+                with apply(loaded.model, uniform), RequestTimer.watching(loaded, descriptor.stack_path) as timer:
+                    rows.append(timer.time(lambda: run_request(loaded, request)))
+            for plan, measured in times.items():
+                with apply(loaded.model, plan):
+                    measured.append(time_request(loaded, request))
     dense_seconds = statistics.median(times[dense])
-    # The hooks may read another clock than the wall's (see _LayerTimers): the dense request links the two.
-    scale = dense_seconds / statistics.median(hooked_totals)
-    layer_seconds = {letter: _scaled_medians(rows, scale) for letter, rows in layers.items()}
+    # The hooks may read another clock than the wall's (see RequestTimer): the dense request links the two.
+    scale = dense_seconds / statistics.median(row.total for row in hooked["R"])
+    prefill = {letter: _medians(rows, lambda calls: scale * calls[0]) for letter, rows in hooked.items()}
+    decode = {letter: _medians(rows, lambda calls: scale * _per_token(calls)) for letter, rows in hooked.items()}
     if "S" in letters:
-        runs = zip(descriptor.allowed, layer_seconds["R"], strict=True)
-        layer_seconds["S"] = tuple(0.0 if Action.SKIP in allowed else seconds for allowed, seconds in runs)
-    errors = []
-    for plan in checks:
-        # Against the dense request of the same round: a busy machine drifts between rounds.
-        ratio = statistics.median(mine / its for mine, its in zip(times[plan], times[dense], strict=True))
-        errors.append(abs(predict_seconds(dense_seconds, layer_seconds, plan) / (ratio * dense_seconds) - 1))
-    return LatencyProfile(
+        for phase in (prefill, decode):
+            runs = zip(descriptor.allowed, phase["R"], strict=True)
+            phase["S"] = tuple(0.0 if Action.SKIP in allowed else seconds for allowed, seconds in runs)
+    profile = LatencyProfile(
         device=device_name(loaded.device),
         workload=workload,
         prompt_tokens=request.prompt_tokens,
         dense_seconds=dense_seconds,
-        layer_seconds=layer_seconds,
-        relative_error=statistics.median(errors),
+        dense_prefill_seconds=scale * statistics.median(row.model[0] for row in hooked["R"]),
+        dense_decode_seconds=scale * statistics.median(_per_token(row.model) for row in hooked["R"]),
+        prefill_seconds=prefill,
+        decode_seconds=decode,
+        relative_error=math.nan,
     )
+    return replace(profile, relative_error=_error(profile, times, dense))
 
 
-def predict_seconds(dense_seconds: float, layer_seconds: dict[str, tuple[float, ...]], plan: SkipPlan) -> float:
+def _per_token(calls: Sequence[float]) -> float:
+    """Mean seconds of the calls after the prefill; 0 where a request is a prefill alone."""
+    return math.fsum(calls[1:]) / (len(calls) - 1) if len(calls) > 1 else 0.0
+
+
+def _medians(rows: Sequence[RequestTimes], seconds: Callable[[Sequence[float]], float]) -> tuple[float, ...]:
+    """Per layer the median over requests."""
+    return tuple(statistics.median(map(seconds, layer)) for layer in zip(*(row.layers for row in rows), strict=True))
+
+
+def _error(profile: LatencyProfile, times: dict[SkipPlan, list[float]], dense: SkipPlan) -> float:
+    """Median relative error of the additive prediction over the check plans."""
+    errors = []
+    for plan, measured in times.items():
+        if plan != dense or len(times) == 1:
+            # Against the dense request of the same round: a busy machine drifts between rounds.
+            ratio = statistics.median(mine / its for mine, its in zip(measured, times[dense], strict=True))
+            errors.append(abs(predict_seconds(profile, plan) / (ratio * profile.dense_seconds) - 1))
+    return statistics.median(errors)
+
+
+def predict_seconds(profile: LatencyProfile, plan: SkipPlan) -> float:
     """Additive prediction: dense minus what every layer saves under its action."""
-    run = layer_seconds["R"]
-    return dense_seconds - sum(
-        run[layer] - layer_seconds[action.value][layer] for layer, action in enumerate(plan.actions)
+    layers = profile.layer_seconds
+    return profile.dense_seconds - sum(
+        layers["R"][layer] - layers[action.value][layer] for layer, action in enumerate(plan.actions)
     )
 
 
@@ -199,15 +154,31 @@ def compare_latency(
 
     Raises:
         PlanError: the model cannot take the plan.
+        MeasurementError: other workers do not leave the device.
     """
+    with device_lock.timing(loaded.device):
+        return _compare_alone(loaded, task, plan, workload, precision, confidence, max_seconds, seed)
+
+
+def _compare_alone(
+    loaded: LoadedModel,
+    task: Task,
+    plan: SkipPlan,
+    workload: Workload,
+    precision: float,
+    confidence: float,
+    max_seconds: float,
+    seed: int,
+) -> LatencyComparison:
     request = prepare_request(loaded, task, workload)
     dense = SkipPlan.dense(len(plan))
-    cache_sizes = []
+    caches, peaks = [], []
     for candidate in (dense, plan):
         with apply(loaded.model, candidate):
             for _ in range(WARM_UP_REQUESTS):
                 time_request(loaded, request)
-            cache_sizes.append(cache_bytes(run_request(loaded, request).past_key_values))
+            caches.append(cache_bytes(run_request(loaded, request).past_key_values))
+            peaks.append(peak_bytes(lambda: run_request(loaded, request), loaded.device))
     dense_times: list[float] = []
     plan_times: list[float] = []
     generator = np.random.default_rng(seed)
@@ -233,8 +204,10 @@ def compare_latency(
         speedup_low=low,
         speedup_high=high,
         pairs=pairs,
-        kv_cache_bytes_dense=cache_sizes[0],
-        kv_cache_bytes_plan=cache_sizes[1],
+        kv_cache_bytes_dense=caches[0],
+        kv_cache_bytes_plan=caches[1],
+        peak_bytes_dense=peaks[0],
+        peak_bytes_plan=peaks[1],
     )
 
 
@@ -245,82 +218,6 @@ def median_interval(values: Sequence[float], confidence: float, generator: np.ra
     tail = (1 - confidence) / 2
     low, high = np.quantile(medians, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a KV cache object holds, each storage counted once."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item)
-        elif type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__"):
-            visit(vars(value))
-
-    visit(cache)
-    return sum(storages.values())
-
-
-@dataclass
-class _LayerTimers:
-    """Start and end marks of every call of every layer.
-
-    On a GPU they are CUDA events. On the CPU with one thread they are that thread's own CPU time: what other processes
-    take from a shared core would otherwise fall on some layers and not on others. With more threads, wall time.
-    """
-
-    device: torch.device
-    starts: list[list[Any]] = field(default_factory=list)
-    ends: list[list[Any]] = field(default_factory=list)
-
-    def mark(self) -> Any:
-        """Return the present moment."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            return event
-        return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-    def time(self, request: Callable[[], object]) -> tuple[float, list[float]]:
-        """Run a request; return its seconds and, summed over its calls, each layer's."""
-        _synchronise(self.device)
-        start = self.mark()
-        request()
-        end = self.mark()
-        _synchronise(self.device)
-        calls = zip(self.starts, self.ends, strict=True)
-        return self._between(start, end), [sum(map(self._between, begun, done)) for begun, done in calls]
-
-    def _between(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start)
-
-
-@contextmanager
-def _layer_timers(loaded: LoadedModel, stack_path: str) -> Iterator[_LayerTimers]:
-    """Time every call of every decoder layer that stands in the stack now."""
-    timers, handles = _LayerTimers(loaded.device), []
-    for layer, module in enumerate(loaded.model.get_submodule(stack_path).children()):
-        timers.starts.append([])
-        timers.ends.append([])
-        handles += [
-            module.register_forward_pre_hook(lambda *_, layer=layer: timers.starts[layer].append(timers.mark())),
-            module.register_forward_hook(lambda *_, layer=layer: timers.ends[layer].append(timers.mark())),
-        ]
-    try:
-        yield timers
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _letters(actions: str) -> str:
@@ -355,21 +252,3 @@ def _check_plans(letters: str, descriptor: FamilyDescriptor, generator: random.R
             break
     # A model that may take nothing but run is still checked against itself.
     return plans or [SkipPlan.dense(layers)]
-
-
-def _scaled_medians(rows: list[list[float]], scale: float) -> tuple[float, ...]:
-    return tuple(scale * statistics.median(column) for column in zip(*rows, strict=True))
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -9,10 +9,11 @@ import socket
 import torch
 import transformers
 
+from . import device_lock
 from .actor import WorkerSettings
 from .errors import ModelError
 from .evaluation import Evaluator
-from .latency import compare_latency, device_name, profile_latency
+from .latency import compare_latency, profile_latency
 from .messages import (
     CompareLatency,
     EvaluatePlan,
@@ -21,15 +22,16 @@ from .messages import (
     ProfileLatency,
     Reply,
     Request,
-    ScoreRedundancy,
+    ScoreLayers,
     WorkerInfo,
 )
 from .models import LoadedModel, load_model
-from .redundancy import score_redundancy
 from .runtime.descriptor import UnsupportedFamilyError
 from .runtime.families import describe
 from .runtime.plan import SkipPlan
+from .scoring.scoring import score_layers
 from .tasks import Task
+from .timed_request import device_name
 
 
 class Measurer:
@@ -53,6 +55,10 @@ class Measurer:
             return cls(load_model(source, device=device), task, settings)
         except UnsupportedFamilyError as error:
             raise ModelError(f"model {source.path}: {error}") from None
+
+    def with_task(self, task: Task) -> Measurer:
+        """The same model, another task; nothing that was computed for the old task is kept."""
+        return Measurer(self.loaded, task, self.settings)
 
     @property
     def info(self) -> WorkerInfo:
@@ -87,15 +93,26 @@ class Measurer:
             WorkersError: the request asks for something that is not there.
             PlanError: the model cannot take the plan.
         """
+        if isinstance(request, ProfileLatency | CompareLatency):
+            return self._time(request)
+        with device_lock.computing(self.loaded.device):
+            return self._compute(request)
+
+    def _compute(self, request: EvaluatePlan | EvaluatePlans | ScoreRedundancy) -> Reply:
         loaded, task = self.loaded, self.task
         match request:
             case EvaluatePlan():
                 return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
             case EvaluatePlans():
                 return self.evaluator.evaluate_all(request)
-            case ScoreRedundancy():
-                return score_redundancy(
-                    loaded, task, shard=request.shard, shards=request.shards, batch_size=self.evaluator.batch_size
+            case ScoreLayers():
+                return score_layers(
+                    loaded,
+                    task,
+                    request.kinds,
+                    shard=request.shard,
+                    shards=request.shards,
+                    batch_size=self.evaluator.batch_size,
                 )
             case ProfileLatency():
                 return profile_latency(

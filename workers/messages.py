@@ -71,87 +71,39 @@ class ProfileLatency:
 class LatencyProfile:
     """Seconds of one request's prefill plus decode: the dense model, and each layer under each action.
 
-    ``layer_seconds[letter][layer]`` is the layer's contribution under that action, so that a plan's predicted time
-    is ``dense_seconds - sum(layer_seconds["R"][l] - layer_seconds[action][l])``.
+    ``prefill_seconds[letter][layer]`` is the layer's part in the prefill under that action, ``decode_seconds`` its part
+    in each token after the first; ``dense_prefill_seconds`` and ``dense_decode_seconds`` are the whole model's.
     """
 
     device: str
     workload: Workload
     prompt_tokens: int
     dense_seconds: float
-    layer_seconds: dict[str, tuple[float, ...]]
+    dense_prefill_seconds: float
+    dense_decode_seconds: float
+    prefill_seconds: dict[str, tuple[float, ...]]
+    decode_seconds: dict[str, tuple[float, ...]]
     relative_error: float
     """Median absolute error of the additive prediction over the check plans, relative to their measured time."""
 
+    @property
+    def layer_seconds(self) -> dict[str, tuple[float, ...]]:
+        """``layer_seconds[letter][layer]`` is the layer's part in the whole request, so that a plan's predicted time is
+        ``dense_seconds - sum(layer_seconds["R"][l] - layer_seconds[action][l])``."""
+        tokens = self.workload.new_tokens - 1
+        return {
+            letter: tuple(p + tokens * d for p, d in zip(prefill, self.decode_seconds[letter], strict=True))
+            for letter, prefill in self.prefill_seconds.items()
+        }
+
 
 @dataclass(frozen=True)
-class ScoreRedundancy:
-    """Accumulate redundancy statistics over ``samples[shard::shards]`` of the calibration split."""
+class ScoreLayers:
+    """Measure ``kinds`` (names of ``workers.scoring.kinds.KINDS``) over ``samples[shard::shards]`` of calibration."""
 
+    kinds: tuple[str, ...]
     shard: int
     shards: int
-
-
-@dataclass(frozen=True)
-class RedundancySums:
-    """Running sums over tokens, per layer and token group (``"vision"``, ``"text"``, ``"all"``), exact to merge.
-
-    With d the cosine distance between a layer's input and output state at a token, s the sum of d over a sample's
-    tokens and n their number: ``distance_sum`` sums d, ``distance_squares`` d^2 (both over tokens),
-    ``sample_squares`` s^2, ``sample_products`` s * n, ``token_squares`` n^2 (over samples), ``tokens`` n.
-    """
-
-    distance_sum: dict[str, tuple[float, ...]]
-    distance_squares: dict[str, tuple[float, ...]]
-    sample_squares: dict[str, tuple[float, ...]]
-    sample_products: dict[str, tuple[float, ...]]
-    tokens: dict[str, int]
-    token_squares: dict[str, int]
-    samples: int
-
-    @classmethod
-    def merge(cls, shards: Sequence[RedundancySums]) -> RedundancySums:
-        """Add shards up; their order does not matter. Raises ValueError when there are none."""
-        if not shards:
-            raise ValueError("there is nothing to merge: give at least one shard")
-
-        def add(name: str) -> dict[str, tuple[float, ...]]:
-            sums = [getattr(shard, name) for shard in shards]
-            return {g: tuple(fsum(layer) for layer in zip(*(s[g] for s in sums), strict=True)) for g in TOKEN_GROUPS}
-
-        return cls(
-            distance_sum=add("distance_sum"),
-            distance_squares=add("distance_squares"),
-            sample_squares=add("sample_squares"),
-            sample_products=add("sample_products"),
-            tokens={group: sum(shard.tokens[group] for shard in shards) for group in TOKEN_GROUPS},
-            token_squares={group: sum(shard.token_squares[group] for shard in shards) for group in TOKEN_GROUPS},
-            samples=sum(shard.samples for shard in shards),
-        )
-
-    def mean(self, group: str) -> tuple[float, ...]:
-        """Mean distance per layer over the group's tokens; NaN when it has none."""
-        count = self.tokens[group]
-        return tuple(total / count if count else nan for total in self.distance_sum[group])
-
-    def standard_error(self, group: str) -> tuple[float, ...]:
-        """Standard error of :meth:`mean` per layer, with samples as the independent units (tokens of one are not).
-
-        The ratio estimator's variance, sum over samples of (s - mean * n)^2 / (sum of n)^2, times the finite-sample
-        factor samples / (samples - 1) (Cochran 1977, section 6.4). NaN below two samples.
-        """
-        count, samples = self.tokens[group], self.samples
-        if not count or samples < 2:
-            return tuple(nan for _ in self.distance_sum[group])
-        errors = []
-        for layer, mean in enumerate(self.mean(group)):
-            residual = (
-                self.sample_squares[group][layer]
-                - 2 * mean * self.sample_products[group][layer]
-                + mean * mean * self.token_squares[group]
-            )
-            errors.append(sqrt(max(0.0, residual) * samples / (samples - 1)) / count)
-        return tuple(errors)
 
 
 @dataclass(frozen=True)
@@ -259,10 +211,13 @@ class LatencyComparison:
     pairs: int
     kv_cache_bytes_dense: int
     kv_cache_bytes_plan: int
+    peak_bytes_dense: int | None = None
+    """Most memory in use during a request beyond what was in use before it; None where the system does not tell."""
+    peak_bytes_plan: int | None = None
 
 
-Request = ProfileLatency | ScoreRedundancy | EvaluatePlan | EvaluatePlans | CompareLatency
-Reply = LatencyProfile | RedundancySums | Evaluation | Evaluations | LatencyComparison
+Request = ProfileLatency | ScoreLayers | EvaluatePlan | EvaluatePlans | CompareLatency
+Reply = LatencyProfile | ShardScores | Evaluation | Evaluations | LatencyComparison
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ def _measure(context: JobContext) -> LatencyProfile:
             prompt_tokens=profile.prompt_tokens,
             dense_seconds=profile.dense_seconds,
             layer_seconds=profile.layer_seconds,
+            phases={
+                "prefill": {"dense": profile.dense_prefill_seconds, **profile.prefill_seconds},
+                "decode": {"dense": profile.dense_decode_seconds, **profile.decode_seconds},
+            },
             relative_error=profile.relative_error,
         ),
     )

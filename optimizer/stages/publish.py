@@ -97,5 +97,6 @@ def figures(verdict: Verdict, latency: LatencyComparison, constraint: Constraint
             "mcnemar_p": verdict.mcnemar_p,
             "meets_constraint": verdict.accepted and fast_enough(latency, constraint),
             "latency_pairs": latency.pairs,
+            "peak_bytes": {"dense": latency.peak_bytes_dense, "plan": latency.peak_bytes_plan},
         },
     )

@@ -13,19 +13,17 @@ from hypothesis import strategies as st
 
 from workers.errors import MeasurementError
 from workers.latency import (
-    cache_bytes,
     compare_latency,
     median_interval,
     predict_seconds,
-    prepare_request,
     profile_latency,
-    run_request,
 )
-from workers.messages import ModelSource, Workload
+from workers.messages import LatencyProfile, ModelSource, Workload
 from workers.models import LoadedModel, load_model
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Task
 from workers.tasks.samples import ImageFile
+from workers.timed_request import cache_bytes, prepare_request, run_request
 
 SLOW_LAYER = 3
 EXTRA_SECONDS = 0.004
@@ -58,6 +56,14 @@ def test_the_profile_finds_the_slow_layer_and_predicts_plans(lopsided: LoadedMod
     assert run[SLOW_LAYER] > 2 * others[-1]
     assert profile.layer_seconds["F"][SLOW_LAYER] > 2 * others[-1]
     assert sum(run) < profile.dense_seconds
+    # One of the three calls is the prefill, the others are a token each.
+    for phase in (profile.prefill_seconds, profile.decode_seconds):
+        assert phase["R"][SLOW_LAYER] - sorted(phase["R"])[2] > 0.9 * EXTRA_SECONDS
+        assert phase["S"] == (0.0,) * 6
+    assert sum(profile.prefill_seconds["R"]) < profile.dense_prefill_seconds
+    assert sum(profile.decode_seconds["R"]) < profile.dense_decode_seconds
+    whole = profile.dense_prefill_seconds + 2 * profile.dense_decode_seconds
+    assert 0.5 * profile.dense_seconds < whole <= 1.05 * profile.dense_seconds
     assert profile.relative_error < 0.25
     assert profile.workload == workload
     assert "thread" in profile.device
@@ -73,6 +79,7 @@ def test_a_comparison_shows_what_skipping_the_slow_layer_saves(lopsided: LoadedM
     tokens = prepare_request(lopsided, small_task, Workload(1, 3)).prompt_tokens + 2
     assert comparison.kv_cache_bytes_dense == 6 * 2 * 2 * 12 * 4 * tokens
     assert comparison.kv_cache_bytes_plan == 5 * 2 * 2 * 12 * 4 * tokens
+    assert comparison.peak_bytes_dense is not None and comparison.peak_bytes_dense >= 0
 
 
 def test_a_comparison_stops_when_precise_enough_or_late(tiny: LoadedModel, small_task: Task) -> None:
@@ -115,8 +122,19 @@ def test_bad_settings_are_refused(tiny: LoadedModel, small_task: Task) -> None:
 def test_the_prediction_is_additive(text: str, costs: list[float]) -> None:
     table = {"R": tuple(costs[:4]), "F": tuple(costs[4:]), "S": (0.0,) * 4}
     rest = 2.5
+    profile = LatencyProfile(
+        device="none",
+        workload=Workload(1, 3),
+        prompt_tokens=1,
+        dense_seconds=rest + 3 * sum(table["R"]),
+        dense_prefill_seconds=1.0,
+        dense_decode_seconds=1.0,
+        prefill_seconds=table,
+        decode_seconds=table,
+        relative_error=0.0,
+    )
     executed = sum(table[letter][layer] for layer, letter in enumerate(text))
-    assert predict_seconds(rest + sum(table["R"]), table, SkipPlan.parse(text)) == pytest.approx(rest + executed)
+    assert predict_seconds(profile, SkipPlan.parse(text)) == pytest.approx(rest + 3 * executed)
 
 
 def test_the_bootstrap_interval_has_the_width_theory_gives() -> None:

@@ -1,0 +1,50 @@
+"""Peak memory of a piece of work."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Run ``work``; return the most memory in use meanwhile beyond what was in use before, in bytes.
+
+    On a GPU this is what torch's allocator held for tensors. On a CPU under Linux it is the process's resident memory,
+    after pages of freed tensors were given back where the C library can (glibc). None where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - int(before)
+    _give_freed_pages_back()
+    try:
+        _CLEAR.write_text("5", encoding="ascii")  # resets the high-water mark (proc_pid_clear_refs(5))
+        resident = _read("VmRSS")
+    except OSError:
+        work()
+        return None
+    work()
+    peak = _read("VmHWM")
+    return None if resident is None or peak is None else max(0, peak - resident)
+
+
+def _give_freed_pages_back() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _read(field: str) -> int | None:
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024  # in kB
+    return None
