@@ -31,7 +31,7 @@ class LatencyProfile:
     layer_seconds: dict[str, tuple[float, ...]]
     relative_error: float
     phases: dict[str, Any] = field(default_factory=dict)
-    """The same for the prefill and each token after it: ``phases["prefill"]["R"][3]``, ``phases["decode"]["dense"]``."""
+    """The same per phase, for the prefill and each token after it: ``phases["prefill"]["R"][3]``."""
     measured_at: datetime | None = None
 
 
