@@ -28,6 +28,9 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "SKIPPLAN_DATABASE": ("database",),
     "SKIPPLAN_CLUSTER_ADDRESS": ("cluster", "address"),
     "SKIPPLAN_CLUSTER_WORKERS": ("cluster", "workers"),
+    "SKIPPLAN_CLUSTER_CPUS_PER_WORKER": ("cluster", "cpus_per_worker"),
+    "SKIPPLAN_CLUSTER_GPUS_PER_WORKER": ("cluster", "gpus_per_worker"),
+    "SKIPPLAN_CLUSTER_MEMORY_PER_WORKER": ("cluster", "memory_per_worker"),
     "SKIPPLAN_DEVICE": ("model", "device"),
 }
 """Environment variables and the fields they override (the variable wins over the job file)."""
@@ -57,6 +60,19 @@ class ModelSpec(_Section):
         default="sdpa", description="The attention implementation of transformers."
     )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a hub model. Off by default.")
+    allow_pickle: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Names of pickled weight files that may be read where a model has no safetensors. Pickles are "
+        "unpacked without running code in them, and only these.",
+    )
+
+    @field_validator("allow_pickle")
+    @classmethod
+    def _names_only(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if "/" in name or "\\" in name or name in (".", ".."):
+                raise ValueError("must be names of files in the model's directory, without a path")
+        return tuple(sorted(set(names)))
 
 
 class ConstraintSpec(_Section):
@@ -90,6 +106,12 @@ class SearchSpec(_Section):
         default=None,
         description="Growing prefix sizes of the search split; a plan that cannot reach the front stops on an early "
         "one. Default: a quarter of the split, then all of it.",
+    )
+    latency: Literal["measured", "layers"] = Field(
+        default="measured",
+        description="What predicts a plan's time during the search. measured: the profile of this device. layers: the "
+        "number of layers that run (a frozen or bypassed one counts half), the same on any machine, so that a search "
+        "can be repeated exactly.",
     )
     finalists: int = Field(default=6, ge=1, le=64, description="Most plans of the front that are verified held-out.")
 
@@ -136,6 +158,9 @@ class ClusterSpec(_Section):
     gpus_per_worker: float | None = Field(
         default=None, ge=0, le=64, description="GPUs reserved per worker, fractions share; absent: one where there are."
     )
+    memory_per_worker: float | None = Field(
+        default=None, gt=0, le=65536, description="GiB of memory reserved per worker, in Ray's accounts."
+    )
     batch_size: int = Field(
         default=32, ge=1, le=65536, description="Samples evaluated together; halved when memory ends."
     )
@@ -176,6 +201,13 @@ class JobSpec(_Section):
         default=60.0, gt=0, le=86_400, description="Most seconds spent on re-measuring one finalist."
     )
     cluster: ClusterSpec = ClusterSpec()
+    priority: int = Field(default=0, ge=-1000, le=1000, description="Jobs of higher priority are taken first.")
+    attempts: int = Field(
+        default=5,
+        ge=1,
+        le=1000,
+        description="How often the job is begun without getting anywhere before it counts as failed.",
+    )
     database: str = Field(default=DEFAULT_DATABASE, min_length=1, description="SQLAlchemy URL.")
 
     @field_validator("actions")
@@ -198,8 +230,8 @@ class JobSpec(_Section):
         return "R" + "".join(letter for name, letter in ACTION_LETTERS.items() if name in self.actions)
 
     def canonical(self) -> dict[str, Any]:
-        """What determines the result, as plain JSON values: where it runs and where it is stored left out."""
-        return self.model_dump(mode="json", exclude={"database", "cluster"})
+        """What determines the result, as plain JSON values: where and when it runs and where it is stored left out."""
+        return self.model_dump(mode="json", exclude={"database", "cluster", "priority", "attempts"})
 
     def digest(self, **inputs: str) -> str:
         """Hash of :meth:`canonical` and of the contents of its inputs (task data, model), for finding equal jobs."""
@@ -221,7 +253,9 @@ def load_job(path: Path, *, database: str | None = None, environment: Mapping[st
     except (OSError, UnicodeDecodeError) as error:
         raise UsageFault(f"{path}: cannot be read as UTF-8 text ({error})") from None
     document = parse_yaml(text, str(path))
-    _override(document, os.environ if environment is None else environment, database)
+    override(document, os.environ if environment is None else environment)
+    if database:
+        document["database"] = database
     return resolve_paths(validate_job(document, str(path)), path.resolve().parent)
 
 
@@ -265,18 +299,17 @@ def validate_job(document: dict[str, Any], source: str) -> JobSpec:
         raise UsageFault(f"{source}: {_explain(first)}") from None
 
 
-def _override(document: dict[str, Any], environment: Mapping[str, str], database: str | None) -> None:
+def override(document: dict[str, Any], environment: Mapping[str, str], section: str | None = None) -> None:
+    """Let environment variables win over a document's fields (only over those of one section, if it is given)."""
     for variable, field in ENVIRONMENT.items():
         value: Any = environment.get(variable)
-        if not value:
+        if not value or (section is not None and field[0] != section):
             continue
-        section: Any = document
+        target: Any = document
         for key in field[:-1]:
-            section = section.setdefault(key, {}) if isinstance(section, dict) else None
-        if isinstance(section, dict):
-            section[field[-1]] = int(value) if value.isdigit() else value
-    if database:
-        document["database"] = database
+            target = target.setdefault(key, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):
+            target[field[-1]] = int(value) if value.isdigit() else value
 
 
 def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from workers.runtime import SkipPlan
@@ -22,6 +23,20 @@ class LayerTimes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LayerCounts:
+    """Instead of measured times: a layer that runs takes one unit everywhere, so that a search can be repeated."""
+
+    dense_seconds: float
+    layer_seconds: dict[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, num_layers: int, letters: str) -> LayerCounts:
+        """A frozen or bypassed layer, which runs for some of the tokens, counts half; a skipped one nothing."""
+        units = {"R": 1.0, "F": 0.5, "B": 0.5, "S": 0.0}
+        return cls(float(num_layers), {letter: (units[letter],) * num_layers for letter in letters})
+
+
 def latency_ratio(profile: LayerTimes, plan: SkipPlan) -> float:
     """Predicted request time of ``plan`` as a share of the dense model's; lower is faster, 1.0 is dense.
 
@@ -29,9 +44,7 @@ def latency_ratio(profile: LayerTimes, plan: SkipPlan) -> float:
     """
     seconds = profile.layer_seconds
     saved = sum(
-        seconds["R"][layer] - seconds[action.value][layer]
-        for layer, action in enumerate(plan)
-        if action.value != "R"
+        seconds["R"][layer] - seconds[action.value][layer] for layer, action in enumerate(plan) if action.value != "R"
     )
     # Measured layer times can add up to more than the whole by noise; a request never takes no time at all.
     return max(0.01, 1.0 - saved / profile.dense_seconds)

@@ -29,6 +29,9 @@ class Worker:
         self._source, self._task, self._settings = model, task, settings
         self._measurer: Measurer | None = None
 
+    def place(self) -> None:
+        """Answer, which an actor does once Ray has found it a node and started its process."""
+
     def setup(self) -> WorkerInfo:
         """Load the model. Raises ModelError when that is not possible."""
         from transformers.utils import logging as transformers_logging
@@ -37,6 +40,14 @@ class Worker:
 
         transformers_logging.disable_progress_bar()
         self._measurer = Measurer.load(self._source, self._task, self._settings)
+        return self._measurer.info
+
+    def change_task(self, task: Task) -> WorkerInfo:
+        """Keep the model, and answer requests about another task from now on."""
+        if self._measurer is None:
+            raise RuntimeError("setup() must be called before the task can be changed")
+        self._task = task
+        self._measurer = self._measurer.with_task(task)
         return self._measurer.info
 
     def handle(self, request: Request) -> Reply:

@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import ray
@@ -15,6 +16,12 @@ import ray
 from .errors import ClusterError
 
 LOCAL = "local"
+GIB = 1 << 30
+UNLIMITED = 1 << 20
+"""Workers that take no resources fit as often as one likes."""
+
+MISSED_CALLS = 3
+"""Times in a row that the head must not answer before it is taken for gone."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,15 @@ class ClusterSettings:
     ``address`` is ``"local"`` (a cluster of this machine alone, for this process), ``"auto"`` (a cluster that runs on
     this machine), a head node's ``host:port``, or ``ray://host:port``. ``workers=None`` takes as many as fit: one per
     GPU where there are GPUs, else one per core. ``gpus_per_worker=None`` takes one where there are GPUs, else none.
-    A worker uses as many threads as it has whole CPUs. A request is given up after ``max_attempts`` workers died or
-    ran out of time over it.
+    ``memory_per_worker`` is in GiB, reserved in Ray's accounts. A worker uses as many threads as it has whole CPUs. A
+    request is given up after ``max_attempts`` workers died or ran out of time over it.
     """
 
     address: str = LOCAL
     workers: int | None = None
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
+    memory_per_worker: float | None = None
     batch_size: int = 32
     max_attempts: int = 2
     connect_timeout_seconds: float = 30.0
@@ -48,6 +56,8 @@ class ClusterSettings:
                 raise ClusterError(f"cluster.{name} must be above 0, not {getattr(self, name)}")
         if not self.cpus_per_worker >= 0 or not (self.gpus_per_worker is None or self.gpus_per_worker >= 0):
             raise ClusterError("cluster.cpus_per_worker and cluster.gpus_per_worker must not be below 0")
+        if self.memory_per_worker is not None and not self.memory_per_worker > 0:
+            raise ClusterError(f"cluster.memory_per_worker must be above 0, not {self.memory_per_worker}")
 
     @property
     def threads(self) -> int:
@@ -62,6 +72,18 @@ class Allotment:
     workers: int
     cpus: float
     gpus: float
+    memory: float = 0.0
+    """In bytes."""
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one worker takes, by Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+
+    def fits_in(self, resources: Mapping[str, float]) -> int:
+        """How many workers have room in ``resources``; UNLIMITED for workers that take nothing."""
+        rooms = [int(resources.get(kind, 0.0) / need + 1e-9) for kind, need in self.each.items() if need > 0]
+        return min(rooms, default=UNLIMITED)
 
 
 def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
@@ -114,7 +136,7 @@ def allot(settings: ClusterSettings, *, model_device: str) -> Allotment:
         ClusterError: it has less than was asked for; the message says what is missing.
     """
     there = ray.cluster_resources()
-    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    gpus = there.get("GPU", 0.0)
     gpus_each = settings.gpus_per_worker
     if gpus_each is None:
         gpus_each = 1.0 if gpus >= 1 and model_device != "cpu" else 0.0
@@ -122,22 +144,64 @@ def allot(settings: ClusterSettings, *, model_device: str) -> Allotment:
         raise ClusterError(
             f"cluster: the model is to run on a GPU; the cluster has {gpus:g}, each worker gets {gpus_each:g}"
         )
-    fits = [_count(cpus, settings.cpus_per_worker), _count(gpus, gpus_each)]
-    workers = settings.workers or max(1, min((fit for fit in fits if fit is not None), default=1))
-    for kind, needed, available in (
-        ("CPU", workers * settings.cpus_per_worker, cpus),
-        ("GPU", workers * gpus_each, gpus),
-    ):
+    one = Allotment(1, settings.cpus_per_worker, gpus_each, (settings.memory_per_worker or 0.0) * GIB)
+    fits = room(one)
+    workers = settings.workers or (1 if fits == UNLIMITED else max(1, fits))
+    if workers > fits:
+        raise ClusterError(_missing(one, workers, there))
+    return replace(one, workers=workers)
+
+
+def room(allotment: Allotment) -> int:
+    """How many such workers the nodes of the cluster have room for, were they idle; a worker runs on one node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min(UNLIMITED, sum(allotment.fits_in(resources) for resources in nodes))
+
+
+def _missing(one: Allotment, workers: int, there: Mapping[str, float]) -> str:
+    memory = f" and {one.memory / GIB:g} GiB of memory" if one.memory else ""
+    what = f"cluster: {workers} workers with {one.cpus:g} CPUs and {one.gpus:g} GPUs{memory} each"
+    for kind, each in one.each.items():
+        unit, scale = ("GiB of memory", GIB) if kind == "memory" else (f"{kind}s", 1)
+        needed, available = workers * each / scale, there.get(kind, 0.0) / scale
         if needed > available + 1e-9:
-            raise ClusterError(
-                f"cluster: {workers} workers with {settings.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each need "
-                f"{needed:g} {kind}s, the cluster has {available:g}; missing {needed - available:g}"
-            )
-    return Allotment(workers, settings.cpus_per_worker, gpus_each)
+            return f"{what} need {needed:g} {unit}, the cluster has {available:g}; missing {needed - available:g}"
+    return f"{what}: the cluster has as much in all, but its nodes have room for {room(one)} such workers only"
 
 
-def _count(available: float, each: float) -> int | None:
-    return int(available / each + 1e-9) if each > 0 else None
+class HeadWatch:
+    """Notices that the head of the connected cluster, or this machine's part in it, is gone.
+
+    Ray itself waits for a head that does not come back, and after a minute ends the whole process.
+    """
+
+    def __init__(self, address: str) -> None:
+        context = ray.get_runtime_context()
+        # A client of ray:// knows the head by its proxy only, and learns of its end from every call.
+        self._head = None if address.startswith("ray://") else str(context.gcs_address)
+        self._node = context.get_node_id()
+        self._address, self._missed = address, 0
+
+    def check(self) -> None:
+        """Ask whether the head answers. Raises ClusterError the third time in a row that it does not."""
+        if self._head is None:
+            return
+        host, _, port = self._head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            self._missed += 1
+            if self._missed >= MISSED_CALLS:
+                raise ClusterError(f"cluster {self._address}: its head node does not answer any more") from None
+            return
+        self._missed = 0
+        if not any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes()):
+            raise ClusterError(f"cluster {self._address}: this machine's Ray node is gone")
+
+    @property
+    def steady(self) -> bool:
+        """Whether the head answered when last asked."""
+        return self._missed == 0
 
 
 def _probe(address: str, timeout: float) -> None:

@@ -2,7 +2,8 @@
 
 One request is in flight per worker, handed out in order. A worker that dies or takes too long is replaced and its
 request given to another one, up to a number of attempts; then the request comes back as a Failure. Requests that
-measure time run alone.
+measure time run alone. Where the cluster loses a node, the pool goes on with fewer workers; where it has room again
+for as many as were asked for, they are started.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,10 +20,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from .actor import Worker, WorkerSettings
 from .checkpoints import check_checkpoint, find_checkpoint
-from .cluster import LOCAL, ClusterSettings, allot, connect, disconnect
+from .cluster import LOCAL, UNLIMITED, ClusterSettings, HeadWatch, allot, connect, disconnect, room
 from .errors import ClusterError, WorkersError
 from .messages import CompareLatency, Failure, ModelSource, ProfileLatency, Reply, Request, WorkerInfo
+from .slots import Slot, Ticket, describe, describe_death
 from .tasks import Task, TaskSpec, load_task
+from .telemetry import Telemetry, log
 
 EXCLUSIVE = (ProfileLatency, CompareLatency)
 """Requests during which no other worker may run: they measure time."""
@@ -33,48 +35,46 @@ FAILED_STARTS = 3
 
 LONGEST_WAIT_SECONDS = 1.0
 
+PLACING_SECONDS = 60.0
+"""For a replacement to be given its resources; after that the pool goes on without it."""
+
+LOOK_SECONDS = 5.0
+"""Between two looks at the cluster: whether its head answers, and whether there is room for more workers."""
+
+PAUSE_SECONDS = 120.0
+"""Before another worker is started in the place of one that was given up."""
+
 Result = Reply | Failure
-
-
-@dataclass
-class _Ticket:
-    number: int
-    request: Request
-    attempts: int = 0
-
-
-@dataclass
-class _Slot:
-    """The place of one worker: its actor now, and the call in flight (``setup`` while it has no ticket)."""
-
-    number: int
-    actor: Any
-    reference: Any
-    deadline: float
-    ticket: _Ticket | None = None
-    info: WorkerInfo | None = None
-    failed_starts: int = 0
 
 
 class WorkerPool:
     """Workers that hold one model and one task.
 
     Use as a context manager, or call :meth:`start` and :meth:`close`. ``task`` is a bundled task's name, the path of a
-    task file, a spec, or a loaded task.
+    task file, a spec, or a loaded task. ``worker`` is the class whose instances answer the requests.
 
     Raises:
         TaskError: the task or its data cannot be used (before any cluster is touched).
     """
 
-    def __init__(self, cluster: ClusterSettings, model: ModelSource, task: Task | TaskSpec | str | Path) -> None:
-        self.cluster, self.model = cluster, model
+    def __init__(
+        self,
+        cluster: ClusterSettings,
+        model: ModelSource,
+        task: Task | TaskSpec | str | Path,
+        *,
+        worker: type = Worker,
+    ) -> None:
+        self.cluster, self.model, self._worker = cluster, model, worker
         self.task = task if isinstance(task, Task) else load_task(task)
-        self._slots: list[_Slot] = []
-        self._queue: deque[_Ticket] = deque()
+        self._slots: list[Slot] = []
+        self._queue: deque[Ticket] = deque()
         self._finished: deque[tuple[int, Result]] = deque()
         self._tickets = 0
         self._owns_connection = False
         self._fingerprint = ""
+        self._next_look = 0.0
+        self._no_new_workers_before = 0.0
 
     def __enter__(self) -> WorkerPool:
         return self.start()
@@ -97,10 +97,12 @@ class WorkerPool:
         self._owns_connection = connect(self.cluster)
         try:
             self._allotment = allot(self.cluster, model_device=self.model.device)
+            self._head, self._telemetry = HeadWatch(self.cluster.address), Telemetry()
             self._task_reference = ray.put(self.task)
             self._slots = [self._new_slot(number) for number in range(self._allotment.workers)]
-            for slot in self._slots:
-                self._finish_first_start(slot)
+            for _ in ("placing", "loading"):  # all load at the same time
+                for slot in self._slots:
+                    self._finish_first_start(slot)
         except BaseException:
             self.close()
             raise
@@ -127,6 +129,37 @@ class WorkerPool:
         return len(self._slots)
 
     @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model that the workers hold."""
+        return self._fingerprint
+
+    @property
+    def idle(self) -> bool:
+        """Whether every worker is ready and nothing is asked of any."""
+        return bool(self._slots) and not self.pending and all(slot.reference is None for slot in self._slots)
+
+    def take_retries(self) -> int:
+        """How often a request went to another worker since this was last asked."""
+        retries, self._telemetry.retries = self._telemetry.retries, 0
+        return retries
+
+    def change_task(self, task: Task) -> None:
+        """Give the workers of an idle pool another task; they keep the model.
+
+        Raises:
+            ClusterError: as :meth:`next_done`.
+        """
+        if not self.idle:
+            raise RuntimeError("the task of a pool can only be changed while it is idle")
+        self.task, self._task_reference = task, ray.put(task)
+        for slot in self._slots:
+            slot.stage, slot.reference = "loading", slot.actor.change_task.remote(self._task_reference)
+            slot.deadline = time.monotonic() + self.cluster.load_timeout_seconds
+        while any(slot.reference is not None for slot in self._slots):
+            self._wait(None)
+            self._replace_overdue()
+
+    @property
     def pending(self) -> int:
         """Requests submitted whose result :meth:`next_done` has not handed out yet."""
         running = sum(slot.ticket is not None for slot in self._slots)
@@ -136,7 +169,7 @@ class WorkerPool:
         """Queue a request, starting it if a worker is free; return its number."""
         number = self._tickets
         self._tickets += 1
-        self._queue.append(_Ticket(number, request))
+        self._queue.append(Ticket(number, request))
         self._dispatch()
         return number
 
@@ -152,6 +185,7 @@ class WorkerPool:
         while not self._finished:
             if not self.pending:
                 return None
+            self._look_at_cluster()
             self._dispatch()
             self._wait(give_up)
             self._replace_overdue()
@@ -203,24 +237,31 @@ class WorkerPool:
 
     # Taking back ------------------------------------------------------------------------------------------------
 
-    def _collect(self, slot: _Slot) -> None:
+    def _collect(self, slot: Slot) -> None:
         try:
             value = ray.get(slot.reference)
         except RayTaskError as error:
             self._raised(slot, error.cause)
         except RayError as error:
-            self._lost(slot, _describe_death(error))
+            self._lost(slot, describe_death(error))
         else:
-            slot.reference = None
-            if slot.ticket is None:
-                self._ready(slot, value)
-            else:
-                self._finished.append((slot.ticket.number, value))
-                slot.ticket = None
+            self._returned(slot, value)
 
-    def _raised(self, slot: _Slot, cause: BaseException) -> None:
+    def _returned(self, slot: Slot, value: Any) -> None:
+        slot.reference = None
+        if slot.stage == "placing":
+            slot.stage, slot.reference = "loading", slot.actor.setup.remote()
+            slot.deadline = time.monotonic() + self.cluster.load_timeout_seconds
+        elif slot.ticket is None:
+            self._ready(slot, value)
+        else:
+            self._telemetry.answered(type(slot.ticket.request).__name__, "done")
+            self._finished.append((slot.ticket.number, value))
+            slot.ticket = None
+
+    def _raised(self, slot: Slot, cause: BaseException) -> None:
         """A call raised in the worker, which lives on. Trying again would give the same error."""
-        reason = _describe(cause)
+        reason = describe(cause)
         if slot.ticket is None:
             self._lost(slot, reason)
             return
@@ -228,37 +269,75 @@ class WorkerPool:
         self._fail(slot.ticket, reason)
         slot.ticket = None
 
-    def _lost(self, slot: _Slot, reason: str) -> None:
+    def _lost(self, slot: Slot, reason: str) -> None:
         """A worker is gone, or could not load the model: replace it, and give its request to another."""
         self._kill(slot)
+        self._telemetry.lost(slot.number, reason)
         ticket = slot.ticket
         if ticket is None:
             slot.failed_starts += 1
         elif ticket.attempts >= self.cluster.max_attempts:
             self._fail(ticket, reason)
         else:
+            self._telemetry.retried(type(ticket.request).__name__, reason)
             self._queue.appendleft(ticket)
-        position = self._slots.index(slot)
         if slot.failed_starts < FAILED_STARTS:
-            self._slots[position] = self._new_slot(slot.number, slot.failed_starts)
-            return
-        del self._slots[position]
+            self._slots[self._slots.index(slot)] = self._new_slot(slot.number, slot.failed_starts)
+        else:
+            self._give_up(slot, reason)
+
+    def _give_up(self, slot: Slot, reason: str) -> None:
+        """Go on without a worker, if any other is left."""
+        self._kill(slot)
+        self._slots.remove(slot)
+        self._no_new_workers_before = time.monotonic() + PAUSE_SECONDS
+        log("worker_given_up", worker=slot.number, reason=reason, left=len(self._slots))
         if not self._slots:
             raise ClusterError(f"no worker is left; the last one failed: {reason}")
 
-    def _fail(self, ticket: _Ticket, reason: str) -> None:
+    def _fail(self, ticket: Ticket, reason: str) -> None:
+        kind = type(ticket.request).__name__
+        self._telemetry.answered(kind, "failed")
+        log("request_failed", kind=kind, attempts=ticket.attempts, reason=reason)
         self._finished.append((ticket.number, Failure(ticket.request, reason, ticket.attempts)))
 
     def _replace_overdue(self) -> None:
         now = time.monotonic()
         for slot in [slot for slot in self._slots if slot.reference is not None and slot.deadline <= now]:
+            if slot.stage == "placing":
+                self._give_up(slot, f"the cluster had no room for it within {PLACING_SECONDS:g} s")
+                continue
             what = "load the model" if slot.ticket is None else "answer"
             seconds = self.cluster.load_timeout_seconds if slot.ticket is None else self.cluster.request_timeout_seconds
             self._lost(slot, f"the worker took longer than {seconds:g} s to {what}")
 
+    def _look_at_cluster(self) -> None:
+        """See whether the cluster is still there, and start workers that it has room for again."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        try:
+            self._head.check()
+            if now >= self._no_new_workers_before and self._head.steady:
+                self._welcome()
+        except (RayError, ConnectionError) as error:
+            raise ClusterError(f"cluster {self.cluster.address}: cannot be used any more: {describe(error)}") from None
+
+    def _welcome(self) -> None:
+        wanted = self.cluster.workers or room(self._allotment)
+        missing = 0 if wanted == UNLIMITED else wanted - len(self._slots)
+        if missing <= 0 or any(slot.stage == "placing" for slot in self._slots):
+            return
+        taken = {slot.number for slot in self._slots}
+        numbers = (number for number in range(wanted) if number not in taken)
+        for number, _ in zip(numbers, range(self._allotment.fits_in(ray.available_resources())), strict=False):
+            self._slots.append(self._new_slot(number))
+            log("worker_joins", worker=number, workers=len(self._slots))
+
     # Workers ----------------------------------------------------------------------------------------------------
 
-    def _new_slot(self, number: int, failed_starts: int = 0) -> _Slot:
+    def _new_slot(self, number: int, failed_starts: int = 0) -> Slot:
         settings = WorkerSettings(
             worker=number,
             threads=self.cluster.threads,
@@ -266,16 +345,25 @@ class WorkerPool:
             batch_size=self.cluster.batch_size,
         )
         actor = (
-            ray.remote(Worker)
-            .options(num_cpus=self._allotment.cpus, num_gpus=self._allotment.gpus, max_restarts=0, max_task_retries=0)
+            ray.remote(self._worker)
+            .options(
+                num_cpus=self._allotment.cpus,
+                num_gpus=self._allotment.gpus,
+                memory=self._allotment.memory or None,
+                max_restarts=0,
+                max_task_retries=0,
+            )
             .remote(self.model, self._task_reference, settings)
         )
-        deadline = time.monotonic() + self.cluster.load_timeout_seconds
-        return _Slot(number, actor, actor.setup.remote(), deadline, failed_starts=failed_starts)
+        deadline = time.monotonic() + PLACING_SECONDS
+        return Slot(number, actor, actor.place.remote(), deadline, failed_starts=failed_starts)
 
-    def _finish_first_start(self, slot: _Slot) -> None:
+    def _finish_first_start(self, slot: Slot) -> None:
         """Wait for a worker of the first set; unlike a replacement's, its failure is an error of the whole pool."""
-        ready, _ = ray.wait([slot.reference], timeout=max(0.0, slot.deadline - time.monotonic()))
+        if slot.reference is None:
+            return
+        patience = self.cluster.load_timeout_seconds if slot.stage == "placing" else slot.deadline - time.monotonic()
+        ready, _ = ray.wait([slot.reference], timeout=max(0.0, patience))
         if not ready:
             free = ray.available_resources()
             raise ClusterError(
@@ -284,41 +372,30 @@ class WorkerPool:
                 f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free in the cluster"
             )
         try:
-            info: WorkerInfo = ray.get(slot.reference)
+            value = ray.get(slot.reference)
         except RayTaskError as error:
             if isinstance(error.cause, WorkersError):
                 raise error.cause from None
-            raise ClusterError(f"worker {slot.number} could not start: {_describe(error.cause)}") from None
+            raise ClusterError(f"worker {slot.number} could not start: {describe(error.cause)}") from None
         except RayError as error:
             raise ClusterError(
-                f"worker {slot.number} could not load the model: {_describe_death(error)}; memory is needed for "
+                f"worker {slot.number} could not load the model: {describe_death(error)}; memory is needed for "
                 f"{self._allotment.workers} models (cluster.workers), and skipplan must be installed on every node"
             ) from None
-        slot.reference = None
-        self._ready(slot, info)
+        self._returned(slot, value)
 
-    def _ready(self, slot: _Slot, info: WorkerInfo) -> None:
+    def _ready(self, slot: Slot, info: WorkerInfo) -> None:
         self._fingerprint = self._fingerprint or info.model_fingerprint
         if info.model_fingerprint != self._fingerprint:
             raise ClusterError(
                 f"worker {info.worker} on {info.node} holds another model than the others (fingerprint "
                 f"{info.model_fingerprint[:12]}, not {self._fingerprint[:12]}): {self.model.path} differs between nodes"
             )
-        slot.info, slot.failed_starts = info, 0
+        slot.info, slot.failed_starts, slot.stage = info, 0, "ready"
+        ready = len(self.info)
+        self._telemetry.count(ready)
+        log("worker_ready", worker=info.worker, node=info.node, device=info.device, process=info.process, workers=ready)
 
-    def _kill(self, slot: _Slot) -> None:
+    def _kill(self, slot: Slot) -> None:
         if ray.is_initialized():
             ray.kill(slot.actor, no_restart=True)
-
-
-def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, WorkersError) else f"{type(error).__name__}: {text}"
-
-
-def _describe_death(error: RayError) -> str:
-    """Say why an actor is gone; what its start raised stands in the last line of Ray's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and "creation task" in lines[0]:
-        return lines[-1]
-    return f"the worker's process died ({type(error).__name__}): killed, crashed, or out of memory"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from optimizer.latency_model import LayerCounts, LayerTimes
 from optimizer.stages.context import JobContext
 from storage import measurements
 from workers.messages import LatencyProfile, ProfileLatency
 
 
-def run(context: JobContext) -> LatencyProfile:
-    """Measure the profile on one worker while the others wait, or read it back."""
+def run(context: JobContext) -> LayerTimes:
+    """Measure the profile on one worker while the others wait, or read it back; nothing where layers are counted."""
+    if context.spec.search.latency == "layers":
+        return LayerCounts.of(context.worker.num_layers, context.spec.letters)
     context.progress.begin("profile latency", 1)
     profile = context.once("profile", LatencyProfile, lambda: _measure(context))
     context.progress.advance(news=f"dense {profile.dense_seconds * 1000:.1f} ms a request")

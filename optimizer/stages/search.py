@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from optimizer.criterion import CRITERIA, Redundancy
-from optimizer.latency_model import latency_ratio
+from optimizer.latency_model import LayerTimes, latency_ratio
 from optimizer.search import Search, SearchOutcome, Tried
 from optimizer.seeds import nested_sets
 from optimizer.space import plan_space
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.evaluate import Evaluator
-from workers.messages import LatencyProfile
 
 CRITERION = "geometric"
 
 
-def run(context: JobContext, profile: LatencyProfile, redundancy: Redundancy) -> SearchOutcome:
+def run(context: JobContext, profile: LayerTimes, redundancy: Redundancy) -> SearchOutcome:
     """Search, or read back what the search found.
 
     An interrupted search is replayed: the same proposals come again, and those evaluated before are read from the
@@ -24,7 +23,7 @@ def run(context: JobContext, profile: LatencyProfile, redundancy: Redundancy) ->
     return context.once("search", SearchOutcome, lambda: _search(context, profile, redundancy))
 
 
-def _search(context: JobContext, profile: LatencyProfile, redundancy: Redundancy) -> SearchOutcome:
+def _search(context: JobContext, profile: LayerTimes, redundancy: Redundancy) -> SearchOutcome:
     spec = context.spec
     space = plan_space(spec, context.worker)
     risk = CRITERIA[CRITERION](redundancy)

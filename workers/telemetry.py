@@ -1,0 +1,48 @@
+"""What a pool tells about itself: log lines, and counters in Ray's own metrics.
+
+Ray serves its metrics to Prometheus where the cluster was started with ``ray[default]``; elsewhere they cost nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+logger = logging.getLogger(__name__)
+
+
+def log(event: str, **fields: Any) -> None:
+    """One event of the pool; the fields stand beside it in the log line."""
+    logger.info(event, extra={"fields": fields})
+
+
+class Telemetry:
+    """Counters of one pool."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("skipplan_requests", "Requests answered by workers.", ("kind", "outcome"))
+        self._retries = Counter("skipplan_retries", "Requests given to another worker after theirs was lost.")
+        self._lost = Counter("skipplan_workers_lost", "Workers that died, hung or could not load the model.")
+        self._workers = Gauge("skipplan_workers", "Workers that hold the model.")
+        self.retries = 0
+
+    def answered(self, kind: str, outcome: str) -> None:
+        """A request ended; ``outcome`` is ``"done"`` or ``"failed"``."""
+        self._requests.inc(1, {"kind": kind, "outcome": outcome})
+
+    def retried(self, kind: str, reason: str) -> None:
+        """A request goes to another worker."""
+        self.retries += 1
+        self._retries.inc(1)
+        log("request_retried", kind=kind, reason=reason)
+
+    def lost(self, worker: int, reason: str) -> None:
+        """A worker is gone."""
+        self._lost.inc(1)
+        log("worker_lost", worker=worker, reason=reason)
+
+    def count(self, ready: int) -> None:
+        """So many workers hold the model now."""
+        self._workers.set(ready)
