@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .applied import AppliedPlan, apply, apply_permanently
     from .descriptor import FamilyDescriptor, UnsupportedFamilyError, validate
     from .families import describe
+    from .folding import GapMap
     from .plan import Action, PlanError, SkipPlan
     from .surgery import save_pruned
 
@@ -20,6 +21,7 @@ _HOMES = {
     "Action": "plan",
     "AppliedPlan": "applied",
     "FamilyDescriptor": "descriptor",
+    "GapMap": "folding",
     "PlanError": "plan",
     "SkipPlan": "plan",
     "UnsupportedFamilyError": "descriptor",
@@ -34,6 +36,7 @@ __all__ = [
     "Action",
     "AppliedPlan",
     "FamilyDescriptor",
+    "GapMap",
     "PlanError",
     "SkipPlan",
     "UnsupportedFamilyError",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .descriptor import FamilyDescriptor, validate
 from .edits import Edits
 from .families import APPLIED, describe_stack
+from .folding import Maps, fold
 from .layer_removal import remove_layers
 from .locate import DecoderStack, locate
 from .plan import Action, PlanError, SkipPlan
@@ -23,11 +24,13 @@ class AppliedPlan:
     """A plan on a model: a context manager that installs the plan and removes it again, bitwise.
 
     One plan at a time: while a plan other than the all-run plan is installed, installing another raises
-    :class:`PlanError`. The all-run plan installs nothing.
+    :class:`PlanError`. The all-run plan installs nothing. ``compensation`` holds the maps of the plan's gaps; while
+    the plan is installed they are folded into the weights before the gaps.
     """
 
-    def __init__(self, model: nn.Module, plan: SkipPlan) -> None:
+    def __init__(self, model: nn.Module, plan: SkipPlan, compensation: Maps | None = None) -> None:
         self.plan = plan
+        self.compensation = compensation
         self._model = model
         self._edits = Edits()
         self._stack: DecoderStack = locate(model)
@@ -86,6 +89,8 @@ class AppliedPlan:
         if plan.needs_vision_tokens:
             self._require_masked_attention()
         layers = list(stack.layers)
+        if self.compensation is not None:
+            fold(self._edits, stack, plan, self.compensation)
         if plan.layers(Action.SKIP):
             remove_layers(self._edits, stack, plan.kept, permanent=permanent)
             if permanent:
@@ -108,22 +113,24 @@ class AppliedPlan:
             )
 
 
-def apply(model: nn.Module, plan: SkipPlan) -> AppliedPlan:
+def apply(model: nn.Module, plan: SkipPlan, compensation: Maps | None = None) -> AppliedPlan:
     """A context manager under which ``model`` runs ``plan``: ``with apply(model, plan): model.generate(...)``.
 
+    ``compensation`` gives the maps of all the plan's gaps (:mod:`workers.runtime.folding`); without it skips are plain.
     Raises :class:`PlanError` when the model cannot take the plan, and
     :class:`~workers.runtime.descriptor.UnsupportedFamilyError` when the model is not understood.
     """
-    return AppliedPlan(model, plan)
+    return AppliedPlan(model, plan, compensation)
 
 
-def apply_permanently(model: nn.Module, plan: SkipPlan) -> AppliedPlan:
+def apply_permanently(model: nn.Module, plan: SkipPlan, compensation: Maps | None = None) -> AppliedPlan:
     """Put ``plan`` on ``model`` for good: skipped layers leave the model, its configuration and memory.
 
+    Maps given as ``compensation`` stay in the weights.
     What is left is an ordinary model (after a plan of R and S: it can be saved, described and given further plans).
     Raises :class:`PlanError`, the model as it was, when transformers would load such a model differently once saved.
     """
-    applied = AppliedPlan(model, plan)
+    applied = AppliedPlan(model, plan, compensation)
     applied.install(permanent=True)
     applied._edits.forget()
     return applied

@@ -11,6 +11,7 @@ from torch import nn
 
 from .applied import AppliedPlan
 from .edits import Edits
+from .folding import Maps, fold
 from .layer_removal import remove_layers
 from .plan import Action, PlanError, SkipPlan
 from .reload_check import require_faithful_reload
@@ -24,13 +25,15 @@ def save_pruned(
     processor: Any = None,
     max_shard_size: int | str = "5GB",
     original_names: bool = True,
+    compensation: Maps | None = None,
 ) -> Path:
     """Write ``model`` without the layers that ``plan`` skips as an ordinary checkpoint; the model stays as it was.
 
     Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
     of the live model while it is saved, so no second copy of it is held. The directory appears complete or not at
     all. ``original_names`` names the tensors as the family's published checkpoints do; otherwise they have their
-    names in memory, which is what model code outside transformers loads. Raises :class:`PlanError` for plans with
+    names in memory, which is what model code outside transformers loads. ``compensation`` holds the maps of the plan's
+    gaps, which are folded into the written weights. Raises :class:`PlanError` for plans with
     other actions than run and skip, and ``FileExistsError`` when the directory exists and is not empty. A pruned
     model that transformers would build differently when it loads it is
     refused with a :class:`PlanError` too.
@@ -49,6 +52,8 @@ def save_pruned(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     edits = Edits()
     try:
+        if compensation is not None:
+            fold(edits, applied._stack, plan, compensation)
         if plan.layers(Action.SKIP):
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)

@@ -1,0 +1,262 @@
+"""Folding a linear map into the end of a decoder layer's MLP, so that the layer's own weights apply it.
+
+With M what a layer's MLP adds to the residual stream, a map T changes that to M T. Where M is made by linear
+projections alone, their weights can hold T (W' = T^T W where the weight is [hidden, width]), at no cost at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .edits import Edits
+from .gaps import gaps
+from .locate import DecoderStack
+from .plan import PlanError, SkipPlan
+
+PROJECTIONS = frozenset(
+    ("down_proj", "fc2", "w2", "c_proj", "dense_4h_to_h", "fc_out", "wo", "output_linear", "dense_2", "linear_2")
+)
+"""Names of an MLP's last projection; of experts' too, whose weights may be parameters [experts, ...]."""
+TOKEN_MIXERS = ("attn", "attention", "mamba", "mixer", "conv")
+"""Parts of names of what mixes tokens in a layer: the projections in there are not the MLP's."""
+EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class FoldingError(PlanError):
+    """A map that a layer cannot hold; the message names the layer and the reason."""
+
+
+@dataclass(frozen=True)
+class GapMap:
+    """The map that repairs one gap: the MLP of layer ``layer`` adds M ``matrix`` + ``bias`` instead of M.
+
+    ``matrix`` is ``[hidden, hidden]`` and applied from the right; ``bias`` is ``[hidden]`` or None. ``end`` is the
+    last layer of the run of skipped layers behind ``layer``.
+    """
+
+    layer: int
+    end: int
+    matrix: Tensor
+    bias: Tensor | None = None
+
+
+Maps = Mapping[int, GapMap]
+"""By the layer that holds them, in the numbers of the dense model."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A weight that makes MLP outputs, and the dimension of it that is the hidden one."""
+
+    module: nn.Module
+    weight: str
+    bias: str | None
+    hidden_dim: int
+    experts: bool
+
+
+@dataclass(frozen=True)
+class FoldSite:
+    """The end of one decoder layer's MLP: the modules whose outputs add up to M, and the projections that make it."""
+
+    outputs: tuple[nn.Module, ...]
+    projections: tuple[Projection, ...]
+
+
+def fold_site(stack: DecoderStack, index: int) -> FoldSite:
+    """Find the end of the MLP of the layer at ``index`` of the dense model.
+
+    What is found is a reading of names and shapes; :func:`added_share` proves it on real states. Raises
+    :class:`FoldingError` when there is none, or it is quantised.
+    """
+    layer = stack.layers[index]
+    hidden = int(stack.text_config.hidden_size)
+    outputs: list[nn.Module] = []
+    projections: list[Projection] = []
+    for name, child in layer.named_children():
+        if any(part in name for part in TOKEN_MIXERS):
+            continue
+        own = list(_projections(name, child, hidden, index))
+        if own:
+            outputs.append(child)
+            projections += own
+    if not projections:
+        raise FoldingError(f"layer {index} cannot hold a map: no last projection of its MLP was found")
+    return FoldSite(tuple(outputs), tuple(projections))
+
+
+def _projections(name: str, child: nn.Module, hidden: int, index: int) -> Iterator[Projection]:
+    for path, module in child.named_modules():
+        own_name = (path or name).rsplit(".", 1)[-1]
+        if own_name in PROJECTIONS:
+            yield _linear(module, hidden, index, own_name)
+        for parameter, value in module.named_parameters(recurse=False):
+            if parameter in PROJECTIONS and value.dim() == 3:
+                yield _experts(module, parameter, value, hidden, index)
+
+
+def _linear(module: nn.Module, hidden: int, index: int, name: str) -> Projection:
+    weight = getattr(module, "weight", None)
+    if type(module) not in (nn.Linear, Conv1D) or weight is None or weight.dtype not in EXACT_DTYPES:
+        raise FoldingError(
+            f"layer {index} cannot hold a map: its projection {name} is a {type(module).__name__}, not a plain linear "
+            "one; load the model without quantisation or adapters"
+        )
+    hidden_dim = 1 if isinstance(module, Conv1D) else 0
+    if weight.shape[hidden_dim] != hidden:
+        raise FoldingError(f"layer {index} cannot hold a map: {name} is {list(weight.shape)}, not {hidden} wide")
+    bias = "bias" if getattr(module, "bias", None) is not None else None
+    return Projection(module, "weight", bias, hidden_dim, experts=False)
+
+
+def _experts(module: nn.Module, name: str, value: Tensor, hidden: int, index: int) -> Projection:
+    if value.dtype not in EXACT_DTYPES:
+        raise FoldingError(f"layer {index} cannot hold a map: its experts' weights are {value.dtype}")
+    dims = [dim for dim in (1, 2) if value.shape[dim] == hidden]
+    if len(dims) == 2:
+        dims = [2 if getattr(module, "is_transposed", False) else 1]
+    if not dims:
+        raise FoldingError(f"layer {index} cannot hold a map: {name} is {list(value.shape)}, not {hidden} wide")
+    bias = f"{name}_bias" if isinstance(getattr(module, f"{name}_bias", None), nn.Parameter) else None
+    return Projection(module, name, bias, dims[0], experts=True)
+
+
+# Folding ------------------------------------------------------------------------------------------------------------
+
+
+def fold(edits: Edits, stack: DecoderStack, plan: SkipPlan, maps: Maps) -> None:
+    """Put ``maps`` into the weights of the layers before the plan's gaps; ``edits`` puts the old weights back.
+
+    Raises :class:`FoldingError` when the maps are not those of the plan's gaps, or a layer cannot hold its map.
+    """
+    if tuple(sorted((each.layer, each.end) for each in maps.values())) != tuple((g.layer, g.end) for g in gaps(plan)):
+        raise FoldingError(f"the maps given are not those of the gaps of plan {plan.text}")
+    for index in sorted(maps):
+        fold_site_map(edits, fold_site(stack, index), maps[index])
+
+
+def fold_site_map(edits: Edits, site: FoldSite, own: GapMap) -> None:
+    """Put one map into the weights of a site. Raises :class:`FoldingError` when they cannot hold its bias."""
+    if own.bias is not None:
+        require_bias(site, own.layer)
+    for projection in site.projections:
+        _replace(edits, projection.module, projection.weight, folded_weight(projection, own.matrix))
+        if projection.bias is not None:
+            _replace(edits, projection.module, projection.bias, _folded_bias(projection, own))
+
+
+def require_bias(site: FoldSite, index: int) -> None:
+    """Raise :class:`FoldingError` unless the site is one projection that has a bias to hold a constant."""
+    if len(site.projections) != 1 or site.projections[0].experts or site.projections[0].bias is None:
+        raise FoldingError(f"layer {index} cannot hold a map with a bias: its MLP's last projection has none")
+
+
+def folded_weight(projection: Projection, matrix: Tensor) -> Tensor:
+    """The projection's weight with the map in it: computed in float64 and rounded once, to the weight's dtype.
+
+    Only the map's difference to the identity is multiplied, so that the identity leaves every bit as it was.
+    """
+    weight: Tensor = getattr(projection.module, projection.weight).detach()
+    change = _minus_identity(matrix, weight.device)
+    moved = weight.movedim(projection.hidden_dim, -1).double()  # [..., width, hidden]
+    result = (moved + moved @ change).movedim(-1, projection.hidden_dim)
+    return result.to(weight.dtype).contiguous()
+
+
+def _folded_bias(projection: Projection, own: GapMap) -> Tensor:
+    assert projection.bias is not None
+    bias: Tensor = getattr(projection.module, projection.bias).detach()
+    result = bias.double() + bias.double() @ _minus_identity(own.matrix, bias.device)
+    if own.bias is not None:
+        result = result + own.bias.to(bias.device).double()
+    return result.to(bias.dtype)
+
+
+def _minus_identity(matrix: Tensor, device: torch.device) -> Tensor:
+    change = matrix.to(device).double()
+    return change - torch.eye(change.shape[0], dtype=change.dtype, device=device)
+
+
+def _replace(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
+    old = module._parameters[name]
+    assert old is not None
+    edits.set_item(module._parameters, name, nn.Parameter(value, requires_grad=old.requires_grad))
+
+
+# Proof that a layer is residual + linear projection ------------------------------------------------------------------
+
+
+class OutputSum:
+    """Collects M, the sum of a site's outputs, while a layer runs."""
+
+    def __init__(self, site: FoldSite) -> None:
+        self._site = site
+        self._found: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> OutputSum:
+        self._handles = [module.register_forward_hook(self._note) for module in self._site.outputs]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._found.append(output[0] if isinstance(output, tuple) else output)
+
+    def take(self) -> Tensor:
+        """M of the run that just ended, ``[rows, hidden]``. Raises RuntimeError when a part of the MLP did not run."""
+        found, self._found = self._found, []
+        if len(found) != len(self._site.outputs):
+            raise RuntimeError(f"{len(found)} of {len(self._site.outputs)} parts of an MLP ran")
+        parts = [part.reshape(-1, part.shape[-1]) for part in found]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+def added_share(index: int, site: FoldSite, run: Callable[[], Tensor], *, seed: int = 0) -> float:
+    """The factor s with which M enters the layer's output (1 in most families), proven on real states.
+
+    ``run`` executes the layer and returns its output ``[batch, tokens, hidden]``. A random map is folded in, and the
+    output must change by s M (T - I), the same s for all tokens and dimensions. Raises :class:`FoldingError` when it
+    does not: the block normalises or gates M, or other weights make it too.
+    """
+    with OutputSum(site) as watched:
+        plain = run()
+        output = watched.take().float()
+    if plain.dim() != 3 or output.numel() != plain.numel():
+        raise FoldingError(
+            f"layer {index} cannot hold a map: its MLP gives {list(output.shape)} where its states are "
+            f"{list(plain.shape)}"
+        )
+    output = output.view(plain.shape)
+    hidden = plain.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    # As large as the stream itself, so that rounding of a low precision does not hide the change.
+    size = float(plain.float().norm() / output.norm().clamp(min=1e-30))
+    change = (torch.randn(hidden, hidden, generator=generator) * size / hidden**0.5).to(plain.device)
+    edits = Edits()
+    try:
+        fold_site_map(edits, site, GapMap(index, index, torch.eye(hidden, device=plain.device) + change))
+        changed = run()
+    finally:
+        edits.undo()
+    expected = output @ change
+    found = changed.float() - plain.float()
+    share = float((found * expected).sum() / (expected * expected).sum().clamp(min=1e-30))
+    error = float((found - share * expected).norm() / found.norm().clamp(min=1e-30))
+    if not abs(share) > 1e-4 or not error < (1e-3 if plain.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise FoldingError(
+            f"layer {index} cannot hold a map: its block does not end in residual + linear projection (the MLP's "
+            "output is normalised, gated or transformed before it is added)"
+        )
+    return 1.0 if abs(share - 1.0) < 1e-2 else share
