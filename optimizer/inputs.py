@@ -26,6 +26,8 @@ class Inputs:
     spec: JobSpec
     task: Task
     spec_hash: str
+    model_hash: str
+    """The model's fingerprint; empty when its files are on a cluster's nodes only."""
 
 
 def prepare(spec: JobSpec) -> Inputs:
@@ -38,7 +40,8 @@ def prepare(spec: JobSpec) -> Inputs:
     task = load_job_task(spec)
     check_rungs(spec, task)
     check_images(task)
-    return Inputs(spec, task, spec.digest(task=task_hash(task), model=model_hash(spec)))
+    model = model_hash(spec)
+    return Inputs(spec, task, spec.digest(task=task_hash(task), model=model), model)
 
 
 def load_job_task(spec: JobSpec) -> Task:

@@ -9,24 +9,23 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from optimizer import pipeline
+from optimizer import logs, pipeline
 from optimizer.errors import Interrupted, LeaseLost, UsageFault, one_line
-from optimizer.inputs import Inputs, model_source, prepare
-from optimizer.job import DEFAULT_DATABASE, JobSpec, validate_job
+from optimizer.inputs import Inputs
+from optimizer.job import DEFAULT_DATABASE, JobSpec, override, validate_job
 from optimizer.progress import Progress
-from optimizer.space import plan_space
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.publish import Published
 from storage import errors as storage_errors
 from storage import jobs
 from storage.database import Database
 from storage.jobs import Job
-from workers.errors import ClusterError, WorkersError
+from workers.errors import ClusterError
 
 if TYPE_CHECKING:
     from workers.pool import WorkerPool
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 30.0
 HEARTBEAT_SECONDS = 5.0
 POLL_SECONDS = 1.0
+FIRST_RETRY_SECONDS = 5.0
+LONGEST_RETRY_SECONDS = 300.0
+"""A job whose cluster failed waits so long, twice as long each time, but no longer than this."""
 
 
 def new_owner() -> str:
@@ -46,33 +48,22 @@ def stored_spec(spec: JobSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude={"database"})
 
 
+def submit(db: Database, inputs: Inputs, *, anew: bool) -> tuple[Job, bool]:
+    """Queue a job; unless ``anew``, one of the same specification that is queued, running or done is found instead."""
+    spec, stored, known_by = inputs.spec, stored_spec(inputs.spec), inputs.spec_hash
+    if anew:
+        return jobs.submit(db, stored, known_by, priority=spec.priority, max_attempts=spec.attempts), True
+    return jobs.submit_once(db, stored, known_by, priority=spec.priority, max_attempts=spec.attempts)
+
+
 def read_spec(job: Job) -> JobSpec:
-    """The specification of a stored job. Raises UsageFault when this version cannot read it."""
-    return validate_job({**job.spec, "database": DEFAULT_DATABASE}, f"job {job.id}")
+    """The specification of a stored job, on the cluster that this process's environment names, if it does.
 
-
-@contextmanager
-def open_pool(inputs: Inputs) -> Iterator[WorkerPool]:
-    """Workers that hold the job's model and task, checked against what the job asks of the model.
-
-    Raises UsageFault when the model cannot be loaded or lacks what the job names, ClusterError when the cluster
-    cannot be used.
+    Raises UsageFault when this version cannot read it.
     """
-    from workers.cluster import ClusterSettings
-    from workers.pool import WorkerPool
-
-    cluster = inputs.spec.cluster
-    settings = ClusterSettings(
-        address=cluster.address,
-        workers=None if cluster.workers == "auto" else cluster.workers,
-        cpus_per_worker=cluster.cpus_per_worker,
-        gpus_per_worker=cluster.gpus_per_worker,
-        batch_size=cluster.batch_size,
-        request_timeout_seconds=cluster.request_timeout_seconds,
-    )
-    with WorkerPool(settings, model_source(inputs.spec), inputs.task) as pool:
-        plan_space(inputs.spec, pool.info[0])
-        yield pool
+    document = {**job.spec, "database": DEFAULT_DATABASE, "cluster": dict(job.spec.get("cluster") or {})}
+    override(document, os.environ, section="cluster")
+    return validate_job(document, f"job {job.id}")
 
 
 def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] = lambda text: None) -> Job:
@@ -98,84 +89,55 @@ def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] =
 def process(db: Database, job: Job, inputs: Inputs, pool: WorkerPool, progress: Progress) -> Published:
     """Run a claimed job to its final state.
 
-    An interrupted job, and one whose cluster or database failed, goes back to the queue and can be resumed. Raises
-    Interrupted, JobFailed, LeaseLost, ClusterError, DatabaseError.
+    An interrupted job goes back to the queue. So does one whose cluster or database failed, to be taken again after a
+    while; but the attempt counts unless it got somewhere. Raises Interrupted, JobFailed, LeaseLost, ClusterError,
+    DatabaseError.
     """
-    heartbeat = Heartbeat(db, job, progress)
+    with logs.of_job(job.id):
+        published = _run_pipeline(db, job, inputs, pool, progress)
+        if published.best is None:
+            jobs.infeasible(db, job, published.reason)
+            logs.log("job_infeasible", reason=published.reason)
+        else:
+            jobs.finish(db, job)
+            logs.log("job_succeeded", plan=published.best, plans=len(published.plan_ids))
+    return published
+
+
+def _run_pipeline(db: Database, job: Job, inputs: Inputs, pool: WorkerPool, progress: Progress) -> Published:
     try:
-        with heartbeat, stop_signals():
-            published = pipeline.run(JobContext(db, job, inputs, pool, progress))
+        with Heartbeat(db, job, progress), stop_signals():
+            return pipeline.run(JobContext(db, job, inputs, pool, progress))
     except KeyboardInterrupt:
-        _quietly(lambda: jobs.release(db, job, "interrupted"))
+        quietly(lambda: jobs.release(db, job, "interrupted"))
+        logs.log("job_interrupted")
         raise Interrupted(
             f"interrupted; job {job.id} is back in the queue and goes on where it was when the job file is run again"
         ) from None
     except storage_errors.LeaseLost as error:
+        logs.log("job_taken_away", reason=one_line(error))
         raise LeaseLost(str(error)) from None
     except (ClusterError, storage_errors.DatabaseError) as error:
-        reason = one_line(error)  # the name 'error' is unbound when the release runs
-        _quietly(lambda: jobs.release(db, job, reason))
+        put_back(db, job, one_line(error))
         raise
     except BaseException as error:
         reason = one_line(error) if isinstance(error, JobFailed) else f"{type(error).__name__}: {one_line(error)}"
-        _quietly(lambda: jobs.fail(db, job, reason))
+        quietly(lambda: jobs.fail(db, job, reason))
+        logs.log("job_failed", reason=reason)
         raise
-    if published.best is None:
-        jobs.infeasible(db, job, published.reason)
-    else:
-        jobs.finish(db, job)
-    return published
 
 
-def _quietly(action: Callable[[], object]) -> None:
+def put_back(db: Database, job: Job, reason: str) -> None:
+    """Let a job wait whose surroundings failed; the longer, the more often that happened."""
+    wait = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (job.attempt - 1))
+    quietly(lambda: jobs.retry(db, job, reason, wait))
+    logs.log("job_put_back", reason=reason, wait_seconds=wait)
+
+
+def quietly(action: Callable[[], object]) -> None:
     """Do what can still be done for a job; what made it end is what is reported."""
     with suppress(storage_errors.StorageError):
         action()
-
-
-def serve(db: Database, *, once: bool, progress: Callable[[Job], Progress], note: Callable[[str], None]) -> int:
-    """Claim and run queued jobs until stopped; with ``once`` until the queue is empty. Returns the number of jobs run.
-
-    Raises Interrupted, or ClusterError and DatabaseError after putting the job back.
-    """
-    owner = new_owner()
-    done = 0
-    while True:
-        job = jobs.claim(db, owner, LEASE_SECONDS)
-        if job is None:
-            if once:
-                return done
-            time.sleep(POLL_SECONDS)
-            continue
-        done += 1
-        note(f"job {job.id}: {job.spec['model']['path']} on {job.spec['task']}")
-        _serve_one(db, job, progress(job), note)
-
-
-def _serve_one(db: Database, job: Job, progress: Progress, note: Callable[[str], None]) -> None:
-    """One claimed job; what is wrong with the job itself ends the job, not the service."""
-    with ExitStack() as stack:
-        try:
-            with Heartbeat(db, job, progress):
-                inputs = prepare(read_spec(job))
-                pool = stack.enter_context(open_pool(inputs))
-        except ClusterError as error:
-            reason = one_line(error)
-            _quietly(lambda: jobs.release(db, job, reason))
-            raise
-        except (UsageFault, WorkersError) as error:
-            jobs.fail(db, job, one_line(error))
-            note(f"job {job.id} failed: {one_line(error)}")
-            return
-        except KeyboardInterrupt:
-            _quietly(lambda: jobs.release(db, job, "interrupted"))
-            raise Interrupted(f"interrupted; job {job.id} is back in the queue") from None
-        try:
-            published = process(db, job, inputs, pool, progress)
-        except (JobFailed, LeaseLost) as error:
-            note(f"job {job.id} ended: {one_line(error)}")
-        else:
-            note(f"job {job.id} {'succeeded' if published.best is not None else 'found no feasible plan'}")
 
 
 class Heartbeat:

@@ -1,33 +1,41 @@
-"""``skipplan jobs``: what is queued, running and done."""
+"""``skipplan jobs``: what is queued, running and done, and what a user may do about it."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optimizer.cli.state import open_database, print_json
+from optimizer.cli.state import open_database, print_json, print_line
 
 if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.events import Event
     from storage.jobs import Job
 
+app = typer.Typer(no_args_is_help=True, help="The queue: what is waiting, running and done.")
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command()(jobs)
+JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Number of the job.", show_default=False)]
+JobNumbers = Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+WATCH_SECONDS = 1.0
+EXIT_CODES = {"succeeded": 0, "infeasible": 3, "failed": 1, "cancelled": 1}
 
 
-def jobs(
+@app.command("list")
+def list_(
     context: typer.Context,
     state: Annotated[list[str] | None, typer.Option("--state", help="Only jobs in this state; repeatable.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most jobs to list.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """List jobs, the newest first."""
-    from storage import jobs as queue
+    from storage import jobs
 
     with open_database(context) as db:
-        found = queue.list_jobs(db, state or (), limit)
+        found = jobs.list_jobs(db, state or (), limit)
     if as_json:
         print_json([_row(job) for job in found])
         return 0
@@ -36,21 +44,123 @@ def jobs(
     from optimizer.cli.screen import Screen
 
     table = Table(header_style="bold")
-    for name in ("id", "state", "model", "task", "progress", "submitted", "reason"):
+    for name in ("id", "state", "priority", "model", "task", "progress", "submitted", "reason"):
         table.add_column(name)
     for job in found:
-        row = _row(job)
-        table.add_row(
-            str(job.id),
-            job.state,
-            row["model"],
-            row["task"],
-            _progress(job),
-            f"{job.created_at:%Y-%m-%d %H:%M}",
-            job.error,
-        )
+        model, task = job.spec["model"]["path"], job.spec["task"]
+        submitted = f"{job.created_at:%Y-%m-%d %H:%M}"
+        table.add_row(str(job.id), job.state, str(job.priority), model, task, _progress(job), submitted, job.error)
     Screen(quiet=False).table(table)
     return 0
+
+
+@app.command()
+def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int:
+    """Show one job: its state and progress, its counters, finished stages and history."""
+    from storage import events, jobs, stages
+
+    with open_database(context) as db:
+        found = jobs.get(db, job)
+        counters = _counters(found, stages.counters(db, job))
+        finished = stages.stages(db, job)
+        history = events.for_job(db, job)
+    if as_json:
+        print_json(
+            _row(found)
+            | {
+                "counters": counters,
+                "stages": {name: stage.recorded_at.isoformat() for name, stage in finished.items()},
+                "events": [_event(event) for event in history],
+                "specification": found.spec,
+            }
+        )
+        return 0
+    for name, value in _row(found).items():
+        if value not in (None, "", {}):
+            print_line(f"{name:<10} {_progress(found) if name == 'progress' else value}")
+    print_line(f"{'counters':<10} {', '.join(f'{name} {value:,g}' for name, value in counters.items()) or 'none'}")
+    print_line(f"{'stages':<10} {', '.join(finished) or 'none finished'}")
+    for event in history:
+        print_line(_line(event))
+    return 0
+
+
+@app.command()
+def watch(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int:
+    """Follow a job from any shell until it ends; the exit code says how it ended (0, 3 infeasible, 1 otherwise)."""
+    with open_database(context) as db:
+        return _follow(db, job, as_json=as_json)
+
+
+def _follow(db: Database, number: int, *, as_json: bool) -> int:
+    from storage import events, jobs
+
+    seen, last = 0, ""
+    while True:
+        job = jobs.get(db, number)  # before the events, so that none of an ended job is missed
+        for event in events.for_job(db, number, after=seen):
+            seen = event.id
+            _print_news(_event(event) if as_json else _line(event))
+        progress = _progress(job)
+        if progress and progress != last:
+            last = progress
+            _print_news({"progress": job.progress} if as_json else progress)
+        if job.is_finished:
+            return EXIT_CODES[job.state]
+        time.sleep(WATCH_SECONDS)
+
+
+def _print_news(news: dict[str, Any] | str) -> None:
+    import json
+    import sys
+
+    print_line(news if isinstance(news, str) else json.dumps(news, default=str))
+    sys.stdout.flush()
+
+
+@app.command()
+def cancel(
+    context: typer.Context,
+    job: JobNumbers,
+    reason: Annotated[str, typer.Option(help="Kept with the job.")] = "cancelled by a user",
+) -> int:
+    """Stop waiting or running jobs; what they measured stays, and they can be resumed."""
+    from storage import jobs
+
+    with open_database(context) as db:
+        for number in job:
+            jobs.cancel(db, number, reason)
+            print_line(f"job {number} cancelled")
+    return 0
+
+
+@app.command()
+def resume(context: typer.Context, job: JobNumbers) -> int:
+    """Queue failed or cancelled jobs again; they go on where they were."""
+    from storage import jobs
+
+    with open_database(context) as db:
+        for number in job:
+            jobs.resume(db, number, int(jobs.get(db, number).spec.get("attempts", jobs.MAX_ATTEMPTS)))
+            print_line(f"job {number} queued")
+    return 0
+
+
+@app.command()
+def remove(context: typer.Context, job: JobNumbers) -> int:
+    """Delete jobs that do not run, with their evaluations and published plans."""
+    from storage import jobs
+
+    with open_database(context) as db:
+        for number in job:
+            jobs.remove(db, number)
+            print_line(f"job {number} removed")
+    return 0
+
+
+def _counters(job: Job, counters: dict[str, float]) -> dict[str, float]:
+    """A job's running sums, with how often it was begun again."""
+    return counters | {"attempts": float(job.attempt)}
 
 
 def _progress(job: Job) -> str:
@@ -60,10 +170,19 @@ def _progress(job: Job) -> str:
     return f"{job.progress.get('stage', '')} {done}{f'/{total}' if total else ''}"
 
 
+def _event(event: Event) -> dict[str, Any]:
+    return {"at": event.at.isoformat(), "event": event.kind, "attempt": event.attempt, "message": event.message}
+
+
+def _line(event: Event) -> str:
+    return f"{event.at:%Y-%m-%d %H:%M:%S} {event.kind:<14} {event.message}"
+
+
 def _row(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "state": job.state,
+        "priority": job.priority,
         "model": job.spec["model"]["path"],
         "task": job.spec["task"],
         "progress": job.progress,
@@ -71,6 +190,7 @@ def _row(job: Job) -> dict[str, Any]:
         "attempt": job.attempt,
         "reason": job.error,
         "submitted": job.created_at.isoformat(),
+        "not_before": None if job.not_before is None else job.not_before.isoformat(),
         "started": None if job.started_at is None else job.started_at.isoformat(),
         "finished": None if job.finished_at is None else job.finished_at.isoformat(),
     }

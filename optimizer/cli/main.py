@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated
 
 import typer
 
-from optimizer.cli import database, exchange, export, jobs, plans, run
+from optimizer.cli import database, exchange, export, jobs, plans, run, study
 from optimizer.cli.state import GlobalOptions
 
 app = typer.Typer(
@@ -42,16 +43,39 @@ run.register(app)
 plans.register(app)
 export.register(app)
 exchange.register(app)
-jobs.register(app)
+app.add_typer(jobs.app, name="jobs")
+study.register(app)
 app.add_typer(database.app, name="db")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    if arguments is None:
+        _keep_password_from_process_list()
     given = sys.argv[1:] if arguments is None else arguments
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: nobody would see them move
     raise SystemExit(_run(_global_options_first(given)))
+
+
+def _keep_password_from_process_list() -> None:
+    """Begin anew with a database URL that holds a password in the environment instead of among the arguments.
+
+    Everybody on the machine can read a process's arguments, and Ray keeps them with the cluster's jobs.
+    """
+    given = sys.orig_argv[1:]
+    for position, argument in enumerate(given):
+        if argument == "--":
+            return
+        url = argument.removeprefix("--database=")
+        taken = 1
+        if argument == "--database" and position + 1 < len(given):
+            url, taken = given[position + 1], 2
+        elif url == argument:
+            continue
+        if re.search(r"://[^/]*:[^/]*@|password=", url):
+            rest = [*given[:position], *given[position + taken :]]
+            os.execve(sys.executable, [sys.executable, *rest], {**os.environ, "SKIPPLAN_DATABASE": url})
 
 
 def _run(arguments: list[str]) -> int:

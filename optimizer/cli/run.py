@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 JobFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Job file (YAML).", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Run anew even if this specification has a result already.")]
+LogFormat = Annotated[
+    str | None,
+    typer.Option("--log-format", metavar="text|json", help="Write one line per event to standard error."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -27,7 +32,13 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
 
 
-def run(context: typer.Context, config: JobFile, force: Force = False, as_json: AsJson = False) -> int:
+def run(
+    context: typer.Context,
+    config: JobFile,
+    force: Force = False,
+    log_format: LogFormat = None,
+    as_json: AsJson = False,
+) -> int:
     """Do a job here and now: queue it, process it, print its plans.
 
     Interrupted with Ctrl-C or killed, it goes on where it was when run again.
@@ -39,7 +50,8 @@ def run(context: typer.Context, config: JobFile, force: Force = False, as_json: 
     from optimizer.job import load_job
     from storage.database import Database
 
-    screen = Screen(quiet=as_json)
+    logging = start_logging(log_format)
+    screen = Screen(quiet=as_json or logging)  # lines of the log would break a live display
     spec = load_job(config, database=global_options(context).database)
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
@@ -61,15 +73,11 @@ def _finished(db: Database, inputs: Inputs) -> Job | None:
 def _process(db: Database, inputs: Inputs, screen: Screen, force: bool) -> Job:
     """Start the workers first: a job that cannot begin leaves no trace in the database."""
     from optimizer import service
+    from optimizer.holding import open_pool
     from optimizer.progress import Progress
-    from storage import jobs
 
-    with screen.status("starting the workers") as status, service.open_pool(inputs) as pool:
-        spec = service.stored_spec(inputs.spec)
-        if force:
-            job = jobs.submit(db, spec, inputs.spec_hash)
-        else:
-            job, _ = jobs.submit_once(db, spec, inputs.spec_hash)
+    with screen.status("starting the workers") as status, open_pool(inputs) as pool:
+        job, _ = service.submit(db, inputs, anew=force)
         job = service.claim_this(db, job, service.new_owner(), screen.say)
         status.stop()
         with screen.live(f"job {job.id}, {pool.size} workers on {pool.info[0].device}") as display:
@@ -91,22 +99,28 @@ def _print_result(db: Database, job_id: int, screen: Screen, as_json: bool) -> i
     return 0
 
 
-def submit(context: typer.Context, config: JobFile, force: Force = False, as_json: AsJson = False) -> int:
+def submit(
+    context: typer.Context,
+    config: JobFile,
+    force: Force = False,
+    priority: Annotated[
+        int | None,
+        typer.Option("--priority", min=-1000, max=1000, help="Wins over the job file's; higher ones come first."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
     """Queue a job for `skipplan serve`, or a later `skipplan run`, to process."""
     from optimizer import service
     from optimizer.inputs import prepare
     from optimizer.job import load_job
-    from storage import jobs
     from storage.database import Database
 
     spec = load_job(config, database=global_options(context).database)
+    if priority is not None:
+        spec = spec.model_copy(update={"priority": priority})
     inputs = prepare(spec)
     with Database.open(spec.database) as db:
-        stored = service.stored_spec(spec)
-        if force:
-            job, new = jobs.submit(db, stored, inputs.spec_hash), True
-        else:
-            job, new = jobs.submit_once(db, stored, inputs.spec_hash)
+        job, new = service.submit(db, inputs, anew=force)
     if as_json:
         print_json({"job": job.id, "state": job.state, "new": new})
     elif new:
@@ -119,14 +133,29 @@ def submit(context: typer.Context, config: JobFile, force: Force = False, as_jso
 def serve(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Stop when the queue is empty.")] = False,
+    log_format: LogFormat = None,
 ) -> int:
-    """Claim and process queued jobs until stopped; several of these may share a database."""
-    from optimizer import service
-    from optimizer.cli.screen import Screen
-    from optimizer.progress import Progress
+    """Claim and process queued jobs until stopped; several of these may share a database.
 
-    screen = Screen(quiet=False)
+    Says what happens in one line per event on standard error.
+    """
+    from optimizer.progress import Progress
+    from optimizer.serving import LoggedNotes, Server
+
+    start_logging(log_format, default="text")
     with open_database(context) as db:
-        done = service.serve(db, once=once, progress=lambda job: Progress(screen.notes()), note=screen.say)
-    screen.say(f"{done} job{'s' if done != 1 else ''} processed")
+        Server(db, progress=lambda job: Progress(LoggedNotes())).run(once=once)
     return 0
+
+
+def start_logging(asked: str | None, default: str | None = None) -> bool:
+    """Begin to write the log that the option, else the environment, asks for; whether one is written."""
+    from optimizer import logs
+    from optimizer.errors import UsageFault
+
+    form = asked or os.environ.get(logs.ENVIRONMENT) or default
+    if form is not None and form not in logs.FORMATS:
+        source = "--log-format" if asked else logs.ENVIRONMENT
+        raise UsageFault(f"{source}: must be {' or '.join(logs.FORMATS)}, not {form!r}")
+    logs.configure(form)
+    return form is not None

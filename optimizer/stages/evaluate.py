@@ -183,6 +183,7 @@ class Evaluator:
             f"evaluations_{result.path}": 1.0,
             "near_ties": float(result.near_ties),
             "failed_samples": float(len(result.failed_samples)),
+            "retries": float(context.pool.take_retries()),
         }
         if result.failed_samples:
             sample, reason = next(iter(result.failed_samples.items()))

@@ -157,7 +157,7 @@ CASES = [
     ),
     Case("no directory for the database", 4, ("no/where",), arguments=(*RUN, "--database", "sqlite:///no/where/x.db")),
     Case("not a database", 4, ("data.csv",), arguments=(*RUN, "--database", "sqlite:///data.csv")),
-    Case("no database yet", 4, ("other.db",), arguments=("--database=sqlite:///other.db", "jobs")),
+    Case("no database yet", 4, ("other.db",), arguments=("--database=sqlite:///other.db", "jobs", "list")),
     Case("no cluster", 4, ("127.0.0.1:9", "nothing answers"), environment={"SKIPPLAN_CLUSTER_ADDRESS": "127.0.0.1:9"}),
     Case("cluster address", 4, ("cluster", "host:port"), environment={"SKIPPLAN_CLUSTER_ADDRESS": "somewhere"}),
     Case("cluster too small", 4, ("4000", "CPU"), environment={"SKIPPLAN_CLUSTER_WORKERS": "4000"}),
@@ -186,7 +186,7 @@ CASES = [
         arguments=("best", "--model", "llava-12", "--task", "easy"),
     ),
     Case("drop in points for best", 2, ("max-accuracy-drop",), arguments=("best", "--max-accuracy-drop", "3")),
-    Case("unknown state", 2, ("done", "succeeded"), arguments=("jobs", "--state", "done")),
+    Case("unknown state", 2, ("done", "succeeded"), arguments=("jobs", "list", "--state", "done")),
     Case("unknown command", 2, ("rnu",), arguments=("rnu", "job.yaml")),
     Case("unknown option", 2, ("--fast",), arguments=(*RUN, "--fast")),
 ]
@@ -244,7 +244,7 @@ def test_a_constraint_nobody_can_meet(directory: Path):
     ended = command(directory, *RUN)
     assert ended.code == 3
     assert len(ended.errors.splitlines()) == 1 and "dense model is the answer" in ended.errors
-    assert "infeasible" in command(directory, "jobs", "--json").output
+    assert "infeasible" in command(directory, "jobs", "list", "--json").output
     again = command(directory, *RUN, timeout=60)
     assert again.code == 3 and "dense model is the answer" in again.errors
 

@@ -105,7 +105,7 @@ def test_best_and_plans_and_jobs_answer_from_the_database(finished_job: Finished
     assert strict.code == 3 and strict.output == "" and "dense model is the answer" in strict.errors
     listed = command(finished_job.directory, "plans", "--model", MODEL, "--json")
     assert {plan["id"] for plan in json.loads(listed.output)} == {plan["id"] for plan in finished_job.result["plans"]}
-    (job,) = json.loads(command(finished_job.directory, "jobs", "--json").output)
+    (job,) = json.loads(command(finished_job.directory, "jobs", "list", "--json").output)
     assert (job["id"], job["state"], job["task"]) == (finished_job.result["job"], "succeeded", "easy-vqa")
 
 
