@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from optimizer import criteria
 from optimizer.errors import UsageFault, one_line
 
 DEFAULT_DATABASE = "sqlite:///skipplan.db"
@@ -184,6 +185,15 @@ class JobSpec(_Section):
     actions: tuple[ActionName, ...] = Field(
         default=("skip",), min_length=1, description="What may happen at a layer: skip, freeze, bypass."
     )
+    criterion: str = Field(
+        default="skip-it",
+        min_length=1,
+        description="What predicts the risk of each layer and action, from which the first plans come "
+        "(see docs/theory.md).",
+    )
+    thresholds: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="The criterion's thresholds, by name; its own where absent."
+    )
     constraint: ConstraintSpec = ConstraintSpec()
     protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Layers (from 0) that must run.")
     search: SearchSpec = SearchSpec()
@@ -216,6 +226,16 @@ class JobSpec(_Section):
         if len(set(actions)) != len(actions):
             raise ValueError("each action may be named once")
         return tuple(sorted(actions))
+
+    @model_validator(mode="after")
+    def _criterion_exists(self) -> JobSpec:
+        """Write out the thresholds that were not given, so that they are recorded with the job's result."""
+        try:
+            known = criteria.load(self.criterion, self.thresholds).thresholds
+        except UsageFault as fault:
+            raise ValueError(str(fault)) from None
+        self.__dict__["thresholds"] = dict(known)  # the model is frozen to everybody else
+        return self
 
     @model_validator(mode="after")
     def _rungs_fit(self) -> JobSpec:

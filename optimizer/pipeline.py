@@ -10,8 +10,8 @@ from optimizer.stages.publish import Published
 def run(context: JobContext) -> Published:
     """Take a claimed job from the model to published plans. Raises JobFailed when a station cannot be passed."""
     latency = profile.run(context)
-    redundancy = score.run(context)
-    outcome = search.run(context, latency, redundancy)
+    table = score.run(context)
+    outcome = search.run(context, latency, table)
     verdicts = verify.run(context, outcome)
     measured = measure.run(context, verdicts)
     return publish.run(context, verdicts, measured)

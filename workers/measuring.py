@@ -98,7 +98,7 @@ class Measurer:
         with device_lock.computing(self.loaded.device):
             return self._compute(request)
 
-    def _compute(self, request: EvaluatePlan | EvaluatePlans | ScoreRedundancy) -> Reply:
+    def _compute(self, request: EvaluatePlan | EvaluatePlans | ScoreLayers) -> Reply:
         loaded, task = self.loaded, self.task
         match request:
             case EvaluatePlan():
@@ -114,6 +114,10 @@ class Measurer:
                     shards=request.shards,
                     batch_size=self.evaluator.batch_size,
                 )
+
+    def _time(self, request: ProfileLatency | CompareLatency) -> Reply:
+        loaded, task = self.loaded, self.task
+        match request:
             case ProfileLatency():
                 return profile_latency(
                     loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload

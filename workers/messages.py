@@ -6,9 +6,9 @@ heavy, so that the driver and the command line can use it without torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import fsum, nan, sqrt
+
+from .scoring.sums import ShardScores
 
 SPLITS = ("calibration", "search", "held_out")
 TOKEN_GROUPS = ("vision", "text", "all")
@@ -29,6 +29,8 @@ class ModelSource:
     device: str = "auto"
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    allow_pickle: tuple[str, ...] = ()
+    """Names of pickled weight files that may be read where there are no safetensors."""
 
 
 @dataclass(frozen=True)

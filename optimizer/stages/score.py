@@ -1,48 +1,97 @@
-"""Station 2: redundancy statistics of every layer on the calibration split, sharded over the workers."""
+"""Station 2: what the job's criterion needs to know about every layer, on the calibration split.
+
+What any job has measured of this model on these samples under the same settings is read, never measured again.
+"""
 
 from __future__ import annotations
 
-from optimizer.criterion import Redundancy, merge
+import hashlib
+from collections.abc import Sequence
+
+from optimizer import criteria
 from optimizer.inputs import split_hash
 from optimizer.stages.context import JobContext, JobFailed
-from storage import measurements
-from workers.messages import RedundancySums, ScoreRedundancy
+from storage import measurements, stages
+from workers.errors import MeasurementError
+from workers.messages import ScoreLayers
+from workers.scoring.kinds import KINDS, finish
+from workers.scoring.sums import ShardScores, merge
+from workers.scoring.table import LayerMeasurement, LayerTable
+
+SHARD_SAMPLES = 16
+"""Samples a worker takes at a time; fixed, so that the sums are the same on any number of workers."""
+
+DONE = "measured"
+"""Name of the row that says a kind was measured; its group is the kind, its n the number of samples."""
 
 
-def run(context: JobContext) -> Redundancy:
-    """Measure the redundancy of all layers, or read it back."""
-    shards = min(context.pool.size, len(context.task.calibration))
-    context.progress.begin("score redundancy", shards)
-    return context.once("score", Redundancy, lambda: _measure(context, shards))
+def run(context: JobContext) -> LayerTable:
+    """Measure what the job's criterion needs, or read it back."""
+    kinds = criteria.load(context.spec.criterion, context.spec.thresholds).needs
+    return measured(context, kinds)
 
 
-def _measure(context: JobContext, shards: int) -> Redundancy:
-    sums: dict[int, RedundancySums] = {}
-    for index, reply in context.ask([ScoreRedundancy(shard, shards) for shard in range(shards)]):
-        assert isinstance(reply, RedundancySums)
-        sums[index] = reply
+def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
+    """The table of at least these kinds of measurement; what is not stored yet is measured and stored.
+
+    Raises JobFailed when a kind cannot be measured.
+    """
+    table, done = _stored(context)
+    missing = tuple(kind for kind in kinds if kind not in done)
+    shards = -(-len(context.task.calibration) // SHARD_SAMPLES)
+    context.progress.begin("score layers", shards if missing else 0)
+    if not missing:
+        return table
+    replies: dict[int, ShardScores] = {}
+    for index, reply in context.ask([ScoreLayers(missing, shard, shards) for shard in range(shards)]):
+        assert isinstance(reply, ShardScores)
+        replies[index] = reply
         context.progress.advance()
+    scores = merge([replies[index] for index in sorted(replies)])
     try:
-        redundancy = merge([sums[index] for index in sorted(sums)])
-    except ValueError as error:
+        found = finish(scores)
+    except MeasurementError as error:
         raise JobFailed(f"task {context.task.name}: {error}") from None
+    for note in scores.notes:
+        context.progress.note(note)
+    passes = {f"scoring_passes_{name}": count for name, count in scores.forward_passes.items() if count}
+    stages.add_counters(context.db, context.job, passes)
+    markers = [LayerMeasurement(DONE, kind, 0, 1.0, None, scores.samples) for kind in missing]
+    _store(context, [*found.rows, *markers])
+    return table.joined(found.rows)
+
+
+def measurement_key(context: JobContext) -> str:
+    """Hash of the calibration samples and of what else a measurement depends on: dtype, attention, device, versions."""
+    return hashlib.sha256(f"{split_hash(context.task, 'calibration')} {context.settings}".encode()).hexdigest()
+
+
+def _stored(context: JobContext) -> tuple[LayerTable, frozenset[str]]:
+    """What is in the database of this model on these samples, and which kinds are completely there."""
+    rows = measurements.redundancy(
+        context.db,
+        model_id=context.model_id,
+        task_id=context.task_id,
+        calibration_hash=measurement_key(context),
+    )
+    done = frozenset(row.token_group for row in rows if row.name == DONE)
+    known = tuple(
+        LayerMeasurement(row.name, row.token_group, row.layer, row.value, row.standard_error, row.n)
+        for row in rows
+        if row.name != DONE
+    )
+    return LayerTable(context.worker.num_layers, known), done & KINDS.keys()
+
+
+def _store(context: JobContext, rows: Sequence[LayerMeasurement]) -> None:
     measurements.record_redundancy(
         context.db,
         context.job,
         model_id=context.model_id,
         task_id=context.task_id,
-        calibration_hash=split_hash(context.task, "calibration"),
+        calibration_hash=measurement_key(context),
         measurements=[
-            measurements.Redundancy(
-                layer=layer,
-                token_group=group,
-                name="cosine_distance",
-                value=value,
-                standard_error=redundancy.standard_error[group][layer],
-                n=redundancy.tokens[group],
-            )
-            for group, values in redundancy.distance.items()
-            for layer, value in enumerate(values)
+            measurements.Redundancy(row.layer, row.group, row.name, row.value, row.standard_error, row.n)
+            for row in rows
         ],
     )
-    return redundancy

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from optimizer.criterion import CRITERIA, Redundancy
+from optimizer import criteria
 from optimizer.latency_model import LayerTimes, latency_ratio
 from optimizer.search import Search, SearchOutcome, Tried
 from optimizer.seeds import nested_sets
 from optimizer.space import plan_space
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.evaluate import Evaluator
+from workers.scoring.table import LayerTable
 
-CRITERION = "geometric"
 
-
-def run(context: JobContext, profile: LayerTimes, redundancy: Redundancy) -> SearchOutcome:
+def run(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOutcome:
     """Search, or read back what the search found.
 
     An interrupted search is replayed: the same proposals come again, and those evaluated before are read from the
     database instead of being run.
     """
     context.progress.begin("search", context.spec.search.evaluations)
-    return context.once("search", SearchOutcome, lambda: _search(context, profile, redundancy))
+    return context.once("search", SearchOutcome, lambda: _search(context, profile, table))
 
 
-def _search(context: JobContext, profile: LayerTimes, redundancy: Redundancy) -> SearchOutcome:
+def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOutcome:
     spec = context.spec
     space = plan_space(spec, context.worker)
-    risk = CRITERIA[CRITERION](redundancy)
+    risk = criteria.load(spec.criterion, spec.thresholds).risk(table)
     letters = [letter for letter in spec.letters if letter != "R"]
     search = Search(
         space,

@@ -29,13 +29,13 @@ from workers.messages import (
     LatencyProfile,
     ModelSource,
     ProfileLatency,
-    RedundancySums,
-    ScoreRedundancy,
+    ScoreLayers,
     Workload,
 )
 from workers.models import LoadedModel
 from workers.pool import WorkerPool
 from workers.runtime.plan import SkipPlan
+from workers.scoring.sums import ShardScores, merge
 from workers.tasks import Task, load_spec, load_task
 
 # Half a CPU each, so that a second pool fits beside the first on the two CPUs of the cluster.
@@ -85,15 +85,15 @@ def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel
 
 def test_shards_and_timings_in_one_run(pool: WorkerPool, task: Task) -> None:
     requests = [
-        ScoreRedundancy(0, 2),
+        ScoreLayers(("distance",), 0, 2),
         ProfileLatency(repeats=2, workload=Workload(1, 2)),
-        ScoreRedundancy(1, 2),
+        ScoreLayers(("distance",), 1, 2),
         CompareLatency("RSRRRR", Workload(1, 2), precision=1.0, max_seconds=5),
     ]
     results = dict(pool.run(requests))
     sums = [results[0], results[2]]
-    assert all(isinstance(part, RedundancySums) for part in sums)
-    merged = RedundancySums.merge([part for part in sums if isinstance(part, RedundancySums)])
+    assert all(isinstance(part, ShardScores) for part in sums)
+    merged = merge([part for part in sums if isinstance(part, ShardScores)])
     assert merged.samples == len(task.calibration)
     assert isinstance(results[1], LatencyProfile) and isinstance(results[3], LatencyComparison)
 

@@ -1,0 +1,75 @@
+"""What a criterion is, and the risk it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.scoring.table import LayerTable
+
+
+@dataclass(frozen=True)
+class Risk:
+    """Predicted harm, at least 0, of every action at every layer: ``risk[letter][layer]``; running (R) has none."""
+
+    criterion: str
+    risk: dict[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        for letter, values in self.risk.items():
+            if not all(value >= 0.0 for value in values):  # NaN fails this too
+                raise ValueError(f"criterion {self.criterion}: a risk of {letter} is negative or no number")
+
+    def of(self, layer: int, letter: str) -> float:
+        """The risk of one action at one layer."""
+        return 0.0 if letter == "R" else self.risk[letter][layer]
+
+    def order(self, letter: str) -> tuple[int, ...]:
+        """Layers from the least to the most risky for an action; ties go to the lower layer."""
+        values = self.risk[letter]
+        return tuple(sorted(range(len(values)), key=lambda layer: (values[layer], layer)))
+
+
+class Criterion(Protocol):
+    """Predicts the risk of the actions F (freeze), B (bypass) and S (skip) at each layer.
+
+    Constructed with its thresholds as keywords, all of them optional.
+    """
+
+    @property
+    def name(self) -> str:
+        """What job files call it."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Whose it is."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The kinds of measurement it reads (names of ``workers.scoring.kinds.KINDS``)."""
+        ...
+
+    @property
+    def published_for(self) -> str:
+        """Letters of the actions its source defines it for; on the others it is tried as it stands."""
+        ...
+
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        """Its thresholds by name; recorded with a job's result."""
+        ...
+
+    def risk(self, table: LayerTable) -> Risk:
+        """The predicted risk; larger means more harm expected, infinite where a layer could not be measured.
+
+        Raises MeasurementError when a measurement it needs is not in the table.
+        """
+        ...
+
+
+def everywhere(criterion: str, values: tuple[float, ...]) -> Risk:
+    """The same risk whatever the action: for criteria that rank layers and know no actions."""
+    return Risk(criterion, dict.fromkeys("FBS", values))
