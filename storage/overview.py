@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from storage import scores
@@ -154,16 +154,17 @@ def latency_profile(session: Session, job_id: int) -> JobProfile | None:
 
 
 @reads
-def redundancy(session: Session, model_id: int, task_id: int) -> list[Redundancy]:
-    """The statistics of a model on a task's calibration split, by name, token group and layer.
+def redundancy(session: Session, job_id: int, model_id: int, task_id: int) -> list[Redundancy]:
+    """The statistics that a job used, by name, token group and layer; bookkeeping rows are left out.
 
-    A task's row names its data and splits, so there is one calibration split; were there more, the last measured.
+    Statistics are shared between jobs: where this one wrote none itself, the last ones measured of its model and task.
     """
     mine = (RedundancyRow.model_id == model_id, RedundancyRow.task_id == task_id)
-    latest = select(RedundancyRow.calibration_hash).where(*mine).order_by(RedundancyRow.id.desc()).limit(1)
+    own_first = case((RedundancyRow.job_id == job_id, 0), else_=1)
+    chosen = select(RedundancyRow.calibration_hash).where(*mine).order_by(own_first, RedundancyRow.id.desc()).limit(1)
     query = (
         select(RedundancyRow)
-        .where(*mine, RedundancyRow.calibration_hash == latest.scalar_subquery())
+        .where(*mine, RedundancyRow.calibration_hash == chosen.scalar_subquery(), RedundancyRow.name != "measured")
         .order_by(RedundancyRow.name, RedundancyRow.token_group, RedundancyRow.layer)
     )
     return [

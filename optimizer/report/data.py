@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from optimizer.job import ConstraintSpec, JobSpec
+from optimizer.job import DEFAULT_DATABASE, ConstraintSpec, JobSpec, validate_job
 from optimizer.latency_model import latency_ratio
 from optimizer.results import JobResult, load_result
-from optimizer.service import read_spec
 from optimizer.space import touched
 from storage import events, identities, overview, stages
 from storage.database import Database
@@ -74,6 +73,10 @@ class JobReport:
     """Rows of scores that this job wrote, dense and partial ones included."""
     reused: int
     """Of these, taken over from earlier jobs."""
+    layer_executions: int
+    """Decoder layers run on a sample, summed over all evaluations; 0 where they were not counted."""
+    layer_executions_saved: int
+    """Of those that evaluating one plan after another would have taken, how many were not needed."""
     counters: dict[str, float]
     settings: str
     split_hashes: dict[str, str]
@@ -107,12 +110,15 @@ class JobReport:
         return None if self.model is None else self.model.num_layers
 
 
-def collect(db: Database, job_id: int) -> JobReport:
-    """Read a job in any state. Raises NotFound for an unknown job, UsageFault for one this version cannot read."""
+def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> JobReport:
+    """Read a job in any state; ``profile`` takes the place of its own latency profile, to compare jobs by.
+
+    Raises NotFound for an unknown job, UsageFault for one this version cannot read.
+    """
     result = load_result(db, job_id)
-    spec = read_spec(result.job)
+    spec = validate_job({**result.job.spec, "database": DEFAULT_DATABASE}, f"job {job_id}")
     rows = overview.evaluations(db, job_id)
-    profile = overview.latency_profile(db, job_id)
+    profile = profile or overview.latency_profile(db, job_id)
     ids = _ids(rows, profile)
     scored = Scored.of(db, rows, profile, spec)
     return JobReport(
@@ -122,13 +128,15 @@ def collect(db: Database, job_id: int) -> JobReport:
         task=None if ids is None else identities.task(db, ids[1]),
         result=result,
         profile=profile,
-        redundancy=() if ids is None else tuple(overview.redundancy(db, *ids)),
+        redundancy=() if ids is None else tuple(overview.redundancy(db, job_id, *ids)),
         tried=scored.tried,
         failed=tuple(Failed(row.plan, row.failure) for row in rows if row.failure is not None),
         search_samples=scored.samples,
         dense_search_accuracy=scored.dense_accuracy,
         evaluations=sum(row.failure is None for row in rows),
         reused=sum(row.reused_from is not None for row in rows),
+        layer_executions=sum(row.layer_executions for row in rows if row.reused_from is None),
+        layer_executions_saved=sum(row.layer_executions_saved for row in rows if row.reused_from is None),
         counters=stages.counters(db, job_id),
         settings=next((row.settings for row in rows), ""),
         split_hashes={row.split: row.split_hash for row in rows},
@@ -152,9 +160,7 @@ class Scored:
     dense_accuracy: float | None
 
     @classmethod
-    def of(
-        cls, db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: JobSpec
-    ) -> Scored:
+    def of(cls, db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: JobSpec) -> Scored:
         """Each plan on the largest prefix it reached, in the order in which plans were first scored."""
         search = [row for row in rows if row.split == "search" and row.failure is None]
         if not search:

@@ -2,109 +2,131 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from optimizer.criterion import CRITERIA, Redundancy, Risk
-from optimizer.report.data import JobReport, Tried
-from storage.measurements import Redundancy as Measurement
+from optimizer import criteria
+from optimizer.criteria import Risk
+from optimizer.errors import UsageFault
+from optimizer.report.data import JobReport
+from workers.errors import MeasurementError
+from workers.scoring.kinds import INTERVENTIONS
+from workers.scoring.table import LayerMeasurement, LayerTable
 
-CRITERION = "geometric"
-RESAMPLES = 2_000
-FEWEST_PLANS = 4
-"""With fewer plans a rank correlation says nothing."""
+BEFORE_CRITERIA = "cosine"
+"""What jobs went by that name no criterion: the only one there was."""
+FEWEST_PAIRS = 4
+"""With fewer a rank correlation says nothing."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A plan, its predicted risk (sum over its layers) and the drop of accuracy that the search measured."""
+class Pair:
+    """What was predicted (risk, no unit) and what was measured (points of accuracy, or nats of divergence)."""
 
-    plan: str
-    risk: float
-    drop: float
+    label: str
+    """The plan's text, or the layer's number."""
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Pairs with Spearman's rank correlation and its interval (95 %)."""
+
+    pairs: tuple[Pair, ...]
+    rho: float | None
+    """None where ranks cannot be compared: too few pairs, or all measured the same."""
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> Agreement:
+        """Correlate; pairs without a finite prediction (a layer that could not be measured) are left out."""
+        finite = tuple(pair for pair in pairs if math.isfinite(pair.predicted))
+        rho, low, high = rank_correlation([pair.predicted for pair in finite], [pair.measured for pair in finite])
+        return cls(finite, rho, low, high)
 
 
 @dataclass(frozen=True)
 class TheoryCheck:
-    """Predictions of one criterion, with Spearman's rank correlation and its bootstrap interval (95 %)."""
+    """How one criterion's predictions compare with measured harm."""
 
     criterion: str
-    predictions: tuple[Prediction, ...]
-    rho: float | None
-    """None where ranks cannot be compared: too few plans, or all with the same drop."""
-    low: float | None
-    high: float | None
+    plans: Agreement
+    """Predicted risk of each plan (the sum over its layers) against its loss of accuracy in points."""
+    layers: dict[str, Agreement]
+    """By letter, each layer's risk against the divergence that the action alone causes at it (KL, nats), where that
+    was measured and is not itself the prediction."""
 
 
 def check(report: JobReport) -> TheoryCheck | None:
-    """Compare; None where no redundancy was measured or no plan was scored on the whole search split."""
-    risk = predicted_risk(report.redundancy)
-    if risk is None:
+    """Compare; None where the criterion's measurements are not stored."""
+    if report.model is None:
         return None
-    predictions = tuple(
-        Prediction(each.plan, plan_risk(risk, each.plan), each.drop) for each in _comparable(report.tried, risk)
-    )
-    if not predictions:
+    table = layer_table(report)
+    name = report.job.spec.get("criterion") or BEFORE_CRITERIA
+    thresholds = report.spec.thresholds if name == report.spec.criterion else None
+    try:
+        criterion = criteria.load(name, thresholds)
+        risk = criterion.risk(table)
+    except (MeasurementError, UsageFault):
         return None
-    rho, low, high = rank_correlation([p.risk for p in predictions], [p.drop for p in predictions])
-    return TheoryCheck(risk.criterion, predictions, rho, low, high)
-
-
-def predicted_risk(measurements: Sequence[Measurement]) -> Risk | None:
-    """The criterion's risk from stored measurements; None where they lack what it needs."""
-    distance: dict[str, dict[int, float]] = {}
-    for each in measurements:
-        if each.name == "cosine_distance":
-            distance.setdefault(each.token_group, {})[each.layer] = each.value
-    if not {"vision", "text"} <= distance.keys():
-        return None
-    layers = {group: tuple(values[layer] for layer in sorted(values)) for group, values in distance.items()}
-    empty: dict[str, tuple[float | None, ...]] = {group: (None,) * len(values) for group, values in layers.items()}
-    return CRITERIA[CRITERION](Redundancy(layers, empty, dict.fromkeys(layers, 0), 0))
-
-
-def plan_risk(risk: Risk, plan: str) -> float:
-    """Sum of the layers' risks: what an additive criterion says about a whole plan."""
-    return float(sum(risk.risk[letter][layer] for layer, letter in enumerate(plan)))
-
-
-@dataclass(frozen=True)
-class _Comparable:
-    plan: str
-    drop: float
-
-
-def _comparable(tried: Sequence[Tried], risk: Risk) -> list[_Comparable]:
-    return [
-        _Comparable(each.plan, each.drop)
-        for each in tried
-        if each.complete and each.drop is not None and each.compensation == "none" and set(each.plan) <= risk.risk.keys()
+    plans = [
+        Pair(each.plan, sum(risk.of(layer, letter) for layer, letter in enumerate(each.plan)), 100 * each.drop)
+        for each in report.tried
+        if each.complete and each.drop is not None and each.compensation == "none" and _foreseen(risk, each.plan)
     ]
+    causal = "causal" in criterion.needs
+    return TheoryCheck(criterion.name, Agreement.of(plans), {} if causal else _layer_agreements(table, risk))
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Spearman's rho (ties share their mean rank) with a percentile bootstrap interval of 95 % over the pairs.
+def layer_table(report: JobReport) -> LayerTable:
+    """The stored measurements as criteria read them."""
+    rows = tuple(
+        LayerMeasurement(each.name, each.token_group, each.layer, each.value, each.standard_error, each.n)
+        for each in report.redundancy
+    )
+    return LayerTable(report.num_layers or 0, rows)
 
-    None for all three when there are fewer than ``FEWEST_PLANS`` pairs or one side is constant. Source: Spearman (1904).
+
+def _foreseen(risk: Risk, plan: str) -> bool:
+    return set(plan) <= {"R", *risk.risk}
+
+
+def _layer_agreements(table: LayerTable, risk: Risk) -> dict[str, Agreement]:
+    found: dict[str, Agreement] = {}
+    for letter, action in INTERVENTIONS.items():
+        rows = [table.row(f"layer_contribution@{action}", "last", layer) for layer in range(table.num_layers)]
+        pairs = [Pair(str(row.layer), risk.of(row.layer, letter), row.value) for row in rows if row is not None]
+        if pairs and letter in risk.risk:
+            found[letter] = Agreement.of(pairs)
+    return found
+
+
+def rank_correlation(
+    first: Sequence[float], second: Sequence[float]
+) -> tuple[float | None, float | None, float | None]:
+    """Spearman's rho (ties share their mean rank) and its interval of 95 %, taking the pairs as independent.
+
+    None for all three when there are fewer than ``FEWEST_PAIRS`` pairs or one side is constant. Source of the interval:
+    Bonett and Wright (2000), Fisher's transformation with standard error sqrt((1 + rho^2 / 2) / (n - 3)).
     """
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    rho = _rho(x, y)
-    if len(x) < FEWEST_PLANS or rho is None:
+    rho = None if len(x) < FEWEST_PAIRS else _rho(x, y)
+    if rho is None:
         return None, None, None
-    generator = np.random.default_rng(0)
-    if len(x) > 1_000:  # the interval of so many is narrow; a thousand pairs a resample bound the work
-        chosen = generator.choice(len(x), 1_000, replace=False)
-        x, y = x[chosen], y[chosen]
-    resampled = [_rho(x[rows], y[rows]) for rows in generator.integers(0, len(x), (RESAMPLES, len(x)))]
-    values = [value for value in resampled if value is not None]
-    low, high = np.quantile(values, (0.025, 0.975))
-    return rho, float(low), float(high)
+    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
+    half = NormalDist().inv_cdf(0.975) * math.sqrt((1 + rho * rho / 2) / (len(x) - 3))
+    return rho, math.tanh(centre - half), math.tanh(centre + half)
 
 
-def _rho(x: np.ndarray, y: np.ndarray) -> float | None:
+def _rho(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
     ranks_x, ranks_y = rankdata(x), rankdata(y)
     spread = float(ranks_x.std() * ranks_y.std())
     if spread == 0.0:

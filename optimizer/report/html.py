@@ -1,0 +1,134 @@
+"""One self-contained HTML file of a job: style, script, plotly and data inside, nothing fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from optimizer.report import progress, provenance, sections, theory, words
+from optimizer.report.data import JobReport, collect
+from optimizer.report.progress import Step
+from optimizer.report.sections import Section
+from storage import overview
+from storage.database import Database
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure large enough to be seen first, with what it is."""
+
+    value: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template needs."""
+
+    title: str
+    kicker: str
+    headline: str
+    tone: str
+    facts: tuple[Fact, ...]
+    sentences: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def write_report(db: Database, job_id: int) -> str:
+    """A job's report as HTML. Raises NotFound, or UsageFault for a job that this version cannot read."""
+    report = collect(db, job_id)
+    return render(job_page(report, search_curves(db, report)))
+
+
+def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step, ...]]]:
+    """Progress of this job's search, and of other jobs on the same model and task, under this job's corner.
+
+    The others' plans are given this job's latency profile, so that all curves measure the same.
+    """
+    corner = progress.reference(report)
+    curves = [(f"this job ({strategy(report)})", progress.steps(report.tried, corner))]
+    if report.ids is None or report.profile is None:
+        return curves
+    for other_id in overview.jobs_like(db, report.job.id, *report.ids):
+        other = collect(db, other_id, profile=report.profile)
+        if other.split_hashes.get("search") == report.split_hashes.get("search"):
+            curves.append((f"job {other_id} ({strategy(other)})", progress.steps(other.tried, corner)))
+    return curves
+
+
+def strategy(report: JobReport) -> str:
+    """What the search was run with, in a few words."""
+    return f"{report.spec.search.sampler}, seed {report.spec.search.seed}"
+
+
+def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) -> Page:
+    """The page of one job."""
+    told = words.summary(report)
+    started = f", {report.job.started_at:%Y-%m-%d}" if report.job.started_at else ""
+    return Page(
+        title=f"Job {report.job.id}: {report.model_name} on {report.task_name}",
+        kicker=f"skipplan, job {report.job.id}: {report.model_name} on {report.task_name}{started}",
+        headline=told.headline,
+        tone=told.tone,
+        facts=facts(report),
+        sentences=told.sentences,
+        sections=(
+            sections.front(report),
+            sections.strips(report),
+            sections.redundancy(report),
+            sections.theory(theory.check(report)),
+            sections.progress(report, curves),
+            sections.breakdown(report),
+            provenance.section(report),
+        ),
+    )
+
+
+def facts(report: JobReport) -> tuple[Fact, ...]:
+    """The answer in four figures; none while there is no answer."""
+    best = report.best
+    if best is None:
+        return ()
+    return (
+        Fact(f"{best.speedup:.2f}x", f"measured speed-up [{best.speedup_low:.2f}, {best.speedup_high:.2f}]"),
+        Fact(
+            f"{100 * best.difference:+.2f}",
+            f"points of accuracy [{100 * best.difference_low:+.2f}, {100 * best.difference_high:+.2f}]",
+        ),
+        Fact(f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
+        Fact(words.share(best.kv_cache_bytes, best.dense_kv_cache_bytes), "of the dense KV cache"),
+    )
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    charts = [placed.chart.to_json() for section in page.sections for placed in section.charts]
+    source = files("optimizer.report") / "page"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((source / "report.html").read_text(encoding="utf-8")).render(
+        page=page,
+        version=version("skipplan"),
+        css=(source / "report.css").read_text(encoding="utf-8"),
+        script=(source / "report.js").read_text(encoding="utf-8"),
+        plotly=plotly_script(),
+        charts=embedded_json(charts),
+    )
+
+
+@cache
+def plotly_script() -> str:
+    """Plotly's own minified script, as its Python package ships it."""
+    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+
+
+def embedded_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

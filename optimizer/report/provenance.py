@@ -1,0 +1,107 @@
+"""Where a report's figures come from: versions, hashes, seeds, times, the specification, the command to repeat it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import yaml
+
+from optimizer.report import words
+from optimizer.report.data import JobReport
+from optimizer.report.sections import Section, Table
+
+
+def section(report: JobReport) -> Section:
+    """Everything that names the inputs and the circumstances of a job."""
+    rows = [
+        *_about_the_job(report),
+        *_about_the_model(report),
+        *_about_the_task(report),
+        *_about_the_work(report),
+    ]
+    history = tuple(
+        (f"{event.at:%Y-%m-%d %H:%M:%S}", str(event.attempt), event.kind.replace("_", " "), event.message)
+        for event in report.events
+    )
+    failures = tuple((each.plan, each.reason) for each in report.failed)
+    tables = [Table("Versions, hashes and seeds", ("what", "value"), tuple(rows), open=True)]
+    if failures:
+        tables.append(Table(f"Plans that could not be scored ({len(failures)})", ("plan", "reason"), failures))
+    tables.append(Table(f"History ({len(history)})", ("when, UTC", "attempt", "what", "detail"), history, (1,)))
+    specification = yaml.safe_dump(report.job.spec, sort_keys=False, allow_unicode=True)
+    return Section(
+        "provenance",
+        "Provenance",
+        "Where these figures come from",
+        paragraphs=(
+            "Save the specification below as job.yaml and run `skipplan run job.yaml` to repeat the job. The search is "
+            "deterministic for equal measurements; measured latencies differ from run to run, and with them the plans.",
+        ),
+        tables=tuple(tables),
+        texts=(("Specification (job.yaml)", specification),),
+    )
+
+
+def _about_the_job(report: JobReport) -> list[tuple[str, str]]:
+    job = report.job
+    rows = [
+        ("job", f"{job.id}, {job.state}, attempt {job.attempt}"),
+        ("specification (SHA-256)", job.spec_hash),
+        ("submitted", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+    ]
+    if job.started_at is not None and job.finished_at is not None:
+        taken = words.duration((job.finished_at - job.started_at).total_seconds())
+        rows.append(("ran", f"{job.started_at:%Y-%m-%d %H:%M:%S} to {job.finished_at:%Y-%m-%d %H:%M:%S} UTC, {taken}"))
+    return [*rows, ("command", "skipplan run job.yaml"), ("report written by", f"skipplan {version('skipplan')}")]
+
+
+def _about_the_model(report: JobReport) -> list[tuple[str, str]]:
+    spec = report.spec.model
+    rows = [("model", spec.path + (f" at revision {spec.revision}" if spec.revision else ""))]
+    if report.model is None:
+        return [*rows, ("model fingerprint", words.NOT_MEASURED)]
+    model = report.model
+    return [
+        *rows,
+        ("model fingerprint (SHA-256)", model.fingerprint),
+        ("family, layers, parameters", f"{model.family}, {model.num_layers}, {words.count(model.parameters)}"),
+    ]
+
+
+def _about_the_task(report: JobReport) -> list[tuple[str, str]]:
+    rows = [("task", report.spec.task)]
+    task = report.task
+    if task is not None:
+        rows += [
+            ("task data, prompt and metric (SHA-256)", task.data_hash),
+            (
+                "calibration, search, held-out samples",
+                f"{task.calibration_size}, {task.search_size}, {task.held_out_size}",
+            ),
+            ("seed of the splits", str(task.split_seed)),
+        ]
+    rows += [(f"{split.replace('_', '-')} split (SHA-256)", value) for split, value in report.split_hashes.items()]
+    return rows
+
+
+def _about_the_work(report: JobReport) -> list[tuple[str, str]]:
+    counters = report.counters
+    rows = [
+        ("seed of the search", str(report.spec.search.seed)),
+        ("settings of the evaluations", report.settings or words.NOT_MEASURED),
+        ("device", report.profile.device if report.profile else words.NOT_MEASURED),
+        ("evaluations stored", f"{words.count(report.evaluations)}, {words.count(report.reused)} of them reused"),
+    ]
+    if "samples" in counters:
+        rows.append(("samples evaluated", words.count(counters["samples"])))
+    if "evaluation_seconds" in counters:
+        rows.append(("worker time of the evaluations", words.duration(counters["evaluation_seconds"])))
+    return [*rows, ("layer executions", _layer_executions(report))]
+
+
+def _layer_executions(report: JobReport) -> str:
+    if not report.layer_executions:
+        return words.NOT_MEASURED
+    saved = report.layer_executions_saved
+    naive = report.layer_executions + saved
+    return f"{words.count(report.layer_executions)}; {words.share(saved, naive)} fewer than one plan after another"
