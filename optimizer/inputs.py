@@ -94,8 +94,8 @@ def model_hash(spec: JobSpec) -> str:
         return ""
     try:
         directory = find_checkpoint(model_source(spec))
-        check_checkpoint(directory)
-        return fingerprint_checkpoint(directory)
+        check_checkpoint(directory, spec.model.allow_pickle)
+        return fingerprint_checkpoint(directory, spec.model.allow_pickle)
     except ModelError as error:
         raise UsageFault(str(error)) from None
 

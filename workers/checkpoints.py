@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from .errors import ModelError
 from .messages import ModelSource
 
 BUNDLED_MODELS = Path(__file__).resolve().parents[1] / "configs" / "reference"
+BUILT_MODELS = {"smollm2-30": "smollm2"}
+"""Models by name that `skipplan reference build RECIPE` assembles in the cache directory."""
+
+SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
+PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+"""Names under which transformers looks for weights: an index of several files, or a single file."""
+
 PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 VOLATILE_CONFIG_FIELDS = frozenset(("transformers_version", "_name_or_path", "_commit_hash"))
@@ -26,10 +34,19 @@ def bundled_models() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in BUNDLED_MODELS.glob("*/config.json")))
 
 
-def find_checkpoint(source: ModelSource) -> Path:
-    """Return the directory of a model: a path, a bundled model, or the local copy of a hub repository.
+def built_directory(name: str) -> Path:
+    """Return where a model of `BUILT_MODELS` is kept: SKIPPLAN_CACHE, else the user's cache directory."""
+    own = os.environ.get("SKIPPLAN_CACHE")
+    if own:
+        return Path(own).expanduser() / "models" / name
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "skipplan" / "models" / name
 
-    A hub repository is downloaded if it is not in the local cache yet, without any pickled weights.
+
+def find_checkpoint(source: ModelSource) -> Path:
+    """Return the directory of a model: a path, a bundled or built model, or the local copy of a hub repository.
+
+    A hub repository is downloaded if it is not in the local cache yet, with no pickled weights but those allowed.
 
     Raises:
         ModelError: nothing is there, or the hub does not answer; the message names the bundled models.
@@ -39,7 +56,14 @@ def find_checkpoint(source: ModelSource) -> Path:
         return path
     if name in bundled_models():
         return BUNDLED_MODELS / name
-    known = f"bundled models: {', '.join(bundled_models()) or 'none'}"
+    if name in BUILT_MODELS:
+        built = built_directory(name)
+        if not built.is_dir():
+            raise ModelError(
+                f"model {name}: not at {built}; `skipplan reference build {BUILT_MODELS[name]}` makes it (once)"
+            )
+        return built
+    known = f"bundled models: {', '.join(bundled_models()) or 'none'}; to build: {', '.join(BUILT_MODELS)}"
     if path.exists():
         raise ModelError(f"model {name}: is a file; give the directory that holds config.json ({known})")
     if not _is_hub_id(name):
@@ -49,15 +73,17 @@ def find_checkpoint(source: ModelSource) -> Path:
     return _download(source, known)
 
 
-def check_checkpoint(directory: Path) -> None:
+def check_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> None:
     """Check config and weight files without reading the weights.
 
     Raises:
-        ModelError: no config, no safetensors (pickled weights are refused), a missing or a corrupt file.
+        ModelError: no config, no safetensors (pickled weights not allowed by name are refused), a missing or a
+            corrupt file.
     """
     read_config(directory)
-    for file in weight_files(directory):
-        _tensors(file)
+    for file in weight_files(directory, allow_pickle):
+        if not is_pickled([file]):
+            _tensors(file)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -74,45 +100,77 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def weight_files(directory: Path) -> tuple[Path, ...]:
-    """Return the safetensors files, all that the index names if there is one. Raises ModelError if any is missing."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"model {directory}: {index.name} is not a readable index of weights") from None
-        for name in names:
-            if not (directory / name).is_file():
-                raise ModelError(f"model {directory}: weight file {name} is missing (named in {index.name})")
-        return tuple(directory / name for name in names)
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return (single,)
+def weight_files(directory: Path, allow_pickle: Collection[str] = ()) -> tuple[Path, ...]:
+    """Return the weight files, all that an index names if there is one: safetensors, or else pickled ones.
+
+    Pickled files are only taken when each is named in ``allow_pickle``.
+
+    Raises:
+        ModelError: there are none, one is missing, or they are pickled and not all allowed.
+    """
+    for index_name, single_name in (SAFETENSORS, PICKLED):
+        files = _indexed_files(directory, index_name) or tuple(directory.glob(single_name))
+        refused = [file.name for file in files if file.suffix != ".safetensors" and file.name not in allow_pickle]
+        if files and not refused:
+            return files
     pickled = sorted(path.name for pattern in PICKLED_PATTERNS for path in directory.glob(pattern))
     if pickled:
         raise ModelError(
             f"model {directory}: has only pickled weights ({pickled[0]}), which can run code when loaded; "
-            "convert them to safetensors"
+            "convert them to safetensors, or name each file in model.allow_pickle"
         )
     raise ModelError(f"model {directory}: has no model.safetensors, nor an index of several")
 
 
-def fingerprint_checkpoint(directory: Path) -> str:
+def is_pickled(files: Iterable[Path]) -> bool:
+    """Whether weight files are pickled ones."""
+    return any(file.suffix != ".safetensors" for file in files)
+
+
+def _indexed_files(directory: Path, index_name: str) -> tuple[Path, ...]:
+    index = directory / index_name
+    if not index.is_file():
+        return ()
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"model {directory}: {index.name} is not a readable index of weights") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"model {directory}: {index.name} names a file outside the directory: {name}")
+        if not (directory / name).is_file():
+            raise ModelError(f"model {directory}: weight file {name} is missing (named in {index.name})")
+    return tuple(directory / name for name in names)
+
+
+def fingerprint_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> str:
     """Identify a model by its config and weights.
 
     SHA-256 over the config as canonical JSON, without the fields that change with the program that saved it
     (``transformers_version``, ``_name_or_path``, ``_commit_hash``), and over every tensor in the order of names: name,
-    dtype, shape, and the SHA-256 of its bytes. How the tensors are spread over files does not matter.
+    dtype, shape, and the SHA-256 of its bytes. How the tensors are spread over files does not matter. Pickled files are
+    not opened for this: each counts as a whole, by its name and bytes.
 
     Raises:
         ModelError: as :func:`check_checkpoint`.
     """
     digest = hashlib.sha256(canonical_config(read_config(directory)).encode())
-    entries = [entry for file in weight_files(directory) for entry in _hash_tensors(file)]
+    entries: list[tuple[str, ...]] = []
+    for file in weight_files(directory, allow_pickle):
+        entries += [(file.name, _hash_file(file))] if is_pickled([file]) else list(_hash_tensors(file))
     for entry in sorted(entries):
         digest.update(b"\0" + "\0".join(entry).encode())
     return digest.hexdigest()
+
+
+def hash_weights(directory: Path) -> str:
+    """Return the SHA-256 over every tensor's name, dtype, shape and bytes, in the order of names, and nothing else.
+
+    Raises:
+        ModelError: as :func:`weight_files`.
+    """
+    entries = sorted(entry for file in weight_files(directory) for entry in _hash_tensors(file))
+    return hashlib.sha256(b"\0".join("\0".join(entry).encode() for entry in entries)).hexdigest()
 
 
 def canonical_config(config: dict[str, Any]) -> str:
@@ -160,6 +218,11 @@ def _hash_tensors(file: Path) -> Iterator[tuple[str, str, str, str]]:
             yield name, entry["dtype"], str(entry["shape"]), digest.hexdigest()
 
 
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _is_hub_id(name: str) -> bool:
     owner, _, repository = name.partition("/")
     return bool(owner and repository) and "/" not in repository and owner not in (".", "..", "~")
@@ -168,7 +231,7 @@ def _is_hub_id(name: str) -> bool:
 def _download(source: ModelSource, known: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    patterns = [*HUB_FILES, "*.py"] if source.trust_remote_code else list(HUB_FILES)
+    patterns = [*HUB_FILES, *(["*.py"] if source.trust_remote_code else []), *source.allow_pickle]
     nowhere = f"model {source.path}: no such directory, nor a bundled model ({known})"
     try:
         return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .checkpoints import canonical_config, check_checkpoint, find_checkpoint, fingerprint_checkpoint
+from .checkpoints import (
+    canonical_config,
+    check_checkpoint,
+    find_checkpoint,
+    fingerprint_checkpoint,
+    is_pickled,
+    weight_files,
+)
 from .errors import ModelError
 from .messages import ModelSource
 
@@ -46,13 +53,13 @@ def load_model(source: ModelSource, *, device: str | None = None) -> LoadedModel
     """
     target = choose_device(device or source.device)
     directory = find_checkpoint(source)
-    check_checkpoint(directory)
+    check_checkpoint(directory, source.allow_pickle)
     config = _load_config(directory, source)
     model = _load_weights(directory, source, config)
     return LoadedModel(
         model=model.to(target).eval(),
         processor=_load_processor(directory, source),
-        fingerprint=fingerprint_checkpoint(directory),
+        fingerprint=fingerprint_checkpoint(directory, source.allow_pickle),
         name=source.path,
     )
 
@@ -101,7 +108,8 @@ def _load_weights(directory: Path, source: ModelSource, config: Any) -> PreTrain
             config=config,
             dtype=source.dtype,
             attn_implementation=source.attention,
-            use_safetensors=True,
+            use_safetensors=not is_pickled(weight_files(directory, source.allow_pickle)),
+            weights_only=True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
         )

@@ -93,7 +93,7 @@ class WorkerPool:
         """
         if self.cluster.address == LOCAL:
             # This machine's files are the workers' files: say what is wrong at once, and download only once.
-            check_checkpoint(find_checkpoint(self.model))
+            check_checkpoint(find_checkpoint(self.model), self.model.allow_pickle)
         self._owns_connection = connect(self.cluster)
         try:
             self._allotment = allot(self.cluster, model_device=self.model.device)

@@ -95,8 +95,8 @@ def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -
 
     try:
         directory = find_checkpoint(source)
-        check_checkpoint(directory)
-        fingerprint = fingerprint_checkpoint(directory)
+        check_checkpoint(directory, source.allow_pickle)
+        fingerprint = fingerprint_checkpoint(directory, source.allow_pickle)
     except ModelError as error:
         raise UsageFault(f"{error}; --model-path names where it is now") from None
     if fingerprint != plan.model.fingerprint and not force_model:

@@ -109,6 +109,44 @@ def test_pickled_weights_are_refused(copy: Path) -> None:
     refused(copy, r"has no model\.safetensors")
     torch.save({}, copy / "pytorch_model.bin")
     refused(copy, r"only pickled weights \(pytorch_model\.bin\)")
+    refused(copy, r"only pickled weights", allow_pickle=("other.bin",))
+
+
+def test_pickled_weights_are_read_where_they_are_allowed_by_name(copy: Path, tiny: LoadedModel) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    allowed = ModelSource(str(copy), device="cpu", allow_pickle=("pytorch_model.bin",))
+    assert load_model(allowed).fingerprint == tiny.fingerprint  # safetensors go first
+    (copy / "model.safetensors").unlink()
+    loaded = load_model(allowed)
+    expected = tiny.model.state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.fingerprint != tiny.fingerprint
+
+
+class Exploit:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.target,)
+
+
+def test_code_in_allowed_pickled_weights_is_not_run(copy: Path, tmp_path: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save({**tensors, "exploit": Exploit(tmp_path / "ran")}, copy / "pytorch_model.bin")
+    refused(copy, "cannot be loaded", allow_pickle=("pytorch_model.bin",))
+    assert not (tmp_path / "ran").exists()
+    torch.load(copy / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "ran").exists()  # the exploit would have worked
+
+
+def test_an_index_cannot_name_files_elsewhere(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy.parent / "model.safetensors")
+    index = {"weight_map": {"x": "../model.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(copy, "names a file outside the directory")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no header", "no file of an index"])
