@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli import database, exchange, export, jobs, plans, run, study
+from optimizer.cli import database, exchange, export, jobs, plans, report, run, study
 from optimizer.cli.state import GlobalOptions
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ plans.register(app)
 export.register(app)
 exchange.register(app)
 app.add_typer(jobs.app, name="jobs")
+report.register(app)
 study.register(app)
 app.add_typer(database.app, name="db")
 

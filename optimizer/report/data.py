@@ -7,10 +7,11 @@ measure (an older version, a stage not reached) is ``None`` or empty, and shown 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from optimizer.job import DEFAULT_DATABASE, ConstraintSpec, JobSpec, validate_job
 from optimizer.latency_model import latency_ratio
+from optimizer.report.specification import Specification
 from optimizer.results import JobResult, load_result
 from optimizer.space import touched
 from storage import events, identities, overview, stages
@@ -57,7 +58,7 @@ class JobReport:
     """Everything that a job's report shows."""
 
     job: Job
-    spec: JobSpec
+    spec: Specification
     model: ModelIdentity | None
     """None until a worker has loaded the model."""
     task: TaskIdentity | None
@@ -97,7 +98,7 @@ class JobReport:
     @property
     def model_name(self) -> str:
         """Last part of the model's name."""
-        return short_name(self.spec.model.path)
+        return short_name(self.spec.model)
 
     @property
     def task_name(self) -> str:
@@ -113,10 +114,10 @@ class JobReport:
 def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> JobReport:
     """Read a job in any state; ``profile`` takes the place of its own latency profile, to compare jobs by.
 
-    Raises NotFound for an unknown job, UsageFault for one this version cannot read.
+    Raises NotFound.
     """
     result = load_result(db, job_id)
-    spec = validate_job({**result.job.spec, "database": DEFAULT_DATABASE}, f"job {job_id}")
+    spec = Specification.of(result.job.spec)
     rows = overview.evaluations(db, job_id)
     profile = profile or overview.latency_profile(db, job_id)
     ids = _ids(rows, profile)
@@ -160,7 +161,7 @@ class Scored:
     dense_accuracy: float | None
 
     @classmethod
-    def of(cls, db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: JobSpec) -> Scored:
+    def of(cls, db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: Specification) -> Scored:
         """Each plan on the largest prefix it reached, in the order in which plans were first scored."""
         search = [row for row in rows if row.split == "search" and row.failure is None]
         if not search:
@@ -173,6 +174,7 @@ class Scored:
         dense = next((row for row in largest.values() if not row.plan.strip("R")), None)
         samples = max(row.n for row in search) if dense is None else dense.n
         dense_means = _prefix_means(() if dense is None else overview.sample_scores(db, dense.id))
+        dense_ms = None if profile is None else 1000 * profile.dense_seconds
         tried: list[Tried] = []
         for row in largest.values():
             if row is dense or row.accuracy is None:
@@ -191,7 +193,7 @@ class Scored:
                     drop=drop,
                     complete=complete,
                     predicted_speedup=speedup,
-                    within=complete and _within(spec.constraint, row.accuracy, drop, speedup, touched(plan)),
+                    within=complete and _within(spec.limits, row.accuracy, drop, speedup, dense_ms, touched(plan)),
                 )
             )
         return cls(tuple(tried), samples, None if dense is None else dense.accuracy)
@@ -211,15 +213,20 @@ def _prefix_means(scores: tuple[float, ...]) -> list[float]:
 
 
 def _within(
-    constraint: ConstraintSpec, accuracy: float, drop: float | None, speedup: float | None, layers: int
+    limits: Mapping[str, float],
+    accuracy: float,
+    drop: float | None,
+    speedup: float | None,
+    dense_ms: float | None,
+    layers: int,
 ) -> bool:
-    limits = (
-        constraint.max_accuracy_drop is None or (drop is not None and drop <= constraint.max_accuracy_drop),
-        constraint.min_accuracy is None or accuracy >= constraint.min_accuracy,
-        constraint.min_speedup is None or (speedup is not None and speedup >= constraint.min_speedup),
-        constraint.max_layers_touched is None or layers <= constraint.max_layers_touched,
-    )
-    return all(limits)
+    """Whether the limits that a search can judge by are met; the size of the KV cache is measured later."""
+    milliseconds = None if speedup is None or dense_ms is None else dense_ms / speedup
+    at_most = {"max_accuracy_drop": drop, "max_latency_ms": milliseconds, "max_layers_touched": float(layers)}
+    at_least = {"min_accuracy": accuracy, "min_speedup": speedup}
+    return all(
+        value is not None and value <= limits[name] for name, value in at_most.items() if name in limits
+    ) and all(value is not None and value >= limits[name] for name, value in at_least.items() if name in limits)
 
 
 def meets_constraint(plan: Plan) -> bool | None:

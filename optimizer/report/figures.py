@@ -62,13 +62,14 @@ def front(report: JobReport) -> Chart | None:
         _verified("verified, within the limits", kept, "--good"),
         _dense(),
     ]
-    limit = report.spec.constraint.max_accuracy_drop
+    limit = report.spec.max_accuracy_drop
+    speeds, points = visible(report) or (None, None)
     return Chart(
         "front",
         tuple(trace for trace in traces if trace["x"]),
         {
-            "xaxis": {"title": {"text": "speed-up (dense = 1)"}},
-            "yaxis": {"title": {"text": "difference to dense, points"}, "range": _visible(report)},
+            "xaxis": {"title": {"text": "speed-up (dense = 1)"}, "range": speeds},
+            "yaxis": {"title": {"text": "difference to dense, points"}, "range": points},
             "shapes": [] if limit is None else [_limit_line(-100 * limit)],
             "hovermode": "closest",
         },
@@ -77,15 +78,24 @@ def front(report: JobReport) -> Chart | None:
     )
 
 
-def _visible(report: JobReport) -> list[float] | None:
-    """A range that shows the plans worth choosing between; far worse ones are reached by zooming out."""
-    limit = report.spec.constraint.max_accuracy_drop
+def visible(report: JobReport) -> tuple[list[float], list[float]] | None:
+    """Ranges of speed-up and points that show the plans worth choosing between; None without a limit."""
+    limit = report.spec.max_accuracy_drop
     if limit is None:
         return None
     floor = min([-100 * limit, *(100 * plan.difference_low for plan in report.plans)])
     ceiling = max([0.0, *(100 * plan.difference_high for plan in report.plans)])
     room = max(1.0, ceiling - floor)
-    return [floor - 0.9 * room, ceiling + 0.25 * room]
+    bottom, top = floor - 0.9 * room, ceiling + 0.25 * room
+    speeds = [1.0, *(plan.speedup_high for plan in report.plans)]
+    speeds += [
+        each.predicted_speedup
+        for each in report.tried
+        if each.predicted_speedup is not None and each.drop is not None and -100 * each.drop >= bottom
+    ]
+    low, high = min(speeds), max(speeds)
+    margin = 0.05 * max(0.2, high - low)
+    return [low - margin, high + margin], [bottom, top]
 
 
 def _searched(name: str, tried: Sequence[Tried], colour: str, opacity: float, many: bool) -> Trace:
@@ -133,9 +143,9 @@ def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
 def _verified_line(plan: Plan) -> str:
     added = "" if plan.compensation == "none" else f"; {plan.compensation}"
     return (
-        f"plan {plan.id}, held-out: {words.points(plan.difference)} [{100 * plan.difference_low:+.2f}, "
-        f"{100 * plan.difference_high:+.2f}], measured {plan.speedup:.2f}x [{plan.speedup_low:.2f}, "
-        f"{plan.speedup_high:.2f}]{added}"
+        f"plan {plan.id}, held-out: {words.points(plan.difference)} "
+        f"{words.interval(plan.difference_low, plan.difference_high)}, "
+        f"measured {plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]{added}"
     )
 
 
@@ -346,5 +356,5 @@ def progress(curves: Sequence[tuple[str, Sequence[Step]]], report: JobReport) ->
             "hovermode": "closest",
         },
         340,
-        f"Share of the region below dense latency and {100 * reference(report)[1]:g} points of loss, after each plan.",
+        f"Share of the region below dense latency and {words.limit(reference(report)[1])} of loss, after each plan.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from optimizer.report import progress, provenance, sections, theory, words
 from optimizer.report.data import JobReport, collect
@@ -42,7 +44,7 @@ class Page:
 
 
 def write_report(db: Database, job_id: int) -> str:
-    """A job's report as HTML. Raises NotFound, or UsageFault for a job that this version cannot read."""
+    """A job's report as HTML. Raises NotFound."""
     report = collect(db, job_id)
     return render(job_page(report, search_curves(db, report)))
 
@@ -53,19 +55,14 @@ def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step
     The others' plans are given this job's latency profile, so that all curves measure the same.
     """
     corner = progress.reference(report)
-    curves = [(f"this job ({strategy(report)})", progress.steps(report.tried, corner))]
+    curves = [(f"this job ({report.spec.strategy})", progress.steps(report.tried, corner))]
     if report.ids is None or report.profile is None:
         return curves
     for other_id in overview.jobs_like(db, report.job.id, *report.ids):
         other = collect(db, other_id, profile=report.profile)
         if other.split_hashes.get("search") == report.split_hashes.get("search"):
-            curves.append((f"job {other_id} ({strategy(other)})", progress.steps(other.tried, corner)))
+            curves.append((f"job {other_id} ({other.spec.strategy})", progress.steps(other.tried, corner)))
     return curves
-
-
-def strategy(report: JobReport) -> str:
-    """What the search was run with, in a few words."""
-    return f"{report.spec.search.sampler}, seed {report.spec.search.seed}"
 
 
 def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) -> Page:
@@ -99,8 +96,8 @@ def facts(report: JobReport) -> tuple[Fact, ...]:
     return (
         Fact(f"{best.speedup:.2f}x", f"measured speed-up [{best.speedup_low:.2f}, {best.speedup_high:.2f}]"),
         Fact(
-            f"{100 * best.difference:+.2f}",
-            f"points of accuracy [{100 * best.difference_low:+.2f}, {100 * best.difference_high:+.2f}]",
+            words.signed(best.difference),
+            f"points of accuracy {words.interval(best.difference_low, best.difference_high)}",
         ),
         Fact(f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
         Fact(words.share(best.kv_cache_bytes, best.dense_kv_cache_bytes), "of the dense KV cache"),
@@ -112,6 +109,7 @@ def render(page: Page) -> str:
     charts = [placed.chart.to_json() for section in page.sections for placed in section.charts]
     source = files("optimizer.report") / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["marked"] = marked
     return environment.from_string((source / "report.html").read_text(encoding="utf-8")).render(
         page=page,
         version=version("skipplan"),
@@ -120,6 +118,11 @@ def render(page: Page) -> str:
         plotly=plotly_script(),
         charts=embedded_json(charts),
     )
+
+
+def marked(text: str) -> Markup:
+    """Escaped text in which what stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 @cache

@@ -23,7 +23,7 @@ class Step:
 
 def reference(report: JobReport) -> Point:
     """The corner of the region: the dense model's time (ratio 1) and the largest drop that the job allows."""
-    return 1.0, report.spec.constraint.max_accuracy_drop or DROP_WITHOUT_LIMIT
+    return 1.0, report.spec.max_accuracy_drop or DROP_WITHOUT_LIMIT
 
 
 def steps(tried: Sequence[Tried], corner: Point) -> tuple[Step, ...]:

@@ -56,8 +56,8 @@ def _about_the_job(report: JobReport) -> list[tuple[str, str]]:
 
 
 def _about_the_model(report: JobReport) -> list[tuple[str, str]]:
-    spec = report.spec.model
-    rows = [("model", spec.path + (f" at revision {spec.revision}" if spec.revision else ""))]
+    spec = report.spec
+    rows = [("model", spec.model + (f" at revision {spec.revision}" if spec.revision else ""))]
     if report.model is None:
         return [*rows, ("model fingerprint", words.NOT_MEASURED)]
     model = report.model
@@ -87,7 +87,7 @@ def _about_the_task(report: JobReport) -> list[tuple[str, str]]:
 def _about_the_work(report: JobReport) -> list[tuple[str, str]]:
     counters = report.counters
     rows = [
-        ("seed of the search", str(report.spec.search.seed)),
+        ("search", report.spec.strategy),
         ("settings of the evaluations", report.settings or words.NOT_MEASURED),
         ("device", report.profile.device if report.profile else words.NOT_MEASURED),
         ("evaluations stored", f"{words.count(report.evaluations)}, {words.count(report.reused)} of them reused"),

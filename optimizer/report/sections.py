@@ -12,7 +12,7 @@ from optimizer.report.progress import Step, reference
 from optimizer.report.theory import Agreement, TheoryCheck
 from storage.plans import Plan
 
-STRIPS_SHOWN = 24
+STRIPS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def front(report: JobReport) -> Section:
         "given up early. Point at a plan, or tap it, to see its layers.",
         f"Limits of the job: {'; '.join(words.constraint(report))}.",
     ]
-    limit = report.spec.constraint.max_accuracy_drop
+    limit = report.spec.max_accuracy_drop
     if limit is not None:
         paragraphs[1] += " The dotted line is the allowed loss; a verified plan's whole interval has to lie above it."
     below = _below(report, chart)
@@ -129,7 +129,7 @@ def plans_table(report: JobReport, *, unfolded: bool = False) -> Table:
             str(plan.id),
             words.layers(plan.plan),
             f"{plan.accuracy:.3f} [{plan.accuracy_low:.3f}, {plan.accuracy_high:.3f}]",
-            f"{100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, {100 * plan.difference_high:+.2f}]",
+            f"{words.signed(plan.difference)} {words.interval(plan.difference_low, plan.difference_high)}",
             f"{plan.speedup:.2f} [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
             words.milliseconds(plan.seconds),
             words.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes),
@@ -172,7 +172,7 @@ def tried_table(tried: Sequence[Tried], most: int = 100) -> Table:
     rows = tuple(
         (
             each.plan,
-            "" if each.drop is None else f"{-100 * each.drop:+.2f}",
+            "" if each.drop is None else words.signed(-each.drop),
             f"{each.accuracy:.3f}",
             str(each.n),
             "" if each.predicted_speedup is None else f"{each.predicted_speedup:.2f}",
@@ -277,10 +277,10 @@ def theory(check: TheoryCheck | None) -> Section:
     charts = []
     if check.plans.pairs:
         paragraphs += [
-            f"Each dot is a plan scored on the whole search split: what criterion {check.criterion} predicted (the sum of "
-            "its layers' risks) against the accuracy that the plan lost.",
-            f"{_correlation(check.plans)} The plans share layers and were chosen by the search, so the true uncertainty "
-            "is larger; `skipplan validate-theory` tests the criterion on held-out data, with a negative control.",
+            f"Each dot is a plan scored on the whole search split: what criterion {check.criterion} predicted (the sum "
+            "of its layers' risks) against the accuracy that the plan lost.",
+            f"{_correlation(check.plans)} The plans share layers and were chosen by the search, so the true "
+            "uncertainty is larger; `skipplan validate-theory` tests the criterion on held-out data, against chance.",
         ]
         charts.append(PlacedChart(figures.theory(check)))
     if check.layers:
@@ -305,10 +305,10 @@ def progress(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
     chart = figures.progress(curves, report)
     if chart is None:
         return replace(section, paragraphs=(f"Progress of the search: {words.NOT_MEASURED}.",))
-    limit = 100 * reference(report)[1]
+    limit = words.limit(reference(report)[1])
     others = len(curves) - 1
     paragraphs = [
-        f"The share of the region between no time and the dense model's time, and between no loss and {limit:g} points "
+        f"The share of the region between no time and the dense model's time, and between no loss and {limit} "
         "of loss, that the plans found so far cover (their hypervolume, on the search split with predicted latency).",
     ]
     if others:
@@ -346,8 +346,8 @@ def breakdown(report: JobReport) -> Section:
         paragraphs=(
             f"{profile.device}; {profile.workload}; prompts of {profile.prompt_tokens} tokens; a dense request takes "
             f"{words.milliseconds(profile.dense_seconds)}. Bars are what the profile of single layers adds up to "
-            f"(median error {words.percent(profile.relative_error)} on random plans), diamonds what was measured of the "
-            "whole request, each in alternating pairs with dense. A machine may have run faster or slower between the two.",
+            f"(median error {words.percent(profile.relative_error)} on random plans), diamonds what was measured of "
+            "the whole request, in alternating pairs with dense; the machine may have run faster or slower by then.",
         ),
         charts=(PlacedChart(chart), PlacedChart(latency.layers(profile), "Layer by layer")),
         tables=(_layer_table(report),),

@@ -70,10 +70,9 @@ def check(report: JobReport) -> TheoryCheck | None:
     if report.model is None:
         return None
     table = layer_table(report)
-    name = report.job.spec.get("criterion") or BEFORE_CRITERIA
-    thresholds = report.spec.thresholds if name == report.spec.criterion else None
+    name = report.spec.criterion or BEFORE_CRITERIA
     try:
-        criterion = criteria.load(name, thresholds)
+        criterion = criteria.load(name, report.spec.thresholds)
         risk = criterion.risk(table)
     except (MeasurementError, UsageFault):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from optimizer.report.data import JobReport, Tried, meets_constraint
@@ -16,6 +17,8 @@ ACTIONS = {
     "B": ("bypass", "vision tokens pass by, text does not see them"),
     "S": ("skip", "the whole layer is left out"),
 }
+
+DONE = {"freeze": "frozen", "bypass": "bypassed", "skip": "skipped"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def summary(report: JobReport) -> Summary:
 
 def _answer(report: JobReport, best: Plan) -> str:
     return (
-        f"{report.model_name} on {report.task_name} runs {times(best.speedup)} as fast as the dense model "
-        f"when it does {layers(best.plan)}."
+        f"{report.model_name} on {report.task_name} runs {best.speedup:.2f} times as fast as the dense model "
+        f"with {layers(best.plan)}."
     )
 
 
@@ -99,17 +102,19 @@ def _effort(report: JobReport) -> tuple[str, ...]:
 
 
 def _limit(report: JobReport) -> str:
-    limit = report.spec.constraint.max_accuracy_drop
-    return "the job set no limit to it" if limit is None else f"the job allows {100 * limit:g}"
+    allowed = report.spec.max_accuracy_drop
+    return "the job set no limit to it" if allowed is None else f"the job allows {limit(allowed)}"
 
 
 def layers(plan: str) -> str:
-    """The layers that do other than run, counted and listed: ``"skip 3 of 12 layers (2, 5-6)"``."""
+    """The layers that do other than run, counted and listed: ``"3 of 12 layers skipped (2, 5-6)"``."""
     named = layers_by_action(plan)
     if not named:
-        return "everything (no layer touched)"
-    parts = [f"{name} {len(which)} of {len(plan)} layers ({ranges(which)})" for name, which in named.items()]
-    return " and ".join(parts)
+        return "no layer touched"
+    parts = [f"{DONE[name]} ({ranges(which)})" for name, which in named.items()]
+    counts = [str(len(which)) for which in named.values()]
+    first = f"{counts[0]} of {len(plan)} layers {parts[0]}"
+    return " and ".join([first, *(f"{number} {part}" for number, part in zip(counts[1:], parts[1:], strict=True))])
 
 
 def ranges(numbers: list[int]) -> str:
@@ -125,17 +130,16 @@ def ranges(numbers: list[int]) -> str:
 
 def constraint(report: JobReport) -> list[str]:
     """The job's limits, one a line."""
-    limits = report.spec.constraint
-    lines = []
-    if limits.max_accuracy_drop is not None:
-        lines.append(f"loss of accuracy at most {100 * limits.max_accuracy_drop:g} points")
-    if limits.min_accuracy is not None:
-        lines.append(f"accuracy at least {limits.min_accuracy:g}")
-    if limits.min_speedup is not None:
-        lines.append(f"speed-up at least {limits.min_speedup:g}")
-    if limits.max_layers_touched is not None:
-        lines.append(f"at most {limits.max_layers_touched} layers touched")
-    return lines or ["none"]
+    limits = report.spec.limits
+    told: dict[str, Callable[[float], str]] = {
+        "max_accuracy_drop": lambda value: f"loss of accuracy at most {limit(value)}",
+        "min_accuracy": lambda value: f"accuracy at least {value:g}",
+        "min_speedup": lambda value: f"speed-up at least {value:g}",
+        "max_latency_ms": lambda value: f"a request in at most {value:g} ms",
+        "max_kv_cache_bytes": lambda value: f"KV cache of at most {count(value)} bytes",
+        "max_layers_touched": lambda value: f"at most {value:g} layers touched",
+    }
+    return [tell(limits[name]) for name, tell in told.items() if name in limits] or ["none"]
 
 
 def tried_line(each: Tried) -> str:
@@ -145,14 +149,24 @@ def tried_line(each: Tried) -> str:
     return f"{drop} on {each.n} search samples{speed}"
 
 
-def times(value: float) -> str:
-    """A factor: ``"1.83 times"``."""
-    return f"{value:.2f} times"
-
-
 def points(value: float) -> str:
     """A share as signed points: 0.004 is ``"+0.40 points"``."""
-    return f"{100 * value:+.2f} points"
+    return f"{signed(value)} points"
+
+
+def signed(value: float) -> str:
+    """A share in signed points, without the word; what rounds to nothing has no minus: ``"+0.00"``."""
+    return f"{round(100 * value, 2) + 0.0:+.2f}"
+
+
+def interval(low: float, high: float) -> str:
+    """Two shares in signed points: ``"[-0.27, +0.22]"``."""
+    return f"[{signed(low)}, {signed(high)}]"
+
+
+def limit(share: float) -> str:
+    """A share in points as a person would say it: ``"1 point"``, ``"2.5 points"``."""
+    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -191,3 +205,10 @@ def _plural(number: int, noun: str) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def short_answer(report: JobReport) -> str:
+    """A job's answer in a few words."""
+    if report.best is not None:
+        return f"{report.best.speedup:.2f} times as fast at {points(report.best.difference)}"
+    return "dense is the answer" if report.job.state == "infeasible" else report.job.state

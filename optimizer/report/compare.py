@@ -1,0 +1,166 @@
+"""Two jobs side by side: what each was asked, what each found, their fronts and searches on common axes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from optimizer.report import figures, progress, sections, words
+from optimizer.report.data import JobReport, collect, meets_constraint
+from optimizer.report.figures import SERIES, Chart
+from optimizer.report.html import Page, render
+from optimizer.report.sections import PlacedChart, Section, Table
+from storage.database import Database
+from storage.plans import Plan
+
+
+def write_comparison(db: Database, first: int, second: int) -> str:
+    """Two jobs as one HTML page. Raises NotFound."""
+    return render(comparison_page(db, collect(db, first), collect(db, second)))
+
+
+def comparison_page(db: Database, first: JobReport, second: JobReport) -> Page:
+    """The page; charts that need the same model and task are left out, with the reason, where they differ."""
+    pair = (first, second)
+    names = [f"job {report.job.id}" for report in pair]
+    return Page(
+        title=f"{names[0]} and {names[1]}",
+        kicker="skipplan, two jobs compared",
+        headline=" and ".join(f"{name}: {words.short_answer(each)}" for name, each in zip(names, pair, strict=True)),
+        tone="open",
+        facts=(),
+        sentences=(_comparability(first, second),),
+        sections=(
+            Section("figures", "Figures", "Figures side by side", tables=(_figures(first, second),)),
+            _fronts(first, second),
+            _strips(first, second),
+            _searches(db, first, second),
+        ),
+    )
+
+
+def _same(first: JobReport, second: JobReport) -> bool:
+    """Whether both jobs scored the same model on the same search samples."""
+    return first.ids is not None and first.ids == second.ids and _search_split(first) == _search_split(second)
+
+
+def _search_split(report: JobReport) -> str | None:
+    return report.split_hashes.get("search")
+
+
+def _comparability(first: JobReport, second: JobReport) -> str:
+    if first.ids is None or second.ids is None:
+        return "At least one of these jobs has not loaded its model yet; there is little to compare."
+    if not _same(first, second):
+        return (
+            "These jobs differ in their model, their task or its samples: compare what is relative to each one's own "
+            "dense model, not accuracies."
+        )
+    devices = {report.profile.device for report in (first, second) if report.profile is not None}
+    if len(devices) > 1:
+        return f"Same model, task and samples, but each its device ({', '.join(sorted(devices))})."
+    return "Same model, task and samples, same device."
+
+
+def _figures(first: JobReport, second: JobReport) -> Table:
+    columns = [dict(_column(report)) for report in (first, second)]
+    rows = tuple((name, *(column[name] for column in columns)) for name in columns[0])
+    return Table("All figures", ("", f"job {first.job.id}", f"job {second.job.id}"), rows, open=True)
+
+
+def _column(report: JobReport) -> list[tuple[str, str]]:
+    kept = sum(meets_constraint(plan) is True for plan in report.plans)
+    complete = sum(each.complete for each in report.tried)
+    profile = report.profile
+    return [
+        ("state", report.job.state),
+        ("model", report.model_name),
+        ("task", report.task_name),
+        ("device", profile.device if profile else words.NOT_MEASURED),
+        ("workload", profile.workload if profile else words.NOT_MEASURED),
+        ("limits", "; ".join(words.constraint(report))),
+        ("search", report.spec.strategy),
+        *_best(report.best),
+        ("plans tried", f"{len(report.tried):,}, {complete:,} on the whole search split"),
+        ("plans verified", f"{len(report.plans)}, {kept} within the limits"),
+    ]
+
+
+def _best(best: Plan | None) -> list[tuple[str, str]]:
+    names = (
+        "best plan",
+        "speed-up, measured",
+        "difference, points",
+        "accuracy",
+        "a request",
+        "KV cache",
+        "compensation",
+    )
+    if best is None:
+        return [(name, "none") for name in names]
+    figures = (
+        words.layers(best.plan),
+        f"{best.speedup:.2f} [{best.speedup_low:.2f}, {best.speedup_high:.2f}]",
+        f"{words.signed(best.difference)} {words.interval(best.difference_low, best.difference_high)}",
+        f"{best.accuracy:.3f} (dense {best.dense_accuracy:.3f}, n = {best.n:,})",
+        f"{words.milliseconds(best.seconds)} (dense {words.milliseconds(best.dense_seconds)})",
+        words.share(best.kv_cache_bytes, best.dense_kv_cache_bytes),
+        best.compensation,
+    )
+    return list(zip(names, figures, strict=True))
+
+
+def _fronts(first: JobReport, second: JobReport) -> Section:
+    section = Section("front", "Fronts", "Both fronts")
+    traces: list[dict[str, Any]] = []
+    for number, report in enumerate((first, second)):
+        chart = figures.front(report)
+        for trace in chart.traces if chart is not None else ():
+            if trace["name"].startswith("verified"):
+                traces.append(_in_colour(trace, SERIES[number], f"job {report.job.id}, {trace['name']}"))
+    if not traces:
+        return replace(section, paragraphs=("Neither job has verified a plan.",))
+    layout = {
+        "xaxis": {"title": {"text": "speed-up (dense = 1)"}},
+        "yaxis": {"title": {"text": "difference to dense, points"}},
+        "hovermode": "closest",
+    }
+    chart = Chart("front", tuple(traces), layout, 440, "Verified plans of both jobs with their intervals.")
+    return replace(
+        section,
+        paragraphs=("Plans verified on held-out samples, with intervals; hollow ones break a limit of their own job.",),
+        charts=(PlacedChart(chart),),
+    )
+
+
+def _in_colour(trace: dict[str, Any], colour: str, name: str) -> dict[str, Any]:
+    hollow = "outside" in trace["name"]
+    marker = {**trace["marker"], "color": colour, "symbol": "diamond-open" if hollow else "diamond"}
+    marker.pop("line")
+    errors = {axis: {**trace[axis], "color": colour} for axis in ("error_x", "error_y")}
+    return {**trace, **errors, "name": name, "marker": marker}
+
+
+def _strips(first: JobReport, second: JobReport) -> Section:
+    parts = [sections.strips(report) for report in (first, second)]
+    groups = tuple(
+        replace(group, title=f"Job {report.job.id}: {group.title[:1].lower()}{group.title[1:]}")
+        for report, part in zip((first, second), parts, strict=True)
+        for group in part.strips
+    )
+    legend = tuple(dict.fromkeys(entry for part in parts for entry in part.legend))
+    return Section("plans", "Plans", "The plans, layer by layer", legend=legend, strips=groups)
+
+
+def _searches(db: Database, first: JobReport, second: JobReport) -> Section:
+    section = Section("progress", "Search", "Both searches")
+    if not _same(first, second):
+        return replace(section, paragraphs=("The searches cannot be compared: model, task or samples differ.",))
+    corner = progress.reference(first)
+    again = collect(db, second.job.id, profile=first.profile) if first.profile is not None else second
+    curves = [
+        (f"job {report.job.id} ({report.spec.strategy})", progress.steps(report.tried, corner))
+        for report in (first, again)
+    ]
+    told = sections.progress(first, curves)
+    return replace(told, title=section.title)
