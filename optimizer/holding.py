@@ -32,6 +32,7 @@ def cluster_settings(inputs: Inputs) -> ClusterSettings:
         gpus_per_worker=cluster.gpus_per_worker,
         memory_per_worker=cluster.memory_per_worker,
         batch_size=cluster.batch_size,
+        max_attempts=cluster.max_attempts,
         request_timeout_seconds=cluster.request_timeout_seconds,
     )
 

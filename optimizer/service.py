@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from workers.pool import WorkerPool
 
 LEASE_SECONDS = 30.0
-HEARTBEAT_SECONDS = 5.0
+HEARTBEATS_PER_LEASE = 6
 POLL_SECONDS = 1.0
 FIRST_RETRY_SECONDS = 5.0
 LONGEST_RETRY_SECONDS = 300.0
@@ -86,7 +86,14 @@ def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] =
         time.sleep(POLL_SECONDS)
 
 
-def process(db: Database, job: Job, inputs: Inputs, pool: WorkerPool, progress: Progress) -> Published:
+def process(
+    db: Database,
+    job: Job,
+    inputs: Inputs,
+    pool: WorkerPool,
+    progress: Progress,
+    lease_seconds: float = LEASE_SECONDS,
+) -> Published:
     """Run a claimed job to its final state.
 
     An interrupted job goes back to the queue. So does one whose cluster or database failed, to be taken again after a
@@ -94,7 +101,7 @@ def process(db: Database, job: Job, inputs: Inputs, pool: WorkerPool, progress: 
     DatabaseError.
     """
     with logs.of_job(job.id):
-        published = _run_pipeline(db, job, inputs, pool, progress)
+        published = _run_pipeline(JobContext(db, job, inputs, pool, progress), lease_seconds)
         if published.best is None:
             jobs.infeasible(db, job, published.reason)
             logs.log("job_infeasible", reason=published.reason)
@@ -104,10 +111,11 @@ def process(db: Database, job: Job, inputs: Inputs, pool: WorkerPool, progress: 
     return published
 
 
-def _run_pipeline(db: Database, job: Job, inputs: Inputs, pool: WorkerPool, progress: Progress) -> Published:
+def _run_pipeline(context: JobContext, lease_seconds: float) -> Published:
+    db, job = context.db, context.job
     try:
-        with Heartbeat(db, job, progress), stop_signals():
-            return pipeline.run(JobContext(db, job, inputs, pool, progress))
+        with Heartbeat(db, job, context.progress, lease_seconds), stop_signals():
+            return pipeline.run(context)
     except KeyboardInterrupt:
         quietly(lambda: jobs.release(db, job, "interrupted"))
         logs.log("job_interrupted")
@@ -143,8 +151,8 @@ def quietly(action: Callable[[], object]) -> None:
 class Heartbeat:
     """A thread that extends the job's lease and stores its progress; when the lease is lost, writes are refused."""
 
-    def __init__(self, db: Database, job: Job, progress: Progress) -> None:
-        self._db, self._job, self._progress = db, job, progress
+    def __init__(self, db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS) -> None:
+        self._db, self._job, self._progress, self._lease_seconds = db, job, progress, lease_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat of job {job.id}", daemon=True)
 
@@ -159,9 +167,9 @@ class Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
+        while not self._stop.wait(self._lease_seconds / HEARTBEATS_PER_LEASE):
             try:
-                jobs.heartbeat(self._db, self._job, LEASE_SECONDS, asdict(self._progress.state))
+                jobs.heartbeat(self._db, self._job, self._lease_seconds, asdict(self._progress.state))
             except storage_errors.LeaseLost:
                 return  # the job's own next write meets the same error and ends it
             except storage_errors.DatabaseError:

@@ -61,8 +61,10 @@ class LoggedNotes:
 class Server:
     """One serving process. ``run`` returns the number of jobs that it took."""
 
-    def __init__(self, db: Database, *, progress: Callable[[Job], Progress]) -> None:
-        self._db, self._progress = db, progress
+    def __init__(
+        self, db: Database, *, progress: Callable[[Job], Progress], lease_seconds: float = LEASE_SECONDS
+    ) -> None:
+        self._db, self._progress, self._lease_seconds = db, progress, lease_seconds
         self._owner = new_owner()
         self._done = 0
         self._failures_in_a_row = 0
@@ -93,7 +95,7 @@ class Server:
     def _claim(self) -> Job | None:
         """The next job. A database that cannot be reached is waited for: the service is there to stay."""
         try:
-            return jobs.claim(self._db, self._owner, LEASE_SECONDS)
+            return jobs.claim(self._db, self._owner, self._lease_seconds)
         except storage_errors.DatabaseError as error:
             logs.log("database_away", reason=one_line(error))
             time.sleep(OUTAGE_SECONDS)
@@ -110,7 +112,7 @@ class Server:
             try:
                 prepared = self._prepare(job, held, progress)
                 if prepared is not None:
-                    process(self._db, job, *prepared, progress)
+                    process(self._db, job, *prepared, progress, self._lease_seconds)
                 self._failures_in_a_row = 0
             except (JobFailed, LeaseLost):
                 self._failures_in_a_row = 0  # the job's own end, which is on record
@@ -128,7 +130,7 @@ class Server:
     def _prepare(self, job: Job, held: HeldPool, progress: Progress) -> tuple[Inputs, WorkerPool] | None:
         """The job's inputs and workers; None when the job cannot be done, which is recorded."""
         try:
-            with Heartbeat(self._db, job, progress):
+            with Heartbeat(self._db, job, progress, self._lease_seconds):
                 inputs = prepare(read_spec(job))
                 return inputs, held.get(inputs)
         except ClusterError as error:

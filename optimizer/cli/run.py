@@ -133,6 +133,16 @@ def submit(
 def serve(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Stop when the queue is empty.")] = False,
+    lease: Annotated[
+        float,
+        typer.Option(
+            "--lease",
+            metavar="SECONDS",
+            min=2,
+            max=3600,
+            help="Without a sign of life so long, a job is taken over.",
+        ),
+    ] = 30.0,
     log_format: LogFormat = None,
 ) -> int:
     """Claim and process queued jobs until stopped; several of these may share a database.
@@ -144,7 +154,7 @@ def serve(
 
     start_logging(log_format, default="text")
     with open_database(context) as db:
-        Server(db, progress=lambda job: Progress(LoggedNotes())).run(once=once)
+        Server(db, progress=lambda job: Progress(LoggedNotes()), lease_seconds=lease).run(once=once)
     return 0
 
 

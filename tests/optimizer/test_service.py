@@ -109,7 +109,7 @@ def test_a_dead_owners_job_is_taken_over_when_its_lease_ends(db, monkeypatch):
 
 
 def test_heartbeat_extends_the_lease_and_stores_progress(db, monkeypatch):
-    monkeypatch.setattr(service, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(service, "HEARTBEATS_PER_LEASE", 600)
     job = claimed(db)
     progress = Progress()
     progress.begin("search", 10)
