@@ -37,6 +37,22 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
 """Environment variables and the fields they override (the variable wins over the job file)."""
 
 ActionName = Literal["skip", "freeze", "bypass"]
+StrategyName = Literal[
+    "surrogate",
+    "tpe",
+    "nsga2",
+    "gp",
+    "random",
+    "skip-it",
+    "shortgpt",
+    "angular",
+    "replaceme",
+    "sleb",
+    "evopress",
+    "shortv",
+    "vtw",
+    "exhaustive",
+]
 ACTION_LETTERS: dict[str, str] = {"run": "R", "freeze": "F", "bypass": "B", "skip": "S"}
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -91,6 +107,12 @@ class ConstraintSpec(_Section):
     min_speedup: float | None = Field(
         default=None, ge=1.0, le=1000.0, description="Smallest measured speed-up, by the lower end of its interval."
     )
+    max_latency_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Most milliseconds of one request of the workload."
+    )
+    max_kv_cache_bytes: int | None = Field(
+        default=None, ge=0, description="Most bytes of KV cache at the end of one request of the workload."
+    )
     max_layers_touched: int | None = Field(default=None, ge=1, description="Most layers that may do other than run.")
 
 
@@ -98,7 +120,37 @@ class SearchSpec(_Section):
     """How plans are proposed and how many are tried."""
 
     evaluations: int = Field(default=200, ge=1, le=1_000_000, description="Number of distinct plans to evaluate.")
-    sampler: Literal["tpe", "nsga2", "gp", "random"] = Field(default="tpe", description="Optuna sampler.")
+    layer_executions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most layer executions (samples times layers that run, each plan as if evaluated alone).",
+    )
+    seconds: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Most seconds of searching; the batch under way ends."
+    )
+    strategy: StrategyName = Field(
+        default="surrogate",
+        description="surrogate: the project's own sampler. tpe, nsga2, gp, random: Optuna's. The others are published "
+        "methods (see docs/search.md).",
+    )
+    seeds: Literal["theory", "random", "none"] = Field(
+        default="theory",
+        description="Where samplers begin: plans that the criterion proposes, random plans, or nothing.",
+    )
+    measured_pairs: int = Field(
+        default=0, ge=0, le=10_000, description="Pairs of layers measured on the first rung to correct the first plans."
+    )
+    warm_start: bool = Field(
+        default=True, description="Use what earlier jobs found out about this model, on this task and on others."
+    )
+    min_gain: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Stop when the expected gain of the front's hypervolume, as a share, stays under this. "
+        "null: the budget alone ends the search.",
+    )
+    patience: int = Field(default=4, ge=1, le=1000, description="Batches in a row that min_gain must be missed.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler and of every resampling.")
     batch: int = Field(
         default=8, ge=1, le=4096, description="Plans proposed together; the same on any number of workers."
@@ -167,6 +219,9 @@ class ClusterSpec(_Section):
     )
     request_timeout_seconds: float = Field(
         default=3600.0, gt=0, le=1e6, description="A worker that takes longer over one request is replaced."
+    )
+    max_attempts: int = Field(
+        default=2, ge=1, le=1000, description="Workers that may be lost over one request before it is given up."
     )
 
     @field_validator("workers")
