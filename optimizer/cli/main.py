@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli import database, exchange, export, jobs, plans, report, run, study
+from optimizer.cli import database, exchange, export, jobs, plans, reference, report, run, study
 from optimizer.cli.state import GlobalOptions
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.add_typer(jobs.app, name="jobs")
 report.register(app)
 study.register(app)
 app.add_typer(database.app, name="db")
+app.add_typer(reference.app, name="reference")
 
 
 def main(arguments: list[str] | None = None) -> None:
