@@ -1,0 +1,247 @@
+"""Fits on a small random LLaVA, held against states taken from plain forward passes and numpy's lstsq."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from workers.compensation.calibration import BATCH, Calibration, append_answers, calibrate
+from workers.compensation.fit import Fitted, fit
+from workers.compensation.recipe import CompensationError, Recipe
+from workers.compensation.weighting import weigher
+from workers.models import LoadedModel
+from workers.runtime import SkipPlan, apply
+from workers.runtime.locate import locate
+from workers.tasks import Task
+
+ALL = 10**6
+LINEAR = Recipe.parse(f"linear tokens={ALL}")
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny: LoadedModel, small_task: Task) -> Calibration:
+    return calibrate(tiny, small_task, tokens=ALL)
+
+
+def fitted(tiny: LoadedModel, calibration: Calibration, plan: str, text: str = LINEAR.text) -> Fitted:
+    recipe = Recipe.parse(text)
+    weigh = weigher(recipe.weighting, calibration, lambda layer: (2.0, 0.5))
+    return fit(tiny.model, calibration, SkipPlan.parse(plan), recipe, weigh)
+
+
+def states(tiny: LoadedModel, calibration: Calibration, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """M and the state behind a dense-numbered layer, of the real tokens, under whatever plan is applied."""
+    outputs, found = [], []
+    module = LAYERS_OF[id(tiny.model)][layer]
+    hooks = [
+        module.mlp.register_forward_hook(lambda m, a, out: outputs.append(out)),
+        module.register_forward_hook(lambda m, a, out: found.append(out)),
+    ]
+    rows: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for batch in calibration.batches:
+            locate(tiny.model).owner(*batch.args, **batch.kwargs)
+            pair = [each.pop().flatten(0, 1)[batch.kept] for each in (outputs, found)]
+            rows.append((pair[0], pair[1]))
+    for hook in hooks:
+        hook.remove()
+    output, state = (torch.cat(each).double().numpy() for each in zip(*rows, strict=True))
+    return output, state
+
+
+LAYERS_OF: dict[int, list[Any]] = {}
+
+
+@pytest.fixture(autouse=True)
+def dense_layers(tiny: LoadedModel) -> None:
+    LAYERS_OF.setdefault(id(tiny.model), list(locate(tiny.model).layers))
+
+
+def targets(calibration: Calibration, layer: int) -> np.ndarray:
+    return torch.cat([batch.targets[layer] for batch in calibration.batches]).double().numpy()
+
+
+def best_map(
+    output: np.ndarray, state: np.ndarray, target: np.ndarray, ridge: float, weights: np.ndarray | None = None
+):
+    """T by lstsq; the weights are 1 / mean square of the target unless given."""
+    weights = 1.0 / (target**2).mean(1) if weights is None else weights
+    hidden = output.shape[1]
+    root = np.sqrt(weights)[:, None]
+    pull = np.sqrt(ridge * np.mean((weights[:, None] * output**2).sum(0))) * np.eye(hidden)
+    wanted = target - (state - output)
+    return np.linalg.lstsq(np.vstack([root * output, pull]), np.vstack([root * wanted, pull]), rcond=None)[0]
+
+
+def test_calibration_holds_whole_samples_with_the_dense_answers(
+    tiny: LoadedModel, small_task: Task, calibration: Calibration
+) -> None:
+    assert calibration.samples == tuple(sample.id for sample in small_task.calibration)
+    assert calibration.kept == calibration.tokens and not calibration.refusals
+    assert set(calibration.shares.values()) == {1.0} and len(calibration.shares) == 6
+    assert sum(int(batch.vision.sum()) for batch in calibration.batches) == 16 * len(calibration.samples)
+    few = calibrate(tiny, small_task, tokens=1)
+    assert few.samples == calibration.samples[:1] and len(few.batches) == 1
+    for layer in range(6):
+        _, state = states(tiny, calibration, layer)
+        assert np.array_equal(state, targets(calibration, layer))
+
+
+def test_answers_follow_their_prompts() -> None:
+    inputs = {
+        "input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        "token_type_ids": torch.ones(2, 3, dtype=torch.long),
+        "pixel_values": torch.zeros(2, 4),
+    }
+    found = append_answers(inputs, [torch.tensor([1, 2]), torch.tensor([3])], pad=0)
+    assert found["input_ids"].tolist() == [[0, 5, 6, 1, 2], [7, 8, 9, 3, 0]]
+    assert found["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert found["token_type_ids"].tolist() == [[1, 1, 1, 0, 0]] * 2 and found["pixel_values"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("plan", ["RRSRRR", "RSSRRR", "SRRRRS", "RRRSSS"])
+def test_one_gap_gets_the_map_that_lstsq_finds(tiny: LoadedModel, calibration: Calibration, plan: str) -> None:
+    result = fitted(tiny, calibration, plan)
+    ((layer, own),) = result.maps.items()
+    with apply(tiny.model, SkipPlan.parse(plan)):
+        output, state = states(tiny, calibration, layer)
+    target = targets(calibration, own.end)
+    expected = best_map(output, state, target, LINEAR.ridge)
+    np.testing.assert_allclose(own.matrix.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+    left = target - (state - output) - output @ expected
+    weights = 1.0 / (target**2).mean(1, keepdims=True)
+    (gap,) = result.gaps
+    assert gap.unexplained == pytest.approx((weights * left**2).sum() / (weights * target**2).sum(), rel=1e-3)
+    assert gap.plain_share == pytest.approx((weights * (target - state) ** 2).sum() / (weights * target**2).sum())
+    assert gap.unexplained < gap.plain_share
+
+
+def test_later_maps_are_fitted_on_the_compensated_model(tiny: LoadedModel, calibration: Calibration) -> None:
+    plan = SkipPlan.parse("RSRSRS")
+    result = fitted(tiny, calibration, plan.text)
+    assert [(gap.layer, gap.end) for gap in result.gaps] == [(0, 1), (2, 3), (4, 5)]
+    for gap in result.gaps:
+        # Folded maps below, the plain skip at this gap: the states that this gap's map was fitted on.
+        below = SkipPlan.parse(plan.text[: gap.layer + 1] + "R" * (5 - gap.layer))
+        with apply(tiny.model, below, {layer: own for layer, own in result.maps.items() if layer < gap.layer}):
+            output, state = states(tiny, calibration, gap.layer)
+        expected = best_map(output, state, targets(calibration, gap.end), LINEAR.ridge)
+        found = result.maps[gap.layer].matrix.numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_fitting_from_dense_states_alone_ignores_the_gaps_below(tiny: LoadedModel, calibration: Calibration) -> None:
+    text = LINEAR.text + " source=dense"
+    both = fitted(tiny, calibration, "RSRSRR", text)
+    alone = fitted(tiny, calibration, "RRRSRR", text)
+    assert torch.equal(both.maps[2].matrix, alone.maps[2].matrix)
+    bottom_up = fitted(tiny, calibration, "RSRSRR")
+    assert not torch.allclose(bottom_up.maps[2].matrix, both.maps[2].matrix, atol=1e-2)
+    assert torch.allclose(bottom_up.maps[0].matrix, both.maps[0].matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "groups", "gain"])
+def test_weightings(tiny: LoadedModel, calibration: Calibration, weighting: str) -> None:
+    own = fitted(tiny, calibration, "RRSRRR", f"linear tokens={ALL} weighting={weighting}").maps[1]
+    with apply(tiny.model, SkipPlan.parse("RRSRRR")):
+        output, state = states(tiny, calibration, 1)
+    target = targets(calibration, 2)
+    vision = torch.cat([batch.kept_vision for batch in calibration.batches]).numpy()
+    by_group = {"groups": (1 / vision.sum(), 1 / (~vision).sum()), "gain": (2.0, 0.5)}
+    weights = np.ones(len(target))
+    if weighting != "uniform":
+        weights = np.where(vision, *by_group[weighting]) / (target**2).mean(1)
+    expected = best_map(output, state, target, 1e-3, weights)
+    np.testing.assert_allclose(own.matrix.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_compensation_brings_the_logits_closer_to_dense(tiny: LoadedModel, calibration: Calibration) -> None:
+    plan = SkipPlan.parse("RSRSRR")
+    (batch, *_) = calibration.batches
+    owner, maps = locate(tiny.model).owner, fitted(tiny, calibration, plan.text).maps
+
+    def last_states() -> Tensor:
+        with torch.no_grad():
+            return owner(*batch.args, **batch.kwargs).last_hidden_state.flatten(0, 1)[batch.kept]
+
+    dense = last_states()
+    with apply(tiny.model, plan):
+        plain = (last_states() - dense).norm()
+    with apply(tiny.model, plan, maps):
+        assert (last_states() - dense).norm() < 0.8 * plain
+    assert torch.equal(last_states(), dense)
+
+
+def test_a_frozen_layer_before_a_gap_holds_a_map_for_text_alone(tiny: LoadedModel, calibration: Calibration) -> None:
+    result = fitted(tiny, calibration, "RRFSRR")
+    own = result.maps[2]
+    vision = torch.cat([batch.kept_vision for batch in calibration.batches]).numpy()
+    outputs: list[Tensor] = []
+    found: list[np.ndarray] = []
+    with apply(tiny.model, SkipPlan.parse("RRFRRR")) as applied:
+        layer = locate(tiny.model).layers[2]
+        mlp_hook = layer.mlp.register_forward_hook(lambda m, a, out: outputs.append(out))
+        hook = layer.register_forward_hook(lambda m, a, out: found.append(out))
+        with torch.no_grad():
+            for batch in calibration.batches:
+                applied.vision_mask = batch.vision
+                locate(tiny.model).owner(*batch.args, **batch.kwargs)
+        mlp_hook.remove()
+        hook.remove()
+    states_at = [
+        out.flatten(0, 1)[batch.kept].double().numpy() for out, batch in zip(found, calibration.batches, strict=True)
+    ]
+    state = np.concatenate(states_at)[~vision]
+    # Every sample has its text tokens in one rectangle; its padding repeats a row and is left out by the mask.
+    text_rows = []
+    for out, batch in zip(outputs, calibration.batches, strict=True):
+        mask = ~batch.vision
+        real = torch.zeros(batch.vision.numel(), dtype=torch.bool)
+        real[batch.kept] = True
+        for row in range(len(mask)):
+            places = mask[row].nonzero().flatten()
+            text_rows.append(out[row, : len(places)][real.view(mask.shape)[row, places]])
+    output = torch.cat(text_rows).double().numpy()
+    target = targets(calibration, 3)[~vision]
+    expected = best_map(output, state, target, 1e-3)
+    np.testing.assert_allclose(own.matrix.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_equal_fits_are_equal_bit_by_bit(tiny: LoadedModel, small_task: Task, calibration: Calibration) -> None:
+    again = calibrate(tiny, small_task, tokens=ALL)
+    first, second = (fitted(tiny, each, "RSRSSR") for each in (calibration, again))
+    assert first.maps.keys() == second.maps.keys()
+    assert all(torch.equal(first.maps[layer].matrix, second.maps[layer].matrix) for layer in first.maps)
+
+
+def test_what_does_not_fit_into_memory_is_drawn_with_the_seed(tiny: LoadedModel, small_task: Task) -> None:
+    budget = 6 * 48 * 4 * 50
+    kept = [calibrate(tiny, small_task, tokens=ALL, seed=seed, memory_budget=budget) for seed in (0, 0, 1)]
+    assert [each.kept for each in kept] == [50, 50, 50] and kept[0].tokens > 50
+    places = [torch.cat([batch.kept for batch in each.batches]).tolist() for each in kept]
+    assert places[0] == places[1] != places[2]
+    assert all(len(target) == len(batch.kept) for batch in kept[0].batches for target in batch.targets)
+
+
+def test_a_plan_without_gaps_needs_no_maps(tiny: LoadedModel, calibration: Calibration) -> None:
+    for plan in ("RRRRRR", "SSRRRR", "RFFBRR"):
+        assert fitted(tiny, calibration, plan).maps == {}
+
+
+def test_a_layer_that_cannot_hold_a_map_is_named(tiny: LoadedModel, calibration: Calibration) -> None:
+    with pytest.raises(CompensationError, match="layer 1 cannot hold a map with a bias"):
+        fitted(tiny, calibration, "RRSRRR", LINEAR.text + " bias=yes")
+    refusing = Calibration(
+        calibration.batches, calibration.samples, calibration.tokens, calibration.kept, {0: 1.0}, {1: "layer 1 cannot"}
+    )
+    with pytest.raises(CompensationError, match="layer 1 cannot"):
+        fitted(tiny, refusing, "RRSRRR")
+
+
+def test_the_batches_are_of_a_fixed_size(calibration: Calibration) -> None:
+    assert all(len(batch.vision) == BATCH for batch in calibration.batches[:-1])

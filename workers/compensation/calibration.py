@@ -1,0 +1,270 @@
+"""Calibration samples as the decoder sees them, and what the dense model makes of them: the targets of every map.
+
+A sample is its prompt with the dense model's own answer behind it, so that image, prompt and answer tokens all count.
+The tower's work is done once: what is kept per batch is the call that the decoder got.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchFeature
+
+from workers.evaluation import prepare_batch
+from workers.models import LoadedModel
+from workers.prompts import to_device
+from workers.runtime.families import describe
+from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
+from workers.runtime.locate import DecoderStack, locate
+from workers.tasks import Sample, Task
+
+from .recipe import CompensationError
+
+BATCH = 8
+"""Samples of one forward pass. Fixed, since rounding depends on it and fits are to be repeatable bit by bit."""
+MEMORY_BUDGET = 2 << 30
+"""Bytes that the dense model's states at all layers may take."""
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """Some samples, padded to ``[batch, tokens]``: the decoder's call, and the dense states of the kept tokens."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    vision: Tensor
+    """Vision tokens, bool ``[batch, tokens]``."""
+    kept: Tensor
+    """Places of the kept tokens in the flattened batch, ascending ``[kept]``."""
+    targets: tuple[Tensor, ...]
+    """The dense model's state behind every layer, ``[kept, hidden]`` each, in the model's dtype."""
+
+    @property
+    def kept_vision(self) -> Tensor:
+        """Which kept tokens are vision tokens, bool ``[kept]``."""
+        return self.vision.flatten()[self.kept]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration batches of one model and task, and what its layers can hold."""
+
+    batches: tuple[CalibrationBatch, ...]
+    samples: tuple[str, ...]
+    tokens: int
+    """All tokens of these samples, padding left out."""
+    kept: int
+    """Tokens whose states fit into the memory budget; the sums run over these."""
+    shares: dict[int, float]
+    """By layer, the factor with which the MLP's output enters the residual stream."""
+    refusals: dict[int, str]
+    """By layer, why it cannot hold a map."""
+
+    def require(self, layer: int) -> float:
+        """The share of a layer. Raises :class:`CompensationError` with the reason when it cannot hold a map."""
+        if layer in self.refusals:
+            raise CompensationError(self.refusals[layer])
+        return self.shares[layer]
+
+
+def calibrate(
+    loaded: LoadedModel, task: Task, *, tokens: int, seed: int = 0, memory_budget: int = MEMORY_BUDGET
+) -> Calibration:
+    """Run the dense model over whole calibration samples, in the split's order, until ``tokens`` tokens are reached.
+
+    Where the states of all tokens at all layers exceed ``memory_budget`` bytes, a random part of the tokens, drawn
+    with ``seed``, is kept. Raises :class:`CompensationError` when no sample can be read, or the decoder's sequence is
+    not the prompt's.
+    """
+    stack = locate(loaded.model)
+    prepared = list(_prepare(loaded, task, tokens))
+    if not prepared:
+        raise CompensationError(f"task {task.name}: no calibration sample can be read, so no map can be fitted")
+    real = [inputs["attention_mask"].bool().flatten() for _, inputs in prepared]
+    total = sum(int(mask.sum()) for mask in real)
+    chosen = _choose(total, _affordable(stack, loaded.model.dtype, memory_budget), seed)
+    vision_ids = torch.tensor(describe(loaded.model).vision_token_ids)
+    prover = _Prover(stack)
+    batches, passed = [], 0
+    for (_, inputs), mask in zip(prepared, real, strict=True):
+        places = mask.nonzero().flatten()
+        here = chosen[(chosen >= passed) & (chosen < passed + len(places))] - passed
+        passed += len(places)
+        vision = torch.isin(inputs["input_ids"], vision_ids) & inputs["attention_mask"].bool()
+        with prover.proving():
+            batches.append(_dense_pass(loaded, stack, inputs, vision, places[here]))
+    return Calibration(
+        batches=tuple(batches),
+        samples=tuple(sample.id for samples, _ in prepared for sample in samples),
+        tokens=total,
+        kept=len(chosen),
+        shares=prover.shares,
+        refusals=prover.refusals,
+    )
+
+
+def _affordable(stack: DecoderStack, dtype: torch.dtype, memory_budget: int) -> int:
+    return max(1, memory_budget // (len(stack.layers) * int(stack.text_config.hidden_size) * dtype.itemsize))
+
+
+def _choose(total: int, affordable: int, seed: int) -> Tensor:
+    """Ascending numbers of the kept tokens among all."""
+    if total <= affordable:
+        return torch.arange(total)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:affordable].sort().values
+
+
+# Sequences ----------------------------------------------------------------------------------------------------------
+
+
+def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[tuple[tuple[Sample, ...], BatchFeature]]:
+    """Batches of samples with their answers, as model inputs on the CPU, until the tokens are reached."""
+    reached, samples = 0, task.calibration
+    for start in range(0, len(samples), BATCH):
+        batch = _with_answers(loaded, task, samples[start : start + BATCH])
+        if batch is None:
+            continue
+        lengths = batch[1]["attention_mask"].sum(1).cumsum(0) + reached
+        needed = int((lengths < tokens).sum()) + 1
+        if needed < len(batch[0]):
+            batch = _with_answers(loaded, task, batch[0][:needed])
+            assert batch is not None
+        reached += int(batch[1]["attention_mask"].sum())
+        yield batch
+        if reached >= tokens:
+            return
+
+
+def _with_answers(
+    loaded: LoadedModel, task: Task, samples: Sequence[Sample]
+) -> tuple[tuple[Sample, ...], BatchFeature] | None:
+    prepared = prepare_batch(loaded, task, samples)
+    if prepared.inputs is None:
+        return None
+    inputs = to_device(prepared.inputs, loaded.device, loaded.model.dtype)
+    pad = loaded.processor.tokenizer.pad_token_id
+    with torch.inference_mode():
+        sequences = loaded.model.generate(
+            **inputs, do_sample=False, num_beams=1, max_new_tokens=task.spec.answer.max_new_tokens, pad_token_id=pad
+        )
+    prompt = inputs["input_ids"].shape[1]
+    if not torch.equal(sequences[:, :prompt], inputs["input_ids"]):
+        raise CompensationError("this family's generate() returns no prompts, so answers cannot be put behind them")
+    answers = [_fed_tokens(row, loaded.model.generation_config.eos_token_id) for row in sequences[:, prompt:].cpu()]
+    return prepared.samples, append_answers(prepared.inputs, answers, pad)
+
+
+def _fed_tokens(answer: Tensor, end: int | Sequence[int] | None) -> Tensor:
+    """The generated tokens that decoding feeds back: all before the end token, or before the last one."""
+    ends = torch.isin(answer, torch.tensor([end] if isinstance(end, int) else list(end or ())))
+    length = int(ends.nonzero()[0]) if bool(ends.any()) else len(answer) - 1
+    return answer[:length]
+
+
+def append_answers(inputs: BatchFeature, answers: Sequence[Tensor], pad: int) -> BatchFeature:
+    """Put answers behind prompts, padded on the right. Whatever else has an entry per token gets that of text, 0."""
+    width = max(len(answer) for answer in answers)
+    shape = inputs["input_ids"].shape
+    tokens = torch.full((len(answers), width), pad)
+    mask = torch.zeros((len(answers), width), dtype=torch.long)
+    for row, answer in enumerate(answers):
+        tokens[row, : len(answer)] = answer
+        mask[row, : len(answer)] = 1
+    extended = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            more = {"input_ids": tokens, "attention_mask": mask}.get(name, torch.zeros_like(tokens))
+            extended[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+    return BatchFeature(extended)
+
+
+# The dense pass -----------------------------------------------------------------------------------------------------
+
+
+def _dense_pass(
+    loaded: LoadedModel, stack: DecoderStack, inputs: BatchFeature, vision: Tensor, kept: Tensor
+) -> CalibrationBatch:
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    states: dict[int, Tensor] = {}
+    device = loaded.device
+    places = kept.to(device)
+
+    def note_call(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((args, dict(kwargs)))
+
+    def note_state(index: int, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        if state.dim() != 3 or state.shape[:2] != vision.shape:
+            raise CompensationError(
+                f"the decoder's states are {list(state.shape)} where prompts are {list(vision.shape)}: maps need one "
+                "state per token of the prompt"
+            )
+        states[index] = state.reshape(-1, state.shape[-1])[places].clone()
+
+    handles = [stack.owner.register_forward_pre_hook(note_call, with_kwargs=True)]
+    for index, layer in enumerate(stack.layers):
+        hook = lambda module, args, output, index=index: note_state(index, output)  # noqa: E731
+        handles.append(layer.register_forward_hook(hook))
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
+        options["logits_to_keep"] = 1
+    try:
+        with torch.inference_mode():
+            loaded.model(**to_device(inputs, device, loaded.model.dtype), **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(calls) != 1:
+        raise CompensationError(f"the decoder ran {len(calls)} times in one forward pass, which maps do not allow for")
+    args, kwargs = calls[0]
+    targets = tuple(states[index] for index in range(len(stack.layers)))
+    return CalibrationBatch(args, kwargs, vision.to(device), places, targets)
+
+
+class _Prover:
+    """Proves on the first batch that layers are residual + linear projection, by running each twice more."""
+
+    def __init__(self, stack: DecoderStack) -> None:
+        self._stack, self._busy = stack, False
+        self.shares: dict[int, float] = {}
+        self.refusals: dict[int, str] = {}
+
+    @contextmanager
+    def proving(self) -> Iterator[None]:
+        """While in here, layers that are not proven yet are when they run."""
+        handles = []
+        for index, layer in enumerate(self._stack.layers):
+            if index in self.shares or index in self.refusals:
+                continue
+            hook = lambda module, args, kwargs, output, index=index: self._prove(index, module, args, kwargs)  # noqa: E731
+            handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _prove(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._busy:
+            return
+
+        def run() -> Tensor:
+            output = layer.forward(*args, **kwargs)
+            state: Tensor = output[0] if isinstance(output, tuple) else output
+            return state
+
+        self._busy = True
+        try:
+            site: FoldSite = fold_site(self._stack, index)
+            self.shares[index] = added_share(index, site, run)
+        except FoldingError as error:
+            self.refusals[index] = str(error)
+        finally:
+            self._busy = False

@@ -1,0 +1,210 @@
+"""Fitting the maps of a plan's gaps, from the bottom up, in one pass over the calibration tokens.
+
+Every batch's forward pass halts behind the layer before a gap; the states of all batches give the map; the passes go
+on with it in place. So each map is fitted on the states that the pruned, already compensated model really has, no
+layer is executed twice, and only [hidden, hidden] sums are held beside the states.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.runtime.applied import AppliedPlan
+from workers.runtime.folding import FoldingError, GapMap, OutputSum, fold_site, require_bias
+from workers.runtime.gaps import Gap, gaps
+from workers.runtime.locate import locate
+from workers.runtime.plan import SkipPlan
+from workers.runtime.token_rows import TokenSplit
+
+from .calibration import Calibration, CalibrationBatch
+from .halting import HaltingCall
+from .recipe import CompensationError, Recipe
+from .sums import GapSums, Solution, solve
+from .weighting import Weigh
+
+
+@dataclass(frozen=True)
+class FittedGap:
+    """How well a gap could be repaired: shares of the target's energy left unexplained on the calibration tokens."""
+
+    layer: int
+    end: int
+    plain_share: float
+    """By the plain skip of this gap, those below it being compensated."""
+    unexplained: float
+    """By the best map."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The maps of a plan, and how well they fit."""
+
+    plan: str
+    compensation: str
+    maps: dict[int, GapMap]
+    gaps: tuple[FittedGap, ...]
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Halt:
+    """What a pass shows where it halts: M (times the layer's share) and the state, ``[batch * tokens, hidden]``."""
+
+    output: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is done to the state there: M ``matrix`` + ``bias`` is added, both float32."""
+
+    matrix: Tensor
+    bias: Tensor | None
+
+
+def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Recipe, weigh: Weigh) -> Fitted:
+    """Fit the maps of ``plan``'s gaps. The model is left as it was; it must have no plan applied.
+
+    Raises :class:`CompensationError` when a layer before a gap cannot hold a map, with the reason.
+    """
+    started = time.perf_counter()
+    open_gaps = gaps(plan)
+    shares = {gap.layer: calibration.require(gap.layer) for gap in open_gaps}
+    maps: dict[int, GapMap] = {}
+    found: list[FittedGap] = []
+    if open_gaps:
+        if recipe.bias:
+            _require_biases(model, open_gaps)
+        applied = AppliedPlan(model, plan if recipe.source == "pruned" else SkipPlan.dense(len(plan)))
+        with _Passes(model, applied, calibration.batches, open_gaps, shares) as passes:
+            changes: Sequence[_Change | None] = [None] * len(calibration.batches)
+            for gap in open_gaps:
+                halts = passes.advance(changes)
+                sums = gap_sums(halts, calibration.batches, gap, weigh)
+                solution = solve(sums, ridge=recipe.ridge, bias=recipe.bias)
+                maps[gap.layer] = _map(gap, solution, shares[gap.layer])
+                found.append(FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained))
+                change = _change(maps[gap.layer], shares[gap.layer]) if recipe.source == "pruned" else None
+                changes = [change] * len(calibration.batches)
+    return Fitted(plan.text, recipe.text, maps, tuple(found), calibration.kept, time.perf_counter() - started)
+
+
+def gap_sums(halts: Sequence[_Halt], batches: Sequence[CalibrationBatch], gap: Gap, weigh: Weigh) -> GapSums:
+    """The sums of one gap over all batches."""
+    parts = []
+    for halt, batch in zip(halts, batches, strict=True):
+        target = batch.targets[gap.end]
+        residual = target.double() - halt.state[batch.kept].double()
+        parts.append(GapSums.of(halt.output[batch.kept], residual, target, weigh(gap.end, batch, target)))
+    return GapSums.merge(parts)
+
+
+def _require_biases(model: nn.Module, open_gaps: Sequence[Gap]) -> None:
+    stack = locate(model)
+    for gap in open_gaps:
+        try:
+            require_bias(fold_site(stack, gap.layer), gap.layer)
+        except FoldingError as error:
+            raise CompensationError(str(error)) from None
+
+
+def _map(gap: Gap, solution: Solution, share: float) -> GapMap:
+    """The map as it is kept, float32 on the CPU; its bias goes into the projection, before the layer's share."""
+    identity = torch.eye(len(solution.change), dtype=torch.float64, device=solution.change.device)
+    bias = None if solution.bias is None else (solution.bias / share).float().cpu()
+    return GapMap(gap.layer, gap.end, (identity + solution.change).float().cpu(), bias)
+
+
+def _change(own: GapMap, share: float) -> _Change:
+    matrix = own.matrix.double() - torch.eye(len(own.matrix), dtype=torch.float64)
+    return _Change(matrix.float(), None if own.bias is None else own.bias * share)
+
+
+class _Passes:
+    """The forward passes of all batches through the decoder under a plan, halting behind the layers before gaps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        applied: AppliedPlan,
+        batches: Sequence[CalibrationBatch],
+        open_gaps: Sequence[Gap],
+        shares: dict[int, float],
+    ) -> None:
+        self._stack = locate(model)
+        self._applied, self._batches, self._gaps, self._shares = applied, batches, open_gaps, shares
+        self._resources = ExitStack()
+        self._calls: list[HaltingCall[_Halt, _Change | None]] = []
+        self._halts: dict[int, Callable[[_Halt], _Change | None]] = {}
+        self._running = 0
+
+    def __enter__(self) -> _Passes:
+        with ExitStack() as stack:
+            for gap in self._gaps:
+                watched = stack.enter_context(OutputSum(fold_site(self._stack, gap.layer)))
+                hook = lambda module, args, output, gap=gap, watched=watched: self._behind(gap, watched, output)  # noqa: E731
+                handle = self._stack.layers[gap.layer].register_forward_hook(hook)
+                stack.callback(handle.remove)
+            stack.enter_context(self._applied)
+            for number in range(len(self._batches)):
+                call: HaltingCall[_Halt, _Change | None] = HaltingCall(self._body(number))
+                self._calls.append(stack.enter_context(call))
+            self._resources = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    def advance(self, changes: Sequence[_Change | None]) -> list[_Halt]:
+        """Let every pass go on, with its change, to where it halts next."""
+        halts = []
+        for number, (call, change) in enumerate(zip(self._calls, changes, strict=True)):
+            self._running = number
+            if self._applied.plan.needs_vision_tokens:
+                self._applied.vision_mask = self._batches[number].vision
+            told = call.advance(change)
+            assert told is not None
+            halts.append(told)
+        return halts
+
+    def _body(self, number: int) -> Callable[[Callable[[_Halt], _Change | None]], None]:
+        batch = self._batches[number]
+
+        def run(halt: Callable[[_Halt], _Change | None]) -> None:
+            self._halts[number] = halt
+            with torch.inference_mode():  # holds for one thread only
+                self._stack.owner(*batch.args, **batch.kwargs)
+
+        return run
+
+    def _behind(self, gap: Gap, watched: OutputSum, output: Any) -> Any:
+        """Behind a layer before a gap: show M and the state, wait for the map, and go on with it in place."""
+        number = self._running
+        state = output[0] if isinstance(output, tuple) else output
+        added = _on_all_tokens(watched.take(), state, self._batches[number].vision) * self._shares[gap.layer]
+        change = self._halts[number](_Halt(added, state.flatten(0, 1)))
+        if change is None:
+            return output
+        moved = state.float() + (added.float() @ change.matrix.to(state.device)).view(state.shape)
+        if change.bias is not None:
+            moved = moved + change.bias.to(state.device)
+        changed = moved.to(state.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def _on_all_tokens(rows: Tensor, state: Tensor, vision: Tensor) -> Tensor:
+    """M for all tokens, ``[batch * tokens, hidden]``: zero where a frozen or bypassed layer added nothing."""
+    if len(rows) == state.shape[0] * state.shape[1]:
+        return rows
+    split = TokenSplit.from_vision_mask(vision)
+    assert split is not None
+    text = rows.view(split.text.batch, split.text.width, -1)
+    return split.text.put(torch.zeros_like(state), text).flatten(0, 1)
