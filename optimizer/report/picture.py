@@ -17,6 +17,7 @@ from storage.database import Database
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 WIDTH_INCHES = 8.0
 DOTS_PER_INCH = 200
@@ -33,13 +34,13 @@ def write_picture(db: Database, job_id: int, name: str) -> bytes:
     matplotlib.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     report = collect(db, job_id)
     if name == "plans":
-        return _drawn(lambda axes: strips(axes, report), 0.6 + 0.3 * max(1, len(_strip_rows(report))))
+        return _drawn(lambda part: strips(part, report), 0.8 + 0.3 * max(1, len(_strip_rows(report))))
     chart = _chart(db, report, name)
     if chart is None:
         raise UsageFault(f"job {job_id}: {name} was {words.NOT_MEASURED}, so there is nothing to draw")
     if name == "front" and report.plans:
         return _front_with_strips(chart, report)
-    return _drawn(lambda axes: draw(axes, chart), chart.height / 100)
+    return _drawn(lambda part: draw(part, chart), chart.height / 100)
 
 
 def _chart(db: Database, report: JobReport, name: str) -> Chart | None:
@@ -55,22 +56,22 @@ def _chart(db: Database, report: JobReport, name: str) -> Chart | None:
     return latency.breakdown(report)
 
 
-def _drawn(draw_on: Callable[[Axes], None], height: float) -> bytes:
+def _drawn(draw_on: Callable[[SubFigure], None], height: float) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-    draw_on(figure.add_subplot())
+    draw_on(figure.subfigures(squeeze=False)[0][0])
     return _png(figure)
 
 
 def _front_with_strips(chart: Chart, report: JobReport) -> bytes:
     from matplotlib.figure import Figure
 
-    below = 0.35 + 0.26 * len(report.plans)
-    figure = Figure(figsize=(WIDTH_INCHES, 4.0 + below), layout="constrained")
-    upper, lower = figure.subplots(2, height_ratios=(4.0, below))
+    below = 0.9 + 0.25 * len(report.plans)
+    figure = Figure(figsize=(WIDTH_INCHES, 4.3 + below), layout="constrained")
+    (upper,), (lower,) = figure.subfigures(2, squeeze=False, height_ratios=(4.3, below))
+    upper.suptitle(f"{report.model_name} on {report.task_name}", x=0.02, ha="left", fontweight="bold")
     draw(upper, chart)
-    upper.set_title(f"{report.model_name} on {report.task_name}", loc="left", fontweight="bold")
     strips(lower, report, verified_only=True)
     return _png(figure)
 
@@ -81,8 +82,9 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def draw(axes: Axes, chart: Chart) -> None:
+def draw(part: SubFigure, chart: Chart) -> None:
     """Every trace of a chart, with its axes and legend."""
+    axes = part.add_subplot()
     stacked: dict[Any, float] = {}
     bars = [trace for trace in chart.traces if trace["type"] == "bar"]
     for trace in chart.traces:
@@ -98,7 +100,7 @@ def draw(axes: Axes, chart: Chart) -> None:
     for shape in chart.layout.get("shapes", ()):
         axes.axhline(shape["y0"], color=colour(shape["line"]["color"]), linewidth=1, linestyle=":")
     if chart.layout.get("showlegend", len(chart.traces) > 1):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8.5)
+        part.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
 
 
 def _axes(axes: Axes, layout: dict[str, Any]) -> None:
@@ -176,10 +178,11 @@ def _strip_rows(report: JobReport) -> list[sections.StripRow]:
     return [row for group in sections.strips(report).strips for row in group.rows]
 
 
-def strips(axes: Axes, report: JobReport, *, verified_only: bool = False) -> None:
+def strips(part: SubFigure, report: JobReport, *, verified_only: bool = False) -> None:
     """Plans as rows of coloured cells, one a layer."""
     from matplotlib.patches import Patch, Rectangle
 
+    axes = part.add_subplot()
     groups = sections.strips(report).strips
     rows = [row for group in (groups[:1] if verified_only else groups) for row in group.rows]
     for number, row in enumerate(rows):
@@ -201,7 +204,7 @@ def strips(axes: Axes, report: JobReport, *, verified_only: bool = False) -> Non
     used = [letter for letter in words.ACTIONS if any(letter in row.plan for row in rows)]
     handles = [Patch(color=colour(figures.COLOURS[letter]), label=words.ACTIONS[letter][0]) for letter in used]
     axes.set_xlabel("decoder layer")
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4, frameon=False, fontsize=8.5)
+    part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
 
 
 def colour(name: str) -> str:
