@@ -7,6 +7,7 @@ The tower's work is done once: what is kept per batch is the call that the decod
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Calibration:
 def calibrate(
     loaded: LoadedModel, task: Task, *, tokens: int, seed: int = 0, memory_budget: int = MEMORY_BUDGET
 ) -> Calibration:
-    """Run the dense model over whole calibration samples, in the split's order, until ``tokens`` tokens are reached.
+    """Run the dense model over whole calibration samples, one an image first, until ``tokens`` tokens are reached.
 
     Where the states of all tokens at all layers exceed ``memory_budget`` bytes, a random part of the tokens, drawn
     with ``seed``, is kept. Raises :class:`CompensationError` when no sample can be read, or the decoder's sequence is
@@ -126,7 +127,7 @@ def _choose(total: int, affordable: int, seed: int) -> Tensor:
 
 def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[tuple[tuple[Sample, ...], BatchFeature]]:
     """Batches of samples with their answers, as model inputs on the CPU, until the tokens are reached."""
-    reached, samples = 0, task.calibration
+    reached, samples = 0, by_image(task.calibration)
     for start in range(0, len(samples), BATCH):
         batch = _with_answers(loaded, task, samples[start : start + BATCH])
         if batch is None:
@@ -140,6 +141,20 @@ def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[tuple[tup
         yield batch
         if reached >= tokens:
             return
+
+
+def by_image(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The first sample of every image, then the second ones, and so on, else in the given order.
+
+    Where attention is causal, image tokens before the question are the same for every question on the image: asking
+    another image first gives more different tokens for the same work.
+    """
+    seen: Counter[str] = Counter()
+    turns = []
+    for sample in samples:
+        turns.append(seen[sample.image_key])
+        seen[sample.image_key] += 1
+    return tuple(sample for _, sample in sorted(zip(turns, samples, strict=True), key=lambda pair: pair[0]))
 
 
 def _with_answers(

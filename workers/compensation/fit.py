@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from workers.runtime.applied import AppliedPlan
 from workers.runtime.folding import FoldingError, GapMap, OutputSum, fold_site, require_bias
 from workers.runtime.gaps import Gap, gaps
-from workers.runtime.locate import locate
+from workers.runtime.locate import DecoderStack, locate
 from workers.runtime.plan import SkipPlan
 from workers.runtime.token_rows import TokenSplit
 
@@ -55,7 +55,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class _Halt:
+class Halt:
     """What a pass shows where it halts: M (times the layer's share) and the state, ``[batch * tokens, hidden]``."""
 
     output: Tensor
@@ -63,7 +63,7 @@ class _Halt:
 
 
 @dataclass(frozen=True)
-class _Change:
+class Change:
     """What is done to the state there: M ``matrix`` + ``bias`` is added, both float32."""
 
     matrix: Tensor
@@ -81,23 +81,23 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
     maps: dict[int, GapMap] = {}
     found: list[FittedGap] = []
     if open_gaps:
-        if recipe.bias:
-            _require_biases(model, open_gaps)
+        for gap in open_gaps if recipe.bias else ():
+            require_holds_bias(locate(model), gap.layer)
         applied = AppliedPlan(model, plan if recipe.source == "pruned" else SkipPlan.dense(len(plan)))
         with _Passes(model, applied, calibration.batches, open_gaps, shares) as passes:
-            changes: Sequence[_Change | None] = [None] * len(calibration.batches)
+            changes: Sequence[Change | None] = [None] * len(calibration.batches)
             for gap in open_gaps:
                 halts = passes.advance(changes)
                 sums = gap_sums(halts, calibration.batches, gap, weigh)
                 solution = solve(sums, ridge=recipe.ridge, bias=recipe.bias)
-                maps[gap.layer] = _map(gap, solution, shares[gap.layer])
+                maps[gap.layer] = gap_map(gap, solution, shares[gap.layer])
                 found.append(FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained))
-                change = _change(maps[gap.layer], shares[gap.layer]) if recipe.source == "pruned" else None
+                change = change_of(maps[gap.layer], shares[gap.layer]) if recipe.source == "pruned" else None
                 changes = [change] * len(calibration.batches)
     return Fitted(plan.text, recipe.text, maps, tuple(found), calibration.kept, time.perf_counter() - started)
 
 
-def gap_sums(halts: Sequence[_Halt], batches: Sequence[CalibrationBatch], gap: Gap, weigh: Weigh) -> GapSums:
+def gap_sums(halts: Sequence[Halt], batches: Sequence[CalibrationBatch], gap: Gap, weigh: Weigh) -> GapSums:
     """The sums of one gap over all batches."""
     parts = []
     for halt, batch in zip(halts, batches, strict=True):
@@ -107,25 +107,25 @@ def gap_sums(halts: Sequence[_Halt], batches: Sequence[CalibrationBatch], gap: G
     return GapSums.merge(parts)
 
 
-def _require_biases(model: nn.Module, open_gaps: Sequence[Gap]) -> None:
-    stack = locate(model)
-    for gap in open_gaps:
-        try:
-            require_bias(fold_site(stack, gap.layer), gap.layer)
-        except FoldingError as error:
-            raise CompensationError(str(error)) from None
+def require_holds_bias(stack: DecoderStack, layer: int) -> None:
+    """Raise :class:`CompensationError` unless the layer's last projection can hold a constant."""
+    try:
+        require_bias(fold_site(stack, layer), layer)
+    except FoldingError as error:
+        raise CompensationError(str(error)) from None
 
 
-def _map(gap: Gap, solution: Solution, share: float) -> GapMap:
+def gap_map(gap: Gap, solution: Solution, share: float) -> GapMap:
     """The map as it is kept, float32 on the CPU; its bias goes into the projection, before the layer's share."""
     identity = torch.eye(len(solution.change), dtype=torch.float64, device=solution.change.device)
     bias = None if solution.bias is None else (solution.bias / share).float().cpu()
     return GapMap(gap.layer, gap.end, (identity + solution.change).float().cpu(), bias)
 
 
-def _change(own: GapMap, share: float) -> _Change:
+def change_of(own: GapMap, share: float) -> Change:
+    """What a kept map does to the state, given the share with which its layer's M enters it."""
     matrix = own.matrix.double() - torch.eye(len(own.matrix), dtype=torch.float64)
-    return _Change(matrix.float(), None if own.bias is None else own.bias * share)
+    return Change(matrix.float(), None if own.bias is None else own.bias * share)
 
 
 class _Passes:
@@ -142,8 +142,8 @@ class _Passes:
         self._stack = locate(model)
         self._applied, self._batches, self._gaps, self._shares = applied, batches, open_gaps, shares
         self._resources = ExitStack()
-        self._calls: list[HaltingCall[_Halt, _Change | None]] = []
-        self._halts: dict[int, Callable[[_Halt], _Change | None]] = {}
+        self._calls: list[HaltingCall[Halt, Change | None]] = []
+        self._halts: dict[int, Callable[[Halt], Change | None]] = {}
         self._running = 0
 
     def __enter__(self) -> _Passes:
@@ -155,7 +155,7 @@ class _Passes:
                 stack.callback(handle.remove)
             stack.enter_context(self._applied)
             for number in range(len(self._batches)):
-                call: HaltingCall[_Halt, _Change | None] = HaltingCall(self._body(number))
+                call: HaltingCall[Halt, Change | None] = HaltingCall(self._body(number))
                 self._calls.append(stack.enter_context(call))
             self._resources = stack.pop_all()
         return self
@@ -163,7 +163,7 @@ class _Passes:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
-    def advance(self, changes: Sequence[_Change | None]) -> list[_Halt]:
+    def advance(self, changes: Sequence[Change | None]) -> list[Halt]:
         """Let every pass go on, with its change, to where it halts next."""
         halts = []
         for number, (call, change) in enumerate(zip(self._calls, changes, strict=True)):
@@ -175,10 +175,10 @@ class _Passes:
             halts.append(told)
         return halts
 
-    def _body(self, number: int) -> Callable[[Callable[[_Halt], _Change | None]], None]:
+    def _body(self, number: int) -> Callable[[Callable[[Halt], Change | None]], None]:
         batch = self._batches[number]
 
-        def run(halt: Callable[[_Halt], _Change | None]) -> None:
+        def run(halt: Callable[[Halt], Change | None]) -> None:
             self._halts[number] = halt
             with torch.inference_mode():  # holds for one thread only
                 self._stack.owner(*batch.args, **batch.kwargs)
@@ -189,18 +189,23 @@ class _Passes:
         """Behind a layer before a gap: show M and the state, wait for the map, and go on with it in place."""
         number = self._running
         state = output[0] if isinstance(output, tuple) else output
-        added = _on_all_tokens(watched.take(), state, self._batches[number].vision) * self._shares[gap.layer]
-        change = self._halts[number](_Halt(added, state.flatten(0, 1)))
+        added = on_all_tokens(watched.take(), state, self._batches[number].vision) * self._shares[gap.layer]
+        change = self._halts[number](Halt(added, state.flatten(0, 1)))
         if change is None:
             return output
-        moved = state.float() + (added.float() @ change.matrix.to(state.device)).view(state.shape)
-        if change.bias is not None:
-            moved = moved + change.bias.to(state.device)
-        changed = moved.to(state.dtype)
+        changed = changed_state(state, added, change)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
-def _on_all_tokens(rows: Tensor, state: Tensor, vision: Tensor) -> Tensor:
+def changed_state(state: Tensor, added: Tensor, change: Change) -> Tensor:
+    """The state ``[batch, tokens, hidden]`` with the map in place, in float32 and rounded once to its dtype."""
+    moved = state.float() + (added.float() @ change.matrix.to(state.device)).view(state.shape)
+    if change.bias is not None:
+        moved = moved + change.bias.to(state.device)
+    return moved.to(state.dtype)
+
+
+def on_all_tokens(rows: Tensor, state: Tensor, vision: Tensor) -> Tensor:
     """M for all tokens, ``[batch * tokens, hidden]``: zero where a frozen or bypassed layer added nothing."""
     if len(rows) == state.shape[0] * state.shape[1]:
         return rows

@@ -38,7 +38,7 @@ class Recipe:
     target's mean square; ``groups`` so too, with vision and text tokens weighing the same in total; ``gain`` so too,
     times how much an error on the token's group changes the answer's distribution."""
     tokens: int = 16384
-    """Calibration tokens: whole samples in the split's order until this many are reached."""
+    """Calibration tokens: whole samples, one an image first, until this many are reached."""
     bias: bool = False
     """Whether a constant is fitted beside each map; the projections must have a bias to hold it."""
     source: Source = "pruned"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.compensation.calibration import BATCH, Calibration, append_answers, calibrate
+from workers.compensation.calibration import BATCH, Calibration, append_answers, by_image, calibrate
 from workers.compensation.fit import Fitted, fit
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.weighting import weigher
@@ -80,7 +80,7 @@ def best_map(
 def test_calibration_holds_whole_samples_with_the_dense_answers(
     tiny: LoadedModel, small_task: Task, calibration: Calibration
 ) -> None:
-    assert calibration.samples == tuple(sample.id for sample in small_task.calibration)
+    assert calibration.samples == tuple(sample.id for sample in by_image(small_task.calibration))
     assert calibration.kept == calibration.tokens and not calibration.refusals
     assert set(calibration.shares.values()) == {1.0} and len(calibration.shares) == 6
     assert sum(int(batch.vision.sum()) for batch in calibration.batches) == 16 * len(calibration.samples)
@@ -245,3 +245,10 @@ def test_a_layer_that_cannot_hold_a_map_is_named(tiny: LoadedModel, calibration:
 
 def test_the_batches_are_of_a_fixed_size(calibration: Calibration) -> None:
     assert all(len(batch.vision) == BATCH for batch in calibration.batches[:-1])
+
+
+def test_each_image_is_asked_once_before_any_is_asked_twice(small_task: Task) -> None:
+    ordered = by_image(small_task.calibration)
+    assert sorted(sample.id for sample in ordered) == sorted(sample.id for sample in small_task.calibration)
+    images = len({sample.image_key for sample in ordered})
+    assert images < len(ordered) and len({sample.image_key for sample in ordered[:images]}) == images

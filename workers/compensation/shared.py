@@ -1,0 +1,182 @@
+"""Fitting many plans: a map depends on nothing but the plan's beginning, so plans that begin alike share it.
+
+The decoder's layers are called one at a time on the calibration batches, with the arguments that the decoder itself
+hands to them. States are kept at the beginnings of plans within a budget; a new plan pays for the layers behind the
+longest beginning that is known. The maps are those of :func:`workers.compensation.fit.fit`, bit by bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.engine.decoder import Decoder, Recording
+from workers.runtime.folding import GapMap, OutputSum, fold_site
+from workers.runtime.gaps import Gap, gaps
+from workers.runtime.plan import Action, SkipPlan
+from workers.runtime.token_rows import TokenSplit
+
+from .calibration import Calibration
+from .fit import (
+    Change,
+    Fitted,
+    FittedGap,
+    Halt,
+    change_of,
+    changed_state,
+    gap_map,
+    gap_sums,
+    on_all_tokens,
+    require_holds_bias,
+)
+from .recipe import Recipe
+from .sums import solve
+from .weighting import Weigh
+
+STATES_BUDGET = 1 << 30
+"""Bytes of calibration states that are kept at the beginnings of plans."""
+KEPT_MAPS = 4096
+
+
+@dataclass(frozen=True)
+class _States:
+    """All batches' states behind a plan's beginning, ``[batch, tokens, hidden]`` each; and M there where asked for."""
+
+    hidden: tuple[Tensor, ...]
+    added: tuple[Tensor, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.hidden, *(self.added or ())))
+
+
+@dataclass(frozen=True)
+class _FittedMap:
+    own: GapMap
+    change: Change
+    quality: FittedGap
+
+
+class SharedFits:
+    """Fits of one recipe, from the bottom up, for plans that come one after another.
+
+    Raises:
+        NotExactError: the family's layers cannot be called one at a time.
+    """
+
+    def __init__(
+        self, decoder: Decoder, calibration: Calibration, recipe: Recipe, weigh: Weigh, *, budget: int = STATES_BUDGET
+    ) -> None:
+        self._decoder, self._calibration, self._recipe, self._weigh = decoder, calibration, recipe, weigh
+        self._budget, self._held = budget, 0
+        self._states: OrderedDict[str, _States] = OrderedDict()
+        self._maps: OrderedDict[str, _FittedMap] = OrderedDict()
+        self.layer_executions = 0
+        """Decoder layers run so far, each over all calibration tokens."""
+        owner: Any = decoder.stack.owner
+        with torch.inference_mode():
+            self._recordings: tuple[Recording, ...] = tuple(
+                decoder.record(partial(owner, *batch.args, **batch.kwargs), run=number == 0)
+                for number, batch in enumerate(calibration.batches)
+            )
+        self._splits = tuple(TokenSplit.from_vision_mask(batch.vision) for batch in calibration.batches)
+
+    def fit(self, plan: SkipPlan) -> Fitted:
+        """The maps of a plan. Raises :class:`CompensationError` when a layer before a gap cannot hold one."""
+        started = time.perf_counter()
+        found = [self._map(plan.text[: gap.end + 1]) for gap in gaps(plan)]
+        return Fitted(
+            plan=plan.text,
+            compensation=self._recipe.text,
+            maps={each.own.layer: each.own for each in found},
+            gaps=tuple(each.quality for each in found),
+            tokens=self._calibration.kept,
+            seconds=time.perf_counter() - started,
+        )
+
+    def change(self, prefix: str) -> Change:
+        """What is done to the state behind the layer before the gap that ends the plan's beginning ``prefix``."""
+        return self._map(prefix).change
+
+    def share(self, layer: int) -> float:
+        """The factor with which a layer's MLP output enters the stream."""
+        return self._calibration.require(layer)
+
+    def _map(self, prefix: str) -> _FittedMap:
+        if prefix in self._maps:
+            self._maps.move_to_end(prefix)
+            return self._maps[prefix]
+        layer = len(prefix.rstrip("S")) - 1
+        gap, share = Gap(layer, len(prefix) - 1), self._calibration.require(layer)
+        if self._recipe.bias:
+            require_holds_bias(self._decoder.stack, layer)
+        with torch.inference_mode():
+            before = self._behind(prefix[: layer + 1] if self._recipe.source == "pruned" else "R" * (layer + 1))
+            assert before.added is not None
+            halts = [Halt(m, x.flatten(0, 1)) for m, x in zip(before.added, before.hidden, strict=True)]
+            sums = gap_sums(halts, self._calibration.batches, gap, self._weigh)
+            solution = solve(sums, ridge=self._recipe.ridge, bias=self._recipe.bias)
+        own = gap_map(gap, solution, share)
+        quality = FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained)
+        self._maps[prefix] = _FittedMap(own, change_of(own, share), quality)
+        if len(self._maps) > KEPT_MAPS:
+            self._maps.popitem(last=False)
+        return self._maps[prefix]
+
+    # States -----------------------------------------------------------------------------------------------------------
+
+    def _entering(self, prefix: str) -> Sequence[Tensor]:
+        """The states that the layer behind ``prefix`` is given."""
+        executed = prefix.rstrip("S")
+        if not executed:  # layers skipped at the very bottom stay plain skips
+            return tuple(recording.hidden for recording in self._recordings)
+        if executed == prefix:
+            return self._behind(prefix, with_added=False).hidden
+        before = self._behind(executed)
+        assert before.added is not None
+        change = self._map(prefix).change
+        return tuple(changed_state(x, m, change) for x, m in zip(before.hidden, before.added, strict=True))
+
+    def _behind(self, prefix: str, *, with_added: bool = True) -> _States:
+        """The states behind the executed layer that ends ``prefix``, with what its MLP added."""
+        known = self._states.get(prefix)
+        if known is not None and (known.added is not None or not with_added):
+            self._states.move_to_end(prefix)
+            return known
+        layer, action = len(prefix) - 1, Action(prefix[-1])
+        states = self._run(layer, action, self._entering(prefix[:-1]), with_added)
+        self._keep(prefix, states)
+        return states
+
+    def _run(self, layer: int, action: Action, entering: Sequence[Tensor], with_added: bool) -> _States:
+        self.layer_executions += 1
+        hidden, added = [], []
+        site = fold_site(self._decoder.stack, layer) if with_added else None
+        share = self.share(layer) if with_added else 1.0
+        rows = zip(entering, self._recordings, self._splits, self._calibration.batches, strict=True)
+        for state, recording, split, batch in rows:
+            gathered = None if action is Action.RUN else split
+            arguments = recording.layers[layer]
+            if site is None:
+                hidden.append(self._decoder.run_rows(layer, action, gathered, state, arguments).hidden)
+                continue
+            with OutputSum(site) as watched:
+                output = self._decoder.run_rows(layer, action, gathered, state, arguments).hidden
+                added.append(on_all_tokens(watched.take(), output, batch.vision) * share)
+            hidden.append(output)
+        return _States(tuple(hidden), tuple(added) if with_added else None)
+
+    def _keep(self, prefix: str, states: _States) -> None:
+        old = self._states.pop(prefix, None)
+        self._held += states.nbytes - (0 if old is None else old.nbytes)
+        self._states[prefix] = states
+        while self._held > self._budget and len(self._states) > 1:
+            _, dropped = self._states.popitem(last=False)
+            self._held -= dropped.nbytes
