@@ -35,14 +35,14 @@ FAILED_STARTS = 3
 
 LONGEST_WAIT_SECONDS = 1.0
 
-PLACING_SECONDS = 60.0
+PLACING_SECONDS = 30.0
 """For a replacement to be given its resources; after that the pool goes on without it."""
 
 LOOK_SECONDS = 5.0
 """Between two looks at the cluster: whether its head answers, and whether there is room for more workers."""
 
 PAUSE_SECONDS = 120.0
-"""Before another worker is started in the place of one that was given up."""
+"""Before another worker is started in the place of one that could not load the model time after time."""
 
 Result = Reply | Failure
 
@@ -290,7 +290,8 @@ class WorkerPool:
         """Go on without a worker, if any other is left."""
         self._kill(slot)
         self._slots.remove(slot)
-        self._no_new_workers_before = time.monotonic() + PAUSE_SECONDS
+        if slot.stage == "loading":
+            self._no_new_workers_before = time.monotonic() + PAUSE_SECONDS
         log("worker_given_up", worker=slot.number, reason=reason, left=len(self._slots))
         if not self._slots:
             raise ClusterError(f"no worker is left; the last one failed: {reason}")
