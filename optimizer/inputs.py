@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 from optimizer.errors import UsageFault
@@ -35,8 +34,6 @@ def prepare(spec: JobSpec) -> Inputs:
 
     Raises UsageFault naming the file, field, column, row or image.
     """
-    if spec.search.sampler == "gp" and find_spec("scipy") is None:
-        raise UsageFault("search.sampler: gp needs scipy (pip install scipy); the other samplers do not")
     task = load_job_task(spec)
     check_rungs(spec, task)
     check_images(task)

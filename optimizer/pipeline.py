@@ -12,6 +12,6 @@ def run(context: JobContext) -> Published:
     latency = profile.run(context)
     table = score.run(context)
     outcome = search.run(context, latency, table)
-    verdicts = verify.run(context, outcome)
+    verdicts = verify.run(context, latency, outcome)
     measured = measure.run(context, verdicts)
     return publish.run(context, verdicts, measured)

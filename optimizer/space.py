@@ -1,10 +1,11 @@
-"""Which plans a job may propose: the actions each layer may take, after the model's and the job's limits."""
+"""What a job may propose: the actions each layer may take, with or without compensation, after all limits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 from optimizer.errors import UsageFault
@@ -12,13 +13,38 @@ from optimizer.job import JobSpec
 from workers.messages import WorkerInfo
 from workers.runtime import Action, SkipPlan
 
+NO_COMPENSATION = "none"
+COMPENSATED = "C"
+"""A skip whose gap is compensated, in genomes."""
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A plan and how its gaps are compensated: ``"none"``, or the canonical text of a recipe."""
+
+    plan: SkipPlan
+    compensation: str = NO_COMPENSATION
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every layer runs."""
+        return self.plan.is_dense
+
+    def __str__(self) -> str:
+        return self.plan.text if self.compensation == NO_COMPENSATION else f"{self.plan} ({self.compensation})"
+
 
 @dataclass(frozen=True)
 class PlanSpace:
-    """Letters allowed per layer (``R`` first everywhere) and the most layers that may differ from ``R``."""
+    """Letters allowed per layer (``R`` first everywhere) and the most layers that may differ from ``R``.
+
+    ``compensations`` holds ``"none"``, one recipe's text, or both. Samplers work on genomes: a plan's text in which a
+    compensated skip is ``C``; the skips of one plan are compensated all or none.
+    """
 
     letters: tuple[str, ...]
     max_touched: int
+    compensations: tuple[str, ...] = (NO_COMPENSATION,)
 
     @property
     def num_layers(self) -> int:
@@ -32,23 +58,59 @@ class PlanSpace:
 
     @property
     def size(self) -> int:
-        """Number of plans, the limit on touched layers left aside."""
+        """Number of plans, the limit on touched layers and compensation left aside."""
         return math.prod(len(letters) for letters in self.letters)
 
-    def __contains__(self, plan: SkipPlan) -> bool:
-        return (
-            len(plan) == self.num_layers
-            and all(action.value in letters for action, letters in zip(plan, self.letters, strict=True))
-            and touched(plan) <= self.max_touched
-            and any(action is not Action.SKIP for action in plan)  # a model without any layer left is no model
+    @property
+    def recipe(self) -> str | None:
+        """The recipe of compensated plans, if the job has any."""
+        return next((each for each in self.compensations if each != NO_COMPENSATION), None)
+
+    @cached_property
+    def genome_letters(self) -> tuple[str, ...]:
+        """Per layer the letters of genomes: ``S`` where plain skips are in the space, ``C`` where compensated are.
+
+        Layer 0 is never skipped with compensation: no layer stands before it that could hold the map.
+        """
+        plain = "S" if NO_COMPENSATION in self.compensations else ""
+        compensated = COMPENSATED if self.recipe else ""
+        return tuple(
+            letters.replace("S", plain + compensated if layer else plain) for layer, letters in enumerate(self.letters)
         )
 
-    def enumerate(self) -> Iterator[SkipPlan]:
-        """Every plan, the last layers varying fastest."""
-        for letters in product(*self.letters):
-            plan = SkipPlan.parse("".join(letters))
-            if plan in self:
-                yield plan
+    def genome(self, candidate: Candidate) -> str:
+        """The genome of a candidate."""
+        text = candidate.plan.text
+        return text if candidate.compensation == NO_COMPENSATION else text.replace("S", COMPENSATED)
+
+    def candidate(self, genome: str) -> Candidate:
+        """The candidate of a genome."""
+        if COMPENSATED in genome and self.recipe is not None:
+            return Candidate(SkipPlan.parse(genome.replace(COMPENSATED, "S")), self.recipe)
+        return Candidate(SkipPlan.parse(genome))
+
+    def allows(self, genome: str) -> bool:
+        """Whether a text is the genome of a candidate of this space."""
+        if len(genome) != self.num_layers or ("S" in genome and COMPENSATED in genome):
+            return False
+        if genome.count("S") + genome.count(COMPENSATED) == len(genome):
+            return False  # a model without any layer left is no model
+        within = all(letter in own for letter, own in zip(genome, self.genome_letters, strict=True))
+        return within and len(genome) - genome.count("R") <= self.max_touched
+
+    def __contains__(self, candidate: Candidate) -> bool:
+        if candidate.compensation not in (NO_COMPENSATION, self.recipe):
+            return False
+        if candidate.compensation != NO_COMPENSATION and not candidate.plan.layers(Action.SKIP):
+            return False  # nothing to compensate: the same plan without compensation is the one way to say it
+        return self.allows(self.genome(candidate))
+
+    def enumerate(self) -> Iterator[Candidate]:
+        """Every candidate, the last layers varying fastest."""
+        for letters in product(*self.genome_letters):
+            genome = "".join(letters)
+            if self.allows(genome):
+                yield self.candidate(genome)
 
 
 def touched(plan: SkipPlan) -> int:

@@ -45,6 +45,7 @@ class Verdict:
     accepted: bool
     """Whether the accuracy part of the constraint is met."""
     secondary: dict[str, float]
+    compensation: str = "none"
 
 
 def judge(

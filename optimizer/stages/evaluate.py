@@ -13,7 +13,7 @@ from itertools import groupby, pairwise
 from math import fsum
 
 from optimizer.inputs import split_hash
-from optimizer.search import Scores
+from optimizer.search.outcome import Scores
 from optimizer.stages.context import JobContext
 from storage import evaluations, stages
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
@@ -61,6 +61,8 @@ class Evaluator:
         self._noted: set[str] = set()
         self.secondary: dict[str, dict[str, float]] = {}
         """Secondary metrics of the plans scored so far, by plan, on the largest prefix."""
+        self.ran = 0
+        """Plans that workers were asked for; the others were known."""
 
     def __call__(self, requests: Sequence[tuple[SkipPlan, int]]) -> Iterator[tuple[SkipPlan, Scores]]:
         """Yield each plan with its scores on so many samples, in any order; each is persisted before it is yielded."""
@@ -71,6 +73,7 @@ class Evaluator:
                 missing.append(_Missing(plan, self._longest_prefix(plan.text, size), size))
             else:
                 yield plan, self._scores(stored)
+        self.ran += len(missing)
         yield from self._run(self._groups(missing))
 
     def _run(self, groups: Sequence[Sequence[_Missing]]) -> Iterator[tuple[SkipPlan, Scores]]:

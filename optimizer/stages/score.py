@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from optimizer import criteria
 from optimizer.inputs import split_hash
 from optimizer.stages.context import JobContext, JobFailed
+from optimizer.strategies.published import KINDS as STRATEGY_KINDS
 from storage import measurements, stages
 from workers.errors import MeasurementError
 from workers.messages import ScoreLayers
@@ -26,9 +27,9 @@ DONE = "measured"
 
 
 def run(context: JobContext) -> LayerTable:
-    """Measure what the job's criterion needs, or read it back."""
+    """Measure what the job's criterion and strategy need, or read it back."""
     kinds = criteria.load(context.spec.criterion, context.spec.thresholds).needs
-    return measured(context, kinds)
+    return measured(context, tuple(dict.fromkeys((*kinds, *STRATEGY_KINDS.get(context.spec.search.strategy, ())))))
 
 
 def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-from optimizer.search import SearchOutcome, choose_finalists
+from dataclasses import replace
+
+from optimizer.latency_model import LayerTimes
+from optimizer.search.finalists import choose_finalists
+from optimizer.search.outcome import SearchOutcome
+from optimizer.space import Candidate
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.evaluate import Evaluator
+from optimizer.stages.search import limits_of
 from optimizer.verification import Verdict, judge
 from workers.runtime import SkipPlan
 
 
-def run(context: JobContext, outcome: SearchOutcome) -> tuple[Verdict, ...]:
+def run(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> tuple[Verdict, ...]:
     """Judge the finalists, or read the verdicts back. Empty when the search left no plan worth verifying."""
-    finalists = choose_finalists(outcome, context.spec.constraint, context.spec.search.finalists)
+    finalists = choose_finalists(outcome, limits_of(context, profile), context.spec.search.finalists)
     context.progress.begin("verify held-out", len(finalists) + 1)
     return context.once("verify", tuple[Verdict, ...], lambda: _verify(context, finalists))
 
 
-def _verify(context: JobContext, finalists: tuple[str, ...]) -> tuple[Verdict, ...]:
+def _verify(context: JobContext, finalists: tuple[Candidate, ...]) -> tuple[Verdict, ...]:
     if not finalists:
         return ()
-    samples = context.task.held_out
-    dense = SkipPlan.dense(context.worker.num_layers)
-    evaluate = Evaluator(context, "held_out")
-    scores: dict[str, tuple[float, ...]] = {}
-    for plan, result in evaluate([(each, len(samples)) for each in (dense, *map(SkipPlan.parse, finalists))]):
-        context.progress.advance()
-        if result.failure is not None:
-            if plan == dense:
+    dense = Candidate(SkipPlan.dense(context.worker.num_layers))
+    scores: dict[Candidate, tuple[float, ...]] = {}
+    secondary: dict[str, dict[str, float]] = {}
+    for compensation in dict.fromkeys([dense.compensation, *(each.compensation for each in finalists)]):
+        evaluate = Evaluator(context, "held_out", compensation)
+        group = [each for each in (dense, *finalists) if each.compensation == compensation]
+        for plan, result in evaluate([(each.plan, len(context.task.held_out)) for each in group]):
+            context.progress.advance()
+            candidate = Candidate(plan, compensation)
+            if result.failure is None:
+                scores[candidate] = result.values
+                secondary[str(candidate)] = evaluate.secondary[plan.text]
+            elif candidate == dense:
                 raise JobFailed(f"the dense model cannot be evaluated: {result.failure}")
-            context.progress.note(f"plan {plan} could not be verified: {result.failure}")
-            continue
-        scores[plan.text] = result.values
-    return judge(
-        scores[dense.text],
-        {plan: scores[plan] for plan in finalists if plan in scores},
-        [sample.image_key for sample in samples],
+            else:
+                context.progress.note(f"plan {candidate} could not be verified: {result.failure}")
+    verified = {str(each): each for each in finalists if each in scores}
+    verdicts = judge(
+        scores[dense],
+        {name: scores[each] for name, each in verified.items()},
+        [sample.image_key for sample in context.task.held_out],
         context.spec.constraint,
         seed=context.spec.search.seed,
-        secondary=evaluate.secondary,
+        secondary=secondary,
+    )
+    return tuple(
+        replace(verdict, plan=verified[verdict.plan].plan.text, compensation=verified[verdict.plan].compensation)
+        for verdict in verdicts
     )

@@ -119,7 +119,7 @@ CASES = [
     Case("certain", 2, ("constraint.confidence", "less than 1"), append("constraint: {confidence: 1.0}\n")),
     Case("unknown action", 2, ("actions", "'skip'", "'skp'", "did you mean 'skip'"), append("actions: [skp]\n")),
     Case("no action", 2, ("actions",), append("actions: []\n")),
-    Case("unknown sampler", 2, ("search.sampler", "'tpe'"), replace("job.yaml", "ns: 2", "ns: 2, sampler: tpr")),
+    Case("unknown strategy", 2, ("search.strategy", "'tpe'"), replace("job.yaml", "ns: 2", "ns: 2, strategy: tpr")),
     Case("rungs shrink", 2, ("search.rungs", "grow"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [9, 3]")),
     Case("rung too large", 2, ("search.rungs", "2 samples"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [900]")),
     Case(

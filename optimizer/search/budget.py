@@ -1,0 +1,56 @@
+"""When a search ends: what it may spend, and when going on is not worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from optimizer.job import SearchSpec
+
+
+@dataclass
+class Budget:
+    """Counts what a search spends and says why it must stop.
+
+    Layer executions are counted as if every candidate was evaluated alone (new samples times layers that run), so
+    that the count depends neither on which candidates shared work nor on what was known before.
+    """
+
+    spec: SearchSpec
+    elapsed: Callable[[], float]
+    """Seconds that the search has taken; see the search station for what counts."""
+    evaluations: int = 0
+    layer_executions: int = 0
+    _quiet: int = field(default=0, repr=False)
+
+    def spent(self) -> str | None:
+        """Why the search must stop, or None."""
+        if self.evaluations >= self.spec.evaluations:
+            return f"the budget of {self.spec.evaluations} evaluations is spent"
+        limit = self.spec.layer_executions
+        if limit is not None and self.layer_executions >= limit:
+            return f"the budget of {limit} layer executions is spent"
+        if self.spec.seconds is not None and self.elapsed() >= self.spec.seconds:
+            return f"the budget of {self.spec.seconds:g} seconds is spent"
+        return None
+
+    def left(self) -> int:
+        """Evaluations that are left."""
+        return self.spec.evaluations - self.evaluations
+
+    def quiet(self, expected_gain: float | None) -> str | None:
+        """Why going on is not worth it: for ``patience`` batches in a row too little hypervolume was expected.
+
+        ``expected_gain`` is a share of the front's hypervolume; None where the strategy predicts nothing.
+        """
+        threshold = self.spec.min_gain
+        if threshold is None or expected_gain is None or expected_gain >= threshold:
+            self._quiet = 0
+            return None
+        self._quiet += 1
+        if self._quiet < self.spec.patience:
+            return None
+        return (
+            f"the expected gain of the front's hypervolume stayed under {100 * threshold:g} % "
+            f"for {self.spec.patience} batches"
+        )

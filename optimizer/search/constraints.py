@@ -1,0 +1,56 @@
+"""The job's constraints as numbers, each met when at most 0; Optuna gets them by ``trial.set_constraint``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from optimizer.job import ConstraintSpec
+from optimizer.search.outcome import Tried
+from optimizer.space import touched
+from workers.runtime import SkipPlan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A job's constraints with what is needed to predict a plan's side of them before it is evaluated."""
+
+    spec: ConstraintSpec
+    dense_seconds: float | None = None
+    """Predicted latency is the ratio times this; None where no profile is at hand."""
+    kv_cache_bytes: Callable[[SkipPlan], float] | None = None
+
+    def known(self, plan: SkipPlan, ratio: float) -> dict[str, float]:
+        """The constraints that need no evaluation, by name."""
+        values: dict[str, float] = {}
+        if self.spec.min_speedup is not None:
+            values["min_speedup"] = ratio * self.spec.min_speedup - 1.0
+        if self.spec.max_latency_ms is not None and self.dense_seconds is not None:
+            values["max_latency_ms"] = 1000.0 * ratio * self.dense_seconds / self.spec.max_latency_ms - 1.0
+        if self.spec.max_kv_cache_bytes is not None and self.kv_cache_bytes is not None:
+            values["max_kv_cache_bytes"] = self.kv_cache_bytes(plan) / self.spec.max_kv_cache_bytes - 1.0
+        if self.spec.max_layers_touched is not None:
+            values["max_layers_touched"] = float(touched(plan) - self.spec.max_layers_touched)
+        return values
+
+    def values(self, tried: Tried) -> dict[str, float]:
+        """All constraints, by name, as the search's samples show them."""
+        values = self.known(SkipPlan.parse(tried.plan), tried.latency_ratio)
+        if self.spec.max_accuracy_drop is not None:
+            values["max_accuracy_drop"] = tried.drop - self.spec.max_accuracy_drop
+        if self.spec.min_accuracy is not None:
+            values["min_accuracy"] = self.spec.min_accuracy - tried.accuracy
+        return values
+
+    def possible(self, plan: SkipPlan, ratio: float) -> bool:
+        """Whether a plan meets every constraint that needs no evaluation."""
+        return all(value <= 0.0 for value in self.known(plan, ratio).values())
+
+    def largest_drop(self, dense_accuracy: float) -> float:
+        """The largest drop that both accuracy constraints leave; 1 where there is none."""
+        limits = [1.0]
+        if self.spec.max_accuracy_drop is not None:
+            limits.append(self.spec.max_accuracy_drop)
+        if self.spec.min_accuracy is not None:
+            limits.append(dense_accuracy - self.spec.min_accuracy)
+        return min(limits)

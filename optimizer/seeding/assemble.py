@@ -1,0 +1,58 @@
+"""Where a job's search begins: the criterion's plans, published methods' plans, plans of other tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from optimizer.job import SearchSpec
+from optimizer.search.outcome import Tried
+from optimizer.seeding.nested import nested_sets
+from optimizer.seeding.runs import best_structures, unexplained_shares
+from optimizer.seeding.theory import Seeds, random_seeds, theory_seeds
+from optimizer.space import Candidate
+from optimizer.strategies.base import Problem
+from optimizer.strategies.published import published_plans
+
+
+def with_seeds(
+    problem: Problem, spec: SearchSpec, known: Sequence[Tried] = (), elsewhere: Sequence[Candidate] = ()
+) -> Problem:
+    """The problem with its seeds; ``known`` are earlier jobs' evaluations, ``elsewhere`` good plans of other tasks.
+
+    The project's own sampler judges most seeds before it evaluates them; Optuna's samplers get them as first trials,
+    for at most half of the evaluations.
+    """
+    if spec.seeds == "none":
+        return replace(problem, known=tuple(known))
+    if spec.strategy == "surrogate":
+        seeds = _seeds(problem, spec, known)
+        first = [*elsewhere[: problem.batch // 2], *seeds.first]
+        return replace(
+            problem,
+            seeds=tuple(dict.fromkeys(first)),
+            reserve=tuple(dict.fromkeys([*elsewhere, *seeds.reserve])),
+            known=tuple(known),
+        )
+    most = max(1, spec.evaluations // 2)
+    if spec.seeds == "random":
+        return replace(problem, seeds=random_seeds(problem.space, most, problem.seed).first, known=tuple(known))
+    nested = [each for each in nested_sets(problem.space, problem.risk) if problem.possible(each)]
+    return replace(problem, seeds=tuple(dict.fromkeys([*elsewhere, *nested]))[:most], known=tuple(known))
+
+
+def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:
+    """What the surrogate begins with: one batch, or less the more is known already."""
+    first = max(0, problem.batch - len(known))
+    if spec.seeds == "random":
+        return random_seeds(problem.space, problem.batch, problem.seed)
+    shares = unexplained_shares(problem.table)
+    return theory_seeds(
+        problem.space,
+        problem.risk,
+        problem.ratio,
+        problem.possible,
+        first=first,
+        structures=best_structures(problem.space, shares) if problem.space.recipe and shares else (),
+        published=published_plans(problem),
+    )

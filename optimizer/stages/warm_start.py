@@ -1,0 +1,87 @@
+"""What a search takes over from earlier jobs: evaluations of the same model on the same samples, and plans of others.
+
+The choice is persisted before the first proposal, so that a resumed search is replayed with the same knowledge
+whatever other jobs have found out meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from optimizer.inputs import split_hash
+from optimizer.search.outcome import Scores, Tried, tried_of
+from optimizer.space import Candidate, PlanSpace
+from optimizer.stages.context import JobContext
+from storage import evaluations, plans
+from workers.runtime import SkipPlan
+
+MOST_PLANS = 16
+"""Plans of other tasks that are tried first, the fastest of their fronts."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Ids of evaluations that are known, and candidates (plan, compensation) that did well on other tasks."""
+
+    evaluations: tuple[int, ...] = ()
+    plans: tuple[tuple[str, str], ...] = ()
+
+
+def choose(context: JobContext) -> WarmStart:
+    """What to take over, read back where an earlier attempt of the job chose it."""
+    return context.once("warm start", WarmStart, lambda: _choose(context))
+
+
+def _choose(context: JobContext) -> WarmStart:
+    largest: dict[tuple[str, str], evaluations.Evaluation] = {}
+    for each in _known(context):
+        key = (each.plan, each.compensation)
+        if each.job_id != context.job.id and (key not in largest or largest[key].n < each.n):
+            largest[key] = each
+    elsewhere = [
+        (plan.plan, plan.compensation)
+        for plan in plans.list_plans(context.db, on_front=True, limit=None)
+        if plan.model_id == context.model_id and plan.task_id != context.task_id
+    ]
+    return WarmStart(
+        tuple(sorted(each.id for each in largest.values())),
+        tuple(dict.fromkeys(elsewhere))[:MOST_PLANS],
+    )
+
+
+def _known(context: JobContext) -> list[evaluations.Evaluation]:
+    return evaluations.known(
+        context.db,
+        model_id=context.model_id,
+        task_id=context.task_id,
+        split_hash=split_hash(context.task, "search"),
+        settings=context.settings,
+    )
+
+
+def known_candidates(
+    context: JobContext, chosen: WarmStart, space: PlanSpace, ratio: Callable[[SkipPlan], float]
+) -> tuple[Tried, ...]:
+    """The evaluations taken over, as the search sees them; none where dense is not among them to compare with."""
+    wanted = frozenset(chosen.evaluations)
+    taken = [each for each in _known(context) if each.id in wanted]
+    dense = SkipPlan.dense(space.num_layers)
+    reference = next((each for each in taken if each.plan == dense.text), None)
+    samples = len(context.task.search)
+    if reference is None or reference.n < samples:
+        return ()
+    found = []
+    for each in taken:
+        candidate = Candidate(SkipPlan.parse(each.plan), each.compensation)
+        if candidate in space and not candidate.is_dense:
+            scores = Scores(each.scores, kl=each.kl)
+            tried = tried_of(candidate, scores, reference.scores, ratio(candidate.plan), samples)
+            found.append(replace(tried, from_earlier=True))
+    return tuple(found)
+
+
+def plans_of_other_tasks(chosen: WarmStart, space: PlanSpace) -> tuple[Candidate, ...]:
+    """Candidates of this space that did well on other tasks."""
+    found = [Candidate(SkipPlan.parse(plan), compensation) for plan, compensation in chosen.plans]
+    return tuple(candidate for candidate in found if candidate in space)

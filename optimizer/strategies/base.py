@@ -1,0 +1,108 @@
+"""What a strategy is given, what it asks for, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from optimizer.criteria import Risk
+from optimizer.search.constraints import Limits
+from optimizer.search.outcome import Tried
+from optimizer.space import Candidate, PlanSpace
+from workers.runtime import SkipPlan
+from workers.scoring.table import LayerTable
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One job's search problem, the same for every strategy."""
+
+    space: PlanSpace
+    limits: Limits
+    ratio: Callable[[SkipPlan], float]
+    """Predicted latency as a share of dense."""
+    rungs: tuple[int, ...]
+    """Prefix sizes of the search split, the last one the whole split."""
+    risk: Risk
+    """Predicted by the job's criterion."""
+    table: LayerTable
+    """The measurements that published criteria read."""
+    seed: int = 0
+    batch: int = 8
+    seeds: tuple[Candidate, ...] = ()
+    """Where to begin, the most informative first."""
+    reserve: tuple[Candidate, ...] = ()
+    """Further seeds: proposed only when the model of the strategy thinks well of them."""
+    known: tuple[Tried, ...] = field(default=(), repr=False)
+    """What earlier jobs found out about this model on these samples; never evaluated again."""
+
+    def possible(self, candidate: Candidate) -> bool:
+        """Whether a candidate meets every constraint that needs no evaluation."""
+        return self.limits.possible(candidate.plan, self.ratio(candidate.plan))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A candidate to evaluate: on growing rungs while it is promising, or on exactly ``samples`` of them."""
+
+    candidate: Candidate
+    samples: int | None = None
+    """One of the problem's rungs."""
+
+
+Answer = tuple[Candidate, Tried | None]
+"""A candidate and what was seen of it; None where its evaluation failed."""
+
+
+class Strategy(Protocol):
+    """Decides what to evaluate next. Deterministic: equal answers in equal order give equal questions."""
+
+    @property
+    def done(self) -> str:
+        """Why there is nothing more to ask for."""
+        ...
+
+    @property
+    def expected_gain(self) -> float | None:
+        """Share by which the last batch was expected to raise the front's hypervolume; None where not predicted."""
+        ...
+
+    def start(self, dense: Tried) -> None:
+        """Begin; ``dense`` is the dense model's own figures."""
+        ...
+
+    def ask(self, count: int) -> Sequence[Ask]:
+        """What to evaluate next, at most ``count`` new candidates; empty ends the search."""
+        ...
+
+    def tell(self, answers: Sequence[Answer]) -> None:
+        """The answers to the last question, in the order asked."""
+        ...
+
+
+class PlanList:
+    """A strategy that has its plans from the start and evaluates them in order."""
+
+    expected_gain: float | None = None
+
+    def __init__(self, plans: Sequence[Candidate], space: PlanSpace, name: str) -> None:
+        self.plans = tuple(plan for plan in dict.fromkeys(plans) if plan in space and not plan.is_dense)
+        self._queue = list(self.plans)
+        self.done = f"all {len(self.plans)} plans of {name} were tried"
+
+    def start(self, dense: Tried) -> None:
+        """Nothing to prepare."""
+
+    def ask(self, count: int) -> Sequence[Ask]:
+        """The next plans of the list."""
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return [Ask(candidate) for candidate in batch]
+
+    def tell(self, answers: Sequence[Answer]) -> None:
+        """What came out changes nothing."""
+
+
+def better_first(tried: Tried) -> tuple[float, float]:
+    """Sort key for candidates of equal cost: KL to dense where it is known (a finer measure), then the drop."""
+    return (tried.drop if tried.kl is None else tried.kl, tried.drop)

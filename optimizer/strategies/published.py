@@ -1,0 +1,31 @@
+"""The plans of the published methods that need nothing but measurements, as seeds for the other strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from optimizer.errors import UsageFault
+from optimizer.space import Candidate
+from optimizer.strategies.angular import angular
+from optimizer.strategies.base import PlanList, Problem
+from optimizer.strategies.replaceme import replaceme
+from optimizer.strategies.shortgpt import shortgpt
+from optimizer.strategies.shortv import shortv
+from optimizer.strategies.vtw import vtw
+from workers.errors import MeasurementError
+
+ONE_SHOT: tuple[Callable[[Problem], PlanList], ...] = (shortgpt, angular, shortv, vtw, replaceme)
+
+KINDS = {"shortgpt": ("distance",), "angular": ("angular",), "replaceme": ("angular",), "shortv": ("causal",)}
+"""Kinds of measurement that a strategy reads beside the job's criterion."""
+
+
+def published_plans(problem: Problem) -> tuple[Candidate, ...]:
+    """Every plan of every published method that the job's actions and measurements allow."""
+    found: dict[Candidate, None] = {}
+    for method in ONE_SHOT:
+        try:
+            found.update(dict.fromkeys(method(problem).plans))
+        except (UsageFault, MeasurementError):
+            continue  # the job lacks the action, or its criterion did not need the measurement
+    return tuple(found)

@@ -1,0 +1,85 @@
+"""Making the strategy of a job file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optuna
+
+from optimizer.errors import UsageFault
+from optimizer.sampling.sampler import Settings, Space, SurrogateSampler
+from optimizer.strategies import exhaustive, nested, sleb
+from optimizer.strategies.angular import angular
+from optimizer.strategies.base import Problem, Strategy
+from optimizer.strategies.evopress import EvoPress
+from optimizer.strategies.replaceme import replaceme
+from optimizer.strategies.shortgpt import shortgpt
+from optimizer.strategies.shortv import shortv
+from optimizer.strategies.study import StudyStrategy, distributions, genome_of, parameters
+from optimizer.strategies.vtw import vtw
+
+STARTUP = 10
+"""Trials before one of Optuna's model-based samplers fits its model."""
+
+SAMPLERS = ("surrogate", "tpe", "nsga2", "gp", "random")
+"""Strategies that take seeds and use what earlier jobs found out; the published methods do neither."""
+
+PUBLISHED: dict[str, Callable[[Problem], Strategy]] = {
+    "skip-it": nested.skip_it,
+    "shortgpt": shortgpt,
+    "angular": angular,
+    "replaceme": replaceme,
+    "sleb": sleb.Sleb,
+    "evopress": EvoPress,
+    "shortv": shortv,
+    "vtw": vtw,
+    "exhaustive": exhaustive.exhaustive,
+}
+
+
+def make_strategy(name: str, problem: Problem, settings: Settings | None = None) -> Strategy:
+    """The strategy of that name on a problem; ``settings`` are the surrogate sampler's.
+
+    Raises UsageFault when the strategy needs an action or measurement that the problem does not have.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name](problem)
+    return StudyStrategy(problem, _sampler(name, problem, settings))
+
+
+def _sampler(name: str, problem: Problem, settings: Settings | None) -> optuna.samplers.BaseSampler:
+    seed, startup = problem.seed, min(STARTUP, len(problem.seeds) or STARTUP)
+    if name == "surrogate":
+        return surrogate(problem, settings)
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, deterministic_objective=False)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    raise UsageFault(f"search.strategy: {name!r} is not known")
+
+
+def surrogate(problem: Problem, settings: Settings | None = None) -> SurrogateSampler:
+    """The project's own sampler on a problem."""
+    space = problem.space
+    view = Space(
+        letters=space.genome_letters,
+        allows=space.allows,
+        ratio=lambda genome: problem.ratio(space.candidate(genome).plan),
+        possible=lambda genome: problem.possible(space.candidate(genome)),
+        to_params=lambda genome: parameters(space, space.candidate(genome)),
+        from_params=lambda params: genome_of(space, params),
+        distributions=distributions(space),
+    )
+    return SurrogateSampler(
+        view,
+        problem.risk.risk,
+        problem.limits.largest_drop(1.0),
+        seed=problem.seed,
+        batch=problem.batch,
+        reserve=[space.genome(candidate) for candidate in problem.reserve if candidate in space],
+        settings=settings,
+    )
