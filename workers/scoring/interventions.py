@@ -12,7 +12,7 @@ from workers.runtime.locate import DecoderStack
 from workers.runtime.plan import Action, PlanError, SkipPlan
 
 from .batches import Batch
-from .collectors import array
+from .collectors import array, cosine_distance
 from .kinds import GROUPS, INTERVENTIONS
 from .replay import Recording, replay, state_of
 from .sums import KindSums, ratio_sums, sample_sums
@@ -24,7 +24,7 @@ class Interventions:
     def __init__(self, loaded: LoadedModel, stack: DecoderStack, descriptor: FamilyDescriptor, kinds: set[str]) -> None:
         self._loaded, self._stack, self._descriptor, self._kinds = loaded, stack, descriptor, kinds
         self._layers = len(stack.layers)
-        self._gain = ratio_sums(2, len(GROUPS), self._layers)
+        self._gain = ratio_sums(3, len(GROUPS), self._layers)
         self._kl = ratio_sums(len(INTERVENTIONS), self._layers)
         self._withdrawal = ratio_sums(1, self._layers)
         self.executions: dict[str, int] = dict.fromkeys(kinds, 0)
@@ -67,17 +67,19 @@ class Interventions:
 
     def _add_gain(self, batch: Batch, layer: int, change: Tensor, dense: Tensor, final: Tensor) -> None:
         masks = torch.stack([batch.groups[group] for group in GROUPS]).double()  # [groups, batch, tokens]
+        there = masks.sum(-1)
 
         def size(states: Tensor) -> Tensor:
             squares = states.float().square().sum(-1).double()
             return torch.einsum("gbt,bt->gb", masks, squares).sqrt()
 
         moved, first, whole = size(final.float() - dense.float()), size(change), size(dense)
-        counts = array((masks.sum(-1) > 0) & (first > 0))
         gain = torch.where(first > 0, moved / first.clamp_min(1e-30), 0.0)
-        self._gain[:, 0, :, layer] += sample_sums(array(gain), counts)
-        there = array(masks.sum(-1) > 0)
-        self._gain[:, 1, :, layer] += sample_sums(array(moved / whole.clamp_min(1e-30)), there)
+        self._gain[:, 0, :, layer] += sample_sums(array(gain), array((there > 0) & (first > 0)))
+        share = moved / whole.clamp_min(1e-30)
+        self._gain[:, 1, :, layer] += sample_sums(array(share), array(there > 0))
+        turned = torch.einsum("gbt,bt->gb", masks, cosine_distance(dense, final).double())
+        self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
 
     def _change(self, batch: Batch, made: Recording, layer: int, letter: str) -> None:
         plan = SkipPlan.dense(self._layers).with_action(layer, Action(letter))

@@ -112,9 +112,9 @@ def _attention_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
 
 
 def _propagation_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
-    """``gain`` is ``[6, 2, groups, layers]``: the gain, and the change of the last layer's state."""
+    """``gain`` is ``[6, 3, groups, layers]``: the gain, and how far the last layer's state moves and turns."""
     for position, group in enumerate(GROUPS):
-        names = ("propagation_gain", "final_change")
+        names = ("propagation_gain", "final_change", "final_distance")
         yield from rows_of(sums.added["gain"][:, :, position].astype(float), names, group, layers)
 
 

@@ -114,22 +114,24 @@ def replay(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Bat
     return logits, final[0]
 
 
-def prefixes_can_be_shared(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Batch) -> str:
-    """Why replays of this model are not exact, empty when they are: two replays of the dense plan must give its logits.
+def prefixes_can_be_shared(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Batch) -> tuple[str, int]:
+    """Why replays of this model are not exact, empty when they are; and how many decoder layers finding out ran.
 
-    A family whose layers read what earlier ones computed, beyond the hidden state, is found out here.
+    Replays of the dense plan must give the dense pass's logits, bit by bit. A family whose layers read what earlier
+    ones computed, beyond the hidden state, is found out here.
     """
     if any(shares_keys(layer) for layer in stack.layers):
-        return "later layers use keys and values of earlier ones"
-    layers = len(stack.layers)
+        return "later layers use keys and values of earlier ones", 0
+    layers, executed = len(stack.layers), 0
     for first in sorted({layers // 2, layers - 1}):
+        executed += layers - first
         try:
             logits, _ = replay(loaded, stack, made, batch, SkipPlan.dense(layers), first)
         except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-            return f"a replay from layer {first} failed ({type(error).__name__})"
-        if not torch.equal(logits, made.logits):  # type: ignore[arg-type]
-            return f"a replay from layer {first} gave other logits than the dense pass"
-    return ""
+            return f"a replay from layer {first} failed ({type(error).__name__})", executed
+        if made.logits is None or not torch.equal(logits, made.logits):
+            return f"a replay from layer {first} gave other logits than the dense pass", executed
+    return "", executed
 
 
 def _front_modules(stack: DecoderStack) -> list[nn.Module]:

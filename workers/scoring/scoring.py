@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workers.errors import MeasurementError
 from workers.evaluation import DEFAULT_BATCH_SIZE
@@ -23,6 +24,9 @@ from .interventions import Interventions
 from .kinds import KINDS
 from .replay import Recording, prefill, prefixes_can_be_shared, recording, state_of
 from .sums import KindSums, ShardScores
+
+_UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Why a model's prefixes cannot be shared (empty: they can), found out once for each model that a process holds."""
 
 INTERVENTION_KINDS = frozenset({"propagation", "causal", "withdrawal"})
 
@@ -73,7 +77,6 @@ class _Scoring:
         self.attention = VisionAttention(self.layers) if "attention" in kinds else None
         wanted = INTERVENTION_KINDS & set(kinds)
         self.interventions = Interventions(loaded, self.stack, self.descriptor, set(wanted)) if wanted else None
-        self._checked = False
 
     def add(self, batch: Batch) -> None:
         """All passes over one batch."""
@@ -140,12 +143,14 @@ class _Scoring:
 
     def _intervene(self, batch: Batch, made: Recording, changes: list[Tensor]) -> None:
         assert self.interventions is not None
-        if not self._checked:
-            self._checked = True
-            reason = prefixes_can_be_shared(self.loaded, self.stack, made, batch)
-            if reason:
-                self.interventions.shared_prefixes = False
-                self.notes.append(f"prefixes are not shared between interventions: {reason}")
+        if self.loaded.model not in _UNSHAREABLE:
+            reason, executed = prefixes_can_be_shared(self.loaded, self.stack, made, batch)
+            _UNSHAREABLE[self.loaded.model] = reason
+            self.executions["check"] = executed * batch.size
+        reason = _UNSHAREABLE[self.loaded.model]
+        if reason:
+            self.interventions.shared_prefixes = False
+            self.notes = [f"prefixes are not shared between interventions: {reason}"]
         self.interventions.add(batch, made, changes)
 
     def scores(self) -> ShardScores:
