@@ -392,12 +392,13 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
 
     A plain name (``llava-12``, ``org/model``) stays a name unless such a file or directory exists.
     """
-    model = _resolve(spec.model.path, base)
-    task = _resolve(spec.task, base)
+    model = resolve_name(spec.model.path, base)
+    task = resolve_name(spec.task, base)
     return spec.model_copy(update={"model": spec.model.model_copy(update={"path": model}), "task": task})
 
 
-def _resolve(name: str, base: Path) -> str:
+def resolve_name(name: str, base: Path) -> str:
+    """A path relative to ``base`` made absolute; a name that no file there has stays as it is."""
     path = Path(name).expanduser()
     if path.is_absolute() or name.startswith((".", "~")):
         return str((base / path).resolve())

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import ModelError
 from .messages import ModelSource
+from .suggest import did_you_mean
 
 BUNDLED_MODELS = Path(__file__).resolve().parents[1] / "configs" / "reference"
 BUILT_MODELS = {"smollm2-30": "smollm2"}
@@ -69,6 +70,7 @@ def find_checkpoint(source: ModelSource) -> Path:
     if not _is_hub_id(name):
         raise ModelError(
             f"model {name}: no such directory, nor a bundled model ({known}); a hub id has the form owner/name"
+            f"{did_you_mean(name, (*bundled_models(), *BUILT_MODELS))}"
         )
     return _download(source, known)
 

@@ -31,7 +31,10 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, help="Most jobs to list.")] = 50,
     as_json: AsJson = False,
 ) -> int:
-    """List jobs, the newest first."""
+    """List jobs, the newest first.
+
+    [bold]Example:[/bold] skipplan jobs list --state running --state queued
+    """
     from storage import jobs
 
     with open_database(context) as db:
@@ -56,7 +59,10 @@ def list_(
 
 @app.command()
 def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int:
-    """Show one job: its state and progress, its counters, finished stages and history."""
+    """Show one job: its state and progress, its counters, finished stages and history.
+
+    [bold]Example:[/bold] skipplan jobs show 7
+    """
     from storage import events, jobs, stages
 
     with open_database(context) as db:
@@ -87,7 +93,10 @@ def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int
 
 @app.command()
 def watch(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int:
-    """Follow a job from any shell until it ends; the exit code says how it ended (0, 3 infeasible, 1 otherwise)."""
+    """Follow a job from any shell until it ends; the exit code says how it ended (0, 3 infeasible, 1 otherwise).
+
+    [bold]Example:[/bold] skipplan jobs watch 7
+    """
     with open_database(context) as db:
         return _follow(db, job, as_json=as_json)
 
@@ -124,7 +133,10 @@ def cancel(
     job: JobNumbers,
     reason: Annotated[str, typer.Option(help="Kept with the job.")] = "cancelled by a user",
 ) -> int:
-    """Stop waiting or running jobs; what they measured stays, and they can be resumed."""
+    """Stop waiting or running jobs; what they measured stays, and they can be resumed.
+
+    [bold]Example:[/bold] skipplan jobs cancel 7 8
+    """
     from storage import jobs
 
     with open_database(context) as db:
@@ -136,7 +148,10 @@ def cancel(
 
 @app.command()
 def resume(context: typer.Context, job: JobNumbers) -> int:
-    """Queue failed or cancelled jobs again; they go on where they were."""
+    """Queue failed or cancelled jobs again; they go on where they were.
+
+    [bold]Example:[/bold] skipplan jobs resume 7
+    """
     from storage import jobs
 
     with open_database(context) as db:
@@ -148,7 +163,10 @@ def resume(context: typer.Context, job: JobNumbers) -> int:
 
 @app.command()
 def remove(context: typer.Context, job: JobNumbers) -> int:
-    """Delete jobs that do not run, with their evaluations and published plans."""
+    """Delete jobs that do not run, with their evaluations and published plans.
+
+    [bold]Example:[/bold] skipplan jobs remove 7
+    """
     from storage import jobs
 
     with open_database(context) as db:

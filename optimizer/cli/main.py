@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli import database, exchange, export, jobs, plans, reference, report, run, study
+from optimizer.cli import database, doctor, exchange, export, init, jobs, plans, reference, report, run, study, validate
 from optimizer.cli.state import GlobalOptions
 
 app = typer.Typer(
@@ -45,6 +45,9 @@ export.register(app)
 exchange.register(app)
 app.add_typer(jobs.app, name="jobs")
 report.register(app)
+init.register(app)
+validate.register(app)
+doctor.register(app)
 study.register(app)
 app.add_typer(database.app, name="db")
 app.add_typer(reference.app, name="reference")
@@ -110,10 +113,20 @@ def _explain(error: BaseException) -> int:
     if known is not None:
         return _report(*known)
     if isinstance(error, typer.TyperException):
-        message = one_line(error.format_message()) or "a command is needed; see skipplan --help"
+        message = _suggested(one_line(error.format_message())) or "a command is needed; see skipplan --help"
         return _report(error.exit_code, message)
     return _report(
         1, f"unexpected {type(error).__name__}: {one_line(error)} (run again with --debug for the traceback)"
+    )
+
+
+def _suggested(message: str) -> str:
+    """Add what a misspelt choice was probably meant to be."""
+    from workers.suggest import did_you_mean
+
+    wrong = re.search(r"'([^']*)' is not one of (.*)", message)
+    return (
+        message if wrong is None else message.rstrip(".") + did_you_mean(wrong[1], re.findall(r"'([^']*)'", wrong[2]))
     )
 
 

@@ -103,7 +103,10 @@ def list_plans(
     limit: Annotated[int, typer.Option(min=1, help="Most plans to list.")] = 50,
     as_json: AsJson = False,
 ) -> int:
-    """List published plans."""
+    """List published plans.
+
+    [bold]Example:[/bold] skipplan plans --model llava-12 --pareto --sort accuracy
+    """
     from optimizer.results import plan_json
     from storage import plans
 

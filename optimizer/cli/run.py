@@ -109,7 +109,10 @@ def submit(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Queue a job for `skipplan serve`, or a later `skipplan run`, to process."""
+    """Queue a job for `skipplan serve`, or a later `skipplan run`, to process.
+
+    [bold]Example:[/bold] skipplan submit job.yaml --priority 10
+    """
     from optimizer import service
     from optimizer.inputs import prepare
     from optimizer.job import load_job
@@ -148,6 +151,8 @@ def serve(
     """Claim and process queued jobs until stopped; several of these may share a database.
 
     Says what happens in one line per event on standard error.
+
+    [bold]Example:[/bold] skipplan --database postgresql://user:password@host/skipplan serve --log-format json
     """
     from optimizer.progress import Progress
     from optimizer.serving import LoggedNotes, Server

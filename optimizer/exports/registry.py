@@ -5,6 +5,7 @@ from __future__ import annotations
 from optimizer.exports import checkpoint, llama_cpp, mergekit, openvino, plan_file, runtime, vllm
 from optimizer.exports.formats import ExportFault, ExportFormat
 from workers.runtime import SkipPlan
+from workers.suggest import did_you_mean
 
 FORMATS: dict[str, ExportFormat] = {
     module.FORMAT.name: module.FORMAT
@@ -15,7 +16,9 @@ FORMATS: dict[str, ExportFormat] = {
 def find(name: str) -> ExportFormat:
     """The format of this name. Raises ExportFault naming those that are there."""
     if name not in FORMATS:
-        raise ExportFault(f"--format: {name!r} is unknown; choose one of {', '.join(FORMATS)}")
+        raise ExportFault(
+            f"--format: {name!r} is unknown; choose one of {', '.join(FORMATS)}{did_you_mean(name, FORMATS)}"
+        )
     return FORMATS[name]
 
 

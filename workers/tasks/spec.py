@@ -10,6 +10,7 @@ from typing import Any
 
 from workers.errors import TaskError
 from workers.metrics import METRICS
+from workers.suggest import did_you_mean
 
 BUNDLED_TASKS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
 FILE_FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -123,6 +124,7 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
     elif not path.is_file():
         raise TaskError(
             f"task {name_or_path}: no such task file, nor a bundled task (bundled: {', '.join(bundled_tasks())})"
+            f"{did_you_mean(str(name_or_path), bundled_tasks())}"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -287,7 +289,9 @@ class _Fields:
     def choice(self, key: str, allowed: tuple[str, ...], *, default: str | None = None) -> str:
         value = self.text(key, default=default)
         if value not in allowed:
-            raise TaskError(f"{self.where}.{key}: {value!r} is none of {', '.join(allowed)}")
+            raise TaskError(
+                f"{self.where}.{key}: {value!r} is none of {', '.join(allowed)}{did_you_mean(value, allowed)}"
+            )
         return value
 
     def choices(self, key: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -304,7 +308,8 @@ class _Fields:
         unknown = [str(key) for key in self.content if key not in self.known]
         if unknown:
             allowed = ", ".join(sorted(self.known))
-            raise TaskError(f"{self.where}: unknown field {', '.join(unknown)}; allowed here: {allowed}")
+            hint = did_you_mean(unknown[0], self.known)
+            raise TaskError(f"{self.where}: unknown field {', '.join(unknown)}; allowed here: {allowed}{hint}")
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,74 @@
+"""Looking a job file over without a network and without starting anything: what is good, what cannot be seen here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from optimizer.errors import UsageFault
+from optimizer.inputs import check_images, check_rungs, load_job_task, model_source
+from optimizer.job import JobSpec, load_job
+from workers.checkpoints import BUILT_MODELS, built_directory, bundled_models, check_checkpoint, find_checkpoint
+from workers.errors import ModelError, TaskError
+from workers.tasks import load_spec
+from workers.tasks.spec import HubSource, TaskSpec
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job file that is usable as far as could be seen here."""
+
+    file: str
+    model: str
+    task: str
+    checked: tuple[str, ...]
+    """What was looked at and found good."""
+    unchecked: tuple[str, ...]
+    """What only the job itself can find out, with the reason."""
+
+
+def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) -> Checked:
+    """Check the job's fields, its task file, and whatever of data and model lies on this machine.
+
+    Nothing is downloaded. Raises UsageFault naming the file and the field, column, row, image or model file.
+    """
+    spec = load_job(path, environment=environment)
+    task = _task(spec, str(path))
+    good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
+    if isinstance(task.source, HubSource):
+        unknown.append(f"data set {task.source.id}: its rows and images are on the hub")
+    else:
+        data = load_job_task(spec)
+        check_rungs(spec, data)
+        check_images(data)
+        sizes = f"{len(data.calibration)} calibration, {len(data.search)} search, {len(data.held_out)} held-out samples"
+        good.append(f"data of task {task.name}: {sizes}, every image opens")
+    if is_local(spec.model.path):
+        _model(spec)
+        good.append(f"model {spec.model.path}: configuration and weight files")
+    else:
+        unknown.append(f"model {spec.model.path}: its files are on the hub")
+    return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown))
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is a directory here, bundled, or built already."""
+    built = model in BUILT_MODELS and built_directory(model).is_dir()
+    return built or model in bundled_models() or Path(model).expanduser().exists() or model.count("/") != 1
+
+
+def _task(spec: JobSpec, source: str) -> TaskSpec:
+    sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
+    try:
+        task = load_spec(spec.task)
+    except TaskError as error:
+        raise UsageFault(f"{source}: {error}") from None
+    return replace(task, splits=replace(task.splits, **sizes))
+
+
+def _model(spec: JobSpec) -> None:
+    try:
+        check_checkpoint(find_checkpoint(model_source(spec)), spec.model.allow_pickle)
+    except ModelError as error:
+        raise UsageFault(str(error)) from None

@@ -1,0 +1,64 @@
+"""What a model's configuration alone tells about its decoder layers: no weights are read, nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from .checkpoints import BUILT_MODELS, bundled_models, find_checkpoint
+from .errors import ModelError
+from .messages import ModelSource
+from .runtime.descriptor import UnsupportedFamilyError
+from .runtime.families import describe
+from .runtime.plan import Action
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's family, its number of decoder layers and parameters, and what each layer may do."""
+
+    family: str
+    num_layers: int
+    parameters: int
+    refusals: dict[str, dict[int, str]]
+    """By action (``"skip"``), the layers that may not take it and why; an action that all may take has no entry."""
+
+    def layers_for(self, action: str) -> int:
+        """How many layers may take an action."""
+        return self.num_layers - len(self.refusals.get(action, {}))
+
+
+def outline(source: ModelSource) -> Outline:
+    """Build the model on torch's meta device from its configuration and describe it.
+
+    Of a hub repository only the configuration is fetched. Raises ModelError naming what is missing or unsupported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            _where(source), revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
+        described = describe(model)
+    except UnsupportedFamilyError as error:
+        raise ModelError(f"model {source.path}: {error}") from None
+    except Exception as error:  # configuration and model code of any family, the hub client and the network
+        raise ModelError(
+            f"model {source.path}: its configuration cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
+    refusals: dict[str, dict[int, str]] = {}
+    for layer, refused in enumerate(described.refusals):
+        for action, reason in refused.items():
+            if action is not Action.RUN:
+                refusals.setdefault(action.name.lower(), {})[layer] = reason
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Outline(described.family, described.num_layers, parameters, refusals)
+
+
+def _where(source: ModelSource) -> str:
+    """A directory with a configuration, or the hub id as it stands."""
+    if source.path in bundled_models() or source.path in BUILT_MODELS or source.path.count("/") != 1:
+        return str(find_checkpoint(source))
+    return source.path
