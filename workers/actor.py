@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How a worker computes: its number, torch's threads, whether it holds a GPU, and the evaluation batch size."""
+    """How a worker computes: its number, torch's threads, whether it holds a GPU; for evaluation batch size and memory."""
 
     worker: int
     threads: int = 1
     holds_gpu: bool = False
     batch_size: int = 32
+    memory_bytes: int = 2 << 30
+    """Kept between layer executions of an evaluation: prompts, masks, hidden states."""
 
 
 class Worker:

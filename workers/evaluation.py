@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
-from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
+from transformers import BatchFeature, LogitsProcessorList
 
 from .errors import ImageError
 from .messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
@@ -21,6 +22,7 @@ from .prompts import build_inputs, to_device
 from .runtime import apply
 from .runtime.plan import PlanError, SkipPlan
 from .tasks import Sample, Task
+from .ties import AnswerWatch, end_tokens
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_CACHE_BYTES = 1 << 30
@@ -47,12 +49,17 @@ class Answers:
 
     texts: dict[str, str]
     failed: dict[str, str]
+    tied: frozenset[str] = frozenset()
+    """Samples whose answer hung on logits closer than rounding; :mod:`workers.ties`."""
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """What was generated, up to the end token and without it."""
 
 
 class Evaluator:
     """Evaluates plans of one model on one task.
 
-    ``batch_size`` is halved for good when memory runs out. Processed inputs are kept between plans, up to
+    What a plan scores on a sample does not depend on the other samples: where a tie was met, the sample is asked again
+    alone. ``batch_size`` is halved for good when memory runs out. Processed inputs are kept between plans, up to
     ``cache_bytes``.
     """
 
@@ -108,21 +115,39 @@ class Evaluator:
             failed_samples=answers.failed,
             seconds=time.perf_counter() - started,
             layer_executions=len(plan.kept) * (len(samples) - len(answers.failed)),
+            near_ties=len(answers.tied),
         )
 
     def answer(self, plan: SkipPlan, samples: Sequence[Sample]) -> Answers:
-        """Generate the model's answers under a plan."""
+        """Generate the model's answers under a plan, batch by batch; tied samples once more alone."""
+        with torch.inference_mode(), apply(self.loaded.model, plan):
+            answers = self._answer_chunks(self._chunks(samples))
+            again = [sample for sample in samples if sample.id in answers.tied]
+            alone = self._answer_chunks([sample] for sample in again)
+        return Answers(
+            answers.texts | alone.texts, answers.failed | alone.failed, answers.tied, answers.tokens | alone.tokens
+        )
+
+    def answer_alone(self, plan: SkipPlan, samples: Sequence[Sample]) -> Answers:
+        """Generate the model's answers under a plan, one sample at a time."""
+        with torch.inference_mode(), apply(self.loaded.model, plan):
+            return self._answer_chunks([sample] for sample in samples)
+
+    def _answer_chunks(self, chunks: Iterable[Sequence[Sample]]) -> Answers:
         texts: dict[str, str] = {}
         failed: dict[str, str] = {}
-        with torch.inference_mode(), apply(self.loaded.model, plan):
-            for chunk in self._chunks(samples):
-                batch = self._prepare(chunk)
-                failed.update(batch.failed)
-                if batch.inputs is not None:
-                    answers = self._generate(batch)
-                    texts.update(answers.texts)
-                    failed.update(answers.failed)
-        return Answers(texts, failed)
+        tied: set[str] = set()
+        tokens: dict[str, tuple[int, ...]] = {}
+        for chunk in chunks:
+            batch = self._prepare(chunk)
+            failed.update(batch.failed)
+            if batch.inputs is not None:
+                answers = self._generate(batch)
+                texts.update(answers.texts)
+                failed.update(answers.failed)
+                tied.update(answers.tied)
+                tokens.update(answers.tokens)
+        return Answers(texts, failed, frozenset(tied), tokens)
 
     def _chunks(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
         position = 0
@@ -163,13 +188,7 @@ class Evaluator:
             return Answers({}, {batch.samples[0].id: "out of memory at batch size 1"})
         self._forget(batch)
         self.batch_size = min(self.batch_size, len(batch.samples) // 2)
-        texts: dict[str, str] = {}
-        failed: dict[str, str] = {}
-        for chunk in self._chunks(batch.samples):
-            part = self._generate(self._prepare(chunk))
-            texts.update(part.texts)
-            failed.update(part.failed)
-        return Answers(texts, failed)
+        return self._answer_chunks(self._chunks(batch.samples))
 
 
 def prepare_batch(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> PreparedBatch:
@@ -189,9 +208,11 @@ def prepare_batch(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) ->
 def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> Answers:
     """Generate and decode the answers of one batch under whatever plan is applied to the model."""
     assert batch.inputs is not None
-    watch = NanWatch(len(batch.samples))
     inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
-    tokens = loaded.model.generate(
+    prompt = inputs["input_ids"]
+    ends = end_tokens(loaded.model)
+    watch = AnswerWatch(prompt.shape[0], prompt.shape[1], ends, loaded.model.dtype)
+    sequences = loaded.model.generate(
         **inputs,
         do_sample=False,
         num_beams=1,
@@ -199,28 +220,18 @@ def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> A
         pad_token_id=loaded.processor.tokenizer.pad_token_id,
         logits_processor=LogitsProcessorList([watch]),
     )
-    new_tokens = _without_prompt(tokens, inputs["input_ids"])
-    decoded = loaded.processor.batch_decode(new_tokens, skip_special_tokens=True)
-    not_a_number = watch.rows.tolist()
-    texts, failed = {}, {}
-    for sample, text, is_nan in zip(batch.samples, decoded, not_a_number, strict=True):
+    new = _without_prompt(sequences, prompt)
+    decoded = loaded.processor.batch_decode(new, skip_special_tokens=True)
+    texts, failed, tokens = {}, {}, {}
+    for sample, text, row, is_nan in zip(batch.samples, decoded, new.tolist(), watch.nan.tolist(), strict=True):
         if is_nan:
             failed[sample.id] = "the logits hold NaN"
         else:
             texts[sample.id] = text.strip()
-    return Answers(texts, failed)
-
-
-class NanWatch(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-    """Remembers which rows of a batch ever had a NaN among their logits; changes nothing."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = torch.zeros(rows, dtype=torch.bool)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Look at ``scores`` ``[batch, vocabulary]``."""
-        self.rows = self.rows.to(scores.device) | scores.isnan().any(dim=-1)
-        return scores
+            tokens[sample.id] = tuple(takewhile(lambda token: token not in ends, row))
+    alone = len(batch.samples) == 1
+    tied = () if alone else (s.id for s, tie in zip(batch.samples, watch.tied.tolist(), strict=True) if tie)
+    return Answers(texts, failed, frozenset(tied) - failed.keys(), tokens)
 
 
 def describe_error(error: BaseException) -> str:

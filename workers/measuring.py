@@ -11,6 +11,7 @@ import transformers
 
 from . import device_lock
 from .actor import WorkerSettings
+from .engine.choice import Evaluators
 from .errors import ModelError
 from .evaluation import Evaluator
 from .latency import compare_latency, profile_latency
@@ -41,6 +42,7 @@ class Measurer:
         self.loaded, self.task, self.settings = loaded, task, settings
         self.descriptor = describe(loaded.model)
         self.evaluator = Evaluator(loaded, task, batch_size=settings.batch_size)
+        self.evaluators = Evaluators(self.evaluator, memory_bytes=settings.memory_bytes)
 
     @classmethod
     def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Measurer:
@@ -104,7 +106,7 @@ class Measurer:
             case EvaluatePlan():
                 return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
             case EvaluatePlans():
-                return self.evaluator.evaluate_all(request)
+                return self.evaluators.evaluate(request)
             case ScoreLayers():
                 return score_layers(
                     loaded,

@@ -84,5 +84,32 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+_DECIDED_BY_VQA_RULES = ("exact_match", "vqa_accuracy")
+
+
+def can_still_score(name: str, beginning: str, answers: Sequence[str]) -> bool:
+    """Whether some answer that begins with this text could score above 0 under a metric; True where that is not known.
+
+    Sound for the metrics that compare texts after :func:`normalise_vqa`. It changes letters and digits in no other
+    way than this: whole words are dropped (articles) or become digits (number words), and words may be joined or
+    parted where punctuation stands between them. So a text of letters and digits alone is the beginning of the
+    normalised answer's first word, unless that word turns out to be an article or a number word.
+    """
+    if name not in _DECIDED_BY_VQA_RULES:
+        return True
+    start = beginning.lstrip().lower()
+    if not start or not start.isascii() or not start.isalnum():
+        return True
+    if any(article.startswith(start) for article in _VQA_ARTICLES):
+        return True
+    numbers = {digit for word, digit in _VQA_NUMBERS.items() if word.startswith(start)}
+    for answer in answers:
+        normalised = normalise_vqa(answer)
+        first = normalised.split(" ")[0]
+        if first.startswith(start) or first in numbers or not normalised:
+            return True
+    return False
+
+
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "token_f1": token_f1}
 """The metrics a task file may name."""

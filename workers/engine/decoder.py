@@ -1,0 +1,247 @@
+"""A model's decoder as something to be called one layer at a time.
+
+Nothing about a family is rebuilt here. The model's own forward is run with recorders in place of its layers: what it
+would have handed to each of them (masks, rotary embeddings, whatever else) is what they are handed later. In the same
+way the model's own end, from the last layer to the logits, is run on rows that come from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.errors import WorkersError
+from workers.runtime.descriptor import FamilyDescriptor
+from workers.runtime.edits import Edits
+from workers.runtime.families import describe_stack, family_of, layer_kinds
+from workers.runtime.locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters, locate
+from workers.runtime.plan import Action
+from workers.runtime.token_layers import TokenLayer, query_scale, shares_keys
+from workers.runtime.token_rows import TokenSplit
+from workers.runtime.vision_tokens import VisionTokens
+
+OWNER_ARGUMENTS = frozenset(
+    {"attention_mask", "position_ids", "inputs_embeds", "use_cache", "cache_position", *CACHE_ARGUMENTS}
+)
+"""What the decoder may be given besides settings: packed prompts know how to supply these."""
+
+SLIDING = "sliding_attention"
+KINDS = ("full_attention", SLIDING)
+
+
+class NotExactError(WorkersError):
+    """The fast path would not be exact for a model or a task; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a model hands to its decoder and to each of its layers in one call, hidden states left out."""
+
+    owner: dict[str, Any]
+    """Named arguments of the decoder; ``inputs_embeds`` is ``[batch, tokens, hidden]``."""
+    hidden: Tensor
+    """What the first layer is given, ``[batch, tokens, hidden]``."""
+    layers: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """A layer's result, and the part of it that its last branch (the MLP) added, where that was asked for.
+
+    Both are ``[batch, tokens, hidden]``. ``branch`` is zero in rows that did not go through the layer (frozen and
+    bypassed vision tokens), so that ``hidden - branch`` is the rest of the residual stream in every row.
+    """
+
+    hidden: Tensor
+    branch: Tensor | None = None
+
+
+class Decoder:
+    """Calls single decoder layers of a live model.
+
+    Raises:
+        NotExactError: a layer depends on more than hidden states, mask and positions.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.stack = locate(model)
+        self.descriptor: FamilyDescriptor = describe_stack(self.stack)
+        self.kinds = layer_kinds(self.stack)
+        self._require_plain_layers()
+        self.layers: tuple[Any, ...] = tuple(self.stack.layers)
+        self.mask_name = argument_name(self.layers[0], MASK_ARGUMENTS) or MASK_ARGUMENTS[0]
+        self._first_argument = next(iter(forward_parameters(self.layers[0])))
+        self._split = _GivenSplit()
+        self._gathering = tuple(
+            {
+                action: TokenLayer(layer, number, action, self._split, mask_may_be_none=False)
+                for action in (Action.FREEZE, Action.BYPASS)
+            }
+            for number, layer in enumerate(self.layers)
+        )
+        self._gives_tuple = False
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def eager(self) -> bool:
+        """Whether attention adds its mask to the scores itself (else it takes a bool mask)."""
+        return bool(self.stack.text_config._attn_implementation == "eager")
+
+    def _require_plain_layers(self) -> None:
+        stack = self.stack
+        for number, refused in enumerate(self.descriptor.refusals):
+            if Action.FREEZE in refused:
+                raise NotExactError(f"layer {number} cannot be given some rows of a sequence: {refused[Action.FREEZE]}")
+        if family_of(stack).carried or any(shares_keys(layer) for layer in stack.layers):
+            raise NotExactError("its layers hand each other more than hidden states")
+        if any(query_scale(layer) is not None for layer in stack.layers):
+            raise NotExactError("its layers scale queries by the number of tokens before them")
+        odd = sorted(set(self.kinds) - set(KINDS))
+        if odd:
+            raise NotExactError(f"it has layers of kind {', '.join(odd)}")
+        implementation = stack.text_config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise NotExactError(f"{implementation} attention takes no masks")
+
+    # Recording ------------------------------------------------------------------------------------------------------
+
+    def record(self, call: Callable[[], Any], *, run: bool = False) -> Recording:
+        """What a call of the model (or of its decoder) hands to the layers; they run only if told to.
+
+        Raises:
+            NotExactError: the decoder is given something that packed prompts could not supply.
+        """
+        arguments: list[dict[str, Any]] = []
+        first: list[Tensor] = []
+
+        def recorder(layer: Any) -> Callable[..., Any]:
+            names, forward = tuple(forward_parameters(layer)), layer.forward
+
+            def record(*args: Any, **kwargs: Any) -> Any:
+                named = {**dict(zip(names, args, strict=False)), **kwargs}
+                hidden = named.pop(self._first_argument)
+                first.append(hidden) if not first else None
+                arguments.append(named)
+                if run:
+                    output = forward(*args, **kwargs)
+                    self._gives_tuple = isinstance(output, tuple)
+                    return output
+                return (hidden,) if self._gives_tuple else hidden
+
+            return record
+
+        owner: list[dict[str, Any]] = []
+        with self._owner_inputs(owner), self._in_place_of_layers([recorder(layer) for layer in self.layers]):
+            call()
+        if len(arguments) != len(self.layers) or len(owner) != 1:
+            raise NotExactError(f"one call of the model calls {len(arguments)} layers, not {len(self.layers)}")
+        return Recording(owner[0], first[0], tuple(arguments))
+
+    @contextmanager
+    def _owner_inputs(self, seen: list[dict[str, Any]]) -> Iterator[None]:
+        names = tuple(forward_parameters(self.stack.owner))
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+        handle = self.stack.owner.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _in_place_of_layers(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        edits = Edits()
+        for layer, forward in zip(self.layers, forwards, strict=True):
+            edits.set_instance_attribute(layer, "forward", forward)
+        try:
+            yield
+        finally:
+            edits.undo()
+
+    def dry_run(self, embeddings: Tensor, position_ids: Tensor) -> Recording:
+        """What the decoder would hand to its layers for packed ``embeddings``, ``[batch, tokens, hidden]``."""
+        owner = self.stack.owner
+        return self.record(lambda: owner(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False))
+
+    # Running --------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, layer: int, hidden: Tensor, arguments: dict[str, Any], branch: nn.Module | None = None
+    ) -> LayerOutput:
+        """One layer over all rows of ``hidden``, ``[batch, tokens, hidden]``."""
+        return self._watched(lambda: self.layers[layer](hidden, **arguments), branch, None, hidden)
+
+    def run_rows(
+        self,
+        layer: int,
+        action: Action,
+        split: TokenSplit | None,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        branch: nn.Module | None = None,
+    ) -> LayerOutput:
+        """One layer over the rows ``split.text``; the others keep their state.
+
+        With ``FREEZE`` the other rows give keys and values, with ``BYPASS`` they are not seen.
+        """
+        if split is None:
+            return self.run(layer, hidden, arguments, branch)
+        self._split.current = split
+        gathering = self._gathering[layer][action]
+        return self._watched(lambda: gathering(hidden, **arguments), branch, split, hidden)
+
+    def _watched(
+        self, call: Callable[[], Any], branch: nn.Module | None, split: TokenSplit | None, hidden: Tensor
+    ) -> LayerOutput:
+        if branch is None:
+            return LayerOutput(_tensor_of(call()))
+        added: list[Tensor] = []
+        handle = branch.register_forward_hook(lambda module, args, output: added.append(_tensor_of(output)))
+        try:
+            output = _tensor_of(call())
+        finally:
+            handle.remove()
+        rows = added[-1].reshape(*hidden.shape[:-2], -1, hidden.shape[-1])
+        return LayerOutput(output, rows if split is None else split.text.put(torch.zeros_like(hidden), rows))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The model's own logits ``[rows, vocabulary]`` in float32 for last-layer states ``[rows, hidden]``."""
+        states = rows[:, None]
+
+        def give(*args: Any, **kwargs: Any) -> Any:
+            return (states,) if self._gives_tuple else states
+
+        with self._in_place_of_layers([give] * len(self.layers)):
+            logits: Tensor = self.model(inputs_embeds=states, use_cache=False).logits
+        return logits[:, -1].float()
+
+
+def _tensor_of(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+class _GivenSplit(VisionTokens):
+    """Tells frozen and bypassed layers the split that was set last."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.current: TokenSplit | None = None
+
+    def split_for(
+        self, hidden_states: Tensor, past: Callable[[], int], *, last_tokens: bool = False
+    ) -> TokenSplit | None:
+        """The split that was set."""
+        return self.current

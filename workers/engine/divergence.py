@@ -1,0 +1,54 @@
+"""KL divergence of a plan's answer distribution from the dense model's, from the dense model's most likely tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOP = 512
+"""Tokens of the dense model's distribution that are kept apart at each position; the rest counts as one."""
+
+
+@dataclass(frozen=True)
+class DenseAnswers:
+    """The dense model's distributions at a chunk's answer positions.
+
+    ``tokens`` and ``log_probabilities`` are ``[positions, k]``, ``log_rest`` (``[positions]``) is the logarithm of the
+    probability of all other tokens.
+    """
+
+    tokens: Tensor
+    log_probabilities: Tensor
+    log_rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> DenseAnswers:
+        """Keep what is needed of ``logits``, ``[positions, vocabulary]``."""
+        log_probabilities = logits.log_softmax(-1)
+        top, tokens = log_probabilities.topk(min(TOP, logits.shape[-1]), dim=-1)
+        return cls(tokens.to(torch.int32), top, _log_rest(top))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        return self.tokens.nbytes + self.log_probabilities.nbytes + self.log_rest.nbytes
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """KL(dense || plan) ``[positions]``, in nats, of distributions over the k tokens and the rest as one.
+
+        It is a lower bound of the divergence over the whole vocabulary (joining outcomes can only lower it), and
+        never negative.
+        """
+        own = logits.gather(1, self.tokens.long()) - logits.logsumexp(-1, keepdim=True)
+        dense = self.log_probabilities
+        terms = (dense.exp() * (dense - own)).sum(-1)
+        rest = self.log_rest.exp() * (self.log_rest - _log_rest(own))
+        return (terms + torch.where(self.log_rest.exp() > 0, rest, 0.0)).clamp(min=0.0)
+
+
+def _log_rest(log_probabilities: Tensor) -> Tensor:
+    """Logarithm of what is left of probability 1, at least the smallest number that float32 tells from nothing."""
+    left = -torch.expm1(log_probabilities.double().logsumexp(-1))
+    return left.clamp(min=1e-12).log().float()

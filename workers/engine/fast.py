@@ -1,0 +1,296 @@
+"""The fast path: the scores of the plain path from few layer executions."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from workers.evaluation import Evaluator, describe_error
+from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
+from workers.metrics import METRICS
+from workers.runtime.descriptor import FamilyDescriptor, validate
+from workers.runtime.plan import Action, PlanError, SkipPlan
+from workers.tasks import Sample
+from workers.ties import end_tokens
+
+from .answers import Choices, Forced, Scorer, judge
+from .decoder import Decoder, NotExactError
+from .divergence import DenseAnswers
+from .guesses import Guesser
+from .packing import Chunk, Packer
+from .parts import Part, Parts
+from .prompts import PromptReader
+from .states import StateStore
+from .trie import build_trie
+from .walk import Walker
+
+DEFAULT_MEMORY_BYTES = 2 << 30
+DEFAULT_CHUNK_TOKENS = 2048
+
+
+CHECKED_SAMPLES = 12
+"""Samples on which the fast path is compared with the plain one before it is used."""
+
+
+UNTOUCHED_LOGITS: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "sequence_bias": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False, True),
+    "watermarking_config": (),
+    "stop_strings": (),
+    "max_time": (),
+}
+"""Generation settings, and the values under which greedy decoding takes the most likely token until the end."""
+
+
+@dataclass
+class _Outcome:
+    """What is known of one plan so far, by the samples' places in the split."""
+
+    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    kl: dict[int, float] = field(default_factory=dict)
+    ask: set[int] = field(default_factory=set)
+    """Samples that the plain path decides: two logits were too close, the answer is not yet known, or NaN may have come
+    from a neighbour in the packed sequence."""
+    failed: dict[str, str] = field(default_factory=dict)
+    ties: int = 0
+
+
+class FastEvaluator:
+    """Evaluates many plans of one model on one task, sharing what they have in common.
+
+    ``memory_bytes`` bounds what is kept between layer executions: prompts, masks, hidden states.
+
+    Raises:
+        NotExactError: the model or the task is none for which this is exact.
+    """
+
+    def __init__(
+        self, plain: Evaluator, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    ) -> None:
+        self.plain, self.loaded, self.task = plain, plain.loaded, plain.task
+        if self.task.spec.answer.kind == "free":
+            raise NotExactError("its answers are free text, which is generated")
+        _require_plain_decoding(self.loaded.model)
+        self.decoder = Decoder(self.loaded.model)
+        self.chunk_tokens = chunk_tokens
+        self._memory = memory_bytes
+        spec, tokenizer = self.task.spec, self.loaded.processor.tokenizer
+        self.guesser = Guesser(tokenizer, spec.answer.max_new_tokens)
+        self._scorer = Scorer(spec, lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)), METRICS)
+        self._ends = end_tokens(self.loaded.model)
+        reader = PromptReader(self.loaded, self.task, self.decoder)
+        packer = Packer(self.decoder, reader.embed, self.loaded.device)
+        self.parts = Parts(
+            self.decoder, reader, packer, lambda sample: self.guesser.forced(sample).fed, budget=memory_bytes // 2
+        )
+        self.states = StateStore(memory_bytes // 2)
+        self.walker = Walker(self.decoder, self.states)
+
+    def evaluate_all(self, request: EvaluatePlans) -> Evaluations:
+        """Score the plans of a request; one that cannot be scored does not stop the others.
+
+        Raises:
+            TaskError: no such split.
+            NotExactError: the prompts cannot be shared.
+        """
+        started = time.perf_counter()
+        samples = self.task.split(request.split)[request.start : request.limit]
+        plans, failures = self._readable(request.plans)
+        self.walker.tally.by_plan.clear()
+        outcomes = self._outcomes(plans, request.split, samples, request.start)
+        seconds = (time.perf_counter() - started) / max(1, len(plans))
+        results = tuple(
+            failures.get(text) or self._evaluation(text, request, samples, outcomes[text], seconds)
+            for text in request.plans
+        )
+        return Evaluations(results)
+
+    def check(self, split: str) -> None:
+        """Learn how the model spells answers, and compare with the plain path on a few samples and plans.
+
+        Raises:
+            NotExactError: a sample's score differs.
+        """
+        samples = self.task.split(split)
+        places = sorted({number * (len(samples) - 1) // CHECKED_SAMPLES for number in range(CHECKED_SAMPLES + 1)})
+        chosen = [samples[place] for place in places]
+        dense = SkipPlan.dense(self.decoder.num_layers)
+        answers = self.plain.answer(dense, chosen)
+        for sample in chosen:
+            if sample.id in answers.texts:
+                self.guesser.learn(answers.texts[sample.id], answers.tokens[sample.id])
+        plans = (dense, _mixed(self.decoder.descriptor))
+        expected = {dense.text: answers, plans[1].text: self.plain.answer(plans[1], chosen)}
+        # The model's own answers are the right ones here, so that every one of them is compared token by token.
+        own = [replace(s, answers=(expected[dense.text].texts.get(s.id) or "-",)) for s in chosen]
+        outcomes = self._outcomes(plans, "check", own, 0, ask=False)
+        for plan in plans:
+            for place, sample in enumerate(own):
+                found = outcomes[plan.text].scores.get(place)
+                text = expected[plan.text].texts.get(sample.id)
+                if found is None or text is None:
+                    continue
+                if found != self._scorer.scores_of_text(sample, text):
+                    raise NotExactError(
+                        f"under the plan {plan} sample {sample.id} scores {found[0]:g} when work is shared and "
+                        f"{self._scorer.scores_of_text(sample, text)[0]:g} by itself"
+                    )
+
+    def _readable(self, texts: Sequence[str]) -> tuple[list[SkipPlan], dict[str, EvaluationFailure]]:
+        plans, failures = [], {}
+        for text in texts:
+            try:
+                plan = SkipPlan.parse(text)
+                validate(plan, self.decoder.descriptor)
+                plans.append(plan)
+            except PlanError as error:
+                failures[text] = EvaluationFailure(text, describe_error(error))
+        return plans, failures
+
+    def _outcomes(
+        self, plans: Sequence[SkipPlan], split: str, samples: Sequence[Sample], start: int, *, ask: bool = True
+    ) -> dict[str, _Outcome]:
+        outcomes = {plan.text: _Outcome() for plan in plans}
+        with torch.inference_mode():
+            for part in self.parts.of(split, samples, start, self.chunk_tokens):
+                self.states.budget = max(self._memory // 2, self._memory - self.parts.nbytes)
+                self._score_part(plans, part, samples, start, outcomes)
+        if ask:
+            for plan in plans:
+                self._ask_plain(plan, samples, start, outcomes[plan.text])
+        return outcomes
+
+    def _score_part(
+        self,
+        plans: Sequence[SkipPlan],
+        part: Part,
+        samples: Sequence[Sample],
+        start: int,
+        outcomes: dict[str, _Outcome],
+    ) -> None:
+        dense = SkipPlan.dense(self.decoder.num_layers)
+        for outcome in outcomes.values():
+            outcome.failed.update(part.failed)
+        for number, chunk in enumerate(part.chunks):
+            if number not in part.dense:
+                ((_, states),) = self.walker.ends(build_trie([dense]), chunk)
+                part.dense[number] = DenseAnswers.of(self.decoder.logits(states))
+            for node, states in self.walker.ends(build_trie(plans), chunk):
+                logits = self.decoder.logits(states)
+                divergence = part.dense[number].divergence(logits)
+                for plan in node.plans:
+                    self._judge(chunk, logits, divergence, samples, start, outcomes[plan])
+
+    def _judge(
+        self,
+        chunk: Chunk,
+        logits: Tensor,
+        divergence: Tensor,
+        samples: Sequence[Sample],
+        start: int,
+        outcome: _Outcome,
+    ) -> None:
+        guesses = [self.guesser.forced(samples[branch.sample - start]) for branch in chunk.samples]
+        choices = Choices.of(logits, self._targets(guesses, chunk), self.loaded.model.dtype)
+        kl = divergence.tolist()
+        for branch, guess, (first, last) in zip(chunk.samples, guesses, chunk.spans, strict=True):
+            sample = samples[branch.sample - start]
+            verdict = judge(choices, (first, last), guess, self._ends)
+            outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
+            if verdict.tie or verdict.not_a_number:
+                outcome.ties += verdict.tie
+                outcome.ask.add(branch.sample)
+            elif verdict.ended:
+                outcome.scores[branch.sample] = self._scorer.scores(sample, verdict.tokens)
+            elif self._scorer.hopeless(sample, verdict.tokens):
+                outcome.scores[branch.sample] = self._scorer.nothing
+            else:
+                outcome.ask.add(branch.sample)
+
+    def _targets(self, guesses: Sequence[Forced], chunk: Chunk) -> Tensor:
+        targets: list[int] = []
+        for guess, (first, last) in zip(guesses, chunk.spans, strict=True):
+            targets += [*guess.complete, -1][: last - first]
+        return torch.tensor(targets, device=self.loaded.device)
+
+    def _ask_plain(self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: _Outcome) -> None:
+        if not outcome.ask:
+            return
+        asked = [samples[place - start] for place in sorted(outcome.ask)]
+        answers = self.plain.answer_alone(plan, asked)
+        outcome.failed.update(answers.failed)
+        for place, sample in zip(sorted(outcome.ask), asked, strict=True):
+            if sample.id in answers.texts:
+                text = answers.texts[sample.id]
+                outcome.scores[place] = self._scorer.scores_of_text(sample, text)
+
+    def _evaluation(
+        self, text: str, request: EvaluatePlans, samples: Sequence[Sample], outcome: _Outcome, seconds: float
+    ) -> Evaluation:
+        places = range(request.start, request.start + len(samples))
+        scores = [outcome.scores.get(place, self._scorer.nothing) for place in places]
+        secondary = self.task.spec.secondary
+        executed = self.walker.tally.by_plan.get(text, 0)
+        needed = len(SkipPlan.parse(text).kept) * (len(samples) - len(outcome.failed))
+        return Evaluation(
+            plan=text,
+            split=request.split,
+            sample_ids=tuple(sample.id for sample in samples),
+            scores=tuple(score[0] for score in scores),
+            secondary={name: sum(s[1 + i] for s in scores) / len(scores) for i, name in enumerate(secondary)},
+            failed_samples=outcome.failed,
+            seconds=seconds,
+            compensation=request.compensation,
+            kl=tuple(outcome.kl.get(place, math.nan) for place in places),
+            layer_executions=executed,
+            layer_executions_saved=max(0, needed - executed),
+            path="fast",
+            near_ties=outcome.ties,
+        )
+
+
+def _mixed(descriptor: FamilyDescriptor) -> SkipPlan:
+    """A plan with every action somewhere, as far as the model can take them, that leaves most layers running."""
+    plan = SkipPlan.dense(descriptor.num_layers)
+    wanted = (Action.FREEZE, Action.BYPASS, Action.SKIP)
+    for number, action in enumerate(wanted, start=1):
+        layer = number * descriptor.num_layers // (len(wanted) + 1)
+        changed = plan.with_action(layer, action)
+        try:
+            validate(changed, descriptor)
+        except PlanError:
+            continue
+        plan = changed
+    return plan
+
+
+def _require_plain_decoding(model: Any) -> None:
+    """Raise NotExactError where generation does more than take the most likely token."""
+    config = model.generation_config
+    for name, harmless in UNTOUCHED_LOGITS.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in harmless:
+            raise NotExactError(f"its generation settings change logits ({name} = {value!r})")
+    if type(model).generate is not GenerationMixin.generate:
+        raise NotExactError("it generates by a method of its own")

@@ -1,0 +1,49 @@
+"""Guessing the tokens of an answer before the model gives it: which text, and how the model would spell it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from workers.tasks import Sample
+
+from .answers import Forced
+
+Spelling = Callable[[str], tuple[int, ...]]
+
+
+class Guesser:
+    """Guesses the tokens of the accepted answer given most often.
+
+    A wrong guess costs time, never correctness. The same word has several spellings in tokens (with a space in front,
+    for one), of which a model uses one: it is learned from answers that the model gave.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int) -> None:
+        self._limit = limit
+        self._spellings: tuple[Spelling, ...] = tuple(_spelling(tokenizer, lead) for lead in ("", " ", "\n"))
+        self._votes: Counter[int] = Counter()
+        self._given: dict[str, tuple[int, ...]] = {}
+
+    def learn(self, text: str, tokens: Sequence[int]) -> None:
+        """Take note that the model spelled ``text`` so (``tokens`` without the end token)."""
+        self._given.setdefault(text, tuple(tokens))
+        for number, spelling in enumerate(self._spellings):
+            self._votes[number] += spelling(text) == tuple(tokens)
+
+    def forced(self, sample: Sample) -> Forced:
+        """The guess for a sample."""
+        (text, _), *_ = Counter(answer.strip() for answer in sample.answers if answer.strip()).most_common(1)
+        tokens = self._given.get(text)
+        if tokens is None:
+            best = max(range(len(self._spellings)), key=lambda number: (self._votes[number], -number))
+            tokens = self._spellings[best](text)
+        return Forced(tokens[: self._limit], self._limit)
+
+
+def _spelling(tokenizer: Any, lead: str) -> Spelling:
+    def spell(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(lead + text, add_special_tokens=False)["input_ids"])
+
+    return spell

@@ -1,0 +1,165 @@
+"""Prompts of a split as token embeddings, one group per image: what all its questions begin with is held once.
+
+The vision tower, the projector and the placement of their features are the model's own: one call per image, stopped
+before the first decoder layer, gives the embeddings of the first question's prompt. The other questions share its
+beginning up to where their tokens part, and add words, which the embedding table gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.errors import ImageError
+from workers.models import LoadedModel
+from workers.prompts import build_inputs, to_device
+from workers.runtime.vision_tokens import VISION_INPUTS
+from workers.tasks import Sample, Task
+
+from .decoder import OWNER_ARGUMENTS, Decoder, NotExactError
+
+
+@dataclass(frozen=True)
+class ImagePrompts:
+    """The prompts about one image.
+
+    ``prefix`` is ``[tokens, hidden]``, what all prompts begin with; ``vision`` (bool ``[tokens]``) marks its vision
+    tokens; ``positions`` is ``[..., tokens]`` and ``next_position`` ``[..., 1]`` the position after it, with leading
+    dimensions where rotary positions have several axes; ``pattern`` (bool ``[tokens, tokens]``) says which of the
+    prefix's tokens see which. ``questions`` holds the token ids that follow, per sample.
+    """
+
+    samples: tuple[int, ...]
+    """Places in the split."""
+    prefix: Tensor
+    vision: Tensor
+    positions: Tensor
+    next_position: Tensor
+    pattern: Tensor
+    questions: tuple[tuple[int, ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(t.nbytes for t in (self.prefix, self.vision, self.positions, self.pattern))
+
+
+class PromptReader:
+    """Reads samples into :class:`ImagePrompts`."""
+
+    def __init__(self, loaded: LoadedModel, task: Task, decoder: Decoder) -> None:
+        self._loaded, self._task, self._decoder = loaded, task, decoder
+        self._embed: Any = loaded.model.get_input_embeddings()
+        self._measured = False
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[..., hidden]`` of words."""
+        embeddings: Tensor = self._embed(ids)
+        return embeddings
+
+    def read(self, samples: Sequence[tuple[int, Sample]], failed: dict[str, str]) -> list[ImagePrompts]:
+        """Group samples (with their places) by image; a sample whose image cannot be decoded goes to ``failed``.
+
+        Raises:
+            NotExactError: the prompts cannot be shared.
+        """
+        groups = []
+        for _, members in groupby(samples, key=lambda pair: pair[1].image_key):
+            together = list(members)
+            try:
+                image = together[0][1].image.open()
+            except ImageError as error:
+                failed.update({sample.id: str(error) for _, sample in together})
+                continue
+            groups.append(self._group(together, image))
+        return groups
+
+    def _group(self, members: Sequence[tuple[int, Sample]], image: Any) -> ImagePrompts:
+        spec, processor = self._task.spec, self._loaded.processor
+        samples = [sample for _, sample in members]
+        alone = build_inputs(processor, spec, samples[:1], [image])
+        prompts = [_first_row(alone)]
+        if len(samples) > 1:
+            batch = build_inputs(processor, spec, samples, [image] * len(samples))
+            kept = batch["attention_mask"].bool()
+            prompts = [row[mask].tolist() for row, mask in zip(batch["input_ids"], kept, strict=True)]
+            if prompts[0] != _first_row(alone):
+                raise NotExactError("its processor gives one prompt other tokens beside other prompts")
+        inputs = to_device(alone, self._loaded.device, self._loaded.model.dtype)
+        recording = self._decoder.record(
+            lambda: self._loaded.model(**inputs, use_cache=False, logits_to_keep=1), run=not self._measured
+        )
+        self._measured = True
+        _require_known(recording.owner)
+        ids = torch.tensor(prompts[0])
+        vision = torch.isin(ids, torch.tensor(self._decoder.descriptor.vision_token_ids))
+        if not any(name in inputs for name in VISION_INPUTS):
+            vision = torch.zeros_like(vision)
+        shared = _common_length(prompts)
+        if len(samples) == 1 and bool(vision.any()):
+            shared = int(vision.nonzero().max()) + 1
+        shared = min(shared, len(ids) - 1)
+        if bool(vision[shared:].any()):
+            raise NotExactError("questions stand before the image in its prompts, so they share no image")
+        embeddings = recording.owner["inputs_embeds"][0]
+        if not torch.equal(embeddings[shared:], self.embed(ids[shared:].to(embeddings.device))):
+            raise NotExactError("its words are not embedded by the table alone")
+        positions = recording.owner.get("position_ids")
+        if positions is None:
+            positions = torch.arange(len(ids), device=embeddings.device)[None]
+        return ImagePrompts(
+            samples=tuple(place for place, _ in members),
+            prefix=embeddings[:shared].clone(),
+            vision=vision[:shared].to(embeddings.device),
+            positions=positions[..., 0, :shared].clone(),
+            next_position=positions[..., 0, shared : shared + 1].clone(),
+            pattern=self._pattern(recording.layers, shared, len(ids)),
+            questions=tuple(tuple(prompt[shared:]) for prompt in prompts),
+        )
+
+    def _pattern(self, layers: Sequence[dict[str, Any]], shared: int, length: int) -> Tensor:
+        """Which tokens of the prefix see which, as the model says; later tokens must see all before them."""
+        causal = torch.ones(length, length, dtype=torch.bool, device=self._loaded.device).tril()
+        seen = causal
+        for number, kind in enumerate(self._decoder.kinds):
+            if kind == "full_attention":
+                seen = _seen(layers[number].get(self._decoder.mask_name), causal)
+                break
+        if not torch.equal(seen[shared:], causal[shared:]):
+            raise NotExactError("words of its prompts do not see exactly what is before them")
+        return seen[:shared, :shared].clone()
+
+
+def _first_row(inputs: Any) -> list[int]:
+    row: list[int] = inputs["input_ids"][0].tolist()
+    return row
+
+
+def _seen(mask: Any, causal: Tensor) -> Tensor:
+    """A layer's mask ``[1, 1, tokens, tokens]`` as bool ``[tokens, tokens]``; without a mask attention is causal."""
+    if mask is None:
+        return causal
+    if not isinstance(mask, Tensor) or mask.shape != (1, 1, *causal.shape):
+        raise NotExactError("its masks are not [batch, 1, tokens, tokens]")
+    return mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+
+
+def _require_known(owner: dict[str, Any]) -> None:
+    for name, value in owner.items():
+        if name not in OWNER_ARGUMENTS and (isinstance(value, Tensor | list | tuple | dict) and len(value) > 0):
+            raise NotExactError(f"its decoder is given {name} beside the prompt's embeddings")
+
+
+def _common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, leaving each at least one of its own."""
+    shortest = min(len(prompt) for prompt in prompts) - 1
+    first = prompts[0]
+    for place in range(shortest):
+        if any(prompt[place] != first[place] for prompt in prompts):
+            return place
+    return shortest

@@ -1,0 +1,153 @@
+"""Walking the trie: hidden states at its nodes, and the answer positions' final states at the plans' ends.
+
+The walk goes depth first, one chunk after another, so that only the states of one branch have to be alive; the store
+keeps as many more as its budget holds, for plans that are asked for later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from workers.runtime.plan import Action
+
+from .decoder import Decoder, LayerOutput
+from .packing import Chunk
+from .repair import CalibrationState, Compensator
+from .states import StateStore
+from .trie import Execute, Node, Repair
+
+
+@dataclass
+class Tally:
+    """Layer executions so far, in samples: each is one decoder layer over one sample's prompt."""
+
+    executions: int = 0
+    by_plan: dict[str, int] = field(default_factory=dict)
+
+
+class Walker:
+    """Computes states of chunks at nodes of a trie."""
+
+    def __init__(self, decoder: Decoder, states: StateStore, compensator: Compensator | None = None) -> None:
+        self._decoder, self._states, self._compensator = decoder, states, compensator
+        self._calibration: Sequence[Chunk] = ()
+        self.tally = Tally()
+        self._charged = ""
+
+    def calibrate_on(self, chunks: Sequence[Chunk]) -> None:
+        """The chunks whose states repairs are fitted on."""
+        self._calibration = chunks
+
+    def ends(self, root: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
+        """Every node where plans end, with the final states ``[answer positions, hidden]`` there, depth first."""
+        yield from self._ends(root, chunk)
+
+    def _ends(self, node: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
+        if node.plans:
+            self._charged = node.plans[0]
+            yield node, self.answer_states(node, chunk)
+        children = list(node.children.values())
+        for place, child in enumerate(children):
+            self._charged = next(below.plans[0] for below in child.walk() if below.plans)
+            if child.children:  # otherwise only the answer positions of its last layer are needed
+                self.state(child, chunk)
+            if place == len(children) - 1 and not node.branching:
+                self._states.drop(self._key(node, chunk))
+            yield from self._ends(child, chunk)
+
+    # States ---------------------------------------------------------------------------------------------------------
+
+    def state(self, node: Node, chunk: Chunk) -> LayerOutput:
+        """The state of all rows at a node, from the store or computed from the nearest ancestor's."""
+        if node.parent is None:
+            return LayerOutput(chunk.context.hidden)
+        key = self._key(node, chunk)
+        known = self._states.get(key)
+        if known is not None and (known.branch is not None or not node.reached_by_repair):
+            return known
+        before = self.state(node.parent, chunk)
+        if isinstance(node.step, Repair):
+            output = LayerOutput(self._repair(node, chunk, before))
+        else:
+            output = self._execute(node, chunk, before.hidden)
+        self._states.put(key, output, branching=node.branching)
+        return output
+
+    def _key(self, node: Node, chunk: Chunk) -> tuple[object, ...]:
+        return (chunk.key, node.path)
+
+    def _execute(self, node: Node, chunk: Chunk, hidden: Tensor) -> LayerOutput:
+        step = node.step
+        assert isinstance(step, Execute)
+        self._count(chunk, node)
+        split = None if step.action is Action.RUN else chunk.context.vision
+        return self._decoder.run_rows(
+            step.layer, step.action, split, hidden, chunk.context.arguments[step.layer], self._branch_of(node)
+        )
+
+    def _branch_of(self, node: Node) -> nn.Module | None:
+        step = node.step
+        if not node.reached_by_repair or not isinstance(step, Execute):
+            return None
+        assert self._compensator is not None
+        return self._compensator.branch_of(self._decoder.layers[step.layer])
+
+    def _count(self, chunk: Chunk, node: Node) -> None:
+        samples = len(chunk.samples)
+        self.tally.executions += samples
+        self.tally.by_plan[self._charged] = self.tally.by_plan.get(self._charged, 0) + samples
+
+    # Ends -----------------------------------------------------------------------------------------------------------
+
+    def answer_states(self, node: Node, chunk: Chunk) -> Tensor:
+        """Final states of the answer positions, ``[answer positions, hidden]``; the last layer runs only these rows."""
+        hidden = self._full_or_answers(node, chunk)
+        return hidden[chunk.answer_rows, chunk.answer_columns]
+
+    def _full_or_answers(self, node: Node, chunk: Chunk) -> Tensor:
+        assert node.parent is not None
+        known = self._states.get(self._key(node, chunk))
+        if known is not None or node.children:
+            return self.state(node, chunk).hidden
+        step = node.step
+        if isinstance(step, Repair):
+            before = self._answer_output(node.parent, chunk)
+            return self._repair(node, chunk, before)
+        return self._answer_output(node, chunk).hidden
+
+    def _answer_output(self, node: Node, chunk: Chunk) -> LayerOutput:
+        """A node's state that is right at the answer positions only."""
+        assert node.parent is not None
+        known = self._states.get(self._key(node, chunk))
+        step = node.step
+        if known is not None or not isinstance(step, Execute):
+            return self.state(node, chunk)
+        before = self.state(node.parent, chunk)
+        self._count(chunk, node)
+        arguments = chunk.context.arguments[step.layer]
+        if step.action is Action.BYPASS:
+            arguments = chunk.context.without_vision(arguments, self._decoder.mask_name)
+        return self._decoder.run_rows(
+            step.layer, Action.FREEZE, chunk.answer_split, before.hidden, arguments, self._branch_of(node)
+        )
+
+    # Repairs --------------------------------------------------------------------------------------------------------
+
+    def _repair(self, node: Node, chunk: Chunk, before: LayerOutput) -> Tensor:
+        step, compensator = node.step, self._compensator
+        assert isinstance(step, Repair) and compensator is not None
+        if not compensator.knows(step):
+            compensator.fit(step, [self._calibration_state(node, each) for each in self._calibration])
+        return compensator.transform(step, before)
+
+    def _calibration_state(self, node: Node, chunk: Chunk) -> CalibrationState:
+        assert node.parent is not None
+        decoder, context = self._decoder, chunk.context
+
+        def run(layer: int, hidden: Tensor) -> Tensor:
+            return decoder.run(layer, hidden, context.arguments[layer]).hidden
+
+        return CalibrationState(chunk, self.state(node.parent, chunk), context.real, context.is_vision, run)
