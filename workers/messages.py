@@ -109,6 +109,14 @@ class ScoreLayers:
 
 
 @dataclass(frozen=True)
+class Artefact:
+    """Where something too large for the database lies (a path or an fsspec URL), and its SHA-256."""
+
+    location: str
+    checksum: str
+
+
+@dataclass(frozen=True)
 class EvaluatePlan:
     """Score a plan on the first ``limit`` samples of a split (all of them when ``None``)."""
 
@@ -123,6 +131,7 @@ class EvaluatePlans:
 
     ``compensation`` is ``"none"`` or the text of a recipe; it holds for all plans. ``path`` is ``"plain"`` (one plan
     after another through ``generate``), ``"fast"`` (work is shared; an error where that is not exact), or ``"auto"``.
+    ``artefacts`` gives per plan where its fitted maps lie; without it they are fitted.
     """
 
     plans: tuple[str, ...]
@@ -131,6 +140,7 @@ class EvaluatePlans:
     compensation: str = "none"
     start: int = 0
     path: str = "auto"
+    artefacts: tuple[Artefact | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,45 @@ class CompareLatency:
     confidence: float = 0.95
     max_seconds: float = 60.0
     seed: int = 0
+    compensation: str = "none"
+    artefact: Artefact | None = None
+    """Where the plan's fitted maps lie; without it they are fitted."""
+
+
+@dataclass(frozen=True)
+class FitCompensation:
+    """Fit the maps of a plan's gaps on the calibration split."""
+
+    plan: str
+    compensation: str
+
+
+@dataclass(frozen=True)
+class FittedGapShares:
+    """Shares of the dense model's state behind a gap (energy, calibration tokens) that are left unexplained.
+
+    The gap lies behind ``layer`` and ends with the skipped layer ``end``.
+    """
+
+    layer: int
+    end: int
+    plain: float
+    """By the plain skip, the gaps below being compensated."""
+    unexplained: float
+    """With the best map."""
+
+
+@dataclass(frozen=True)
+class FittedCompensation:
+    """A plan's fitted maps as the content of a safetensors file, and how well they fit."""
+
+    plan: str
+    compensation: str
+    content: bytes
+    gaps: tuple[FittedGapShares, ...]
+    tokens: int
+    samples: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -218,8 +267,8 @@ class LatencyComparison:
     peak_bytes_plan: int | None = None
 
 
-Request = ProfileLatency | ScoreLayers | EvaluatePlan | EvaluatePlans | CompareLatency
-Reply = LatencyProfile | ShardScores | Evaluation | Evaluations | LatencyComparison
+Request = ProfileLatency | ScoreLayers | EvaluatePlan | EvaluatePlans | CompareLatency | FitCompensation
+Reply = LatencyProfile | ShardScores | Evaluation | Evaluations | LatencyComparison | FittedCompensation
 
 
 @dataclass(frozen=True)
