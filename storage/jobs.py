@@ -100,6 +100,19 @@ def submit_once(
     return submit(session, spec, spec_hash, priority, max_attempts), True
 
 
+@writes
+def submit_claimed(session: Session, spec: dict[str, Any], spec_hash: str, owner: str, lease_seconds: float) -> Job:
+    """A job that ``owner`` does itself, now or never: no service can take it, and when its lease ends, it fails."""
+    job = submit(session, spec, spec_hash, max_attempts=1)
+    row = session.get_one(JobRow, job.id)
+    row.state, row.owner, row.attempt = "running", owner, 1
+    row.lease_expires_at, row.started_at = database_now(lease_seconds), database_now()
+    session.flush()
+    events.add(session, row.id, 1, "claimed", f"by {owner}, to be done by it alone")
+    session.refresh(row)
+    return _job(row)
+
+
 @reads
 def find_finished(session: Session, spec_hash: str) -> Job | None:
     """The latest job of this spec that came to a result (succeeded or infeasible)."""

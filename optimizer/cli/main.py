@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli import database, doctor, exchange, export, init, jobs, plans, reference, report, run, study, validate
+from optimizer.cli import (
+    database,
+    doctor,
+    exchange,
+    export,
+    init,
+    jobs,
+    plans,
+    reference,
+    report,
+    run,
+    study,
+    theory,
+    validate,
+)
 from optimizer.cli.state import GlobalOptions
 
 app = typer.Typer(
@@ -49,6 +63,7 @@ init.register(app)
 validate.register(app)
 doctor.register(app)
 study.register(app)
+theory.register(app)
 app.add_typer(database.app, name="db")
 app.add_typer(reference.app, name="reference")
 

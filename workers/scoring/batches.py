@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from workers.errors import MeasurementError
-from workers.evaluation import PreparedBatch, prepare_batch
 from workers.models import LoadedModel
+from workers.prepared import PreparedBatch, prepare_batch
 from workers.prompts import to_device
 from workers.runtime.locate import DecoderStack
 from workers.tasks import Sample, Task

@@ -29,6 +29,9 @@ HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
 
 INTERVENTIONS = {"F": "freeze", "B": "bypass", "S": "skip"}
 
+AFTER_ALL = ("causal", "withdrawal")
+"""Kinds that run actions themselves, a pass for each: not measured unless asked for."""
+
 Finish = Callable[[KindSums, int], Iterable[LayerMeasurement]]
 
 

@@ -1,0 +1,155 @@
+"""``skipplan score`` and ``validate-theory``: what is measured about the layers, and whether it predicts harm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optimizer.cli.run import AsJson, JobFile
+from optimizer.cli.state import global_options, print_json
+
+if TYPE_CHECKING:
+    from optimizer.cli.screen import Screen
+    from optimizer.job import JobSpec
+    from optimizer.stages.context import JobContext
+
+Output = Annotated[Path | None, typer.Option("--output", help="Also write the JSON document to this file.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw to this file (.png, .svg or .pdf).")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(score)
+    app.command("validate-theory")(validate_theory)
+
+
+def score(
+    context: typer.Context,
+    config: JobFile,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Also what every action at every layer does to the answer: takes longer.")
+    ] = False,
+    output: Output = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Also write the measurements as CSV to this file.")] = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> int:
+    """Measure every layer on the calibration split; print the table and the predicted risks.
+
+    What is in the database already is not measured again.
+
+    [bold]Example:[/bold] skipplan score configs/quickstart.yaml --plot layers.png
+    """
+    from optimizer import criteria
+    from optimizer.job import load_job
+    from optimizer.stages.score import measured
+    from optimizer.validation import pictures, tables
+    from workers.scoring.kinds import AFTER_ALL, KINDS
+
+    if plot is not None:
+        pictures.check_picture(plot)
+    spec = load_job(config, database=global_options(context).database)
+    criterion = criteria.load(spec.criterion, spec.thresholds)
+    kinds = [kind for kind in KINDS if causal or kind not in AFTER_ALL or kind in criterion.needs]
+    with _context(spec, "score", quiet=as_json) as (job, screen):
+        table = measured(job, kinds)
+    risk = criterion.risk(table)
+    document = {"model": spec.model.path, "task": job.task.name, **tables.measurements_json(table, risk)}
+    _write(output, json.dumps(document, indent=2) + "\n")
+    _write(csv, tables.measurements_csv(table))
+    if plot is not None:
+        pictures.heat_map(table, risk, f"{spec.model.path} on {job.task.name}").savefig(plot)
+    if as_json:
+        print_json(document)
+    else:
+        screen.table(tables.layers_table(table, risk))
+    return 0
+
+
+def validate_theory(
+    context: typer.Context,
+    config: JobFile,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=2, help="Held-out samples; all of the split if absent.")
+    ] = None,
+    set_size: Annotated[
+        int | None, typer.Option("--set-size", min=1, help="Layers tried together; a quarter of them if absent.")
+    ] = None,
+    output: Output = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> int:
+    """Hold every criterion to measured harm: risks from calibration, accuracy and divergence from held-out samples.
+
+    For each action: rank correlation over layers, sets of layers that should be safe and unsafe, overlap with what
+    published methods take. A criterion that does not predict harm is told so.
+
+    [bold]Example:[/bold] skipplan validate-theory configs/quickstart.yaml --samples 256 --plot theory.png
+    """
+    from optimizer.errors import UsageFault
+    from optimizer.job import load_job
+    from optimizer.validation import pictures, tables
+    from optimizer.validation.report import validate
+
+    if plot is not None:
+        pictures.check_picture(plot)
+    spec = load_job(config, database=global_options(context).database)
+    with _context(spec, "validate-theory", quiet=as_json) as (job, screen):
+        there = len(job.task.held_out)
+        if samples is not None and samples > there:
+            raise UsageFault(f"--samples: {samples} is more than the {there} samples of the held-out split")
+        report = validate(job, samples=samples or there, set_size=set_size)
+    _write(output, json.dumps(report.to_json(), indent=2) + "\n")
+    if plot is not None:
+        pictures.validation_figure(report).savefig(plot)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        for each in tables.validation_tables(report):
+            screen.table(each)
+        for plan, reason in report.failed.items():
+            screen.say(f"plan {plan} could not be evaluated: {reason}")
+    return 0
+
+
+@contextmanager
+def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobContext, Screen]]:
+    """Workers and a job of its own for one command."""
+    from optimizer.cli.screen import Screen
+    from optimizer.holding import open_pool
+    from optimizer.inputs import prepare
+    from optimizer.progress import Progress
+    from optimizer.undertaking import undertaking
+    from storage.database import Database
+
+    screen = Screen(quiet=quiet)
+    with screen.status("checking the task's data and the model's files"):
+        inputs = prepare(spec)
+    with (
+        Database.open(spec.database) as db,
+        screen.status("starting the workers") as status,
+        open_pool(inputs) as pool,
+    ):
+        status.stop()
+        with (
+            screen.live(f"{purpose}, {pool.size} workers on {pool.info[0].device}") as display,
+            undertaking(db, inputs, pool, Progress(display), purpose) as job,
+        ):
+            yield job, screen
+
+
+def _write(path: Path | None, text: str) -> None:
+    """Raises UsageFault when the file cannot be written."""
+    from optimizer.errors import UsageFault
+
+    if path is None:
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageFault(f"{path}: cannot be written ({error.strerror})") from None

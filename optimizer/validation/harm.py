@@ -1,0 +1,85 @@
+"""What actions do to answers: scores and divergences of plans on held-out samples, against dense on the same ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.evaluate import Evaluator
+from optimizer.statistics import bootstrap_drop, two_sided
+from workers.runtime import SkipPlan
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PlanHarm:
+    """A plan against dense on the same held-out samples: accuracy, paired drop with its interval, mean divergence."""
+
+    plan: str
+    accuracy: float
+    drop: float
+    drop_low: float
+    drop_high: float
+    kl: float | None
+    """Nats, over the answer's tokens; None where the evaluation path does not measure it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Per-sample results of plans on the same held-out samples."""
+
+    images: tuple[str, ...]
+    dense: Floats
+    scores: dict[str, Floats]
+    kl: dict[str, Floats]
+    failed: dict[str, str]
+
+    def harm(self, plan: str, confidence: float, seed: int) -> PlanHarm | None:
+        """A plan's figures; None where it could not be evaluated."""
+        scores = self.scores.get(plan)
+        if scores is None:
+            return None
+        drops = bootstrap_drop(self.dense.tolist(), scores.tolist(), self.images, seed=seed)
+        interval = two_sided(drops, confidence)
+        divergence = self.kl.get(plan)
+        return PlanHarm(
+            plan,
+            float(scores.mean()),
+            float((self.dense - scores).mean()),
+            interval.low,
+            interval.high,
+            None if divergence is None else float(divergence.mean()),
+        )
+
+
+def measure(context: JobContext, plans: Sequence[str], samples: int) -> Measured:
+    """Evaluate plans and dense on the first ``samples`` held-out samples; what is known already is not run again.
+
+    Raises JobFailed when the dense model cannot be evaluated.
+    """
+    layers = context.worker.num_layers
+    wanted = list(dict.fromkeys([str(SkipPlan.dense(layers).text), *plans]))
+    context.progress.begin("evaluate held out", len(wanted))
+    scores: dict[str, Floats] = {}
+    divergences: dict[str, Floats] = {}
+    failed: dict[str, str] = {}
+    for plan, result in Evaluator(context, "held_out")([(SkipPlan.parse(text), samples) for text in wanted]):
+        context.progress.advance()
+        if result.failure is not None:
+            failed[plan.text] = result.failure
+            continue
+        scores[plan.text] = np.asarray(result.values, dtype=np.float64)
+        if result.kl is not None:
+            # A sample that failed says nothing about divergence; it counts as wrong among the scores.
+            divergences[plan.text] = np.array([0.0 if math.isnan(value) else value for value in result.kl])
+    dense = scores.get(wanted[0])
+    if dense is None:
+        raise JobFailed(f"the dense model cannot be evaluated: {failed[wanted[0]]}")
+    images = tuple(sample.image_key for sample in context.task.held_out[:samples])
+    return Measured(images, dense, scores, divergences, failed)

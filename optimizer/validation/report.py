@@ -1,0 +1,286 @@
+"""The validation report: for every action and criterion, does predicted risk agree with measured harm?
+
+Risks come from the calibration split, harm from the held-out one. The report must be able to fail: each criterion gets
+a verdict from its interval, and the default criterion's risks in a random order stand beside it as a control.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from optimizer import criteria
+from optimizer.criteria import Criterion, Risk
+from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.score import measured
+from optimizer.validation.agreement import Agreement
+from optimizer.validation.harm import Measured, PlanHarm, measure
+from workers.scoring.kinds import INTERVENTIONS
+from workers.scoring.table import LayerTable
+
+CONTROL = "scrambled (control)"
+RANDOM_SETS = 3
+
+
+@dataclass(frozen=True)
+class SetHarm:
+    """A set of layers that take one action together, and what that does."""
+
+    action: str
+    kind: str
+    """``safe``, ``unsafe``, ``random``, or the name of the published method that chose it."""
+    layers: tuple[int, ...]
+    harm: PlanHarm | None
+    """None where the model cannot take the plan, or it could not be evaluated."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many of the layers a published method takes are among the equally many that the criterion calls safest."""
+
+    action: str
+    method: str
+    size: int
+    shared: int
+    expected: float
+    """By chance."""
+
+
+@dataclass(frozen=True)
+class ActionReport:
+    """One action: the layers that may take it, what it does at each, and how well each criterion foresaw that."""
+
+    action: str
+    layers: tuple[int, ...]
+    kl: tuple[float, ...] | None
+    drop: tuple[float, ...]
+    risks: dict[str, tuple[float, ...]]
+    """Per criterion the risk of ``layers``."""
+    by_kl: dict[str, Agreement]
+    by_drop: dict[str, Agreement]
+    called_safe: tuple[int, ...]
+    """Layers whose risk the criterion puts at 1 or below, its threshold for safe."""
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Everything that validate-theory found out about one model and task."""
+
+    model: str
+    task: str
+    criterion: str
+    thresholds: dict[str, float]
+    calibration_samples: int
+    held_out_samples: int
+    held_out_images: int
+    dense_accuracy: float
+    set_size: int
+    confidence: float
+    seed: int
+    settings: str
+    actions: tuple[ActionReport, ...]
+    sets: tuple[SetHarm, ...]
+    overlaps: tuple[Overlap, ...]
+    failed: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; numbers that are none are null."""
+        found: dict[str, Any] = _finite(asdict(self))
+        return found
+
+
+def validate(
+    context: JobContext,
+    *,
+    samples: int,
+    set_size: int | None = None,
+    others: Sequence[Criterion] | None = None,
+) -> ValidationReport:
+    """Measure what is missing, predict, evaluate, compare.
+
+    ``others`` are the criteria beside the job's own (all that are known when ``None``); ``set_size`` is the number of
+    layers of the sets that are tried together (a quarter of the stack when ``None``). Raises JobFailed.
+    """
+    spec = context.spec
+    own = criteria.load(spec.criterion, spec.thresholds)
+    if others is None:
+        others = [criteria.load(name) for name in criteria.names() if name != own.name]
+    everyone = [own, *others]
+    table = measured(context, tuple(dict.fromkeys(kind for each in everyone for kind in each.needs)))
+    risks = {each.name: each.risk(table) for each in everyone}
+    letters = [letter for letter in "FBS" if any(letter in allowed for allowed in context.worker.allowed_actions)]
+    if not letters:
+        raise JobFailed("no layer of this model may take any action")
+    risks[CONTROL] = scrambled(risks[own.name], spec.search.seed)
+    size = set_size or max(1, round(table.num_layers / 4))
+    allowed = {letter: _allowed(context, letter) for letter in letters}
+    sets = _sets(own, everyone, risks, table, allowed, size, spec.search.seed)
+    singles = [plan_of(table.num_layers, (layer,), letter) for letter in letters for layer in allowed[letter]]
+    harm = measure(
+        context, [*singles, *(plan_of(table.num_layers, each.layers, each.action) for each in sets)], samples
+    )
+    confidence, seed = spec.constraint.confidence, spec.search.seed
+    return ValidationReport(
+        model=spec.model.path,
+        task=context.task.name,
+        criterion=own.name,
+        thresholds=dict(own.thresholds),
+        calibration_samples=len(context.task.calibration),
+        held_out_samples=len(harm.images),
+        held_out_images=len(set(harm.images)),
+        dense_accuracy=float(harm.dense.mean()),
+        set_size=size,
+        confidence=confidence,
+        seed=seed,
+        settings=context.settings,
+        actions=tuple(
+            _action(letter, allowed[letter], risks, own.name, harm, table.num_layers, confidence, seed)
+            for letter in letters
+        ),
+        sets=tuple(
+            SetHarm(
+                each.action,
+                each.kind,
+                each.layers,
+                harm.harm(plan_of(table.num_layers, each.layers, each.action), confidence, seed),
+            )
+            for each in sets
+        ),
+        overlaps=tuple(_overlaps(own.name, everyone, risks, table, allowed, size)),
+        failed=harm.failed,
+    )
+
+
+def plan_of(num_layers: int, layers: Sequence[int], letter: str) -> str:
+    """The plan that takes an action at some layers and runs the others."""
+    return "".join(letter if layer in layers else "R" for layer in range(num_layers))
+
+
+def scrambled(risk: Risk, seed: int) -> Risk:
+    """The same risks at other layers: what a criterion is worth whose numbers belong to no layer."""
+    generator = np.random.default_rng(seed)
+    return Risk(CONTROL, {letter: tuple(generator.permutation(values)) for letter, values in risk.risk.items()})
+
+
+def safest(risk: Risk, letter: str, layers: Sequence[int], size: int) -> tuple[int, ...]:
+    """The ``size`` least risky of the layers that may take an action, in the stack's order."""
+    ordered = [layer for layer in risk.order(letter) if layer in layers]
+    return tuple(sorted(ordered[:size]))
+
+
+def _allowed(context: JobContext, letter: str) -> tuple[int, ...]:
+    """Layers that the model lets take an action."""
+    return tuple(layer for layer, letters in enumerate(context.worker.allowed_actions) if letter in letters)
+
+
+@dataclass(frozen=True)
+class _Set:
+    action: str
+    kind: str
+    layers: tuple[int, ...]
+
+
+def _sets(
+    own: Criterion,
+    everyone: Sequence[Criterion],
+    risks: Mapping[str, Risk],
+    table: LayerTable,
+    allowed: Mapping[str, tuple[int, ...]],
+    size: int,
+    seed: int,
+) -> list[_Set]:
+    """Per action the safest, the riskiest and random layers, and each published method's choice, all equally large."""
+    generator = np.random.default_rng(seed)
+    found: list[_Set] = []
+    for letter, layers in allowed.items():
+        if len(layers) < 2 * size:
+            continue  # the safest and the riskiest must not be the same layers
+        order = [layer for layer in risks[own.name].order(letter) if layer in layers]
+        found.append(_Set(letter, "safe", tuple(sorted(order[:size]))))
+        found.append(_Set(letter, "unsafe", tuple(sorted(order[-size:]))))
+        for _ in range(RANDOM_SETS):
+            drawn = generator.choice(np.asarray(layers), size=size, replace=False)
+            found.append(_Set(letter, "random", tuple(sorted(int(layer) for layer in drawn))))
+        for each in everyone[1:]:
+            if letter in each.published_for:
+                found.append(_Set(letter, each.name, _choice(each, risks[each.name], table, letter, layers, size)))
+    return found
+
+
+def _choice(
+    criterion: Criterion, risk: Risk, table: LayerTable, letter: str, layers: Sequence[int], size: int
+) -> tuple[int, ...]:
+    """The layers a published method takes; one that removes a single block takes its best one."""
+    block = getattr(criterion, "best_block", None)
+    if block is not None:
+        return tuple(block(table, size))
+    return safest(risk, letter, layers, size)
+
+
+def _overlaps(
+    own: str,
+    everyone: Sequence[Criterion],
+    risks: Mapping[str, Risk],
+    table: LayerTable,
+    allowed: Mapping[str, tuple[int, ...]],
+    size: int,
+) -> list[Overlap]:
+    found = []
+    for each in everyone[1:]:
+        for letter in each.published_for:
+            layers = allowed.get(letter, ())
+            if len(layers) < size:
+                continue
+            theirs = set(_choice(each, risks[each.name], table, letter, layers, size))
+            ours = set(safest(risks[own], letter, layers, size))
+            found.append(Overlap(letter, each.name, size, len(ours & theirs), size * size / len(layers)))
+    return found
+
+
+def _action(
+    letter: str,
+    layers: tuple[int, ...],
+    risks: Mapping[str, Risk],
+    own: str,
+    harm: Measured,
+    num_layers: int,
+    confidence: float,
+    seed: int,
+) -> ActionReport:
+    plans = {layer: plan_of(num_layers, (layer,), letter) for layer in layers}
+    there = tuple(layer for layer in layers if plans[layer] in harm.scores)
+    drops = np.array([harm.dense - harm.scores[plans[layer]] for layer in there]).reshape(len(there), len(harm.dense))
+    with_kl = bool(there) and all(plans[layer] in harm.kl for layer in there)
+    divergences = np.array([harm.kl[plans[layer]] for layer in there]) if with_kl else None
+    predicted = {name: tuple(risk.of(layer, letter) for layer in there) for name, risk in risks.items()}
+
+    def agreements(measured_harm: np.ndarray) -> dict[str, Agreement]:
+        return {
+            name: Agreement.of(values, measured_harm, harm.images, confidence, seed)
+            for name, values in predicted.items()
+        }
+
+    return ActionReport(
+        action=INTERVENTIONS[letter],
+        layers=there,
+        kl=None if divergences is None else tuple(divergences.mean(1).tolist()),
+        drop=tuple(drops.mean(1).tolist()),
+        risks=predicted,
+        by_kl={} if divergences is None else agreements(divergences),
+        by_drop=agreements(drops),
+        called_safe=tuple(layer for layer, risk in zip(there, predicted[own], strict=True) if risk <= 1.0),
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value

@@ -1,0 +1,171 @@
+"""The validation report and the table of measurements as a person reads them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from optimizer.criteria import Risk
+from optimizer.validation.agreement import Agreement
+from optimizer.validation.report import ValidationReport
+from workers.scoring.kinds import INTERVENTIONS
+from workers.scoring.table import LayerTable
+
+LAYER_COLUMNS = (
+    ("d vision", "cosine_distance", "vision"),
+    ("d text", "cosine_distance", "text"),
+    ("d last", "cosine_distance", "last"),
+    ("P(d>0.1) V", "cosine_distance_tail@0.1", "vision"),
+    ("attention on V", "vision_attention", "text"),
+    ("1-CKA V", "cka", "vision"),
+    ("1-CKA T", "cka", "text"),
+    ("gain", "propagation_gain", "all"),
+    ("d at top", "final_distance", "last"),
+    ("probe gap", "functional_gap", "last"),
+    ("info gap", "information_gap", "last"),
+    ("KL freeze", "layer_contribution@freeze", "last"),
+    ("KL bypass", "layer_contribution@bypass", "last"),
+    ("KL skip", "layer_contribution@skip", "last"),
+    ("KL withdrawn", "withdrawal", "last"),
+)
+"""Heading, name and group of the measurements that the per-layer table shows; JSON and CSV hold all of them."""
+
+
+def layer_columns(table: LayerTable) -> list[tuple[str, tuple[float, ...]]]:
+    """Heading and values of every column that was measured; NaN where a layer has none. CKA is turned into 1 - CKA."""
+    found = []
+    for heading, name, group in LAYER_COLUMNS:
+        if table.has(name, group):
+            values = table.values(name, group, default=math.nan)
+            found.append((heading, tuple(1 - value for value in values) if name == "cka" else values))
+    return found
+
+
+def layers_table(table: LayerTable, risk: Risk) -> Table:
+    """One row a layer: what was measured, and the risk that the criterion predicts for each action."""
+    columns = layer_columns(table)
+    drawn = Table(title=f"Layers, and the risk that {risk.criterion} predicts", title_justify="left")
+    drawn.add_column("layer", justify="right")
+    for heading, _ in columns:
+        drawn.add_column(heading, justify="right")
+    for letter in risk.risk:
+        drawn.add_column(f"risk {INTERVENTIONS[letter]}", justify="right", style="bold")
+    for layer in range(table.num_layers):
+        values = [values[layer] for _, values in columns] + [risk.of(layer, letter) for letter in risk.risk]
+        drawn.add_row(str(layer), *map(number, values))
+    return drawn
+
+
+def number(value: float | None) -> str:
+    """Three digits that count; a dash for none."""
+    if value is None or math.isnan(value):
+        return "-"
+    return "inf" if math.isinf(value) else f"{value:.3g}"
+
+
+def measurements_json(table: LayerTable, risk: Risk) -> dict[str, Any]:
+    """Every measurement and the predicted risks, as plain values."""
+    return {
+        "criterion": risk.criterion,
+        "layers": table.num_layers,
+        "risk": {
+            INTERVENTIONS[letter]: [value if math.isfinite(value) else None for value in values]
+            for letter, values in risk.risk.items()
+        },
+        "measurements": [
+            {
+                "name": row.name,
+                "group": row.group,
+                "layer": row.layer,
+                "value": row.value,
+                "standard_error": row.standard_error,
+                "n": row.n,
+            }
+            for row in table.rows
+        ],
+    }
+
+
+def measurements_csv(table: LayerTable) -> str:
+    """Every measurement, one a line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "group", "layer", "value", "standard_error", "n"])
+    for row in table.rows:
+        error = "" if row.standard_error is None else row.standard_error
+        writer.writerow([row.name, row.group, row.layer, row.value, error, row.n])
+    return text.getvalue()
+
+
+def validation_tables(report: ValidationReport) -> Iterator[Table]:
+    """Rank correlations, sets of layers, overlaps."""
+    yield _correlations(report)
+    yield _sets(report)
+    yield _overlaps(report)
+
+
+def _correlations(report: ValidationReport) -> Table:
+    drawn = Table(
+        title=f"Spearman's rho of predicted risk (calibration, n = {report.calibration_samples}) with measured harm "
+        f"(held out, n = {report.held_out_samples}) over layers, {report.confidence:.0%} interval",
+        title_justify="left",
+    )
+    for heading in ("action", "criterion", "with KL", "with accuracy drop", "verdict (KL, else accuracy)"):
+        drawn.add_column(heading)
+    for action in report.actions:
+        for name in action.risks:
+            by_kl, by_drop = action.by_kl.get(name), action.by_drop[name]
+            style = "bold" if name == report.criterion else None
+            drawn.add_row(
+                action.action, name, agreement(by_kl), agreement(by_drop), (by_kl or by_drop).verdict, style=style
+            )
+        drawn.add_section()
+    return drawn
+
+
+def agreement(found: Agreement | None) -> str:
+    """Rho and its interval."""
+    if found is None or found.rho is None:
+        return "-"
+    if found.low is None or found.high is None:
+        return f"{found.rho:+.2f}"
+    return f"{found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def _sets(report: ValidationReport) -> Table:
+    drawn = Table(
+        title=f"{report.set_size} layers at once, chosen on calibration samples, tried on held-out ones "
+        f"(dense {report.dense_accuracy:.3f})",
+        title_justify="left",
+    )
+    for heading in ("action", "chosen by", "layers", "accuracy", "drop against dense (points)", "KL"):
+        drawn.add_column(heading)
+    for each in report.sets:
+        name = {"safe": f"{report.criterion}: safest", "unsafe": f"{report.criterion}: riskiest"}.get(
+            each.kind, each.kind
+        )
+        layers = " ".join(map(str, each.layers))
+        action = INTERVENTIONS[each.action]
+        if each.harm is None:
+            drawn.add_row(action, name, layers, "cannot be run", "-", "-")
+            continue
+        drop = f"{100 * each.harm.drop:+.1f} [{100 * each.harm.drop_low:+.1f}, {100 * each.harm.drop_high:+.1f}]"
+        drawn.add_row(action, name, layers, f"{each.harm.accuracy:.3f}", drop, number(each.harm.kl))
+    return drawn
+
+
+def _overlaps(report: ValidationReport) -> Table:
+    drawn = Table(
+        title=f"Of the layers a published method takes, how many are among the safest of {report.criterion}",
+        title_justify="left",
+    )
+    for heading in ("action", "method", "shared", "by chance"):
+        drawn.add_column(heading)
+    for each in report.overlaps:
+        drawn.add_row(INTERVENTIONS[each.action], each.method, f"{each.shared} of {each.size}", f"{each.expected:.1f}")
+    return drawn
