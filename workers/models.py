@@ -54,7 +54,7 @@ def load_model(source: ModelSource, *, device: str | None = None) -> LoadedModel
     target = choose_device(device or source.device)
     directory = find_checkpoint(source)
     check_checkpoint(directory, source.allow_pickle)
-    config = _load_config(directory, source)
+    config = load_config(directory, source)
     model = _load_weights(directory, source, config)
     return LoadedModel(
         model=model.to(target).eval(),
@@ -85,9 +85,12 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _load_config(directory: Path, source: ModelSource) -> Any:
+def load_config(directory: Path | str, source: ModelSource) -> Any:
+    """The configuration at a directory or hub id. Raises ModelError when it is of no model that can be loaded."""
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            directory, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(f"model {source.path}: config.json is not usable: {_first_line(error)}") from None
     known = type(config) in AutoModelForImageTextToText._model_mapping

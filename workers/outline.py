@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from .checkpoints import BUILT_MODELS, bundled_models, find_checkpoint
 from .errors import ModelError
 from .messages import ModelSource
+from .models import load_config
 from .runtime.descriptor import UnsupportedFamilyError
 from .runtime.families import describe
 from .runtime.plan import Action
@@ -36,12 +37,12 @@ def outline(source: ModelSource) -> Outline:
     Of a hub repository only the configuration is fetched. Raises ModelError naming what is missing or unsupported.
     """
     try:
-        config = AutoConfig.from_pretrained(
-            _where(source), revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        config = load_config(_where(source), source)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
         described = describe(model)
+    except ModelError:
+        raise
     except UnsupportedFamilyError as error:
         raise ModelError(f"model {source.path}: {error}") from None
     except Exception as error:  # configuration and model code of any family, the hub client and the network

@@ -75,12 +75,12 @@ def _chosen(db: Database, plan_id: int | None) -> Plan | None:
 
 def _model_source(db: Database, plan: Plan, model_path: str | None) -> ModelSource:
     """The model as the plan's job loaded it, or the one at ``model_path``."""
-    from optimizer.inputs import model_source
-    from optimizer.service import read_spec
     from storage import jobs
     from workers.messages import ModelSource
 
-    source = ModelSource(plan.model) if plan.job_id is None else model_source(read_spec(jobs.get(db, plan.job_id)))
+    # Of the specification the model alone: whatever else a job of another version says must not stand in the way.
+    stored = {"path": plan.model} if plan.job_id is None else dict(jobs.get(db, plan.job_id).spec["model"])
+    source = ModelSource(**stored | {"allow_pickle": tuple(stored.get("allow_pickle", ()))})
     return source if model_path is None else moved(source, model_path)
 
 

