@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import fsum
@@ -47,7 +48,9 @@ def export_study(db: Database, job_id: int, storage: str, name: str | None = Non
         study = optuna.create_study(
             storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=False
         )
-        study.set_metric_names(list(METRICS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(METRICS))
         study.set_user_attr("job", job_id)
         study.set_user_attr("model", job.spec["model"]["path"])
         study.set_user_attr("task", job.spec["task"])
