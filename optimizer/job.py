@@ -314,8 +314,14 @@ class JobSpec(_Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_job(path: Path, *, database: str | None = None, environment: Mapping[str, str] | None = None) -> JobSpec:
-    """Read a job file; ``database`` (the option) wins over the environment, which wins over the file.
+def load_job(
+    path: Path,
+    *,
+    database: str | None = None,
+    strategy: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> JobSpec:
+    """Read a job file; ``database`` and ``strategy`` (options) win over the environment, which wins over the file.
 
     Raises UsageFault naming the file and the field.
     """
@@ -331,6 +337,10 @@ def load_job(path: Path, *, database: str | None = None, environment: Mapping[st
     override(document, os.environ if environment is None else environment)
     if database:
         document["database"] = database
+    if strategy:
+        section = document.setdefault("search", {})
+        if isinstance(section, dict):
+            section["strategy"] = strategy
     return resolve_paths(validate_job(document, str(path)), path.resolve().parent)
 
 

@@ -22,6 +22,15 @@ LogFormat = Annotated[
     str | None,
     typer.Option("--log-format", metavar="text|json", help="Write one line per event to standard error."),
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        metavar="NAME",
+        help="How plans are searched, instead of the job file's search.strategy: surrogate, tpe, nsga2, gp, random, "
+        "skip-it, shortgpt, angular, replaceme, sleb, evopress, shortv, vtw, exhaustive.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -36,6 +45,7 @@ def run(
     context: typer.Context,
     config: JobFile,
     force: Force = False,
+    strategy: Strategy = None,
     log_format: LogFormat = None,
     as_json: AsJson = False,
 ) -> int:
@@ -52,7 +62,7 @@ def run(
 
     logging = start_logging(log_format)
     screen = Screen(quiet=as_json or logging)  # lines of the log would break a live display
-    spec = load_job(config, database=global_options(context).database)
+    spec = load_job(config, database=global_options(context).database, strategy=strategy)
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
     with Database.open(spec.database) as db:
@@ -103,6 +113,7 @@ def submit(
     context: typer.Context,
     config: JobFile,
     force: Force = False,
+    strategy: Strategy = None,
     priority: Annotated[
         int | None,
         typer.Option("--priority", min=-1000, max=1000, help="Wins over the job file's; higher ones come first."),
@@ -118,7 +129,7 @@ def submit(
     from optimizer.job import load_job
     from storage.database import Database
 
-    spec = load_job(config, database=global_options(context).database)
+    spec = load_job(config, database=global_options(context).database, strategy=strategy)
     if priority is not None:
         spec = spec.model_copy(update={"priority": priority})
     inputs = prepare(spec)

@@ -53,10 +53,8 @@ class Space:
     letters: tuple[str, ...]
     """Per layer the letters it may take, ``R`` first."""
     allows: Callable[[str], bool]
-    ratio: Callable[[str], float]
-    """Predicted latency as a share of dense."""
-    possible: Callable[[str], bool]
-    """Whether every constraint that needs no evaluation is met."""
+    foresee: Callable[[str], tuple[float, bool]]
+    """Predicted latency as a share of dense, and whether every constraint that needs no evaluation is met."""
     to_params: Callable[[str], dict[str, Any]]
     from_params: Callable[[Mapping[str, Any]], str]
     distributions: dict[str, BaseDistribution]
@@ -102,7 +100,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         self._reference = (1.0, largest_drop + max(0.02, 0.5 * largest_drop))
         self._reserve = list(dict.fromkeys(reserve))
         self._queue: deque[str] = deque()
-        self._ratios: dict[str, float] = {}
+        self._foreseen: dict[str, tuple[float, bool]] = {}
         self._scales, self._fitted_on = START, 0
         self._seen: dict[int, tuple[Seen, float]] = {}
         self._genomes: dict[int, str] = {}
@@ -209,7 +207,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         return areas
 
     def _front(self, seen: Sequence[Seen]) -> list[Seen]:
-        complete = [each for each in seen if each.complete and self._space.possible(each.genome)]
+        complete = [each for each in seen if each.complete and self._possible(each.genome)]
         return [complete[index] for index in front_indices([(each.ratio, each.drop) for each in complete])]
 
     def _parents(self, seen: Sequence[Seen]) -> list[str]:
@@ -238,7 +236,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
             genome = self._throw(starts)
             if genome is not None:
                 pool.setdefault(genome)
-        return [genome for genome in pool if genome not in taken and self._space.possible(genome)]
+        return [genome for genome in pool if genome not in taken and self._possible(genome)]
 
     def _throw(self, parents: Sequence[str]) -> str | None:
         first = parents[int(self._random.integers(len(parents)))]
@@ -259,7 +257,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
                 genome = self._moves.exchange(parent)
                 if genome is not None:
                     near.setdefault(genome)
-        new = [genome for genome in near if genome not in known and self._space.possible(genome)]
+        new = [genome for genome in near if genome not in known and self._possible(genome)]
         return [new[int(index)] for index in sorted(self._random.permutation(len(new))[: self._settings.pool])]
 
     def _draws(self, seen: Sequence[Seen]) -> Draws:
@@ -316,7 +314,14 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
                 chosen.setdefault(index, float(expected[index]))
         return list(chosen), np.array(list(chosen.values()))
 
+    def _foresee(self, genome: str) -> tuple[float, bool]:
+        found = self._foreseen.get(genome)
+        if found is None:
+            found = self._foreseen[genome] = self._space.foresee(genome)
+        return found
+
     def _ratio(self, genome: str) -> float:
-        if genome not in self._ratios:
-            self._ratios[genome] = self._space.ratio(genome)
-        return self._ratios[genome]
+        return self._foresee(genome)[0]
+
+    def _possible(self, genome: str) -> bool:
+        return self._foresee(genome)[1]

@@ -37,9 +37,14 @@ class Problem:
     known: tuple[Tried, ...] = field(default=(), repr=False)
     """What earlier jobs found out about this model on these samples; never evaluated again."""
 
+    def foresee(self, candidate: Candidate) -> tuple[float, bool]:
+        """Predicted latency as a share of dense, and whether every constraint that needs no evaluation is met."""
+        ratio = self.ratio(candidate.plan)
+        return ratio, self.limits.possible(candidate.plan, ratio)
+
     def possible(self, candidate: Candidate) -> bool:
         """Whether a candidate meets every constraint that needs no evaluation."""
-        return self.limits.possible(candidate.plan, self.ratio(candidate.plan))
+        return self.foresee(candidate)[1]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """Accuracy and KL of every skip-only plan of a small model, for the search benchmark to look up.
 
-    python tests/benchmarks/skip_only_table.py --task easy-vqa --search 512 --held-out 1024 --work DIRECTORY
+    python tests/benchmarks/skip_only_table.py --task easy-vqa --search 512 --work DIRECTORY
+    python tests/benchmarks/skip_only_table.py --task easy-vqa --held-out 1024 --masks masks.txt --work DIRECTORY
 
 Walks all 2^layers masks depth first, so that masks which agree on their first layers share that work: 4,095 layer
 executions instead of 24,576. Answers are teacher-forced (exact match of the tokens, as greedy decoding would give);
 questions of one image share its prefix. The result goes to tests/fixtures/skip_only_<model>_<task>.npz with:
 
-    right_search    [masks, ceil(search / 8)]     bit-packed: the answer to a search sample is right
-    right_held_out  [masks, ceil(held_out / 8)]   the same for held-out samples
-    kl_search       [masks, 2]                    mean KL to dense at the answer tokens, first quarter and all samples
-    samples         [2]                           numbers of search and held-out samples
-    images_search, images_held_out                image number of each sample
+    right_search    [masks, ceil(samples / 8)]    bit-packed: the answer to a search sample is right
+    kl_search       [masks, 2, 2]                 mean KL to dense at the answer tokens and its standard error, on the
+                                                  first quarter of the samples and on all
+    samples         [1]                           number of search samples
+
+The second form does the same for chosen masks (numbers, one a line) on the held-out split, and writes
+tests/fixtures/held_out_<model>_<task>.csv with each mask and its number of right answers.
 
 A mask is a number whose bit ``l`` (1 << l) is set where layer ``l`` is skipped. Finished blocks of images are kept in
 the work directory, so that an interrupted run goes on.
@@ -19,6 +22,7 @@ the work directory, so that an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +35,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import rotate_half
 
 PROJECT = Path(__file__).resolve().parents[2]
+FIXTURES = PROJECT / "tests" / "fixtures"
 sys.path.insert(0, str(PROJECT))
 
 from workers.messages import ModelSource  # noqa: E402
@@ -101,18 +106,23 @@ class Walker:
         self.mask = torch.cat([torch.ones(self.tokens, self.prefix_length, dtype=torch.bool), causal], dim=1)
         self.split = self.images * self.prefix_length
 
-    def walk(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every mask with the log-probabilities ``[answer tokens, vocabulary]``; dense (mask 0) first."""
+    def walk(self, wanted: frozenset[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Wanted masks with the log-probabilities ``[answer tokens, vocabulary]``; dense (mask 0) first."""
+        layers = len(self.text.layers)
+        self._prefixes = [{mask & ((1 << layer) - 1) for mask in wanted} for layer in range(layers + 1)]
         start = torch.cat([self.block.prefix.reshape(-1, self.hidden), self.block.branches.reshape(-1, self.hidden)])
         yield from self._walk(0, start, 0)
 
     def _walk(self, layer: int, states: torch.Tensor, mask: int) -> Iterator[tuple[int, torch.Tensor]]:
+        if mask not in self._prefixes[layer]:
+            return
         if layer == len(self.text.layers):
             answers = states[self.split :].view(self.questions, self.tokens, -1)
             picked = self.text.norm(answers[self.block.answer_rows, self.block.answer_columns])
             yield mask, self.head(picked).float().log_softmax(-1)
             return
-        yield from self._walk(layer + 1, self._run(self.text.layers[layer], states), mask)
+        if mask in self._prefixes[layer + 1]:
+            yield from self._walk(layer + 1, self._run(self.text.layers[layer], states), mask)
         yield from self._walk(layer + 1, states, mask | 1 << layer)
 
     def _run(self, layer: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -140,23 +150,24 @@ class Walker:
 
 
 def scores_of(
-    loaded: LoadedModel, packer: Packer, spec: TaskSpec, samples: Sequence[Sample]
+    loaded: LoadedModel, packer: Packer, spec: TaskSpec, samples: Sequence[Sample], masks: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each mask answers each sample right, and its KL to dense there; both [masks, samples]."""
     with torch.inference_mode():
         block = block_of(loaded, packer, spec, samples)
         walker = Walker(loaded, block)
-        masks = 1 << len(walker.text.layers)
-        right = np.zeros((masks, len(samples)), dtype=bool)
-        kl = np.zeros((masks, len(samples)), dtype=np.float32)
+        place = {mask: number for number, mask in enumerate(masks)}
+        right = np.zeros((len(masks), len(samples)), dtype=bool)
+        kl = np.zeros((len(masks), len(samples)), dtype=np.float32)
         counts = torch.bincount(block.answer_rows, minlength=len(samples))
         dense: torch.Tensor | None = None
-        for mask, logs in walker.walk():
+        for mask, logs in walker.walk(frozenset(masks) | {0}):
             dense = logs if dense is None else dense
-            wrong = torch.bincount(block.answer_rows[logs.argmax(-1) != block.targets], minlength=len(samples))
-            diverged = (dense.exp() * (dense - logs)).sum(-1).double()
-            right[mask] = (wrong == 0).numpy()
-            kl[mask] = (torch.bincount(block.answer_rows, diverged, minlength=len(samples)) / counts).numpy()
+            if mask in place:
+                wrong = torch.bincount(block.answer_rows[logs.argmax(-1) != block.targets], minlength=len(samples))
+                diverged = (dense.exp() * (dense - logs)).sum(-1).double()
+                right[place[mask]] = (wrong == 0).numpy()
+                kl[place[mask]] = (torch.bincount(block.answer_rows, diverged, len(samples)) / counts).numpy()
     return right, kl
 
 
@@ -172,14 +183,20 @@ def by_image(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 
 def table(
-    loaded: LoadedModel, packer: Packer, spec: TaskSpec, samples: Sequence[Sample], work: Path, block: int
+    loaded: LoadedModel,
+    packer: Packer,
+    spec: TaskSpec,
+    samples: Sequence[Sample],
+    masks: Sequence[int],
+    work: Path,
+    block: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     rights, kls = [], []
     for number, part in enumerate(by_image(samples, block)):
         kept = work.with_name(f"{work.name}-{number}.npz")
         if not kept.exists():
             started = time.perf_counter()
-            right, kl = scores_of(loaded, packer, spec, part)
+            right, kl = scores_of(loaded, packer, spec, part, masks)
             np.savez(kept.with_suffix(".part.npz"), right=right, kl=kl)
             kept.with_suffix(".part.npz").replace(kept)
             print(f"{kept.name}: {len(part)} samples in {time.perf_counter() - started:.0f} s", flush=True)
@@ -189,9 +206,9 @@ def table(
     return np.concatenate(rights, axis=1), np.concatenate(kls, axis=1)
 
 
-def image_numbers(samples: Sequence[Sample]) -> np.ndarray:
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(sample.image_key, len(numbers)) for sample in samples], dtype=np.uint16)
+def mean_and_error(kl: np.ndarray) -> np.ndarray:
+    """Mean over samples and its standard error; [masks, 2]."""
+    return np.stack([kl.mean(1), kl.std(1, ddof=1) / np.sqrt(kl.shape[1])], axis=1).astype(np.float32)
 
 
 def main() -> None:
@@ -200,27 +217,39 @@ def main() -> None:
     parser.add_argument("--task", default="easy-vqa")
     parser.add_argument("--search", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=1024)
+    parser.add_argument("--masks", type=Path, help="file of masks to evaluate held-out")
     parser.add_argument("--block", type=int, default=64, help="samples walked together")
     parser.add_argument("--work", type=Path, required=True, help="directory for finished blocks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
+    FIXTURES.mkdir(exist_ok=True)
     spec = load_spec(options.task)
     splits = replace(spec.splits, search=options.search, held_out=options.held_out, unit="samples")
     task = load_task(replace(spec, splits=splits))
     loaded = load_model(ModelSource(options.model, device="cpu"))
     packer = Packer(loaded.processor, loaded.model.config.image_seq_length)
-    search, kl = table(loaded, packer, spec, task.search, options.work / f"{options.task}-search", options.block)
-    held_out, _ = table(loaded, packer, spec, task.held_out, options.work / f"{options.task}-held-out", options.block)
-    np.savez_compressed(
-        PROJECT / "tests" / "fixtures" / f"skip_only_{options.model}_{options.task}.npz",
-        right_search=np.packbits(search, axis=1),
-        right_held_out=np.packbits(held_out, axis=1),
-        kl_search=np.stack([kl[:, : len(task.search) // 4].mean(1), kl.mean(1)], axis=1).astype(np.float32),
-        samples=np.array([len(task.search), len(task.held_out)]),
-        images_search=image_numbers(task.search),
-        images_held_out=image_numbers(task.held_out),
-    )
+    layers = len(loaded.model.model.language_model.layers)
+    if options.masks is None:
+        masks = list(range(1 << layers))
+        work = options.work / f"{options.task}-search"
+        right, kl = table(loaded, packer, spec, task.search, masks, work, options.block)
+        quarter = -(-len(task.search) // 4)
+        np.savez_compressed(
+            FIXTURES / f"skip_only_{options.model}_{options.task}.npz",
+            right_search=np.packbits(right, axis=1),
+            kl_search=np.stack([mean_and_error(kl[:, :quarter]), mean_and_error(kl)], axis=1),
+            samples=np.array([len(task.search)]),
+        )
+        return
+    masks = sorted({0, *map(int, options.masks.read_text().split())})
+    name = hashlib.sha256(repr(masks).encode()).hexdigest()[:12]
+    work = options.work / f"{options.task}-held-out-{name}"
+    right, _ = table(loaded, packer, spec, task.held_out, masks, work, options.block)
+    lines = [f"{mask},{count}" for mask, count in zip(masks, right.sum(1), strict=True)]
+    header = f"mask,right_of_{right.shape[1]}"
+    path = FIXTURES / f"held_out_{options.model}_{options.task}.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
 
 
 if __name__ == "__main__":
