@@ -1,0 +1,56 @@
+"""What a search is given beside evaluations, measured once: the criteria's measurements and a latency profile.
+
+    python tests/benchmarks/search_inputs.py --model llava-12 --task easy-vqa
+
+Writes tests/fixtures/search_inputs_<model>_<task>.json, so that the search benchmark gives the same proposals
+wherever it is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+from workers.actor import WorkerSettings  # noqa: E402
+from workers.measuring import Measurer  # noqa: E402
+from workers.messages import ModelSource, ProfileLatency, ScoreLayers, Workload  # noqa: E402
+from workers.scoring.kinds import finish  # noqa: E402
+from workers.tasks import load_spec, load_task  # noqa: E402
+
+KINDS = ("distance", "cka", "angular", "attention", "propagation", "causal", "withdrawal")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="llava-12")
+    parser.add_argument("--name", help="of the file, where the model is a directory")
+    parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--calibration", type=int, default=64)
+    options = parser.parse_args()
+    spec = load_spec(options.task)
+    splits = replace(spec.splits, calibration=options.calibration, unit="samples")
+    task = load_task(replace(spec, splits=splits))
+    measurer = Measurer.load(ModelSource(options.model, device="cpu"), task, WorkerSettings(worker=0, threads=1))
+    table = finish(measurer.handle(ScoreLayers(KINDS, 0, 1)))
+    profile = measurer.handle(ProfileLatency(actions="RFBS", repeats=20, workload=Workload(1, 4)))
+    path = PROJECT / "tests" / "fixtures" / f"search_inputs_{options.name or options.model}_{options.task}.json"
+    rows = [[row.name, row.group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
+    times = {
+        "dense_seconds": profile.dense_seconds,
+        "layer_seconds": {letter: list(seconds) for letter, seconds in profile.layer_seconds.items()},
+        "relative_error": profile.relative_error,
+        "device": profile.device,
+        "workload": asdict(profile.workload),
+    }
+    document = {"num_layers": table.num_layers, "measurements": rows, "latency": times}
+    path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""All search strategies on the same evaluations and budgets.
+
+    python tests/benchmarks/search_strategies.py run --cache runs.json          # 12-layer model, both tasks: look-ups
+    python tests/benchmarks/search_strategies.py report --cache runs.json --output docs/benchmarks-search.md
+
+Every skip-only plan of the 12-layer model was evaluated once (tests/fixtures, written by skip_only_table.py), so runs
+cost nothing but the strategies' own time. A run is kept in the cache as soon as it is done; an interrupted benchmark
+goes on. Budgets are layer executions; one full evaluation is one dense pass over the search split. The hypervolume is
+that of the completely evaluated plans' (latency ratio, drop) below the reference (1, 0.2), as a share of the best
+known front's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parents[2]
+FIXTURES = PROJECT / "tests" / "fixtures"
+sys.path.insert(0, str(PROJECT))
+
+from optimizer import criteria  # noqa: E402
+from optimizer.job import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.latency_model import latency_ratio  # noqa: E402
+from optimizer.pareto import Point, front_indices, hypervolume  # noqa: E402
+from optimizer.search.budget import Budget  # noqa: E402
+from optimizer.search.constraints import Limits  # noqa: E402
+from optimizer.search.loop import Search  # noqa: E402
+from optimizer.search.outcome import Scores, Tried  # noqa: E402
+from optimizer.search.rungs import rung_sizes  # noqa: E402
+from optimizer.seeding.assemble import with_seeds  # noqa: E402
+from optimizer.space import Candidate, PlanSpace  # noqa: E402
+from optimizer.strategies.base import Problem  # noqa: E402
+from optimizer.strategies.registry import SAMPLERS, make_strategy  # noqa: E402
+from workers.runtime import SkipPlan  # noqa: E402
+from workers.scoring.table import LayerMeasurement, LayerTable  # noqa: E402
+
+REFERENCE: Point = (1.0, 0.2)
+CHECKPOINTS = (25, 50, 100, 200)
+EVALUATIONS = (60, 200)
+STRATEGIES = (
+    ("surrogate", "theory"),
+    ("surrogate", "random"),
+    ("surrogate", "none"),
+    ("tpe", "theory"),
+    ("tpe", "none"),
+    ("nsga2", "none"),
+    ("gp", "none"),
+    ("random", "none"),
+    ("skip-it", "-"),
+    ("shortgpt", "-"),
+    ("angular", "-"),
+    ("sleb", "-"),
+    ("evopress", "-"),
+)
+DETERMINISTIC = ("skip-it", "shortgpt", "angular", "sleb")
+"""Strategies without chance: one run stands for all seeds."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """A recorded latency profile."""
+
+    dense_seconds: float
+    layer_seconds: Mapping[str, tuple[float, ...]]
+
+
+@dataclass
+class Recorded:
+    """Evaluations of all skip-only plans, to be looked up; remembers what was asked so that nothing is asked twice."""
+
+    layers: int
+    right: np.ndarray
+    kl: np.ndarray
+    asked: set[tuple[str, int]] = field(default_factory=set)
+
+    @classmethod
+    def load(cls, model: str, task: str) -> Recorded:
+        with np.load(FIXTURES / f"skip_only_{model}_{task}.npz") as stored:
+            samples = int(stored["samples"][0])
+            right = np.unpackbits(stored["right_search"], axis=1, count=samples).astype(np.float64)
+            return cls(int(np.log2(len(right))), right, stored["kl_search"])
+
+    @property
+    def samples(self) -> int:
+        return self.right.shape[1]
+
+    def __call__(self, requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
+        for candidate, size in requests:
+            if (str(candidate), size) in self.asked:
+                raise RuntimeError(f"{candidate} was evaluated twice on {size} samples")
+            self.asked.add((str(candidate), size))
+            yield candidate, self.scores(mask_of(candidate.plan.text), size)
+
+    def scores(self, mask: int, size: int) -> Scores:
+        mean, error = self.kl[mask, 1 if size == self.samples else 0]
+        # As many values as samples, with the recorded mean and standard error.
+        spread = error * np.sqrt(size - 1)
+        signs = np.where(np.arange(size) % 2 == 0, spread, -spread)
+        return Scores(tuple(self.right[mask, :size]), None, tuple(np.asarray(mean + signs, dtype=float)))
+
+
+def mask_of(plan: str) -> int:
+    return sum(1 << layer for layer, letter in enumerate(plan) if letter == "S")
+
+
+def plan_of(mask: int, layers: int) -> str:
+    return "".join("S" if mask >> layer & 1 else "R" for layer in range(layers))
+
+
+def load_inputs(model: str, task: str) -> tuple[LayerTable, Times]:
+    document = json.loads((FIXTURES / f"search_inputs_{model}_{task}.json").read_text())
+    rows = tuple(LayerMeasurement(n, g, layer, value, None, count) for n, g, layer, value, count in document["measurements"])
+    times = document["latency"]
+    seconds = {letter: tuple(layers) for letter, layers in times["layer_seconds"].items()}
+    return LayerTable(document["num_layers"], rows), Times(times["dense_seconds"], seconds)
+
+
+def problem_of(space: PlanSpace, table: LayerTable, times: Times, samples: int, spec: SearchSpec) -> Problem:
+    problem = Problem(
+        space=space,
+        limits=Limits(ConstraintSpec(max_accuracy_drop=REFERENCE[1]), times.dense_seconds),
+        ratio=partial(latency_ratio, times),
+        rungs=rung_sizes(spec.rungs, samples),
+        risk=criteria.load("skip-it").risk(table),
+        table=table,
+        seed=spec.seed,
+        batch=spec.batch,
+    )
+    return with_seeds(problem, spec) if spec.strategy in SAMPLERS else problem
+
+
+def run(problem: Problem, spec: SearchSpec, evaluate: Any) -> dict[str, Any]:
+    """One search; the complete plans in the order found, with what was spent by then."""
+    budget = Budget(spec, lambda: 0.0)
+    steps: list[tuple[int, int, str, float, float]] = []
+
+    def note(tried: Tried) -> None:
+        if tried.complete:
+            genome = problem.space.genome(tried.candidate)
+            steps.append((budget.layer_executions, budget.evaluations, genome, tried.latency_ratio, tried.drop))
+
+    started = time.perf_counter()
+    outcome = Search(problem, make_strategy(spec.strategy, problem), budget, evaluate=evaluate, on_tried=note).run()
+    seconds = time.perf_counter() - started
+    return {"steps": steps, "stopped": outcome.stopped_because, "seconds": seconds, "evaluations": budget.evaluations}
+
+
+def front_of(steps: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    return [steps[index] for index in front_indices([(step[3], step[4]) for step in steps])]
+
+
+class Cache:
+    """Finished runs in one JSON file, written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, key: str, result: dict[str, Any]) -> None:
+        self.runs[key] = result
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.runs))
+        part.replace(self.path)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    cache = Cache(options.cache)
+    for task in options.tasks:
+        table, times = load_inputs(options.model, task)
+        for strategy, seeds in STRATEGIES:
+            if options.only and strategy not in options.only:
+                continue
+            for seed in range(1 if strategy in DETERMINISTIC else options.seeds):
+                key = f"{options.model}/{task}/{strategy}/{seeds}/{seed}"
+                if key in cache.runs:
+                    continue
+                recorded = Recorded.load(options.model, task)
+                executions = CHECKPOINTS[-1] * recorded.samples * recorded.layers
+                spec = SearchSpec(
+                    evaluations=options.evaluations,
+                    layer_executions=executions,
+                    strategy=strategy,
+                    seeds=seeds if strategy in SAMPLERS else "theory",
+                    seed=seed,
+                )
+                space = PlanSpace(("RS",) * recorded.layers, recorded.layers)
+                result = run(problem_of(space, table, times, recorded.samples, spec), spec, recorded)
+                cache.add(key, result)
+                print(f"{key}: {result['evaluations']} plans in {result['seconds']:.1f} s", flush=True)
+
+
+def shares(steps: Sequence[Sequence[Any]], best: float, column: int, limits: Sequence[float]) -> list[float]:
+    """Share of the best hypervolume reached by every limit of what was spent (column of a step)."""
+    return [hypervolume([(s[3], s[4]) for s in steps if s[column] <= limit], REFERENCE) / best for limit in limits]
+
+
+def exhaustive_front(model: str, task: str) -> list[tuple[str, float, float]]:
+    """The true front: plan, latency ratio, drop on the search split."""
+    recorded = Recorded.load(model, task)
+    _, times = load_inputs(model, task)
+    accuracy = recorded.right.mean(axis=1)
+    plans = [plan_of(mask, recorded.layers) for mask in range(len(accuracy) - 1)]  # the last one has no layer left
+    points = [
+        (latency_ratio(times, SkipPlan.parse(plan)), float(accuracy[0] - accuracy[mask])) for mask, plan in enumerate(plans)
+    ]
+    return [(plans[index], *points[index]) for index in front_indices(points)]
+
+
+def report(options: argparse.Namespace) -> None:
+    cache = Cache(options.cache)
+    for task in options.tasks:
+        recorded = Recorded.load(options.model, task)
+        best = hypervolume([(ratio, drop) for _, ratio, drop in exhaustive_front(options.model, task)], REFERENCE)
+        full = recorded.samples * recorded.layers
+        print(f"\n{task}: share of the exhaustive front's hypervolume, median of seeds (least)\n")
+        heads = [*(f"{each} full" for each in CHECKPOINTS), *(f"{each} plans" for each in EVALUATIONS)]
+        print("| strategy | seeds | " + " | ".join(heads) + " |")
+        print("|---|---|" + "---|" * len(heads))
+        for strategy, seeds in STRATEGIES:
+            rows = []
+            for key, result in cache.runs.items():
+                if key.startswith(f"{options.model}/{task}/{strategy}/{seeds}/"):
+                    by_cost = shares(result["steps"], best, 0, [each * full for each in CHECKPOINTS])
+                    rows.append(by_cost + shares(result["steps"], best, 1, EVALUATIONS))
+            if rows:
+                cells = [f"{np.median(column):.3f} ({min(column):.3f})" for column in zip(*rows, strict=True)]
+                print(f"| {strategy} | {seeds} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--model", default="llava-12")
+    parser.add_argument("--tasks", nargs="+", default=["easy-vqa", "scenes"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--evaluations", type=int, default=400)
+    parser.add_argument("--only", nargs="*", help="strategies to run")
+    options = parser.parse_args()
+    {"run": run_all, "report": report}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
