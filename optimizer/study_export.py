@@ -44,6 +44,7 @@ def export_study(db: Database, job_id: int, storage: str, name: str | None = Non
     job = jobs.get(db, job_id)
     trials = list(_trials(db, job.id, read_spec(job)))
     name = name or f"skipplan job {job_id}"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study(
             storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=False
