@@ -100,9 +100,11 @@ class WorkerPool:
             self._head, self._telemetry = HeadWatch(self.cluster.address), Telemetry()
             self._task_reference = ray.put(self.task)
             self._slots = [self._new_slot(number) for number in range(self._allotment.workers)]
-            for _ in ("placing", "loading"):  # all load at the same time
-                for slot in self._slots:
-                    self._finish_first_start(slot)
+            for slot in tuple(self._slots):
+                self._step_of_first_start(slot)  # placed, and loading from now on: all at the same time
+            for position in range(len(self._slots)):
+                while self._slots[position].stage != "ready":
+                    self._step_of_first_start(self._slots[position])
         except BaseException:
             self.close()
             raise
@@ -359,10 +361,11 @@ class WorkerPool:
         deadline = time.monotonic() + PLACING_SECONDS
         return Slot(number, actor, actor.place.remote(), deadline, failed_starts=failed_starts)
 
-    def _finish_first_start(self, slot: Slot) -> None:
-        """Wait for a worker of the first set; unlike a replacement's, its failure is an error of the whole pool."""
-        if slot.reference is None:
-            return
+    def _step_of_first_start(self, slot: Slot) -> None:
+        """Wait until a worker of the first set is placed, or has loaded.
+
+        One that dies is replaced, a few times; unlike a replacement's later, its failure is an error of the whole pool.
+        """
         patience = self.cluster.load_timeout_seconds if slot.stage == "placing" else slot.deadline - time.monotonic()
         ready, _ = ray.wait([slot.reference], timeout=max(0.0, patience))
         if not ready:
@@ -379,6 +382,9 @@ class WorkerPool:
                 raise error.cause from None
             raise ClusterError(f"worker {slot.number} could not start: {describe(error.cause)}") from None
         except RayError as error:
+            if slot.failed_starts + 1 < FAILED_STARTS:
+                self._lost(slot, describe_death(error))
+                return
             raise ClusterError(
                 f"worker {slot.number} could not load the model: {describe_death(error)}; memory is needed for "
                 f"{self._allotment.workers} models (cluster.workers), and skipplan must be installed on every node"
