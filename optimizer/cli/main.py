@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from optimizer.cli import (
+    dashboard,
     database,
     doctor,
     exchange,
@@ -59,6 +60,7 @@ export.register(app)
 exchange.register(app)
 app.add_typer(jobs.app, name="jobs")
 report.register(app)
+dashboard.register(app)
 init.register(app)
 validate.register(app)
 doctor.register(app)

@@ -104,8 +104,8 @@ def facts(report: JobReport) -> tuple[Fact, ...]:
     )
 
 
-def render(page: Page) -> str:
-    """The page as HTML."""
+def render(page: Page, *, scripts: str | None = None) -> str:
+    """The page as HTML: one file with everything in it, or with its scripts and style at the path ``scripts``."""
     charts = [placed.chart.to_json() for section in page.sections for placed in section.charts]
     source = files("optimizer.report") / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -113,9 +113,10 @@ def render(page: Page) -> str:
     return environment.from_string((source / "report.html").read_text(encoding="utf-8")).render(
         page=page,
         version=version("skipplan"),
-        css=(source / "report.css").read_text(encoding="utf-8"),
-        script=(source / "report.js").read_text(encoding="utf-8"),
-        plotly=plotly_script(),
+        scripts=scripts,
+        css="" if scripts else (source / "report.css").read_text(encoding="utf-8"),
+        script="" if scripts else (source / "report.js").read_text(encoding="utf-8"),
+        plotly="" if scripts else plotly_script(),
         charts=embedded_json(charts),
     )
 

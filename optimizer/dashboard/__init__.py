@@ -1,0 +1,1 @@
+"""A read-only web page over the database: jobs, plans, models and tasks, reports, and a JSON API."""

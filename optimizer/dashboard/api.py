@@ -1,0 +1,126 @@
+"""The JSON API, read-only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+
+from optimizer.dashboard import answers
+from optimizer.results import load_result
+from storage import events, jobs, overview, plans, stages
+from storage.database import Database
+from storage.errors import NotFound
+
+LARGEST_ID = 2**63 - 1
+
+router = APIRouter(prefix="/api", tags=["api"])
+
+
+def database(request: Request) -> Database:
+    """The database that the application serves."""
+    db: Database = request.app.state.database
+    return db
+
+
+Db = Annotated[Database, Depends(database)]
+JobId = Annotated[int, Path(ge=1, le=LARGEST_ID, description="Number of the job.")]
+PlanId = Annotated[int, Path(ge=1, le=LARGEST_ID, description="Number of the plan.")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries to answer with.")]
+Name = Annotated[str | None, Query(max_length=300)]
+Sort = Literal["speedup", "accuracy", "seconds", "drop", "newest"]
+
+_MISSING: dict[int | str, dict[str, Any]] = {404: {"model": answers.Problem, "description": "There is no such thing."}}
+
+
+def or_404(error: NotFound) -> HTTPException:
+    """What is not in the database, as an answer."""
+    return HTTPException(404, str(error))
+
+
+@router.get("/jobs")
+def list_jobs(
+    db: Db,
+    state: Annotated[list[answers.State] | None, Query(description="Only these states; repeatable.")] = None,
+    limit: Limit = 50,
+    before: Annotated[int | None, Query(ge=1, le=LARGEST_ID, description="Go on before this job.")] = None,
+) -> list[answers.JobSummary]:
+    """Jobs, the newest first."""
+    return [answers.job_summary(job) for job in jobs.list_jobs(db, state or (), limit, before)]
+
+
+@router.get("/jobs/{job_id}", responses=_MISSING)
+def show_job(db: Db, job_id: JobId) -> answers.JobDetail:
+    """One job with its history and its published plans."""
+    try:
+        result = load_result(db, job_id)
+    except NotFound as error:
+        raise or_404(error) from None
+    return answers.JobDetail(
+        **answers.job_fields(result.job),
+        specification=result.job.spec,
+        counters=stages.counters(db, job_id),
+        stages={name: stage.recorded_at for name, stage in stages.stages(db, job_id).items()},
+        events=[answers.job_event(event) for event in events.for_job(db, job_id)],
+        plans=[answers.plan(each) for each in result.plans],
+        best=None if result.best is None else result.best.id,
+    )
+
+
+@router.get("/plans", responses=_MISSING)
+def list_plans(
+    db: Db,
+    model: Annotated[Name, Query(description="Name, path, hub id or fingerprint.")] = None,
+    task: Annotated[Name, Query(description="Name of the task.")] = None,
+    device: Annotated[Name, Query(description="Device, or a part of its name.")] = None,
+    max_accuracy_drop: Annotated[
+        float | None, Query(ge=0, le=1, description="Largest loss as a share, by the upper end of its interval.")
+    ] = None,
+    min_speedup: Annotated[float | None, Query(ge=0, le=1000, description="Smallest measured speed-up.")] = None,
+    front: Annotated[bool, Query(description="Only members of the Pareto front.")] = False,
+    sort: Annotated[Sort, Query(description="Order, the best first.")] = "speedup",
+    limit: Limit = 50,
+) -> list[answers.Plan]:
+    """Published plans within limits; 404 where model, task or device is not known."""
+    try:
+        found = plans.list_plans(
+            db,
+            model,
+            task,
+            device=device,
+            max_accuracy_drop=max_accuracy_drop,
+            min_speedup=min_speedup,
+            on_front=front,
+            sort=sort,
+            limit=limit,
+        )
+    except NotFound as error:
+        raise or_404(error) from None
+    return [answers.plan(each) for each in found]
+
+
+@router.get("/plans/{plan_id}", responses=_MISSING)
+def show_plan(db: Db, plan_id: PlanId) -> answers.Plan:
+    """One published plan."""
+    try:
+        return answers.plan(plans.get(db, plan_id))
+    except NotFound as error:
+        raise or_404(error) from None
+
+
+@router.get("/models")
+def list_models(db: Db) -> list[answers.Model]:
+    """Every model that a job loaded."""
+    return [answers.Model.model_validate(each) for each in overview.models(db)]
+
+
+@router.get("/tasks")
+def list_tasks(db: Db) -> list[answers.Task]:
+    """Every version of every task."""
+    return [answers.Task.model_validate(each) for each in overview.tasks(db)]
+
+
+@router.get("/devices")
+def list_devices(db: Db) -> list[str]:
+    """The devices that latency was measured on."""
+    return overview.devices(db)

@@ -1,0 +1,191 @@
+"""The pages: rendered here, readable without a script; a small one keeps progress current."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Any
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoescape
+
+from optimizer.dashboard import answers, api
+from optimizer.dashboard.access import COOKIE, Gate
+from optimizer.dashboard.api import Db, JobId
+from optimizer.dashboard.openapi_page import operations
+from optimizer.report import words
+from optimizer.report.data import collect
+from optimizer.report.html import job_page, plotly_script, render, search_curves
+from storage import jobs, overview
+from storage.errors import NotFound
+
+router = APIRouter(include_in_schema=False)
+JOBS_SHOWN = 100
+LONGEST_FORM = 4096
+
+
+@cache
+def _environment() -> Environment:
+    def source(name: str) -> str:
+        return (files("optimizer.dashboard") / "pages" / name).read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(source), autoescape=select_autoescape(default=True), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals["words"] = words
+    return environment
+
+
+def page(request: Request, template: str, code: int = 200, **values: Any) -> HTMLResponse:
+    """A page from its template."""
+    html = _environment().get_template(template).render(path=request.url.path, **values)
+    return HTMLResponse(html, code)
+
+
+@router.get("/")
+def show_jobs(request: Request, db: Db) -> HTMLResponse:
+    """All jobs, with live progress."""
+    listed = [answers.job_summary(job) for job in jobs.list_jobs(db, (), JOBS_SHOWN)]
+    return page(request, "jobs.html", jobs=listed, counted=jobs.count(db), shown=JOBS_SHOWN)
+
+
+@router.get("/jobs/{job_id}")
+def show_job(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
+    """One job: state, progress, plans, history."""
+    return page(request, "job.html", job=api.show_job(db, job_id))
+
+
+@router.get("/jobs/{job_id}/report")
+def show_report(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
+    """A job's report; `skipplan report` writes the same page as one file."""
+    try:
+        report = collect(db, job_id)
+    except NotFound as error:
+        raise api.or_404(error) from None
+    return HTMLResponse(render(job_page(report, search_curves(db, report)), scripts="/static/"))
+
+
+@router.get("/plans")
+def show_plans(
+    request: Request,
+    db: Db,
+    model: str = "",
+    task: str = "",
+    device: str = "",
+    max_points: Annotated[str, Query(max_length=20)] = "",
+    min_speedup: Annotated[str, Query(max_length=20)] = "",
+    front: bool = False,
+    sort: api.Sort = "speedup",
+) -> HTMLResponse:
+    """Published plans, with a form to filter them."""
+    problem, found = "", []
+    try:
+        found = api.list_plans(
+            db,
+            model or None,
+            task or None,
+            device or None,
+            _share(max_points),
+            _number("smallest speed-up", min_speedup),
+            front,
+            sort,
+            limit=200,
+        )
+    except HTTPException as error:
+        problem = str(error.detail)
+    chosen: dict[str, Any] = {"model": model, "task": task, "device": device, "max_points": max_points}
+    chosen |= {"min_speedup": min_speedup, "front": front, "sort": sort}
+    return page(
+        request,
+        "plans.html",
+        200 if not problem else 404,
+        plans=found,
+        problem=problem,
+        chosen=chosen,
+        models=sorted({each.name for each in overview.models(db)}),
+        tasks=sorted({each.name for each in overview.tasks(db)}),
+        devices=overview.devices(db),
+    )
+
+
+def _share(points: str) -> float | None:
+    number = _number("largest loss", points)
+    return None if number is None else number / 100
+
+
+def _number(field: str, given: str) -> float | None:
+    """A number from a form; empty is none. Raises HTTPException naming the field."""
+    if not given.strip():
+        return None
+    try:
+        value = float(given.replace(",", "."))
+    except ValueError:
+        raise HTTPException(400, f"{field}: {given!r} is no number") from None
+    if not 0 <= value <= 1000:
+        raise HTTPException(400, f"{field}: must lie between 0 and 1000")
+    return value
+
+
+@router.get("/models")
+def show_models(request: Request, db: Db) -> HTMLResponse:
+    """Models and tasks."""
+    return page(request, "models.html", models=overview.models(db), tasks=overview.tasks(db))
+
+
+@router.get("/docs")
+def show_api(request: Request) -> HTMLResponse:
+    """The JSON API, described from its OpenAPI document."""
+    return page(request, "api.html", operations=operations(request.app.openapi()))
+
+
+@router.get("/login")
+def ask_for_token(request: Request) -> Response:
+    """The page that asks for the token."""
+    gate: Gate = request.app.state.gate
+    return RedirectResponse("/", 303) if gate.admits(request) else page(request, "login.html", problem="")
+
+
+@router.post("/login")
+async def take_token(request: Request) -> Response:
+    """Set the cookie that lets this browser in."""
+    gate: Gate = request.app.state.gate
+    given = parse_qs((await request.body())[:LONGEST_FORM].decode("utf-8", "replace")).get("token", [""])[0]
+    if not gate.accepts(given.strip()):
+        return page(request, "login.html", 401, problem="That is not the token.")
+    answer = RedirectResponse("/", 303)
+    secure = request.url.scheme == "https"
+    answer.set_cookie(COOKIE, gate.cookie(), httponly=True, samesite="strict", secure=secure)
+    return answer
+
+
+STATIC = {
+    "plotly.js": "text/javascript",
+    "report.js": "text/javascript",
+    "live.js": "text/javascript",
+    "report.css": "text/css",
+    "dashboard.css": "text/css",
+}
+
+
+@router.get("/static/{name}")
+def show_static(name: str) -> Response:
+    """Style and scripts, all from this machine."""
+    if name not in STATIC:
+        raise HTTPException(404, f"there is no file {name}")
+    return PlainTextResponse(_static(name), media_type=STATIC[name], headers={"Cache-Control": "private, max-age=3600"})
+
+
+@cache
+def _static(name: str) -> str:
+    if name == "plotly.js":
+        return plotly_script()
+    package, folder = ("report", "page") if name.startswith("report.") else ("dashboard", "pages")
+    return (files(f"optimizer.{package}") / folder / name).read_text(encoding="utf-8")
+
+
+def show_problem(request: Request, status: int, detail: str) -> Response:
+    """An error as a page, or as JSON for the API."""
+    return page(request, "problem.html", status, status=status, detail=detail)
