@@ -8,39 +8,27 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import torch
-from transformers import BatchFeature, LogitsProcessorList
+from transformers import LogitsProcessorList
 
-from .errors import ImageError
+from .compensation.compensator import Compensator
+from .compensation.recipe import CompensationError
 from .messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from .metrics import METRICS
 from .models import LoadedModel
-from .prompts import build_inputs, to_device
+from .prepared import PreparedBatch, prepare_batch
+from .prompts import to_device
 from .runtime import apply
+from .runtime.folding import Maps
 from .runtime.plan import PlanError, SkipPlan
 from .tasks import Sample, Task
 from .ties import AnswerWatch, end_tokens
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class PreparedBatch:
-    """Samples whose images could be opened, their model inputs on the CPU, and why the others failed."""
-
-    samples: tuple[Sample, ...]
-    inputs: BatchFeature | None
-    failed: dict[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tensors."""
-        tensors = () if self.inputs is None else self.inputs.values()
-        return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
 
 @dataclass(frozen=True)
@@ -72,6 +60,7 @@ class Evaluator:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.loaded, self.task = loaded, task
+        self.compensator = Compensator(loaded, task)
         self.batch_size, self.cache_bytes = batch_size, cache_bytes
         self._cache: OrderedDict[tuple[str, ...], PreparedBatch] = OrderedDict()
         self._cached_bytes = 0
@@ -87,13 +76,19 @@ class Evaluator:
         for text in request.plans:
             try:
                 plan = SkipPlan.parse(text)
-                results.append(self.evaluate(plan, request.split, request.limit, start=request.start))
-            except (PlanError, RuntimeError, MemoryError) as error:
+                maps = self.compensator.maps(plan, request.compensation, request.artefact_of(text))
+                result = self.evaluate(plan, request.split, request.limit, start=request.start, maps=maps)
+                results.append(replace(result, compensation=request.compensation))
+            except (PlanError, CompensationError, RuntimeError, MemoryError) as error:
                 results.append(EvaluationFailure(text, describe_error(error)))
         return Evaluations(tuple(results))
 
-    def evaluate(self, plan: SkipPlan, split: str, limit: int | None = None, *, start: int = 0) -> Evaluation:
+    def evaluate(
+        self, plan: SkipPlan, split: str, limit: int | None = None, *, start: int = 0, maps: Maps | None = None
+    ) -> Evaluation:
         """Score a plan on the samples from ``start`` up to ``limit`` of a split (to its end when ``None``).
+
+        ``maps`` are folded into the weights before the plan's gaps while it runs.
 
         A sample fails, and scores 0, when its image cannot be decoded, when its logits hold NaN, or when it does not
         fit into memory alone.
@@ -104,7 +99,7 @@ class Evaluator:
         """
         started = time.perf_counter()
         samples = self.task.split(split)[start:limit]
-        answers = self.answer(plan, samples)
+        answers = self.answer(plan, samples, maps)
         spec = self.task.spec
         return Evaluation(
             plan=plan.text,
@@ -118,9 +113,9 @@ class Evaluator:
             near_ties=len(answers.tied),
         )
 
-    def answer(self, plan: SkipPlan, samples: Sequence[Sample]) -> Answers:
+    def answer(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
         """Generate the model's answers under a plan, batch by batch; tied samples once more alone."""
-        with torch.inference_mode(), apply(self.loaded.model, plan):
+        with torch.inference_mode(), apply(self.loaded.model, plan, maps):
             answers = self._answer_chunks(self._chunks(samples))
             again = [sample for sample in samples if sample.id in answers.tied]
             alone = self._answer_chunks([sample] for sample in again)
@@ -128,9 +123,9 @@ class Evaluator:
             answers.texts | alone.texts, answers.failed | alone.failed, answers.tied, answers.tokens | alone.tokens
         )
 
-    def answer_alone(self, plan: SkipPlan, samples: Sequence[Sample]) -> Answers:
+    def answer_alone(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
         """Generate the model's answers under a plan, one sample at a time."""
-        with torch.inference_mode(), apply(self.loaded.model, plan):
+        with torch.inference_mode(), apply(self.loaded.model, plan, maps):
             return self._answer_chunks([sample] for sample in samples)
 
     def _answer_chunks(self, chunks: Iterable[Sequence[Sample]]) -> Answers:
@@ -189,20 +184,6 @@ class Evaluator:
         self._forget(batch)
         self.batch_size = min(self.batch_size, len(batch.samples) // 2)
         return self._answer_chunks(self._chunks(batch.samples))
-
-
-def prepare_batch(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> PreparedBatch:
-    """Open images and build inputs; samples whose image cannot be decoded are listed as failed."""
-    opened, images = [], []
-    failed: dict[str, str] = {}
-    for sample in samples:
-        try:
-            images.append(sample.image.open())
-            opened.append(sample)
-        except ImageError as error:
-            failed[sample.id] = str(error)
-    inputs = build_inputs(loaded.processor, task.spec, opened, images) if opened else None
-    return PreparedBatch(tuple(opened), inputs, failed)
 
 
 def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> Answers:

@@ -23,6 +23,7 @@ from .models import LoadedModel
 from .runtime import apply
 from .runtime.descriptor import FamilyDescriptor, validate
 from .runtime.families import describe
+from .runtime.folding import Maps
 from .runtime.plan import Action, PlanError, SkipPlan
 from .tasks import Task
 from .timed_request import (
@@ -146,8 +147,9 @@ def compare_latency(
     confidence: float = 0.95,
     max_seconds: float = 60.0,
     seed: int = 0,
+    maps: Maps | None = None,
 ) -> LatencyComparison:
-    """Time a plan against dense on the live model, in pairs whose order alternates.
+    """Time a plan (with ``maps`` in the weights before its gaps) against dense, in pairs whose order alternates.
 
     Pairs are added until the bootstrap interval of the median ratio is narrower than ``precision`` times the ratio, or
     ``max_seconds`` have passed (five pairs at least).
@@ -157,13 +159,14 @@ def compare_latency(
         MeasurementError: other workers do not leave the device.
     """
     with device_lock.timing(loaded.device):
-        return _compare_alone(loaded, task, plan, workload, precision, confidence, max_seconds, seed)
+        return _compare_alone(loaded, task, plan, maps, workload, precision, confidence, max_seconds, seed)
 
 
 def _compare_alone(
     loaded: LoadedModel,
     task: Task,
     plan: SkipPlan,
+    maps: Maps | None,
     workload: Workload,
     precision: float,
     confidence: float,
@@ -173,8 +176,8 @@ def _compare_alone(
     request = prepare_request(loaded, task, workload)
     dense = SkipPlan.dense(len(plan))
     caches, peaks = [], []
-    for candidate in (dense, plan):
-        with apply(loaded.model, candidate):
+    for candidate, folded in ((dense, None), (plan, maps)):
+        with apply(loaded.model, candidate, folded):
             for _ in range(WARM_UP_REQUESTS):
                 time_request(loaded, request)
             caches.append(cache_bytes(run_request(loaded, request).past_key_values))
@@ -185,7 +188,7 @@ def _compare_alone(
     deadline = time.perf_counter() + max_seconds
     while True:
         for takes_dense in (True, False) if len(dense_times) % 2 == 0 else (False, True):
-            with apply(loaded.model, dense if takes_dense else plan):
+            with apply(loaded.model, dense if takes_dense else plan, None if takes_dense else maps):
                 (dense_times if takes_dense else plan_times).append(time_request(loaded, request))
         pairs, late = len(dense_times), time.perf_counter() > deadline
         if pairs < (LATE_PAIRS if late else PAIRS_PER_LOOK) or (pairs % PAIRS_PER_LOOK and not late):

@@ -19,6 +19,7 @@ from .messages import (
     CompareLatency,
     EvaluatePlan,
     EvaluatePlans,
+    FitCompensation,
     ModelSource,
     ProfileLatency,
     Reply,
@@ -100,13 +101,15 @@ class Measurer:
         with device_lock.computing(self.loaded.device):
             return self._compute(request)
 
-    def _compute(self, request: EvaluatePlan | EvaluatePlans | ScoreLayers) -> Reply:
+    def _compute(self, request: EvaluatePlan | EvaluatePlans | ScoreLayers | FitCompensation) -> Reply:
         loaded, task = self.loaded, self.task
         match request:
             case EvaluatePlan():
                 return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
+            case FitCompensation():
+                return self.evaluator.compensator.answer(request)
             case ScoreLayers():
                 return score_layers(
                     loaded,
@@ -125,13 +128,16 @@ class Measurer:
                     loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload
                 )
             case CompareLatency():
+                plan = SkipPlan.parse(request.plan)
+                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
                 return compare_latency(
                     loaded,
                     task,
-                    SkipPlan.parse(request.plan),
+                    plan,
                     workload=request.workload,
                     precision=request.precision,
                     confidence=request.confidence,
                     max_seconds=request.max_seconds,
                     seed=request.seed,
+                    maps=maps,
                 )

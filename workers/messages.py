@@ -142,6 +142,10 @@ class EvaluatePlans:
     path: str = "auto"
     artefacts: tuple[Artefact | None, ...] = ()
 
+    def artefact_of(self, plan: str) -> Artefact | None:
+        """Where the maps of one of the plans lie."""
+        return dict(zip(self.plans, self.artefacts, strict=False)).get(plan)
+
 
 @dataclass(frozen=True)
 class Evaluation:

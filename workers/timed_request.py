@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .errors import MeasurementError
-from .evaluation import prepare_batch
 from .messages import Workload
 from .models import LoadedModel
+from .prepared import prepare_batch
 from .prompts import to_device
 from .tasks import Task
 

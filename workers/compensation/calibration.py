@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from workers.evaluation import prepare_batch
 from workers.models import LoadedModel
+from workers.prepared import prepare_batch
 from workers.prompts import to_device
 from workers.runtime.families import describe
 from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site

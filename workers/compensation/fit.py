@@ -92,7 +92,7 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
                 solution = solve(sums, ridge=recipe.ridge, bias=recipe.bias)
                 maps[gap.layer] = gap_map(gap, solution, shares[gap.layer])
                 found.append(FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained))
-                change = change_of(maps[gap.layer], shares[gap.layer]) if recipe.source == "pruned" else None
+                change = change_of(maps[gap.layer]) if recipe.source == "pruned" else None
                 changes = [change] * len(calibration.batches)
     return Fitted(plan.text, recipe.text, maps, tuple(found), calibration.kept, time.perf_counter() - started)
 
@@ -119,13 +119,13 @@ def gap_map(gap: Gap, solution: Solution, share: float) -> GapMap:
     """The map as it is kept, float32 on the CPU; its bias goes into the projection, before the layer's share."""
     identity = torch.eye(len(solution.change), dtype=torch.float64, device=solution.change.device)
     bias = None if solution.bias is None else (solution.bias / share).float().cpu()
-    return GapMap(gap.layer, gap.end, (identity + solution.change).float().cpu(), bias)
+    return GapMap(gap.layer, gap.end, (identity + solution.change).float().cpu(), bias, share)
 
 
-def change_of(own: GapMap, share: float) -> Change:
-    """What a kept map does to the state, given the share with which its layer's M enters it."""
+def change_of(own: GapMap) -> Change:
+    """What a kept map does to the state."""
     matrix = own.matrix.double() - torch.eye(len(own.matrix), dtype=torch.float64)
-    return Change(matrix.float(), None if own.bias is None else own.bias * share)
+    return Change(matrix.float(), None if own.bias is None else own.bias * own.share)
 
 
 class _Passes:

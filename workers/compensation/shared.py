@@ -74,7 +74,7 @@ class SharedFits:
     def __init__(
         self, decoder: Decoder, calibration: Calibration, recipe: Recipe, weigh: Weigh, *, budget: int = STATES_BUDGET
     ) -> None:
-        self._decoder, self._calibration, self._recipe, self._weigh = decoder, calibration, recipe, weigh
+        self._decoder, self._calibration, self.recipe, self._weigh = decoder, calibration, recipe, weigh
         self._budget, self._held = budget, 0
         self._states: OrderedDict[str, _States] = OrderedDict()
         self._maps: OrderedDict[str, _FittedMap] = OrderedDict()
@@ -94,7 +94,7 @@ class SharedFits:
         found = [self._map(plan.text[: gap.end + 1]) for gap in gaps(plan)]
         return Fitted(
             plan=plan.text,
-            compensation=self._recipe.text,
+            compensation=self.recipe.text,
             maps={each.own.layer: each.own for each in found},
             gaps=tuple(each.quality for each in found),
             tokens=self._calibration.kept,
@@ -115,17 +115,17 @@ class SharedFits:
             return self._maps[prefix]
         layer = len(prefix.rstrip("S")) - 1
         gap, share = Gap(layer, len(prefix) - 1), self._calibration.require(layer)
-        if self._recipe.bias:
+        if self.recipe.bias:
             require_holds_bias(self._decoder.stack, layer)
         with torch.inference_mode():
-            before = self._behind(prefix[: layer + 1] if self._recipe.source == "pruned" else "R" * (layer + 1))
+            before = self._behind(prefix[: layer + 1] if self.recipe.source == "pruned" else "R" * (layer + 1))
             assert before.added is not None
             halts = [Halt(m, x.flatten(0, 1)) for m, x in zip(before.added, before.hidden, strict=True)]
             sums = gap_sums(halts, self._calibration.batches, gap, self._weigh)
-            solution = solve(sums, ridge=self._recipe.ridge, bias=self._recipe.bias)
+            solution = solve(sums, ridge=self.recipe.ridge, bias=self.recipe.bias)
         own = gap_map(gap, solution, share)
         quality = FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained)
-        self._maps[prefix] = _FittedMap(own, change_of(own, share), quality)
+        self._maps[prefix] = _FittedMap(own, change_of(own), quality)
         if len(self._maps) > KEPT_MAPS:
             self._maps.popitem(last=False)
         return self._maps[prefix]

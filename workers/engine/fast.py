@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from workers.compensation.recipe import CompensationError, Recipe
+from workers.compensation.repairs import TrieRepairs
 from workers.evaluation import Evaluator, describe_error
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.metrics import METRICS
 from workers.runtime.descriptor import FamilyDescriptor, validate
+from workers.runtime.folding import Maps, folded
 from workers.runtime.plan import Action, PlanError, SkipPlan
 from workers.tasks import Sample
 from workers.ties import end_tokens
@@ -33,6 +36,7 @@ from .walk import Walker
 
 DEFAULT_MEMORY_BYTES = 2 << 30
 DEFAULT_CHUNK_TOKENS = 2048
+NOT_COMPENSATED = "none"
 
 
 CHECKED_SAMPLES = 12
@@ -105,6 +109,7 @@ class FastEvaluator:
             self.decoder, reader, packer, lambda sample: self.guesser.forced(sample).fed, budget=memory_bytes // 2
         )
         self.states = StateStore(memory_bytes // 2)
+        self._repairs: TrieRepairs | None = None
         self.walker = Walker(self.decoder, self.states)
 
     def evaluate_all(self, request: EvaluatePlans) -> Evaluations:
@@ -116,9 +121,13 @@ class FastEvaluator:
         """
         started = time.perf_counter()
         samples = self.task.split(request.split)[request.start : request.limit]
-        plans, failures = self._readable(request.plans)
+        plans, maps, failures = self._readable(request)
         self.walker.tally.by_plan.clear()
-        outcomes = self._outcomes(plans, request.split, samples, request.start)
+        given = any(request.artefacts)  # maps as they were kept are folded into the weights, as in an export
+        self._repair_by(NOT_COMPENSATED if given else request.compensation)
+        outcomes = self._outcomes(plans, request.split, samples, request.start, maps if given else {})
+        for plan in plans:
+            self._ask_plain(plan, samples, request.start, outcomes[plan.text], maps.get(plan.text))
         seconds = (time.perf_counter() - started) / max(1, len(plans))
         results = tuple(
             failures.get(text) or self._evaluation(text, request, samples, outcomes[text], seconds)
@@ -144,7 +153,8 @@ class FastEvaluator:
         expected = {dense.text: answers, plans[1].text: self.plain.answer(plans[1], chosen)}
         # The model's own answers are the right ones here, so that every one of them is compared token by token.
         own = [replace(s, answers=(expected[dense.text].texts.get(s.id) or "-",)) for s in chosen]
-        outcomes = self._outcomes(plans, "check", own, 0, ask=False)
+        self._repair_by(NOT_COMPENSATED)
+        outcomes = self._outcomes(plans, f"check {split}", own, 0, {})
         for plan in plans:
             for place, sample in enumerate(own):
                 found = outcomes[plan.text].scores.get(place)
@@ -157,46 +167,76 @@ class FastEvaluator:
                         f"{self._scorer.scores_of_text(sample, text)[0]:g} by itself"
                     )
 
-    def _readable(self, texts: Sequence[str]) -> tuple[list[SkipPlan], dict[str, EvaluationFailure]]:
-        plans, failures = [], {}
-        for text in texts:
+    def _readable(
+        self, request: EvaluatePlans
+    ) -> tuple[list[SkipPlan], dict[str, Maps | None], dict[str, EvaluationFailure]]:
+        """The plans that can be run, their maps, and why the others cannot."""
+        plans, maps, failures = [], {}, {}
+        for text in request.plans:
             try:
                 plan = SkipPlan.parse(text)
                 validate(plan, self.decoder.descriptor)
+                artefact = request.artefact_of(text)
+                maps[text] = self.plain.compensator.maps(plan, request.compensation, artefact)
                 plans.append(plan)
-            except PlanError as error:
+            except (PlanError, CompensationError) as error:
                 failures[text] = EvaluationFailure(text, describe_error(error))
-        return plans, failures
+        return plans, maps, failures
+
+    def _repair_by(self, compensation: str) -> None:
+        """Have the trie repair states by the maps of a recipe; states repaired by another's are forgotten."""
+        self.walker.repairs = None
+        if compensation == NOT_COMPENSATED:
+            return
+        if self._repairs is None or self._repairs.compensation != compensation:
+            self.states.clear()
+            self._repairs = TrieRepairs(self.decoder, self.plain.compensator.shared(Recipe.parse(compensation)))
+        self.walker.repairs = self._repairs
 
     def _outcomes(
-        self, plans: Sequence[SkipPlan], split: str, samples: Sequence[Sample], start: int, *, ask: bool = True
+        self,
+        plans: Sequence[SkipPlan],
+        split: str,
+        samples: Sequence[Sample],
+        start: int,
+        folded_maps: Mapping[str, Maps | None],
     ) -> dict[str, _Outcome]:
         outcomes = {plan.text: _Outcome() for plan in plans}
         with torch.inference_mode():
             for part in self.parts.of(split, samples, start, self.chunk_tokens):
                 self.states.budget = max(self._memory // 2, self._memory - self.parts.nbytes)
-                self._score_part(plans, part, samples, start, outcomes)
-        if ask:
-            for plan in plans:
-                self._ask_plain(plan, samples, start, outcomes[plan.text])
+                for outcome in outcomes.values():
+                    outcome.failed.update(part.failed)
+                self._know_dense(part)
+                repaired = [plan for plan in plans if folded_maps.get(plan.text) is None]
+                self._score_part(self.walker, repaired, part, samples, start, outcomes)
+                for plan in plans:
+                    own = folded_maps.get(plan.text)
+                    if own is not None:  # other weights: no state is shared with other plans
+                        walker = Walker(self.decoder, StateStore(self.states.budget), self.walker.tally)
+                        with folded(self.decoder.stack, plan, own):
+                            self._score_part(walker, [plan], part, samples, start, outcomes)
         return outcomes
+
+    def _know_dense(self, part: Part) -> None:
+        dense = SkipPlan.dense(self.decoder.num_layers)
+        for number, chunk in enumerate(part.chunks):
+            if number not in part.dense:
+                ((_, states),) = self.walker.ends(build_trie([dense]), chunk)
+                part.dense[number] = DenseAnswers.of(self.decoder.logits(states))
 
     def _score_part(
         self,
+        walker: Walker,
         plans: Sequence[SkipPlan],
         part: Part,
         samples: Sequence[Sample],
         start: int,
         outcomes: dict[str, _Outcome],
     ) -> None:
-        dense = SkipPlan.dense(self.decoder.num_layers)
-        for outcome in outcomes.values():
-            outcome.failed.update(part.failed)
         for number, chunk in enumerate(part.chunks):
-            if number not in part.dense:
-                ((_, states),) = self.walker.ends(build_trie([dense]), chunk)
-                part.dense[number] = DenseAnswers.of(self.decoder.logits(states))
-            for node, states in self.walker.ends(build_trie(plans), chunk):
+            root = build_trie(plans, repairs=walker.repairs is not None)
+            for node, states in walker.ends(root, chunk):
                 logits = self.decoder.logits(states)
                 divergence = part.dense[number].divergence(logits)
                 for plan in node.plans:
@@ -234,11 +274,13 @@ class FastEvaluator:
             targets += [*guess.complete, -1][: last - first]
         return torch.tensor(targets, device=self.loaded.device)
 
-    def _ask_plain(self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: _Outcome) -> None:
+    def _ask_plain(
+        self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: _Outcome, maps: Maps | None
+    ) -> None:
         if not outcome.ask:
             return
         asked = [samples[place - start] for place in sorted(outcome.ask)]
-        answers = self.plain.answer_alone(plan, asked)
+        answers = self.plain.answer_alone(plan, asked, maps)
         outcome.failed.update(answers.failed)
         for place, sample in zip(sorted(outcome.ask), asked, strict=True):
             if sample.id in answers.texts:

@@ -6,7 +6,7 @@ keeps as many more as its budget holds, for plans that are asked for later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from workers.runtime.plan import Action
 
 from .decoder import Decoder, LayerOutput
 from .packing import Chunk
-from .repair import CalibrationState, Compensator
+from .repair import Repairs
 from .states import StateStore
 from .trie import Execute, Node, Repair
 
@@ -31,15 +31,12 @@ class Tally:
 class Walker:
     """Computes states of chunks at nodes of a trie."""
 
-    def __init__(self, decoder: Decoder, states: StateStore, compensator: Compensator | None = None) -> None:
-        self._decoder, self._states, self._compensator = decoder, states, compensator
-        self._calibration: Sequence[Chunk] = ()
-        self.tally = Tally()
+    def __init__(self, decoder: Decoder, states: StateStore, tally: Tally | None = None) -> None:
+        self._decoder, self._states = decoder, states
+        self.repairs: Repairs | None = None
+        """What repair steps do; states kept for other repairs are to be forgotten when this changes."""
+        self.tally = tally or Tally()
         self._charged = ""
-
-    def calibrate_on(self, chunks: Sequence[Chunk]) -> None:
-        """The chunks whose states repairs are fitted on."""
-        self._calibration = chunks
 
     def ends(self, root: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
         """Every node where plans end, with the final states ``[answer positions, hidden]`` there, depth first."""
@@ -70,7 +67,7 @@ class Walker:
             return known
         before = self.state(node.parent, chunk)
         if isinstance(node.step, Repair):
-            output = LayerOutput(self._repair(node, chunk, before))
+            output = LayerOutput(self._repair(node, before))
         else:
             output = self._execute(node, chunk, before.hidden)
         self._states.put(key, output, branching=node.branching)
@@ -92,8 +89,8 @@ class Walker:
         step = node.step
         if not node.reached_by_repair or not isinstance(step, Execute):
             return None
-        assert self._compensator is not None
-        return self._compensator.branch_of(self._decoder.layers[step.layer])
+        assert self.repairs is not None
+        return self.repairs.branch_of(self._decoder.layers[step.layer])
 
     def _count(self, chunk: Chunk, node: Node) -> None:
         samples = len(chunk.samples)
@@ -115,7 +112,7 @@ class Walker:
         step = node.step
         if isinstance(step, Repair):
             before = self._answer_output(node.parent, chunk)
-            return self._repair(node, chunk, before)
+            return self._repair(node, before)
         return self._answer_output(node, chunk).hidden
 
     def _answer_output(self, node: Node, chunk: Chunk) -> LayerOutput:
@@ -136,18 +133,7 @@ class Walker:
 
     # Repairs --------------------------------------------------------------------------------------------------------
 
-    def _repair(self, node: Node, chunk: Chunk, before: LayerOutput) -> Tensor:
-        step, compensator = node.step, self._compensator
-        assert isinstance(step, Repair) and compensator is not None
-        if not compensator.knows(step):
-            compensator.fit(step, [self._calibration_state(node, each) for each in self._calibration])
-        return compensator.transform(step, before)
-
-    def _calibration_state(self, node: Node, chunk: Chunk) -> CalibrationState:
-        assert node.parent is not None
-        decoder, context = self._decoder, chunk.context
-
-        def run(layer: int, hidden: Tensor) -> Tensor:
-            return decoder.run(layer, hidden, context.arguments[layer]).hidden
-
-        return CalibrationState(chunk, self.state(node.parent, chunk), context.real, context.is_vision, run)
+    def _repair(self, node: Node, before: LayerOutput) -> Tensor:
+        step = node.step
+        assert isinstance(step, Repair) and self.repairs is not None
+        return self.repairs.transform(step, before)

@@ -7,6 +7,7 @@ projections alone, their weights can hold T (W' = T^T W where the weight is [hid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,15 @@ class GapMap:
     """The map that repairs one gap: the MLP of layer ``layer`` adds M ``matrix`` + ``bias`` instead of M.
 
     ``matrix`` is ``[hidden, hidden]`` and applied from the right; ``bias`` is ``[hidden]`` or None. ``end`` is the
-    last layer of the run of skipped layers behind ``layer``.
+    last layer of the run of skipped layers behind ``layer``. ``share`` is the factor with which M enters the residual
+    stream (1 in most families); folding does not need it, applying the map to states does.
     """
 
     layer: int
     end: int
     matrix: Tensor
     bias: Tensor | None = None
+    share: float = 1.0
 
 
 Maps = Mapping[int, GapMap]
@@ -139,6 +142,17 @@ def fold(edits: Edits, stack: DecoderStack, plan: SkipPlan, maps: Maps) -> None:
         raise FoldingError(f"the maps given are not those of the gaps of plan {plan.text}")
     for index in sorted(maps):
         fold_site_map(edits, fold_site(stack, index), maps[index])
+
+
+@contextmanager
+def folded(stack: DecoderStack, plan: SkipPlan, maps: Maps) -> Iterator[None]:
+    """While in here, the maps are in the weights of a model whose layers are all there."""
+    edits = Edits()
+    try:
+        fold(edits, stack, plan, maps)
+        yield
+    finally:
+        edits.undo()
 
 
 def fold_site_map(edits: Edits, site: FoldSite, own: GapMap) -> None:

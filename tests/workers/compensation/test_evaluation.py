@@ -1,0 +1,114 @@
+"""Compensated plans evaluated: the trie against the plain path with folded weights, kept maps against fitted ones."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers.compensation import store
+from workers.compensation.artefacts import decode
+from workers.compensation.recipe import CompensationError, Recipe
+from workers.engine.choice import Evaluators
+from workers.evaluation import Evaluator
+from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, FitCompensation
+from workers.models import LoadedModel
+from workers.runtime import SkipPlan, apply
+from workers.tasks import Task
+
+LINEAR = "linear ridge=0.001 weighting=rms tokens=200"
+
+
+@pytest.fixture(scope="module")
+def evaluators(tiny: LoadedModel, small_task: Task) -> Evaluators:
+    return Evaluators(Evaluator(tiny, small_task, batch_size=4), memory_bytes=1 << 28)
+
+
+def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Evaluators) -> None:
+    generator = random.Random(3)
+    plans = tuple({"".join(generator.choice("RRSSF") for _ in range(5)) + "R" for _ in range(8)})
+    asked = {"plans": plans, "split": "search", "compensation": LINEAR}
+    fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
+    for one, other in zip(fast.results, plain.results, strict=True):
+        assert isinstance(one, Evaluation) and isinstance(other, Evaluation)
+        assert one.path == "fast" and other.path == "plain"
+        assert one.compensation == other.compensation == LINEAR
+        assert one.scores == other.scores and one.failed_samples == other.failed_samples == {}
+    uncompensated = evaluators.evaluate(EvaluatePlans(plans, "search", path="fast"))
+    by_plan = dict(zip(plans, uncompensated.results, strict=True))
+    closer = [r.plan for r in fast.results if "S" in r.plan.lstrip("S") and sum(r.kl) < sum(by_plan[r.plan].kl)]
+    gapped = [plan for plan in plans if "S" in plan.lstrip("S")]
+    assert len(closer) > len(gapped) / 2 > 1
+    for plan in set(plans) - set(gapped):
+        assert next(r for r in fast.results if r.plan == plan).scores == by_plan[plan].scores
+
+
+def test_kept_maps_are_read_back_and_folded(evaluators: Evaluators, tiny: LoadedModel, tmp_path: Path) -> None:
+    compensator = evaluators.plain.compensator
+    kept = compensator.answer(FitCompensation("RSRSSR", LINEAR))
+    artefact = store.put(str(tmp_path), kept.content)
+    decoded = decode(store.get(artefact), plan="RSRSSR")
+    fitted = compensator.fitted(SkipPlan.parse("RSRSSR"), Recipe.parse(LINEAR))
+    assert decoded.compensation == LINEAR and decoded.maps.keys() == fitted.maps.keys() == {0, 2}
+    assert all(torch.equal(decoded.maps[layer].matrix, own.matrix) for layer, own in fitted.maps.items())
+    assert [(gap.layer, gap.end) for gap in kept.gaps] == [(0, 1), (2, 4)]
+    assert all(0 <= gap.unexplained < gap.plain for gap in kept.gaps)
+    asked = {"plans": ("RSRSSR", "RRRRRR"), "split": "held_out", "compensation": LINEAR, "artefacts": (artefact, None)}
+    before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
+    fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
+    for one, other in zip(fast.results, plain.results, strict=True):
+        assert isinstance(one, Evaluation) and isinstance(other, Evaluation)
+        assert one.scores == other.scores and one.path == "fast"
+    assert all(torch.equal(before[name], value) for name, value in tiny.model.state_dict().items())
+    with apply(tiny.model, SkipPlan.parse("RSRSSR"), decoded.maps):
+        pass  # the maps are those of its gaps
+
+
+def test_equal_fits_make_equal_files(evaluators: Evaluators, tiny: LoadedModel, small_task: Task) -> None:
+    request = FitCompensation("RSRSSR", LINEAR)
+    again = Evaluator(tiny, small_task, batch_size=2).compensator
+    assert evaluators.plain.compensator.answer(request).content == again.answer(request).content
+
+
+def test_a_plan_that_cannot_be_compensated_fails_alone(evaluators: Evaluators) -> None:
+    text = LINEAR + " bias=yes"
+    for path in ("fast", "plain"):
+        found = evaluators.evaluate(EvaluatePlans(("RSRRRR", "RRRRRR"), "search", compensation=text, path=path))
+        refused, dense = found.results
+        assert isinstance(refused, EvaluationFailure) and "map with a bias" in refused.reason
+        assert isinstance(dense, Evaluation)
+
+
+def test_maps_of_another_plan_or_damaged_ones_are_refused(evaluators: Evaluators, tmp_path: Path) -> None:
+    compensator = evaluators.plain.compensator
+    kept = compensator.answer(FitCompensation("RSRSSR", LINEAR))
+    artefact = store.put(str(tmp_path), kept.content)
+    with pytest.raises(CompensationError, match="those of plan RSRSSR, not of RSRRRR"):
+        decode(store.get(artefact), plan="RSRRRR")
+    Path(artefact.location).write_bytes(kept.content[:-4] + b"\0\0\0\0")
+    with pytest.raises(CompensationError, match="not what was fitted"):
+        store.get(artefact)
+    assert store.put(str(tmp_path), kept.content) == artefact and store.get(artefact) == kept.content
+    Path(artefact.location).unlink()
+    with pytest.raises(CompensationError, match="cannot be read"):
+        store.get(artefact)
+    for content in (b"", b"\0" * 100, kept.content[:50]):
+        with pytest.raises(CompensationError, match="cannot be read"):
+            decode(content)
+
+
+def test_a_store_may_be_a_url(evaluators: Evaluators) -> None:
+    kept = evaluators.plain.compensator.answer(FitCompensation("RSRRRR", LINEAR))
+    artefact = store.put("memory://maps/here", kept.content)
+    assert artefact.location.startswith("memory://maps/here/") and store.get(artefact) == kept.content
+    with pytest.raises(CompensationError, match="cannot be written"):
+        store.put("nowhere://maps", kept.content)
+
+
+def test_no_maps_are_fitted_where_none_are_asked_for(evaluators: Evaluators) -> None:
+    compensator = evaluators.plain.compensator
+    assert compensator.maps(SkipPlan.parse("RSRRRR"), "none") is None
+    with pytest.raises(CompensationError, match="no maps to fit"):
+        compensator.answer(FitCompensation("RSRRRR", "none"))

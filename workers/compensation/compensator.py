@@ -1,0 +1,140 @@
+"""What a worker does about compensations: calibrate once, fit plans as they come, and keep what was fitted."""
+
+from __future__ import annotations
+
+import platform
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from workers.engine.decoder import Decoder, NotExactError
+from workers.messages import Artefact, FitCompensation, FittedCompensation, FittedGapShares
+from workers.models import LoadedModel
+from workers.runtime.folding import Maps
+from workers.runtime.plan import SkipPlan
+from workers.tasks import Task
+
+from . import store
+from .artefacts import Provenance, decode, encode
+from .calibration import Calibration, calibrate
+from .fit import Fitted, fit
+from .gain import propagation_gains
+from .recipe import CompensationError, Recipe
+from .shared import SharedFits
+from .weighting import Weigh, weigher
+
+KEPT_PLANS = 64
+"""Fitted plans, and read artefacts, that are kept."""
+
+
+class Compensator:
+    """Fits the maps of plans of one model on one task's calibration split.
+
+    Equal plans give equal maps: where the family's layers can be called one at a time, plans share what they begin
+    with; otherwise each plan is fitted by itself.
+    """
+
+    def __init__(self, loaded: LoadedModel, task: Task) -> None:
+        self.loaded, self.task = loaded, task
+        self._calibrations: OrderedDict[tuple[int, int], Calibration] = OrderedDict()
+        self._fits: dict[str, Callable[[SkipPlan], Fitted]] = {}
+        self._shared: dict[str, SharedFits] = {}
+        self._fitted: OrderedDict[tuple[str, str], Fitted] = OrderedDict()
+        self._read: OrderedDict[str, Maps] = OrderedDict()
+
+    def maps(self, plan: SkipPlan, compensation: str, artefact: Artefact | None = None) -> Maps | None:
+        """The maps of a plan: None where skips stay plain, those of ``artefact`` where it is given, else fitted ones.
+
+        Raises :class:`CompensationError` when they cannot be fitted or read.
+        """
+        if Recipe.parse(compensation).is_none:
+            return None
+        if artefact is None:
+            return self.fitted(plan, Recipe.parse(compensation)).maps
+        if artefact.checksum not in self._read:
+            self._read[artefact.checksum] = decode(store.get(artefact), plan=plan.text).maps
+            _forget_oldest(self._read, KEPT_PLANS)
+        return self._read[artefact.checksum]
+
+    def fitted(self, plan: SkipPlan, recipe: Recipe) -> Fitted:
+        """The fit of a plan, from memory where it is known."""
+        key = (plan.text, recipe.text)
+        if key not in self._fitted:
+            self._fitted[key] = self._fit_of(recipe)(plan)
+            _forget_oldest(self._fitted, KEPT_PLANS)
+        self._fitted.move_to_end(key)
+        return self._fitted[key]
+
+    def answer(self, request: FitCompensation) -> FittedCompensation:
+        """Fit a plan's maps for keeping: the file's content, and how well they fit."""
+        recipe = Recipe.parse(request.compensation)
+        if recipe.is_none:
+            raise CompensationError("compensation none has no maps to fit")
+        fitted = self.fitted(SkipPlan.parse(request.plan), recipe)
+        calibration = self.calibration(recipe)
+        provenance = Provenance(
+            model_fingerprint=self.loaded.fingerprint,
+            task=self.task.name,
+            samples=len(calibration.samples),
+            tokens=calibration.kept,
+            settings=self._settings(),
+        )
+        return FittedCompensation(
+            plan=fitted.plan,
+            compensation=fitted.compensation,
+            content=encode(fitted, provenance),
+            gaps=tuple(FittedGapShares(g.layer, g.end, g.plain_share, g.unexplained) for g in fitted.gaps),
+            tokens=calibration.kept,
+            samples=len(calibration.samples),
+            seconds=fitted.seconds,
+        )
+
+    def calibration(self, recipe: Recipe) -> Calibration:
+        """The calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""
+        key = (recipe.tokens, recipe.seed)
+        if key not in self._calibrations:
+            self._calibrations.clear()
+            self._fits.clear()
+            self._shared.clear()
+            self._calibrations[key] = calibrate(self.loaded, self.task, tokens=recipe.tokens, seed=recipe.seed)
+        return self._calibrations[key]
+
+    def shared(self, recipe: Recipe) -> SharedFits:
+        """Fits whose maps are shared by plans that begin alike.
+
+        Raises NotExactError when the family's layers cannot be called one at a time.
+        """
+        calibration = self.calibration(recipe)
+        if recipe.text not in self._shared:
+            weigh = self._weigh(recipe, calibration)
+            self._shared = {recipe.text: SharedFits(Decoder(self.loaded.model), calibration, recipe, weigh)}
+        return self._shared[recipe.text]
+
+    def _fit_of(self, recipe: Recipe) -> Callable[[SkipPlan], Fitted]:
+        calibration = self.calibration(recipe)
+        if recipe.text not in self._fits:
+            try:
+                self._fits = {recipe.text: self.shared(recipe).fit}
+            except NotExactError:
+                model, weigh = self.loaded.model, self._weigh(recipe, calibration)
+                self._fits = {recipe.text: lambda plan: fit(model, calibration, plan, recipe, weigh)}
+        return self._fits[recipe.text]
+
+    def _weigh(self, recipe: Recipe, calibration: Calibration) -> Weigh:
+        return weigher(recipe.weighting, calibration, propagation_gains(self.loaded, calibration))
+
+    def _settings(self) -> str:
+        config = self.loaded.model.config.get_text_config(decoder=True)
+        return (
+            f"dtype={str(self.loaded.model.dtype).removeprefix('torch.')} attention={config._attn_implementation} "
+            f"device={self.loaded.device.type} threads={torch.get_num_threads()} python={platform.python_version()} "
+            f"torch={torch.__version__} transformers={transformers.__version__}"
+        )
+
+
+def _forget_oldest(kept: OrderedDict[Any, Any], limit: int) -> None:
+    while len(kept) > limit:
+        kept.popitem(last=False)

@@ -1,0 +1,52 @@
+"""Compensation inside the trie of plans: maps in place of the repairs between a kept layer and what runs next.
+
+A map depends on what was executed before it, as does a node of the trie, so plans that begin alike share it. The
+calibration tokens take the same path, in batches of their own, and their states are kept between requests.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from workers.engine.decoder import Decoder, LayerOutput, NotExactError
+from workers.engine.trie import Repair
+from workers.runtime.folding import FoldingError, fold_site
+
+from .fit import changed_state
+from .shared import SharedFits
+
+
+class TrieRepairs:
+    """The maps of one recipe as the repairs of :mod:`workers.engine.repair`.
+
+    Raises:
+        NotExactError: M is the sum of several modules' outputs.
+    """
+
+    def __init__(self, decoder: Decoder, fits: SharedFits) -> None:
+        self._fits = fits
+        self._branches: dict[int, nn.Module] = {}
+        for number, layer in enumerate(decoder.layers):
+            try:
+                outputs = fold_site(decoder.stack, number).outputs
+            except FoldingError:
+                continue  # no plan with a gap behind this layer gets here: it has no map
+            if len(outputs) != 1:
+                raise NotExactError("its layers add the outputs of several modules, of which the trie follows one")
+            self._branches[id(layer)] = outputs[0]
+
+    @property
+    def compensation(self) -> str:
+        """The recipe's text."""
+        return self._fits.recipe.text
+
+    def branch_of(self, layer: nn.Module) -> nn.Module:
+        """The module of a decoder layer whose output is M."""
+        return self._branches[id(layer)]
+
+    def transform(self, step: Repair, output: LayerOutput) -> Tensor:
+        """The state ``[rows, tokens, hidden]`` with the map in place."""
+        assert output.branch is not None
+        change = self._fits.change(step.prefix)
+        added = output.branch.flatten(0, 1) * self._fits.share(step.after)
+        return changed_state(output.hidden, added, change)
