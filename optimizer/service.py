@@ -22,7 +22,7 @@ from optimizer.progress import Progress
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.publish import Published
 from storage import errors as storage_errors
-from storage import jobs
+from storage import headway, jobs
 from storage.database import Database
 from storage.jobs import Job
 from workers.errors import ClusterError
@@ -137,9 +137,11 @@ def _run_pipeline(context: JobContext, lease_seconds: float) -> Published:
 
 def put_back(db: Database, job: Job, reason: str) -> None:
     """Let a job wait whose surroundings failed; the longer, the more often that happened."""
-    wait = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (job.attempt - 1))
-    quietly(lambda: jobs.retry(db, job, reason, wait))
-    logs.log("job_put_back", reason=reason, wait_seconds=wait)
+    with suppress(storage_errors.StorageError):  # what made the attempt end is what is reported
+        before = headway.retries_in_a_row(db, job.id)
+        wait = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**before)
+        now = jobs.retry(db, job, reason, wait)
+        logs.log("job_put_back" if now.state == "queued" else "job_failed", reason=reason, wait_seconds=wait)
 
 
 def quietly(action: Callable[[], object]) -> None:

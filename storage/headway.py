@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from sqlalchemy import exists, func, or_, select
 from sqlalchemy.orm import Session
 
+from storage.database import reads
 from storage.schema import EvaluationRow, JobEventRow, JobStageRow
+
+MOST_RETRIES = 32
+"""More in a row are not told apart."""
 
 
 def made(session: Session, job_id: int, attempt: int) -> bool:
@@ -25,3 +31,15 @@ def made(session: Session, job_id: int, attempt: int) -> bool:
     )
     finished = exists(select(JobStageRow.stage).where(JobStageRow.job_id == job_id, JobStageRow.attempt == attempt))
     return bool(session.scalar(select(or_(evaluated, finished))))
+
+
+@reads
+def retries_in_a_row(session: Session, job_id: int) -> int:
+    """How often the job was last put back because its surroundings failed, with nothing else between."""
+    kinds = session.scalars(
+        select(JobEventRow.kind)
+        .where(JobEventRow.job_id == job_id, JobEventRow.kind != "claimed")
+        .order_by(JobEventRow.id.desc())
+        .limit(MOST_RETRIES)
+    )
+    return sum(1 for _ in takewhile(lambda kind: kind == "retry", kinds))

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from storage_builders import claimed, scene
 
-from storage import evaluations, events, jobs, stages
+from storage import evaluations, events, headway, jobs, stages
 
 
 def evaluate(db, stage, plan):
@@ -78,3 +78,14 @@ def test_a_resumed_job_need_not_wait(db):
     jobs.cancel(db, job.id)
     jobs.resume(db, job.id)
     assert jobs.claim(db, "me", 60).id == job.id
+
+
+def test_retries_in_a_row_are_counted_until_something_else_happens(db):
+    job = claimed(db)
+    assert headway.retries_in_a_row(db, job.id) == 0
+    for number in (1, 2):
+        jobs.retry(db, job, "no cluster", 0)
+        assert headway.retries_in_a_row(db, job.id) == number
+        job = jobs.claim(db, "me", 60)
+    stages.record_stage(db, job, "score", {})
+    assert headway.retries_in_a_row(db, job.id) == 0
