@@ -34,8 +34,9 @@ Floats = NDArray[np.float64]
 class Settings:
     """How the sampler searches; chosen by the benchmark in docs/benchmarks.md."""
 
-    damping: float = 0.5
-    """Of the draws' distance from the posterior mean."""
+    least_damping: float = 0.3
+    most_damping: float = 2.0
+    """Factors of the draws' distance from the posterior mean: a batch's draws go from careful to curious."""
     parents: int = 12
     """Plans of the front (and the next-best layers behind it) that moves start from."""
     pool: int = 500
@@ -277,7 +278,8 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         model = DropModel(self._encoding, observations, self._scales, rounds=2 if refit else 0)
         if refit:
             self._scales, self._fitted_on = model.scales, len(kept)
-        return model.draws(self._batch, self._settings.damping, self._random)
+        damping = np.geomspace(self._settings.least_damping, self._settings.most_damping, self._batch)
+        return model.draws(self._batch, damping, self._random)
 
     def _nearest(self, seen: Sequence[Seen]) -> list[Seen]:
         """All trials, or where there are too many the ones closest to the front and the latest."""

@@ -72,7 +72,7 @@ class DropModel:
                 (seen.drop_error / self._rest_spread) ** 2,
             )
 
-    def draws(self, count: int, damping: float, random: np.random.Generator) -> Draws:
+    def draws(self, count: int, damping: Floats, random: np.random.Generator) -> Draws:
         """Functions from plans to [count + 1, plans] drops; row 0 holds the mean's."""
         main = self._main.draws(count, damping, random)
         rest = None if self._rest is None else self._rest.draws(count, damping, random)

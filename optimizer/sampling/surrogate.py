@@ -104,8 +104,8 @@ class Surrogate:
         mean: Floats = self._kernel(design, self._design) @ self._weights
         return mean
 
-    def draws(self, count: int, damping: float, random: np.random.Generator) -> Callable[[Design], Floats]:
-        """Functions drawn from the posterior, their distance from its mean multiplied by ``damping``.
+    def draws(self, count: int, damping: Floats, random: np.random.Generator) -> Callable[[Design], Floats]:
+        """Functions drawn from the posterior, their distance from its mean multiplied by ``damping`` [draws].
 
         The function returned maps plans to [draws + 1, plans]; row 0 is the mean.
         """
@@ -117,7 +117,7 @@ class Surrogate:
             covariance = self._kernel(design, self._design)
             mean = covariance @ self._weights
             deviations = prior(design) - (covariance @ corrections).T
-            return np.vstack([mean, mean + damping * deviations])
+            return np.vstack([mean, mean + damping[:, None] * deviations])
 
         return evaluate
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from optimizer.criteria.angular import Angular
 from optimizer.strategies.base import PlanList, Problem
-from optimizer.strategies.needs import need_plain_skips
+from optimizer.strategies.needs import need_blocks, need_plain_skips
 from optimizer.strategies.nested import applied
 
 
 def angular(problem: Problem) -> PlanList:
     """The method for every block length n."""
     need_plain_skips(problem, "angular")
+    need_blocks(problem, "angular")
     space, criterion = problem.space, Angular()
     blocks = [criterion.best_block(problem.table, length) for length in range(1, space.num_layers)]
     return PlanList([applied(space, block, "S") for block in blocks], space, "angular")

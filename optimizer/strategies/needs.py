@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimizer.errors import UsageFault
 from optimizer.strategies.base import Problem
+from workers.errors import MeasurementError
 
 _NAMES = {"S": "skip", "F": "freeze", "B": "bypass"}
 
@@ -26,3 +27,9 @@ def need_compensation(problem: Problem, strategy: str) -> None:
     need_action(problem, strategy, "S")
     if problem.space.recipe is None:
         raise UsageFault(f"search.strategy: {strategy} compensates what it skips (compensation: linear or both)")
+
+
+def need_blocks(problem: Problem, strategy: str) -> None:
+    """Raises MeasurementError when the distances of blocks of layers were not measured."""
+    if not problem.table.has("angular_distance@1", "last"):
+        raise MeasurementError(f"{strategy} needs the angular distances of all blocks of layers, which were not measured")

@@ -9,12 +9,13 @@ from __future__ import annotations
 from optimizer.criteria.angular import Angular
 from optimizer.space import COMPENSATED, Candidate
 from optimizer.strategies.base import PlanList, Problem
-from optimizer.strategies.needs import need_compensation
+from optimizer.strategies.needs import need_blocks, need_compensation
 
 
 def replaceme(problem: Problem) -> PlanList:
     """The method for every block length n."""
     need_compensation(problem, "replaceme")
+    need_blocks(problem, "replaceme")
     space, plans = problem.space, []
     for length in range(1, space.num_layers - 1):
         block = Angular().best_block(problem.table, length)
