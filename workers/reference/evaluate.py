@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.reference.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("configs/reference/llava-12"))
     parser.add_argument("--images", type=int, default=None, help="easy-VQA test images (default: all)")
-    parser.add_argument("--scenes", type=int, default=2000, help="number of scenes")
+    parser.add_argument("--scenes", type=int, default=2000, help="number of scenes; 0 leaves them out")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(argv)
@@ -125,8 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     processor = AutoProcessor.from_pretrained(options.model)
     tasks = {
         "easy-vqa": easy_vqa_questions(options.images),
-        "scenes": scene_questions(options.scenes, options.seed),
     }
+    if options.scenes:
+        tasks["scenes"] = scene_questions(options.scenes, options.seed)
     for name, questions in tasks.items():
         started = time.perf_counter()
         result = measure(model, processor, questions)
