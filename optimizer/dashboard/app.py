@@ -24,6 +24,7 @@ def create_app(db: Database, *, host: str = "127.0.0.1", token: str | None = Non
     app = FastAPI(title="skipplan", version=version("skipplan"), description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.database = db
     app.state.gate = Gate(token)
+    app.state.reports = html.Reports()
     app.middleware("http")(app.state.gate.guard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts_for(host, token))
     app.include_router(api.router)

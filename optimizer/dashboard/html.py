@@ -19,11 +19,34 @@ from optimizer.report import words
 from optimizer.report.data import collect
 from optimizer.report.html import job_page, plotly_script, render, search_curves
 from storage import jobs, overview
+from storage.database import Database
 from storage.errors import NotFound
+from storage.jobs import Job
 
 router = APIRouter(include_in_schema=False)
 JOBS_SHOWN = 100
 LONGEST_FORM = 4096
+
+
+class Reports:
+    """Written reports, the last few of them, as long as neither their job nor the jobs beside it have changed."""
+
+    def __init__(self, most: int = 8) -> None:
+        self._most = most
+        self._written: dict[tuple[object, ...], str] = {}
+
+    def get(self, db: Database, job: Job) -> str:
+        """The job's report; that of an unfinished job is written anew."""
+        key = (job.id, job.state, job.attempt, job.finished_at, *jobs.count(db).items())
+        if key not in self._written:
+            report = collect(db, job.id)
+            page = render(job_page(report, search_curves(db, report)), scripts="/static/")
+            if not job.is_finished:
+                return page
+            while len(self._written) >= self._most:
+                self._written.pop(next(iter(self._written)))
+            self._written[key] = page
+        return self._written[key]
 
 
 @cache
@@ -62,10 +85,11 @@ def show_job(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
 def show_report(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
     """A job's report; `skipplan report` writes the same page as one file."""
     try:
-        report = collect(db, job_id)
+        job = jobs.get(db, job_id)
     except NotFound as error:
         raise api.or_404(error) from None
-    return HTMLResponse(render(job_page(report, search_curves(db, report)), scripts="/static/"))
+    reports: Reports = request.app.state.reports
+    return HTMLResponse(reports.get(db, job))
 
 
 @router.get("/plans")

@@ -10,10 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from optimizer.latency_model import latency_ratio
+from optimizer.latency_model import ratio_of_text
 from optimizer.report.specification import Specification
 from optimizer.results import JobResult, load_result
-from optimizer.space import touched
 from storage import events, identities, overview, stages
 from storage.database import Database
 from storage.events import Event
@@ -22,7 +21,6 @@ from storage.jobs import Job
 from storage.measurements import Redundancy, short_name
 from storage.overview import EvaluationSummary, JobProfile
 from storage.plans import Plan
-from workers.runtime import SkipPlan
 
 
 @dataclass(frozen=True)
@@ -179,9 +177,8 @@ class Scored:
         for row in largest.values():
             if row is dense or row.accuracy is None:
                 continue
-            plan = SkipPlan.parse(row.plan)
             drop = dense_means[row.n] - row.accuracy if row.n < len(dense_means) else None
-            speedup = None if profile is None else 1.0 / latency_ratio(profile, plan)
+            speedup = None if profile is None else 1.0 / ratio_of_text(profile, row.plan)
             complete = row.n >= samples
             tried.append(
                 Tried(
@@ -193,7 +190,7 @@ class Scored:
                     drop=drop,
                     complete=complete,
                     predicted_speedup=speedup,
-                    within=complete and _within(spec.limits, row.accuracy, drop, speedup, dense_ms, touched(plan)),
+                    within=complete and _within(spec.limits, row.accuracy, drop, speedup, dense_ms, _touched(row.plan)),
                 )
             )
         return cls(tuple(tried), samples, None if dense is None else dense.accuracy)
@@ -210,6 +207,10 @@ def _prefix_means(scores: tuple[float, ...]) -> list[float]:
             means.append(right / count)
         return means
     return [math.nan, *(math.fsum(scores[:count]) / count for count in range(1, len(scores) + 1))]
+
+
+def _touched(plan: str) -> int:
+    return len(plan) - plan.count("R")
 
 
 def _within(

@@ -19,8 +19,10 @@ from storage.plans import Plan
 
 Trace = dict[str, Any]
 
-WEBGL_FROM = 1_500
-"""From so many points on, they are drawn on the graphics card: as many SVG elements would be slow."""
+MANY = 1_500
+"""From so many points on, those that nobody could see are left out of a chart: outside its range, or covered."""
+COLUMNS, ROWS = 320, 160
+"""Of a chart with many points: cells in which one point is drawn."""
 
 SHOWN_OF_MANY = {"cosine_distance_tail": "0.1", "cosine_distance_quantile": "0.9", "angular_distance": "1"}
 """Measures taken at many thresholds or block lengths, and the one that the heat map shows; the table has all."""
@@ -49,7 +51,13 @@ def front(report: JobReport) -> Chart | None:
     searched = [each for each in report.tried if each.drop is not None and each.predicted_speedup is not None]
     if not searched and not report.plans:
         return None
-    many = len(searched) > WEBGL_FROM
+    many = len(searched) > MANY
+    speeds, points = visible(report) or (None, None)
+    if many:
+        drawn = thinned(
+            [(each.predicted_speedup or 0.0, -100 * (each.drop or 0.0)) for each in searched], speeds, points
+        )
+        searched = [searched[place] for place in drawn]
     outside = [each for each in searched if not each.within]
     within = [each for each in searched if each.within]
     kept = [plan for plan in report.plans if meets_constraint(plan) is not False]
@@ -63,7 +71,6 @@ def front(report: JobReport) -> Chart | None:
         _dense(),
     ]
     limit = report.spec.max_accuracy_drop
-    speeds, points = visible(report) or (None, None)
     return Chart(
         "front",
         tuple(trace for trace in traces if trace["x"]),
@@ -98,9 +105,26 @@ def visible(report: JobReport) -> tuple[list[float], list[float]] | None:
     return [low - margin, high + margin], [bottom, top]
 
 
+def thinned(
+    points: Sequence[tuple[float, float]],
+    across: Sequence[float] | None = None,
+    upwards: Sequence[float] | None = None,
+) -> list[int]:
+    """Places of the points to draw: those within the ranges (all, by default), one in each small cell of the chart."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    left, right = across or (min(xs), max(xs))
+    bottom, top = upwards or (min(ys), max(ys))
+    cells: dict[tuple[int, int], int] = {}
+    for place, (x, y) in enumerate(points):
+        if left <= x <= right and bottom <= y <= top:
+            cell = (int(COLUMNS * (x - left) / (right - left or 1)), int(ROWS * (y - bottom) / (top - bottom or 1)))
+            cells.setdefault(cell, place)
+    return sorted(cells.values())
+
+
 def _searched(name: str, tried: Sequence[Tried], colour: str, opacity: float, many: bool) -> Trace:
     return {
-        "type": "scattergl" if many else "scatter",
+        "type": "scatter",
         "mode": "markers",
         "name": name,
         "x": [each.predicted_speedup for each in tried],
@@ -274,9 +298,11 @@ def _cell(name: str, measured: Redundancy | None) -> list[str]:
 def theory(check: TheoryCheck) -> Chart:
     """Predicted risk of the plans tried against the loss measured on the search split."""
     pairs = check.plans.pairs
-    many = len(pairs) > WEBGL_FROM
+    many = len(pairs) > MANY
+    if many:
+        pairs = tuple(pairs[place] for place in thinned([(pair.predicted, pair.measured) for pair in pairs]))
     trace = {
-        "type": "scattergl" if many else "scatter",
+        "type": "scatter",
         "mode": "markers",
         "name": "plan",
         "x": [pair.predicted for pair in pairs],

@@ -94,10 +94,10 @@ def facts(report: JobReport) -> tuple[Fact, ...]:
     if best is None:
         return ()
     return (
-        Fact(f"{best.speedup:.2f}x", f"measured speed-up [{best.speedup_low:.2f}, {best.speedup_high:.2f}]"),
+        Fact(f"{best.speedup:.2f}x", f"measured speed-up [{best.speedup_low:.2f},\u00a0{best.speedup_high:.2f}]"),
         Fact(
             words.signed(best.difference),
-            f"points of accuracy {words.interval(best.difference_low, best.difference_high)}",
+            f"points of accuracy {words.interval(best.difference_low, best.difference_high)}".replace(", ", ",\u00a0"),
         ),
         Fact(f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
         Fact(words.share(best.kv_cache_bytes, best.dense_kv_cache_bytes), "of the dense KV cache"),

@@ -74,7 +74,7 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
         f"({best.workload}) on {best.device}; the speed-up lies between {best.speedup_low:.2f} and "
         f"{best.speedup_high:.2f} ({percent(best.confidence)} confidence"
         + (f", {pairs} alternating pairs with dense)." if pairs else ").")
-        + f" The KV cache shrinks to {share(best.kv_cache_bytes, best.dense_kv_cache_bytes)} of the dense one's.",
+        + f" The KV cache takes {share(best.kv_cache_bytes, best.dense_kv_cache_bytes)} of the dense one's room.",
         f"Cost: on {count(best.n)} held-out samples"
         + (f" of {count(images)} images" if images else "")
         + f" it scores {best.accuracy:.3f}, the dense model {best.dense_accuracy:.3f}: a difference of "

@@ -106,7 +106,7 @@ def test_summary_tells_the_best_plans_figures(page: Page) -> None:
         "the speed-up lies between 1.48 and 1.56 (95 % confidence, 71 alternating pairs with dense)",
         "on 321 held-out samples of 55 images it scores 0.944, the dense model 0.947: a difference of -0.30 points",
         "The loss is at most 1.53 points (upper end of the interval at 97.5 % confidence); the job allows 5 points",
-        "The KV cache shrinks to 62 % of the dense one's",
+        "The KV cache takes 62 % of the dense one's room",
         "13 plans tried, 9 of them on the whole search split of 40 samples; 1 could not be scored",
         "3 plans verified on held-out samples, 2 of them within the limits",
     ):
