@@ -45,10 +45,8 @@ def load(name: str, thresholds: Mapping[str, float] | None = None) -> Criterion:
     try:
         criterion: Criterion = kind(**dict(thresholds or {}))
     except TypeError:
-        known = ", ".join(kind().thresholds) or "none"
-        raise UsageFault(
-            f"thresholds: criterion {name} has no {', '.join(thresholds or {})}; known are: {known}"
-        ) from None
+        known, given = ", ".join(kind().thresholds) or "none", ", ".join(thresholds or {})
+        raise UsageFault(f"thresholds: criterion {name} takes {known}, not {given}") from None
     except ValueError as error:
         raise UsageFault(f"thresholds: criterion {name}: {error}") from None
     return criterion

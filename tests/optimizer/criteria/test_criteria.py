@@ -1,0 +1,153 @@
+"""Criteria on tables small enough to check by hand, and how they are found."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from optimizer import criteria
+from optimizer.criteria import Risk, registry
+from optimizer.errors import UsageFault
+from optimizer.job import JobSpec
+from workers.errors import MeasurementError
+from workers.scoring.table import LayerMeasurement, LayerTable
+
+
+def table(layers: int = 3, **columns: list[float | None]) -> LayerTable:
+    """Columns are named ``name__group``, with ``_at_`` for the at sign and ``_`` for the point after it."""
+    rows = []
+    for column, values in columns.items():
+        name, _, group = column.partition("__")
+        name = name.replace("_at_", "@")
+        rows += [
+            LayerMeasurement(name, group, layer, value, None, 9)
+            for layer, value in enumerate(values)
+            if value is not None
+        ]
+    return LayerTable(layers, tuple(rows))
+
+
+DISTANCES = table(
+    cosine_distance__vision=[0.1, 0.5, 0.2], cosine_distance__text=[0.4, 0.1, 0.3], cosine_distance__all=[0.2, 0.4, 0.3]
+)
+
+
+def test_cosine_needs_both_groups_for_skip_and_vision_alone_for_freeze() -> None:
+    risk = criteria.load("cosine").risk(DISTANCES)
+    assert risk.risk["F"] == (0.1, 0.5, 0.2)
+    assert risk.risk["S"] == risk.risk["B"] == (0.4, 0.5, 0.3)
+    assert risk.order("F") == (0, 2, 1) and risk.order("S") == (2, 0, 1)
+    assert risk.of(1, "F") == 0.5 and risk.of(1, "R") == 0.0
+
+
+def test_block_influence_is_the_distance_of_all_tokens_whatever_the_action() -> None:
+    risk = criteria.load("block-influence").risk(DISTANCES)
+    assert set(risk.risk.values()) == {(0.2, 0.4, 0.3)}
+
+
+def test_angular_takes_the_best_block_that_holds_a_layer() -> None:
+    angles = table(angular_distance_at_1__last=[0.3, 0.1, 0.2], angular_distance_at_2__last=[0.4, 0.15, None])
+    assert criteria.load("angular").risk(angles).risk["S"] == (0.3, 0.1, 0.2)
+    pairs = criteria.load("angular", {"block": 2})
+    assert pairs.risk(angles).risk["S"] == pytest.approx((0.4, 0.15, 0.15))
+    assert list(pairs.best_block(angles, 2)) == [1, 2]  # type: ignore[attr-defined]
+
+
+def test_contributions_are_what_they_are_and_infinite_where_refused() -> None:
+    measured = table(
+        layer_contribution_at_freeze__last=[0.1, 0.2, 0.0],
+        layer_contribution_at_bypass__last=[0.3, 0.2, 0.1],
+        layer_contribution_at_skip__last=[None, 0.2, 0.4],
+    )
+    risk = criteria.load("layer-contribution").risk(measured)
+    assert risk.risk["S"] == (math.inf, 0.2, 0.4) and risk.order("S") == (1, 2, 0)
+    assert risk.risk["F"] == (0.1, 0.2, 0.0)
+
+
+def test_withdrawal_is_over_eta() -> None:
+    divergences = table(withdrawal__last=[0.6, 0.003, 0.0003])
+    assert criteria.load("vtw").risk(divergences).risk["B"] == pytest.approx((200, 1, 0.1))
+    assert criteria.load("vtw", {"eta": 0.3}).risk(divergences).risk["B"] == pytest.approx((2, 0.01, 0.001))
+
+
+def test_position_alone() -> None:
+    assert criteria.load("late-entry").risk(table()).order("B") == (0, 1, 2)
+    assert criteria.load("early-exit").risk(table()).order("B") == (2, 1, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.BUILT_IN if "entry" not in name and "exit" not in name])
+def test_what_was_not_measured_is_named(name: str) -> None:
+    with pytest.raises(MeasurementError, match="was not measured"):
+        criteria.load(name).risk(table())
+
+
+def test_a_risk_is_no_negative_and_no_nan() -> None:
+    for value in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="criterion c"):
+            Risk("c", {"S": (0.0, value)})
+
+
+# Names and thresholds ---------------------------------------------------------------------------------------------
+
+
+def test_every_built_in_criterion_loads_and_says_whose_it_is() -> None:
+    for name in registry.BUILT_IN:
+        loaded = criteria.load(name)
+        assert loaded.name == name and loaded.source and set(loaded.published_for) <= set("FBS")
+
+
+@pytest.mark.parametrize(
+    ("name", "thresholds", "message"),
+    [
+        ("nope", {}, "'nope' is not known; known are skip-it"),
+        ("vtw", {"etta": 1}, "criterion vtw takes eta, not etta"),
+        ("cosine", {"eta": 1}, "criterion cosine takes none, not eta"),
+        ("vtw", {"eta": 0}, "eta must be above 0"),
+        ("angular", {"block": 1.5}, "whole number"),
+        ("skip-it", {"attention": -1}, "attention must be above 0"),
+    ],
+)
+def test_wrong_names_and_thresholds_are_named(name: str, thresholds: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageFault, match=message):
+        criteria.load(name, thresholds)
+    with pytest.raises(ValueError, match=message):
+        JobSpec.model_validate({"model": {"path": "m"}, "task": "t", "criterion": name, "thresholds": thresholds})
+
+
+def test_thresholds_are_recorded_with_the_job_even_where_not_given() -> None:
+    job = JobSpec.model_validate({"model": {"path": "m"}, "task": "t", "criterion": "vtw"})
+    assert job.thresholds == {"eta": 0.003} == job.canonical()["thresholds"]
+    again = JobSpec.model_validate(job.model_dump(mode="json"))
+    assert again == job and again.digest() == job.digest()
+
+
+class Mine:
+    name, source, needs, published_for = "mine", "a test", (), "S"
+
+    def __init__(self, sharpness: float = 2.0) -> None:
+        self.thresholds = {"sharpness": sharpness}
+
+    def risk(self, measured: LayerTable) -> Risk:
+        return Risk(self.name, dict.fromkeys("FBS", (0.5,) * measured.num_layers))
+
+
+def test_a_users_own_criterion_is_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("mine", f"{__name__}:Mine", registry.GROUP),
+        EntryPoint("lost", "no.such:Thing", registry.GROUP),
+    ]
+
+    def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == "skipplan.criteria"
+        return [point for point in points if name in (None, point.name)]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    assert criteria.load("mine", {"sharpness": 3}).thresholds == {"sharpness": 3}
+    assert criteria.names()[-2:] == ("lost", "mine")
+    with pytest.raises(UsageFault, match=r"'lost' cannot be imported from no\.such:Thing"):
+        criteria.load("lost")
+    points.append(points[0])
+    with pytest.raises(UsageFault, match="several packages"):
+        criteria.load("mine")

@@ -1,0 +1,45 @@
+"""A pool of one worker in this process, which remembers what it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from optimizer.inputs import prepare
+from optimizer.job import JobSpec
+from optimizer.progress import Progress
+from optimizer.stages.context import JobContext
+from storage import jobs
+from storage.database import Database
+from workers.actor import WorkerSettings
+from workers.measuring import Measurer
+from workers.messages import ModelSource, Reply, Request
+from workers.tasks import Task
+
+
+class OneWorker:
+    def __init__(self, model: str, task: Task) -> None:
+        self.measurer = Measurer.load(ModelSource(model, device="cpu"), task, WorkerSettings(0, batch_size=8))
+        self.info = (self.measurer.info,)
+        self.size = 1
+        self.requests: list[Request] = []
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
+        for number, request in enumerate(requests):
+            self.requests.append(request)
+            yield number, self.measurer.handle(request)
+
+    def take_retries(self) -> int:
+        return 0
+
+
+def spec(**fields: object) -> JobSpec:
+    sizes = {"calibration": 6, "search": 4, "held_out": 8, "unit": "samples"}
+    base = {"model": {"path": "llava-12"}, "task": "easy-vqa", "actions": ["skip", "freeze", "bypass"], "splits": sizes}
+    return JobSpec.model_validate({**base, **fields})
+
+
+def context(db: Database, worker: OneWorker, wanted: JobSpec) -> JobContext:
+    """A new claimed job."""
+    inputs = prepare(wanted)
+    job = jobs.submit_claimed(db, wanted.model_dump(mode="json", exclude={"database"}), "hash", "me", 600)
+    return JobContext(db, job, inputs, worker, Progress())  # type: ignore[arg-type]
