@@ -22,11 +22,14 @@ from pydantic_core import ErrorDetails
 
 from optimizer import criteria
 from optimizer.errors import UsageFault, one_line
+from workers.compensation.recipe import NONE, Recipe
 
 DEFAULT_DATABASE = "sqlite:///skipplan.db"
+DEFAULT_ARTEFACTS = "skipplan-artefacts"
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "SKIPPLAN_DATABASE": ("database",),
+    "SKIPPLAN_ARTEFACTS": ("artefacts",),
     "SKIPPLAN_CLUSTER_ADDRESS": ("cluster", "address"),
     "SKIPPLAN_CLUSTER_WORKERS": ("cluster", "workers"),
     "SKIPPLAN_CLUSTER_CPUS_PER_WORKER": ("cluster", "cpus_per_worker"),
@@ -176,6 +179,45 @@ class SearchSpec(_Section):
         return rungs
 
 
+class CompensationSpec(_Section):
+    """Whether the gaps of skipped layers are repaired by fitted maps that are folded into the weights before them."""
+
+    kind: Literal["none", "linear", "both"] = Field(
+        default="none",
+        description="none: plain skips. linear: every gap is repaired by a linear map. both: the search has either.",
+    )
+    ridge: float = Field(
+        default=1e-3,
+        gt=0,
+        allow_inf_nan=False,
+        description="Pull of the maps towards the plain skip, relative to the mean square of what they act on.",
+    )
+    weighting: Literal["uniform", "rms", "groups", "gain"] = Field(
+        default="rms", description="How much a calibration token counts (see docs/compensation.md)."
+    )
+    tokens: int = Field(
+        default=16384, ge=1, le=10_000_000, description="Calibration tokens that maps are fitted on, in whole samples."
+    )
+    bias: bool = Field(
+        default=False, description="Fit a constant beside each map; the model's projections must have a bias."
+    )
+    source: Literal["pruned", "dense"] = Field(
+        default="pruned",
+        description="pruned: fit on the compensated model's own states, from the bottom up. dense: on dense states.",
+    )
+
+    @property
+    def recipe(self) -> Recipe:
+        """How maps are fitted; also where ``kind`` asks for none."""
+        return Recipe("linear", self.ridge, self.weighting, self.tokens, self.bias, self.source)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The compensations that candidates may have, as texts."""
+        by_kind = {"none": (NONE.text,), "linear": (self.recipe.text,), "both": (NONE.text, self.recipe.text)}
+        return by_kind[self.kind]
+
+
 class SplitSpec(_Section):
     """Sizes of the three splits, where the job wants other ones than the task says."""
 
@@ -252,6 +294,7 @@ class JobSpec(_Section):
     constraint: ConstraintSpec = ConstraintSpec()
     protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Layers (from 0) that must run.")
     search: SearchSpec = SearchSpec()
+    compensation: CompensationSpec = CompensationSpec()
     splits: SplitSpec = SplitSpec()
     workload: WorkloadSpec = WorkloadSpec()
     evaluation: Literal["auto", "fast", "plain"] = Field(
@@ -274,6 +317,11 @@ class JobSpec(_Section):
         description="How often the job is begun without getting anywhere before it counts as failed.",
     )
     database: str = Field(default=DEFAULT_DATABASE, min_length=1, description="SQLAlchemy URL.")
+    artefacts: str = Field(
+        default=DEFAULT_ARTEFACTS,
+        min_length=1,
+        description="Where fitted maps are kept: a directory, or an fsspec URL that workers can read.",
+    )
 
     @field_validator("actions")
     @classmethod
@@ -306,7 +354,7 @@ class JobSpec(_Section):
 
     def canonical(self) -> dict[str, Any]:
         """What determines the result, as plain JSON values: where and when it runs and where it is stored left out."""
-        return self.model_dump(mode="json", exclude={"database", "cluster", "priority", "attempts"})
+        return self.model_dump(mode="json", exclude={"database", "artefacts", "cluster", "priority", "attempts"})
 
     def digest(self, **inputs: str) -> str:
         """Hash of :meth:`canonical` and of the contents of its inputs (task data, model), for finding equal jobs."""
@@ -400,11 +448,14 @@ def override(document: dict[str, Any], environment: Mapping[str, str], section: 
 def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     """Make the model and task paths absolute where they name files beside the job file.
 
-    A plain name (``llava-12``, ``org/model``) stays a name unless such a file or directory exists.
+    A plain name (``llava-12``, ``org/model``) stays a name unless such a file or directory exists. The directory of
+    artefacts is, like a database file, relative to where the command runs.
     """
     model = resolve_name(spec.model.path, base)
     task = resolve_name(spec.task, base)
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"path": model}), "task": task})
+    artefacts = spec.artefacts if "://" in spec.artefacts else str(Path(spec.artefacts).expanduser().resolve())
+    own_model = spec.model.model_copy(update={"path": model})
+    return spec.model_copy(update={"model": own_model, "task": task, "artefacts": artefacts})
 
 
 def resolve_name(name: str, base: Path) -> str:

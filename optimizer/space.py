@@ -129,4 +129,4 @@ def plan_space(spec: JobSpec, worker: WorkerInfo) -> PlanSpace:
     )
     if all(own == "R" for own in letters):
         raise UsageFault(f"actions: no layer of the model may take any of {', '.join(spec.actions)}")
-    return PlanSpace(letters, spec.constraint.max_layers_touched or worker.num_layers)
+    return PlanSpace(letters, spec.constraint.max_layers_touched or worker.num_layers, spec.compensation.choices)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optimizer.job import ConstraintSpec
+from optimizer.space import Candidate
 from optimizer.statistics import (
     Interval,
     bootstrap_drop,
@@ -20,6 +21,7 @@ from optimizer.statistics import (
     two_sided,
     wilson_interval,
 )
+from workers.runtime import SkipPlan
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Verdict:
     """Whether the accuracy part of the constraint is met."""
     secondary: dict[str, float]
     compensation: str = "none"
+
+    @property
+    def candidate(self) -> Candidate:
+        """What was judged."""
+        return Candidate(SkipPlan.parse(self.plan), self.compensation)
 
 
 def judge(

@@ -48,6 +48,9 @@ class Evaluation:
     """Per sample, in nats; NaN where a sample failed. None where it was not measured."""
     layer_executions: int = 0
     layer_executions_saved: int = 0
+    artefact: str | None = None
+    """Where the compensation's maps lie that the plan was evaluated with; None where they were fitted on the way."""
+    artefact_checksum: str | None = None
 
 
 def _evaluation(row: EvaluationRow) -> Evaluation:
@@ -73,6 +76,8 @@ def _evaluation(row: EvaluationRow) -> Evaluation:
         kl=None if row.kl is None else scores.unpack_divergences(row.kl, row.n),
         layer_executions=row.layer_executions,
         layer_executions_saved=row.layer_executions_saved,
+        artefact=row.artefact,
+        artefact_checksum=row.artefact_checksum,
     )
 
 
@@ -95,6 +100,8 @@ def record(
     kl: Sequence[float] | None = None,
     layer_executions: int = 0,
     layer_executions_saved: int = 0,
+    artefact: str | None = None,
+    artefact_checksum: str | None = None,
 ) -> Evaluation:
     """Persist the scores of ``plan`` on the samples that ``split_hash`` and ``rung`` name, in their order.
 
@@ -116,6 +123,8 @@ def record(
         "kl": None if kl is None else scores.pack_divergences(kl),
         "layer_executions": layer_executions,
         "layer_executions_saved": layer_executions_saved,
+        "artefact": artefact,
+        "artefact_checksum": artefact_checksum,
     }
     identity = _identity(job, model_id, task_id, plan, compensation, settings, split, split_hash, rung)
     return _write(session, job, identity | outcome)

@@ -50,6 +50,9 @@ class PlanFigures:
     kv_cache_bytes: int
     layers_touched: int
     compensation: str = "none"
+    artefact: str | None = None
+    """Where the fitted compensation lies, and the checksum of that file."""
+    artefact_checksum: str | None = None
     secondary: dict[str, Any] = field(default_factory=dict)
 
 

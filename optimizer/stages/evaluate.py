@@ -7,7 +7,7 @@ the longer one adds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import fsum
@@ -16,7 +16,7 @@ from optimizer.inputs import split_hash
 from optimizer.search.outcome import Scores
 from optimizer.stages.context import JobContext
 from storage import evaluations, stages
-from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
+from workers.messages import Artefact, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
 from workers.runtime import SkipPlan
 
 LARGEST_GROUP = 64
@@ -38,14 +38,21 @@ class Evaluator:
     No plan is run twice on the same samples, not even by another job.
     """
 
-    def __init__(self, context: JobContext, split: str, compensation: str = evaluations.NO_COMPENSATION) -> None:
+    def __init__(
+        self,
+        context: JobContext,
+        split: str,
+        compensation: str = evaluations.NO_COMPENSATION,
+        artefacts: Mapping[str, Artefact] | None = None,
+    ) -> None:
         self._context, self._split, self._compensation = context, split, compensation
+        self._artefacts = artefacts or {}
         self._samples = len(context.task.split(split))
         self._hash = split_hash(context.task, split)
         self._own = {
             (each.plan, each.rung): each
             for each in evaluations.for_job(context.db, context.job.id, split)
-            if each.compensation == compensation
+            if self._is_own(each)
         }
         self._known = {
             (each.plan, each.n): each.id
@@ -56,7 +63,7 @@ class Evaluator:
                 split_hash=self._hash,
                 settings=context.settings,
             )
-            if each.compensation == compensation
+            if self._is_own(each)
         }
         self._noted: set[str] = set()
         self.secondary: dict[str, dict[str, float]] = {}
@@ -117,7 +124,14 @@ class Evaluator:
             compensation=self._compensation,
             start=first.start,
             path=self._context.spec.evaluation,
+            artefacts=tuple(self._artefacts.get(each.plan.text) for each in group) if self._artefacts else (),
         )
+
+    def _is_own(self, each: evaluations.Evaluation) -> bool:
+        """Whether an evaluation has the same compensation, and where maps are given, those."""
+        given = self._artefacts.get(each.plan)
+        same_maps = given is None or each.artefact_checksum == given.checksum
+        return each.compensation == self._compensation and same_maps
 
     def _longest_prefix(self, plan: str, size: int) -> int:
         """The largest smaller prefix that the plan has scores on; zero when there is none."""
@@ -151,6 +165,7 @@ class Evaluator:
                 compensation=self._compensation,
                 settings=context.settings,
             )
+        kept = self._artefacts.get(plan)
         whole = result if each.start == 0 else _joined(self._own[plan, each.start], result)
         stored = evaluations.record(
             context.db,
@@ -169,6 +184,8 @@ class Evaluator:
             kl=whole.kl,
             layer_executions=result.layer_executions,
             layer_executions_saved=result.layer_executions_saved,
+            artefact=None if kept is None else kept.location,
+            artefact_checksum=None if kept is None else kept.checksum,
         )
         self._own[plan, each.size] = stored
         self._count(result)

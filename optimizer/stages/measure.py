@@ -4,36 +4,42 @@ from __future__ import annotations
 
 from functools import partial
 
+from optimizer.space import Candidate
+from optimizer.stages import compensate
 from optimizer.stages.context import JobContext
 from optimizer.verification import Verdict
 from workers.messages import CompareLatency, Failure, LatencyComparison
 
 
-def run(context: JobContext, verdicts: tuple[Verdict, ...]) -> dict[str, LatencyComparison]:
-    """Measured speed-up by plan, each persisted as it comes, or read back."""
+def run(context: JobContext, verdicts: tuple[Verdict, ...]) -> dict[Candidate, LatencyComparison]:
+    """Measured speed-up by candidate, each persisted as it comes, or read back."""
     context.progress.begin("measure latency", len(verdicts))
-    measured: dict[str, LatencyComparison] = {}
+    measured: dict[Candidate, LatencyComparison] = {}
     for verdict in verdicts:
-        compare = partial(_compare, context, verdict.plan)
-        comparison = context.once(f"measure {verdict.plan}", LatencyComparison | None, compare)
+        candidate = verdict.candidate
+        compare = partial(_compare, context, candidate)
+        comparison = context.once(f"measure {candidate}", LatencyComparison | None, compare)
         if comparison is not None:
-            measured[verdict.plan] = comparison
-            context.progress.advance(news=f"{verdict.plan} {comparison.speedup:.2f}x")
+            measured[candidate] = comparison
+            context.progress.advance(news=f"{candidate} {comparison.speedup:.2f}x")
     return measured
 
 
-def _compare(context: JobContext, plan: str) -> LatencyComparison | None:
+def _compare(context: JobContext, candidate: Candidate) -> LatencyComparison | None:
+    kept = compensate.run(context, [candidate]).get(candidate)
     request = CompareLatency(
-        plan,
+        candidate.plan.text,
         workload=context.workload,
         precision=context.spec.latency_precision,
         confidence=context.spec.constraint.confidence,
         max_seconds=context.spec.latency_seconds,
         seed=context.spec.search.seed,
+        compensation=candidate.compensation,
+        artefact=None if kept is None else kept.artefact,
     )
     ((_, result),) = context.pool.run([request])
     if isinstance(result, Failure):
-        context.progress.note(f"latency of plan {plan} could not be measured: {result.reason}")
+        context.progress.note(f"latency of plan {candidate} could not be measured: {result.reason}")
         return None
     assert isinstance(result, LatencyComparison)
     return result

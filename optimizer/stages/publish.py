@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from optimizer.job import ConstraintSpec
-from optimizer.space import touched
+from optimizer.space import Candidate, touched
+from optimizer.stages import compensate
 from optimizer.stages.context import JobContext
 from optimizer.verification import Verdict
 from storage import measurements, plans
 from storage.plans import PlanFigures
 from workers.messages import LatencyComparison
 from workers.runtime import SkipPlan
+
+Measured = dict[Candidate, LatencyComparison]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Published:
     """Why no plan is the answer; empty when one is."""
 
 
-def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[str, LatencyComparison]) -> Published:
+def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured) -> Published:
     """Publish every verified and measured plan, whether it meets the job's constraint or not."""
     context.progress.begin("publish", 1)
     published = context.once("publish", Published, lambda: _publish(context, verdicts, measured))
@@ -32,9 +35,10 @@ def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[str, 
     return published
 
 
-def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[str, LatencyComparison]) -> Published:
+def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured) -> Published:
     constraint = context.spec.constraint
-    complete = [(verdict, measured[verdict.plan]) for verdict in verdicts if verdict.plan in measured]
+    complete = [(verdict, measured[verdict.candidate]) for verdict in verdicts if verdict.candidate in measured]
+    kept = compensate.run(context, [verdict.candidate for verdict, _ in complete])
     if not complete:
         return Published((), None, "no plan that the search tried could meet the constraint")
     device_id = measurements.ensure_device(context.db, name=complete[0][1].device)
@@ -45,7 +49,7 @@ def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: dict[
         task_id=context.task_id,
         device_id=device_id,
         workload=context.workload_name,
-        figures=[figures(verdict, latency, constraint) for verdict, latency in complete],
+        figures=[figures(verdict, latency, constraint, kept.get(verdict.candidate)) for verdict, latency in complete],
     )
     feasible = [
         row
@@ -69,10 +73,16 @@ def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
     return latency.speedup_low >= constraint.min_speedup if constraint.min_speedup else latency.speedup_low > 1.0
 
 
-def figures(verdict: Verdict, latency: LatencyComparison, constraint: ConstraintSpec) -> PlanFigures:
+def figures(
+    verdict: Verdict, latency: LatencyComparison, constraint: ConstraintSpec, kept: compensate.KeptMaps | None = None
+) -> PlanFigures:
     """The published figures of a plan. Differences are accuracies less dense's, so a loss is negative."""
+    fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
     return PlanFigures(
         plan=verdict.plan,
+        compensation=verdict.compensation,
+        artefact=None if kept is None else kept.artefact.location,
+        artefact_checksum=None if kept is None else kept.artefact.checksum,
         n=verdict.n,
         accuracy=verdict.accuracy,
         accuracy_low=verdict.accuracy_low,
@@ -98,5 +108,6 @@ def figures(verdict: Verdict, latency: LatencyComparison, constraint: Constraint
             "meets_constraint": verdict.accepted and fast_enough(latency, constraint),
             "latency_pairs": latency.pairs,
             "peak_bytes": {"dense": latency.peak_bytes_dense, "plan": latency.peak_bytes_plan},
+            **({} if fitted is None else {"compensation": fitted}),
         },
     )

@@ -8,6 +8,7 @@ from optimizer.latency_model import LayerTimes
 from optimizer.search.finalists import choose_finalists
 from optimizer.search.outcome import SearchOutcome
 from optimizer.space import Candidate
+from optimizer.stages import compensate
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.evaluate import Evaluator
 from optimizer.stages.search import limits_of
@@ -28,9 +29,14 @@ def _verify(context: JobContext, finalists: tuple[Candidate, ...]) -> tuple[Verd
     dense = Candidate(SkipPlan.dense(context.worker.num_layers))
     scores: dict[Candidate, tuple[float, ...]] = {}
     secondary: dict[str, dict[str, float]] = {}
+    kept = compensate.run(context, finalists)
     for compensation in dict.fromkeys([dense.compensation, *(each.compensation for each in finalists)]):
-        evaluate = Evaluator(context, "held_out", compensation)
-        group = [each for each in (dense, *finalists) if each.compensation == compensation]
+        evaluate = Evaluator(context, "held_out", compensation, compensate.artefacts(kept, compensation))
+        group = [
+            each
+            for each in (dense, *finalists)
+            if each.compensation == compensation and (each in kept or compensation == dense.compensation)
+        ]
         for plan, result in evaluate([(each.plan, len(context.task.held_out)) for each in group]):
             context.progress.advance()
             candidate = Candidate(plan, compensation)
