@@ -193,6 +193,7 @@ class WorkerPool:
             self._replace_overdue()
             if not self._finished and give_up is not None and time.monotonic() >= give_up:
                 return None
+        self._dispatch()  # what the caller does with the result must not keep the worker waiting
         return self._finished.popleft()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:

@@ -39,6 +39,7 @@ def tiny_job(model: Path, number: int, **cluster: Any) -> JobSpec:
                 "finalists": 2,
                 "latency": "layers",
                 "seeds": "none",
+                "warm_start": False,
                 "seed": number,
             },
             "splits": {"calibration": 4, "search": 12 + number % 64, "held_out": 24, "unit": "samples"},
