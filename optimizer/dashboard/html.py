@@ -105,7 +105,7 @@ def show_plans(
     sort: api.Sort = "speedup",
 ) -> HTMLResponse:
     """Published plans, with a form to filter them."""
-    problem, found = "", []
+    problem, code, found = "", 200, []
     try:
         found = api.list_plans(
             db,
@@ -119,13 +119,13 @@ def show_plans(
             limit=200,
         )
     except HTTPException as error:
-        problem = str(error.detail)
+        problem, code = str(error.detail), error.status_code
     chosen: dict[str, Any] = {"model": model, "task": task, "device": device, "max_points": max_points}
     chosen |= {"min_speedup": min_speedup, "front": front, "sort": sort}
     return page(
         request,
         "plans.html",
-        200 if not problem else 404,
+        code,
         plans=found,
         problem=problem,
         chosen=chosen,

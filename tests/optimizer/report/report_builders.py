@@ -6,10 +6,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from storage import evaluations, jobs, measurements, plans, stages
+from sqlalchemy import insert, select
+
+from storage import evaluations, jobs, measurements, plans, scores, stages
 from storage.database import Database
 from storage.jobs import Job
 from storage.plans import PlanFigures
+from storage.schema import EvaluationRow
 
 LAYERS = 8
 SAMPLES = 40
@@ -114,10 +117,10 @@ def record_redundancy(db: Database, job: Job, ids: dict[str, int], layers: int =
 
 
 def record_scores(
-    db: Database, job: Job, ids: dict[str, int], plan: str, scores: Sequence[float], split: str = "search", **more: Any
+    db: Database, job: Job, ids: dict[str, int], plan: str, values: Sequence[float], split: str = "search", **more: Any
 ) -> None:
     evaluations.record(
-        db, job, **ids, plan=plan, split=split, split_hash=f"hash of {split}", rung=len(scores), sample_scores=scores,
+        db, job, **ids, plan=plan, split=split, split_hash=f"hash of {split}", rung=len(values), sample_scores=values,
         seconds=1.5, settings=SETTINGS, **more,
     )  # fmt: skip
 
@@ -157,3 +160,23 @@ def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
     stages.add_counters(db, job, {"evaluations": tried + 1.0, "samples": 4321.0, "evaluation_seconds": 12.5})
     jobs.finish(db, job)
     return job.id
+
+
+def record_many(db: Database, job_id: int, number: int) -> None:
+    """Further plans of a job, in one statement: every plan of the model in as many compensations as it takes."""
+    chosen = random.Random(1)
+    with db.transaction() as session:
+        first = session.scalars(select(EvaluationRow).where(EvaluationRow.job_id == job_id).limit(1)).one()
+        same = {"job_id": job_id, "model_id": first.model_id, "task_id": first.task_id, "settings": SETTINGS}
+        same |= {"split": "search", "split_hash": "hash of search", "secondary": {}, "seconds": 1.0}
+        rows = []
+        for place in range(number):
+            plan = format(1 + place % (2**LAYERS - 2), f"0{LAYERS}b").replace("0", "R").replace("1", "S")
+            n = chosen.choice((10, SAMPLES))
+            values = scores_with(min(n, chosen.randint(0, 3 * plan.count("S"))), n)
+            rows.append(
+                same
+                | {"plan": plan, "compensation": f"linear ridge={place // 254 + 1}", "rung": n, "n": n}
+                | {"accuracy": sum(values) / n, "scores": scores.pack(values)}
+            )
+        session.execute(insert(EvaluationRow), rows)
