@@ -36,7 +36,7 @@ def take(
 
     read = document.read(file)  # before a database is created for nothing
     with open_database(context, create=True) as db:
-        plan = store(db, read)
+        plan = store(db, read, file)
     if as_json:
         print_json(plan_json(plan))
     else:

@@ -52,12 +52,18 @@ def export(
     from optimizer.exports.document import describe
     from optimizer.exports.writing import export_plan
     from storage import identities
+    from workers.messages import Artefact
 
     with open_database(context) as db:
         plan = _chosen(db, plan_id) or find_best(db, model, task, max_accuracy_drop, min_speedup, device)
         source = _model_source(db, plan, model_path)
         document = describe(plan, identities.model(db, plan.model_id), identities.task(db, plan.task_id))
-    written = export_plan(document, source, format_name, output, force=force, force_model=force_model)
+    artefact = None
+    if plan.artefact is not None and plan.artefact_checksum is not None:
+        artefact = Artefact(plan.artefact, plan.artefact_checksum)
+    written = export_plan(
+        document, source, format_name, output, force=force, force_model=force_model, artefact=artefact
+    )
     if as_json:
         print_json({"plan": plan.id, "format": format_name, "output": str(output), "notes": list(written.notes)})
     else:

@@ -12,7 +12,9 @@ def write(subject: Subject, directory: Path) -> None:
     """Write the model without the layers that the plan skips."""
     from workers.runtime import save_pruned
 
-    save_pruned(subject.model.model, subject.plan, directory, processor=subject.model.processor)
+    save_pruned(
+        subject.model.model, subject.plan, directory, processor=subject.model.processor, compensation=subject.maps
+    )
 
 
 def removal_of(plan: SkipPlan) -> SkipPlan:

@@ -40,6 +40,7 @@ def _no_truth_value(value: Any) -> Any:
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{6,128}$")]
+Checksum = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Letters = Annotated[str, StringConstraints(pattern=r"^[RFBS]+$", max_length=4096)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -121,7 +122,7 @@ class File(Part):
     """One written file."""
 
     size: Count
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Checksum
 
 
 class Export(Part):
@@ -145,6 +146,9 @@ class PlanDocument(Part):
     schema_version: Annotated[Literal[1], BeforeValidator(_no_truth_value)]
     plan: Letters = Field(description="One letter per decoder layer: R run, F freeze, B bypass, S skip")
     compensation: Name = Field(description="'none', or how the gaps of skipped layers are compensated")
+    maps_sha256: Checksum | None = Field(
+        default=None, description="Of the fitted maps' file, compensation/maps.safetensors; null without compensation"
+    )
     model: Model
     task: Task
     device: Name
@@ -170,6 +174,7 @@ class PlanDocument(Part):
         return PlanFigures(
             plan=self.plan,
             compensation=self.compensation,
+            artefact_checksum=self.maps_sha256,
             n=own.n,
             confidence=own.confidence,
             accuracy=own.accuracy.estimate,
@@ -197,6 +202,7 @@ def describe(plan: Plan, model: ModelIdentity, task: TaskIdentity) -> PlanDocume
         schema_version=SCHEMA_VERSION,
         plan=plan.plan,
         compensation=plan.compensation,
+        maps_sha256=plan.artefact_checksum,
         model=Model(
             name=shared_name(plan.model),
             fingerprint=model.fingerprint,

@@ -14,6 +14,7 @@ from workers.runtime import Action, SkipPlan
 
 if TYPE_CHECKING:
     from workers.models import LoadedModel
+    from workers.runtime.folding import Maps
 
 Loader = Literal["transformers", "transformers-remote-code", "openvino"]
 
@@ -30,6 +31,8 @@ class Subject:
     """Of that directory."""
     loaded: LoadedModel | None
     """The model on the CPU in its own dtype; None for formats that do not load it."""
+    maps: Maps | None = None
+    """The maps that repair the plan's gaps; None where skips are plain, and for formats that do not load the model."""
 
     @property
     def plan(self) -> SkipPlan:
@@ -93,13 +96,16 @@ def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
     for layer, action in enumerate(plan):
         if action not in (Action.RUN, Action.SKIP):
             return f"layer {layer} is {action.value} ({action.name.lower()}), which takes code to run"
-    return without_compensation(plan, compensation)
+    return None
 
 
-def without_compensation(plan: SkipPlan, compensation: str) -> str | None:
-    """Refuse plans with compensation maps."""
+def needs_original_weights(plan: SkipPlan, compensation: str) -> str | None:
+    """Refuse plans with compensation maps, for programs that prune the original model's weights themselves."""
     if compensation != "none":
-        return f"its gaps are compensated ({compensation}), and the maps are not folded into weights here"
+        return (
+            f"its gaps are compensated ({compensation}), and the tool leaves layers out of the original weights, "
+            "which have no maps in them"
+        )
     return None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from optimizer.exports import document
+from optimizer.exports import document, maps
 from optimizer.exports.document import PlanDocument
 from storage import measurements, plans
 from storage.database import Database
@@ -16,11 +17,21 @@ def import_plan(db: Database, path: Path) -> Plan:
 
     The same plan imported again takes the new figures. Raises UsageFault when the file is no valid plan.
     """
-    return store(db, document.read(path))
+    return store(db, document.read(path), path)
 
 
-def store(db: Database, imported: PlanDocument) -> Plan:
-    """Store a document's plan as imported, with its model, task and device where they are not known yet."""
+def store(db: Database, imported: PlanDocument, path: Path) -> Plan:
+    """Store the plan of the document at ``path`` as imported, with model, task and device where they are not known yet.
+
+    The maps of a compensated plan stay where they are, in the directory of the document.
+    """
+    directory = path if path.is_dir() else path.parent
+    held = maps.of_directory(imported, directory) is not None
+    figures = replace(
+        imported.plan_figures(),
+        artefact=str((directory / maps.FILE_NAME).resolve()) if held else None,
+        artefact_checksum=imported.maps_sha256 if held else None,
+    )
     model, task = imported.model, imported.task
     with db.transaction() as session:
         model_id = measurements.ensure_model(
@@ -47,6 +58,6 @@ def store(db: Database, imported: PlanDocument) -> Plan:
             task_id=task_id,
             device_id=device_id,
             workload=imported.workload,
-            figures=[imported.plan_figures()],
+            figures=[figures],
         )
     return stored

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Subject, needs_plain_skips
+from optimizer.exports.formats import (
+    ExportFault,
+    ExportFormat,
+    Guide,
+    Subject,
+    needs_original_weights,
+    needs_plain_skips,
+)
 from optimizer.exports.tools import find_program, knows_option
 from workers.runtime import Action, SkipPlan
 
@@ -24,7 +31,7 @@ OPTION = "--prune-layers"
 
 def refusal(plan: SkipPlan, compensation: str) -> str | None:
     """Refuse what ``--prune-layers`` cannot say."""
-    reason = needs_plain_skips(plan, compensation)
+    reason = needs_plain_skips(plan, compensation) or needs_original_weights(plan, compensation)
     if reason is None and not plan.layers(Action.SKIP):
         return "it skips no layer, so there is nothing to prune"
     return reason

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def write(subject: Subject, directory: Path) -> None:
     """Write the configuration, the files that mergekit does not make, and the model where mergekit needs it renamed."""
     from workers.checkpoints import find_checkpoint, weight_files
     from workers.runtime import apply, describe
+    from workers.runtime.folding import folded
+    from workers.runtime.locate import locate
 
     model = subject.model.model
     architecture = type(model).__name__
@@ -67,11 +70,12 @@ def write(subject: Subject, directory: Path) -> None:
     subject.model.processor.save_pretrained(files)
     names = list(model.state_dict())
     stored = stored_names(weight_files(find_checkpoint(subject.source)))
-    if stored == set(names):
+    if stored == set(names) and not subject.maps:
         source = str(find_checkpoint(subject.source).resolve())
     else:
         source = SOURCE
-        model.save_pretrained(directory / SOURCE, save_original_format=False)
+        with folded(locate(model), subject.plan, subject.maps) if subject.maps else nullcontext():
+            model.save_pretrained(directory / SOURCE, save_original_format=False)
     configuration = passthrough(subject.plan, source, describe(model).stack_path, names)
     (directory / CONFIGURATION).write_text(yaml.safe_dump(configuration, sort_keys=False), encoding="utf-8")
     script = directory / SCRIPT
@@ -133,7 +137,8 @@ def guide(subject: Subject, directory: Path) -> Guide:
             f"`{FILES}/` must be copied over: mergekit keeps the dense number of layers in `config.json` of "
             "architectures that it infers, and copies no processor.",
             f"If there is a `{SOURCE}/`, it is the dense model with its tensors named as in memory. mergekit 0.1.5 "
-            "does not resolve this family's stored names and would leave the tensors out without an error.",
+            "does not resolve this family's stored names and would leave the tensors out without an error. "
+            "Where gaps are compensated, the maps are in its weights.",
         ),
     )
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from optimizer.exports import checkpoint
-from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, without_compensation
+from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, takes_everything
 
 CODE_DIRECTORY = "skipplan_runtime"
 MODEL_TYPE_PREFIX = "skipplan_"
@@ -76,7 +76,8 @@ def write(subject: Subject, directory: Path) -> None:
             raise ExportFault(f"--format: runtime needs a model class of transformers, not {kind.__module__}")
     removal = checkpoint.removal_of(subject.plan)
     # transformers renames stored tensors for its own classes only.
-    save_pruned(model, removal, directory, processor=subject.model.processor, original_names=False)
+    processor, maps = subject.model.processor, subject.maps
+    save_pruned(model, removal, directory, processor=processor, original_names=False, compensation=maps)
     model_type = MODEL_TYPE_PREFIX + model.config.model_type
     code = directory / CODE_DIRECTORY
     code.mkdir()
@@ -182,7 +183,7 @@ FORMAT = ExportFormat(
     name="runtime",
     summary="the checkpoint without the skipped layers, and the code that freezes and bypasses others",
     needs="model",
-    refusal=without_compensation,
+    refusal=takes_everything,
     write=write,
     guide=guide,
     loadable=loadable,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.exports import document, fresh_process, registry
+from optimizer.exports import document, fresh_process, maps, registry
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.formats import ExportFault, ExportFormat, Loadable
 from optimizer.exports.target import checksum, inside, require_contained
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workers.models import LoadedModel
+    from workers.runtime.folding import Maps
     from workers.tasks import Sample, Task
 
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
@@ -89,7 +90,8 @@ def verify_export(
         scratch = Path(name)
         loadable = chosen.loadable(directory.resolve(), scratch, python or sys.executable)
         asked = _Asked.of(plan, source, task, samples, chosen)
-        live_answers, live_logits = asked.ask_live(SkipPlan.parse(plan.plan))
+        own_maps = maps.read(plan, maps.of_directory(plan, directory))
+        live_answers, live_logits = asked.ask_live(SkipPlan.parse(plan.plan), own_maps)
         result, logits = asked.ask_written(loadable, scratch)
     largest = max(_difference(live, other) for live, other in zip(live_logits, logits, strict=True))
     pairs = zip(live_answers, result["answers"], strict=True)
@@ -161,13 +163,13 @@ class _Asked:
         loaded = load_model(source, device="cpu")
         return cls(loaded, loaded_task, loaded_task.held_out[:samples], str(loaded.model.dtype).removeprefix("torch."))
 
-    def ask_live(self, plan: SkipPlan) -> tuple[list[str], list[Tensor]]:
-        """Answers and logits of the live model under the plan, one sample at a time."""
+    def ask_live(self, plan: SkipPlan, own_maps: Maps | None) -> tuple[list[str], list[Tensor]]:
+        """Answers and logits of the live model under the plan and its maps, one sample at a time."""
         from workers.prompts import build_inputs
         from workers.runtime import apply
 
         answers, logits = [], []
-        with apply(self.loaded.model, plan):
+        with apply(self.loaded.model, plan, own_maps):
             for sample in self.samples:
                 inputs = build_inputs(self.loaded.processor, self.task.spec, [sample], [sample.image.open()])
                 answer, steps = fresh_process.generate_with_logits(

@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from optimizer.errors import UsageFault
-from optimizer.exports import card, document, registry
+from optimizer.exports import card, document, maps, registry
 from optimizer.exports.document import Export, File, PlanDocument
 from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Subject
 from optimizer.exports.target import check_target, checksum, whole_directory
-from workers.messages import ModelSource
+from workers.messages import Artefact, ModelSource
 from workers.runtime import PlanError, SkipPlan
 
 UNLISTED = frozenset({document.FILE_NAME, card.FILE_NAME})
@@ -35,8 +35,11 @@ def export_plan(
     *,
     force: bool = False,
     force_model: bool = False,
+    artefact: Artefact | None = None,
 ) -> Written:
     """Write ``plan`` for the model at ``source`` to the directory ``output``.
+
+    ``artefact`` names where the maps of a compensated plan lie.
 
     ``force`` replaces an existing directory in one step; ``force_model`` takes a model with another fingerprint than
     the plan's. Raises UsageFault for an unknown format, a plan that the format or the model cannot take, a model with
@@ -45,9 +48,11 @@ def export_plan(
     chosen = registry.find(format_name)
     registry.require_takes(chosen, SkipPlan.parse(plan.plan), plan.compensation)
     check_target(output, force=force)
-    subject = _subject(plan, source, chosen, force_model=force_model)
+    content = maps.fetch(plan, artefact)
+    subject = _subject(plan, source, chosen, content, force_model=force_model)
     with whole_directory(output, force=force) as directory:
         chosen.write(subject, directory)
+        maps.write(content, directory)
         _describe(subject, chosen, chosen.guide(subject, directory), directory)
     return Written(output, document.read(output), tuple(chosen.check()))
 
@@ -71,7 +76,9 @@ def _describe(subject: Subject, chosen: ExportFormat, guide: Guide, directory: P
     (directory / card.FILE_NAME).write_text(card.model_card(complete, chosen, guide), encoding="utf-8")
 
 
-def _subject(plan: PlanDocument, source: ModelSource, chosen: ExportFormat, *, force_model: bool) -> Subject:
+def _subject(
+    plan: PlanDocument, source: ModelSource, chosen: ExportFormat, content: bytes | None, *, force_model: bool
+) -> Subject:
     if chosen.needs == "nothing":
         return Subject(plan, source, checkpoint=None, fingerprint=None, loaded=None)
     directory, fingerprint = check_model(plan, source, force_model=force_model)
@@ -85,7 +92,7 @@ def _subject(plan: PlanDocument, source: ModelSource, chosen: ExportFormat, *, f
         validate(SkipPlan.parse(plan.plan), describe(loaded.model))
     except PlanError as error:
         raise ExportFault(f"model {source.path} cannot take plan {plan.plan}: {error}") from None
-    return Subject(plan, source, directory, fingerprint, loaded)
+    return Subject(plan, source, directory, fingerprint, loaded, maps.read(plan, content))
 
 
 def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -> tuple[Path, str]:

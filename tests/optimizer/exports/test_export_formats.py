@@ -38,13 +38,11 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
     assert "plan" in taking
     for refusal in refusals:
         assert set(refusal.rpartition("formats that can: ")[2].split(", ")) == taking
-    if compensation == "none":
-        assert "runtime" in taking
-        without_code = {"checkpoint", "mergekit", "openvino", "vllm"}
-        assert taking & without_code == (set() if plan.needs_vision_tokens else without_code)
-        assert ("llama-cpp" in taking) == ("S" in plan.text and not plan.needs_vision_tokens)
-    else:
-        assert taking == {"plan"}
+    assert "runtime" in taking
+    without_code = {"checkpoint", "mergekit", "openvino", "vllm"}
+    assert taking & without_code == (set() if plan.needs_vision_tokens else without_code)
+    prunable = "S" in plan.text and not plan.needs_vision_tokens and compensation == "none"
+    assert ("llama-cpp" in taking) == prunable
 
 
 def test_an_unknown_format_is_refused():
