@@ -70,7 +70,11 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """Which model, and how the workers load it."""
 
-    path: str = Field(min_length=1, description="Directory, name of a bundled reference model, or hub id.")
+    path: str = Field(
+        min_length=1,
+        description="Directory, name of a bundled reference model (llava-12) or of a built one (smollm2-30, see "
+        "`skipplan reference build`), or hub id.",
+    )
     revision: str | None = Field(default=None, description="Revision of a hub model; the default branch when absent.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Weights and activations; auto takes the checkpoint's own."

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from optimizer.errors import UsageFault
+from optimizer.field_table import replaced
 from optimizer.job import ENVIRONMENT, JobSpec, load_job, parse_yaml, validate_job
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,13 @@ def test_every_field_is_described_in_code_and_in_the_documentation():
         assert f"| `{name}` |" in text, name
     for variable in ENVIRONMENT:
         assert f"`{variable}`" in text
+
+
+def test_table_of_fields_is_current():
+    text = (PROJECT / "docs" / "jobs.md").read_text()
+    assert replaced(text) == text, "run: python -m optimizer.field_table docs/jobs.md"
+    assert "| `search.strategy` |" in text
+    assert "| `workload.batch_size` | `1` | whole number from 1 to 4096 | Prompts per request. |" in text
 
 
 @pytest.mark.parametrize("name", ["quickstart.yaml", "scenes.yaml"])
