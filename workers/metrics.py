@@ -6,6 +6,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -111,5 +114,30 @@ def can_still_score(name: str, beginning: str, answers: Sequence[str]) -> bool:
     return False
 
 
-METRICS: dict[str, Metric] = {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "token_f1": token_f1}
-"""The metrics a task file may name."""
+@dataclass(frozen=True)
+class OwnMetric:
+    """A user's metric by entry point, imported when the first answer is scored."""
+
+    point: EntryPoint
+
+    def __call__(self, prediction: str, answers: Sequence[str]) -> float:
+        """The user's score. Raises ValueError when it is no number in [0, 1]."""
+        score = float(_load(self.point)(prediction, answers))
+        if not 0.0 <= score <= 1.0:
+            raise ValueError(f"metric {self.point.name} gave {score}; a score lies in [0, 1]")
+        return score
+
+
+@cache
+def _load(point: EntryPoint) -> Metric:
+    metric: Metric = point.load()
+    return metric
+
+
+METRICS: dict[str, Metric] = {
+    **{point.name: OwnMetric(point) for point in entry_points(group="skipplan.metrics")},
+    "exact_match": exact_match,
+    "vqa_accuracy": vqa_accuracy,
+    "token_f1": token_f1,
+}
+"""The metrics a task file may name: the project's, and users' own from the entry point group ``skipplan.metrics``."""

@@ -10,7 +10,7 @@ from workers.errors import TaskError
 
 from .samples import HubImage, Sample
 from .spec import HubSource
-from .tables import cell_answers, cell_text
+from .tables import asked, needed_columns
 
 
 def load_undecoded(dataset: str, subset: str | None, split: str, revision: str | None, column: str) -> Any:
@@ -34,19 +34,20 @@ def read_hub_samples(source: HubSource, *, uses_question: bool) -> list[Sample]:
     """Read every row of the dataset. Raises TaskError naming dataset, column and row."""
     columns = source.columns
     table = load_undecoded(source.id, source.subset, source.split, source.revision, columns.image)
-    for column in [columns.answers] + ([columns.question] if uses_question else []):
+    for column in needed_columns(columns, uses_question=uses_question):
         if column not in table.column_names:
             raise TaskError(f"dataset {source.id}: no column {column!r}; it has {', '.join(table.column_names)}")
     samples = []
     for number, row in enumerate(table):
         where = f"dataset {source.id}, row {number}"
+        question, answers = asked(row, columns, None, where, uses_question=uses_question)
         samples.append(
             Sample(
                 id=f"row-{number}",
                 image=HubImage(source.id, source.subset, source.split, source.revision, columns.image, number),
                 image_key=_key(row[columns.image], where),
-                question=cell_text(row[columns.question], where, columns.question) if uses_question else "",
-                answers=cell_answers(row[columns.answers], None, where, columns.answers),
+                question=question,
+                answers=answers,
             )
         )
     return samples

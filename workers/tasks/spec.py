@@ -39,6 +39,8 @@ class Columns:
     image: str = "image"
     question: str = "question"
     answers: str = "answers"
+    choices: str | None = None
+    """Options of multiple-choice questions; the answer is then the place of the right one, from 0."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def _columns(fields: _Fields) -> Columns:
         image=columns.text("image", default=default.image),
         question=columns.text("question", default=default.question),
         answers=columns.text("answers", default=default.answers),
+        choices=columns.text("choices", default="") or None,
     )
     columns.finish()
     return result

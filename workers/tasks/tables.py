@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workers.errors import TaskError
 
 from .samples import ImageFile, Sample
-from .spec import FileSource
+from .spec import Columns, FileSource
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +27,7 @@ def read_file_samples(source: FileSource, *, uses_question: bool) -> list[Sample
     """
     table = _read_table(source)
     columns = source.columns
-    needed = [columns.image, columns.answers] + ([columns.question] if uses_question else [])
+    needed = needed_columns(columns, uses_question=uses_question)
     for column in needed:
         if column not in table.columns:
             present = ", ".join(str(name) for name in table.columns)
@@ -39,16 +41,39 @@ def read_file_samples(source: FileSource, *, uses_question: bool) -> list[Sample
         image = _image_path(row[columns.image], source, where, columns.image)
         if image not in keys:
             keys[image] = image_key(image, where)
-        samples.append(
-            Sample(
-                id=f"row-{number}",
-                image=ImageFile(str(image)),
-                image_key=keys[image],
-                question=cell_text(row[columns.question], where, columns.question) if uses_question else "",
-                answers=cell_answers(row[columns.answers], source.answer_separator, where, columns.answers),
-            )
-        )
+        question, answers = asked(row, columns, source.answer_separator, where, uses_question=uses_question)
+        samples.append(Sample(f"row-{number}", ImageFile(str(image)), keys[image], question, answers))
     return samples
+
+
+def needed_columns(columns: Columns, *, uses_question: bool) -> list[str]:
+    """The columns that a table must have."""
+    return [
+        columns.image,
+        columns.answers,
+        *([columns.question] if uses_question else []),
+        *([columns.choices] if columns.choices else []),
+    ]
+
+
+def asked(
+    row: Mapping[Any, Any], columns: Columns, separator: str | None, where: str, *, uses_question: bool
+) -> tuple[str, tuple[str, ...]]:
+    """A row's question and accepted answers; options follow the question, one a line, and the answer is a letter."""
+    question = cell_text(row[columns.question], where, columns.question) if uses_question else ""
+    if columns.choices is None:
+        return question, cell_answers(row[columns.answers], separator, where, columns.answers)
+    options = cell_answers(row[columns.choices], separator, where, columns.choices, what="option")
+    if len(options) > len(string.ascii_uppercase):
+        raise TaskError(f"{where}: column {columns.choices!r} has {len(options)} options, more than there are letters")
+    place = str(row[columns.answers]).strip()
+    if not place.isdigit() or int(place) >= len(options):
+        raise TaskError(
+            f"{where}: column {columns.answers!r} must be the place of an option, 0 to {len(options) - 1}, "
+            f"not {place!r}"
+        )
+    lettered = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False)]
+    return "\n".join([question, *lettered] if question else lettered), (string.ascii_uppercase[int(place)],)
 
 
 def image_key(path: Path, where: str) -> str:
@@ -69,17 +94,22 @@ def cell_text(value: Any, where: str, column: str) -> str:
     return str(value).strip()
 
 
-def cell_answers(value: Any, separator: str | None, where: str, column: str) -> tuple[str, ...]:
-    """Return the accepted answers in a cell: a list, or a text that ``separator`` may split."""
+def cell_answers(value: Any, separator: str | None, where: str, column: str, what: str = "answer") -> tuple[str, ...]:
+    """Return the accepted answers in a cell: a list, or a text that ``separator`` may split.
+
+    A list may hold mappings with an ``answer`` each, as VQA data sets have them, or be a mapping with a list of those.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("answer")
     if isinstance(value, str):
         parts: list[Any] = value.split(separator) if separator else [value]
     elif hasattr(value, "__len__"):
-        parts = list(value)
+        parts = [part.get("answer") if isinstance(part, Mapping) else part for part in value]
     else:
         parts = [value]
     answers = tuple(str(part).strip() for part in parts if not is_blank(part))
     if not answers:
-        raise TaskError(f"{where}: column {column!r} has no answer")
+        raise TaskError(f"{where}: column {column!r} has no {what}")
     return answers
 
 
