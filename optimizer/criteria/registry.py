@@ -14,9 +14,11 @@ GROUP = "skipplan.criteria"
 
 BUILT_IN = {
     "skip-it": "skip_it:SkipIt",
+    "skip-it-static": "skip_it:SkipItStatic",
     "skip-it-causal": "skip_it:SkipItCausal",
     "cosine": "cosine:Cosine",
     "block-influence": "block_influence:BlockInfluence",
+    "linear-redundancy": "linear_redundancy:LinearRedundancy",
     "angular": "angular:Angular",
     "layer-contribution": "layer_contribution:LayerContribution",
     "vtw": "withdrawal:VisualTokenWithdrawal",

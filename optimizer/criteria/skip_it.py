@@ -20,18 +20,25 @@ from .layer_contribution import contributions
 
 
 @dataclass(frozen=True)
-class SkipIt:
-    """Predicted from the dense model alone, without running any action.
+class SkipItStatic:
+    """From the dense model's own passes alone: nothing is removed, no action is run.
 
-    A risk is a sum of conditions, each over its threshold, so that at most 1 means predicted safe.
+    - Freeze moves the vision states of one layer. Nobody reads them but later layers' attention: the vision tokens'
+      mean distance, times the largest share of attention that a later layer's text pays to them.
+    - Skip: how far the layer turns the last prompt token, from whose state the answer is read.
+    - Bypass takes the vision tokens' part from what the layer does for text: that angle, times the share of attention
+      that the layer's own text pays to vision tokens.
+
+    Each is over its threshold, so that at most 1 means predicted safe.
     """
 
-    distance: float = 0.05
-    attention: float = 0.1
+    freeze: float = 0.01
+    bypass: float = 0.05
+    skip: float = 0.1
 
-    name = "skip-it"
+    name = "skip-it-static"
     source = "conditions: Hartman et al., arXiv 2509.25584; formulas: this project"
-    needs: ClassVar[tuple[str, ...]] = ("distance", "attention")
+    needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "angular")
     published_for = "FBS"
 
     def __post_init__(self) -> None:
@@ -41,22 +48,57 @@ class SkipIt:
 
     @property
     def thresholds(self) -> Mapping[str, float]:
-        """Mean cosine distance, and attention on vision tokens, up to which a condition holds."""
+        """What freeze, bypass and skip may reach and still be called safe."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def risk(self, table: LayerTable) -> Risk:
         """Risks per action letter; see the class."""
-        vision, text = group_values(table, "cosine_distance")
-        attention = vision_attention(table)
-        freeze = [self._frozen(vision[layer], attention[layer + 1 :]) for layer in range(table.num_layers)]
-        bypass = [frozen + share / self.attention for frozen, share in zip(freeze, attention, strict=True)]
-        skip = [max(frozen, moved / self.distance) for frozen, moved in zip(freeze, text, strict=True)]
-        return Risk(self.name, {"F": tuple(freeze), "B": tuple(bypass), "S": tuple(skip)})
+        turned = _of_last(table, "angular_distance@1")
+        return self._risk(table, through_attention=turned, removed=turned)
 
-    def _frozen(self, distance: float, later_attention: Sequence[float]) -> float:
-        """A vision state is only read through the attention of later layers: none of it, no harm."""
-        read = 1.0 - math.prod(1.0 - share for share in later_attention)
-        return distance / self.distance * read
+    def _risk(self, table: LayerTable, *, through_attention: Sequence[float], removed: Sequence[float]) -> Risk:
+        vision, _ = group_values(table, "cosine_distance")
+        attention = vision_attention(table)
+        freeze = [distance * read for distance, read in zip(vision, later_attention(attention), strict=True)]
+        bypass = [moved * share for moved, share in zip(through_attention, attention, strict=True)]
+        return Risk(
+            self.name,
+            {
+                "F": tuple(value / self.freeze for value in freeze),
+                "B": tuple(value / self.bypass for value in bypass),
+                "S": tuple(value / self.skip for value in removed),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class SkipIt(SkipItStatic):
+    """With propagation: every layer is removed once, and the last layer's state is looked at, not the answer.
+
+    - Freeze as without propagation.
+    - Skip: the geometric mean of how far the layer turns the last prompt token, and how far the last layer's state
+      there moves when the layer is removed.
+    - Bypass: that movement, times the share of attention that the layer's own text pays to vision tokens.
+    """
+
+    name = "skip-it"
+    needs: ClassVar[tuple[str, ...]] = (*SkipItStatic.needs, "propagation")
+
+    def risk(self, table: LayerTable) -> Risk:
+        """Risks per action letter; see the class."""
+        turned, change = _of_last(table, "angular_distance@1"), _of_last(table, "final_change")
+        both = [math.sqrt(angle * moved) for angle, moved in zip(turned, change, strict=True)]
+        return self._risk(table, through_attention=change, removed=both)
+
+
+def _of_last(table: LayerTable, name: str) -> tuple[float, ...]:
+    """A measurement at the last prompt token; infinite where the model refuses what it is made by."""
+    return table.values(name, "last", default=math.inf if table.has(name, "last") else None)
+
+
+def later_attention(attention: Sequence[float]) -> tuple[float, ...]:
+    """For each layer the largest attention on vision tokens among the layers above it, 0 at the last."""
+    return tuple(max(attention[layer + 1 :], default=0.0) for layer in range(len(attention)))
 
 
 def vision_attention(table: LayerTable) -> tuple[float, ...]:
@@ -73,7 +115,7 @@ class SkipItCausal(SkipIt):
     """
 
     name = "skip-it-causal"
-    needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "causal")
+    needs: ClassVar[tuple[str, ...]] = (*SkipIt.needs, "causal")
 
     def risk(self, table: LayerTable) -> Risk:
         """The contribution, and a millionth of the predicted risk."""

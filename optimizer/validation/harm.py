@@ -58,18 +58,18 @@ class Measured:
         )
 
 
-def measure(context: JobContext, plans: Sequence[str], samples: int) -> Measured:
-    """Evaluate plans and dense on the first ``samples`` held-out samples; what is known already is not run again.
+def measure(context: JobContext, plans: Sequence[str], samples: int, split: str = "held_out") -> Measured:
+    """Evaluate plans and dense on the first ``samples`` of a split; what is known already is not run again.
 
     Raises JobFailed when the dense model cannot be evaluated.
     """
     layers = context.worker.num_layers
     wanted = list(dict.fromkeys([str(SkipPlan.dense(layers).text), *plans]))
-    context.progress.begin("evaluate held out", len(wanted))
+    context.progress.begin(f"evaluate {split}", len(wanted))
     scores: dict[str, Floats] = {}
     divergences: dict[str, Floats] = {}
     failed: dict[str, str] = {}
-    for plan, result in Evaluator(context, "held_out")([(SkipPlan.parse(text), samples) for text in wanted]):
+    for plan, result in Evaluator(context, split)([(SkipPlan.parse(text), samples) for text in wanted]):
         context.progress.advance()
         if result.failure is not None:
             failed[plan.text] = result.failure
@@ -81,5 +81,5 @@ def measure(context: JobContext, plans: Sequence[str], samples: int) -> Measured
     dense = scores.get(wanted[0])
     if dense is None:
         raise JobFailed(f"the dense model cannot be evaluated: {failed[wanted[0]]}")
-    images = tuple(sample.image_key for sample in context.task.held_out[:samples])
+    images = tuple(sample.image_key for sample in context.task.split(split)[:samples])
     return Measured(images, dense, scores, divergences, failed)

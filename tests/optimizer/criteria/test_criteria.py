@@ -106,7 +106,7 @@ def test_every_built_in_criterion_loads_and_says_whose_it_is() -> None:
         ("cosine", {"eta": 1}, "criterion cosine takes none, not eta"),
         ("vtw", {"eta": 0}, "eta must be above 0"),
         ("angular", {"block": 1.5}, "whole number"),
-        ("skip-it", {"attention": -1}, "attention must be above 0"),
+        ("skip-it", {"bypass": -1}, "bypass must be above 0"),
     ],
 )
 def test_wrong_names_and_thresholds_are_named(name: str, thresholds: dict[str, float], message: str) -> None:
@@ -151,3 +151,43 @@ def test_a_users_own_criterion_is_found_by_entry_point(monkeypatch: pytest.Monke
     points.append(points[0])
     with pytest.raises(UsageFault, match="several packages"):
         criteria.load("mine")
+
+
+# Our own ----------------------------------------------------------------------------------------------------------
+
+MEASURED: dict[str, list[float | None]] = {
+    "cosine_distance__vision": [0.1, 0.02, 0.3],
+    "cosine_distance__text": [0.5, 0.1, 0.1],
+    "vision_attention__text": [0.4, 0.2, 0.1],
+    "angular_distance_at_1__last": [0.4, 0.1, 0.2],
+    "final_change__last": [0.9, 0.4, 0.05],
+}
+
+
+def test_freezing_is_as_risky_as_what_later_layers_see_of_it() -> None:
+    for name in ("skip-it", "skip-it-static"):
+        risk = criteria.load(name, {"freeze": 0.01}).risk(table(**MEASURED)).risk["F"]
+        # The last layer's vision states are read by nobody, however much they move.
+        assert risk == pytest.approx((0.1 * 0.2 / 0.01, 0.02 * 0.1 / 0.01, 0.0))
+
+
+def test_bypassing_needs_attention_on_vision_tokens_to_do_harm() -> None:
+    static = criteria.load("skip-it-static", {"bypass": 1, "skip": 1}).risk(table(**MEASURED))
+    assert static.risk["B"] == pytest.approx((0.16, 0.02, 0.02)) and static.risk["S"] == (0.4, 0.1, 0.2)
+    blind = {**MEASURED, "vision_attention__text": [0.0, 0.0, 0.0]}
+    assert criteria.load("skip-it").risk(table(**blind)).risk["B"] == (0.0, 0.0, 0.0)
+
+
+def test_propagation_tells_layers_apart_that_turn_the_state_alike() -> None:
+    risk = criteria.load("skip-it", {"bypass": 1, "skip": 1}).risk(table(**MEASURED))
+    assert risk.risk["B"] == pytest.approx((0.36, 0.08, 0.005))
+    assert risk.risk["S"] == pytest.approx((math.sqrt(0.36), math.sqrt(0.04), math.sqrt(0.01)))
+    refused = {**MEASURED, "final_change__last": [None, 0.4, 0.05]}
+    assert criteria.load("skip-it").risk(table(**refused)).risk["S"][0] == math.inf
+
+
+def test_the_causal_variant_is_the_contribution_with_ties_broken() -> None:
+    actions = {f"layer_contribution_at_{name}__last": [0.2, 0.0, 0.0] for name in ("freeze", "bypass", "skip")}
+    risk = criteria.load("skip-it-causal").risk(table(**MEASURED, **actions))
+    assert risk.risk["S"] == pytest.approx((0.2, 0.0, 0.0), abs=1e-4)
+    assert risk.order("S") == (2, 1, 0)

@@ -21,7 +21,18 @@ from workers.runtime.plan import PlanError  # noqa: E402
 from workers.scoring.batches import Batch, token_groups  # noqa: E402
 from workers.scoring.replay import prefill, prefixes_can_be_shared, recording, replay  # noqa: E402
 
-BY_DEFAULT = {"llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma3n", "mllama", "paligemma", "idefics3", "blip-2", "llama4"}
+BY_DEFAULT = {
+    "llava",
+    "qwen2_vl",
+    "qwen3_vl",
+    "gemma3",
+    "gemma3n",
+    "mllama",
+    "paligemma",
+    "idefics3",
+    "blip-2",
+    "llama4",
+}
 
 
 @pytest.mark.parametrize(
