@@ -25,6 +25,7 @@ from .messages import (
     Reply,
     Request,
     ScoreLayers,
+    ScoreLinearRedundancy,
     WorkerInfo,
 )
 from .models import LoadedModel, load_model
@@ -101,13 +102,17 @@ class Measurer:
         with device_lock.computing(self.loaded.device):
             return self._compute(request)
 
-    def _compute(self, request: EvaluatePlan | EvaluatePlans | ScoreLayers | FitCompensation) -> Reply:
+    def _compute(
+        self, request: EvaluatePlan | EvaluatePlans | ScoreLayers | FitCompensation | ScoreLinearRedundancy
+    ) -> Reply:
         loaded, task = self.loaded, self.task
         match request:
             case EvaluatePlan():
                 return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
+            case ScoreLinearRedundancy():
+                return self.evaluator.compensator.redundancy(request)
             case FitCompensation():
                 return self.evaluator.compensator.answer(request)
             case ScoreLayers():

@@ -224,7 +224,7 @@ class FitCompensation:
 
 
 @dataclass(frozen=True)
-class FittedGapShares:
+class GapShare:
     """Shares of the dense model's state behind a gap (energy, calibration tokens) that are left unexplained.
 
     The gap lies behind ``layer`` and ends with the skipped layer ``end``.
@@ -239,13 +239,30 @@ class FittedGapShares:
 
 
 @dataclass(frozen=True)
+class ScoreLinearRedundancy:
+    """Measure the linear redundancy of all pairs of layers on the calibration split."""
+
+    ridge: float = 1e-3
+
+
+@dataclass(frozen=True)
+class LinearRedundancy:
+    """What is left unexplained, by kept layer and last skipped layer, measured on so many tokens."""
+
+    shares: tuple[GapShare, ...]
+    tokens: int
+    refusals: dict[int, str]
+    """By layer, why it cannot hold a map."""
+
+
+@dataclass(frozen=True)
 class FittedCompensation:
     """A plan's fitted maps as the content of a safetensors file, and how well they fit."""
 
     plan: str
     compensation: str
     content: bytes
-    gaps: tuple[FittedGapShares, ...]
+    gaps: tuple[GapShare, ...]
     tokens: int
     samples: int
     seconds: float
@@ -271,8 +288,18 @@ class LatencyComparison:
     peak_bytes_plan: int | None = None
 
 
-Request = ProfileLatency | ScoreLayers | EvaluatePlan | EvaluatePlans | CompareLatency | FitCompensation
-Reply = LatencyProfile | ShardScores | Evaluation | Evaluations | LatencyComparison | FittedCompensation
+Request = (
+    ProfileLatency
+    | ScoreLayers
+    | EvaluatePlan
+    | EvaluatePlans
+    | CompareLatency
+    | FitCompensation
+    | ScoreLinearRedundancy
+)
+Reply = (
+    LatencyProfile | ShardScores | Evaluation | Evaluations | LatencyComparison | FittedCompensation | LinearRedundancy
+)
 
 
 @dataclass(frozen=True)

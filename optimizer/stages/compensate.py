@@ -9,7 +9,7 @@ from functools import partial
 from optimizer.space import NO_COMPENSATION, Candidate
 from optimizer.stages.context import JobContext
 from workers.compensation import store
-from workers.messages import Artefact, Failure, FitCompensation, FittedCompensation, FittedGapShares
+from workers.messages import Artefact, Failure, FitCompensation, FittedCompensation, GapShare
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class KeptMaps:
     """Where a finalist's maps lie, and how well they fit on the calibration split."""
 
     artefact: Artefact
-    gaps: tuple[FittedGapShares, ...]
+    gaps: tuple[GapShare, ...]
     tokens: int
     samples: int
     seconds: float

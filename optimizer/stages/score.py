@@ -14,7 +14,7 @@ from optimizer.stages.context import JobContext, JobFailed
 from optimizer.strategies.published import KINDS as STRATEGY_KINDS
 from storage import measurements, stages
 from workers.errors import MeasurementError
-from workers.messages import ScoreLayers
+from workers.messages import LinearRedundancy, ScoreLayers, ScoreLinearRedundancy
 from workers.scoring.kinds import KINDS, finish
 from workers.scoring.sums import ShardScores, merge
 from workers.scoring.table import LayerMeasurement, LayerTable
@@ -22,14 +22,20 @@ from workers.scoring.table import LayerMeasurement, LayerTable
 SHARD_SAMPLES = 16
 """Samples a worker takes at a time; fixed, so that the sums are the same on any number of workers."""
 
+LINEAR = "linear"
+"""The kind that is measured for compensated plans: what linear maps leave unexplained, for all pairs of layers."""
+
 DONE = "measured"
 """Name of the row that says a kind was measured; its group is the kind, its n the number of samples."""
 
 
 def run(context: JobContext) -> LayerTable:
     """Measure what the job's criterion and strategy need, or read it back."""
-    kinds = criteria.load(context.spec.criterion, context.spec.thresholds).needs
-    return measured(context, tuple(dict.fromkeys((*kinds, *STRATEGY_KINDS.get(context.spec.search.strategy, ())))))
+    kinds = [*criteria.load(context.spec.criterion, context.spec.thresholds).needs]
+    kinds += STRATEGY_KINDS.get(context.spec.search.strategy, ())
+    if context.spec.compensation.kind != "none":
+        kinds.append(LINEAR)
+    return measured(context, tuple(dict.fromkeys(kinds)))
 
 
 def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
@@ -41,8 +47,16 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
     missing = tuple(kind for kind in kinds if kind not in done)
     shards = -(-len(context.task.calibration) // SHARD_SAMPLES)
     context.progress.begin("score layers", shards if missing else 0)
-    if not missing:
-        return table
+    states = tuple(kind for kind in missing if kind != LINEAR)
+    if states:
+        table = table.joined(_measure(context, states, shards))
+    if LINEAR in missing:
+        table = table.joined(_measure_linear(context))
+    return table
+
+
+def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequence[LayerMeasurement]:
+    """Measure kinds shard by shard, and store them."""
     replies: dict[int, ShardScores] = {}
     for index, reply in context.ask([ScoreLayers(missing, shard, shards) for shard in range(shards)]):
         assert isinstance(reply, ShardScores)
@@ -59,7 +73,23 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
     stages.add_counters(context.db, context.job, passes)
     markers = [LayerMeasurement(DONE, kind, 0, 1.0, None, scores.samples) for kind in missing]
     _store(context, [*found.rows, *markers])
-    return table.joined(found.rows)
+    return found.rows
+
+
+def _measure_linear(context: JobContext) -> Sequence[LayerMeasurement]:
+    """Measure the linear redundancy on one worker, and store it; without rows where no layer can hold a map."""
+    ((_, reply),) = context.ask([ScoreLinearRedundancy()])
+    assert isinstance(reply, LinearRedundancy)
+    for layer, reason in reply.refusals.items():
+        context.progress.note(f"no gap behind layer {layer} can be compensated: {reason}")
+    rows = [
+        LayerMeasurement(
+            f"linear_redundancy@{share.end - share.layer}", "all", share.layer, share.unexplained, None, reply.tokens
+        )
+        for share in reply.shares
+    ]
+    _store(context, [*rows, LayerMeasurement(DONE, LINEAR, 0, 1.0, None, reply.tokens)])
+    return rows
 
 
 def measurement_key(context: JobContext) -> str:
@@ -81,7 +111,7 @@ def _stored(context: JobContext) -> tuple[LayerTable, frozenset[str]]:
         for row in rows
         if row.name != DONE
     )
-    return LayerTable(context.worker.num_layers, known), done & KINDS.keys()
+    return LayerTable(context.worker.num_layers, known), done & (KINDS.keys() | {LINEAR})
 
 
 def _store(context: JobContext, rows: Sequence[LayerMeasurement]) -> None:

@@ -11,7 +11,14 @@ import torch
 import transformers
 
 from workers.engine.decoder import Decoder, NotExactError
-from workers.messages import Artefact, FitCompensation, FittedCompensation, FittedGapShares
+from workers.messages import (
+    Artefact,
+    FitCompensation,
+    FittedCompensation,
+    GapShare,
+    LinearRedundancy,
+    ScoreLinearRedundancy,
+)
 from workers.models import LoadedModel
 from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
@@ -23,6 +30,7 @@ from .calibration import Calibration, calibrate
 from .fit import Fitted, fit
 from .gain import propagation_gains
 from .recipe import CompensationError, Recipe
+from .redundancy import linear_redundancy, tokens_for
 from .shared import SharedFits
 from .weighting import Weigh, weigher
 
@@ -86,11 +94,18 @@ class Compensator:
             plan=fitted.plan,
             compensation=fitted.compensation,
             content=encode(fitted, provenance),
-            gaps=tuple(FittedGapShares(g.layer, g.end, g.plain_share, g.unexplained) for g in fitted.gaps),
+            gaps=tuple(GapShare(g.layer, g.end, g.plain_share, g.unexplained) for g in fitted.gaps),
             tokens=calibration.kept,
             samples=len(calibration.samples),
             seconds=fitted.seconds,
         )
+
+    def redundancy(self, request: ScoreLinearRedundancy) -> LinearRedundancy:
+        """The linear redundancy of the dense model's layers."""
+        width = int(self.loaded.model.config.get_text_config(decoder=True).hidden_size)
+        calibration = calibrate(self.loaded, self.task, tokens=tokens_for(width))
+        shares = linear_redundancy(self.loaded, calibration, ridge=request.ridge)
+        return LinearRedundancy(shares, calibration.kept, calibration.refusals)
 
     def calibration(self, recipe: Recipe) -> Calibration:
         """The calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""
