@@ -11,15 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the families' own tests live beside
 
-from runtime.families.catalogue import ALL, ONE_PICTURE, TEXT_ONLY, letters, model_of, single  # noqa: E402
-from runtime.families.tiny import Family, batch_inputs, forget_positions  # noqa: E402
+from runtime.families.catalogue import ALL, ONE_PICTURE, TEXT_ONLY, letters, model_of, single
+from runtime.families.tiny import Family, batch_inputs, forget_positions
 
-from workers.models import LoadedModel  # noqa: E402
-from workers.runtime import SkipPlan, UnsupportedFamilyError, apply, describe, validate  # noqa: E402
-from workers.runtime.locate import locate  # noqa: E402
-from workers.runtime.plan import PlanError  # noqa: E402
-from workers.scoring.batches import Batch, token_groups  # noqa: E402
-from workers.scoring.replay import prefill, prefixes_can_be_shared, recording, replay  # noqa: E402
+from workers.models import LoadedModel
+from workers.runtime import SkipPlan, UnsupportedFamilyError, apply, describe, validate
+from workers.runtime.locate import locate
+from workers.runtime.plan import PlanError
+from workers.scoring.batches import Batch, token_groups
+from workers.scoring.replay import prefill, prefixes_can_be_shared, recording, replay
 
 BY_DEFAULT = {
     "llava",
