@@ -60,13 +60,12 @@ class Choices:
     @classmethod
     def of(cls, logits: Tensor, forced: Tensor, dtype: torch.dtype) -> Choices:
         """From logits ``[positions, vocabulary]`` and the forced tokens ``[positions]`` (-1 for the end token)."""
-        top = logits.topk(2, dim=-1).values
+        top, tokens = logits.topk(2, dim=-1)
         bound = tie_bound(top[:, 0], dtype)
         own = logits.gather(1, forced.clamp(min=0)[:, None])[:, 0]
         close = (forced >= 0) & (top[:, 0] - own <= bound)
-        # topk breaks ties in its own way; argmax is what greedy decoding takes.
         return cls(
-            best=logits.argmax(-1).tolist(),
+            best=tokens[:, 0].tolist(),
             tie=(top[:, 0] - top[:, 1] <= bound).tolist(),
             forced_close=close.tolist(),
             nan=top[:, 0].isnan().tolist(),

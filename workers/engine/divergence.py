@@ -41,7 +41,7 @@ class DenseAnswers:
         It is a lower bound of the divergence over the whole vocabulary (joining outcomes can only lower it), and
         never negative.
         """
-        own = logits.gather(1, self.tokens.long()) - logits.logsumexp(-1, keepdim=True)
+        own = logits.log_softmax(-1).gather(1, self.tokens.long())
         dense = self.log_probabilities
         terms = (dense.exp() * (dense - own)).sum(-1)
         rest = self.log_rest.exp() * (self.log_rest - _log_rest(own))

@@ -1,14 +1,16 @@
-"""Packed sequences: the questions about an image after one copy of it, with a block mask and restarted positions.
+"""Packed sequences: the questions about an image as a tree of words behind one copy of it.
 
-Each question, with the answer that is forced on it, is a branch. A branch sees the prefix and itself, never another
-branch, and its positions start where the prefix ends, so it is computed exactly as it would be alone. Rows of similar
-length make a chunk, so that little of it is padding.
+Questions, each with the answer that is forced on it, share the words that they begin with. A word sees the prefix and
+the words before it in its own question, and its position is its place there, so every question is computed exactly as
+it would be alone. Rows of similar length make a chunk, so that little of it is padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,9 +23,7 @@ from .decoder import SLIDING, Decoder
 from .prompts import ImagePrompts
 
 LONGEST_BRANCHES = 512
-"""Tokens of questions in one row; more of them make another row, since attention grows with the square."""
-
-PREFIX, PADDING = -1, -2
+"""Words of questions in one row; more of them make another row, since attention grows with the square."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,68 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class WordTree:
+    """Token sequences whose common beginnings are held once.
+
+    ``words[i]`` is the token at node i and ``parents[i]`` the node before it (-1: none), which has a smaller number;
+    ``paths`` gives every sequence's nodes.
+    """
+
+    words: tuple[int, ...]
+    parents: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> WordTree:
+        """Build the tree."""
+        nodes: dict[tuple[int, int], int] = {}
+        words: list[int] = []
+        parents: list[int] = []
+        paths = []
+        for sequence in sequences:
+            node, path = -1, []
+            for word in sequence:
+                if (node, word) not in nodes:
+                    nodes[node, word] = len(words)
+                    words.append(word)
+                    parents.append(node)
+                node = nodes[node, word]
+                path.append(node)
+            paths.append(tuple(path))
+        return cls(tuple(words), tuple(parents), tuple(paths))
+
+    def depths(self) -> list[int]:
+        """How many words stand before each node's."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
+
+    def sees(self) -> Tensor:
+        """Which nodes each node sees, bool ``[nodes, nodes]``: itself and those before it in its sequences."""
+        seen = torch.eye(len(self.words), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+@dataclass(frozen=True)
 class Row:
     """One packed sequence: an image's prefix and some of its branches."""
 
     image: ImagePrompts
     branches: tuple[Branch, ...]
 
+    @cached_property
+    def tree(self) -> WordTree:
+        """The words behind the prefix."""
+        return WordTree.of([branch.tokens for branch in self.branches])
+
     @property
     def length(self) -> int:
         """Tokens."""
-        return len(self.image.prefix) + sum(len(branch.tokens) for branch in self.branches)
+        return len(self.image.prefix) + len(self.tree.words)
 
 
 @dataclass
@@ -63,25 +115,18 @@ class Context:
     """What the first layer is given, ``[rows, tokens, hidden]``."""
     vision: TokenSplit | None
     """Text rows and vision rows."""
-    branch: Tensor
-    """``[rows, tokens]``: which branch a token belongs to, or PREFIX, or PADDING."""
-    place: Tensor
-    """``[rows, tokens]``: a token's place in its own prompt."""
+    real: Tensor
+    """What is no padding, bool ``[rows, tokens]``."""
     is_vision: Tensor
     """bool ``[rows, tokens]``."""
     _text_masks: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def real(self) -> Tensor:
-        """What is no padding, bool ``[rows, tokens]``."""
-        return self.branch != PADDING
 
     def without_vision(self, arguments: dict[str, Any], mask_name: str) -> dict[str, Any]:
         """A layer's arguments with a mask that hides vision tokens from all others."""
         mask = arguments[mask_name]
         if id(mask) not in self._text_masks:
-            hidden = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            self._text_masks[id(mask)] = mask.masked_fill(self.is_vision[:, None, None, :], hidden)
+            least = torch.finfo(mask.dtype).min
+            self._text_masks[id(mask)] = mask.masked_fill(self.is_vision[:, None, None, :], least)
         return {**arguments, mask_name: self._text_masks[id(mask)]}
 
 
@@ -89,8 +134,8 @@ class Context:
 class Chunk:
     """Packed rows that go through the layers together, and where the answers are in them.
 
-    ``answers`` names, for every answer position, its row and column: ``[positions]`` each. ``spans`` gives for each of
-    ``samples`` the first and one past the last of its answer positions.
+    ``answer_rows`` and ``answer_columns`` (``[positions]`` each) say where every answer position is. ``spans`` gives
+    for each of ``samples`` the first and one past the last of its answer positions.
     """
 
     key: tuple[Any, ...]
@@ -111,7 +156,7 @@ class Chunk:
     @property
     def padding(self) -> int:
         """Tokens that are padding."""
-        return int((self.context.branch == PADDING).sum())
+        return int((~self.context.real).sum())
 
     @property
     def nbytes(self) -> int:
@@ -169,94 +214,73 @@ class Packer:
         laid = [self._lay_out(row, width) for row in rows]
         embeddings = torch.stack([one.embeddings for one in laid])
         positions = torch.stack([one.positions for one in laid], dim=-2)
-        branch, place = torch.stack([one.branch for one in laid]), torch.stack([one.place for one in laid])
-        vision = torch.stack([one.vision for one in laid])
-        pattern = torch.stack([one.pattern for one in laid])
-        context = self._context(embeddings, positions, branch, place, pattern, vision)
-        answer_rows = [number for number, one in enumerate(laid) for span in one.answers for _ in range(*span)]
-        answer_columns = [column for one in laid for span in one.answers for column in range(*span)]
-        spans, start = [], 0
-        for one in laid:
-            for first, last in one.answers:
-                spans.append((start, start + last - first))
-                start += last - first
-        rows_index = torch.tensor(answer_rows, device=self._device)
-        columns_index = torch.tensor(answer_columns, device=self._device)
+        real, vision = torch.stack([one.real for one in laid]), torch.stack([one.vision for one in laid])
+        places, seen = torch.stack([one.places for one in laid]), torch.stack([one.seen for one in laid])
+        answers = [(number, path) for number, one in enumerate(laid) for path in one.answers]
+        rows_index = torch.tensor([number for number, path in answers for _ in path], device=self._device)
+        columns_index = torch.tensor([column for _, path in answers for column in path], device=self._device)
+        ends = list(accumulate(len(path) for _, path in answers))
         return Chunk(
             key=key,
             rows=tuple(rows),
-            context=context,
+            context=self._context(embeddings, positions, places, seen, real, vision),
             samples=tuple(branch for row in rows for branch in row.branches),
             answer_rows=rows_index,
             answer_columns=columns_index,
-            spans=tuple(spans),
-            answer_split=_split_of(branch.shape, rows_index, columns_index),
+            spans=tuple(pairwise((0, *ends))),
+            answer_split=_split_of(real.shape, rows_index, columns_index),
         )
 
     def _lay_out(self, row: Row, width: int) -> _LaidOut:
-        image, device = row.image, self._device
+        image, tree, device = row.image, row.tree, self._device
         shared, own = len(image.prefix), row.length
-        words = torch.tensor([token for branch in row.branches for token in branch.tokens], device=device)
-        embeddings = functional.pad(torch.cat((image.prefix.to(device), self._embed(words))), (0, 0, 0, width - own))
-        branch = torch.full((width,), PADDING, device=device)
-        place = torch.zeros(width, dtype=torch.long, device=device)
-        branch[:shared], place[:shared] = PREFIX, torch.arange(shared, device=device)
+        words = self._embed(torch.tensor(tree.words, device=device))
+        depths = torch.tensor(tree.depths(), device=device)
         positions = image.positions.new_zeros((*image.positions.shape[:-1], width))
         positions[..., :shared] = image.positions
-        answers, at = [], shared
-        for number, one in enumerate(row.branches):
-            length = len(one.tokens)
-            steps = torch.arange(length, device=device)
-            branch[at : at + length] = number
-            place[at : at + length] = shared + steps
-            positions[..., at : at + length] = image.next_position + steps.to(positions.dtype)
-            answers.append((at + len(one.question) - 1, at + length))
-            at += length
-        vision = functional.pad(image.vision, (0, width - shared))
-        pattern = functional.pad(image.pattern, (0, width - shared, 0, width - shared))
-        return _LaidOut(embeddings, positions, branch, place, vision, pattern, tuple(answers))
+        positions[..., shared:own] = image.next_position + depths.to(positions.dtype)
+        places = torch.zeros(width, dtype=torch.long, device=device)
+        places[:shared] = torch.arange(shared, device=device)
+        places[shared:own] = shared + depths
+        seen = torch.eye(width, dtype=torch.bool, device=device)  # padding sees itself, so that no row is empty
+        seen[:shared, :shared] = image.pattern
+        seen[shared:own, :shared] = True
+        seen[shared:own, shared:own] = tree.sees().to(device)
+        return _LaidOut(
+            embeddings=functional.pad(torch.cat((image.prefix.to(device), words)), (0, 0, 0, width - own)),
+            positions=positions,
+            places=places,
+            seen=seen,
+            real=torch.arange(width, device=device) < own,
+            vision=functional.pad(image.vision, (0, width - shared)),
+            answers=tuple(
+                tuple(shared + node for node in path[len(branch.question) - 1 :])
+                for branch, path in zip(row.branches, tree.paths, strict=True)
+            ),
+        )
 
     def _context(
-        self,
-        embeddings: Tensor,
-        positions: Tensor,
-        branch: Tensor,
-        place: Tensor,
-        pattern: Tensor,
-        vision: Tensor,
+        self, embeddings: Tensor, positions: Tensor, places: Tensor, seen: Tensor, real: Tensor, vision: Tensor
     ) -> Context:
         recording = self._decoder.dry_run(embeddings, positions)
         masks = {
-            kind: self._mask(branch, place, pattern, self._window(kind), embeddings.dtype)
-            for kind in set(self._decoder.kinds)
+            kind: self._mask(seen, places, self._window(kind), embeddings.dtype) for kind in set(self._decoder.kinds)
         }
         arguments = tuple(
             {**given, self._decoder.mask_name: masks[kind]}
             for given, kind in zip(recording.layers, self._decoder.kinds, strict=True)
         )
-        split = TokenSplit.from_vision_mask(vision)
-        return Context(arguments, recording.hidden, split, branch, place, vision)
+        return Context(arguments, recording.hidden, TokenSplit.from_vision_mask(vision), real, vision)
 
     def _window(self, kind: str) -> int | None:
         return int(self._decoder.stack.text_config.sliding_window) if kind == SLIDING else None
 
-    def _mask(self, branch: Tensor, place: Tensor, pattern: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-        """``[rows, 1, tokens, tokens]``: bool, or numbers to add where attention is eager."""
-        prefix = branch == PREFIX
-        same = branch[:, :, None] == branch[:, None, :]
-        before = place[:, None, :] <= place[:, :, None]
-        seen = ((same & ~prefix[:, None, :]) | prefix[:, None, :]) & before & ~prefix[:, :, None]
-        seen = seen | pattern
+    def _mask(self, seen: Tensor, places: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+        """``[rows, 1, tokens, tokens]``: numbers to add, which torch's kernels take faster than bool masks."""
         if window is not None:
-            seen &= (place[:, :, None] - place[:, None, :]) < window
-        # Padding sees itself, so that no row of the mask is empty.
-        padding = branch == PADDING
-        seen = torch.where(padding[:, :, None], torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device), seen)
-        if not self._decoder.eager:
-            return seen[:, None]
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
+            seen = seen & (places[:, :, None] - places[:, None, :] < window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
@@ -275,18 +299,15 @@ def tensors_of(value: object) -> Iterator[Tensor]:
 class _LaidOut:
     embeddings: Tensor
     positions: Tensor
-    branch: Tensor
-    place: Tensor
+    places: Tensor
+    seen: Tensor
+    real: Tensor
     vision: Tensor
-    pattern: Tensor
-    answers: tuple[tuple[int, int], ...]
-    """Per branch the first and one past the last column of its answer positions."""
+    answers: tuple[tuple[int, ...], ...]
+    """Per branch the columns of its answer positions."""
 
 
 def _split_of(shape: Sequence[int], rows: Tensor, columns: Tensor) -> TokenSplit:
     chosen = torch.zeros(tuple(shape), dtype=torch.bool, device=rows.device)
     chosen[rows, columns] = True
     return TokenSplit(text=TokenRows.from_mask(chosen), vision=TokenRows.from_mask(~chosen))
-
-
-__all__ = ["Branch", "Chunk", "Context", "Packer", "Row", "cut", "make_rows"]

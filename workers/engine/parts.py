@@ -49,6 +49,11 @@ class Parts:
         self._bounds: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
 
     @property
+    def kept(self) -> tuple[Part, ...]:
+        """What is kept now."""
+        return tuple(self._kept.values())
+
+    @property
     def nbytes(self) -> int:
         """Memory of what is kept."""
         return sum(part.nbytes for part in self._kept.values())

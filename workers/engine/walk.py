@@ -38,22 +38,16 @@ class Walker:
         self.tally = tally or Tally()
         self._charged = ""
 
-    def ends(self, root: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
+    def ends(self, node: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
         """Every node where plans end, with the final states ``[answer positions, hidden]`` there, depth first."""
-        yield from self._ends(root, chunk)
-
-    def _ends(self, node: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
         if node.plans:
             self._charged = node.plans[0]
             yield node, self.answer_states(node, chunk)
-        children = list(node.children.values())
-        for place, child in enumerate(children):
+        for child in node.children.values():
             self._charged = next(below.plans[0] for below in child.walk() if below.plans)
             if child.children:  # otherwise only the answer positions of its last layer are needed
                 self.state(child, chunk)
-            if place == len(children) - 1 and not node.branching:
-                self._states.drop(self._key(node, chunk))
-            yield from self._ends(child, chunk)
+            yield from self.ends(child, chunk)
 
     # States ---------------------------------------------------------------------------------------------------------
 

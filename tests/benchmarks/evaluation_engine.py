@@ -1,0 +1,154 @@
+"""Candidates per minute and layer executions, plain and fast, and whether both give the same scores.
+
+    PYTHONPATH=. python tests/benchmarks/evaluation_engine.py --model llava-12 --samples 512 --threads 2
+
+Three sets of plans: (i) one round of greedy elimination, that is every plan that skips one more layer than a given one;
+(ii) a brood of 32 mutations of a plan, each with the action of one or two layers changed; (iii) 64 plans that leave the
+lower third of the layers running. Both paths run in the same process, one after the other, on the same samples; the
+plain path is `generate` in batches of 32. Its time is measured on ``--plain`` of the plans, spread over the set, and
+scaled by the number of layer executions; with ``--plain 0`` on all of them. Time spent on asking tied samples again is
+part of both. The dense model has been evaluated before on both paths, as a search has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from workers.engine.fast import FastEvaluator
+from workers.engine.trie import build_trie, executions
+from workers.evaluation import Evaluator
+from workers.messages import EvaluatePlans, Evaluation, ModelSource
+from workers.models import load_model
+from workers.runtime.plan import Action, SkipPlan
+from workers.tasks import load_spec, load_task
+
+
+@dataclass(frozen=True)
+class Timed:
+    seconds: float
+    results: dict[str, Evaluation]
+
+    @property
+    def per_minute(self) -> float:
+        return 60 * len(self.results) / self.seconds
+
+
+def greedy_round(parent: SkipPlan) -> list[SkipPlan]:
+    return [parent.with_action(layer, Action.SKIP) for layer in parent.kept]
+
+
+def brood(parent: SkipPlan, count: int, actions: str, generator: random.Random) -> list[SkipPlan]:
+    plans: set[SkipPlan] = set()
+    while len(plans) < count:
+        plan = parent
+        for layer in generator.sample(range(len(parent)), generator.choice((1, 2))):
+            plan = plan.with_action(layer, Action(generator.choice([a for a in actions if a != plan[layer].value])))
+        plans.add(plan)
+    return sorted(plans)
+
+
+def upper(layers: int, count: int, actions: str, generator: random.Random) -> list[SkipPlan]:
+    plans: set[SkipPlan] = set()
+    first = layers // 3
+    while len(plans) < count:
+        plan = SkipPlan.dense(layers)
+        for layer in generator.sample(range(first, layers), generator.randint(1, (layers - first) // 3)):
+            plan = plan.with_action(layer, Action(generator.choice(actions.replace("R", ""))))
+        plans.add(plan)
+    return sorted(plans)
+
+
+def run(evaluator: Evaluator | FastEvaluator, plans: list[SkipPlan], samples: int) -> Timed:
+    request = EvaluatePlans(tuple(plan.text for plan in plans), "search", samples)
+    started = time.perf_counter()
+    results = evaluator.evaluate_all(request).results
+    seconds = time.perf_counter() - started
+    assert all(isinstance(result, Evaluation) for result in results), results
+    return Timed(seconds, {result.plan: result for result in results if isinstance(result, Evaluation)})
+
+
+def compare(
+    name: str, plain: Evaluator, fast: FastEvaluator, plans: list[SkipPlan], samples: int, checked: int
+) -> None:
+    before = fast.walker.tally.executions
+    quick = run(fast, plans, samples)
+    spent = fast.walker.tally.executions - before
+    chosen = plans if not checked else plans[:: max(1, len(plans) // checked)][:checked]
+    slow = run(plain, chosen, samples)
+    scale = sum(len(plan.kept) for plan in plans) / sum(len(plan.kept) for plan in chosen)
+    slow_seconds = slow.seconds * scale
+    different = {
+        plan: sum(a != b for a, b in zip(result.scores, quick.results[plan].scores, strict=True))
+        for plan, result in slow.results.items()
+    }
+    needed = sum(len(plan.kept) for plan in plans) * samples
+    theory = executions(build_trie(plans)) * samples
+    ties = statistics.mean(result.near_ties for result in quick.results.values())
+    print(
+        f"{name}: {len(plans)} plans, {samples} samples\n"
+        f"  plain {slow_seconds:8.1f} s, {60 * len(plans) / slow_seconds:6.1f} candidates a minute, "
+        f"{needed} layer executions ({len(chosen)} plans run)\n"
+        f"  fast  {quick.seconds:8.1f} s, {quick.per_minute:6.1f} candidates a minute, {spent} layer executions "
+        f"(the trie's own count {theory}, {spent / theory:.3f} of it)\n"
+        f"  wall-clock ratio {slow_seconds / quick.seconds:.2f}, layer executions {needed / spent:.2f} times fewer; "
+        f"{sum(different.values())} of {len(chosen) * samples} scores differ; {ties:.1f} ties a plan, "
+        f"mean accuracy {statistics.mean(result.accuracy for result in quick.results.values()):.3f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llava-12")
+    parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plain", type=int, default=0, help="plans of each set that the plain path runs; 0: all")
+    parser.add_argument("--actions", default="RFBS")
+    parser.add_argument("--skipped", type=int, default=4, help="layers that the parent of (i) and (ii) skips")
+    parser.add_argument("--sets", default="i,ii,iii")
+    parser.add_argument("--memory", type=float, default=2.0, help="memory budget of the fast path in GiB")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    loaded = load_model(ModelSource(arguments.model))
+    task = load_task(load_spec(arguments.task))
+    plain = Evaluator(loaded, task)
+    fast = FastEvaluator(plain, memory_bytes=int(arguments.memory * 2**30))
+    started = time.perf_counter()
+    fast.check("search")
+    layers = fast.decoder.num_layers
+    dense = SkipPlan.dense(layers)
+    own = run(fast, [dense], arguments.samples).results[dense.text]
+    chunks = [chunk for part in fast.parts.kept for chunk in part.chunks]
+    tokens = sum(chunk.tokens for chunk in chunks)
+    print(
+        f"{loaded.name}: {layers} layers, {task.name}, {loaded.model.dtype}, {torch.get_num_threads()} threads; check, "
+        f"prompts and dense {time.perf_counter() - started:.1f} s, accuracy {own.accuracy:.3f}, {tokens} packed tokens "
+        f"of which {sum(chunk.padding for chunk in chunks) / tokens:.1%} padding",
+        flush=True,
+    )
+    generator = random.Random(arguments.seed)
+    spread = [
+        number * layers // arguments.skipped + layers // (2 * arguments.skipped) for number in range(arguments.skipped)
+    ]
+    parent = SkipPlan.skipping(layers, spread)
+    sets = {
+        "i": ("(i) one greedy round", greedy_round(parent)),
+        "ii": ("(ii) a brood of 32 mutations", brood(parent, 32, arguments.actions, generator)),
+        "iii": ("(iii) 64 plans in the upper two thirds", upper(layers, 64, arguments.actions, generator)),
+    }
+    run(plain, [dense], arguments.samples)
+    for key in arguments.sets.split(","):
+        compare(sets[key][0], plain, fast, sets[key][1], arguments.samples, arguments.plain)
+    print(f"states kept at most {fast.states.peak / 2**20:.0f} MiB of a budget of {arguments.memory * 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

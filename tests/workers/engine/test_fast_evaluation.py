@@ -1,0 +1,256 @@
+"""The fast path against the plain one, sample by sample."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from workers.engine.choice import Evaluators
+from workers.engine.decoder import NotExactError
+from workers.engine.fast import FastEvaluator
+from workers.engine.trie import build_trie, executions
+from workers.evaluation import Evaluator
+from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, ModelSource
+from workers.models import LoadedModel, load_model
+from workers.runtime.plan import SkipPlan
+from workers.tasks import Task, load_spec, load_task
+from workers.tasks.samples import ImageFile
+
+LAYERS = 6
+
+
+def random_plans(layers: int, count: int, *, seed: int, letters: str = "RRRRFBS") -> tuple[str, ...]:
+    generator = random.Random(seed)
+    plans: set[str] = {"R" * layers, "S" * (layers - 1) + "B", "B" * layers, "F" * layers, "R" + "S" * (layers - 1)}
+    while len(plans) < count:
+        plan = "".join(generator.choice(letters) for _ in range(layers))
+        if set(plan) != {"S"}:
+            plans.add(plan)
+    return tuple(sorted(plans))
+
+
+def evaluations(results: Any) -> list[Evaluation]:
+    assert all(isinstance(result, Evaluation) for result in results.results), results
+    return list(results.results)
+
+
+@pytest.fixture(scope="module")
+def answered(tiny: LoadedModel, small_task: Task) -> Task:
+    """Every second sample gets what the dense model answers as the right answer, so that scores are not all zero."""
+    samples = small_task.search[:48]
+    texts = Evaluator(tiny, small_task).answer(SkipPlan.dense(LAYERS), samples).texts
+    search = tuple(
+        replace(sample, answers=(texts[sample.id] if number % 2 and texts[sample.id] else "red",))
+        for number, sample in enumerate(samples)
+    )
+    return replace(small_task, search=search)
+
+
+@pytest.fixture
+def plain(tiny: LoadedModel, answered: Task) -> Evaluator:
+    return Evaluator(tiny, answered)
+
+
+@pytest.fixture
+def fast(plain: Evaluator) -> FastEvaluator:
+    evaluator = FastEvaluator(plain, chunk_tokens=700)
+    evaluator.check("search")
+    return evaluator
+
+
+def test_random_plans_score_the_same_on_every_sample(plain: Evaluator, fast: FastEvaluator) -> None:
+    plans = random_plans(LAYERS, 40, seed=1)
+    request = EvaluatePlans(plans, "search", 40)
+    quick, slow = evaluations(fast.evaluate_all(request)), evaluations(plain.evaluate_all(request))
+    assert [each.scores for each in quick] == [each.scores for each in slow]
+    assert [each.sample_ids for each in quick] == [each.sample_ids for each in slow]
+    assert [each.plan for each in quick] == list(plans)
+    assert len({each.scores for each in quick}) > 10  # else the comparison would show little
+
+
+def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
+    plans = random_plans(LAYERS, 30, seed=2)
+    fast.evaluate_all(EvaluatePlans(("R" * LAYERS,), "search", 24))
+    fast.states.clear()
+    before = fast.walker.tally.executions
+    results = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 24)))
+    spent = fast.walker.tally.executions - before
+    assert spent == 24 * executions(build_trie(SkipPlan.parse(plan) for plan in plans))
+    assert sum(each.layer_executions for each in results) == spent
+    needed = 24 * sum(len(SkipPlan.parse(plan).kept) for plan in plans)
+    assert sum(each.layer_executions_saved for each in results) == needed - spent > spent
+
+
+def test_states_of_earlier_requests_are_used_again(fast: FastEvaluator) -> None:
+    fast.evaluate_all(EvaluatePlans(("R" * LAYERS, "RRRRSR"), "search", 24))
+    before = fast.walker.tally.executions
+    fast.evaluate_all(EvaluatePlans(("RRRSRR",), "search", 24))
+    assert fast.walker.tally.executions - before == 2 * 24
+
+
+@pytest.mark.parametrize("budget", [0, 40_000, 400_000])
+def test_a_small_memory_budget_costs_executions_not_correctness(
+    plain: Evaluator, fast: FastEvaluator, budget: int
+) -> None:
+    request = EvaluatePlans(random_plans(LAYERS, 16, seed=3), "search", 30)
+    expected = evaluations(fast.evaluate_all(request))
+    small = FastEvaluator(plain, memory_bytes=budget, chunk_tokens=700)
+    small.check("search")
+    found = evaluations(small.evaluate_all(request))
+    assert [each.scores for each in found] == [each.scores for each in expected]
+    assert small.states.peak <= max(budget, 0)
+    assert sum(each.layer_executions for each in found) >= sum(each.layer_executions for each in expected)
+
+
+def test_a_prefix_and_its_continuation_make_the_whole(fast: FastEvaluator) -> None:
+    plans = ("RRSRFR", "RBRRRR")
+    whole = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 40)))
+    first = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 17)))
+    rest = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 40, start=17)))
+    for all_of_it, beginning, end in zip(whole, first, rest, strict=True):
+        assert all_of_it.scores == beginning.scores + end.scores
+        assert beginning.kl is not None and end.kl is not None
+        assert all_of_it.kl == pytest.approx(beginning.kl + end.kl, abs=1e-4)
+
+
+def test_divergence_is_that_of_the_whole_distributions(
+    tiny: LoadedModel, answered: Task, fast: FastEvaluator
+) -> None:
+    """The vocabulary is smaller than the number of tokens kept, so nothing is joined."""
+    plan = SkipPlan.parse("RRSRRR")
+    dense, changed = (self_forced_log_probabilities(tiny, answered, fast, each) for each in (SkipPlan.dense(6), plan))
+    expected = [float((d.exp() * (d - c)).sum(-1).mean()) for d, c in zip(dense, changed, strict=True)]
+    (result,) = evaluations(fast.evaluate_all(EvaluatePlans((plan.text,), "search", 12)))
+    assert result.kl == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    (same,) = evaluations(fast.evaluate_all(EvaluatePlans(("R" * LAYERS,), "search", 12)))
+    assert same.kl == pytest.approx([0.0] * 12, abs=1e-5)
+
+
+def self_forced_log_probabilities(
+    loaded: LoadedModel, task: Task, fast: FastEvaluator, plan: SkipPlan
+) -> list[torch.Tensor]:
+    """Per sample the distributions at its answer positions, by an ordinary forward call for each sample alone."""
+    from workers.prompts import build_inputs, to_device
+    from workers.runtime import apply
+
+    found = []
+    for sample in task.search[:12]:
+        inputs = to_device(
+            build_inputs(loaded.processor, task.spec, [sample], [sample.image.open()]), loaded.device, torch.float32
+        )
+        fed = torch.tensor([fast.guesser.forced(sample).fed], dtype=torch.long)
+        inputs["input_ids"] = torch.cat((inputs["input_ids"], fed), dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.inference_mode(), apply(loaded.model, plan):
+            logits = loaded.model(**inputs).logits[0, -fed.shape[1] - 1 :]
+        found.append(logits.double().log_softmax(-1))
+    return found
+
+
+def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, answered: Task, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    samples = list(answered.search[:20])
+    samples[3] = replace(samples[3], image=ImageFile(str(broken)), image_key="broken")
+    task = replace(answered, search=tuple(samples))
+    fast = FastEvaluator(Evaluator(tiny, task))
+    (result,) = evaluations(fast.evaluate_all(EvaluatePlans(("RRRRRR",), "search")))
+    assert list(result.failed_samples) == [samples[3].id]
+    assert "broken.png cannot be decoded" in result.failed_samples[samples[3].id]
+    (expected,) = evaluations(Evaluator(tiny, answered).evaluate_all(EvaluatePlans(("RRRRRR",), "search", 20)))
+    assert result.scores == (*expected.scores[:3], 0.0, *expected.scores[4:])
+    assert result.kl is not None and result.kl[3] != result.kl[3]  # NaN
+
+
+@pytest.fixture
+def poisoned(tiny_directory: Path) -> Iterator[LoadedModel]:
+    """A model of which layer 2 gives NaN whenever a certain word is in its prompt."""
+    loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    word = loaded.processor.tokenizer("triangle", add_special_tokens=False)["input_ids"][0]
+    embedding = loaded.model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[word] = float("nan")
+    yield loaded
+
+
+def test_nan_fails_the_samples_that_have_it_and_no_others(poisoned: LoadedModel, answered: Task) -> None:
+    samples = [
+        replace(sample, question="triangle?" if number % 5 == 2 else sample.question)
+        for number, sample in enumerate(answered.search[:20])
+    ]
+    task = replace(answered, search=tuple(samples))
+    plain = Evaluator(poisoned, task)
+    request = EvaluatePlans(("RRRRRR", "RRRSRR", "FRRRRR"), "search")
+    quick = evaluations(FastEvaluator(plain).evaluate_all(request))
+    slow = evaluations(plain.evaluate_all(request))
+    for one, other in zip(quick, slow, strict=True):
+        assert set(one.failed_samples) == set(other.failed_samples) == {s.id for s in samples[2::5]}
+        assert set(one.failed_samples.values()) == {"the logits hold NaN"}
+        assert one.scores == other.scores
+
+
+def test_lack_of_memory_halves_the_chunks(plain: Evaluator, fast: FastEvaluator) -> None:
+    request = EvaluatePlans(random_plans(LAYERS, 10, seed=4), "search", 40)
+    expected = evaluations(fast.evaluate_all(request))
+    small = FastEvaluator(plain, chunk_tokens=1400)
+    small.check("search")
+    largest = 500
+
+    def run_out(module: Any, arguments: Any) -> None:
+        rows = arguments[0].shape
+        if rows[0] > 1 and rows[0] * rows[1] > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = small.decoder.layers[1].mlp.register_forward_pre_hook(run_out)
+    found = evaluations(small.evaluate_all(request))
+    handle.remove()
+    assert [each.scores for each in found] == [each.scores for each in expected]
+    assert small.chunk_tokens < 700
+
+
+def test_a_plan_that_cannot_be_run_does_not_stop_the_others(fast: FastEvaluator) -> None:
+    results = fast.evaluate_all(EvaluatePlans(("RRR", "RRRRRR", "SSSSSS", "RXRRRR"), "search", 8)).results
+    assert [type(result) for result in results] == [EvaluationFailure, Evaluation, EvaluationFailure, EvaluationFailure]
+    assert "3 layers" in str(results[0]) and "skips every layer" in str(results[2]) and "'X'" in str(results[3])
+
+
+def test_free_text_and_changed_logits_go_the_plain_path(tiny_directory: Path, answered: Task) -> None:
+    loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    spec = answered.spec
+    free = replace(answered, spec=replace(spec, answer=replace(spec.answer, kind="free")))
+    request = EvaluatePlans(("RRRRRR",), "search", 6)
+    result = Evaluators(Evaluator(loaded, free), memory_bytes=1 << 28).evaluate(request)
+    assert "free text" in result.note and evaluations(result)[0].path == "plain"
+    with pytest.raises(NotExactError, match="evaluation: fast is not exact here.*free text"):
+        Evaluators(Evaluator(loaded, free), memory_bytes=1 << 28).evaluate(replace(request, path="fast"))
+    loaded.model.generation_config.repetition_penalty = 1.3
+    result = Evaluators(Evaluator(loaded, answered), memory_bytes=1 << 28).evaluate(request)
+    assert "repetition_penalty = 1.3" in result.note
+
+
+def test_paths_are_taken_as_asked(tiny: LoadedModel, answered: Task) -> None:
+    evaluators = Evaluators(Evaluator(tiny, answered), memory_bytes=1 << 28)
+    paths = {
+        path: evaluations(evaluators.evaluate(EvaluatePlans(("RRRRRR",), "search", 6, path=path)))[0].path
+        for path in ("auto", "fast", "plain")
+    }
+    assert paths == {"auto": "fast", "fast": "fast", "plain": "plain"}
+
+
+@pytest.mark.slow
+def test_the_bundled_model_scores_the_same_on_every_sample() -> None:
+    loaded = load_model(ModelSource("llava-12", device="cpu"))
+    task = load_task(load_spec("easy-vqa"))
+    plain = Evaluator(loaded, task)
+    fast = FastEvaluator(plain)
+    for split in ("search", "held_out"):
+        fast.check(split)
+        request = EvaluatePlans(random_plans(12, 24, seed=5, letters="RRRRRRRRFBSS"), split, 192)
+        quick, slow = evaluations(fast.evaluate_all(request)), evaluations(plain.evaluate_all(request))
+        assert [each.scores for each in quick] == [each.scores for each in slow]
