@@ -39,6 +39,10 @@ class Settings:
     """Factors of the draws' distance from the posterior mean: a batch's draws go from careful to curious."""
     parents: int = 12
     """Plans of the front (and the next-best layers behind it) that moves start from."""
+    thrown: int = 1
+    """Proposals of a batch that are drawn at random from the better part of the pool."""
+    better: float = 0.25
+    """That part of the pool."""
     pool: int = 500
     """Candidates judged before, and again after, the best of them are moved once more."""
     finalists: int = 6
@@ -109,7 +113,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
 
     def _unit_risk(self, risk: Mapping[str, Sequence[float]]) -> Floats:
         """Risk per column, its mean 1."""
-        raw = np.array([risk.get(letter, risk["S"])[layer] for layer, letter in self._encoding.columns])
+        raw = np.array([risk[letter][layer] for layer, letter in self._encoding.columns])
         finite = raw[np.isfinite(raw)]
         raw = np.minimum(raw, 2 * float(finite.max()) if len(finite) else 1.0)  # what could not be measured is risky
         unit: Floats = raw / max(1e-12, float(raw.mean()))
@@ -194,10 +198,23 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         chosen, gains = self._choose(pool, draws, stairs, self._settings.finalists)
         moved = self._second_pool([pool[index] for index in chosen], taken | set(pool))
         pool += moved
-        chosen, gains = self._choose(pool, draws, stairs, self._batch)
+        thrown = min(self._settings.thrown, self._batch - 1)
+        chosen, gains = self._choose(pool, draws, stairs, self._batch - thrown)
         volume = sum(self._volume(front))
         self.expected_gain = float(np.mean(gains)) / volume if volume > 0 else None
-        return [pool[index] for index in chosen[: self._batch]]
+        chosen += self._thrown([index for index in range(len(pool)) if index not in set(chosen)], pool, draws, stairs)[
+            :thrown
+        ]
+        return [pool[index] for index in chosen]
+
+    def _thrown(self, rest: Sequence[int], pool: Sequence[str], draws: Draws, stairs: Stairs) -> list[int]:
+        """Plain evolution: members of the better part of the pool in random order, whatever the draws say."""
+        if not rest:
+            return []
+        ratios = np.array([self._ratio(pool[index]) for index in rest])
+        above = stairs.excess(ratios, draws(self._design([pool[index] for index in rest]))[0])
+        better = np.argsort(above, kind="stable")[: max(1, int(self._settings.better * len(rest)))]
+        return [rest[int(place)] for place in self._random.permutation(better)]
 
     def _volume(self, front: Sequence[Seen]) -> list[float]:
         ceiling, areas = self._reference[1], []

@@ -8,7 +8,7 @@ from dataclasses import replace
 from optimizer.job import SearchSpec
 from optimizer.search.outcome import Tried
 from optimizer.seeding.nested import nested_sets
-from optimizer.seeding.runs import best_structures, unexplained_shares
+from optimizer.seeding.runs import unexplained_shares
 from optimizer.seeding.theory import Seeds, random_seeds, theory_seeds
 from optimizer.space import Candidate
 from optimizer.strategies.base import Problem
@@ -42,17 +42,19 @@ def with_seeds(
 
 
 def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:
-    """What the surrogate begins with: one batch, or less the more is known already."""
+    """What the surrogate begins with: half a batch, or less where much is known already."""
     first = max(0, problem.batch - len(known))
     if spec.seeds == "random":
         return random_seeds(problem.space, problem.batch, problem.seed)
-    shares = unexplained_shares(problem.table)
-    return theory_seeds(
+    theory = theory_seeds(
         problem.space,
         problem.risk,
         problem.ratio,
         problem.possible,
-        first=first,
-        structures=best_structures(problem.space, shares) if problem.space.recipe and shares else (),
+        first=first // 4,
+        unexplained=unexplained_shares(problem.table),
         published=published_plans(problem),
     )
+    # As many random ones: a surrogate that has only seen what the theory holds safe cannot tell where it errs.
+    others = random_seeds(problem.space, problem.batch, problem.seed).first
+    return Seeds((*theory.first, *[each for each in others if problem.possible(each)][: first // 4]), theory.reserve)

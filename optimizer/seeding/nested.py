@@ -16,7 +16,7 @@ def nested_sets(space: PlanSpace, risk: Risk, limit: int | None = None) -> tuple
     letters = [letter for letter in "FBSC" if any(letter in allowed for allowed in space.genome_letters)]
     for size in range(1, space.max_touched + 1):
         for letter in letters:
-            order = risk.order("S" if letter == COMPENSATED else letter)
+            order = risk.order("S" if letter == COMPENSATED and letter not in risk.risk else letter)
             layers = [layer for layer in order if letter in space.genome_letters[layer]]
             if size > len(layers):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,9 +12,12 @@ import numpy as np
 from optimizer.criteria import Risk
 from optimizer.seeding.additive import AdditiveProblem, Step, budgets, savings, spread_order
 from optimizer.seeding.nested import nested_sets
+from optimizer.seeding.runs import Unexplained, best_structures
 from optimizer.space import COMPENSATED, Candidate, PlanSpace
 from workers.runtime import SkipPlan
 
+COMPENSATION_GAIN = 0.15
+"""Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
 LADDER = 16
 """Latency budgets that the additive problem is solved for."""
 
@@ -26,10 +30,27 @@ class Seeds:
     reserve: tuple[Candidate, ...] = ()
 
 
+def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
+    """The risk with a row for compensated skips (``C``), which are on the whole ``COMPENSATION_GAIN`` times as safe.
+
+    Where linear redundancy was measured, it says how the risk is spread over the layers; else the plain skip does.
+    """
+    plain = risk.risk["S"]
+    shares = [unexplained.get((layer - 1, layer), math.inf) for layer in range(len(plain))]
+    known = [share for share in shares if math.isfinite(share)]
+    finite = [value for value in plain if math.isfinite(value)]
+    if not known or not finite or sum(known) == 0:
+        compensated = tuple(COMPENSATION_GAIN * value for value in plain)
+    else:
+        scale = COMPENSATION_GAIN * (sum(finite) / len(finite)) / (sum(known) / len(known))
+        compensated = tuple(scale * share for share in shares)
+    return Risk(risk.criterion, risk.risk | {COMPENSATED: compensated})
+
+
 def step_risks(space: PlanSpace, risk: Risk) -> dict[Step, float]:
-    """The risk of every step of a space; a compensated skip counts as the plain one."""
+    """The risk of every step of a space."""
     return {
-        (layer, letter): risk.of(layer, "S" if letter == COMPENSATED else letter)
+        (layer, letter): risk.of(layer, letter)
         for layer, letters in enumerate(space.genome_letters)
         for letter in letters.replace("R", "")
     }
@@ -42,15 +63,19 @@ def theory_seeds(
     possible: Callable[[Candidate], bool],
     *,
     first: int,
-    structures: Sequence[Candidate] = (),
+    unexplained: Unexplained | None = None,
     published: Sequence[Candidate] = (),
 ) -> Seeds:
     """Seeds from a criterion's risk: the additive ladder and run structures first, nested and published sets behind.
 
+    ``unexplained`` is the linear redundancy, where compensated plans are in the space and it was measured.
     ``possible`` tells which candidates meet what can be known before an evaluation; ``first`` bounds the number of
     candidates that are evaluated whatever they look like.
     """
     saving = savings(space, ratio)
+    shares = unexplained or {}
+    risk = with_compensated(risk, shares)
+    structures = best_structures(space, shares) if space.recipe and shares else ()
     families = [[each] for each in space.compensations] if len(space.compensations) > 1 else [space.compensations]
     ladders = []
     for compensations in families:

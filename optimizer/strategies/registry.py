@@ -8,6 +8,8 @@ import optuna
 
 from optimizer.errors import UsageFault
 from optimizer.sampling.sampler import Settings, Space, SurrogateSampler
+from optimizer.seeding.runs import unexplained_shares
+from optimizer.seeding.theory import with_compensated
 from optimizer.strategies import exhaustive, nested, sleb
 from optimizer.strategies.angular import angular
 from optimizer.strategies.base import Problem, Strategy
@@ -75,7 +77,7 @@ def surrogate(problem: Problem, settings: Settings | None = None) -> SurrogateSa
     )
     return SurrogateSampler(
         view,
-        problem.risk.risk,
+        with_compensated(problem.risk, unexplained_shares(problem.table)).risk,
         problem.limits.largest_drop(1.0),
         seed=problem.seed,
         batch=problem.batch,

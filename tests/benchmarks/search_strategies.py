@@ -119,7 +119,9 @@ def plan_of(mask: int, layers: int) -> str:
 
 def load_inputs(model: str, task: str) -> tuple[LayerTable, Times]:
     document = json.loads((FIXTURES / f"search_inputs_{model}_{task}.json").read_text())
-    rows = tuple(LayerMeasurement(n, g, layer, value, None, count) for n, g, layer, value, count in document["measurements"])
+    rows = tuple(
+        LayerMeasurement(n, g, layer, value, None, count) for n, g, layer, value, count in document["measurements"]
+    )
     times = document["latency"]
     seconds = {letter: tuple(layers) for letter, layers in times["layer_seconds"].items()}
     return LayerTable(document["num_layers"], rows), Times(times["dense_seconds"], seconds)
@@ -211,7 +213,8 @@ def exhaustive_front(model: str, task: str) -> list[tuple[str, float, float]]:
     accuracy = recorded.right.mean(axis=1)
     plans = [plan_of(mask, recorded.layers) for mask in range(len(accuracy) - 1)]  # the last one has no layer left
     points = [
-        (latency_ratio(times, SkipPlan.parse(plan)), float(accuracy[0] - accuracy[mask])) for mask, plan in enumerate(plans)
+        (latency_ratio(times, SkipPlan.parse(plan)), float(accuracy[0] - accuracy[mask]))
+        for mask, plan in enumerate(plans)
     ]
     return [(plans[index], *points[index]) for index in front_indices(points)]
 
