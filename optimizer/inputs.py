@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from optimizer.errors import UsageFault
@@ -38,7 +39,8 @@ def prepare(spec: JobSpec) -> Inputs:
     check_rungs(spec, task)
     check_images(task)
     model = model_hash(spec)
-    return Inputs(spec, task, spec.digest(task=task_hash(task), model=model), model)
+    others = {f"collateral {number}": each for number, each in enumerate(collateral_hashes(spec))}
+    return Inputs(spec, task, spec.digest(task=task_hash(task), model=model, **others), model)
 
 
 def load_job_task(spec: JobSpec) -> Task:
@@ -49,6 +51,20 @@ def load_job_task(spec: JobSpec) -> Task:
         return load_task(replace(task, splits=replace(task.splits, **sizes)))
     except TaskError as error:
         raise UsageFault(str(error)) from None
+
+
+def collateral_hashes(spec: JobSpec) -> list[str]:
+    """Hashes of the other tasks and of the general text that the job measures its plans on. Raises UsageFault."""
+    try:
+        hashes = [task_hash(load_task(name)) for name in spec.collateral.tasks]
+    except TaskError as error:
+        raise UsageFault(f"collateral.tasks: {error}") from None
+    if spec.collateral.text is not None:
+        try:
+            hashes.append(hashlib.sha256(Path(spec.collateral.text).read_bytes()).hexdigest())
+        except OSError as error:
+            raise UsageFault(f"collateral.text: {spec.collateral.text} cannot be read: {error.strerror}") from None
+    return hashes
 
 
 def check_rungs(spec: JobSpec, task: Task) -> None:

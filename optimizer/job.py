@@ -222,6 +222,18 @@ class CompensationSpec(_Section):
         return by_kind[self.kind]
 
 
+class CollateralSpec(_Section):
+    """What is measured beside the job's task: plans, and compensations above all, are fitted to that task alone."""
+
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="Names or files of other tasks that verified plans are scored on."
+    )
+    text: str | None = Field(
+        default=None, min_length=1, description="A UTF-8 text file on which plans are compared with dense, by KL."
+    )
+    samples: int = Field(default=200, ge=1, le=1_000_000, description="Most held-out samples of each other task.")
+
+
 class SplitSpec(_Section):
     """Sizes of the three splits, where the job wants other ones than the task says."""
 
@@ -299,6 +311,7 @@ class JobSpec(_Section):
     protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Layers (from 0) that must run.")
     search: SearchSpec = SearchSpec()
     compensation: CompensationSpec = CompensationSpec()
+    collateral: CollateralSpec = CollateralSpec()
     splits: SplitSpec = SplitSpec()
     workload: WorkloadSpec = WorkloadSpec()
     evaluation: Literal["auto", "fast", "plain"] = Field(
@@ -459,7 +472,11 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     task = resolve_name(spec.task, base)
     artefacts = spec.artefacts if "://" in spec.artefacts else str(Path(spec.artefacts).expanduser().resolve())
     own_model = spec.model.model_copy(update={"path": model})
-    return spec.model_copy(update={"model": own_model, "task": task, "artefacts": artefacts})
+    others = tuple(resolve_name(name, base) for name in spec.collateral.tasks)
+    text = None if spec.collateral.text is None else str((base / Path(spec.collateral.text).expanduser()).resolve())
+    collateral = spec.collateral.model_copy(update={"tasks": others, "text": text})
+    changed = {"model": own_model, "task": task, "artefacts": artefacts, "collateral": collateral}
+    return spec.model_copy(update=changed)
 
 
 def resolve_name(name: str, base: Path) -> str:

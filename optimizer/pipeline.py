@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.stages import measure, profile, publish, score, search, verify
+from optimizer.stages import collateral, measure, profile, publish, score, search, verify
 from optimizer.stages.context import JobContext
 from optimizer.stages.publish import Published
 
@@ -14,4 +14,5 @@ def run(context: JobContext) -> Published:
     outcome = search.run(context, latency, table)
     verdicts = verify.run(context, latency, outcome)
     measured = measure.run(context, verdicts)
-    return publish.run(context, verdicts, measured)
+    beside = collateral.run(context, verdicts)
+    return publish.run(context, verdicts, measured, beside)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import socket
+from dataclasses import replace
 
 import torch
 import transformers
 
 from . import device_lock
 from .actor import WorkerSettings
+from .compensation.collateral import text_divergence
 from .engine.choice import Evaluators
 from .errors import ModelError
 from .evaluation import Evaluator
 from .latency import compare_latency, profile_latency
 from .messages import (
     CompareLatency,
+    CompareText,
+    EvaluateElsewhere,
     EvaluatePlan,
     EvaluatePlans,
+    Evaluation,
     FitCompensation,
     ModelSource,
     ProfileLatency,
@@ -35,6 +40,17 @@ from .runtime.plan import SkipPlan
 from .scoring.scoring import score_layers
 from .tasks import Task
 from .timed_request import device_name
+
+Computation = (
+    EvaluatePlan
+    | EvaluatePlans
+    | ScoreLayers
+    | FitCompensation
+    | ScoreLinearRedundancy
+    | EvaluateElsewhere
+    | CompareText
+)
+"""Requests that measure no time."""
 
 
 class Measurer:
@@ -102,15 +118,19 @@ class Measurer:
         with device_lock.computing(self.loaded.device):
             return self._compute(request)
 
-    def _compute(
-        self, request: EvaluatePlan | EvaluatePlans | ScoreLayers | FitCompensation | ScoreLinearRedundancy
-    ) -> Reply:
+    def _compute(self, request: Computation) -> Reply:
         loaded, task = self.loaded, self.task
         match request:
             case EvaluatePlan():
                 return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
+            case EvaluateElsewhere():
+                return self._elsewhere(request)
+            case CompareText():
+                plan = SkipPlan.parse(request.plan)
+                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
+                return text_divergence(loaded, plan, maps, request.text)
             case ScoreLinearRedundancy():
                 return self.evaluator.compensator.redundancy(request)
             case FitCompensation():
@@ -124,6 +144,13 @@ class Measurer:
                     shards=request.shards,
                     batch_size=self.evaluator.batch_size,
                 )
+
+    def _elsewhere(self, request: EvaluateElsewhere) -> Evaluation:
+        """A plan on another task: with the maps that were fitted on this one."""
+        plan = SkipPlan.parse(request.plan)
+        maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
+        other = Evaluator(self.loaded, request.task, batch_size=self.settings.batch_size)
+        return replace(other.evaluate(plan, "held_out", request.limit, maps=maps), compensation=request.compensation)
 
     def _time(self, request: ProfileLatency | CompareLatency) -> Reply:
         loaded, task = self.loaded, self.task

@@ -7,8 +7,12 @@ heavy, so that the driver and the command line can use it without torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .scoring.sums import ShardScores
+
+if TYPE_CHECKING:
+    from .tasks import Task
 
 SPLITS = ("calibration", "search", "held_out")
 TOKEN_GROUPS = ("vision", "text", "all")
@@ -239,6 +243,38 @@ class GapShare:
 
 
 @dataclass(frozen=True)
+class EvaluateElsewhere:
+    """Score a plan on the first ``limit`` held-out samples of another task; its maps are those it has, never fitted."""
+
+    plan: str
+    task: Task
+    limit: int | None = None
+    compensation: str = "none"
+    artefact: Artefact | None = None
+
+
+@dataclass(frozen=True)
+class CompareText:
+    """Compare a plan's next-token distributions on general text with the dense model's."""
+
+    plan: str
+    text: str
+    compensation: str = "none"
+    artefact: Artefact | None = None
+
+
+@dataclass(frozen=True)
+class TextDivergence:
+    """Mean over ``tokens`` predicted tokens, in nats: KL(dense || plan), and the negative log-likelihoods."""
+
+    plan: str
+    tokens: int
+    kl: float
+    dense_loss: float
+    plan_loss: float
+
+
+@dataclass(frozen=True)
 class ScoreLinearRedundancy:
     """Measure the linear redundancy of all pairs of layers on the calibration split."""
 
@@ -296,9 +332,18 @@ Request = (
     | CompareLatency
     | FitCompensation
     | ScoreLinearRedundancy
+    | EvaluateElsewhere
+    | CompareText
 )
 Reply = (
-    LatencyProfile | ShardScores | Evaluation | Evaluations | LatencyComparison | FittedCompensation | LinearRedundancy
+    LatencyProfile
+    | ShardScores
+    | Evaluation
+    | Evaluations
+    | LatencyComparison
+    | FittedCompensation
+    | LinearRedundancy
+    | TextDivergence
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from optimizer.job import ConstraintSpec
 from optimizer.space import Candidate, touched
 from optimizer.stages import compensate
+from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext
 from optimizer.verification import Verdict
 from storage import measurements, plans
@@ -15,6 +16,7 @@ from workers.messages import LatencyComparison
 from workers.runtime import SkipPlan
 
 Measured = dict[Candidate, LatencyComparison]
+Beside = dict[Candidate, Collateral]
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,15 @@ class Published:
     """Why no plan is the answer; empty when one is."""
 
 
-def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured) -> Published:
+def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured, beside: Beside) -> Published:
     """Publish every verified and measured plan, whether it meets the job's constraint or not."""
     context.progress.begin("publish", 1)
-    published = context.once("publish", Published, lambda: _publish(context, verdicts, measured))
+    published = context.once("publish", Published, lambda: _publish(context, verdicts, measured, beside))
     context.progress.advance()
     return published
 
 
-def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured) -> Published:
+def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured, beside: Beside) -> Published:
     constraint = context.spec.constraint
     complete = [(verdict, measured[verdict.candidate]) for verdict in verdicts if verdict.candidate in measured]
     kept = compensate.run(context, [verdict.candidate for verdict, _ in complete])
@@ -49,7 +51,10 @@ def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measu
         task_id=context.task_id,
         device_id=device_id,
         workload=context.workload_name,
-        figures=[figures(verdict, latency, constraint, kept.get(verdict.candidate)) for verdict, latency in complete],
+        figures=[
+            figures(verdict, latency, constraint, kept.get(verdict.candidate), beside.get(verdict.candidate))
+            for verdict, latency in complete
+        ],
     )
     feasible = [
         row
@@ -74,7 +79,11 @@ def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
 
 
 def figures(
-    verdict: Verdict, latency: LatencyComparison, constraint: ConstraintSpec, kept: compensate.KeptMaps | None = None
+    verdict: Verdict,
+    latency: LatencyComparison,
+    constraint: ConstraintSpec,
+    kept: compensate.KeptMaps | None = None,
+    beside: Collateral | None = None,
 ) -> PlanFigures:
     """The published figures of a plan. Differences are accuracies less dense's, so a loss is negative."""
     fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
@@ -109,5 +118,6 @@ def figures(
             "latency_pairs": latency.pairs,
             "peak_bytes": {"dense": latency.peak_bytes_dense, "plan": latency.peak_bytes_plan},
             **({} if fitted is None else {"compensation": fitted}),
+            **({} if beside is None else {"collateral": beside.to_json()}),
         },
     )

@@ -22,7 +22,7 @@ def test_shares_are_the_residuals_of_numpys_least_squares(tiny: LoadedModel, sma
     assert found.keys() == {(layer, end) for layer in range(6) for end in range(layer + 1, 6)}
     for layer, end in [(0, 1), (1, 4), (4, 5)]:
         outputs: list[Tensor] = []
-        hook = locate(tiny.model).layers[layer].mlp.register_forward_hook(lambda m, a, out: outputs.append(out))
+        hook = locate(tiny.model).layers[layer].mlp.register_forward_hook(lambda m, a, out, to=outputs: to.append(out))
         with torch.no_grad():
             for batch in calibration.batches:
                 locate(tiny.model).owner(*batch.args, **batch.kwargs)

@@ -1,0 +1,131 @@
+"""Beside verification: what the finalists do to other tasks and to general text, for plans are fitted to one task."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from optimizer.errors import UsageFault
+from optimizer.space import Candidate
+from optimizer.stages import compensate
+from optimizer.stages.context import JobContext
+from optimizer.verification import Verdict
+from workers.errors import TaskError
+from workers.messages import (
+    Artefact,
+    CompareText,
+    EvaluateElsewhere,
+    Evaluation,
+    Failure,
+    Reply,
+    Request,
+    TextDivergence,
+)
+from workers.runtime import SkipPlan
+from workers.tasks import Task, load_task
+
+
+@dataclass(frozen=True)
+class OtherTask:
+    """Accuracy on the held-out split of a task that the plan was not chosen for."""
+
+    n: int
+    accuracy: float
+    dense_accuracy: float
+
+
+@dataclass(frozen=True)
+class Collateral:
+    """What a plan does beside its task; what could not be measured is left out."""
+
+    tasks: dict[str, OtherTask] = field(default_factory=dict)
+    text: TextDivergence | None = None
+
+    @property
+    def largest_drop(self) -> float | None:
+        """Largest loss of accuracy on another task, as a share; None where none was measured."""
+        drops = [each.dense_accuracy - each.accuracy for each in self.tasks.values()]
+        return max(drops, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is stored with the plan."""
+        return {**asdict(self), "largest_drop": self.largest_drop}
+
+
+def run(context: JobContext, verdicts: tuple[Verdict, ...]) -> dict[Candidate, Collateral]:
+    """Measure what the job asks for beside its task, for every verified plan, or read it back."""
+    spec = context.spec.collateral
+    if not spec.tasks and spec.text is None:
+        return {}
+    context.progress.begin("collateral", len(verdicts))
+    tasks = [load_other(name) for name in spec.tasks]
+    found = {}
+    for verdict in verdicts:
+        measure = partial(_measure, context, verdict.candidate, tasks)
+        found[verdict.candidate] = context.once(f"collateral {verdict.candidate}", Collateral, measure)
+        context.progress.advance()
+    return found
+
+
+def load_other(name: str) -> Task:
+    """Another task of the model. Raises UsageFault."""
+    try:
+        return load_task(name)
+    except TaskError as error:
+        raise UsageFault(f"collateral.tasks: {error}") from None
+
+
+def read_text(path: str) -> str:
+    """The general text. Raises UsageFault."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageFault(f"collateral.text: {path} cannot be read as UTF-8 text ({error})") from None
+
+
+def _measure(context: JobContext, candidate: Candidate, tasks: list[Task]) -> Collateral:
+    kept = compensate.run(context, [candidate]).get(candidate)
+    artefact = None if kept is None else kept.artefact
+    others: dict[str, OtherTask] = {}
+    for task in tasks:
+        result, dense = _evaluate(context, candidate, artefact, task), _dense(context, task)
+        if result is not None and dense is not None:
+            others[task.name] = OtherTask(result.n, result.accuracy, dense)
+    return Collateral(others, _compare_text(context, candidate, artefact))
+
+
+def _dense(context: JobContext, task: Task) -> float | None:
+    def accuracy() -> float | None:
+        candidate = Candidate(SkipPlan.dense(context.worker.num_layers))
+        result = _evaluate(context, candidate, None, task)
+        return None if result is None else result.accuracy
+
+    known: float | None = context.once(f"collateral dense {task.name}", float | None, accuracy)
+    return known
+
+
+def _evaluate(context: JobContext, candidate: Candidate, artefact: Artefact | None, task: Task) -> Evaluation | None:
+    request = EvaluateElsewhere(
+        candidate.plan.text, task, context.spec.collateral.samples, candidate.compensation, artefact
+    )
+    reply = _ask(context, request, f"{candidate} on {task.name}")
+    return reply if isinstance(reply, Evaluation) else None
+
+
+def _compare_text(context: JobContext, candidate: Candidate, artefact: Artefact | None) -> TextDivergence | None:
+    path = context.spec.collateral.text
+    if path is None:
+        return None
+    request = CompareText(candidate.plan.text, read_text(path), candidate.compensation, artefact)
+    reply = _ask(context, request, f"{candidate} on general text")
+    return reply if isinstance(reply, TextDivergence) else None
+
+
+def _ask(context: JobContext, request: Request, what: str) -> Reply | None:
+    ((_, result),) = context.pool.run([request])
+    if isinstance(result, Failure):
+        context.progress.note(f"{what} could not be measured: {result.reason}")
+        return None
+    return result
