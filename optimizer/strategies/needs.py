@@ -32,6 +32,4 @@ def need_compensation(problem: Problem, strategy: str) -> None:
 def need_blocks(problem: Problem, strategy: str) -> None:
     """Raises MeasurementError when the distances of blocks of layers were not measured."""
     if not problem.table.has("angular_distance@1", "last"):
-        raise MeasurementError(
-            f"{strategy} needs the angular distances of all blocks of layers, which were not measured"
-        )
+        raise MeasurementError(f"{strategy} needs the angular distances of blocks of layers, which were not measured")

@@ -71,7 +71,7 @@ def test_space_names_what_is_wrong():
 
 def test_compensated_candidates_have_one_way_to_be_said():
     space = PlanSpace(("RFS",) * 3, 3, ("none", "linear x"))
-    assert space.genome_letters == ("RFSC",) * 3
+    assert space.genome_letters == ("RFS", "RFSC", "RFSC")
     every = list(space.enumerate())
     assert len(every) == len(set(every)) and all(space.candidate(space.genome(each)) == each for each in every)
     assert Candidate(SkipPlan.parse("RFR"), "linear x") not in space  # nothing to compensate
