@@ -19,7 +19,7 @@ from workers.scoring.kinds import KINDS, finish
 from workers.scoring.sums import ShardScores, merge
 from workers.scoring.table import LayerMeasurement, LayerTable
 
-SHARD_SAMPLES = 16
+SHARD_SAMPLES = 8
 """Samples a worker takes at a time; fixed, so that the sums are the same on any number of workers."""
 
 LINEAR = "linear"

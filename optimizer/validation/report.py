@@ -112,17 +112,15 @@ def validate(
     everyone = [own, *others]
     table = measured(context, tuple(dict.fromkeys(kind for each in everyone for kind in each.needs)))
     risks = {each.name: each.risk(table) for each in everyone}
-    letters = [letter for letter in "FBS" if any(letter in allowed for allowed in context.worker.allowed_actions)]
-    if not letters:
-        raise JobFailed("no layer of this model may take any action")
     risks[CONTROL] = scrambled(risks[own.name], spec.search.seed)
+    allowed = {letter: _allowed(context, letter) for letter in "FBS" if _allowed(context, letter)}
+    if not allowed:
+        raise JobFailed("no layer of this model may take any action")
     size = set_size or max(1, round(table.num_layers / 4))
-    allowed = {letter: _allowed(context, letter) for letter in letters}
     sets = _sets(own, everyone, risks, table, allowed, size, spec.search.seed)
-    singles = [plan_of(table.num_layers, (layer,), letter) for letter in letters for layer in allowed[letter]]
-    harm = measure(
-        context, [*singles, *(plan_of(table.num_layers, each.layers, each.action) for each in sets)], samples
-    )
+    singles = [plan_of(table.num_layers, (layer,), letter) for letter in allowed for layer in allowed[letter]]
+    together = [plan_of(table.num_layers, each.layers, each.action) for each in sets]
+    harm = measure(context, [*singles, *together], samples)
     confidence, seed = spec.constraint.confidence, spec.search.seed
     return ValidationReport(
         model=spec.model.path,
@@ -139,16 +137,11 @@ def validate(
         settings=context.settings,
         actions=tuple(
             _action(letter, allowed[letter], risks, own.name, harm, table.num_layers, confidence, seed)
-            for letter in letters
+            for letter in allowed
         ),
         sets=tuple(
-            SetHarm(
-                each.action,
-                each.kind,
-                each.layers,
-                harm.harm(plan_of(table.num_layers, each.layers, each.action), confidence, seed),
-            )
-            for each in sets
+            SetHarm(each.action, each.kind, each.layers, harm.harm(plan, confidence, seed))
+            for each, plan in zip(sets, together, strict=True)
         ),
         overlaps=tuple(_overlaps(own.name, everyone, risks, table, allowed, size)),
         failed=harm.failed,
