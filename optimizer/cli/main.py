@@ -19,6 +19,7 @@ from optimizer.cli import (
     jobs,
     plans,
     reference,
+    refit,
     report,
     run,
     study,
@@ -57,6 +58,7 @@ def options(
 run.register(app)
 plans.register(app)
 export.register(app)
+refit.register(app)
 exchange.register(app)
 app.add_typer(jobs.app, name="jobs")
 report.register(app)

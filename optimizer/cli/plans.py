@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,19 @@ MaxDrop = Annotated[
 ]
 MinSpeedup = Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Smallest measured speed-up.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
+MaxCollateralDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-collateral-drop",
+        min=-1.0,
+        max=1.0,
+        help="Largest loss on other tasks, as a share; only plans that were measured on some.",
+    ),
+]
+MaxTextKl = Annotated[
+    float | None,
+    typer.Option("--max-text-kl", min=0.0, help="Largest divergence on general text, in nats a token."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
@@ -50,6 +63,8 @@ def find_best(
     max_accuracy_drop: float | None,
     min_speedup: float | None,
     device: str | None,
+    max_collateral_drop: float | None = None,
+    max_text_kl: float | None = None,
 ) -> Plan:
     """The plan to use. Raises UsageFault when model or task is not named, NoFeasiblePlan when none meets the limits."""
     from optimizer.errors import NoFeasiblePlan, UsageFault
@@ -57,12 +72,31 @@ def find_best(
 
     if model is None or task is None:
         raise UsageFault("name both --model and --task")
-    found = plans.best(db, model, task, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup, device=device)
+    limits: dict[str, Any] = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_speedup": min_speedup,
+        "device": device,
+    }
+    if max_collateral_drop is None and max_text_kl is None:
+        found = plans.best(db, model, task, **limits)
+    else:  # what is measured beside the task has no columns of its own
+        fastest_first = plans.list_plans(db, model, task, sort="speedup", limit=None, **limits)
+        within = (plan for plan in fastest_first if _within(plan, max_collateral_drop, max_text_kl))
+        found = next(within, None)
     if found is None:
         raise NoFeasiblePlan(
             f"no published plan of {model} on {task} meets these limits; the dense model is the answer"
         )
     return found
+
+
+def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
+    """Whether a plan was measured beside its task, and keeps to the limits there."""
+    beside = plan.secondary.get("collateral") or {}
+    drop, text = beside.get("largest_drop"), beside.get("text") or {}
+    keeps_tasks = max_collateral_drop is None or (drop is not None and drop <= max_collateral_drop)
+    keeps_text = max_text_kl is None or ("kl" in text and text["kl"] <= max_text_kl)
+    return keeps_tasks and keeps_text
 
 
 def best(
@@ -72,6 +106,8 @@ def best(
     max_accuracy_drop: MaxDrop = None,
     min_speedup: MinSpeedup = None,
     device: DeviceOption = None,
+    max_collateral_drop: MaxCollateralDrop = None,
+    max_text_kl: MaxTextKl = None,
     as_json: AsJson = False,
 ) -> int:
     """The fastest published plan of a model on a task within limits.
@@ -79,7 +115,7 @@ def best(
     [bold]Example:[/bold] skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.02
     """
     with open_database(context) as db:
-        found = find_best(db, model, task, max_accuracy_drop, min_speedup, device)
+        found = find_best(db, model, task, max_accuracy_drop, min_speedup, device, max_collateral_drop, max_text_kl)
     if as_json:
         from optimizer.results import plan_json
 

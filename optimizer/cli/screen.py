@@ -158,7 +158,7 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
         table.add_row(
             f"{'→ ' if marked else ''}{plan.id}",
             coloured(plan.plan),
-            describe_layers(plan.plan),
+            describe_layers(plan.plan) + ("" if plan.compensation == "none" else f" ({plan.compensation})"),
             f"{plan.accuracy:.3f} [{plan.accuracy_low:.3f}, {plan.accuracy_high:.3f}]",
             f"{100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, {100 * plan.difference_high:+.2f}]",
             f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
@@ -183,8 +183,9 @@ def describe_layers(plan: str) -> str:
 
 def answer(plan: Plan) -> str:
     """The best plan in a sentence."""
+    compensated = "" if plan.compensation == "none" else ", gaps compensated"
     return (
-        f"Best: plan {plan.id}, {describe_layers(plan.plan)}: {plan.speedup:.2f} times as fast as dense "
+        f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {plan.speedup:.2f} times as fast as dense "
         f"({1000 * plan.dense_seconds:.1f} -> {1000 * plan.seconds:.1f} ms a request, {plan.workload}), accuracy "
         f"{plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n} held-out samples."
     )
