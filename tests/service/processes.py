@@ -71,7 +71,14 @@ class Serving:
         with log.open("ab") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-m", "optimizer.cli.main", "serve", "--log-format", "json", *options],
-                env={**inherited, "PYTHONPATH": str(PROJECT), "SKIPPLAN_DATABASE": url},
+                env={
+                    **inherited,
+                    "PYTHONPATH": str(PROJECT),
+                    "SKIPPLAN_DATABASE": url,
+                    # Locks of the device lie here: workers that are none of this test's must not hold up its own.
+                    "TMPDIR": str(log.parent),
+                    "RAY_TMPDIR": "/tmp",  # paths of sockets must be short
+                },
                 stdout=stream,
                 stderr=stream,
                 cwd=log.parent,
