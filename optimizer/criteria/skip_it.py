@@ -102,8 +102,11 @@ def later_attention(attention: Sequence[float]) -> tuple[float, ...]:
 
 
 def vision_attention(table: LayerTable) -> tuple[float, ...]:
-    """Attention of text on vision tokens; 0 where a layer has none to measure, or prompts hold no vision tokens."""
-    return table.values("vision_attention", "text", default=0.0)
+    """Attention of text on vision tokens. A layer without attention maps may read any of them: it counts as 1.
+
+    Where prompts hold no vision tokens there is nothing to read: 0.
+    """
+    return table.values("vision_attention", "text", default=1.0 if table.has("cosine_distance", "vision") else 0.0)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,14 @@ def test_bypassing_needs_attention_on_vision_tokens_to_do_harm() -> None:
     assert criteria.load("skip-it").risk(table(**blind)).risk["B"] == (0.0, 0.0, 0.0)
 
 
+def test_a_layer_without_attention_maps_may_read_everything() -> None:
+    unknown = {**MEASURED, "vision_attention__text": [0.4, None, 0.1]}
+    risk = criteria.load("skip-it-static", {"freeze": 1}).risk(table(**unknown))
+    assert risk.risk["F"] == pytest.approx((0.1 * 1.0, 0.02 * 0.1, 0.0))
+    words = {name: values for name, values in MEASURED.items() if "vision" not in name}
+    assert criteria.load("skip-it").risk(table(**words)).risk["F"] == (0.0, 0.0, 0.0)
+
+
 def test_propagation_tells_layers_apart_that_turn_the_state_alike() -> None:
     risk = criteria.load("skip-it", {"bypass": 1, "skip": 1}).risk(table(**MEASURED))
     assert risk.risk["B"] == pytest.approx((0.36, 0.08, 0.005))
