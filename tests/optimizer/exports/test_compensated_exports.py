@@ -1,0 +1,125 @@
+"""Exports of a plan whose gaps are compensated: the maps are in the weights, and their file goes along."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from export_builders import document
+from safetensors.torch import load_file
+
+from optimizer.errors import UsageFault
+from optimizer.exports import mergekit
+from optimizer.exports.document import PlanDocument
+from optimizer.exports.importing import import_plan
+from optimizer.exports.maps import FILE_NAME
+from optimizer.exports.verification import verify_export
+from optimizer.exports.writing import export_plan
+from storage.database import Database
+from workers.compensation import store
+from workers.compensation.artefacts import decode
+from workers.compensation.compensator import Compensator
+from workers.messages import Artefact, FitCompensation, ModelSource
+from workers.models import load_model
+from workers.runtime.locate import locate
+from workers.tasks import load_spec, load_task
+
+LINEAR = "linear ridge=0.001 weighting=rms tokens=200"
+PLAN, MIXED = "RSSRSR", "RSFRBR"
+
+
+@pytest.fixture(scope="module")
+def compensator(model_directory: Path) -> Compensator:
+    task = load_task(load_spec("easy-vqa").with_sizes(calibration=4, search=4, held_out=4))
+    return Compensator(load_model(ModelSource(str(model_directory), device="cpu")), task)
+
+
+@pytest.fixture(scope="module")
+def kept(compensator: Compensator, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artefact]:
+    place = str(tmp_path_factory.mktemp("maps"))
+    return {plan: store.put(place, compensator.answer(FitCompensation(plan, LINEAR)).content) for plan in (PLAN, MIXED)}
+
+
+def compensated(plan: str, directory: Path, kept: dict[str, Artefact]) -> PlanDocument:
+    return document(plan, directory, compensation=LINEAR, maps_sha256=kept[plan].checksum)
+
+
+@pytest.mark.parametrize(("name", "plan"), [("checkpoint", PLAN), ("runtime", MIXED)])
+def test_a_folded_model_answers_as_the_live_one_in_a_fresh_process(
+    name: str, plan: str, kept: dict[str, Artefact], model_directory: Path, tmp_path: Path
+) -> None:
+    source = ModelSource(str(model_directory))
+    written = export_plan(compensated(plan, model_directory, kept), source, name, tmp_path / name, artefact=kept[plan])
+    assert (written.directory / FILE_NAME).read_bytes() == store.get(kept[plan])
+    found = verify_export(written.directory, source, samples=2)
+    assert found.passed and len(found.answers) == 2, found
+    assert FILE_NAME in written.document.export.files
+
+
+def test_weights_without_the_maps_do_not_pass(kept: dict[str, Artefact], model_directory: Path, tmp_path: Path) -> None:
+    """Verification can fail: the plain skip's weights in place of the folded ones."""
+    source = ModelSource(str(model_directory))
+    folded = export_plan(
+        compensated(PLAN, model_directory, kept), source, "checkpoint", tmp_path / "folded", artefact=kept[PLAN]
+    )
+    plain = export_plan(document(PLAN, model_directory), source, "checkpoint", tmp_path / "plain")
+    (folded.directory / FILE_NAME).write_bytes(b"other")
+    with pytest.raises(UsageFault, match="not as it was written"):
+        verify_export(folded.directory, source, samples=1)
+    shutil.copy(kept[PLAN].location, folded.directory / FILE_NAME)
+    (plain.directory / "compensation").mkdir()
+    shutil.copy(kept[PLAN].location, plain.directory / FILE_NAME)
+    text = (plain.directory / "skipplan.json").read_text()
+    told = text.replace('"compensation": "none"', f'"compensation": "{LINEAR}"')
+    told = told.replace('"maps_sha256": null', f'"maps_sha256": "{kept[PLAN].checksum}"')
+    size, digest = (folded.directory / FILE_NAME).stat().st_size, kept[PLAN].checksum
+    told = told.replace('"files": {', f'"files": {{"{FILE_NAME}": {{"size": {size}, "sha256": "{digest}"}},')
+    (plain.directory / "skipplan.json").write_text(told)
+    assert not verify_export(plain.directory, source, samples=2).passed
+
+
+def test_mergekit_gets_the_dense_model_with_the_maps_in_it(
+    kept: dict[str, Artefact], model_directory: Path, compensator: Compensator, tmp_path: Path
+) -> None:
+    written = export_plan(
+        compensated(PLAN, model_directory, kept),
+        ModelSource(str(model_directory)),
+        "mergekit",
+        tmp_path / "merge",
+        artefact=kept[PLAN],
+    )
+    tensors = load_file(written.directory / mergekit.SOURCE / "model.safetensors")
+    maps = decode(store.get(kept[PLAN])).maps
+    for index, layer in enumerate(locate(compensator.loaded.model).layers):
+        weight = layer.mlp.down_proj.weight.detach()
+        (name,) = (name for name in tensors if name.endswith(f"language_model.layers.{index}.mlp.down_proj.weight"))
+        expected = (maps[index].matrix.double().T @ weight.double()).float() if index in maps else weight
+        torch.testing.assert_close(tensors[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_plan_whose_maps_are_gone_is_refused_by_formats_with_weights(
+    kept: dict[str, Artefact], model_directory: Path, tmp_path: Path
+) -> None:
+    plan, source = compensated(PLAN, model_directory, kept), ModelSource(str(model_directory))
+    with pytest.raises(UsageFault, match="its maps are not at hand"):
+        export_plan(plan, source, "checkpoint", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UsageFault, match="no maps in them; formats that can: plan, checkpoint, runtime"):
+        export_plan(plan, source, "llama-cpp", tmp_path / "llama", artefact=kept[PLAN])
+    assert export_plan(plan, source, "plan", tmp_path / "plan").directory.is_dir()
+
+
+def test_an_imported_plan_takes_its_maps_along(
+    kept: dict[str, Artefact], model_directory: Path, tmp_path: Path
+) -> None:
+    source = ModelSource(str(model_directory))
+    plan = compensated(PLAN, model_directory, kept)
+    directory = export_plan(plan, source, "plan", tmp_path / "plan", artefact=kept[PLAN]).directory
+    with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
+        stored = import_plan(database, directory)
+    assert stored.compensation == LINEAR and stored.artefact_checksum == kept[PLAN].checksum
+    assert stored.artefact is not None and Path(stored.artefact) == (directory / FILE_NAME).resolve()
+    again = Artefact(stored.artefact, stored.artefact_checksum)
+    assert export_plan(plan, source, "checkpoint", tmp_path / "again", artefact=again).directory.is_dir()
