@@ -87,6 +87,37 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+ANLS_THRESHOLD = 0.5
+
+
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """Normalised Levenshtein similarity (Biten et al. 2019, arXiv 1905.13648): the best over the accepted answers.
+
+    1 - d with d the number of edits over the longer text's length, case and outer white space ignored; 0 where d is at
+    least 0.5. Its mean over samples is the ANLS of DocVQA and ST-VQA.
+    """
+    return max((_similarity(prediction.strip().lower(), answer.strip().lower()) for answer in answers), default=0.0)
+
+
+def _similarity(predicted: str, expected: str) -> float:
+    longest = max(len(predicted), len(expected))
+    if longest == 0:
+        return 1.0
+    distance = _edits(predicted, expected) / longest
+    return 1.0 - distance if distance < ANLS_THRESHOLD else 0.0
+
+
+def _edits(first: str, second: str) -> int:
+    """Levenshtein's distance: the least number of characters inserted, deleted or replaced."""
+    row = list(range(len(second) + 1))
+    for number, character in enumerate(first, start=1):
+        diagonal, row[0] = row[0], number
+        for column, other in enumerate(second, start=1):
+            kept = diagonal + (character != other)
+            diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, kept)
+    return row[-1]
+
+
 _DECIDED_BY_VQA_RULES = ("exact_match", "vqa_accuracy")
 
 
@@ -139,5 +170,6 @@ METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,
     "token_f1": token_f1,
+    "anls": anls,
 }
 """The metrics a task file may name: the project's, and users' own from the entry point group ``skipplan.metrics``."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.metrics import METRICS, exact_match, normalise_vqa, token_f1, vqa_accuracy
+from workers.metrics import METRICS, anls, can_still_score, exact_match, normalise_vqa, token_f1, vqa_accuracy
 
 WORDS = st.sampled_from(["red", "Red", "a circle", "two", "2", "yes.", "don't", "the", "1,000", "left of"])
 
@@ -83,3 +83,40 @@ def test_token_f1_by_hand(prediction: str, answers: list[str], expected: float) 
 @given(st.sampled_from(sorted(METRICS)), st.text(max_size=20), st.lists(st.text(max_size=20), min_size=4, max_size=6))
 def test_every_metric_stays_between_zero_and_one(name: str, prediction: str, answers: list[str]) -> None:
     assert 0.0 <= METRICS[name](prediction, answers) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("Coca Cola ", ["coca cola"], 1.0),
+        ("cola", ["colas"], 0.8),  # one edit in five
+        ("kitten", ["sitting"], 1 - 3 / 7),  # the textbook pair: three edits
+        ("abcd", ["abxy"], 0.0),  # two of four: not below the threshold
+        ("abcd", ["abxy", "abce"], 0.75),
+        ("", ["word"], 0.0),
+    ],
+)
+def test_anls_by_hand(prediction: str, answers: list[str], expected: float) -> None:
+    assert anls(prediction, answers) == pytest.approx(expected)
+
+
+BEGINNINGS = st.sampled_from(
+    ["t", "th", "two", "re", "red", "a", "an", "yes", "ten", "circ", " red", "no", "1", "2", "x"]
+)
+ENDINGS = st.text(alphabet="redothwyes circle'.,:12 ", max_size=12)
+
+
+@given(BEGINNINGS, ENDINGS, st.lists(WORDS, min_size=4, max_size=6))
+def test_what_cannot_score_any_more_never_does(beginning: str, ending: str, answers: list[str]) -> None:
+    for name in ("exact_match", "vqa_accuracy"):
+        if not can_still_score(name, beginning, answers):
+            assert METRICS[name]((beginning + ending).strip(), answers) == 0.0
+
+
+def test_hopeless_beginnings_are_seen_as_such() -> None:
+    assert not can_still_score("exact_match", "gre", ["red"])
+    assert can_still_score("exact_match", "r", ["red"])
+    assert can_still_score("exact_match", "th", ["red"])  # "the red"
+    assert can_still_score("exact_match", "tw", ["2"])  # "two"
+    assert can_still_score("exact_match", "?", ["red"])
+    assert can_still_score("token_f1", "gre", ["red"])

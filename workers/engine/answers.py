@@ -18,21 +18,7 @@ from workers.metrics import can_still_score
 from workers.tasks import Sample, TaskSpec
 from workers.ties import tie_bound
 
-
-@dataclass(frozen=True)
-class Forced:
-    """A guess of a sample's answer: the tokens that are fed behind its prompt, and all tokens incl. those not fed.
-
-    ``complete`` is without the end token; ``fed`` leaves out what is generated last when the length limit ends it.
-    """
-
-    complete: tuple[int, ...]
-    limit: int
-
-    @property
-    def fed(self) -> tuple[int, ...]:
-        """Tokens to feed."""
-        return self.complete[: self.limit - 1]
+from .guesses import Guess
 
 
 @dataclass(frozen=True)
@@ -47,32 +33,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Choices:
-    """Per answer position the most likely token, how far the second is behind, and how far the forced one.
-
-    All are lists over the positions of a chunk; ``nan`` marks positions with NaN among their logits.
-    """
+    """Per answer position the most likely token, whether another one is tied with it, and whether there is NaN."""
 
     best: list[int]
     tie: list[bool]
-    forced_close: list[bool]
     nan: list[bool]
 
     @classmethod
-    def of(cls, logits: Tensor, forced: Tensor, dtype: torch.dtype) -> Choices:
-        """From logits ``[positions, vocabulary]`` and the forced tokens ``[positions]`` (-1 for the end token)."""
+    def of(cls, logits: Tensor, dtype: torch.dtype) -> Choices:
+        """From logits ``[positions, vocabulary]``."""
         top, tokens = logits.topk(2, dim=-1)
-        bound = tie_bound(top[:, 0], dtype)
-        own = logits.gather(1, forced.clamp(min=0)[:, None])[:, 0]
-        close = (forced >= 0) & (top[:, 0] - own <= bound)
-        return cls(
-            best=tokens[:, 0].tolist(),
-            tie=(top[:, 0] - top[:, 1] <= bound).tolist(),
-            forced_close=close.tolist(),
-            nan=top[:, 0].isnan().tolist(),
-        )
+        tied = top[:, 0] - top[:, 1] <= tie_bound(top[:, 0], dtype)
+        return cls(best=tokens[:, 0].tolist(), tie=tied.tolist(), nan=top[:, 0].isnan().tolist())
 
 
-def judge(choices: Choices, span: tuple[int, int], forced: Forced, ends: frozenset[int]) -> Verdict:
+def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset[int]) -> Verdict:
     """Follow greedy decoding along the guess as far as it goes."""
     first, last = span
     for step, position in enumerate(range(first, last)):
@@ -81,10 +56,10 @@ def judge(choices: Choices, span: tuple[int, int], forced: Forced, ends: frozens
         token = choices.best[position]
         tie = any(choices.tie[first : position + 1])
         if token in ends:
-            return Verdict(forced.complete[:step], True, tie)
-        if step >= len(forced.complete) or token != forced.complete[step] or step + 1 == forced.limit:
-            tokens = (*forced.complete[:step], token)
-            return Verdict(tokens, len(tokens) == forced.limit, tie)
+            return Verdict(guess.complete[:step], True, tie)
+        if step >= len(guess.complete) or token != guess.complete[step] or step + 1 == guess.limit:
+            tokens = (*guess.complete[:step], token)
+            return Verdict(tokens, len(tokens) == guess.limit, tie)
     raise AssertionError("the last position gives the end token or a token beyond the guess")
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.repairs import TrieRepairs
-from workers.evaluation import Evaluator, describe_error
+from workers.evaluation import Evaluator, describe_error, is_out_of_memory
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.metrics import METRICS
 from workers.runtime.descriptor import FamilyDescriptor, validate
@@ -23,7 +23,7 @@ from workers.runtime.plan import Action, PlanError, SkipPlan
 from workers.tasks import Sample
 from workers.ties import end_tokens
 
-from .answers import Choices, Forced, Scorer, judge
+from .answers import Choices, Scorer, judge
 from .decoder import Decoder, NotExactError
 from .divergence import DenseAnswers
 from .guesses import Guesser
@@ -73,17 +73,20 @@ class _Outcome:
 
     scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
     kl: dict[int, float] = field(default_factory=dict)
-    ask: set[int] = field(default_factory=set)
-    """Samples that the plain path decides: two logits were too close, the answer is not yet known, or NaN may have come
-    from a neighbour in the packed sequence."""
+    alone: set[int] = field(default_factory=set)
+    """Samples that the plain path decides by themselves: two logits were too close, or NaN may have come from a
+    neighbour in the packed sequence."""
+    unfinished: set[int] = field(default_factory=set)
+    """Samples whose answer went another way than guessed and could still score: the plain path generates them."""
     failed: dict[str, str] = field(default_factory=dict)
-    ties: int = 0
+    tied: set[int] = field(default_factory=set)
 
 
 class FastEvaluator:
     """Evaluates many plans of one model on one task, sharing what they have in common.
 
-    ``memory_bytes`` bounds what is kept between layer executions: prompts, masks, hidden states.
+    ``memory_bytes`` bounds what is kept between layer executions: prompts, masks, hidden states. ``chunk_tokens`` is
+    the size of the chunks to begin with; it is halved for good when memory runs out.
 
     Raises:
         NotExactError: the model or the task is none for which this is exact.
@@ -105,9 +108,7 @@ class FastEvaluator:
         self._ends = end_tokens(self.loaded.model)
         reader = PromptReader(self.loaded, self.task, self.decoder)
         packer = Packer(self.decoder, reader.embed, self.loaded.device)
-        self.parts = Parts(
-            self.decoder, reader, packer, lambda sample: self.guesser.forced(sample).fed, budget=memory_bytes // 2
-        )
+        self.parts = Parts(self.decoder, reader, packer, self.guesser.forced, budget=memory_bytes // 2)
         self.states = StateStore(memory_bytes // 2)
         self._repairs: TrieRepairs | None = None
         self.walker = Walker(self.decoder, self.states)
@@ -204,43 +205,71 @@ class FastEvaluator:
         outcomes = {plan.text: _Outcome() for plan in plans}
         with torch.inference_mode():
             for part in self.parts.of(split, samples, start, self.chunk_tokens):
-                self.states.budget = max(self._memory // 2, self._memory - self.parts.nbytes)
                 for outcome in outcomes.values():
                     outcome.failed.update(part.failed)
-                self._know_dense(part)
-                repaired = [plan for plan in plans if folded_maps.get(plan.text) is None]
-                self._score_part(self.walker, repaired, part, samples, start, outcomes)
-                for plan in plans:
-                    own = folded_maps.get(plan.text)
-                    if own is not None:  # other weights: no state is shared with other plans
-                        walker = Walker(self.decoder, StateStore(self.states.budget), self.walker.tally)
-                        with folded(self.decoder.stack, plan, own):
-                            self._score_part(walker, [plan], part, samples, start, outcomes)
+                waiting = list(part.chunks)
+                while waiting:
+                    chunk = waiting.pop(0)
+                    self.states.budget = max(0, self._memory - self.parts.nbytes)
+                    if not self._fits(plans, chunk, samples, start, outcomes, folded_maps):
+                        waiting = [*self._halve(part, chunk, outcomes), *waiting]
         return outcomes
 
-    def _know_dense(self, part: Part) -> None:
-        dense = SkipPlan.dense(self.decoder.num_layers)
-        for number, chunk in enumerate(part.chunks):
-            if number not in part.dense:
-                ((_, states),) = self.walker.ends(build_trie([dense]), chunk)
-                part.dense[number] = DenseAnswers.of(self.decoder.logits(states))
+    def _fits(
+        self,
+        plans: Sequence[SkipPlan],
+        chunk: Chunk,
+        samples: Sequence[Sample],
+        start: int,
+        outcomes: dict[str, _Outcome],
+        folded_maps: Mapping[str, Maps | None],
+    ) -> bool:
+        """Score a chunk under all plans; False when memory is too short for it."""
+        try:
+            if chunk.dense is None:
+                ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
+                chunk.dense = DenseAnswers.of(self.decoder.logits(states))
+            repaired = [plan for plan in plans if folded_maps.get(plan.text) is None]
+            self._score_chunk(self.walker, repaired, chunk, samples, start, outcomes)
+            for plan in plans:
+                own = folded_maps.get(plan.text)
+                if own is not None:  # other weights: no state is shared with other plans
+                    walker = Walker(self.decoder, StateStore(self.states.budget), self.walker.tally)
+                    with folded(self.decoder.stack, plan, own):
+                        self._score_chunk(walker, [plan], chunk, samples, start, outcomes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
-    def _score_part(
+    def _halve(self, part: Part, chunk: Chunk, outcomes: dict[str, _Outcome]) -> tuple[Chunk, ...]:
+        """Two halves of a chunk that memory is too short for; the questions of a single row are asked one by one."""
+        self.states.clear()
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.chunk_tokens = max(1, min(self.chunk_tokens, chunk.tokens // 2))
+        halves = self.parts.halve(part, chunk)
+        if not halves:
+            for outcome in outcomes.values():
+                outcome.unfinished.update(branch.sample for branch in chunk.samples)
+        return halves
+
+    def _score_chunk(
         self,
         walker: Walker,
         plans: Sequence[SkipPlan],
-        part: Part,
+        chunk: Chunk,
         samples: Sequence[Sample],
         start: int,
         outcomes: dict[str, _Outcome],
     ) -> None:
-        for number, chunk in enumerate(part.chunks):
-            root = build_trie(plans, repairs=walker.repairs is not None)
-            for node, states in walker.ends(root, chunk):
-                logits = self.decoder.logits(states)
-                divergence = part.dense[number].divergence(logits)
-                for plan in node.plans:
-                    self._judge(chunk, logits, divergence, samples, start, outcomes[plan])
+        assert chunk.dense is not None
+        for node, states in walker.ends(build_trie(plans, repairs=walker.repairs is not None), chunk):
+            logits = self.decoder.logits(states)
+            divergence = chunk.dense.divergence(logits)
+            for plan in node.plans:
+                self._judge(chunk, logits, divergence, samples, start, outcomes[plan])
 
     def _judge(
         self,
@@ -251,41 +280,39 @@ class FastEvaluator:
         start: int,
         outcome: _Outcome,
     ) -> None:
-        guesses = [self.guesser.forced(samples[branch.sample - start]) for branch in chunk.samples]
-        choices = Choices.of(logits, self._targets(guesses, chunk), self.loaded.model.dtype)
+        choices = Choices.of(logits, self.loaded.model.dtype)
         kl = divergence.tolist()
-        for branch, guess, (first, last) in zip(chunk.samples, guesses, chunk.spans, strict=True):
+        for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True):
             sample = samples[branch.sample - start]
-            verdict = judge(choices, (first, last), guess, self._ends)
+            verdict = judge(choices, (first, last), branch.guess, self._ends)
             outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
             if verdict.tie or verdict.not_a_number:
-                outcome.ties += verdict.tie
-                outcome.ask.add(branch.sample)
+                if verdict.tie:
+                    outcome.tied.add(branch.sample)
+                outcome.alone.add(branch.sample)
             elif verdict.ended:
                 outcome.scores[branch.sample] = self._scorer.scores(sample, verdict.tokens)
             elif self._scorer.hopeless(sample, verdict.tokens):
                 outcome.scores[branch.sample] = self._scorer.nothing
             else:
-                outcome.ask.add(branch.sample)
-
-    def _targets(self, guesses: Sequence[Forced], chunk: Chunk) -> Tensor:
-        targets: list[int] = []
-        for guess, (first, last) in zip(guesses, chunk.spans, strict=True):
-            targets += [*guess.complete, -1][: last - first]
-        return torch.tensor(targets, device=self.loaded.device)
+                outcome.unfinished.add(branch.sample)
 
     def _ask_plain(
         self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: _Outcome, maps: Maps | None
     ) -> None:
-        if not outcome.ask:
-            return
-        asked = [samples[place - start] for place in sorted(outcome.ask)]
-        answers = self.plain.answer_alone(plan, asked, maps)
-        outcome.failed.update(answers.failed)
-        for place, sample in zip(sorted(outcome.ask), asked, strict=True):
-            if sample.id in answers.texts:
-                text = answers.texts[sample.id]
-                outcome.scores[place] = self._scorer.scores_of_text(sample, text)
+        for places, ask in (
+            (sorted(outcome.alone), self.plain.answer_alone),
+            (sorted(outcome.unfinished - outcome.alone), self.plain.answer),
+        ):
+            asked = [samples[place - start] for place in places]
+            if not asked:
+                continue
+            answers = ask(plan, asked, maps)
+            outcome.failed.update(answers.failed)
+            outcome.tied.update(place for place, sample in zip(places, asked, strict=True) if sample.id in answers.tied)
+            for place, sample in zip(places, asked, strict=True):
+                if sample.id in answers.texts:
+                    outcome.scores[place] = self._scorer.scores_of_text(sample, answers.texts[sample.id])
 
     def _evaluation(
         self, text: str, request: EvaluatePlans, samples: Sequence[Sample], outcome: _Outcome, seconds: float
@@ -308,7 +335,7 @@ class FastEvaluator:
             layer_executions=executed,
             layer_executions_saved=max(0, needed - executed),
             path="fast",
-            near_ties=outcome.ties,
+            near_ties=len(outcome.tied),
         )
 
 

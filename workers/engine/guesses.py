@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from workers.tasks import Sample
 
-from .answers import Forced
-
 Spelling = Callable[[str], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The tokens that an answer is expected to have, without the end token, at most ``limit`` of them.
+
+    ``fed`` are those that are fed behind the prompt: a last one that the length limit ends tells nothing any more.
+    """
+
+    complete: tuple[int, ...]
+    limit: int
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """Tokens to feed."""
+        return self.complete[: self.limit - 1]
 
 
 class Guesser:
@@ -32,14 +47,14 @@ class Guesser:
         for number, spelling in enumerate(self._spellings):
             self._votes[number] += spelling(text) == tuple(tokens)
 
-    def forced(self, sample: Sample) -> Forced:
+    def forced(self, sample: Sample) -> Guess:
         """The guess for a sample."""
         (text, _), *_ = Counter(answer.strip() for answer in sample.answers if answer.strip()).most_common(1)
         tokens = self._given.get(text)
         if tokens is None:
             best = max(range(len(self._spellings)), key=lambda number: (self._votes[number], -number))
             tokens = self._spellings[best](text)
-        return Forced(tokens[: self._limit], self._limit)
+        return Guess(tokens[: self._limit], self._limit)
 
 
 def _spelling(tokenizer: Any, lead: str) -> Spelling:

@@ -20,6 +20,8 @@ from torch.nn import functional
 from workers.runtime.token_rows import TokenRows, TokenSplit
 
 from .decoder import SLIDING, Decoder
+from .divergence import DenseAnswers
+from .guesses import Guess
 from .prompts import ImagePrompts
 
 LONGEST_BRANCHES = 512
@@ -28,16 +30,16 @@ LONGEST_BRANCHES = 512
 
 @dataclass(frozen=True)
 class Branch:
-    """A sample's words after the prefix: its question, and the answer tokens forced on it."""
+    """A sample's words after the prefix: its question, and the answer that is forced on it."""
 
     sample: int
     question: tuple[int, ...]
-    answer: tuple[int, ...]
+    guess: Guess
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """All of them."""
-        return (*self.question, *self.answer)
+        return (*self.question, *self.guess.fed)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Context:
         return {**arguments, mask_name: self._text_masks[id(mask)]}
 
 
-@dataclass
+@dataclass(eq=False)
 class Chunk:
     """Packed rows that go through the layers together, and where the answers are in them.
 
@@ -147,6 +149,8 @@ class Chunk:
     spans: tuple[tuple[int, int], ...]
     answer_split: TokenSplit
     """Answer positions (and what fills their rectangle) apart from all others."""
+    dense: DenseAnswers | None = None
+    """The dense model's distributions at the answer positions, once they are known."""
 
     @property
     def tokens(self) -> int:
@@ -168,17 +172,17 @@ class Chunk:
         """Memory of the chunk itself: embeddings, masks, rotary embeddings, what else layers are given."""
         tensors = {id(tensor): tensor.nbytes for tensor in tensors_of([*self.context.arguments, self.context.hidden])}
         images = {id(row.image): row.image.nbytes for row in self.rows}
-        return sum(tensors.values()) + sum(images.values())
+        return sum(tensors.values()) + sum(images.values()) + (self.dense.nbytes if self.dense else 0)
 
 
-def make_rows(images: Sequence[ImagePrompts], forced: Callable[[int], tuple[int, ...]]) -> list[Row]:
-    """Pack the questions of each image; ``forced`` gives the answer tokens to feed for the sample at a place."""
+def make_rows(images: Sequence[ImagePrompts], guess: Callable[[int], Guess]) -> list[Row]:
+    """Pack the questions of each image; ``guess`` gives the answer to force on the sample at a place."""
     rows = []
     for image in images:
         pending: list[Branch] = []
         length = 0
         for sample, question in zip(image.samples, image.questions, strict=True):
-            branch = Branch(sample, question, forced(sample))
+            branch = Branch(sample, question, guess(sample))
             if pending and length + len(branch.tokens) > LONGEST_BRANCHES:
                 rows.append(Row(image, tuple(pending)))
                 pending, length = [], 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from workers.tasks import Sample
 
 from .decoder import Decoder
-from .divergence import DenseAnswers
+from .guesses import Guess
 from .packing import Chunk, Packer, cut, make_rows
 from .prompts import ImagePrompts, PromptReader
 
@@ -22,13 +22,11 @@ class Part:
     last: int
     chunks: tuple[Chunk, ...]
     failed: dict[str, str]
-    dense: dict[int, DenseAnswers] = field(default_factory=dict)
-    """The dense model's distributions at the answer positions, by number of the chunk."""
 
     @property
     def nbytes(self) -> int:
         """Memory of the tensors."""
-        return sum(chunk.nbytes_of_everything for chunk in self.chunks) + sum(d.nbytes for d in self.dense.values())
+        return sum(chunk.nbytes_of_everything for chunk in self.chunks)
 
 
 class Parts:
@@ -39,11 +37,11 @@ class Parts:
         decoder: Decoder,
         reader: PromptReader,
         packer: Packer,
-        forced: Callable[[Sample], tuple[int, ...]],
+        guess: Callable[[Sample], Guess],
         *,
         budget: int,
     ) -> None:
-        self._decoder, self._reader, self._packer, self._forced = decoder, reader, packer, forced
+        self._decoder, self._reader, self._packer, self._guess = decoder, reader, packer, guess
         self.budget = budget
         self._kept: OrderedDict[tuple[str, int, int], Part] = OrderedDict()
         self._bounds: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
@@ -90,8 +88,8 @@ class Parts:
             size += images[-1].nbytes if images else 0
             if size > self.budget // 4:
                 break
-        forced = {first + number: self._forced(sample) for number, sample in enumerate(samples[: last - first])}
-        rows = make_rows(images, forced.__getitem__)
+        guesses = {first + number: self._guess(sample) for number, sample in enumerate(samples[: last - first])}
+        rows = make_rows(images, guesses.__getitem__)
         chunks = tuple(
             self._packer.chunk((split, first, last, tokens, number), group)
             for number, group in enumerate(cut(rows, tokens))
@@ -102,10 +100,18 @@ class Parts:
             self._kept.popitem(last=False)
         return part
 
-    def clear(self) -> None:
-        """Forget all, for example because chunks are to be of another size."""
-        self._kept.clear()
-        self._bounds.clear()
+    def halve(self, part: Part, chunk: Chunk) -> tuple[Chunk, ...]:
+        """Put two chunks of half the rows in the place of one; none, where it has one row only."""
+        if len(chunk.rows) == 1:
+            return ()
+        middle = len(chunk.rows) // 2
+        halves = tuple(
+            self._packer.chunk((*chunk.key, number), rows)
+            for number, rows in enumerate((chunk.rows[:middle], chunk.rows[middle:]))
+        )
+        place = part.chunks.index(chunk)
+        part.chunks = (*part.chunks[:place], *halves, *part.chunks[place + 1 :])
+        return halves
 
 
 def _by_image(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
