@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test lint format docs fields clean
 
 install: $(INSTALLED)
 
@@ -33,5 +33,11 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+
+fields: install
+	$(BIN)/python -m optimizer.field_table docs/jobs.md
+
 clean:
-	rm -rf $(VENV) exports .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) exports site .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.cli.export import ForceModel, ModelPath, moved
+from optimizer.cli.export import ForceModel, ModelPath
 from optimizer.cli.plans import AsJson
 from optimizer.cli.state import open_database, print_json, print_line
 
@@ -60,6 +60,7 @@ def verify(
     from dataclasses import asdict
 
     from optimizer.exports import document
+    from optimizer.exports.published import moved
     from optimizer.exports.verification import verify_export
     from workers.messages import ModelSource
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli.export import ModelPath, moved
+from optimizer.cli.export import ModelPath
 from optimizer.cli.plans import AsJson
 from optimizer.cli.state import open_database, print_json, print_line
 
@@ -28,6 +28,7 @@ def refit(
     """
     from optimizer import refitting
     from optimizer.errors import UsageFault
+    from optimizer.exports.published import moved
     from optimizer.inputs import model_source
     from optimizer.service import read_spec
     from storage import jobs, plans

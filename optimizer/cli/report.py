@@ -92,14 +92,14 @@ def report(
 
 def _content(db: Database, jobs: tuple[int, ...], format_name: ReportFormat, figure: FigureName) -> bytes:
     if len(jobs) == 2:
-        from optimizer.report.compare import write_comparison
+        from optimizer.reports.compare import write_comparison
 
         return write_comparison(db, jobs[0], jobs[1]).encode()
     if format_name is ReportFormat.html:
-        from optimizer.report.html import write_report
+        from optimizer.reports.html import write_report
 
         return write_report(db, jobs[0]).encode()
-    from optimizer.report.picture import write_picture
+    from optimizer.reports.picture import write_picture
 
     return write_picture(db, jobs[0], figure.value)
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from optimizer.report.data import meets_constraint
-from optimizer.report.specification import Specification
+from optimizer.reports.data import meets_constraint
+from optimizer.reports.specification import Specification
 from optimizer.results import layers_by_action
 from storage.events import Event
 from storage.jobs import Job

@@ -15,9 +15,9 @@ from optimizer.dashboard import answers, api
 from optimizer.dashboard.access import COOKIE, Gate
 from optimizer.dashboard.api import Db, JobId
 from optimizer.dashboard.openapi_page import operations
-from optimizer.report import words
-from optimizer.report.data import collect
-from optimizer.report.html import job_page, plotly_script, render, search_curves
+from optimizer.reports import words
+from optimizer.reports.data import collect
+from optimizer.reports.html import job_page, plotly_script, render, search_curves
 from storage import jobs, overview
 from storage.database import Database
 from storage.errors import NotFound
@@ -206,7 +206,7 @@ def show_static(name: str) -> Response:
 def _static(name: str) -> str:
     if name == "plotly.js":
         return plotly_script()
-    package, folder = ("report", "page") if name.startswith("report.") else ("dashboard", "pages")
+    package, folder = ("reports", "page") if name.startswith("report.") else ("dashboard", "pages")
     return (files(f"optimizer.{package}") / folder / name).read_text(encoding="utf-8")
 
 

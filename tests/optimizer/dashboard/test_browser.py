@@ -26,7 +26,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from optimizer.dashboard.app import create_app
-from optimizer.report.html import write_report
+from optimizer.reports.html import write_report
 from storage import jobs
 from storage.database import Database
 

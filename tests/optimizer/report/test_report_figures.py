@@ -16,9 +16,9 @@ from scipy.stats import spearmanr
 from sqlalchemy import text
 
 from optimizer.pareto import hypervolume
-from optimizer.report import progress, theory
-from optimizer.report.data import collect
-from optimizer.report.html import write_report
+from optimizer.reports import progress, theory
+from optimizer.reports.data import collect
+from optimizer.reports.html import write_report
 from storage import jobs
 from storage.database import Database
 from storage.errors import NotFound

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from optimizer.report import figures, progress, sections, words
-from optimizer.report.data import JobReport, collect, meets_constraint
-from optimizer.report.figures import SERIES, Chart
-from optimizer.report.html import Page, render
-from optimizer.report.sections import PlacedChart, Section, Table
+from optimizer.reports import figures, progress, sections, words
+from optimizer.reports.data import JobReport, collect, meets_constraint
+from optimizer.reports.figures import SERIES, Chart
+from optimizer.reports.html import Page, render
+from optimizer.reports.sections import PlacedChart, Section, Table
 from storage.database import Database
 from storage.plans import Plan
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optimizer.pareto import Point, front_indices, hypervolume
-from optimizer.report.data import JobReport, Tried
+from optimizer.reports.data import JobReport, Tried
 
 DROP_WITHOUT_LIMIT = 0.1
 """Height of the region for a job that sets no limit to the loss, or a limit of 0: ten points."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from optimizer.latency_model import ratio_of_text
-from optimizer.report.specification import Specification
+from optimizer.reports.specification import Specification
 from optimizer.results import JobResult, load_result
 from storage import events, identities, overview, stages
 from storage.database import Database

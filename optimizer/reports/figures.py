@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optimizer.report import words
-from optimizer.report.data import JobReport, Tried, meets_constraint
-from optimizer.report.progress import Step, reference
-from optimizer.report.theory import TheoryCheck
+from optimizer.reports import words
+from optimizer.reports.data import JobReport, Tried, meets_constraint
+from optimizer.reports.progress import Step, reference
+from optimizer.reports.theory import TheoryCheck
 from storage.measurements import Redundancy
 from storage.plans import Plan
 

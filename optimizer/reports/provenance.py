@@ -6,9 +6,9 @@ from importlib.metadata import version
 
 import yaml
 
-from optimizer.report import words
-from optimizer.report.data import JobReport
-from optimizer.report.sections import Section, Table
+from optimizer.reports import words
+from optimizer.reports.data import JobReport
+from optimizer.reports.sections import Section, Table
 
 
 def section(report: JobReport) -> Section:

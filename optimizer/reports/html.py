@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimizer.report import progress, provenance, sections, theory, words
-from optimizer.report.data import JobReport, collect
-from optimizer.report.progress import Step
-from optimizer.report.sections import Section
+from optimizer.reports import progress, provenance, sections, theory, words
+from optimizer.reports.data import JobReport, collect
+from optimizer.reports.progress import Step
+from optimizer.reports.sections import Section
 from storage import overview
 from storage.database import Database
 
@@ -107,7 +107,7 @@ def facts(report: JobReport) -> tuple[Fact, ...]:
 def render(page: Page, *, scripts: str | None = None) -> str:
     """The page as HTML: one file with everything in it, or with its scripts and style at the path ``scripts``."""
     charts = [placed.chart.to_json() for section in page.sections for placed in section.charts]
-    source = files("optimizer.report") / "page"
+    source = files("optimizer.reports") / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["marked"] = marked
     return environment.from_string((source / "report.html").read_text(encoding="utf-8")).render(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from optimizer.report import figures, latency, words
-from optimizer.report.data import JobReport, Tried, meets_constraint
-from optimizer.report.figures import Chart
-from optimizer.report.progress import Step, reference
-from optimizer.report.theory import Agreement, TheoryCheck
+from optimizer.reports import figures, latency, words
+from optimizer.reports.data import JobReport, Tried, meets_constraint
+from optimizer.reports.figures import Chart
+from optimizer.reports.progress import Step, reference
+from optimizer.reports.theory import Agreement, TheoryCheck
 from storage.plans import Plan
 
 STRIPS_SHOWN = 12

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from optimizer import criteria
 from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
-from optimizer.report.data import JobReport
+from optimizer.reports.data import JobReport
 from workers.errors import MeasurementError
 from workers.scoring.kinds import INTERVENTIONS
 from workers.scoring.table import LayerMeasurement, LayerTable

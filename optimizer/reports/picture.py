@@ -9,10 +9,10 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import UsageFault
-from optimizer.report import figures, latency, sections, theory, words
-from optimizer.report.data import JobReport, collect
-from optimizer.report.figures import Chart, Trace
-from optimizer.report.html import search_curves
+from optimizer.reports import figures, latency, sections, theory, words
+from optimizer.reports.data import JobReport, collect
+from optimizer.reports.figures import Chart, Trace
+from optimizer.reports.html import search_curves
 from storage.database import Database
 
 if TYPE_CHECKING:
@@ -214,6 +214,6 @@ def colour(name: str) -> str:
 
 def palette() -> dict[str, str]:
     """The light theme's colours, read from the page's style, so that page and print cannot drift apart."""
-    style = (files("optimizer.report") / "page" / "report.css").read_text(encoding="utf-8")
+    style = (files("optimizer.reports") / "page" / "report.css").read_text(encoding="utf-8")
     light = style[: style.index("@media")]
     return {name: value.strip() for name, value in re.findall(r"(--[\w-]+):\s*([^;]+);", light)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from optimizer.report.data import JobReport, Tried, meets_constraint
+from optimizer.reports.data import JobReport, Tried, meets_constraint
 from optimizer.results import layers_by_action
 from storage.plans import Plan
 

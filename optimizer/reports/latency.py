@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from optimizer.report import words
-from optimizer.report.data import JobReport
-from optimizer.report.figures import COLOURS, Chart, Trace
+from optimizer.reports import words
+from optimizer.reports.data import JobReport
+from optimizer.reports.figures import COLOURS, Chart, Trace
 from storage.overview import JobProfile
 
 

@@ -1,0 +1,254 @@
+"""The Python API: what the commands do, as functions. ``from optimizer import submit, best, plans, report, export``.
+
+``database`` is an SQLAlchemy URL everywhere; without it ``SKIPPLAN_DATABASE`` counts, else ``sqlite:///skipplan.db``.
+Accuracies are shares in [0, 1], differences shares (a loss is negative), times seconds, speed-ups dense / plan time.
+Intervals have the confidence that stands beside them: Wilson's for accuracies (Wilson 1927), the bootstrap's over whole
+images for differences (Efron 1979, with Holm's correction 1979 over a job's finalists), and over alternating pairs for
+speed-ups.
+
+Every function raises ``storage.errors.DatabaseError`` when the database cannot be used and ``storage.errors.NotFound``
+for a name or number that it does not know.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import UsageFault
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from optimizer.job import JobSpec
+    from storage.database import Database
+    from storage.jobs import Job
+    from storage.plans import Plan, Sort
+
+JobFile = str | os.PathLike[str] | Mapping[str, Any]
+"""The path of a job file, or its fields as nested mappings (relative paths are then relative to here)."""
+
+
+def submit(job: JobFile, *, database: str | None = None, force: bool = False) -> Job:
+    """Queue a job for ``skipplan serve``; the job that there is already where one of the same specification exists.
+
+    Task data, images and model files are checked first. ``force`` queues it in any case. Raises UsageFault naming the
+    field, file, row or image that is wrong.
+    """
+    from optimizer import service
+    from optimizer.inputs import prepare
+    from storage.database import Database
+
+    spec = _spec(job, database)
+    inputs = prepare(spec)
+    with Database.open(spec.database) as db:
+        return service.submit(db, inputs, anew=force)[0]
+
+
+def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Job:
+    """Do a job here and now and return it as it ended; one that has a result already is not run again.
+
+    An interrupted job goes on where it was. The state is ``succeeded``, or ``infeasible`` when no plan met the
+    constraint. Raises UsageFault for wrong input, ``workers.errors.ClusterError`` when the cluster cannot be used,
+    and ``optimizer.stages.context.JobFailed`` when the job cannot be done.
+    """
+    from optimizer import service
+    from optimizer.holding import open_pool
+    from optimizer.inputs import prepare
+    from optimizer.progress import Progress
+    from storage import jobs
+    from storage.database import Database
+
+    spec = _spec(job, database)
+    inputs = prepare(spec)
+    with Database.open(spec.database) as db:
+        known = None if force else jobs.find_finished(db, inputs.spec_hash)
+        if known is not None:
+            return known
+        with open_pool(inputs) as pool:
+            queued, _ = service.submit(db, inputs, anew=force)
+            claimed = service.claim_this(db, queued, service.new_owner())
+            service.process(db, claimed, inputs, pool, Progress())
+        return jobs.get(db, claimed.id)
+
+
+def best(
+    model: str,
+    task: str,
+    *,
+    max_accuracy_drop: float | None = None,
+    min_accuracy: float | None = None,
+    min_speedup: float | None = None,
+    max_latency: float | None = None,
+    device: str | None = None,
+    database: str | None = None,
+) -> Plan | None:
+    """The fastest published plan of a model on a task within limits; None where the dense model is the answer.
+
+    ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
+    the upper end of the loss's interval, ``max_latency`` is in seconds a request of the job's workload.
+    """
+    from storage import plans as published
+
+    with _open(database) as db:
+        return published.best(
+            db,
+            model,
+            task,
+            device=device,
+            max_accuracy_drop=max_accuracy_drop,
+            min_accuracy=min_accuracy,
+            min_speedup=min_speedup,
+            max_latency=max_latency,
+        )
+
+
+def plans(
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    device: str | None = None,
+    max_accuracy_drop: float | None = None,
+    min_speedup: float | None = None,
+    on_front: bool = False,
+    sort: Sort = "speedup",
+    limit: int | None = None,
+    database: str | None = None,
+) -> pd.DataFrame:
+    """Published plans, best first by ``sort``: one row a plan, indexed by its id; no rows where none meets the limits.
+
+    Columns: what was verified and measured (``accuracy``, ``difference``, ``speedup``, each with ``_low`` and
+    ``_high``; ``seconds``, ``kv_cache_bytes``, ...), and ``plan``, ``compensation``, ``model``, ``task``, ``device``,
+    ``workload``, ``job_id``, ``on_front``, ``meets_constraint`` (of its own job; None where not known).
+    """
+    from dataclasses import asdict, fields
+
+    import pandas as pd
+
+    from optimizer.reports.data import meets_constraint
+    from storage import plans as published
+    from storage.plans import Plan
+
+    with _open(database) as db:
+        found = published.list_plans(
+            db,
+            model,
+            task,
+            device=device,
+            max_accuracy_drop=max_accuracy_drop,
+            min_speedup=min_speedup,
+            on_front=on_front,
+            sort=sort,
+            limit=limit,
+        )
+    columns = [*(field.name for field in fields(Plan) if field.name != "secondary"), "meets_constraint"]
+    rows = [asdict(plan) | {"meets_constraint": meets_constraint(plan)} for plan in found]
+    return pd.DataFrame(rows, columns=columns).set_index("id")
+
+
+def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:
+    """What a job scored, in the order of its evaluations: one row a plan and rung, indexed by the evaluation's id.
+
+    Columns: ``plan``, ``compensation``, ``split``, ``n`` (samples), ``accuracy`` (NaN for a failure), ``seconds`` of
+    worker time, ``failure``, ``reused_from``, ``layer_executions``. Search accuracies steer; they are no result.
+    """
+    from dataclasses import asdict
+
+    import pandas as pd
+
+    from storage import jobs, overview
+
+    with _open(database) as db:
+        jobs.get(db, job_id)
+        rows = [asdict(each) for each in overview.evaluations(db, job_id)]
+    columns = ["id", "plan", "compensation", "split", "rung", "n", "accuracy", "seconds", "failure", "reused_from"]
+    columns += ["recorded_at", "layer_executions", "layer_executions_saved"]
+    return pd.DataFrame(rows, columns=columns).set_index("id")
+
+
+def redundancy(job_id: int, *, database: str | None = None) -> pd.DataFrame:
+    """What was measured of every layer on the calibration split: one row a measure, token group and layer.
+
+    Columns: ``name``, ``token_group`` (vision, text, all, last), ``layer`` (from 0), ``value``, ``standard_error`` (NaN
+    where there is none), ``n`` (tokens or samples). No rows where nothing was measured. Definitions and sources stand
+    in the documentation of the theory.
+    """
+    from dataclasses import asdict
+
+    import pandas as pd
+
+    from optimizer.reports.data import collect
+
+    with _open(database) as db:
+        rows = [asdict(each) for each in collect(db, job_id).redundancy]
+    return pd.DataFrame(rows, columns=["name", "token_group", "layer", "value", "standard_error", "n"])
+
+
+def report(job_id: int, path: str | os.PathLike[str], *, figure: str = "front", database: str | None = None) -> Path:
+    """Write a job's report and return its path: a self-contained page for ``.html``, one ``figure`` for ``.png``.
+
+    Figures are ``front``, ``plans``, ``redundancy``, ``theory``, ``progress`` and ``latency``. An existing file is
+    replaced. Raises UsageFault for another ending, or when a figure was not measured.
+    """
+    target = Path(path)
+    with _open(database) as db:
+        if target.suffix == ".html":
+            from optimizer.reports.html import write_report
+
+            content = write_report(db, job_id).encode()
+        elif target.suffix == ".png":
+            from optimizer.reports.picture import write_picture
+
+            content = write_picture(db, job_id, figure)
+        else:
+            raise UsageFault(f"{target}: a report is written as .html or .png")
+    target.write_bytes(content)
+    return target
+
+
+def export(
+    plan_id: int,
+    directory: str | os.PathLike[str],
+    *,
+    format: str = "checkpoint",
+    model_path: str | None = None,
+    force: bool = False,
+    database: str | None = None,
+) -> tuple[str, ...]:
+    """Write a published plan for another deployment and return notes about what was written.
+
+    Formats: plan, checkpoint, runtime, mergekit, llama-cpp, openvino, vllm. ``model_path`` says where the model is now;
+    ``force`` replaces an existing directory. Raises UsageFault for an unknown format or a plan that it cannot take.
+    """
+    from optimizer.exports.published import export_published
+    from storage import plans as published
+
+    with _open(database) as db:
+        plan = published.get(db, plan_id)
+        written = export_published(db, plan, format, Path(directory), model_path=model_path, force=force)
+    return tuple(written.notes)
+
+
+def _spec(job: JobFile, database: str | None) -> JobSpec:
+    from optimizer.job import load_job, override, resolve_paths, validate_job
+
+    if not isinstance(job, Mapping):
+        return load_job(Path(job), database=database)
+    document = {key: dict(value) if isinstance(value, Mapping) else value for key, value in job.items()}
+    override(document, os.environ)
+    if database is not None:
+        document["database"] = database
+    return resolve_paths(validate_job(document, "job"), Path.cwd())
+
+
+@contextmanager
+def _open(database: str | None) -> Iterator[Database]:
+    """The database, which must be there."""
+    from optimizer.job import DEFAULT_DATABASE
+    from storage.database import Database
+
+    with Database.open(database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE, create=False) as db:
+        yield db
