@@ -22,8 +22,8 @@ from .calibration import Calibration
 from .sums import GapSums, solve
 from .weighting import inverse_mean_square
 
-FEWEST_TOKENS = 4096
-TOKENS_PER_DIMENSION = 2
+FEWEST_TOKENS = 2048
+TOKENS_PER_DIMENSION = 3
 """Tokens that the shares are estimated on: this many a hidden dimension, and at least so many."""
 
 
@@ -33,7 +33,10 @@ def tokens_for(hidden: int) -> int:
 
 
 def linear_redundancy(loaded: LoadedModel, calibration: Calibration, *, ridge: float) -> tuple[GapShare, ...]:
-    """The unexplained shares of all pairs (kept layer, last skipped layer); layers that hold no map have none."""
+    """The unexplained shares of all pairs (kept layer, last skipped layer); layers that hold no map have none.
+
+    Products within a batch are in float32: the shares are predictions, which need no more than a few digits.
+    """
     outputs = _outputs(loaded, calibration)
     return tuple(share for layer in sorted(outputs) for share in _shares_of(layer, outputs[layer], calibration, ridge))
 
@@ -59,6 +62,7 @@ def _shares_of(layer: int, outputs: list[Tensor], calibration: Calibration, ridg
         for output, batch in zip(outputs, batches, strict=True):
             target = batch.targets[end]
             residual = target.double() - batch.targets[layer].double()
-            parts.append(GapSums.of(output, residual, target, inverse_mean_square(target)))
+            weights = inverse_mean_square(target)
+            parts.append(GapSums.of(output, residual, target, weights, products=torch.float32))
         sums = GapSums.merge(parts)
         yield GapShare(layer, end, sums.plain_share, solve(sums, ridge=ridge).unexplained)
