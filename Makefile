@@ -34,7 +34,7 @@ format: install
 	$(BIN)/ruff format
 
 docs: install
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fields: install
 	$(BIN)/python -m optimizer.field_table docs/jobs.md
