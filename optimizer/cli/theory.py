@@ -114,6 +114,8 @@ def validate_theory(
             screen.table(each)
         for plan, reason in report.failed.items():
             screen.say(f"plan {plan} could not be evaluated: {reason}")
+        for name, reason in report.left_out.items():
+            screen.say(f"criterion {name} is left out: {reason}")
     return 0
 
 

@@ -19,7 +19,8 @@ from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.score import measured
 from optimizer.validation.agreement import Agreement
 from optimizer.validation.harm import Measured, PlanHarm, measure
-from workers.scoring.kinds import INTERVENTIONS
+from workers.errors import MeasurementError
+from workers.scoring.kinds import INTERVENTIONS, KINDS
 from workers.scoring.table import LayerTable
 
 CONTROL = "scrambled (control)"
@@ -86,6 +87,8 @@ class ValidationReport:
     sets: tuple[SetHarm, ...]
     overlaps: tuple[Overlap, ...]
     failed: dict[str, str]
+    left_out: dict[str, str]
+    """Criteria that read what this model does not give, and why."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; numbers that are none are null."""
@@ -109,9 +112,8 @@ def validate(
     own = criteria.load(spec.criterion, spec.thresholds)
     if others is None:
         others = [criteria.load(name) for name in criteria.names() if name != own.name]
-    everyone = [own, *others]
-    table = measured(context, tuple(dict.fromkeys(kind for each in everyone for kind in each.needs)))
-    risks = {each.name: each.risk(table) for each in everyone}
+    risks, table, left_out = _predict(context, own, others)
+    everyone = [each for each in (own, *others) if each.name in risks]
     risks[CONTROL] = scrambled(risks[own.name], spec.search.seed)
     allowed = {letter: _allowed(context, letter) for letter in "FBS" if _allowed(context, letter)}
     if not allowed:
@@ -145,7 +147,30 @@ def validate(
         ),
         overlaps=tuple(_overlaps(own.name, everyone, risks, table, allowed, size)),
         failed=harm.failed,
+        left_out=left_out,
     )
+
+
+def _predict(
+    context: JobContext, own: Criterion, others: Sequence[Criterion]
+) -> tuple[dict[str, Risk], LayerTable, dict[str, str]]:
+    """Every criterion's risks, the table they are made of, and which of ``others`` cannot be had for this model.
+
+    Raises JobFailed when the job's own criterion cannot.
+    """
+    common = dict.fromkeys(kind for each in (own, *others) for kind in each.needs if kind in KINDS)
+    table = measured(context, tuple(common))  # in as few passes as there can be
+    risks: dict[str, Risk] = {}
+    left_out: dict[str, str] = {}
+    for each in (own, *others):
+        try:
+            table = measured(context, (*common, *each.needs))
+            risks[each.name] = each.risk(table)
+        except (JobFailed, MeasurementError) as error:
+            if each is own:
+                raise JobFailed(f"criterion {own.name}: {error}") from None
+            left_out[each.name] = str(error)
+    return risks, table, left_out
 
 
 def plan_of(num_layers: int, layers: Sequence[int], letter: str) -> str:

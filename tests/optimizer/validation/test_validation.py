@@ -121,3 +121,22 @@ def test_a_second_report_runs_no_plan_again(store: Database, worker: in_process.
     worker.requests.clear()
     second = validate(in_process.context(store, worker, in_process.spec(actions=["skip"])), samples=4, others=others)
     assert worker.requests == [] and second == first
+
+
+@dataclass(frozen=True)
+class Demanding(Scrambled):
+    """Reads what nobody measures."""
+
+    name = "demanding"
+
+    def risk(self, table: LayerTable) -> Risk:
+        return Risk(self.name, {"S": table.values("wisdom", "all")})
+
+
+def test_a_criterion_that_lacks_a_measurement_is_left_out_and_named(
+    store: Database, worker: in_process.OneWorker
+) -> None:
+    context = in_process.context(store, worker, in_process.spec(actions=["skip"]))
+    report = validate(context, samples=2, others=[Demanding()])
+    assert report.left_out == {"demanding": "wisdom of all tokens was not measured, or the model has none to measure"}
+    assert set(report.actions[0].risks) == {"skip-it", CONTROL}
