@@ -28,7 +28,12 @@ class TwoNodes:
         token = directory / "token"
         token.write_text("0123456789abcdef" * 4)
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.environment = plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.environment = plain | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "TMPDIR": str(directory),  # where the locks of the device lie
+            "RAY_TMPDIR": "/tmp",  # paths of sockets must be short
+        }
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "two_nodes.py")],
             env=self.environment | {"PYTHONPATH": str(PROJECT)},
