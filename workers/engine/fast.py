@@ -22,7 +22,9 @@ from workers.runtime.folding import Maps, folded
 from workers.runtime.plan import Action, PlanError, SkipPlan
 from workers.tasks import Sample
 from workers.ties import end_tokens
+from workers.timed_request import device_name
 
+from . import sizing
 from .answers import Choices, Scorer, judge
 from .decoder import Decoder, NotExactError
 from .divergence import DenseAnswers
@@ -35,7 +37,6 @@ from .trie import build_trie
 from .walk import Walker
 
 DEFAULT_MEMORY_BYTES = 2 << 30
-DEFAULT_CHUNK_TOKENS = 2048
 NOT_COMPENSATED = "none"
 
 
@@ -86,29 +87,30 @@ class FastEvaluator:
     """Evaluates many plans of one model on one task, sharing what they have in common.
 
     ``memory_bytes`` bounds what is kept between layer executions: prompts, masks, hidden states. ``chunk_tokens`` is
-    the size of the chunks to begin with; it is halved for good when memory runs out.
+    the size of the chunks to begin with, by default what :meth:`check` finds; halved for good when memory runs out.
 
     Raises:
         NotExactError: the model or the task is none for which this is exact.
     """
 
     def __init__(
-        self, plain: Evaluator, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+        self, plain: Evaluator, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, chunk_tokens: int | None = None
     ) -> None:
         self.plain, self.loaded, self.task = plain, plain.loaded, plain.task
         if self.task.spec.answer.kind == "free":
             raise NotExactError("its answers are free text, which is generated")
         _require_plain_decoding(self.loaded.model)
         self.decoder = Decoder(self.loaded.model)
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens or sizing.SMALLEST
+        self._size_is_open = chunk_tokens is None
         self._memory = memory_bytes
         spec, tokenizer = self.task.spec, self.loaded.processor.tokenizer
         self.guesser = Guesser(tokenizer, spec.answer.max_new_tokens)
         self._scorer = Scorer(spec, lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)), METRICS)
         self._ends = end_tokens(self.loaded.model)
         reader = PromptReader(self.loaded, self.task, self.decoder)
-        packer = Packer(self.decoder, reader.embed, self.loaded.device)
-        self.parts = Parts(self.decoder, reader, packer, self.guesser.forced, budget=memory_bytes // 2)
+        self._packer = Packer(self.decoder, reader.embed, self.loaded.device)
+        self.parts = Parts(self.decoder, reader, self._packer, self.guesser.forced, budget=memory_bytes // 2)
         self.states = StateStore(memory_bytes // 2)
         self._repairs: TrieRepairs | None = None
         self.walker = Walker(self.decoder, self.states)
@@ -155,6 +157,9 @@ class FastEvaluator:
         # The model's own answers are the right ones here, so that every one of them is compared token by token.
         own = [replace(s, answers=(expected[dense.text].texts.get(s.id) or "-",)) for s in chosen]
         self._repair_by(NOT_COMPENSATED)
+        if self._size_is_open:
+            self._size_is_open = False
+            self.chunk_tokens = self._find_size(own)
         outcomes = self._outcomes(plans, f"check {split}", own, 0, {})
         for plan in plans:
             for place, sample in enumerate(own):
@@ -167,6 +172,31 @@ class FastEvaluator:
                         f"under the plan {plan} sample {sample.id} scores {found[0]:g} when work is shared and "
                         f"{self._scorer.scores_of_text(sample, text)[0]:g} by itself"
                     )
+
+    @property
+    def _device(self) -> sizing.Device:
+        loaded = self.loaded
+        return sizing.Device(
+            loaded.fingerprint, str(loaded.model.dtype), device_name(loaded.device), torch.get_num_threads()
+        )
+
+    def _find_size(self, samples: Sequence[Sample]) -> int:
+        """How many tokens go through a layer together, by running the first layer on the samples' prompts, repeated."""
+        with torch.inference_mode():
+            part = next(iter(self.parts.of("size", samples, 0, self.chunk_tokens)))
+            rows = [row for chunk in part.chunks for row in chunk.rows]
+            if not rows:
+                return self.chunk_tokens
+            states = self.decoder.num_layers * part.chunks[0].nbytes / part.chunks[0].tokens  # bytes for each token
+            width = max(row.length for row in rows)
+
+            def run(tokens: int) -> None:
+                repeated = [rows[number % len(rows)] for number in range(max(1, tokens // width))]
+                context = self._packer.chunk(("size", tokens), repeated).context
+                for layer in range(min(4, self.decoder.num_layers)):
+                    self.decoder.run(layer, context.hidden, context.arguments[layer])
+
+            return sizing.chunk_tokens(self._device, run, largest=int(self._memory / 4 / states))
 
     def _readable(
         self, request: EvaluatePlans
@@ -249,6 +279,7 @@ class FastEvaluator:
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
         self.chunk_tokens = max(1, min(self.chunk_tokens, chunk.tokens // 2))
+        sizing.remember(self._device, self.chunk_tokens)
         halves = self.parts.halve(part, chunk)
         if not halves:
             for outcome in outcomes.values():
