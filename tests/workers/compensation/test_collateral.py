@@ -1,0 +1,47 @@
+"""What a plan does beside its task, against direct computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workers.compensation.collateral import WINDOW, text_divergence
+from workers.errors import MeasurementError
+from workers.models import LoadedModel
+from workers.runtime import SkipPlan, apply
+
+TEXT = "is there a red circle in the image? what shape is green? " * 40
+
+
+def test_divergence_on_text_is_that_of_plain_forward_passes(tiny: LoadedModel) -> None:
+    plan = SkipPlan.parse("RSRRSR")
+    found = text_divergence(tiny, plan, None, TEXT)
+    ids = tiny.processor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    kl, losses, count = 0.0, {"dense": 0.0, "plan": 0.0}, 0
+    for start in range(0, len(ids), WINDOW):
+        window = torch.tensor([ids[start : start + WINDOW]])
+        logs = {}
+        with torch.no_grad():
+            logs["dense"] = tiny.model(input_ids=window).logits[0].log_softmax(-1)
+            with apply(tiny.model, plan):
+                logs["plan"] = tiny.model(input_ids=window).logits[0].log_softmax(-1)
+        for place in range(window.shape[1] - 1):
+            dense, own = logs["dense"][place], logs["plan"][place]
+            kl += float((dense.exp() * (dense - own)).sum())
+            for name in losses:
+                losses[name] -= float(logs[name][place, window[0, place + 1]])
+            count += 1
+    assert len(ids) > WINDOW and found.tokens == count
+    assert found.kl == pytest.approx(kl / count, rel=1e-3) and found.kl > 0
+    assert found.dense_loss == pytest.approx(losses["dense"] / count, rel=1e-4)
+    assert found.plan_loss == pytest.approx(losses["plan"] / count, rel=1e-4)
+
+
+def test_the_dense_plan_does_not_diverge(tiny: LoadedModel) -> None:
+    found = text_divergence(tiny, SkipPlan.dense(6), None, TEXT)
+    assert found.kl == 0.0 and found.dense_loss == found.plan_loss
+
+
+def test_a_text_without_tokens_is_refused(tiny: LoadedModel) -> None:
+    with pytest.raises(MeasurementError, match="fewer than two tokens"):
+        text_divergence(tiny, SkipPlan.dense(6), None, "")
