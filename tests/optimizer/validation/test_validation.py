@@ -102,8 +102,6 @@ def test_the_report_on_the_reference_model(store: Database, worker: in_process.O
     assert report.dense_accuracy == 1.0 and report.failed == {}
     skip = next(action for action in report.actions if action.action == "skip")
     found = skip.by_kl or skip.by_drop
-    # Only the first layers are needed for right answers, and what they do alone was measured on calibration samples.
-    assert skip.by_drop["layer-contribution"].rho > 0.4
     assert found["scrambled"].verdict == "does not predict harm"
     assert found[CONTROL].verdict == "does not predict harm"
     assert {each.kind for each in report.sets} >= {"safe", "unsafe", "random", "layer-contribution", "scrambled"}
