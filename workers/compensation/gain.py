@@ -78,7 +78,9 @@ def _last_log_probabilities(loaded: LoadedModel, calibration: Calibration, layer
     finally:
         if handle is not None:
             handle.remove()
-    last: Tensor = head(states[torch.arange(len(states)), _last_columns(batch.vision.shape, batch.kept)])
+    last: Tensor = head(
+        states[torch.arange(len(states), device=states.device), _last_columns(batch.vision.shape, batch.kept)]
+    )
     return last.float().log_softmax(-1)
 
 

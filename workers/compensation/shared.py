@@ -42,7 +42,8 @@ from .weighting import Weigh
 
 STATES_BUDGET = 1 << 30
 """Bytes of calibration states that are kept at the beginnings of plans."""
-KEPT_MAPS = 4096
+MAPS_BUDGET = 4 << 30
+"""Bytes of maps that are kept. All plans of one request are walked together, so theirs should fit."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,11 @@ class _States:
 @dataclass(frozen=True)
 class _FittedMap:
     own: GapMap
-    change: Change
     quality: FittedGap
+
+    @property
+    def nbytes(self) -> int:
+        return self.own.matrix.nbytes
 
 
 class SharedFits:
@@ -75,7 +79,7 @@ class SharedFits:
         self, decoder: Decoder, calibration: Calibration, recipe: Recipe, weigh: Weigh, *, budget: int = STATES_BUDGET
     ) -> None:
         self._decoder, self._calibration, self.recipe, self._weigh = decoder, calibration, recipe, weigh
-        self._budget, self._held = budget, 0
+        self._budget, self._held, self._held_maps = budget, 0, 0
         self._states: OrderedDict[str, _States] = OrderedDict()
         self._maps: OrderedDict[str, _FittedMap] = OrderedDict()
         self.layer_executions = 0
@@ -103,7 +107,7 @@ class SharedFits:
 
     def change(self, prefix: str) -> Change:
         """What is done to the state behind the layer before the gap that ends the plan's beginning ``prefix``."""
-        return self._map(prefix).change
+        return change_of(self._map(prefix).own)
 
     def share(self, layer: int) -> float:
         """The factor with which a layer's MLP output enters the stream."""
@@ -125,10 +129,12 @@ class SharedFits:
             solution = solve(sums, ridge=self.recipe.ridge, bias=self.recipe.bias)
         own = gap_map(gap, solution, share)
         quality = FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained)
-        self._maps[prefix] = _FittedMap(own, change_of(own), quality)
-        if len(self._maps) > KEPT_MAPS:
-            self._maps.popitem(last=False)
-        return self._maps[prefix]
+        fitted = self._maps[prefix] = _FittedMap(own, quality)
+        self._held_maps += fitted.nbytes
+        while self._held_maps > MAPS_BUDGET and len(self._maps) > 1:
+            _, dropped = self._maps.popitem(last=False)
+            self._held_maps -= dropped.nbytes
+        return fitted
 
     # States -----------------------------------------------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ class SharedFits:
             return self._behind(prefix, with_added=False).hidden
         before = self._behind(executed)
         assert before.added is not None
-        change = self._map(prefix).change
+        change = self.change(prefix)
         return tuple(changed_state(x, m, change) for x, m in zip(before.hidden, before.added, strict=True))
 
     def _behind(self, prefix: str, *, with_added: bool = True) -> _States:
