@@ -54,7 +54,7 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
         problem = _problem(context, profile, table)
         search = Search(
             problem,
-            make_strategy(context.spec.search.strategy, problem),
+            make_strategy(context.spec.search.strategy, problem, pairs=context.spec.search.measured_pairs),
             Budget(context.spec.search, evaluate.elapsed),
             evaluate=evaluate,
             on_tried=lambda tried: context.progress.advance(news=_news(tried)),

@@ -14,6 +14,7 @@ from optimizer.strategies import exhaustive, nested, sleb
 from optimizer.strategies.angular import angular
 from optimizer.strategies.base import Problem, Strategy
 from optimizer.strategies.evopress import EvoPress
+from optimizer.strategies.pairs import PairAware
 from optimizer.strategies.replaceme import replaceme
 from optimizer.strategies.shortgpt import shortgpt
 from optimizer.strategies.shortv import shortv
@@ -39,14 +40,17 @@ PUBLISHED: dict[str, Callable[[Problem], Strategy]] = {
 }
 
 
-def make_strategy(name: str, problem: Problem, settings: Settings | None = None) -> Strategy:
+def make_strategy(name: str, problem: Problem, settings: Settings | None = None, *, pairs: int = 0) -> Strategy:
     """The strategy of that name on a problem; ``settings`` are the surrogate sampler's.
+
+    A sampler's search begins with measuring ``pairs`` pairs of steps, where that is more than none.
 
     Raises UsageFault when the strategy needs an action or measurement that the problem does not have.
     """
     if name in PUBLISHED:
         return PUBLISHED[name](problem)
-    return StudyStrategy(problem, _sampler(name, problem, settings))
+    study = StudyStrategy(problem, _sampler(name, problem, settings))
+    return PairAware(problem, study, pairs) if pairs else study
 
 
 def _sampler(name: str, problem: Problem, settings: Settings | None) -> optuna.samplers.BaseSampler:

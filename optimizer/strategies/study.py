@@ -69,6 +69,10 @@ class StudyStrategy:
             if tried.complete:
                 self._complete.append(tried)
 
+    def begin_with(self, seeds: Sequence[Candidate]) -> None:
+        """Put seeds before those that still wait."""
+        self._queue.extendleft(reversed(seeds))
+
     def ask(self, count: int) -> Sequence[Ask]:
         """At most ``count`` candidates that are new; fewer when the space holds no other."""
         batch: list[Ask] = []

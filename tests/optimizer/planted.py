@@ -127,7 +127,7 @@ def search(
     problem = problem_of(planted, letters, spec=spec, constraint=constraint, **own)
     if seeds is not None:
         problem = replace(problem, seeds=tuple(Candidate(SkipPlan.parse(text)) for text in seeds))
-    strategy: Strategy = make_strategy(spec.strategy, problem)
+    strategy: Strategy = make_strategy(spec.strategy, problem, pairs=spec.measured_pairs)
     return Search(problem, strategy, Budget(spec, elapsed), evaluate=planted).run()
 
 
