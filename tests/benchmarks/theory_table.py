@@ -50,7 +50,7 @@ def sets(report: dict[str, Any]) -> list[str]:
 
 
 def behind(report: dict[str, Any]) -> list[str]:
-    """Where the default criterion is not at least as good as the published ones, by rho with KL (else with the drop)."""
+    """Where the default is not at least as good as published criteria, by rho with KL (else with the drop)."""
     found = []
     for action in report["actions"]:
         rhos = {name: each["rho"] for name, each in (action["by_kl"] or action["by_drop"]).items()}
