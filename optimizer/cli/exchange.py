@@ -59,6 +59,7 @@ def verify(
     """
     from dataclasses import asdict
 
+    from optimizer.cli.screen import Screen
     from optimizer.exports import document
     from optimizer.exports.published import moved
     from optimizer.exports.verification import verify_export
@@ -67,7 +68,8 @@ def verify(
     source = ModelSource(document.read(directory).model.name)
     if model_path is not None:
         source = moved(source, model_path)
-    found = verify_export(directory, source, task=task, samples=samples, python=python, force_model=force_model)
+    with Screen(quiet=as_json).status("loading the export in a fresh process, and the live model"):
+        found = verify_export(directory, source, task=task, samples=samples, python=python, force_model=force_model)
     if as_json:
         print_json(asdict(found) | {"passed": found.passed})
     else:

@@ -48,13 +48,15 @@ def export(
 
     [bold]Example:[/bold] skipplan export --model llava-12 --task easy-vqa --output exports/fast
     """
+    from optimizer.cli.screen import Screen
     from optimizer.exports.published import export_published
 
     with open_database(context) as db:
         plan = _chosen(db, plan_id) or find_best(db, model, task, max_accuracy_drop, min_speedup, device)
-        written = export_published(
-            db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
-        )
+        with Screen(quiet=as_json).status(f"writing plan {plan.id} as {format_name}"):
+            written = export_published(
+                db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
+            )
     if as_json:
         print_json({"plan": plan.id, "format": format_name, "output": str(output), "notes": list(written.notes)})
     else:
