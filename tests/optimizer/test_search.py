@@ -18,7 +18,7 @@ from workers.runtime import SkipPlan
 LAYERS = 8
 
 
-@pytest.mark.parametrize("strategy", ["surrogate", "tpe", "nsga2"])
+@pytest.mark.parametrize("strategy", ["surrogate", "nsga2"])
 def test_finds_the_plan_of_all_harmless_layers_and_evaluates_nothing_twice(strategy):
     planted = small()
     outcome = search(planted, strategy=strategy, evaluations=60 if strategy == "surrogate" else 120)
@@ -30,16 +30,16 @@ def test_finds_the_plan_of_all_harmless_layers_and_evaluates_nothing_twice(strat
 @pytest.mark.parametrize("strategy", SAMPLERS)
 def test_evaluations_are_as_many_as_asked_for_and_none_twice(strategy):
     planted = small()
-    outcome = search(planted, strategy=strategy, evaluations=14)
-    assert len(planted.asked) == len(set(planted.asked)) and len(outcome.tried) == 15
-    assert outcome.stopped_because == "the budget of 14 evaluations is spent"
+    outcome = search(planted, strategy=strategy, evaluations=12)
+    assert len(planted.asked) == len(set(planted.asked)) and len(outcome.tried) == 13
+    assert outcome.stopped_because == "the budget of 12 evaluations is spent"
 
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe", "random", "evopress"])
 def test_same_seed_same_search_whatever_the_order_of_arrival(strategy):
-    first, second = (search(small(order=order), strategy=strategy, seeds="none") for order in (1, 2))
+    first, second = (search(small(order=order), strategy=strategy, seeds="none", evaluations=24) for order in (1, 2))
     assert first == second
-    assert first.tried != search(small(), strategy=strategy, seeds="none", seed=1).tried
+    assert first.tried != search(small(), strategy=strategy, seeds="none", evaluations=24, seed=1).tried
 
 
 def test_seeds_come_first_in_order():

@@ -1,0 +1,75 @@
+"""Time the driver takes per proposal: python tests/benchmarks/search_overhead.py
+
+A study of so many finished trials of random plans near a planted front; then batches are asked for and told. Reported
+is processor time per proposal, the study's own bookkeeping included.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "optimizer")]
+
+import numpy as np  # noqa: E402
+from planted import problem_of, random_problem  # noqa: E402
+
+from optimizer.job import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.search.outcome import Tried, tried_of  # noqa: E402
+from optimizer.space import Candidate  # noqa: E402
+from optimizer.strategies.registry import make_strategy  # noqa: E402
+from workers.runtime import SkipPlan  # noqa: E402
+
+CASES = ((30, 200, 50.0), (30, 1000, 50.0), (80, 1000, 250.0))
+"""Layers, finished evaluations, bar in milliseconds."""
+BATCHES = 5
+
+
+def overhead(layers: int, evaluations: int) -> float:
+    """Milliseconds per proposal, the median of some batches."""
+    planted = random_problem(layers, "RFBS", 1)
+    spec = SearchSpec(evaluations=evaluations + 100, rungs=(100,))
+    problem = problem_of(planted, "RFBS", spec=spec, constraint=ConstraintSpec(max_accuracy_drop=0.2), seeded=False)
+    strategy = make_strategy("surrogate", problem)
+    dense = Candidate(SkipPlan.dense(layers))
+    scores = planted.scores(dense, planted.samples)
+
+    def seen(candidate: Candidate) -> Tried:
+        figures = planted.scores(candidate, planted.samples)
+        return tried_of(candidate, figures, scores.values, problem.ratio(candidate.plan), planted.samples)
+
+    random = np.random.default_rng(0)
+    strategy.start(seen(dense))
+    known = {dense}
+    while len(known) < evaluations:
+        share = random.uniform(0.0, 0.5)
+        letters = ["RFBS"[int(random.integers(1, 4))] if random.random() < share else "R" for _ in range(layers)]
+        candidate = Candidate(SkipPlan.parse("".join(letters)))
+        if candidate not in known:
+            known.add(candidate)
+            strategy.begin_with([candidate])
+            (ask,) = strategy.ask(1)
+            strategy.tell([(ask.candidate, seen(ask.candidate))])
+    times = []
+    for _ in range(BATCHES):
+        started = time.process_time()
+        asked = strategy.ask(spec.batch)
+        spent = time.process_time() - started
+        answers = [(ask.candidate, seen(ask.candidate)) for ask in asked]
+        started = time.process_time()
+        strategy.tell(answers)
+        times.append(1000 * (spent + time.process_time() - started) / len(asked))
+    return float(np.median(times))
+
+
+def main() -> None:
+    print("| layers | evaluations | ms per proposal | bar |")
+    print("|---|---|---|---|")
+    for layers, evaluations, bar in CASES:
+        print(f"| {layers} | {evaluations} | {overhead(layers, evaluations):.1f} | {bar:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
