@@ -54,12 +54,14 @@ class SkipItStatic:
     def risk(self, table: LayerTable) -> Risk:
         """Risks per action letter; see the class."""
         turned = _of_last(table, "angular_distance@1")
-        return self._risk(table, through_attention=turned, removed=turned)
+        return self._risk(table, gain=(1.0,) * table.num_layers, through_attention=turned, removed=turned)
 
-    def _risk(self, table: LayerTable, *, through_attention: Sequence[float], removed: Sequence[float]) -> Risk:
+    def _risk(
+        self, table: LayerTable, *, gain: Sequence[float], through_attention: Sequence[float], removed: Sequence[float]
+    ) -> Risk:
         vision, _ = group_values(table, "cosine_distance")
         attention = vision_attention(table)
-        freeze = [distance * read for distance, read in zip(vision, later_attention(attention), strict=True)]
+        freeze = [d * grown * read for d, grown, read in zip(vision, gain, later_attention(attention), strict=True)]
         bypass = [moved * share for moved, share in zip(through_attention, attention, strict=True)]
         return Risk(
             self.name,
@@ -75,20 +77,32 @@ class SkipItStatic:
 class SkipIt(SkipItStatic):
     """With propagation: every layer is removed once, and the last layer's state is looked at, not the answer.
 
-    - Freeze as without propagation.
-    - Skip: the geometric mean of how far the layer turns the last prompt token, and how far the last layer's state
-      there moves when the layer is removed.
+    - Freeze: as without propagation, times the gain by which a change of the layer's vision states grows on the way up.
+    - Skip: how far the last layer's state at the last prompt token moves when the layer is removed.
     - Bypass: that movement, times the share of attention that the layer's own text pays to vision tokens.
     """
 
+    freeze: float = 0.005
+    bypass: float = 0.05
+    skip: float = 0.25
+
     name = "skip-it"
-    needs: ClassVar[tuple[str, ...]] = (*SkipItStatic.needs, "propagation")
+    needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "propagation")
 
     def risk(self, table: LayerTable) -> Risk:
         """Risks per action letter; see the class."""
-        turned, change = _of_last(table, "angular_distance@1"), _of_last(table, "final_change")
-        both = [math.sqrt(angle * moved) for angle, moved in zip(turned, change, strict=True)]
-        return self._risk(table, through_attention=change, removed=both)
+        change = _cautious(table, "final_change", "last")
+        with_vision = table.has("propagation_gain", "vision")
+        gain = _cautious(table, "propagation_gain", "vision") if with_vision else (1.0,) * table.num_layers
+        return self._risk(table, gain=gain, through_attention=change, removed=change)
+
+
+def _cautious(table: LayerTable, name: str, group: str) -> tuple[float, ...]:
+    """A measurement of removing layers; one that the model does not let go counts as the worst of the others."""
+    if not table.has(name, group):
+        return table.values(name, group)  # says what is missing
+    known = [value for value in table.values(name, group, default=-1.0) if value >= 0]
+    return table.values(name, group, default=max(known))
 
 
 def _of_last(table: LayerTable, name: str) -> tuple[float, ...]:

@@ -44,7 +44,8 @@ def conditions(vision: str, text: str, *, read: bool, gate: bool, change: str = 
     """The paper's conditions over named measures of vision and text redundancy.
 
     ``read`` weighs vision by the later layers' attention to it, ``gate`` weighs bypass by the layer's own, ``change``
-    is a measure of what the last layer's state does without the layer, by which text's is multiplied.
+    names a measure of what the last layer's state does without the layer, which takes text's place; vision's is then
+    multiplied by its propagation gain.
     """
 
     def risk(table: LayerTable) -> Risk:
@@ -56,7 +57,8 @@ def conditions(vision: str, text: str, *, read: bool, gate: bool, change: str = 
         seen = np.array(later_attention(share.tolist())) if read else np.ones_like(share)
         moved, turned = of(vision, "vision") * seen, of(text, "last" if text not in ("cka",) else "text")
         if change:
-            turned = np.sqrt(turned * column(table, change, "last"))
+            turned = column(table, change, "last")
+            moved = moved * column(table, "propagation_gain", "vision")
         bypass = turned * share if gate else np.maximum(moved, turned)
         skip = turned if change or gate else np.maximum(moved, turned)
         return Risk("variant", {"F": tuple(moved), "B": tuple(bypass), "S": tuple(skip)})
@@ -84,9 +86,9 @@ VARIANTS: dict[str, Variant] = {
     "CKA": conditions("cka", "cka", read=False, gate=False),
     "CKA + attention": conditions("cka", "cka", read=True, gate=True),
     "geometric + attention + propagation": conditions(
-        "cosine_distance", "cosine_distance", read=True, gate=True, change="final_distance"
+        "cosine_distance", "cosine_distance", read=True, gate=True, change="final_change"
     ),
-    "CKA + attention + propagation": conditions("cka", "cka", read=True, gate=True, change="final_distance"),
+    "CKA + attention + propagation": conditions("cka", "cka", read=True, gate=True, change="final_change"),
     "probes (functional)": conditions("cosine_distance", "functional_gap", read=True, gate=True),
     "probes (informational)": conditions("cosine_distance", "information_gap", read=True, gate=True),
     "skip-it-causal": criteria.load("skip-it-causal").risk,
