@@ -74,7 +74,16 @@
     const place = document.getElementById(`chart-${chart.name}`);
     const narrow = place.clientWidth < 560;
     const settings = { displayModeBar: false, responsive: true, scrollZoom: false };
-    await Plotly.react(place, chart.traces.map(coloured), layout(chart, narrow), settings);
+    const traces = chart.traces.map(coloured);
+    const page = layout(chart, narrow);
+    if (narrow && traces[0].type === "heatmap") {
+      // A phone has no room for long names beside the cells, nor for a number over each of them.
+      traces[0].y = traces[0].y.map((name) => name.replaceAll(", ", "<br>"));
+      page.height += 14 * traces[0].y.length;
+      page.xaxis.dtick = 4;
+      page.xaxis.tickangle = 0;
+    }
+    await Plotly.react(place, traces, page, settings);
     if (!place.dataset.drawn) {
       place.on("plotly_hover", show);
       place.on("plotly_click", show);
