@@ -1,7 +1,9 @@
 """All search strategies on the same evaluations and budgets.
 
-    python tests/benchmarks/search_strategies.py run --cache runs.json          # 12-layer model, both tasks: look-ups
-    python tests/benchmarks/search_strategies.py report --cache runs.json --output docs/benchmarks-search.md
+    python tests/benchmarks/search_strategies.py run --cache runs.json      # 12-layer model, both tasks: look-ups
+    python tests/benchmarks/search_strategies.py masks --cache runs.json    # plans to evaluate held-out
+    python tests/benchmarks/skip_only_table.py --task easy-vqa --masks masks-easy-vqa.txt --work DIRECTORY
+    python tests/benchmarks/search_strategies.py report --cache runs.json --picture docs/images/search.svg
 
 Every skip-only plan of the 12-layer model was evaluated once (tests/fixtures, written by skip_only_table.py), so runs
 cost nothing but the strategies' own time. A run is kept in the cache as soon as it is done; an interrupted benchmark
@@ -62,6 +64,8 @@ STRATEGIES = (
     ("sleb", "-"),
     ("evopress", "-"),
 )
+SLOW = {"gp": 100}
+"""Most plans of a strategy that takes seconds a proposal."""
 DETERMINISTIC = ("skip-it", "shortgpt", "angular", "sleb")
 """Strategies without chance: one run stands for all seeds."""
 
@@ -189,7 +193,7 @@ def run_all(options: argparse.Namespace) -> None:
                 recorded = Recorded.load(options.model, task)
                 executions = CHECKPOINTS[-1] * recorded.samples * recorded.layers
                 spec = SearchSpec(
-                    evaluations=options.evaluations,
+                    evaluations=min(options.evaluations, SLOW.get(strategy, options.evaluations)),
                     layer_executions=executions,
                     strategy=strategy,
                     seeds=seeds if strategy in SAMPLERS else "theory",
@@ -219,38 +223,140 @@ def exhaustive_front(model: str, task: str) -> list[tuple[str, float, float]]:
     return [(plans[index], *points[index]) for index in front_indices(points)]
 
 
+def runs_of(cache: Cache, model: str, task: str, strategy: str, seeds: str) -> list[dict[str, Any]]:
+    start = f"{model}/{task}/{strategy}/{seeds}/"
+    return [result for key, result in cache.runs.items() if key.startswith(start)]
+
+
+def fronts(cache: Cache, model: str, task: str) -> set[int]:
+    """Masks of all plans that are on any run's front at any checkpoint, and of the true front."""
+    recorded = Recorded.load(model, task)
+    full = recorded.samples * recorded.layers
+    masks = {mask_of(plan) for plan, _, _ in exhaustive_front(model, task)}
+    for key, result in cache.runs.items():
+        if key.startswith(f"{model}/{task}/"):
+            for limit in CHECKPOINTS:
+                steps = [step for step in result["steps"] if step[0] <= limit * full]
+                masks |= {mask_of(step[2]) for step in front_of(steps)}
+    return masks
+
+
+def write_masks(options: argparse.Namespace) -> None:
+    cache = Cache(options.cache)
+    for task in options.tasks:
+        masks = sorted(fronts(cache, options.model, task))
+        path = options.cache.with_name(f"masks-{task}.txt")
+        path.write_text("\n".join(map(str, masks)) + "\n")
+        print(f"{path}: {len(masks)} plans")
+
+
+def held_out_drops(model: str, task: str) -> dict[int, float]:
+    """Drop on the held-out split of every mask that skip_only_table.py evaluated there."""
+    path = FIXTURES / f"held_out_{model}_{task}.csv"
+    if not path.exists():
+        return {}
+    head, *lines = path.read_text().splitlines()
+    samples = int(head.rpartition("_")[2])
+    right = {int(mask): int(count) for mask, count in (line.split(",") for line in lines)}
+    return {mask: (right[0] - count) / samples for mask, count in right.items()}
+
+
+def held_out_share(steps: Sequence[Sequence[Any]], drops: Mapping[int, float], best: float, limit: float) -> float:
+    """Held-out hypervolume of the front that the search split shows by a limit; as a share of the best."""
+    front = front_of([step for step in steps if step[0] <= limit])
+    return hypervolume([(step[3], drops[mask_of(step[2])]) for step in front], REFERENCE) / best
+
+
+def print_table(title: str, heads: Sequence[str], rows: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> None:
+    print(f"\n{title}\n")
+    print("| strategy | seeds | " + " | ".join(heads) + " |")
+    print("|---|---|" + "---|" * len(heads))
+    for (strategy, seeds), values in rows.items():
+        cells = [f"{np.median(column):.3f} ({min(column):.3f})" for column in zip(*values, strict=True)]
+        print(f"| {strategy} | {seeds} | " + " | ".join(cells) + " |")
+
+
+def bootstrap_gain(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference of two groups of runs and its 95 % bootstrap interval."""
+    random = np.random.default_rng(0)
+    draws = [random.choice(first, len(first)).mean() - random.choice(second, len(second)).mean() for _ in range(10_000)]
+    return float(np.mean(first) - np.mean(second)), *map(float, np.quantile(draws, [0.025, 0.975]))
+
+
 def report(options: argparse.Namespace) -> None:
     cache = Cache(options.cache)
     for task in options.tasks:
         recorded = Recorded.load(options.model, task)
-        best = hypervolume([(ratio, drop) for _, ratio, drop in exhaustive_front(options.model, task)], REFERENCE)
+        true_front = exhaustive_front(options.model, task)
+        best = hypervolume([(ratio, drop) for _, ratio, drop in true_front], REFERENCE)
         full = recorded.samples * recorded.layers
-        print(f"\n{task}: share of the exhaustive front's hypervolume, median of seeds (least)\n")
+        limits = [each * full for each in CHECKPOINTS]
+        found = {pair: runs_of(cache, options.model, task, *pair) for pair in STRATEGIES}
+        found = {pair: results for pair, results in found.items() if results}
         heads = [*(f"{each} full" for each in CHECKPOINTS), *(f"{each} plans" for each in EVALUATIONS)]
-        print("| strategy | seeds | " + " | ".join(heads) + " |")
-        print("|---|---|" + "---|" * len(heads))
-        for strategy, seeds in STRATEGIES:
-            rows = []
-            for key, result in cache.runs.items():
-                if key.startswith(f"{options.model}/{task}/{strategy}/{seeds}/"):
-                    by_cost = shares(result["steps"], best, 0, [each * full for each in CHECKPOINTS])
-                    rows.append(by_cost + shares(result["steps"], best, 1, EVALUATIONS))
-            if rows:
-                cells = [f"{np.median(column):.3f} ({min(column):.3f})" for column in zip(*rows, strict=True)]
-                print(f"| {strategy} | {seeds} | " + " | ".join(cells) + " |")
+        on_search = {
+            pair: [shares(r["steps"], best, 0, limits) + shares(r["steps"], best, 1, EVALUATIONS) for r in results]
+            for pair, results in found.items()
+        }
+        print_table(f"{task}, search split ({recorded.samples} samples): median (least) of seeds", heads, on_search)
+        theory, other = on_search.get(("surrogate", "theory")), on_search.get(("surrogate", "random"))
+        if theory and other:
+            print("\nTheory seeds less random seeds, mean and 95 % interval:\n")
+            for column, head in enumerate(heads):
+                gain, low, high = bootstrap_gain([row[column] for row in theory], [row[column] for row in other])
+                print(f"- {head}: {100 * gain:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]")
+        drops = held_out_drops(options.model, task)
+        if fronts(cache, options.model, task) <= drops.keys():
+            _, times = load_inputs(options.model, task)
+            points = [
+                (latency_ratio(times, SkipPlan.parse(plan_of(mask, recorded.layers))), drop)
+                for mask, drop in drops.items()
+            ]
+            most = hypervolume(points, REFERENCE)
+            on_held_out = {
+                pair: [[held_out_share(r["steps"], drops, most, limit) for limit in limits] for r in results]
+                for pair, results in found.items()
+            }
+            print_table(f"{task}, held-out split: median (least) of seeds", heads[: len(limits)], on_held_out)
+        if options.picture:
+            draw(options.picture.with_stem(f"{options.picture.stem}-{task}"), on_search)
+
+
+def draw(path: Path, rows: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> None:
+    """The medians over the budget, one line per strategy."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.2), layout="constrained")
+    for (strategy, seeds), values in rows.items():
+        medians = [float(np.median(column)) for column in zip(*values, strict=True)][: len(CHECKPOINTS)]
+        style = {"linewidth": 2.5} if (strategy, seeds) == ("surrogate", "theory") else {"linewidth": 1.0}
+        label = strategy if seeds == "-" else f"{strategy}, seeds: {seeds}"
+        axes.plot(CHECKPOINTS, medians, marker="o", markersize=3, label=label, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(CHECKPOINTS, [str(each) for each in CHECKPOINTS])
+    axes.set_xlabel("budget in full evaluations of the dense model")
+    axes.set_ylabel("share of the true front's hypervolume")
+    axes.legend(fontsize=7, loc="lower right", ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("command", choices=("run", "masks", "report"))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--model", default="llava-12")
     parser.add_argument("--tasks", nargs="+", default=["easy-vqa", "scenes"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--evaluations", type=int, default=400)
     parser.add_argument("--only", nargs="*", help="strategies to run")
+    parser.add_argument("--picture", type=Path, help="SVG file to draw")
     options = parser.parse_args()
-    {"run": run_all, "report": report}[options.command](options)
+    {"run": run_all, "masks": write_masks, "report": report}[options.command](options)
 
 
 if __name__ == "__main__":
