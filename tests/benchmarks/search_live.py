@@ -1,0 +1,131 @@
+"""Search strategies on a live model with every action: evaluations are shared between runs through a cache.
+
+    python tests/benchmarks/search_inputs.py --model smollm2-30 --task easy-vqa
+    python tests/benchmarks/search_live.py --model smollm2-30 --cache live.jsonl --runs live-runs.json
+
+Runs as search_strategies.py does, but evaluates what is not in the cache, on one worker in this process. The cache
+holds one line per plan and number of samples; an interrupted benchmark goes on where it was. Without compensation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from search_strategies import CHECKPOINTS, REFERENCE, SAMPLERS, Cache, load_inputs, print_table, problem_of, run, shares
+
+from optimizer.job import SearchSpec
+from optimizer.pareto import hypervolume
+from optimizer.search.outcome import Scores
+from optimizer.space import Candidate, PlanSpace
+from workers.actor import WorkerSettings
+from workers.measuring import Measurer
+from workers.messages import EvaluatePlans, Evaluation, ModelSource
+from workers.tasks import load_spec, load_task
+
+STRATEGIES = (
+    ("surrogate", "theory"),
+    ("surrogate", "random"),
+    ("tpe", "none"),
+    ("nsga2", "none"),
+    ("random", "none"),
+    ("skip-it", "-"),
+    ("shortgpt", "-"),
+    ("angular", "-"),
+    ("shortv", "-"),
+    ("vtw", "-"),
+    ("sleb", "-"),
+    ("evopress", "-"),
+)
+ONE_RUN = ("skip-it", "shortgpt", "angular", "shortv", "vtw", "sleb")
+EVALUATIONS = (15, 30, 60)
+
+
+class Live:
+    """Evaluates plans on a worker, or reads them from the cache."""
+
+    def __init__(self, measurer: Measurer, path: Path, samples: int) -> None:
+        self._measurer, self._path, self._samples = measurer, path, samples
+        self._known: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self._known = {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+    def __call__(self, requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
+        for size in sorted({size for _, size in requests}):
+            plans = [candidate.plan.text for candidate, own in requests if own == size]
+            self._evaluate([plan for plan in plans if f"{plan} {size}" not in self._known], size)
+        for candidate, size in requests:
+            row = self._known[f"{candidate.plan.text} {size}"]
+            yield candidate, Scores(tuple(row["scores"]), row.get("failure"), tuple(row["kl"]) if row["kl"] else None)
+
+    def _evaluate(self, plans: Sequence[str], size: int) -> None:
+        if not plans:
+            return
+        reply = self._measurer.handle(EvaluatePlans(tuple(plans), "search", size))
+        with self._path.open("a") as file:
+            for plan, result in zip(plans, reply.results, strict=True):
+                row: dict[str, Any] = {"key": f"{plan} {size}", "scores": [], "kl": None}
+                if isinstance(result, Evaluation):
+                    kl = None if result.kl is None else [float(f"{value:.5g}") for value in result.kl]
+                    row |= {"scores": list(result.scores), "kl": kl}
+                else:
+                    row["failure"] = result.reason
+                self._known[row["key"]] = row
+                file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-30")
+    parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="strategies to run")
+    options = parser.parse_args()
+    spec = load_spec(options.task)
+    splits = replace(spec.splits, search=options.samples, held_out=1, unit="samples")
+    task = load_task(replace(spec, splits=splits))
+    measurer = Measurer.load(ModelSource(options.model, device="cpu"), task, WorkerSettings(worker=0, threads=1))
+    table, times = load_inputs(options.model, options.task)
+    space = PlanSpace(measurer.info.allowed_actions, table.num_layers)
+    evaluate, cache = Live(measurer, options.cache, options.samples), Cache(options.runs)
+    for strategy, seeds in STRATEGIES:
+        if options.only and strategy not in options.only:
+            continue
+        for seed in range(1 if strategy in ONE_RUN else options.seeds):
+            key = f"{options.model}/{options.task}/{strategy}/{seeds}/{seed}"
+            if key in cache.runs:
+                continue
+            search = SearchSpec(
+                evaluations=EVALUATIONS[-1],
+                strategy=strategy,
+                seeds=seeds if strategy in SAMPLERS else "theory",
+                seed=seed,
+            )
+            result = run(problem_of(space, table, times, options.samples, search), search, evaluate)
+            cache.add(key, result)
+            print(f"{key}: {result['evaluations']} plans in {result['seconds']:.1f} s", flush=True)
+    everything = [(step[3], step[4]) for result in cache.runs.values() for step in result["steps"]]
+    best, full = hypervolume(everything, REFERENCE), options.samples * table.num_layers
+    rows = {}
+    for strategy, seeds in STRATEGIES:
+        start = f"{options.model}/{options.task}/{strategy}/{seeds}/"
+        results = [result for key, result in cache.runs.items() if key.startswith(start)]
+        if results:
+            by_cost = [shares(r["steps"], best, 0, np.array(CHECKPOINTS[:2]) * full) for r in results]
+            rows[strategy, seeds] = [
+                cost + shares(r["steps"], best, 1, EVALUATIONS) for cost, r in zip(by_cost, results, strict=True)
+            ]
+    heads = [*(f"{each} full" for each in CHECKPOINTS[:2]), *(f"{each} plans" for each in EVALUATIONS)]
+    print_table(f"{options.model}, {options.task}: share of the best known hypervolume", heads, rows)
+
+
+if __name__ == "__main__":
+    main()
