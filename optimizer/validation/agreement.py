@@ -42,8 +42,6 @@ class Agreement:
         if rho is None:
             return cls(None, None, None, layers, "cannot be said")
         drawn = _resampled(values, harm, images, seed)
-        if len(drawn) < RESAMPLES // 10:
-            return cls(rho, None, None, layers, "cannot be said")
         interval = two_sided(drawn, confidence)
         return cls(rho, interval.low, interval.high, layers, verdict(interval))
 
@@ -82,4 +80,6 @@ def _resampled(risk: Floats, harm: Floats, images: Sequence[str], seed: int) -> 
     means = weights @ totals.T / (weights @ sizes)[:, None]  # [resamples, layers]
     layers = generator.integers(0, len(risk), size=(RESAMPLES, len(risk)))
     found = _rank_correlations(risk[layers], np.take_along_axis(means, layers, axis=1))
-    return np.sort(found[~np.isnan(found)])
+    # A resample in which all layers do the same harm shows no agreement. Leaving it out would count only those that
+    # hold the one layer that matters, and make a narrow interval of nothing.
+    return np.sort(np.nan_to_num(found, nan=0.0))

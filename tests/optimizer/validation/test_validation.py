@@ -57,6 +57,14 @@ def test_nothing_is_said_where_nothing_can_be(risk: list[float]) -> None:
     assert Agreement.of(risk[:3], harm(3), IMAGES, 0.95, 0).rho is None
 
 
+def test_one_harmful_layer_is_too_little_to_tell_from_chance() -> None:
+    one = np.zeros((12, 60))
+    one[3] = 1.0
+    found = Agreement.of([0, 1, 2, 9, 3, 4, 5, 6, 7, 8, 1.5, 2.5], one, IMAGES, 0.95, 0)
+    assert found.rho is not None and found.rho > 0.4
+    assert found.low == 0.0 and found.verdict == "does not predict harm"
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(0, 9)), min_size=3, max_size=20))
 def test_rho_equals_scipy(pairs: list[tuple[int, float]]) -> None:
     first, second = (np.array(each, dtype=float) for each in zip(*pairs, strict=True))
