@@ -85,7 +85,7 @@ class Decoder:
             }
             for number, layer in enumerate(self.layers)
         )
-        self._gives_tuple = False
+        self._gives_tuple: bool | None = None
 
     @property
     def num_layers(self) -> int:
@@ -113,14 +113,20 @@ class Decoder:
         if implementation not in ("sdpa", "eager"):
             raise NotExactError(f"{implementation} attention takes no masks")
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[..., hidden]`` of words."""
+        embeddings: Tensor = self.model.get_input_embeddings()(ids)
+        return embeddings
+
     # Recording ------------------------------------------------------------------------------------------------------
 
     def record(self, call: Callable[[], Any], *, run: bool = False) -> Recording:
-        """What a call of the model (or of its decoder) hands to the layers; they run only if told to.
+        """What a call of the model (or its decoder) hands to the layers; they run only if told to, or the first time.
 
         Raises:
             NotExactError: the decoder is given something that packed prompts could not supply.
         """
+        run = run or self._gives_tuple is None
         arguments: list[dict[str, Any]] = []
         first: list[Tensor] = []
 

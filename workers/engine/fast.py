@@ -109,7 +109,7 @@ class FastEvaluator:
         self._scorer = Scorer(spec, lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)), METRICS)
         self._ends = end_tokens(self.loaded.model)
         reader = PromptReader(self.loaded, self.task, self.decoder)
-        self._packer = Packer(self.decoder, reader.embed, self.loaded.device)
+        self._packer = Packer(self.decoder, self.loaded.device)
         self.parts = Parts(self.decoder, reader, self._packer, self.guesser.forced, budget=memory_bytes // 2)
         self.states = StateStore(memory_bytes // 2)
         self._repairs: TrieRepairs | None = None

@@ -209,8 +209,8 @@ def cut(rows: Sequence[Row], tokens: int) -> list[tuple[Row, ...]]:
 class Packer:
     """Lays rows out as tensors and asks the decoder what it hands to its layers for them."""
 
-    def __init__(self, decoder: Decoder, embed: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self._decoder, self._embed, self._device = decoder, embed, device
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+        self._decoder, self._device = decoder, device
 
     def chunk(self, key: tuple[Any, ...], rows: Sequence[Row]) -> Chunk:
         """Lay out one group of rows."""
@@ -238,7 +238,7 @@ class Packer:
     def _lay_out(self, row: Row, width: int) -> _LaidOut:
         image, tree, device = row.image, row.tree, self._device
         shared, own = len(image.prefix), row.length
-        words = self._embed(torch.tensor(tree.words, device=device))
+        words = self._decoder.embed(torch.tensor(tree.words, device=device))
         depths = torch.tensor(tree.depths(), device=device)
         positions = image.positions.new_zeros((*image.positions.shape[:-1], width))
         positions[..., :shared] = image.positions

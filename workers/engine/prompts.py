@@ -7,7 +7,7 @@ beginning up to where their tokens part, and add words, which the embedding tabl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from workers.errors import ImageError
 from workers.models import LoadedModel
 from workers.prompts import build_inputs, to_device
+from workers.runtime.locate import forward_parameters
 from workers.runtime.vision_tokens import VISION_INPUTS
 from workers.tasks import Sample, Task
 
@@ -54,13 +55,6 @@ class PromptReader:
 
     def __init__(self, loaded: LoadedModel, task: Task, decoder: Decoder) -> None:
         self._loaded, self._task, self._decoder = loaded, task, decoder
-        self._embed: Any = loaded.model.get_input_embeddings()
-        self._measured = False
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings ``[..., hidden]`` of words."""
-        embeddings: Tensor = self._embed(ids)
-        return embeddings
 
     def read(self, samples: Sequence[tuple[int, Sample]], failed: dict[str, str]) -> list[ImagePrompts]:
         """Group samples (with their places) by image; a sample whose image cannot be decoded goes to ``failed``.
@@ -91,48 +85,60 @@ class PromptReader:
             if prompts[0] != _first_row(alone):
                 raise NotExactError("its processor gives one prompt other tokens beside other prompts")
         inputs = to_device(alone, self._loaded.device, self._loaded.model.dtype)
-        recording = self._decoder.record(
-            lambda: self._loaded.model(**inputs, use_cache=False, logits_to_keep=1), run=not self._measured
-        )
-        self._measured = True
-        _require_known(recording.owner)
-        ids = torch.tensor(prompts[0])
-        vision = torch.isin(ids, torch.tensor(self._decoder.descriptor.vision_token_ids))
-        if not any(name in inputs for name in VISION_INPUTS):
-            vision = torch.zeros_like(vision)
-        shared = _common_length(prompts)
-        if len(samples) == 1 and bool(vision.any()):
-            shared = int(vision.nonzero().max()) + 1
-        shared = min(shared, len(ids) - 1)
-        if bool(vision[shared:].any()):
-            raise NotExactError("questions stand before the image in its prompts, so they share no image")
-        embeddings = recording.owner["inputs_embeds"][0]
-        if not torch.equal(embeddings[shared:], self.embed(ids[shared:].to(embeddings.device))):
-            raise NotExactError("its words are not embedded by the table alone")
-        positions = recording.owner.get("position_ids")
-        if positions is None:
-            positions = torch.arange(len(ids), device=embeddings.device)[None]
-        return ImagePrompts(
-            samples=tuple(place for place, _ in members),
-            prefix=embeddings[:shared].clone(),
-            vision=vision[:shared].to(embeddings.device),
-            positions=positions[..., 0, :shared].clone(),
-            next_position=positions[..., 0, shared : shared + 1].clone(),
-            pattern=self._pattern(recording.layers, shared, len(ids)),
-            questions=tuple(tuple(prompt[shared:]) for prompt in prompts),
-        )
+        return shared_prompts(self._decoder, inputs, prompts, tuple(place for place, _ in members))
 
-    def _pattern(self, layers: Sequence[dict[str, Any]], shared: int, length: int) -> Tensor:
-        """Which tokens of the prefix see which, as the model says; later tokens must see all before them."""
-        causal = torch.ones(length, length, dtype=torch.bool, device=self._loaded.device).tril()
-        seen = causal
-        for number, kind in enumerate(self._decoder.kinds):
-            if kind == "full_attention":
-                seen = _seen(layers[number].get(self._decoder.mask_name), causal)
-                break
-        if not torch.equal(seen[shared:], causal[shared:]):
-            raise NotExactError("words of its prompts do not see exactly what is before them")
-        return seen[:shared, :shared].clone()
+
+def shared_prompts(
+    decoder: Decoder, inputs: Mapping[str, Any], prompts: Sequence[Sequence[int]], places: tuple[int, ...]
+) -> ImagePrompts:
+    """What ``prompts`` (token ids) about one image share; ``inputs`` are the model's inputs for the first of them.
+
+    Raises:
+        NotExactError: they cannot be packed.
+    """
+    settings: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in forward_parameters(decoder.model):
+        settings["logits_to_keep"] = 1
+    recording = decoder.record(lambda: decoder.model(**inputs, **settings))
+    _require_known(recording.owner)
+    ids = torch.tensor(prompts[0])
+    vision = torch.isin(ids, torch.tensor(decoder.descriptor.vision_token_ids))
+    if not any(name in inputs for name in VISION_INPUTS):
+        vision = torch.zeros_like(vision)
+    shared = _common_length(prompts)
+    if len(prompts) == 1 and bool(vision.any()):
+        shared = int(vision.nonzero().max()) + 1
+    shared = min(shared, len(ids) - 1)
+    if bool(vision[shared:].any()):
+        raise NotExactError("questions stand before the image in its prompts, so they share no image")
+    embeddings = recording.owner["inputs_embeds"][0]
+    if not torch.equal(embeddings[shared:], decoder.embed(ids[shared:].to(embeddings.device))):
+        raise NotExactError("its words are not embedded by the table alone")
+    positions = recording.owner.get("position_ids")
+    if positions is None:
+        positions = torch.arange(len(ids), device=embeddings.device)[None]
+    return ImagePrompts(
+        samples=places,
+        prefix=embeddings[:shared].clone(),
+        vision=vision[:shared].to(embeddings.device),
+        positions=positions[..., 0, :shared].clone(),
+        next_position=positions[..., 0, shared : shared + 1].clone(),
+        pattern=_pattern(decoder, recording.layers, shared, len(ids)),
+        questions=tuple(tuple(prompt[shared:]) for prompt in prompts),
+    )
+
+
+def _pattern(decoder: Decoder, layers: Sequence[dict[str, Any]], shared: int, length: int) -> Tensor:
+    """Which tokens of the prefix see which, as the model says; later tokens must see all before them."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=decoder.model.device).tril()
+    seen = causal
+    for number, kind in enumerate(decoder.kinds):
+        if kind == "full_attention":
+            seen = _seen(layers[number].get(decoder.mask_name), causal)
+            break
+    if not torch.equal(seen[shared:], causal[shared:]):
+        raise NotExactError("words of its prompts do not see exactly what is before them")
+    return seen[:shared, :shared].clone()
 
 
 def _first_row(inputs: Any) -> list[int]:
