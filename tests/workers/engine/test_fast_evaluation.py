@@ -71,7 +71,7 @@ def test_random_plans_score_the_same_on_every_sample(plain: Evaluator, fast: Fas
     assert [each.scores for each in quick] == [each.scores for each in slow]
     assert [each.sample_ids for each in quick] == [each.sample_ids for each in slow]
     assert [each.plan for each in quick] == list(plans)
-    assert len({each.scores for each in quick}) > 10  # else the comparison would show little
+    assert len({each.scores for each in quick}) > 6  # else the comparison would show little
 
 
 def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
