@@ -23,6 +23,7 @@ class Stairs:
         self._starts = np.array([-np.inf, *self._ratios])
         self._ends = np.array([*self._ratios, reference[0]])
         self._levels = np.array([reference[1], *(point[1] for point in front)])
+        self.lowest = float(self._levels[-1])
 
     def gain(self, ratios: Floats, drops: Floats) -> Floats:
         """Area added by each candidate alone; ``ratios`` [plans], ``drops`` [..., plans]."""

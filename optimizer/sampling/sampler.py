@@ -318,7 +318,8 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
     def _choose(self, pool: Sequence[str], draws: Draws, stairs: Stairs, count: int) -> tuple[list[int], Floats]:
         """Indices of the most promising candidates, one per draw in turn, and the gain each expects."""
         ratios = np.array([self._ratio(genome) for genome in pool])
-        drops = draws(self._design(pool))[1:]
+        # Nothing is taken to be more accurate than the most accurate plan seen: below that lies noise.
+        drops = np.maximum(draws(self._design(pool))[1:], stairs.lowest)
         gains = stairs.gain(ratios, drops)
         # Where no gain is in sight, what lies least above the front is closest to one.
         scores = np.where(gains > 0, gains, -1.0 - stairs.excess(ratios, drops))

@@ -228,23 +228,24 @@ def runs_of(cache: Cache, model: str, task: str, strategy: str, seeds: str) -> l
     return [result for key, result in cache.runs.items() if key.startswith(start)]
 
 
-def fronts(cache: Cache, model: str, task: str) -> set[int]:
-    """Masks of all plans that are on any run's front at any checkpoint, and of the true front."""
-    recorded = Recorded.load(model, task)
-    full = recorded.samples * recorded.layers
-    masks = {mask_of(plan) for plan, _, _ in exhaustive_front(model, task)}
-    for key, result in cache.runs.items():
-        if key.startswith(f"{model}/{task}/"):
-            for limit in CHECKPOINTS:
-                steps = [step for step in result["steps"] if step[0] <= limit * full]
-                masks |= {mask_of(step[2]) for step in front_of(steps)}
-    return masks
+def front_masks(results: Sequence[Mapping[str, Any]], limits: Sequence[float]) -> set[int]:
+    """Masks of all plans that are on a run's front when a limit is reached."""
+    return {
+        mask_of(step[2])
+        for result in results
+        for limit in limits
+        for step in front_of([step for step in result["steps"] if step[0] <= limit])
+    }
 
 
 def write_masks(options: argparse.Namespace) -> None:
     cache = Cache(options.cache)
     for task in options.tasks:
-        masks = sorted(fronts(cache, options.model, task))
+        recorded = Recorded.load(options.model, task)
+        limits = [each * recorded.samples * recorded.layers for each in CHECKPOINTS]
+        results = [result for key, result in cache.runs.items() if key.startswith(f"{options.model}/{task}/")]
+        on_true_front = {mask_of(plan) for plan, _, _ in exhaustive_front(options.model, task)}
+        masks = sorted(front_masks(results, limits) | on_true_front)
         path = options.cache.with_name(f"masks-{task}.txt")
         path.write_text("\n".join(map(str, masks)) + "\n")
         print(f"{path}: {len(masks)} plans")
@@ -306,16 +307,14 @@ def report(options: argparse.Namespace) -> None:
                 gain, low, high = bootstrap_gain([row[column] for row in theory], [row[column] for row in other])
                 print(f"- {head}: {100 * gain:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]")
         drops = held_out_drops(options.model, task)
-        if fronts(cache, options.model, task) <= drops.keys():
+        if drops:
             _, times = load_inputs(options.model, task)
-            points = [
-                (latency_ratio(times, SkipPlan.parse(plan_of(mask, recorded.layers))), drop)
-                for mask, drop in drops.items()
-            ]
-            most = hypervolume(points, REFERENCE)
+            ratios = {m: latency_ratio(times, SkipPlan.parse(plan_of(m, recorded.layers))) for m in drops}
+            most = hypervolume([(ratios[mask], drop) for mask, drop in drops.items()], REFERENCE)
             on_held_out = {
                 pair: [[held_out_share(r["steps"], drops, most, limit) for limit in limits] for r in results]
                 for pair, results in found.items()
+                if front_masks(results, limits) <= drops.keys()
             }
             print_table(f"{task}, held-out split: median (least) of seeds", heads[: len(limits)], on_held_out)
         if options.picture:
