@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How a worker computes: its number, torch threads, whether it holds a GPU, batch size and memory of evaluations."""
+    """How a worker computes: its number, threads, whether it holds a GPU, batch size and memory of evaluations."""
 
     worker: int
     threads: int = 1
