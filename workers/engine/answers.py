@@ -20,46 +20,60 @@ from workers.ties import tie_bound
 
 from .guesses import Guess
 
+MOST_RIVALS = 8
+"""Tokens tied with the best one that are looked at; where there are more, the tie is taken to matter."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a greedy answer: its tokens so far, whether it ended, and whether a tie was on the way."""
+    """What is known of a greedy answer: its tokens so far, whether it ended, and what ties could have made of it.
+
+    ``rivals`` are other beginnings, each the guess up to a tie and the other token; None where they are too many.
+    """
 
     tokens: tuple[int, ...]
     ended: bool
-    tie: bool
+    rivals: tuple[tuple[int, ...], ...] | None = ()
     not_a_number: bool = False
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Per answer position the most likely token, whether another one is tied with it, and whether there is NaN."""
+    """Per answer position the most likely token, whether there is NaN, and where others are tied, with which tokens."""
 
     best: list[int]
-    tie: list[bool]
     nan: list[bool]
+    rivals: dict[int, tuple[int, ...]]
 
     @classmethod
     def of(cls, logits: Tensor, dtype: torch.dtype) -> Choices:
         """From logits ``[positions, vocabulary]``."""
         top, tokens = logits.topk(2, dim=-1)
-        tied = top[:, 0] - top[:, 1] <= tie_bound(top[:, 0], dtype)
-        return cls(best=tokens[:, 0].tolist(), tie=tied.tolist(), nan=top[:, 0].isnan().tolist())
+        bound = tie_bound(top[:, 0], dtype)
+        best = tokens[:, 0].tolist()
+        tied = (top[:, 0] - top[:, 1] <= bound).nonzero().flatten().tolist()
+        rivals = {}
+        for position in tied:
+            near = (logits[position] >= top[position, 0] - bound[position]).nonzero().flatten().tolist()
+            rivals[position] = tuple(token for token in near if token != best[position])
+        return cls(best, top[:, 0].isnan().tolist(), rivals)
 
 
 def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset[int]) -> Verdict:
     """Follow greedy decoding along the guess as far as it goes."""
     first, last = span
+    rivals: list[tuple[int, ...]] = []
     for step, position in enumerate(range(first, last)):
         if choices.nan[position]:
-            return Verdict((), True, tie=False, not_a_number=True)
-        token = choices.best[position]
-        tie = any(choices.tie[first : position + 1])
+            return Verdict((), True, not_a_number=True)
+        before, token = guess.complete[:step], choices.best[position]
+        rivals += [(*before, other) for other in choices.rivals.get(position, ())]
+        known = tuple(rivals) if len(rivals) <= MOST_RIVALS else None
         if token in ends:
-            return Verdict(guess.complete[:step], True, tie)
+            return Verdict(before, True, known)
         if step >= len(guess.complete) or token != guess.complete[step] or step + 1 == guess.limit:
-            tokens = (*guess.complete[:step], token)
-            return Verdict(tokens, len(tokens) == guess.limit, tie)
+            tokens = (*before, token)
+            return Verdict(tokens, len(tokens) == guess.limit, known)
     raise AssertionError("the last position gives the end token or a token beyond the guess")
 
 
@@ -94,6 +108,29 @@ class Scorer:
         """Whether no answer that begins with these tokens can score under any of the metrics."""
         text = self._decode(tokens)
         return not any(can_still_score(name, text, sample.answers) for name in self._names)
+
+    def settled(self, sample: Sample, verdict: Verdict, limit: int, ends: frozenset[int]) -> tuple[float, ...] | None:
+        """The scores, if they are certain: None where the answer goes on and may score, or where a tie matters.
+
+        A tie does not matter where the answer scores nothing whichever way it went.
+        """
+        own = self._known(sample, verdict.tokens, verdict.ended)
+        if own is None or verdict.rivals == ():
+            return own
+        if verdict.rivals is None or own != self.nothing:
+            return None
+        for rival in verdict.rivals:
+            ended = rival[-1] in ends
+            other = self._known(sample, rival[:-1] if ended else rival, ended or len(rival) == limit)
+            if other != self.nothing:
+                return None
+        return own
+
+    def _known(self, sample: Sample, tokens: tuple[int, ...], ended: bool) -> tuple[float, ...] | None:
+        """What an answer scores that ended, or begins, with these tokens; None where that is open."""
+        if ended:
+            return self.scores(sample, tokens)
+        return self.nothing if self.hopeless(sample, tokens) else None
 
     @property
     def nothing(self) -> tuple[float, ...]:

@@ -317,14 +317,14 @@ class FastEvaluator:
             sample = samples[branch.sample - start]
             verdict = judge(choices, (first, last), branch.guess, self._ends)
             outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
-            if verdict.tie or verdict.not_a_number:
-                if verdict.tie:
-                    outcome.tied.add(branch.sample)
+            scores = self._scorer.settled(sample, verdict, branch.guess.limit, self._ends)
+            if verdict.not_a_number:
                 outcome.alone.add(branch.sample)
-            elif verdict.ended:
-                outcome.scores[branch.sample] = self._scorer.scores(sample, verdict.tokens)
-            elif self._scorer.hopeless(sample, verdict.tokens):
-                outcome.scores[branch.sample] = self._scorer.nothing
+            elif scores is not None:
+                outcome.scores[branch.sample] = scores
+            elif verdict.rivals != ():
+                outcome.tied.add(branch.sample)
+                outcome.alone.add(branch.sample)
             else:
                 outcome.unfinished.add(branch.sample)
 

@@ -119,9 +119,7 @@ def test_a_prefix_and_its_continuation_make_the_whole(fast: FastEvaluator) -> No
         assert all_of_it.kl == pytest.approx(beginning.kl + end.kl, abs=1e-4)
 
 
-def test_divergence_is_that_of_the_whole_distributions(
-    tiny: LoadedModel, answered: Task, fast: FastEvaluator
-) -> None:
+def test_divergence_is_that_of_the_whole_distributions(tiny: LoadedModel, answered: Task, fast: FastEvaluator) -> None:
     """The vocabulary is smaller than the number of tokens kept, so nothing is joined."""
     plan = SkipPlan.parse("RRSRRR")
     dense, changed = (self_forced_log_probabilities(tiny, answered, fast, each) for each in (SkipPlan.dense(6), plan))
@@ -228,7 +226,7 @@ def test_free_text_and_changed_logits_go_the_plain_path(tiny_directory: Path, an
     request = EvaluatePlans(("RRRRRR",), "search", 6)
     result = Evaluators(Evaluator(loaded, free), memory_bytes=1 << 28).evaluate(request)
     assert "free text" in result.note and evaluations(result)[0].path == "plain"
-    with pytest.raises(NotExactError, match="evaluation: fast is not exact here.*free text"):
+    with pytest.raises(NotExactError, match=r"evaluation: fast is not exact here.*free text"):
         Evaluators(Evaluator(loaded, free), memory_bytes=1 << 28).evaluate(replace(request, path="fast"))
     loaded.model.generation_config.repetition_penalty = 1.3
     result = Evaluators(Evaluator(loaded, answered), memory_bytes=1 << 28).evaluate(request)
