@@ -86,7 +86,7 @@ def test_every_station_is_on_record_and_the_profile_speaks_of_all_layers(finishe
         "publish",
     ]
     profile = recorded["profile"].payload["value"]
-    assert all(len(profile["layer_seconds"][letter]) == 12 for letter in "RS")
+    assert all(len(profile[phase][letter]) == 12 for phase in ("prefill_seconds", "decode_seconds") for letter in "RS")
     assert recorded["search"].payload["value"]["tried"][0]["plan"] == "R" * 12
 
 

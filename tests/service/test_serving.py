@@ -61,7 +61,9 @@ def test_every_event_is_one_line_that_names_its_job(served):
     assert (served["bad"], "job_failed") in happened
     assert happened[0] == (None, "serving") and happened[-1] == (None, "stopped_serving")
     assert all(line["time"].endswith("+00:00") for line in served["lines"])
-    assert len(served["lines"]) == len(served["log"].splitlines())  # nothing else is written
+    *events, farewell = served["log"].splitlines()
+    assert len(served["lines"]) == len(events)  # nothing else is written, but why the command ended
+    assert farewell == "skipplan: stopped after 3 jobs"
 
 
 def test_workers_are_kept_between_jobs_of_one_model(served):
