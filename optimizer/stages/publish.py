@@ -74,7 +74,14 @@ def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measu
 
 
 def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
-    """Whether the measured speed-up is surely above the constraint's; a plan must at least surely be a gain."""
+    """Whether what was measured is within the constraint; a plan must at least surely be faster than dense.
+
+    The speed-up is judged by the lower end of its interval, milliseconds by the median request.
+    """
+    if constraint.max_latency_ms is not None and 1000 * latency.plan_seconds > constraint.max_latency_ms:
+        return False
+    if constraint.max_kv_cache_bytes is not None and latency.kv_cache_bytes_plan > constraint.max_kv_cache_bytes:
+        return False
     return latency.speedup_low >= constraint.min_speedup if constraint.min_speedup else latency.speedup_low > 1.0
 
 
