@@ -233,7 +233,7 @@ def export(
 
 
 def _spec(job: JobFile, database: str | None) -> JobSpec:
-    from optimizer.job import load_job, override, resolve_paths, validate_job
+    from optimizer.job_file import load_job, override, resolve_paths, validate_job
 
     if not isinstance(job, Mapping):
         return load_job(Path(job), database=database)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from optimizer.errors import UsageFault
 from optimizer.inputs import check_images, check_rungs, load_job_task, model_source
-from optimizer.job import JobSpec, load_job
+from optimizer.job import JobSpec
+from optimizer.job_file import load_job
 from workers.checkpoints import BUILT_MODELS, built_directory, bundled_models, check_checkpoint, find_checkpoint
 from workers.errors import ModelError, TaskError
 from workers.tasks import load_spec

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from optimizer.errors import UsageFault
-from optimizer.job import ACTION_LETTERS, resolve_name
+from optimizer.job import ACTION_LETTERS
+from optimizer.job_file import resolve_name
 from workers.errors import ModelError, TaskError
 from workers.messages import ModelSource
 from workers.outline import Outline, outline

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from optimizer.inputs import Inputs, model_source, task_hash
-from optimizer.job import ENVIRONMENT
+from optimizer.job_file import ENVIRONMENT
 from optimizer.space import plan_space
 from workers.errors import ClusterError
 

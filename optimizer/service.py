@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from optimizer import logs, pipeline
 from optimizer.errors import Interrupted, LeaseLost, UsageFault, one_line
 from optimizer.inputs import Inputs
-from optimizer.job import DEFAULT_DATABASE, JobSpec, override, validate_job
+from optimizer.job import DEFAULT_DATABASE, JobSpec
+from optimizer.job_file import override, validate_job
 from optimizer.progress import Progress
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.publish import Published

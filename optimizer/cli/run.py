@@ -57,7 +57,7 @@ def run(
     """
     from optimizer.cli.screen import Screen
     from optimizer.inputs import prepare
-    from optimizer.job import load_job
+    from optimizer.job_file import load_job
     from storage.database import Database
 
     logging = start_logging(log_format)
@@ -126,7 +126,7 @@ def submit(
     """
     from optimizer import service
     from optimizer.inputs import prepare
-    from optimizer.job import load_job
+    from optimizer.job_file import load_job
     from storage.database import Database
 
     spec = load_job(config, database=global_options(context).database, strategy=strategy)

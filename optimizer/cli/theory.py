@@ -46,7 +46,7 @@ def score(
     [bold]Example:[/bold] skipplan score configs/quickstart.yaml --plot layers.png
     """
     from optimizer import criteria
-    from optimizer.job import load_job
+    from optimizer.job_file import load_job
     from optimizer.stages.score import measured
     from optimizer.validation import pictures, tables
     from workers.scoring.kinds import AFTER_ALL, KINDS
@@ -92,7 +92,7 @@ def validate_theory(
     [bold]Example:[/bold] skipplan validate-theory configs/quickstart.yaml --samples 256 --plot theory.png
     """
     from optimizer.errors import UsageFault
-    from optimizer.job import load_job
+    from optimizer.job_file import load_job
     from optimizer.validation import pictures, tables
     from optimizer.validation.report import validate
 

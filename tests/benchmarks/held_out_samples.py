@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from optimizer.inputs import load_job_task
-from optimizer.job import load_job
+from optimizer.job_file import load_job
 
 
 def write_samples(job_file: Path, directory: Path) -> Path:

@@ -16,7 +16,7 @@ import yaml
 from typer.main import get_command
 
 from optimizer.cli.main import app
-from optimizer.job import ENVIRONMENT
+from optimizer.job_file import ENVIRONMENT
 
 PROJECT = Path(__file__).resolve().parents[2]
 FILES = PROJECT / "configs" / "cluster"

@@ -8,7 +8,8 @@ import pytest
 
 from optimizer.cli.plans import _within
 from optimizer.errors import UsageFault
-from optimizer.job import JobSpec, load_job
+from optimizer.job import JobSpec
+from optimizer.job_file import load_job
 from optimizer.stages.collateral import Collateral, OtherTask
 from workers.compensation.recipe import Recipe
 from workers.messages import TextDivergence

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.checking import check_job_file
-from optimizer.job import load_job
+from optimizer.job_file import load_job
 from workers.tasks import load_spec
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "configs" / "examples"

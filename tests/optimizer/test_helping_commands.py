@@ -12,7 +12,7 @@ import typer.main
 import yaml
 
 from optimizer.cli.main import _run, app
-from optimizer.job import load_job
+from optimizer.job_file import load_job
 
 WITHOUT_DATA = {"serve", "dashboard", "jobs cancel", "jobs resume", "jobs remove"}
 """Commands that run until they are stopped, and those that only confirm what they were told to do."""

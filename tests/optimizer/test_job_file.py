@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from optimizer.errors import UsageFault
 from optimizer.field_table import replaced
-from optimizer.job import ENVIRONMENT, JobSpec, load_job, parse_yaml, validate_job
+from optimizer.job import JobSpec
+from optimizer.job_file import ENVIRONMENT, load_job, parse_yaml, validate_job
 
 PROJECT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
