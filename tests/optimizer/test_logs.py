@@ -52,8 +52,10 @@ def test_nothing_is_written_unless_asked_for(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
-passwords = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="/@&'\""), min_size=6).filter(
-    lambda text: text not in "postgresql://user:***@host:5432/name?sslmode=require"
+HEAD, TAIL = "Qx9~", "~9xQ"
+"""Around every password: text that no log line has by itself, so that a part of a password is seen too."""
+passwords = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="/@&'\"")).map(
+    lambda text: HEAD + text + TAIL
 )
 
 
@@ -70,5 +72,5 @@ def test_passwords_never_reach_a_line(password):
             logs.configure(form, stream)
             logs.log("database_away", reason=f"cannot reach {url}: refused", url=url)
             logging.getLogger("storage.database").warning("trying again in %.2f s: %s", 0.1, url)
-            assert password not in stream.getvalue()
+            assert HEAD not in stream.getvalue() and TAIL not in stream.getvalue()
             assert "host" in stream.getvalue()
