@@ -180,7 +180,7 @@ def _compare_alone(
         with apply(loaded.model, candidate, folded):
             for _ in range(WARM_UP_REQUESTS):
                 time_request(loaded, request)
-            caches.append(cache_bytes(run_request(loaded, request).past_key_values))
+            caches.append(cache_bytes(run_request(loaded, request).cache))
             peaks.append(peak_bytes(lambda: run_request(loaded, request), loaded.device))
     dense_times: list[float] = []
     plan_times: list[float] = []

@@ -13,7 +13,7 @@ from torch import nn
 from .descriptor import UnsupportedFamilyError
 
 VISION_TOKEN_NAME = re.compile(r"(image|video)_token_(id|index)|image_patch_id")
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 MASK_ARGUMENTS = ("attention_mask", "causal_mask", "mask")
 INDEX_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number")
 

@@ -172,7 +172,7 @@ def test_a_second_turn_continues_the_cache_of_the_first(family: Family) -> None:
             found = model.generate(
                 input_ids=longer,
                 attention_mask=torch.ones_like(longer),
-                past_key_values=output.past_key_values,
+                cache=output.cache,
                 **settings(do_sample=False),
             )
         assert found[0, -LENGTH:].tolist() == second, plan

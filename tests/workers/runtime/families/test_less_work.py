@@ -59,7 +59,7 @@ def lengths(family: Family, prompt: Prompt) -> tuple[int, int]:
 def prefill(model: PreTrainedModel, family: Family, prompts: list[Prompt]) -> Cache:
     forget_positions(model)
     with torch.no_grad():
-        cache = model(**batch_inputs(family, prompts), use_cache=True).past_key_values
+        cache = model(**batch_inputs(family, prompts), use_cache=True).cache
     assert isinstance(cache, Cache)
     return cache
 
