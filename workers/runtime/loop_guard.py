@@ -20,7 +20,9 @@ from torch import nn
 POSITION_FREE = frozenset({"per_layer_inputs[:, :, i, :]"})
 """Uses of a layer's position that need no attention: the sliced tensor shrinks with the stack."""
 
-COUNTS_ROWS = re.compile(r"\barange\(|\.get_seq_length\(|(?:cache|past_key_values)\.layers\[|\.update_ind|\.get_conv_state\(")
+COUNTS_ROWS = re.compile(
+    r"\barange\(|\.get_seq_length\(|(cache|past_key_values)\.layers\[|\.update_ind|\.get_conv_state\("
+)
 """What shows that an attention module derives positions from the number of rows, or reaches into the cache."""
 
 
