@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 _job: ContextVar[int | None] = ContextVar("job", default=None)
 
-_IN_AUTHORITY = re.compile(r"(?P<start>[\w+.-]+://[^\s:/@]*):[^\s/]*@")
+_IN_AUTHORITY = re.compile(r"(?P<start>[\w+.-]+://[^\s:/@]*):\S*@")
+"""To the last ``@``: a password that was not quoted for a URL may hold slashes and the like, and databases take it."""
+
 _AMONG_OPTIONS = re.compile(r"(?P<start>\b(?:password|sslpassword|passfile|sslkey)=)[^\s&'\"]+", re.IGNORECASE)
 
 

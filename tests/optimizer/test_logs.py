@@ -54,17 +54,17 @@ def test_nothing_is_written_unless_asked_for(capsys: pytest.CaptureFixture[str])
 
 HEAD, TAIL = "Qx9~", "~9xQ"
 """Around every password: text that no log line has by itself, so that a part of a password is seen too."""
-passwords = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="/@&'\"")).map(
-    lambda text: HEAD + text + TAIL
-)
+between = st.text(st.characters(min_codepoint=33, max_codepoint=126))
+among_options = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="&'\""))
 
 
-@given(passwords)
-def test_passwords_never_reach_a_line(password):
+@given(between, among_options)
+def test_passwords_never_reach_a_line(middle, among):
+    password = HEAD + middle + TAIL
     for url in (
         f"postgresql://user:{password}@host:5432/name?sslmode=require",
         f"postgresql+psycopg://user:{password}@host/name",
-        f"postgresql://host/name?user=me&password={password}&sslmode=require",
+        f"postgresql://host/name?user=me&password={HEAD + among + TAIL}&sslmode=require",
         f"redis://:{password}@host",
     ):
         for form in logs.FORMATS:
