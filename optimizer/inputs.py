@@ -124,7 +124,7 @@ def split_hash(task: Task, split: str) -> str:
 
 
 def _sample_lines(samples: Iterable[Sample]) -> Iterable[Any]:
-    return ([sample.id, sample.image_key, sample.question, list(sample.answers)] for sample in samples)
+    return ([sample.id, *sample.content] for sample in samples)
 
 
 def _hash(parts: Iterable[Any]) -> str:

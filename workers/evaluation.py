@@ -1,5 +1,6 @@
 """The plain evaluation path: apply the plan, generate greedily batch by batch, decode, score.
 
+Where a task is to choose, what is fed batch by batch are the options, and the likeliest one is the answer.
 Nothing is shared between plans but the processed inputs; faster paths are held to this one's numbers.
 """
 
@@ -14,6 +15,7 @@ from itertools import takewhile
 import torch
 from transformers import LogitsProcessorList
 
+from .choices import Choice, Likelihood, join, one_by_one, option_likelihoods
 from .compensation.compensator import Compensator
 from .compensation.recipe import CompensationError
 from .messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
@@ -24,7 +26,7 @@ from .prompts import to_device
 from .runtime import apply
 from .runtime.folding import Maps
 from .runtime.plan import PlanError, SkipPlan
-from .tasks import Sample, Task
+from .tasks import Sample, Task, TaskSpec
 from .ties import AnswerWatch, end_tokens
 
 DEFAULT_BATCH_SIZE = 32
@@ -41,6 +43,8 @@ class Answers:
     """Samples whose answer hung on logits closer than rounding; :mod:`workers.ties`."""
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """What was generated, up to the end token and without it."""
+    likelihoods: dict[str, tuple[Likelihood, ...]] = field(default_factory=dict)
+    """Where the task is to choose: by sample its options', and ``texts`` holds the option that its metric takes."""
 
 
 class Evaluator:
@@ -100,13 +104,16 @@ class Evaluator:
         started = time.perf_counter()
         samples = self.task.split(split)[start:limit]
         answers = self.answer(plan, samples, maps)
-        spec = self.task.spec
+        scores = [scores_of(self.task.spec, sample, answers) for sample in samples]
         return Evaluation(
             plan=plan.text,
             split=split,
             sample_ids=tuple(sample.id for sample in samples),
-            scores=tuple(_score(spec.metric, sample, answers) for sample in samples),
-            secondary={name: _mean([_score(name, s, answers) for s in samples]) for name in spec.secondary},
+            scores=tuple(each[0] for each in scores),
+            secondary={
+                name: _mean([each[1 + number] for each in scores])
+                for number, name in enumerate(self.task.spec.secondary)
+            },
             failed_samples=answers.failed,
             seconds=time.perf_counter() - started,
             layer_executions=len(plan.kept) * (len(samples) - len(answers.failed)),
@@ -116,23 +123,32 @@ class Evaluator:
     def answer(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
         """Generate the model's answers under a plan, batch by batch; tied samples once more alone."""
         with torch.inference_mode(), apply(self.loaded.model, plan, maps):
-            answers = self._answer_chunks(self._chunks(samples))
-            again = [sample for sample in samples if sample.id in answers.tied]
-            alone = self._answer_chunks([sample] for sample in again)
+            answers = self._answers(samples)
+            alone = self._answers([sample for sample in samples if sample.id in answers.tied], alone=True)
         return Answers(
-            answers.texts | alone.texts, answers.failed | alone.failed, answers.tied, answers.tokens | alone.tokens
+            answers.texts | alone.texts,
+            answers.failed | alone.failed,
+            answers.tied,
+            answers.tokens | alone.tokens,
+            answers.likelihoods | alone.likelihoods,
         )
 
     def answer_alone(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
-        """Generate the model's answers under a plan, one sample at a time."""
+        """Generate the model's answers under a plan, one sample (of a choice, one option) at a time."""
         with torch.inference_mode(), apply(self.loaded.model, plan, maps):
-            return self._answer_chunks([sample] for sample in samples)
+            return self._answers(samples, alone=True)
+
+    def _answers(self, samples: Sequence[Sample], *, alone: bool = False) -> Answers:
+        asked = one_by_one(samples) if self.task.spec.is_choice else samples
+        answers = self._answer_chunks(([each] for each in asked) if alone else self._chunks(asked))
+        return _chosen(self.task.spec, samples, answers, alone=alone) if self.task.spec.is_choice else answers
 
     def _answer_chunks(self, chunks: Iterable[Sequence[Sample]]) -> Answers:
         texts: dict[str, str] = {}
         failed: dict[str, str] = {}
         tied: set[str] = set()
         tokens: dict[str, tuple[int, ...]] = {}
+        likelihoods: dict[str, tuple[Likelihood, ...]] = {}
         for chunk in chunks:
             batch = self._prepare(chunk)
             failed.update(batch.failed)
@@ -142,7 +158,8 @@ class Evaluator:
                 failed.update(answers.failed)
                 tied.update(answers.tied)
                 tokens.update(answers.tokens)
-        return Answers(texts, failed, frozenset(tied), tokens)
+                likelihoods.update(answers.likelihoods)
+        return Answers(texts, failed, frozenset(tied), tokens, likelihoods)
 
     def _chunks(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
         position = 0
@@ -172,6 +189,9 @@ class Evaluator:
         """Generate for a prepared batch; out of memory: halve the batch size and go on in halves."""
         assert batch.inputs is not None
         try:
+            if self.task.spec.is_choice:
+                likelihoods, failed = option_likelihoods(self.loaded, self.task, batch)
+                return Answers({}, failed, likelihoods={key: (each,) for key, each in likelihoods.items()})
             return generate_answers(self.loaded, self.task, batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -237,9 +257,27 @@ def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def _score(metric: str, sample: Sample, answers: Answers) -> float:
-    text = answers.texts.get(sample.id)
-    return 0.0 if text is None else METRICS[metric](text, sample.answers)
+def scores_of(spec: TaskSpec, sample: Sample, answers: Answers) -> tuple[float, ...]:
+    """The metric and the secondary metrics of an answer; 0 where there is none."""
+    if spec.is_choice and sample.id in answers.likelihoods:
+        likelihoods = answers.likelihoods[sample.id]
+        return tuple(Choice.of(name, sample.choices, likelihoods).score(sample) for name in spec.metrics)
+    if sample.id not in answers.texts:
+        return (0.0,) * len(spec.metrics)
+    return tuple(METRICS[name](answers.texts[sample.id], sample.answers) for name in spec.metrics)
+
+
+def _chosen(spec: TaskSpec, samples: Sequence[Sample], answers: Answers, *, alone: bool) -> Answers:
+    """The samples' answers from those about single options; ``alone``: what they say counts, tied or not."""
+    likelihoods, failed = join(samples, {key: each for key, (each,) in answers.likelihoods.items()}, answers.failed)
+    texts, tied = {}, set()
+    for sample in samples:
+        if sample.id in likelihoods:
+            chosen = [Choice.of(name, sample.choices, likelihoods[sample.id]) for name in spec.metrics]
+            texts[sample.id] = chosen[0].option
+            if not alone and any(choice.is_open(sample) for choice in chosen):
+                tied.add(sample.id)
+    return Answers(texts, failed, frozenset(tied), likelihoods=likelihoods)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,7 @@
-"""Metrics: one function each, from a predicted text and the accepted answers to a score in [0, 1]."""
+"""Metrics: one function each, from a predicted text and the accepted answers to a score in [0, 1].
+
+For tasks in which the model chooses among options: from an option and its log-likelihood to what it is worth.
+"""
 
 from __future__ import annotations
 
@@ -164,6 +167,29 @@ def _load(point: EntryPoint) -> Metric:
     metric: Metric = point.load()
     return metric
 
+
+ChoiceMetric = Callable[[float, str], float]
+"""What an option is worth, from the log-likelihood of its tokens and its text; linear in the former."""
+
+
+def multiple_choice(log_likelihood: float, option: str) -> float:
+    """The option's log-likelihood itself (``acc`` of the Language Model Evaluation Harness, Gao et al. 2021)."""
+    return log_likelihood
+
+
+def multiple_choice_per_byte(log_likelihood: float, option: str) -> float:
+    """Log-likelihood by the length of the option in bytes of UTF-8, so that long options are not at a disadvantage.
+
+    The ``acc_norm`` of the Language Model Evaluation Harness (Gao et al. 2021) as its authors define it.
+    """
+    return log_likelihood / len(option.encode())
+
+
+CHOICE_METRICS: dict[str, ChoiceMetric] = {
+    "multiple_choice": multiple_choice,
+    "multiple_choice_per_byte": multiple_choice_per_byte,
+}
+"""Metrics of tasks in which the model chooses: 1 where the right option is worth most, else 0."""
 
 METRICS: dict[str, Metric] = {
     **{point.name: OwnMetric(point) for point in entry_points(group="skipplan.metrics")},

@@ -25,6 +25,24 @@ def has_chat_template(processor: ProcessorMixin) -> bool:
     return bool(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
 
 
+def rendered(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> str:
+    """The prompt as text, with the image's token standing for all of the image."""
+    if has_chat_template(processor):
+        conversation = [_turn(spec, sample, {"type": "image"})]
+        text: str = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        return text
+    return _plain_text(processor, spec, sample)
+
+
+def _turn(spec: TaskSpec, sample: Sample, image: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": [image, {"type": "text", "text": prompt_text(spec, sample)}]}
+
+
+def _plain_text(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> str:
+    token = getattr(processor, "image_token", None) or "<image>"
+    return spec.plain_prompt.format(image=token, prompt=prompt_text(spec, sample))
+
+
 def build_inputs(
     processor: ProcessorMixin, spec: TaskSpec, samples: Sequence[Sample], images: Sequence[Image]
 ) -> BatchFeature:
@@ -35,12 +53,7 @@ def build_inputs(
     padding: dict[str, Any] = {"padding": True, "padding_side": "left"}
     if has_chat_template(processor):
         conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt_text(spec, sample)}],
-                }
-            ]
+            [_turn(spec, sample, {"type": "image", "image": image})]
             for sample, image in zip(samples, images, strict=True)
         ]
         return processor.apply_chat_template(
@@ -51,8 +64,7 @@ def build_inputs(
             return_tensors="pt",
             processor_kwargs=padding,
         )
-    token = getattr(processor, "image_token", None) or "<image>"
-    texts = [spec.plain_prompt.format(image=token, prompt=prompt_text(spec, sample)) for sample in samples]
+    texts = [_plain_text(processor, spec, sample) for sample in samples]
     return processor(text=texts, images=[[image] for image in images], return_tensors="pt", **padding)
 
 

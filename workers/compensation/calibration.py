@@ -1,7 +1,8 @@
 """Calibration samples as the decoder sees them, and what the dense model makes of them: the targets of every map.
 
-A sample is its prompt with the dense model's own answer behind it, so that image, prompt and answer tokens all count.
-The tower's work is done once: what is kept per batch is the call that the decoder got.
+A sample is its prompt with the dense model's own answer behind it (the option that it chooses, where it is to choose),
+so that image, prompt and answer tokens all count. The tower's work is done once: what is kept per batch is the call
+that the decoder got.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
+from workers.choices import chosen_tokens
 from workers.models import LoadedModel
 from workers.prepared import prepare_batch
 from workers.prompts import to_device
@@ -163,8 +165,12 @@ def _with_answers(
     prepared = prepare_batch(loaded, task, samples)
     if prepared.inputs is None:
         return None
-    inputs = to_device(prepared.inputs, loaded.device, loaded.model.dtype)
     pad = loaded.processor.tokenizer.pad_token_id
+    if task.spec.is_choice:
+        with torch.inference_mode():
+            chosen = [torch.tensor(chosen_tokens(loaded, task, s)[:-1], dtype=torch.long) for s in prepared.samples]
+        return prepared.samples, append_answers(prepared.inputs, chosen, pad)
+    inputs = to_device(prepared.inputs, loaded.device, loaded.model.dtype)
     with torch.inference_mode():
         sequences = loaded.model.generate(
             **inputs, do_sample=False, num_beams=1, max_new_tokens=task.spec.answer.max_new_tokens, pad_token_id=pad

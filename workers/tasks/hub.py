@@ -30,8 +30,8 @@ def load_undecoded(dataset: str, subset: str | None, split: str, revision: str |
     return loaded.cast_column(column, datasets.Image(decode=False))
 
 
-def read_hub_samples(source: HubSource, *, uses_question: bool) -> list[Sample]:
-    """Read every row of the dataset. Raises TaskError naming dataset, column and row."""
+def read_hub_samples(source: HubSource, *, uses_question: bool, options: str | None = None) -> list[Sample]:
+    """Read every row of the dataset; ``options`` as for files. Raises TaskError naming dataset, column and row."""
     columns = source.columns
     table = load_undecoded(source.id, source.subset, source.split, source.revision, columns.image)
     for column in needed_columns(columns, uses_question=uses_question):
@@ -40,14 +40,15 @@ def read_hub_samples(source: HubSource, *, uses_question: bool) -> list[Sample]:
     samples = []
     for number, row in enumerate(table):
         where = f"dataset {source.id}, row {number}"
-        question, answers = asked(row, columns, None, where, uses_question=uses_question)
+        question = asked(row, columns, None, where, uses_question=uses_question, options=options)
         samples.append(
             Sample(
                 id=f"row-{number}",
                 image=HubImage(source.id, source.subset, source.split, source.revision, columns.image, number),
                 image_key=_key(row[columns.image], where),
-                question=question,
-                answers=answers,
+                question=question.text,
+                answers=question.answers,
+                choices=question.choices,
             )
         )
     return samples

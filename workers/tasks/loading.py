@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from workers.errors import TaskError
 from workers.messages import SPLITS
@@ -22,8 +23,8 @@ from .tables import image_key, read_file_samples
 class Task:
     """A task with its data: the spec, the samples of each split, and hashes that identify them.
 
-    ``data_hash`` covers every sample read from the source (image content, question, answers); ``split_hash`` the
-    samples of each split in order; ``definition_hash`` prompt, answer format and metrics.
+    ``data_hash`` covers every sample read from the source (image content, question, answers, options);
+    ``split_hash`` the samples of each split in order; ``definition_hash`` prompt, answer format and metrics.
     """
 
     spec: TaskSpec
@@ -77,12 +78,13 @@ def _read(spec: TaskSpec) -> list[Region]:
         return _read_easy_vqa()
     if isinstance(source, ScenesSource):
         return _read_scenes(source.seed, spec.splits)
+    how: dict[str, Any] = {"uses_question": spec.uses_question, "options": spec.answer.options}
     if isinstance(source, FileSource):
-        return [Region(SPLITS, tuple(read_file_samples(source, uses_question=spec.uses_question)))]
+        return [Region(SPLITS, tuple(read_file_samples(source, **how)))]
     assert isinstance(source, HubSource)
     from .hub import read_hub_samples
 
-    return [Region(SPLITS, tuple(read_hub_samples(source, uses_question=spec.uses_question)))]
+    return [Region(SPLITS, tuple(read_hub_samples(source, **how)))]
 
 
 def _read_easy_vqa() -> list[Region]:
@@ -130,7 +132,7 @@ def _require_annotators(regions: list[Region], spec: TaskSpec) -> None:
 
 
 def _hash_samples(samples: Iterable[Sample]) -> str:
-    lines = sorted(json.dumps([s.image_key, s.question, list(s.answers)]) for s in samples)
+    lines = sorted(json.dumps(s.content) for s in samples)
     return _hash_text("\n".join(lines))
 
 

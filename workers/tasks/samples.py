@@ -90,6 +90,14 @@ class Sample:
     """Equal for equal images (a hash of the content), so that no image is in two splits."""
     question: str
     answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    """The options, of which ``answers`` holds the right one; empty where the task is not to choose."""
+
+    @property
+    def content(self) -> list[Any]:
+        """What a score on it depends on, as JSON holds it."""
+        options = [list(self.choices)] if self.choices else []
+        return [self.image_key, self.question, list(self.answers), *options]
 
     def __post_init__(self) -> None:
         if not any(answer.strip() for answer in self.answers):

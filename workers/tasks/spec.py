@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import TaskError
-from workers.metrics import METRICS
+from workers.metrics import CHOICE_METRICS, METRICS
 from workers.suggest import did_you_mean
 
 BUNDLED_TASKS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
 FILE_FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 SOURCE_KINDS = ("easy-vqa", "scenes", "file", "hub")
-ANSWER_KINDS = ("short", "free")
+ANSWER_KINDS = ("short", "free", "choice")
+OPTIONS = ("texts", "letters")
+CHOICE_TOKENS = 4
+"""Tokens of an answer where one is generated although the task is to choose: when an export is compared."""
 SPLIT_UNITS = ("images", "samples")
 PLAIN_PROMPT = "{image}\n{prompt}"
 
@@ -70,10 +73,18 @@ Source = EasyVqaSource | ScenesSource | FileSource | HubSource
 
 @dataclass(frozen=True)
 class Answer:
-    """How the model answers: a word or two (``short``), or generated text (``free``)."""
+    """How the model answers: a word or two (``short``), generated text (``free``), or the likeliest of a question's
+    options (``choice``).
+
+    ``options`` and ``separator`` are for ``choice``: whether options are scored as ``texts``, or shown in the prompt
+    and scored as ``letters``; and what stands between the prompt and an option (``None``: a space, unless the prompt
+    ends with white space).
+    """
 
     kind: str
     max_new_tokens: int
+    options: str | None = None
+    separator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,16 @@ class TaskSpec:
     secondary: tuple[str, ...] = ()
     plain_prompt: str = PLAIN_PROMPT
     description: str = ""
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether the model chooses among options, and generates nothing."""
+        return self.answer.kind == "choice"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metric, then the secondary ones."""
+        return (self.metric, *self.secondary)
 
     @property
     def uses_question(self) -> bool:
@@ -147,14 +168,26 @@ def parse_spec(content: Any, *, where: str = "task", base: Path | None = None) -
         prompt=_template(fields, "prompt", ("question",)),
         plain_prompt=_template(fields, "plain_prompt", ("image", "prompt"), default=PLAIN_PROMPT, required=True),
         answer=_answer(fields.mapping("answer")),
-        metric=fields.choice("metric", tuple(METRICS)),
-        secondary=fields.choices("secondary", tuple(METRICS)),
+        metric=fields.choice("metric", (*METRICS, *CHOICE_METRICS)),
+        secondary=fields.choices("secondary", (*METRICS, *CHOICE_METRICS)),
         splits=_splits(fields.mapping("splits")),
     )
     fields.finish()
     if not spec.uses_question and isinstance(spec.source, EasyVqaSource):
         raise TaskError(f"{where}: prompt must contain {{question}}, for easy-vqa asks several about each image")
+    _check_choices(spec, where)
     return spec
+
+
+def _check_choices(spec: TaskSpec, where: str) -> None:
+    columns = spec.source.columns if isinstance(spec.source, FileSource | HubSource) else Columns()
+    if spec.is_choice and columns.choices is None:
+        raise TaskError(f"{where}.answer.kind: choice needs source.columns.choices, the column that holds the options")
+    allowed = CHOICE_METRICS if spec.is_choice else METRICS
+    for name in spec.metrics:
+        if name not in allowed:
+            kind = spec.answer.kind
+            raise TaskError(f"{where}: metric {name} cannot score {kind} answers; allowed: {', '.join(allowed)}")
 
 
 def _source(fields: _Fields, base: Path) -> Source:
@@ -214,9 +247,16 @@ def _columns(fields: _Fields) -> Columns:
 
 
 def _answer(fields: _Fields) -> Answer:
-    answer = Answer(
-        kind=fields.choice("kind", ANSWER_KINDS), max_new_tokens=fields.integer("max_new_tokens", minimum=1)
-    )
+    kind = fields.choice("kind", ANSWER_KINDS)
+    if kind == "choice":
+        answer = Answer(
+            kind=kind,
+            max_new_tokens=fields.integer("max_new_tokens", minimum=1, default=CHOICE_TOKENS),
+            options=fields.choice("options", OPTIONS, default=OPTIONS[0]),
+            separator=fields.separator("separator"),
+        )
+    else:
+        answer = Answer(kind=kind, max_new_tokens=fields.integer("max_new_tokens", minimum=1))
     fields.finish()
     return answer
 
@@ -278,6 +318,14 @@ class _Fields:
         value = self._get(key)
         if not isinstance(value, str) or not value.strip():
             raise TaskError(f"{self.where}.{key}: must be a text that is not empty, not {_kind(value)}")
+        return value
+
+    def separator(self, key: str) -> str | None:
+        """A text that may be empty or white space."""
+        self.known.add(key)
+        value = self.content.get(key)
+        if value is not None and not isinstance(value, str):
+            raise TaskError(f"{self.where}.{key}: must be a text, not {_kind(value)}")
         return value
 
     def integer(self, key: str, *, minimum: int, default: int | None = None) -> int:

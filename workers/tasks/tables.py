@@ -6,6 +6,7 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,13 @@ from .spec import Columns, FileSource
 if TYPE_CHECKING:
     import pandas as pd
 
+FEWEST_OPTIONS = 2
 
-def read_file_samples(source: FileSource, *, uses_question: bool) -> list[Sample]:
+
+def read_file_samples(source: FileSource, *, uses_question: bool, options: str | None = None) -> list[Sample]:
     """Read every row of the file; images must exist, their content gives the image key.
+
+    ``options`` is how the task's options are scored (:class:`Answer`), ``None`` where the task is not to choose.
 
     Raises:
         TaskError: the file, a column, an image or an answer is missing; the message names file and row (the first
@@ -41,8 +46,17 @@ def read_file_samples(source: FileSource, *, uses_question: bool) -> list[Sample
         image = _image_path(row[columns.image], source, where, columns.image)
         if image not in keys:
             keys[image] = image_key(image, where)
-        question, answers = asked(row, columns, source.answer_separator, where, uses_question=uses_question)
-        samples.append(Sample(f"row-{number}", ImageFile(str(image)), keys[image], question, answers))
+        question = asked(row, columns, source.answer_separator, where, uses_question=uses_question, options=options)
+        samples.append(
+            Sample(
+                id=f"row-{number}",
+                image=ImageFile(str(image)),
+                image_key=keys[image],
+                question=question.text,
+                answers=question.answers,
+                choices=question.choices,
+            )
+        )
     return samples
 
 
@@ -56,24 +70,50 @@ def needed_columns(columns: Columns, *, uses_question: bool) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a row asks: the question's text, the accepted answers, and the options that the model chooses among."""
+
+    text: str
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+
 def asked(
-    row: Mapping[Any, Any], columns: Columns, separator: str | None, where: str, *, uses_question: bool
-) -> tuple[str, tuple[str, ...]]:
-    """A row's question and accepted answers; options follow the question, one a line, and the answer is a letter."""
+    row: Mapping[Any, Any],
+    columns: Columns,
+    separator: str | None,
+    where: str,
+    *,
+    uses_question: bool,
+    options: str | None = None,
+) -> Asked:
+    """Read a row. Where it has options, they follow the question, one a line, and the answer is a letter.
+
+    With ``options="texts"`` the question stands alone, and the answer is the right option's text.
+    """
     question = cell_text(row[columns.question], where, columns.question) if uses_question else ""
     if columns.choices is None:
-        return question, cell_answers(row[columns.answers], separator, where, columns.answers)
-    options = cell_answers(row[columns.choices], separator, where, columns.choices, what="option")
-    if len(options) > len(string.ascii_uppercase):
-        raise TaskError(f"{where}: column {columns.choices!r} has {len(options)} options, more than there are letters")
-    place = str(row[columns.answers]).strip()
-    if not place.isdigit() or int(place) >= len(options):
+        return Asked(question, cell_answers(row[columns.answers], separator, where, columns.answers))
+    texts = cell_answers(row[columns.choices], separator, where, columns.choices, what="option", blanks=True)
+    if options is not None and len(set(texts)) < FEWEST_OPTIONS:
         raise TaskError(
-            f"{where}: column {columns.answers!r} must be the place of an option, 0 to {len(options) - 1}, "
-            f"not {place!r}"
+            f"{where}: column {columns.choices!r} has {len(set(texts))} different option, "
+            f"a choice needs at least {FEWEST_OPTIONS}"
         )
-    lettered = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False)]
-    return "\n".join([question, *lettered] if question else lettered), (string.ascii_uppercase[int(place)],)
+    if options != "texts" and len(texts) > len(string.ascii_uppercase):
+        raise TaskError(f"{where}: column {columns.choices!r} has {len(texts)} options, more than there are letters")
+    place = str(row[columns.answers]).strip()
+    if not place.isdigit() or int(place) >= len(texts):
+        raise TaskError(
+            f"{where}: column {columns.answers!r} must be the place of an option, 0 to {len(texts) - 1}, not {place!r}"
+        )
+    if options == "texts":
+        return Asked(question, (texts[int(place)],), tuple(dict.fromkeys(texts)))
+    letters = tuple(string.ascii_uppercase[: len(texts)])
+    lettered = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
+    text = "\n".join([question, *lettered] if question else lettered)
+    return Asked(text, (letters[int(place)],), letters if options == "letters" else ())
 
 
 def image_key(path: Path, where: str) -> str:
@@ -94,10 +134,13 @@ def cell_text(value: Any, where: str, column: str) -> str:
     return str(value).strip()
 
 
-def cell_answers(value: Any, separator: str | None, where: str, column: str, what: str = "answer") -> tuple[str, ...]:
+def cell_answers(
+    value: Any, separator: str | None, where: str, column: str, what: str = "answer", *, blanks: bool = False
+) -> tuple[str, ...]:
     """Return the accepted answers in a cell: a list, or a text that ``separator`` may split.
 
     A list may hold mappings with an ``answer`` each, as VQA data sets have them, or be a mapping with a list of those.
+    Blank ones are left out, or refused where ``blanks`` says that each place counts.
     """
     if isinstance(value, Mapping):
         value = value.get("answer")
@@ -110,6 +153,8 @@ def cell_answers(value: Any, separator: str | None, where: str, column: str, wha
     answers = tuple(str(part).strip() for part in parts if not is_blank(part))
     if not answers:
         raise TaskError(f"{where}: column {column!r} has no {what}")
+    if blanks and len(answers) < len(parts):
+        raise TaskError(f"{where}: column {column!r} has a blank {what}")
     return answers
 
 
