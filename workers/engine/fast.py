@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.repairs import TrieRepairs
-from workers.evaluation import Evaluator, describe_error, is_out_of_memory
+from workers.evaluation import Evaluator, describe_error, is_out_of_memory, scores_of
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.metrics import METRICS
 from workers.runtime.descriptor import FamilyDescriptor, validate
@@ -26,11 +24,15 @@ from workers.timed_request import device_name
 
 from . import sizing
 from .answers import Choices, Scorer, judge
+from .continuing import continuations
 from .decoder import Decoder, NotExactError
 from .divergence import DenseAnswers
 from .guesses import Guesser
-from .packing import Chunk, Packer
+from .options import Worth, mean_divergence, option_guesses
+from .outcome import Outcome
+from .packing import Chunk, Packer, cut
 from .parts import Part, Parts
+from .plain_decoding import require_plain_decoding
 from .prompts import PromptReader
 from .states import StateStore
 from .trie import build_trie
@@ -42,45 +44,6 @@ NOT_COMPENSATED = "none"
 
 CHECKED_SAMPLES = 12
 """Samples on which the fast path is compared with the plain one before it is used."""
-
-
-UNTOUCHED_LOGITS: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "bad_words_ids": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "sequence_bias": (),
-    "exponential_decay_length_penalty": (),
-    "guidance_scale": (1.0,),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False, True),
-    "watermarking_config": (),
-    "stop_strings": (),
-    "max_time": (),
-}
-"""Generation settings, and the values under which greedy decoding takes the most likely token until the end."""
-
-
-@dataclass
-class _Outcome:
-    """What is known of one plan so far, by the samples' places in the split."""
-
-    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    kl: dict[int, float] = field(default_factory=dict)
-    alone: set[int] = field(default_factory=set)
-    """Samples that the plain path decides by themselves: two logits were too close, or NaN may have come from a
-    neighbour in the packed sequence."""
-    unfinished: set[int] = field(default_factory=set)
-    """Samples whose answer went another way than guessed and could still score: the plain path generates them."""
-    failed: dict[str, str] = field(default_factory=dict)
-    tied: set[int] = field(default_factory=set)
 
 
 class FastEvaluator:
@@ -99,7 +62,8 @@ class FastEvaluator:
         self.plain, self.loaded, self.task = plain, plain.loaded, plain.task
         if self.task.spec.answer.kind == "free":
             raise NotExactError("its answers are free text, which is generated")
-        _require_plain_decoding(self.loaded.model)
+        if not self.task.spec.is_choice:
+            require_plain_decoding(self.loaded.model)
         self.decoder = Decoder(self.loaded.model)
         self.chunk_tokens = chunk_tokens or sizing.SMALLEST
         self._size_is_open = chunk_tokens is None
@@ -107,10 +71,11 @@ class FastEvaluator:
         spec, tokenizer = self.task.spec, self.loaded.processor.tokenizer
         self.guesser = Guesser(tokenizer, spec.answer.max_new_tokens)
         self._scorer = Scorer(spec, lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)), METRICS)
+        guesses = option_guesses(self.loaded, spec) if spec.is_choice else lambda sample: (self.guesser.forced(sample),)
         self._ends = end_tokens(self.loaded.model)
         reader = PromptReader(self.loaded, self.task, self.decoder)
         self._packer = Packer(self.decoder, self.loaded.device)
-        self.parts = Parts(self.decoder, reader, self._packer, self.guesser.forced, budget=memory_bytes // 2)
+        self.parts = Parts(self.decoder, reader, self._packer, guesses, budget=memory_bytes // 2)
         self.states = StateStore(memory_bytes // 2)
         self._repairs: TrieRepairs | None = None
         self.walker = Walker(self.decoder, self.states)
@@ -150,7 +115,7 @@ class FastEvaluator:
         dense = SkipPlan.dense(self.decoder.num_layers)
         answers = self.plain.answer(dense, chosen)
         for sample in chosen:
-            if sample.id in answers.texts:
+            if sample.id in answers.tokens:
                 self.guesser.learn(answers.texts[sample.id], answers.tokens[sample.id])
         plans = (dense, _mixed(self.decoder.descriptor))
         expected = {dense.text: answers, plans[1].text: self.plain.answer(plans[1], chosen)}
@@ -164,13 +129,13 @@ class FastEvaluator:
         for plan in plans:
             for place, sample in enumerate(own):
                 found = outcomes[plan.text].scores.get(place)
-                text = expected[plan.text].texts.get(sample.id)
-                if found is None or text is None:
+                if found is None or sample.id not in expected[plan.text].texts:
                     continue
-                if found != self._scorer.scores_of_text(sample, text):
+                scores = scores_of(self.task.spec, sample, expected[plan.text])
+                if found != scores:
                     raise NotExactError(
                         f"under the plan {plan} sample {sample.id} scores {found[0]:g} when work is shared and "
-                        f"{self._scorer.scores_of_text(sample, text)[0]:g} by itself"
+                        f"{scores[0]:g} by itself"
                     )
 
     @property
@@ -231,8 +196,8 @@ class FastEvaluator:
         samples: Sequence[Sample],
         start: int,
         folded_maps: Mapping[str, Maps | None],
-    ) -> dict[str, _Outcome]:
-        outcomes = {plan.text: _Outcome() for plan in plans}
+    ) -> dict[str, Outcome]:
+        outcomes = {plan.text: Outcome() for plan in plans}
         with torch.inference_mode():
             for part in self.parts.of(split, samples, start, self.chunk_tokens):
                 for outcome in outcomes.values():
@@ -243,7 +208,38 @@ class FastEvaluator:
                     self.states.budget = max(0, self._memory - self.parts.nbytes)
                     if not self._fits(plans, chunk, samples, start, outcomes, folded_maps):
                         waiting = [*self._halve(part, chunk, outcomes), *waiting]
+                while any(outcome.open for outcome in outcomes.values()):
+                    self._go_on(plans, part, samples, start, outcomes, folded_maps)
         return outcomes
+
+    def _go_on(
+        self,
+        plans: Sequence[SkipPlan],
+        part: Part,
+        samples: Sequence[Sample],
+        start: int,
+        outcomes: dict[str, Outcome],
+        folded_maps: Mapping[str, Maps | None],
+    ) -> None:
+        """Decode every open answer one token further; those that memory is too short for are left to the plain path."""
+        rows = [row for chunk in part.chunks for row in chunk.rows]
+        for each in continuations(rows, {plan: outcome.open for plan, outcome in outcomes.items()}):
+            asked = [plan for plan in plans if plan.text in each.plans]
+            for number, group in enumerate(cut(each.rows, self.chunk_tokens)):
+                chunk = self._packer.chunk(("on", number), group)
+                try:
+                    self._score(asked, chunk, samples, start, outcomes, folded_maps, walker=self._own_walker())
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    for plan in asked:
+                        outcomes[plan.text].give_up(branch.sample for branch in chunk.samples)
+
+    def _own_walker(self) -> Walker:
+        """A walker whose states are not kept for later. Like decoding on the plain path, it is not counted."""
+        walker = Walker(self.decoder, StateStore(self.states.budget))
+        walker.repairs = self.walker.repairs
+        return walker
 
     def _fits(
         self,
@@ -251,7 +247,7 @@ class FastEvaluator:
         chunk: Chunk,
         samples: Sequence[Sample],
         start: int,
-        outcomes: dict[str, _Outcome],
+        outcomes: dict[str, Outcome],
         folded_maps: Mapping[str, Maps | None],
     ) -> bool:
         """Score a chunk under all plans; False when memory is too short for it."""
@@ -259,21 +255,34 @@ class FastEvaluator:
             if chunk.dense is None:
                 ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
                 chunk.dense = DenseAnswers.of(self.decoder.logits(states))
-            repaired = [plan for plan in plans if folded_maps.get(plan.text) is None]
-            self._score_chunk(self.walker, repaired, chunk, samples, start, outcomes)
-            for plan in plans:
-                own = folded_maps.get(plan.text)
-                if own is not None:  # other weights: no state is shared with other plans
-                    walker = Walker(self.decoder, StateStore(self.states.budget), self.walker.tally)
-                    with folded(self.decoder.stack, plan, own):
-                        self._score_chunk(walker, [plan], chunk, samples, start, outcomes)
+            self._score(plans, chunk, samples, start, outcomes, folded_maps, walker=self.walker)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False
         return True
 
-    def _halve(self, part: Part, chunk: Chunk, outcomes: dict[str, _Outcome]) -> tuple[Chunk, ...]:
+    def _score(
+        self,
+        plans: Sequence[SkipPlan],
+        chunk: Chunk,
+        samples: Sequence[Sample],
+        start: int,
+        outcomes: dict[str, Outcome],
+        folded_maps: Mapping[str, Maps | None],
+        *,
+        walker: Walker,
+    ) -> None:
+        repaired = [plan for plan in plans if folded_maps.get(plan.text) is None]
+        self._score_chunk(walker, repaired, chunk, samples, start, outcomes)
+        for plan in plans:
+            own = folded_maps.get(plan.text)
+            if own is not None:  # other weights: no state is shared with other plans
+                alone = Walker(self.decoder, StateStore(self.states.budget), walker.tally)
+                with folded(self.decoder.stack, plan, own):
+                    self._score_chunk(alone, [plan], chunk, samples, start, outcomes)
+
+    def _halve(self, part: Part, chunk: Chunk, outcomes: dict[str, Outcome]) -> tuple[Chunk, ...]:
         """Two halves of a chunk that memory is too short for; the questions of a single row are asked one by one."""
         self.states.clear()
         if self.loaded.device.type == "cuda":
@@ -293,43 +302,54 @@ class FastEvaluator:
         chunk: Chunk,
         samples: Sequence[Sample],
         start: int,
-        outcomes: dict[str, _Outcome],
+        outcomes: dict[str, Outcome],
     ) -> None:
-        assert chunk.dense is not None
         for node, states in walker.ends(build_trie(plans, repairs=walker.repairs is not None), chunk):
             logits = self.decoder.logits(states)
-            divergence = chunk.dense.divergence(logits)
+            divergence = None if chunk.dense is None else chunk.dense.divergence(logits)
+            if self.task.spec.is_choice:
+                assert divergence is not None
+                worth, kl = Worth.of(chunk, logits, self.loaded.model.dtype), mean_divergence(chunk, divergence)
+                for plan in node.plans:
+                    worth.judge(self.task.spec, samples, start, outcomes[plan])
+                    outcomes[plan].kl.update(kl)
+                continue
+            choices = Choices.of(logits, self.loaded.model.dtype)
             for plan in node.plans:
-                self._judge(chunk, logits, divergence, samples, start, outcomes[plan])
+                self._judge(chunk, choices, divergence, samples, start, outcomes[plan])
 
     def _judge(
         self,
         chunk: Chunk,
-        logits: Tensor,
-        divergence: Tensor,
+        choices: Choices,
+        divergence: Tensor | None,
         samples: Sequence[Sample],
         start: int,
-        outcome: _Outcome,
+        outcome: Outcome,
     ) -> None:
-        choices = Choices.of(logits, self.loaded.model.dtype)
-        kl = divergence.tolist()
+        """Take note of a plan's answers in a chunk: the first time with its divergence, then those that are open."""
+        kl = None if divergence is None else divergence.tolist()
         for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True):
+            if kl is not None:
+                outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
+            elif outcome.open.get(branch.sample) != branch.guess.complete:
+                continue  # another plan's
             sample = samples[branch.sample - start]
             verdict = judge(choices, (first, last), branch.guess, self._ends)
-            outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
             scores = self._scorer.settled(sample, verdict, branch.guess.limit, self._ends)
+            known = outcome.open.pop(branch.sample, ())
             if verdict.not_a_number:
                 outcome.alone.add(branch.sample)
             elif scores is not None:
                 outcome.scores[branch.sample] = scores
-            elif verdict.rivals != ():
+            elif verdict.rivals != () or len(verdict.tokens) <= len(known):  # or rounding took another way than before
                 outcome.tied.add(branch.sample)
                 outcome.alone.add(branch.sample)
             else:
-                outcome.unfinished.add(branch.sample)
+                outcome.open[branch.sample] = verdict.tokens
 
     def _ask_plain(
-        self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: _Outcome, maps: Maps | None
+        self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: Outcome, maps: Maps | None
     ) -> None:
         for places, ask in (
             (sorted(outcome.alone), self.plain.answer_alone),
@@ -343,10 +363,10 @@ class FastEvaluator:
             outcome.tied.update(place for place, sample in zip(places, asked, strict=True) if sample.id in answers.tied)
             for place, sample in zip(places, asked, strict=True):
                 if sample.id in answers.texts:
-                    outcome.scores[place] = self._scorer.scores_of_text(sample, answers.texts[sample.id])
+                    outcome.scores[place] = scores_of(self.task.spec, sample, answers)
 
     def _evaluation(
-        self, text: str, request: EvaluatePlans, samples: Sequence[Sample], outcome: _Outcome, seconds: float
+        self, text: str, request: EvaluatePlans, samples: Sequence[Sample], outcome: Outcome, seconds: float
     ) -> Evaluation:
         places = range(request.start, request.start + len(samples))
         scores = [outcome.scores.get(place, self._scorer.nothing) for place in places]
@@ -383,14 +403,3 @@ def _mixed(descriptor: FamilyDescriptor) -> SkipPlan:
             continue
         plan = changed
     return plan
-
-
-def _require_plain_decoding(model: Any) -> None:
-    """Raise NotExactError where generation does more than take the most likely token."""
-    config = model.generation_config
-    for name, harmless in UNTOUCHED_LOGITS.items():
-        value = getattr(config, name, None)
-        if value is not None and value not in harmless:
-            raise NotExactError(f"its generation settings change logits ({name} = {value!r})")
-    if type(model).generate is not GenerationMixin.generate:
-        raise NotExactError("it generates by a method of its own")

@@ -74,6 +74,24 @@ def test_random_plans_score_the_same_on_every_sample(plain: Evaluator, fast: Fas
     assert len({each.scores for each in quick}) > 6  # else the comparison would show little
 
 
+@pytest.mark.parametrize("compensation", ["none", "linear tokens=256"])
+def test_open_answers_are_decoded_on_without_the_plain_path(
+    tiny: LoadedModel, answered: Task, compensation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Under token F1 every answer can still score, so all are decoded to their end.
+    spec = replace(answered.spec, metric="token_f1", answer=replace(answered.spec.answer, max_new_tokens=5))
+    task = replace(answered, spec=spec)
+    request = EvaluatePlans(random_plans(LAYERS, 12, seed=4), "search", 30, compensation=compensation)
+    expected = evaluations(Evaluator(tiny, task).evaluate_all(request))
+    plain = Evaluator(tiny, task)
+    fast = FastEvaluator(plain, chunk_tokens=700)
+    fast.check("search")
+    monkeypatch.setattr(plain, "answer", lambda *_: pytest.fail("the plain path was asked"))
+    found = evaluations(fast.evaluate_all(request))
+    assert [each.scores for each in found] == [each.scores for each in expected]
+    assert len({score for each in found for score in each.scores}) > 2
+
+
 def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
     plans = random_plans(LAYERS, 30, seed=2)
     fast.evaluate_all(EvaluatePlans(("R" * LAYERS,), "search", 24))
