@@ -38,13 +38,16 @@ class Likelihood:
     def __add__(self, other: Likelihood) -> Likelihood:
         return Likelihood(self.total + other.total, math.hypot(self.noise, other.noise))
 
-    @classmethod
-    def of(cls, logits: Tensor, tokens: Sequence[int], dtype: torch.dtype) -> Likelihood:
-        """From float32 logits ``[tokens, vocabulary]`` of a model in ``dtype``; NaN among them makes ``total`` NaN."""
-        chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-        total = (chosen - logits.logsumexp(-1)).sum()
-        bounds = tie_bound(torch.maximum(logits.amax(-1), chosen.abs()), dtype)
-        return cls(float(total), float(bounds.square().sum().sqrt()))
+
+def token_likelihoods(logits: Tensor, tokens: Sequence[int], dtype: torch.dtype) -> list[Likelihood]:
+    """Of one token in each row of float32 logits ``[tokens, vocabulary]`` of a model in ``dtype``.
+
+    NaN anywhere in a row makes its ``total`` NaN.
+    """
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    totals = chosen - logits.logsumexp(-1)
+    noise = tie_bound(torch.maximum(logits.amax(-1), chosen.abs()), dtype)
+    return [Likelihood(*pair) for pair in zip(totals.tolist(), noise.tolist(), strict=True)]
 
 
 def option_tokens(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> tuple[tuple[int, ...], ...]:
@@ -99,11 +102,22 @@ def option_likelihoods(
             failed[sample.id] = str(error)
             tokens.append(())
     inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
-    pad = loaded.processor.tokenizer.pad_token_id
-    feeder = _Feeder(tokens, min(end_tokens(loaded.model), default=pad), loaded.model.dtype)
-    handle = loaded.model.register_forward_hook(feeder.note)
+    likelihoods = feed(loaded.model, inputs, tokens, loaded.processor.tokenizer.pad_token_id)
+    found = {}
+    for sample, own, likelihood in zip(batch.samples, tokens, likelihoods, strict=True):
+        if math.isnan(likelihood.total):
+            failed[sample.id] = "the logits hold NaN"
+        elif own:
+            found[sample.id] = likelihood
+    return found, failed
+
+
+def feed(model: Any, inputs: Mapping[str, Any], tokens: Sequence[Sequence[int]], pad: int) -> list[Likelihood]:
+    """The likelihood of each row's own tokens behind the prompts that ``inputs`` (of ``generate``) hold."""
+    feeder = _Feeder(tokens, min(end_tokens(model), default=pad), model.dtype)
+    handle = model.register_forward_hook(feeder.note)
     try:
-        loaded.model.generate(
+        model.generate(
             **inputs,
             do_sample=False,
             num_beams=1,
@@ -113,16 +127,7 @@ def option_likelihoods(
         )
     finally:
         handle.remove()
-    found = {}
-    for row, (sample, own) in enumerate(zip(batch.samples, tokens, strict=True)):
-        if not own:
-            continue
-        likelihood = feeder.likelihood(row)
-        if math.isnan(likelihood.total):
-            failed[sample.id] = "the logits hold NaN"
-        else:
-            found[sample.id] = likelihood
-    return found, failed
+    return [feeder.likelihood(row) for row in range(len(tokens))]
 
 
 @dataclass(frozen=True)
@@ -206,10 +211,11 @@ class _Feeder(LogitsProcessor):  # type: ignore[misc]  # transformers is not typ
         step, self._step = self._step, self._step + 1
         logits = self._logits.float()
         forced = torch.full_like(scores, -math.inf)
-        for row, own in enumerate(self._tokens):
-            forced[row, own[step] if step < len(own) else self._end] = 0.0
-            if step < len(own):
-                self._found[row] += Likelihood.of(logits[row : row + 1], own[step : step + 1], self._dtype)
+        following = [own[step] if step < len(own) else self._end for own in self._tokens]
+        forced[range(len(following)), following] = 0.0
+        for row, found in enumerate(token_likelihoods(logits, following, self._dtype)):
+            if step < len(self._tokens[row]):
+                self._found[row] += found
         return forced
 
     def likelihood(self, row: int) -> Likelihood:

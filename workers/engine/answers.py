@@ -84,7 +84,7 @@ class Scorer:
         self, spec: TaskSpec, decode: Callable[[Sequence[int]], str], metrics: dict[str, Callable[..., float]]
     ):
         self._names = (spec.metric, *spec.secondary)
-        self._metrics = {name: metrics[name] for name in self._names}
+        self._metrics = {name: metrics[name] for name in self._names if name in metrics}  # others score no texts
         self._decode = decode
         self._texts: dict[tuple[int, ...], str] = {}
 

@@ -57,8 +57,6 @@ class Evaluators:
         return self._reasons[split]
 
     def _check(self, split: str) -> None:
-        if self.plain.task.spec.is_choice:
-            raise NotExactError("its answers are chosen among options")
         if self._fast is None:
             self._fast = FastEvaluator(self.plain, memory_bytes=self._memory)
         self._fast.check(split)

@@ -137,7 +137,7 @@ class Chunk:
     """Packed rows that go through the layers together, and where the answers are in them.
 
     ``answer_rows`` and ``answer_columns`` (``[positions]`` each) say where every answer position is. ``spans`` gives
-    for each of ``samples`` the first and one past the last of its answer positions.
+    for each of ``samples`` (branches, that is) the first and one past the last of its answer positions.
     """
 
     key: tuple[Any, ...]
@@ -157,6 +157,11 @@ class Chunk:
         """Tokens, padding included."""
         return self.context.hidden.shape[0] * self.context.hidden.shape[1]
 
+    @cached_property
+    def asked(self) -> int:
+        """Samples; one with several options has several branches."""
+        return len({branch.sample for branch in self.samples})
+
     @property
     def padding(self) -> int:
         """Tokens that are padding."""
@@ -175,19 +180,23 @@ class Chunk:
         return sum(tensors.values()) + sum(images.values()) + (self.dense.nbytes if self.dense else 0)
 
 
-def make_rows(images: Sequence[ImagePrompts], guess: Callable[[int], Guess]) -> list[Row]:
-    """Pack the questions of each image; ``guess`` gives the answer to force on the sample at a place."""
+def make_rows(images: Sequence[ImagePrompts], guesses: Callable[[int], Sequence[Guess]]) -> list[Row]:
+    """Pack the questions of each image; ``guesses`` gives the answers to force on the sample at a place.
+
+    Those of one sample stay in one row.
+    """
     rows = []
     for image in images:
         pending: list[Branch] = []
         length = 0
         for sample, question in zip(image.samples, image.questions, strict=True):
-            branch = Branch(sample, question, guess(sample))
-            if pending and length + len(branch.tokens) > LONGEST_BRANCHES:
+            branches = [Branch(sample, question, guess) for guess in guesses(sample)]
+            size = len(question) + sum(len(branch.guess.fed) for branch in branches)
+            if pending and length + size > LONGEST_BRANCHES:
                 rows.append(Row(image, tuple(pending)))
                 pending, length = [], 0
-            pending.append(branch)
-            length += len(branch.tokens)
+            pending += branches
+            length += size
         rows.append(Row(image, tuple(pending)))
     return rows
 

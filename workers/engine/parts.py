@@ -37,11 +37,11 @@ class Parts:
         decoder: Decoder,
         reader: PromptReader,
         packer: Packer,
-        guess: Callable[[Sample], Guess],
+        guesses: Callable[[Sample], Sequence[Guess]],
         *,
         budget: int,
     ) -> None:
-        self._decoder, self._reader, self._packer, self._guess = decoder, reader, packer, guess
+        self._decoder, self._reader, self._packer, self._guesses = decoder, reader, packer, guesses
         self.budget = budget
         self._kept: OrderedDict[tuple[str, int, int], Part] = OrderedDict()
         self._bounds: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
@@ -88,7 +88,7 @@ class Parts:
             size += images[-1].nbytes if images else 0
             if size > self.budget // 4:
                 break
-        guesses = {first + number: self._guess(sample) for number, sample in enumerate(samples[: last - first])}
+        guesses = {first + number: self._guesses(sample) for number, sample in enumerate(samples[: last - first])}
         rows = make_rows(images, guesses.__getitem__)
         chunks = tuple(
             self._packer.chunk((split, first, last, tokens, number), group)

@@ -87,7 +87,7 @@ class Walker:
         return self.repairs.branch_of(self._decoder.layers[step.layer])
 
     def _count(self, chunk: Chunk, node: Node) -> None:
-        samples = len(chunk.samples)
+        samples = chunk.asked
         self.tally.executions += samples
         self.tally.by_plan[self._charged] = self.tally.by_plan.get(self._charged, 0) + samples
 

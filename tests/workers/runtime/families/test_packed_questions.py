@@ -51,7 +51,7 @@ def test_packed_questions_give_the_logits_of_each_alone(name: str) -> None:
     plans = [SkipPlan.dense(family.layers), *map(SkipPlan.parse, mixed_plans(family, 4, seed=9))]
     with torch.inference_mode():
         image = shared_prompts(decoder, asked(family, QUESTIONS[0]), prompts, tuple(range(len(prompts))))
-        rows = make_rows([image], lambda sample: Guess(ANSWERS[sample], 8))
+        rows = make_rows([image], lambda sample: (Guess(ANSWERS[sample], 8),))
         chunk = Packer(decoder, torch.device("cpu")).chunk(("one",), rows)
         found = {
             plan: decoder.logits(states)
