@@ -172,7 +172,7 @@ class CompensationSpec(_Section):
         allow_inf_nan=False,
         description="Pull of the maps towards the plain skip, relative to the mean square of what they act on.",
     )
-    weighting: Literal["uniform", "rms", "groups", "gain"] = Field(
+    weighting: Literal["uniform", "rms", "groups", "answers", "gain"] = Field(
         default="rms", description="How much a calibration token counts (see docs/compensation.md)."
     )
     tokens: int = Field(

@@ -6,7 +6,8 @@ Parts: ``table`` (accuracy and mean KL to dense of both at equal layer sets), ``
 ``tokens`` (calibration size), ``frontier`` (most layers within 1 and 3 points), ``elsewhere`` (fitted on one task,
 measured on another), ``time`` (a fit against evaluation passes over the same tokens), ``rounding`` (folded weights
 against explicit maps), ``redundancy`` (rank correlation of predicted with measured harm). Accuracies are those of the
-first held-out samples; layer sets were chosen on none of them.
+first held-out samples, or with ``--split search`` of the split on which defaults are chosen; layer sets were chosen on
+none of them.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ VARIANTS = (
     "weighting=rms",
     "weighting=uniform",
     "weighting=groups",
+    "weighting=answers",
     "weighting=gain",
     "source=dense",
     "ridge=0.1",
@@ -66,8 +68,9 @@ VARIANTS = (
 class Bench:
     """One model and task, and both ways of skipping."""
 
-    def __init__(self, loaded: LoadedModel, task: Task, samples: int, recipe: str) -> None:
-        self.loaded, self.task, self.samples = loaded, task, min(samples, len(task.held_out))
+    def __init__(self, loaded: LoadedModel, task: Task, samples: int, recipe: str, split: str = "held_out") -> None:
+        self.loaded, self.task, self.split = loaded, task, split
+        self.samples = min(samples, len(task.split(split)))
         self.evaluators = Evaluators(Evaluator(loaded, task), memory_bytes=2 << 30)
         self.compensator = self.evaluators.plain.compensator
         self.recipe = recipe
@@ -75,7 +78,7 @@ class Bench:
 
     def scores(self, plans: Sequence[SkipPlan], compensation: str) -> list[dict[str, Any]]:
         """Accuracy and mean KL to dense of every plan; None where it cannot be evaluated."""
-        request = EvaluatePlans(tuple(p.text for p in plans), "held_out", self.samples, compensation=compensation)
+        request = EvaluatePlans(tuple(p.text for p in plans), self.split, self.samples, compensation=compensation)
         found = []
         for result in self.evaluators.evaluate(request).results:
             if isinstance(result, Evaluation):
@@ -144,11 +147,11 @@ def frontier(bench: Bench, plans: Sequence[SkipPlan]) -> Any:
 
 def elsewhere(bench: Bench, plans: Sequence[SkipPlan], other: Task) -> Any:
     """Maps of one task, and of the other task itself, measured on the other task."""
-    there = Bench(bench.loaded, other, bench.samples, bench.recipe)
+    there = Bench(bench.loaded, other, bench.samples, bench.recipe, bench.split)
     rows = []
     for plan, own, plain in zip(plans, there.scores(plans, there.recipe), there.scores(plans, "none"), strict=True):
         maps = bench.compensator.maps(plan, bench.recipe)
-        moved = there.evaluators.plain.evaluate(plan, "held_out", there.samples, maps=maps)
+        moved = there.evaluators.plain.evaluate(plan, there.split, there.samples, maps=maps)
         rows.append({"plan": plan.text, "plain": plain, "fitted here": own, "fitted there": moved.accuracy})
     dense = there.scores([SkipPlan.dense(bench.layers)], "none")[0]
     return {"task": other.name, "dense": dense, "rows": rows}
@@ -250,6 +253,7 @@ def main() -> None:
     parser.add_argument("--task", default="easy-vqa")
     parser.add_argument("--other", default="scenes", help="the other task of part elsewhere")
     parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--split", default="held_out", choices=("search", "held_out"))
     parser.add_argument("--recipe", default="linear tokens=16384")
     parser.add_argument("--skip", action="append", help="layers of one set, for example 3,5-7; may be repeated")
     parser.add_argument("--dtype", default="auto")
@@ -258,7 +262,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     loaded = load_model(ModelSource(options.model, dtype=options.dtype))
-    bench = Bench(loaded, load_task(options.task), options.samples, Recipe.parse(options.recipe).text)
+    bench = Bench(loaded, load_task(options.task), options.samples, Recipe.parse(options.recipe).text, options.split)
     sets = SETS[bench.layers] if options.skip is None else [numbers(text) for text in options.skip]
     plans = [SkipPlan.skipping(bench.layers, each) for each in sets]
     if options.part == "elsewhere":

@@ -43,6 +43,8 @@ class CalibrationBatch:
     kwargs: dict[str, Any]
     vision: Tensor
     """Vision tokens, bool ``[batch, tokens]``."""
+    answers: Tensor
+    """Tokens from which the answer is read, the prompt's last one and the answer's own, bool ``[batch, tokens]``."""
     kept: Tensor
     """Places of the kept tokens in the flattened batch, ascending ``[kept]``."""
     targets: tuple[Tensor, ...]
@@ -52,6 +54,11 @@ class CalibrationBatch:
     def kept_vision(self) -> Tensor:
         """Which kept tokens are vision tokens, bool ``[kept]``."""
         return self.vision.flatten()[self.kept]
+
+    @property
+    def kept_answers(self) -> Tensor:
+        """Which kept tokens the answer is read from, bool ``[kept]``."""
+        return self.answers.flatten()[self.kept]
 
 
 @dataclass(frozen=True)
@@ -89,22 +96,22 @@ def calibrate(
     prepared = list(_prepare(loaded, task, tokens))
     if not prepared:
         raise CompensationError(f"task {task.name}: no calibration sample can be read, so no map can be fitted")
-    real = [inputs["attention_mask"].bool().flatten() for _, inputs in prepared]
+    real = [each.inputs["attention_mask"].bool().flatten() for each in prepared]
     total = sum(int(mask.sum()) for mask in real)
     chosen = _choose(total, _affordable(stack, loaded.model.dtype, memory_budget), seed)
     vision_ids = torch.tensor(describe(loaded.model).vision_token_ids)
     prover = _Prover(stack)
     batches, passed = [], 0
-    for (_, inputs), mask in zip(prepared, real, strict=True):
-        places = mask.nonzero().flatten()
+    for each, mask in zip(prepared, real, strict=True):
+        inputs, places = each.inputs, mask.nonzero().flatten()
         here = chosen[(chosen >= passed) & (chosen < passed + len(places))] - passed
         passed += len(places)
         vision = torch.isin(inputs["input_ids"], vision_ids) & inputs["attention_mask"].bool()
         with prover.proving():
-            batches.append(_dense_pass(loaded, stack, inputs, vision, places[here]))
+            batches.append(_dense_pass(loaded, stack, inputs, vision, each.answers, places[here]))
     return Calibration(
         batches=tuple(batches),
-        samples=tuple(sample.id for samples, _ in prepared for sample in samples),
+        samples=tuple(sample.id for each in prepared for sample in each.samples),
         tokens=total,
         kept=len(chosen),
         shares=prover.shares,
@@ -127,19 +134,36 @@ def _choose(total: int, affordable: int, seed: int) -> Tensor:
 # Sequences ----------------------------------------------------------------------------------------------------------
 
 
-def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[tuple[tuple[Sample, ...], BatchFeature]]:
+@dataclass(frozen=True)
+class _Sequences:
+    """Prompts ``[batch, tokens]``, padded on the left, with answers behind them, padded on the right."""
+
+    samples: tuple[Sample, ...]
+    inputs: BatchFeature
+    prompt: int
+    """Width of the prompts."""
+
+    @property
+    def answers(self) -> Tensor:
+        """Tokens from which the answer is read, bool ``[batch, tokens]``."""
+        found: Tensor = self.inputs["attention_mask"].bool().clone()
+        found[:, : self.prompt - 1] = False
+        return found
+
+
+def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[_Sequences]:
     """Batches of samples with their answers, as model inputs on the CPU, until the tokens are reached."""
     reached, samples = 0, by_image(task.calibration)
     for start in range(0, len(samples), BATCH):
         batch = _with_answers(loaded, task, samples[start : start + BATCH])
         if batch is None:
             continue
-        lengths = batch[1]["attention_mask"].sum(1).cumsum(0) + reached
+        lengths = batch.inputs["attention_mask"].sum(1).cumsum(0) + reached
         needed = int((lengths < tokens).sum()) + 1
-        if needed < len(batch[0]):
-            batch = _with_answers(loaded, task, batch[0][:needed])
+        if needed < len(batch.samples):
+            batch = _with_answers(loaded, task, batch.samples[:needed])
             assert batch is not None
-        reached += int(batch[1]["attention_mask"].sum())
+        reached += int(batch.inputs["attention_mask"].sum())
         yield batch
         if reached >= tokens:
             return
@@ -159,27 +183,24 @@ def by_image(samples: Sequence[Sample]) -> tuple[Sample, ...]:
     return tuple(sample for _, sample in sorted(zip(turns, samples, strict=True), key=lambda pair: pair[0]))
 
 
-def _with_answers(
-    loaded: LoadedModel, task: Task, samples: Sequence[Sample]
-) -> tuple[tuple[Sample, ...], BatchFeature] | None:
+def _with_answers(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> _Sequences | None:
     prepared = prepare_batch(loaded, task, samples)
     if prepared.inputs is None:
         return None
-    pad = loaded.processor.tokenizer.pad_token_id
+    pad, prompt = loaded.processor.tokenizer.pad_token_id, prepared.inputs["input_ids"].shape[1]
     if task.spec.is_choice:
         with torch.inference_mode():
             chosen = [torch.tensor(chosen_tokens(loaded, task, s)[:-1], dtype=torch.long) for s in prepared.samples]
-        return prepared.samples, append_answers(prepared.inputs, chosen, pad)
+        return _Sequences(prepared.samples, append_answers(prepared.inputs, chosen, pad), prompt)
     inputs = to_device(prepared.inputs, loaded.device, loaded.model.dtype)
     with torch.inference_mode():
         sequences = loaded.model.generate(
             **inputs, do_sample=False, num_beams=1, max_new_tokens=task.spec.answer.max_new_tokens, pad_token_id=pad
         )
-    prompt = inputs["input_ids"].shape[1]
     if not torch.equal(sequences[:, :prompt], inputs["input_ids"]):
         raise CompensationError("this family's generate() returns no prompts, so answers cannot be put behind them")
     answers = [_fed_tokens(row, loaded.model.generation_config.eos_token_id) for row in sequences[:, prompt:].cpu()]
-    return prepared.samples, append_answers(prepared.inputs, answers, pad)
+    return _Sequences(prepared.samples, append_answers(prepared.inputs, answers, pad), prompt)
 
 
 def _fed_tokens(answer: Tensor, end: int | Sequence[int] | None) -> Tensor:
@@ -210,7 +231,7 @@ def append_answers(inputs: BatchFeature, answers: Sequence[Tensor], pad: int) ->
 
 
 def _dense_pass(
-    loaded: LoadedModel, stack: DecoderStack, inputs: BatchFeature, vision: Tensor, kept: Tensor
+    loaded: LoadedModel, stack: DecoderStack, inputs: BatchFeature, vision: Tensor, answers: Tensor, kept: Tensor
 ) -> CalibrationBatch:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     states: dict[int, Tensor] = {}
@@ -246,7 +267,7 @@ def _dense_pass(
         raise CompensationError(f"the decoder ran {len(calls)} times in one forward pass, which maps do not allow for")
     args, kwargs = calls[0]
     targets = tuple(states[index] for index in range(len(stack.layers)))
-    return CalibrationBatch(args, kwargs, vision.to(device), places, targets)
+    return CalibrationBatch(args, kwargs, vision.to(device), answers.to(device), places, targets)
 
 
 class _Prover:

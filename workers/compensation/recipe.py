@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from workers.errors import WorkersError
 
 Kind = Literal["none", "linear"]
-Weighting = Literal["uniform", "rms", "groups", "gain"]
+Weighting = Literal["uniform", "rms", "groups", "answers", "gain"]
 Source = Literal["pruned", "dense"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -35,8 +35,9 @@ class Recipe:
     """Pull of the maps towards the identity, relative to the mean squared entry of the projection's output."""
     weighting: Weighting = "rms"
     """What a token's squared error is divided by or multiplied with: ``uniform`` nothing; ``rms`` divided by the
-    target's mean square; ``groups`` so too, with vision and text tokens weighing the same in total; ``gain`` so too,
-    times how much an error on the token's group changes the answer's distribution."""
+    target's mean square; ``groups`` so too, with vision and text tokens weighing the same in total; ``answers`` so too,
+    with vision tokens, the prompt's text and the tokens from which the answer is read weighing the same in total;
+    ``gain`` divided as in ``rms``, times how much an error on the token's group changes the answer's distribution."""
     tokens: int = 16384
     """Calibration tokens: whole samples, one an image first, until this many are reached."""
     bias: bool = False

@@ -25,6 +25,9 @@ def weigher(weighting: Weighting, calibration: Calibration, gains: Callable[[int
     if weighting == "groups":
         factors = _equal_groups(calibration)
         return lambda layer, batch, target: inverse_mean_square(target) * _by_group(batch, factors)
+    if weighting == "answers":
+        parts = _equal_parts(calibration)
+        return lambda layer, batch, target: inverse_mean_square(target) * _by_part(batch, parts)
     return lambda layer, batch, target: inverse_mean_square(target) * _by_group(batch, gains(layer))
 
 
@@ -43,3 +46,16 @@ def _equal_groups(calibration: Calibration) -> tuple[float, float]:
     vision = sum(int(batch.kept_vision.sum()) for batch in calibration.batches)
     text = calibration.kept - vision
     return (1.0 if not vision else calibration.kept / (2 * vision), 1.0 if not text else calibration.kept / (2 * text))
+
+
+def _by_part(batch: CalibrationBatch, factors: tuple[float, float, float]) -> Tensor:
+    return torch.where(batch.kept_answers, factors[2], _by_group(batch, factors[:2])).double()
+
+
+def _equal_parts(calibration: Calibration) -> tuple[float, float, float]:
+    """Factors that make vision tokens, the prompts' other tokens, and those that answer weigh the same in total."""
+    answers = sum(int(batch.kept_answers.sum()) for batch in calibration.batches)
+    vision = sum(int((batch.kept_vision & ~batch.kept_answers).sum()) for batch in calibration.batches)
+    counts = (vision, calibration.kept - vision - answers, answers)
+    vision_factor, text_factor, answer_factor = (calibration.kept / (3 * count) if count else 1.0 for count in counts)
+    return vision_factor, text_factor, answer_factor

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.compensation.calibration import BATCH, Calibration, append_answers, by_image, calibrate
+from workers.compensation.calibration import BATCH, Calibration, CalibrationBatch, append_answers, by_image, calibrate
 from workers.compensation.fit import Fitted, fit
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.weighting import weigher
+from workers.evaluation import Evaluator
 from workers.models import LoadedModel
 from workers.runtime import SkipPlan, apply
 from workers.runtime.locate import locate
@@ -145,7 +146,25 @@ def test_fitting_from_dense_states_alone_ignores_the_gaps_below(tiny: LoadedMode
     assert torch.allclose(bottom_up.maps[0].matrix, both.maps[0].matrix, atol=1e-5)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "groups", "gain"])
+def test_answers_are_read_from_the_last_tokens_of_every_row(
+    tiny: LoadedModel, small_task: Task, calibration: Calibration
+) -> None:
+    samples = by_image(small_task.calibration)
+    given = Evaluator(tiny, small_task).answer(SkipPlan.dense(6), samples).tokens
+    limit = small_task.spec.answer.max_new_tokens
+    rows = [row for batch in calibration.batches for row in zip(batch.answers, _real(batch), strict=True)]
+    for sample, (answers, real) in zip(samples, rows, strict=True):
+        assert answers.sum() == min(len(given[sample.id]) + 1, limit)
+        assert torch.equal(answers.nonzero().flatten(), real.nonzero().flatten()[-int(answers.sum()) :])
+
+
+def _real(batch: CalibrationBatch) -> Tensor:
+    real = torch.zeros(batch.vision.numel(), dtype=torch.bool)
+    real[batch.kept] = True
+    return real.view(batch.vision.shape)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "groups", "answers", "gain"])
 def test_weightings(tiny: LoadedModel, calibration: Calibration, weighting: str) -> None:
     own = fitted(tiny, calibration, "RRSRRR", f"linear tokens={ALL} weighting={weighting}").maps[1]
     with apply(tiny.model, SkipPlan.parse("RRSRRR")):
@@ -154,7 +173,11 @@ def test_weightings(tiny: LoadedModel, calibration: Calibration, weighting: str)
     vision = torch.cat([batch.kept_vision for batch in calibration.batches]).numpy()
     by_group = {"groups": (1 / vision.sum(), 1 / (~vision).sum()), "gain": (2.0, 0.5)}
     weights = np.ones(len(target))
-    if weighting != "uniform":
+    if weighting == "answers":
+        answers = torch.cat([batch.kept_answers for batch in calibration.batches]).numpy()
+        parts = [vision & ~answers, ~vision & ~answers, answers]
+        weights = sum(part / part.sum() for part in parts) / (target**2).mean(1)
+    elif weighting != "uniform":
         weights = np.where(vision, *by_group[weighting]) / (target**2).mean(1)
     expected = best_map(output, state, target, 1e-3, weights)
     np.testing.assert_allclose(own.matrix.numpy(), expected, atol=1e-4 * np.abs(expected).max())
