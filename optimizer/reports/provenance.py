@@ -94,6 +94,11 @@ def _about_the_work(report: JobReport) -> list[tuple[str, str]]:
     ]
     if "samples" in counters:
         rows.append(("samples evaluated", words.count(counters["samples"])))
+        failed = words.count(counters.get("failed_samples", 0.0))
+        rows.append(("of those, failed (unreadable image, NaN, out of memory) and counted as wrong", failed))
+        rows.append(
+            ("of those, decided alone since rounding could decide", words.count(counters.get("near_ties", 0.0)))
+        )
     if "evaluation_seconds" in counters:
         rows.append(("worker time of the evaluations", words.duration(counters["evaluation_seconds"])))
     return [*rows, ("layer executions", _layer_executions(report))]

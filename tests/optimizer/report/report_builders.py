@@ -157,7 +157,8 @@ def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
     outcome = {"tried": [{}] * (tried + 1), "failed": {}, "stopped_because": "the budget is spent"}
     stages.record_stage(db, job, "search", {"value": outcome})
     stages.record_stage(db, job, "publish", {"value": {"plan_ids": [], "best": best, "reason": ""}})
-    stages.add_counters(db, job, {"evaluations": tried + 1.0, "samples": 4321.0, "evaluation_seconds": 12.5})
+    counters = {"evaluations": tried + 1.0, "samples": 4321.0, "evaluation_seconds": 12.5, "failed_samples": 3.0}
+    stages.add_counters(db, job, counters | {"near_ties": 17.0})
     jobs.finish(db, job)
     return job.id
 
