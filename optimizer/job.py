@@ -173,7 +173,7 @@ class CompensationSpec(_Section):
         description="Pull of the maps towards the plain skip, relative to the mean square of what they act on.",
     )
     weighting: Literal["uniform", "rms", "groups", "answers", "gain"] = Field(
-        default="rms", description="How much a calibration token counts (see docs/compensation.md)."
+        default="answers", description="How much a calibration token counts (see docs/compensation.md)."
     )
     tokens: int = Field(
         default=16384, ge=1, le=10_000_000, description="Calibration tokens that maps are fitted on, in whole samples."

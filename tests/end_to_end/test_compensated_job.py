@@ -52,7 +52,7 @@ def recipe(plan: dict[str, Any]) -> str:
 def test_every_published_plan_names_its_maps(compensated_job: FinishedJob) -> None:
     assert compensated_job.result["plans"]
     for plan in compensated_job.result["plans"]:
-        assert recipe(plan) == "linear ridge=0.001 weighting=rms tokens=2048"
+        assert recipe(plan) == "linear ridge=0.001 weighting=answers tokens=2048"
         content = Path(plan["artefact"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == plan["artefact_checksum"]
         assert Path(plan["artefact"]).parent == compensated_job.directory / "skipplan-artefacts"

@@ -15,7 +15,7 @@ from workers.compensation.recipe import Recipe
 from workers.messages import TextDivergence
 
 BASE = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
-DEFAULT = "linear ridge=0.001 weighting=rms tokens=16384"
+DEFAULT = "linear ridge=0.001 weighting=answers tokens=16384"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Recipe:
     kind: Kind = "none"
     ridge: float = 1e-3
     """Pull of the maps towards the identity, relative to the mean squared entry of the projection's output."""
-    weighting: Weighting = "rms"
+    weighting: Weighting = "answers"
     """What a token's squared error is divided by or multiplied with: ``uniform`` nothing; ``rms`` divided by the
     target's mean square; ``groups`` so too, with vision and text tokens weighing the same in total; ``answers`` so too,
     with vision tokens, the prompt's text and the tokens from which the answer is read weighing the same in total;
@@ -67,7 +67,7 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The canonical text: ``"none"``, or ``"linear ridge=0.001 weighting=rms tokens=16384"``.
+        """The canonical text: ``"none"``, or ``"linear ridge=0.001 weighting=answers tokens=16384"``.
 
         What comes after these three is written only where it is not the default.
         """

@@ -26,7 +26,7 @@ from workers.models import load_model
 from workers.runtime.locate import locate
 from workers.tasks import load_spec, load_task
 
-LINEAR = "linear ridge=0.001 weighting=rms tokens=200"
+LINEAR = "linear ridge=0.001 weighting=answers tokens=200"
 PLAN, MIXED = "RSSRSR", "RSFRBR"
 
 

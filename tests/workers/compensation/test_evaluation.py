@@ -18,7 +18,7 @@ from workers.models import LoadedModel
 from workers.runtime import SkipPlan, apply
 from workers.tasks import Task
 
-LINEAR = "linear ridge=0.001 weighting=rms tokens=200"
+LINEAR = "linear ridge=0.001 weighting=answers tokens=200"
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from workers.runtime.locate import locate
 from workers.tasks import Task
 
 ALL = 10**6
-LINEAR = Recipe.parse(f"linear tokens={ALL}")
+LINEAR = Recipe.parse(f"linear weighting=rms tokens={ALL}")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def test_settings_may_stand_in_any_order(recipe: Recipe, random) -> None:
 
 def test_the_canonical_texts() -> None:
     assert Recipe().text == "none"
-    assert Recipe(kind="linear").text == "linear ridge=0.001 weighting=rms tokens=16384"
+    assert Recipe(kind="linear").text == "linear ridge=0.001 weighting=answers tokens=16384"
     assert Recipe.parse("linear").text == Recipe(kind="linear").text
     assert Recipe.parse(" linear  bias=yes seed=0 ").text.endswith("tokens=16384 bias=yes")
 
@@ -56,7 +56,7 @@ def test_the_canonical_texts() -> None:
         ("linear tokens=1.5", "tokens is a whole number"),
         ("linear tokens=0", "tokens must be a whole number above 0"),
         ("linear bias=maybe", "bias is yes or no"),
-        ("linear weighting=heavy", "weighting is one of uniform, rms, groups, gain"),
+        ("linear weighting=heavy", "weighting is one of uniform, rms, groups, answers, gain"),
         ("linear source=sparse", "source is one of pruned, dense"),
         ("linear seed=-1", "seed must be a whole number"),
     ],
