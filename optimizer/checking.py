@@ -10,9 +10,10 @@ from optimizer.errors import UsageFault
 from optimizer.inputs import check_images, check_rungs, load_job_task, model_source
 from optimizer.job import JobSpec
 from optimizer.job_file import load_job
+from optimizer.verification import least_provable_drop
 from workers.checkpoints import BUILT_MODELS, built_directory, bundled_models, check_checkpoint, find_checkpoint
 from workers.errors import ModelError, TaskError
-from workers.tasks import load_spec
+from workers.tasks import Task, load_spec
 from workers.tasks.spec import HubSource, TaskSpec
 
 
@@ -27,6 +28,8 @@ class Checked:
     """What was looked at and found good."""
     unchecked: tuple[str, ...]
     """What only the job itself can find out, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What is allowed, and will probably not do what was meant."""
 
 
 def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) -> Checked:
@@ -37,6 +40,7 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) 
     spec = load_job(path, environment=environment)
     task = _task(spec, str(path))
     good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
+    notes: list[str] = []
     if isinstance(task.source, HubSource):
         unknown.append(f"data set {task.source.id}: its rows and images are on the hub")
     else:
@@ -45,12 +49,28 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) 
         check_images(data)
         sizes = f"{len(data.calibration)} calibration, {len(data.search)} search, {len(data.held_out)} held-out samples"
         good.append(f"data of task {task.name}: {sizes}, every image opens")
+        notes += too_few_to_prove(spec, data)
     if is_local(spec.model.path):
         _model(spec)
         good.append(f"model {spec.model.path}: configuration and weight files")
     else:
         unknown.append(f"model {spec.model.path}: its files are on the hub")
-    return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown))
+    return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown), tuple(notes))
+
+
+def too_few_to_prove(spec: JobSpec, task: Task) -> list[str]:
+    """A line where so few held-out samples cannot prove the allowed loss even of a plan that changes no answer."""
+    allowed = spec.constraint.max_accuracy_drop
+    if allowed is None:
+        return []
+    images = [sample.image_key for sample in task.held_out]
+    least = least_provable_drop(images, spec.constraint, spec.search.finalists, seed=spec.search.seed)
+    if least <= allowed:
+        return []
+    return [
+        f"constraint.max_accuracy_drop: {allowed:g} cannot be proven with {len(images)} held-out samples: even a plan "
+        f"that changes no answer may lose {least:.3f} by its interval; take more samples, or allow more"
+    ]
 
 
 def is_local(model: str) -> bool:

@@ -94,12 +94,21 @@ def _devices() -> Iterator[Finding]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("cpu", "ok", f"{cores} cores, torch on {torch.get_num_threads()} threads")
+    yield _bfloat16()
     if not torch.cuda.is_available():
         yield Finding("gpu", "note", "none that torch can use; workers run on the CPU")
         return
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         yield Finding(f"gpu {number}", "ok", f"{about.name}, {about.total_memory / 1e9:.0f} GB")
+
+
+def _bfloat16() -> Finding:
+    from workers.arithmetic import EMULATED, FASTER, multiplies_bfloat16
+
+    if multiplies_bfloat16():
+        return Finding("cpu bfloat16", "ok", "multiplied by the CPU itself")
+    return Finding("cpu bfloat16", "note", EMULATED, f"{FASTER} for a bfloat16 model; say so in the job file")
 
 
 def _bundled() -> Iterator[Finding]:

@@ -21,6 +21,7 @@ ACTIONS = tuple(name for name in ACTION_LETTERS if name != "run")
 EVALUATIONS_PER_LAYER = 8
 """Plans tried for every decoder layer, at least ``FEWEST_EVALUATIONS``."""
 FEWEST_EVALUATIONS = 100
+EMULATED_DTYPE = "much faster: this CPU emulates the checkpoint's bfloat16"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ def _text(model: str, task: str, found: Outline, spec: TaskSpec, actions: Sequen
     others = [action for action in actions if action != "skip"]
     more = f" # this model also takes: {', '.join(others)}" if others and "skip" in actions else ""
     first = "skip" if "skip" in actions else actions[0]
+    dtype = f"\n  # dtype: float32          # {EMULATED_DTYPE}" if found.hint else ""
+    after_evaluations, after_held_out = (
+        " " * (width - len(str(n))) for width, n in ((13, evaluations), (16, splits.held_out))
+    )
     refused = "".join(f"\n# {line}" for line in _refused(found))
     return f"""\
 # skipplan run FILE     every field: docs/jobs.md, or `skipplan validate FILE` after a change
@@ -62,7 +67,7 @@ def _text(model: str, task: str, found: Outline, spec: TaskSpec, actions: Sequen
 {found.parameters / 1e6:,.0f} million parameters{refused}
 # {_plain(spec.name)}: {spec.answer.kind} answers of up to {spec.answer.max_new_tokens} tokens, metric {spec.metric}
 model:
-  path: {_scalar(model)}
+  path: {_scalar(model)}{dtype}
 
 task: {_scalar(task)}
 
@@ -75,19 +80,20 @@ constraint:
   # min_speedup: 1.2        # measured on the live model, by the lower end of its interval
 
 search:
-  evaluations: {evaluations}          # distinct plans to try; most are given up after a part of the search split
+  evaluations: {evaluations}{after_evaluations}# distinct plans to try; most are given up on a part of the search split
   seed: 0
   finalists: 6              # plans that are verified on held-out samples
 
 splits:                     # as the task says; disjoint by image
   calibration: {splits.calibration}
   search: {splits.search}
-  held_out: {splits.held_out}          # more samples, narrower intervals
+  held_out: {splits.held_out}{after_held_out}# more samples, narrower intervals
   unit: {unit}
 
 workload:                   # what latency is measured for
   batch_size: 1
   new_tokens: {spec.answer.max_new_tokens}
+latency_seconds: 60         # at most, for each plan that is verified; less is sooner done, with wider intervals
 
 # database: sqlite:///skipplan.db
 # cluster: {{address: local, workers: auto}}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from optimizer.inputs import Inputs, model_source, task_hash
 from optimizer.job_file import ENVIRONMENT
+from optimizer.logs import log
 from optimizer.space import plan_space
 from workers.errors import ClusterError
 
@@ -58,7 +59,15 @@ def _start(inputs: Inputs) -> WorkerPool:
     from workers.pool import WorkerPool
 
     with _without_database_url(), _with_own_signal_handlers():
-        return WorkerPool(cluster_settings(inputs), model_source(inputs.spec), inputs.task).start()
+        pool = WorkerPool(cluster_settings(inputs), model_source(inputs.spec), inputs.task).start()
+    for hint in hints(pool):
+        log("hint", model=inputs.spec.model.path, hint=hint)
+    return pool
+
+
+def hints(pool: WorkerPool) -> list[str]:
+    """What would make the workers faster, each thing once."""
+    return sorted({info.hint for info in pool.info if info.hint})
 
 
 @contextmanager

@@ -97,6 +97,11 @@ def validate_job(document: dict[str, Any], source: str) -> JobSpec:
     try:
         return JobSpec.model_validate(document)
     except ValidationError as error:
+        if "source" in document and "model" not in document:
+            raise UsageFault(
+                f"{source}: is a task file, not a job file; skipplan init --model MODEL --task {source} writes a job "
+                "file for it"
+            ) from None
         problems = error.errors(include_url=False)
         # A misspelt field is reported before the field it left out: it is the likelier mistake.
         first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")

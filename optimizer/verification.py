@@ -93,6 +93,17 @@ def judge(
     return tuple(verdicts[plan] for plan in finalists)
 
 
+def least_provable_drop(groups: Sequence[str], constraint: ConstraintSpec, finalists: int, *, seed: int) -> float:
+    """The upper end of the drop's interval of a plan that answers every sample as dense does, as a share.
+
+    It is taken at the level of the first of ``finalists`` in Holm's line, so where it exceeds the allowed drop no plan
+    can be accepted that is not better than dense. ``groups`` names each held-out sample's image.
+    """
+    right = [1.0] * len(groups)
+    level = holm_confidences([0.0] * finalists, constraint.confidence)[0]
+    return two_sided(bootstrap_drop(right, right, groups, seed=seed), level).high
+
+
 def _verdict(
     plan: str,
     dense: Sequence[float],

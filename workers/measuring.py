@@ -12,6 +12,7 @@ import transformers
 
 from . import device_lock
 from .actor import WorkerSettings
+from .arithmetic import slow_arithmetic
 from .compensation.collateral import text_divergence
 from .engine.choice import Evaluators
 from .errors import ModelError
@@ -104,6 +105,7 @@ class Measurer:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            hint=slow_arithmetic(self.loaded.model.dtype, self.loaded.device),
         )
 
     def handle(self, request: Request) -> Reply:

@@ -62,6 +62,8 @@ class WorkerInfo:
     dtype: str
     process: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    hint: str = ""
+    """What would make this worker faster, in one line; empty where nothing is known."""
 
 
 @dataclass(frozen=True)

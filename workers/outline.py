@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForImageTextToText
 
+from .arithmetic import slow_arithmetic
 from .checkpoints import BUILT_MODELS, bundled_models, find_checkpoint
 from .errors import ModelError
 from .messages import ModelSource
-from .models import load_config
+from .models import choose_device, load_config
 from .runtime.descriptor import UnsupportedFamilyError
 from .runtime.families import describe
 from .runtime.plan import Action
@@ -25,6 +26,8 @@ class Outline:
     parameters: int
     refusals: dict[str, dict[int, str]]
     """By action (``"skip"``), the layers that may not take it and why; an action that all may take has no entry."""
+    hint: str = ""
+    """What to know about the model's dtype on this machine, in one line; empty where there is nothing."""
 
     def layers_for(self, action: str) -> int:
         """How many layers may take an action."""
@@ -55,7 +58,8 @@ def outline(source: ModelSource) -> Outline:
             if action is not Action.RUN:
                 refusals.setdefault(action.name.lower(), {})[layer] = reason
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Outline(described.family, described.num_layers, parameters, refusals)
+    hint = slow_arithmetic(model.dtype, torch.device(choose_device(source.device)))
+    return Outline(described.family, described.num_layers, parameters, refusals, hint)
 
 
 def _where(source: ModelSource) -> str:

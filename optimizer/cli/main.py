@@ -143,6 +143,9 @@ def _suggested(message: str) -> str:
     """Add what a misspelt choice was probably meant to be."""
     from workers.suggest import did_you_mean
 
+    option = re.match(r"No such option: (--\S+)", message)  # the command at hand knows nothing of the global ones
+    if option is not None and (close := did_you_mean(option[1], ("--database", "--debug"))):
+        return option[0] + close
     wrong = re.search(r"'([^']*)' is not one of (.*)", message)
     return (
         message if wrong is None else message.rstrip(".") + did_you_mean(wrong[1], re.findall(r"'([^']*)'", wrong[2]))

@@ -55,6 +55,7 @@ def run(
 
     [bold]Example:[/bold] skipplan run configs/quickstart.yaml
     """
+    from optimizer.checking import too_few_to_prove
     from optimizer.cli.screen import Screen
     from optimizer.inputs import prepare
     from optimizer.job_file import load_job
@@ -65,6 +66,8 @@ def run(
     spec = load_job(config, database=global_options(context).database, strategy=strategy)
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
+    for note in too_few_to_prove(spec, inputs.task):
+        screen.warn(note)
     with Database.open(spec.database) as db:
         job = None if force else _finished(db, inputs)
         if job is not None:
@@ -83,13 +86,15 @@ def _finished(db: Database, inputs: Inputs) -> Job | None:
 def _process(db: Database, inputs: Inputs, screen: Screen, force: bool) -> Job:
     """Start the workers first: a job that cannot begin leaves no trace in the database."""
     from optimizer import service
-    from optimizer.holding import open_pool
+    from optimizer.holding import hints, open_pool
     from optimizer.progress import Progress
 
     with screen.status("starting the workers") as status, open_pool(inputs) as pool:
         job, _ = service.submit(db, inputs, anew=force)
         job = service.claim_this(db, job, service.new_owner(), screen.say)
         status.stop()
+        for hint in hints(pool):
+            screen.say(f"note: {hint}")
         with screen.live(f"job {job.id}, {pool.size} workers on {pool.info[0].device}") as display:
             service.process(db, job, inputs, pool, Progress(display))
     return job

@@ -123,7 +123,7 @@ def validate_theory(
 def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobContext, Screen]]:
     """Workers and a job of its own for one command."""
     from optimizer.cli.screen import Screen
-    from optimizer.holding import open_pool
+    from optimizer.holding import hints, open_pool
     from optimizer.inputs import prepare
     from optimizer.progress import Progress
     from optimizer.undertaking import undertaking
@@ -138,6 +138,8 @@ def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobC
         open_pool(inputs) as pool,
     ):
         status.stop()
+        for hint in hints(pool):
+            screen.say(f"note: {hint}")
         with (
             screen.live(f"{purpose}, {pool.size} workers on {pool.info[0].device}") as display,
             undertaking(db, inputs, pool, Progress(display), purpose) as job,

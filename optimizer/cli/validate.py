@@ -41,4 +41,6 @@ def validate(
             print_line(f"  checked      {line}")
         for line in each.unchecked:
             print_line(f"  not checked  {line}")
+        for line in each.notes:
+            print_line(f"  note         {line}")
     return 0

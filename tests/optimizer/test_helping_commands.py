@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 import yaml
 
 from optimizer.cli.main import _run, app
+from optimizer.doctor import examine
+from optimizer.first_job import describe
 from optimizer.job_file import load_job
 
 WITHOUT_DATA = {"serve", "dashboard", "jobs cancel", "jobs resume", "jobs remove"}
@@ -47,6 +50,9 @@ def test_every_command_that_prints_data_takes_json(name: str) -> None:
     [
         (["exprt"], "Did you mean 'export'"),
         (["plans", "--sort", "sped"], "did you mean speedup?"),
+        (["plans", "--databse", "x"], "did you mean --database?"),
+        (["export", "7", "--ouput", "x"], "--output"),
+        (["run", "task.yaml"], "is a task file, not a job file; skipplan init --model MODEL --task task.yaml writes"),
         (["validate", "misspelt-task.yaml"], "did you mean easy-vqa?"),
         (["validate", "misspelt-model.yaml"], "did you mean llava-12?"),
         (["validate", "misspelt-field.yaml"], "did you mean 'constraint'?"),
@@ -60,6 +66,7 @@ def test_names_are_suggested(
     told: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("task.yaml").write_text("name: mine\nsource: {kind: scenes}\nsplits: {seed: 1}\n")
     Path("misspelt-task.yaml").write_text("model: {path: llava-12}\ntask: easyvqa\n")
     Path("misspelt-model.yaml").write_text("model: {path: llava-21}\ntask: easy-vqa\n")
     Path("misspelt-field.yaml").write_text("model: {path: llava-12}\ntask: easy-vqa\nconstraints: {}\n")
@@ -141,3 +148,47 @@ def test_doctor_reports_and_ends_with_a_code(
     broken = {each["area"]: each for each in json.loads(capsys.readouterr().out)}
     assert broken["database"]["state"] == "problem"
     assert broken["database"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("instructions", "state"),
+    [({}, "note"), ({"avx512_bf16": True}, "ok"), ({"amx_bf16": True}, "ok"), ({"bf16": 1}, "note")],
+)
+def test_doctor_says_whether_the_cpu_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, instructions: dict[str, Any], state: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    (found,) = [each for each in examine("sqlite:///absent.db", "local") if each.area == "cpu bfloat16"]
+    assert found.state == state
+    assert ("model.dtype: float32 is much faster here" in found.advice) == (state == "note")
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_init_offers_float32_where_the_cpu_emulates_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not emulated})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = describe("llava-12", "easy-vqa", tmp_path).text
+    assert ("# dtype: float32 " in text) is emulated
+    (tmp_path / "job.yaml").write_text(text.replace("# dtype", "dtype"))
+    assert load_job(tmp_path / "job.yaml", environment={}).model.dtype == ("float32" if emulated else "auto")
+
+
+def test_validate_says_when_the_held_out_split_cannot_prove_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = (
+        "model: {{path: llava-12}}\ntask: scenes\nconstraint: {{max_accuracy_drop: {}}}\nsearch: {{finalists: 4}}\n"
+        "splits: {{calibration: 4, search: 8, held_out: 40}}\n"
+    )
+    Path("strict.yaml").write_text(job.format(0.01))
+    Path("mild.yaml").write_text(job.format(0.2))
+    assert _run(["validate", "strict.yaml", "mild.yaml", "--json"]) == 0
+    strict, mild = json.loads(capsys.readouterr().out)
+    assert mild["notes"] == []
+    (note,) = strict["notes"]
+    assert "0.01 cannot be proven with 40 held-out samples" in note
+    # Each image has one question, so the two added ones lose and win Poisson-like: at 98.75 % up to 4 of 42 images.
+    assert "may lose 0.095 by its interval" in note

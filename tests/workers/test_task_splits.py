@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import easy_vqa
 import pytest
@@ -79,6 +80,22 @@ def test_too_few_images_is_said_with_numbers(unit: str) -> None:
     sizes = SplitSizes(4, 4, 4, unit=unit)
     with pytest.raises(TaskError, match=rf"too few {unit} .*calibration 4 \+ search 4 \+ held_out 4 .*, 11 there"):
         make_splits([Region(SPLITS, tuple(rows(11, 1)))], sizes, "t")
+
+
+@pytest.mark.parametrize("unit", ["images", "samples"])
+@pytest.mark.parametrize("questions", [1, 4])
+def test_the_sizes_proposed_where_there_are_too_few_fit(unit: str, questions: int) -> None:
+    region = Region(SPLITS, tuple(rows(50, questions)))
+    with pytest.raises(TaskError, match="these would fit: ") as refused:
+        make_splits([region], SplitSizes(50, 150, 300, unit=unit), "t")
+    proposed = {name: int(size) for name, size in re.findall(r"(\w+): (\d+)", str(refused.value).partition("fit:")[2])}
+    splits = make_splits([region], SplitSizes(**proposed, unit=unit), "t")
+    assert all(len(splits[name]) >= size > 0 for name, size in proposed.items())
+
+
+def test_no_sizes_are_proposed_where_none_fit() -> None:
+    with pytest.raises(TaskError, match=r"by image\)$"):
+        make_splits([Region(SPLITS, tuple(rows(2, 1)))], SplitSizes(1, 1, 9), "t")
 
 
 def test_easy_vqa_searches_only_images_that_models_were_not_trained_on() -> None:

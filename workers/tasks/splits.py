@@ -36,20 +36,30 @@ def make_splits(regions: Sequence[Region], sizes: SplitSizes, task: str) -> dict
     taken: set[str] = set()
     for region in regions:
         images = _by_image(region.samples, sizes.seed, without=taken)
-        available = len(images) if sizes.unit == "images" else sum(len(group) for group in images)
         position = 0
         for split in region.splits:
             size = getattr(sizes, split)
             chosen, position = _take(images, position, size, sizes.unit)
             if chosen is None:
-                wanted = " + ".join(f"{name} {getattr(sizes, name)}" for name in region.splits)
-                raise TaskError(
-                    f"task {task}: too few {sizes.unit} for the splits: {wanted} asked for, {available} there "
-                    f"(splits are disjoint by image); make splits.{split} smaller"
-                )
+                raise TaskError(_too_few(task, region.splits, sizes, images))
             result[split] = tuple(chosen)
         taken.update(group[0].image_key for group in images[:position])
     return {split: result[split] for split in SPLITS}
+
+
+def _too_few(task: str, splits: Sequence[str], sizes: SplitSizes, images: Sequence[Sequence[Sample]]) -> str:
+    """What is asked for, what is there, and sizes in the same proportions that are sure to fit."""
+    asked = {split: int(getattr(sizes, split)) for split in splits}
+    wanted = " + ".join(f"{split} {size}" for split, size in asked.items())
+    room = available = len(images) if sizes.unit == "images" else sum(len(group) for group in images)
+    if sizes.unit == "samples":  # where a split's last image is cut, the rest of its questions goes to no split
+        room -= len(splits) * (max((len(group) for group in images), default=1) - 1)
+    fitting = {split: size * room // sum(asked.values()) for split, size in asked.items()}
+    advice = ", ".join(f"{split}: {size}" for split, size in fitting.items())
+    return (
+        f"task {task}: too few {sizes.unit} for the splits: {wanted} asked for, {available} there (splits are disjoint "
+        f"by image)" + (f"; these would fit: {advice}" if min(fitting.values()) > 0 else "")
+    )
 
 
 def _by_image(samples: Iterable[Sample], seed: int, *, without: set[str]) -> list[list[Sample]]:
