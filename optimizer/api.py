@@ -13,6 +13,7 @@ for a name or number that it does not know.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +227,8 @@ def export(
     from optimizer.exports.published import export_published
     from storage import plans as published
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is first imported
     with _open(database) as db:
         plan = published.get(db, plan_id)
         written = export_published(db, plan, format, Path(directory), model_path=model_path, force=force)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.cli.plans import AsJson, DeviceOption, MaxDrop, MinSpeedup, ModelOption, TaskOption, find_best
+from optimizer.cli.plans import AsJson, DeviceOption, MaxDrop, MinSpeedup, ModelOption, TaskOption, caution, find_best
 from optimizer.cli.state import open_database, print_json, print_line
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ def export(
 ) -> int:
     """Write a plan for another deployment: as JSON, as a plain Hugging Face checkpoint, or for another runtime.
 
-    [bold]Example:[/bold] skipplan export --model llava-12 --task easy-vqa --output exports/fast
+    [bold]Examples:[/bold]
+
+    skipplan export 7 --output exports/fast
+
+    skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.01 --output exports/fast
     """
     from optimizer.cli.screen import Screen
     from optimizer.exports.published import export_published
@@ -58,12 +63,20 @@ def export(
                 db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
             )
     if as_json:
-        print_json({"plan": plan.id, "format": format_name, "output": str(output), "notes": list(written.notes)})
+        print_json({"plan": plan.id, "format": format_name, "output": str(output), "notes": notes(plan, written.notes)})
     else:
-        print_line(f"plan {plan.id} ({plan.plan}) written to {output}")
-        for note in written.notes:
+        from optimizer.cli.screen import figures
+
+        print_line(f"plan {plan.id} ({plan.plan}) written to {output}: {figures(plan)}")
+        for note in notes(plan, written.notes):
             print_line(f"note: {note}")
     return 0
+
+
+def notes(plan: Plan, of_format: Sequence[str]) -> list[str]:
+    """What is to be known about an export; first of all that the plan was refused, if it was."""
+    refused = caution(plan)
+    return [*([refused] if refused else []), *of_format]
 
 
 def _chosen(db: Database, plan_id: int | None) -> Plan | None:

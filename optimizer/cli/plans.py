@@ -90,6 +90,15 @@ def find_best(
     return found
 
 
+def caution(plan: Plan) -> str | None:
+    """What to know before a plan is used that its own job refused."""
+    from optimizer.reports.data import meets_constraint
+
+    if meets_constraint(plan) is not False:
+        return None
+    return f"plan {plan.id} does not meet the constraint of its job {plan.job_id}; --max-accuracy-drop sets a limit"
+
+
 def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
     """Whether a plan was measured beside its task, and keeps to the limits there."""
     beside = plan.secondary.get("collateral") or {}
@@ -123,7 +132,11 @@ def best(
     else:
         from optimizer.cli.screen import Screen
 
-        Screen(quiet=False).plans([found])
+        screen = Screen(quiet=False)
+        screen.plans([found])
+        refused = caution(found)
+        if refused:
+            screen.warn(refused)
     return 0
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.progress import Display, State
+from optimizer.reports.data import meets_constraint
 from optimizer.results import JobResult, layers_by_action
 from storage.plans import Plan
 
@@ -41,6 +42,10 @@ class Screen:
         """Say something about the course of things; nothing when quiet or without a terminal."""
         if not self._quiet and self._errors.is_terminal:
             self._errors.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Say on standard error what must not be missed, with or without a terminal."""
+        self._errors.print(f"skipplan: {text}", markup=False, soft_wrap=True)
 
     @contextmanager
     def status(self, text: str) -> Iterator[Status]:
@@ -151,6 +156,7 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
         ("difference to dense (points)", "right"),
         ("measured speed-up", "right"),
         ("KV cache", "right"),
+        ("limits", "left"),
     ):
         table.add_column(name, justify=justify, no_wrap=name in ("id", "plan"))  # type: ignore[arg-type]
     for plan in plans:
@@ -163,6 +169,7 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
             f"{100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, {100 * plan.difference_high:+.2f}]",
             f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
             f"{plan.kv_cache_bytes / plan.dense_kv_cache_bytes:.0%}" if plan.dense_kv_cache_bytes else "",
+            {True: "met", False: "missed", None: ""}[meets_constraint(plan)],
             style="bold" if marked else None,
         )
     return table
@@ -179,6 +186,14 @@ def coloured(plan: str) -> Text:
 def describe_layers(plan: str) -> str:
     """The layers that do other than run, for example ``"skip 2 3 7"``."""
     return "; ".join(f"{name} {' '.join(map(str, layers))}" for name, layers in layers_by_action(plan).items())
+
+
+def figures(plan: Plan) -> str:
+    """What a plan costs and gains, in a few words."""
+    return (
+        f"accuracy {plan.accuracy:.3f}, {100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, "
+        f"{100 * plan.difference_high:+.2f}] points to dense, {plan.speedup:.2f} times as fast"
+    )
 
 
 def answer(plan: Plan) -> str:

@@ -214,7 +214,7 @@ def strips(report: JobReport) -> Section:
     ]
     searched = tuple(
         StripRow(
-            f"tried as {each.order}",
+            f"try {each.order}",
             each.plan,
             (f"{each.predicted_speedup:.2f}x predicted, " if each.predicted_speedup else "")
             + ("" if each.drop is None else words.points(-each.drop)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from optimizer.job import ConstraintSpec
@@ -64,13 +65,25 @@ def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measu
     best = max(feasible, key=lambda row: (row.speedup, row.accuracy), default=None)
     if best is not None:
         return Published(tuple(row.id for row in rows), best.id, "")
+    return Published(tuple(row.id for row in rows), None, _why_none(complete, constraint))
+
+
+def _why_none(complete: Sequence[tuple[Verdict, LatencyComparison]], constraint: ConstraintSpec) -> str:
+    """Why no plan is the answer, and how near the nearest came."""
     accurate = sum(verdict.accepted for verdict, _ in complete)
     fast = sum(fast_enough(latency, constraint) for _, latency in complete)
     reason = (
-        f"no plan meets the constraint: of {len(complete)} verified on held-out samples, {accurate} surely keep the "
-        f"accuracy and {fast} are surely fast enough, none is both"
+        f"no plan meets the constraint: of {len(complete)} verified on {complete[0][0].n} held-out samples, {accurate} "
+        f"surely keep the accuracy and {fast} are surely fast enough"
     )
-    return Published(tuple(row.id for row in rows), None, reason)
+    if not accurate:
+        nearest = min((verdict for verdict, _ in complete), key=lambda verdict: verdict.drop_high)
+        loss = f"{round(-100 * nearest.drop, 2) + 0.0:+.2f} points to dense, {-100 * nearest.drop_high:+.2f} at worst"
+        return f"{reason}; the nearest, {nearest.plan}, is at {loss}"
+    if not fast:
+        quickest, latency = max(complete, key=lambda each: each[1].speedup_low)
+        return f"{reason}; the fastest, {quickest.plan}, is {latency.speedup_low:.2f} times as fast at worst"
+    return f"{reason}, none is both"
 
 
 def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:

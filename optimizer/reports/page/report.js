@@ -78,7 +78,7 @@
     const page = layout(chart, narrow);
     if (narrow && traces[0].type === "heatmap") {
       // A phone has no room for long names beside the cells, nor for a number over each of them.
-      traces[0].y = traces[0].y.map((name) => name.replaceAll(", ", "<br>"));
+      traces[0].y = traces[0].y.map((name) => name.replace(", ", "<br>"));
       page.height += 14 * traces[0].y.length;
       page.xaxis.dtick = 4;
       page.xaxis.tickangle = 0;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +118,16 @@ def test_submit_takes_a_file_or_its_fields(url: str, tmp_path: Path) -> None:
 def test_missing_database(tmp_path: Path) -> None:
     with pytest.raises(UnreachableDatabase):
         plans(database=f"sqlite:///{tmp_path / 'nowhere.db'}")
+
+
+def test_the_documented_signatures_are_the_functions() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "python.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)\(([^)]*)\)`", page, flags=re.MULTILINE)
+    assert sorted(name for name, _ in shown) == sorted(optimizer.__all__)
+    for name, arguments in shown:
+        takes = inspect.signature(getattr(optimizer, name)).parameters
+        for argument in filter(lambda each: each.strip() != "...", arguments.split(",")):
+            written, _, default = argument.strip().partition("=")
+            assert written in takes, f"{name}({written})"
+            if default:
+                assert repr(takes[written].default) == default.replace('"', "'"), f"{name}({argument})"
