@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 
 from .errors import ClusterError
+from .telemetry import log
 
 LOCAL = "local"
 GIB = 1 << 30
@@ -106,6 +108,9 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
     # Workers without a GPU are told so by us; Ray need not warn that it leaves their environment alone.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # What a cluster has to say, such as that a worker died, Ray prints to standard output whatever it is told: that is
+    # for results, so it becomes an event of the log. There is no public way to have it so.
+    ray._private.worker.print_to_stdstream = _log_message
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if settings.address == LOCAL:
@@ -238,6 +243,11 @@ def _rehearse(address: str, timeout: float) -> None:
     if result.returncode:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         raise ClusterError(f"cluster {address}: cannot be used: {lines[-1] if lines else 'Ray gave no reason'}")
+
+
+def _log_message(data: Mapping[str, Any], ignore_prefix: bool = True) -> None:
+    """Takes the place of Ray's own function of this name in ``ray._private.worker``."""
+    log("cluster_message", source=data.get("pid"), text=" ".join(" ".join(data["lines"]).split()))
 
 
 def _first_line(error: BaseException) -> str:

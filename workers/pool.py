@@ -235,6 +235,9 @@ class WorkerPool:
         moments = [slot.deadline for slot in flying.values()] + ([] if give_up is None else [give_up])
         patience = min(max(0.0, min(moments) - now), LONGEST_WAIT_SECONDS)
         ready, _ = ray.wait(list(flying), num_returns=1, timeout=patience)
+        if ready:
+            # Those that are ready as well: none of their workers should wait for what the caller does with this one.
+            ready, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
         for reference in ready:
             self._collect(flying[reference])
 

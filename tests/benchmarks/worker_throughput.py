@@ -7,6 +7,7 @@
 Real: evaluations a second of llava-12 on easy-vqa, each request one plan, workers with one thread each. Simulated:
 workers that take no CPU and sleep for every request, results written to an SQLite database as a job writes them; busy
 is the time slept over the time that all workers together had, from the first request until none is left to hand out.
+Workers and driver read the same clock, so that sleeps that begin before that moment and end after it count in part.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Sleeper:
     def handle(self, request: EvaluatePlans) -> Evaluations:
         began = time.monotonic()
         time.sleep(self.seconds)
-        slept = time.monotonic() - began
-        results = [Evaluation(plan, request.split, ("0",), (1.0,), {}, {}, slept) for plan in request.plans]
+        times = {"began": began, "ended": time.monotonic()}
+        results = [Evaluation(plan, request.split, ("0",), (1.0,), times, {}, self.seconds) for plan in request.plans]
         return Evaluations(tuple(results))
 
 
@@ -95,8 +96,9 @@ def simulated_share(workers: int, seconds: float, rounds: int, task: Task, direc
                 db, name="t", data_hash="d", split_seed=0, calibration_size=1, search_size=1, held_out_size=1
             ),
         }
-        slept, began, ended = 0.0, time.monotonic(), 0.0
-        for count, (_, reply) in enumerate(pool.run([EvaluatePlans((plan,), "search") for plan in requests]), start=1):
+        sleeps: list[tuple[float, float]] = []
+        began = time.monotonic()
+        for _, reply in pool.run([EvaluatePlans((plan,), "search") for plan in requests]):
             assert isinstance(reply, Evaluations)
             (result,) = reply.results
             assert isinstance(result, Evaluation)
@@ -104,9 +106,9 @@ def simulated_share(workers: int, seconds: float, rounds: int, task: Task, direc
                 db, job, plan=result.plan, split="search", split_hash="s", rung=1, sample_scores=result.scores,
                 seconds=result.seconds, **ids,
             )  # fmt: skip
-            if count <= len(requests) - workers:  # afterwards some have nothing left to do
-                slept, ended = slept + result.seconds, time.monotonic()
-        return slept / (workers * (ended - began))
+            sleeps.append((result.secondary["began"], result.secondary["ended"]))
+        ended = max(start for start, _ in sleeps)  # afterwards some have nothing left to do
+        return sum(min(end, ended) - start for start, end in sleeps) / (workers * (ended - began))
 
 
 def main() -> None:

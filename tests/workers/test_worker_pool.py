@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -55,7 +56,7 @@ def pool(ray_cluster: None, tiny_directory: Path, task: Task) -> Iterator[Worker
     assert ray.is_initialized()  # the pool leaves a connection alone that it did not make
 
 
-def kill_holder(pool: WorkerPool, killed: set[int], patience: float = 60.0) -> None:
+def kill_holder(pool: WorkerPool, killed: set[int], patience: float = 300.0) -> None:
     """SIGKILL the worker that holds the running request, once it is ready and has not been killed already."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
@@ -65,6 +66,11 @@ def kill_holder(pool: WorkerPool, killed: set[int], patience: float = 60.0) -> N
                 os.kill(info.process, signal.SIGKILL)
                 return
         time.sleep(0.05)
+
+
+def refill(pool: WorkerPool) -> None:
+    """Wait until the place of a killed worker is filled again: an exclusive request waits until all places are."""
+    list(pool.run([CompareLatency("RSRRRR", Workload(1, 1), precision=9.0)]))
 
 
 def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel, task: Task) -> None:
@@ -120,9 +126,28 @@ def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: Worker
         results[done[0]] = done[1]
     assert sorted(results) == sorted(numbers)
     assert all(isinstance(result, Evaluation) for result in results.values())
-    # Its place is filled again: an exclusive request waits until all places are.
-    list(pool.run([CompareLatency("RSRRRR", Workload(1, 1), precision=9.0)]))
+    refill(pool)
     assert len(pool.info) == 2 and len({info.process for info in pool.info} - before) == 1
+
+
+def test_what_ray_says_about_a_death_is_logged_and_not_printed(
+    pool: WorkerPool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("workers.telemetry")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger.name):
+            pool.submit(EvaluatePlan("RRRRRR", "search"))
+            kill_holder(pool, set())
+            assert pool.next_done() is not None
+            deadline = time.monotonic() + 60
+            while "cluster_message" not in caplog.messages and time.monotonic() < deadline:
+                time.sleep(0.1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    refill(pool)
+    (said,) = {record.fields["text"] for record in caplog.records if record.message == "cluster_message"}  # type: ignore[attr-defined]
+    assert "died" in said and capsys.readouterr().out == ""
 
 
 def test_a_request_that_keeps_killing_its_worker_is_given_up(pool: WorkerPool) -> None:
