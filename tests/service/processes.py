@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,61 @@ from storage.jobs import Job
 PROJECT = Path(__file__).resolve().parents[2]
 
 
+TASK = "task/task.yaml"
+SAMPLES = 128
+
+
+def write_task(model: Path) -> None:
+    """Put a task into a model's directory whose right answers are the model's own, so that plans lose accuracy.
+
+    A bundled task has so many samples that reading it outlasts a tiny job.
+    """
+    import easy_vqa
+
+    questions, _, images = easy_vqa.get_test_questions()
+    paths = easy_vqa.get_test_image_paths()
+    asked = dict(sorted(zip(images, questions, strict=True))[:: len(questions) // SAMPLES][:SAMPLES])
+    directory = (model / TASK).parent
+    directory.mkdir()
+    for image in asked:
+        shutil.copy(paths[image], directory / f"{image}.png")
+    (model / TASK).write_text(
+        """\
+name: tiny
+source: {kind: file, path: data.csv}
+prompt: "{question}"
+answer: {kind: short, max_new_tokens: 2}
+metric: exact_match
+splits: {calibration: 2, search: 2, held_out: 2, unit: samples}
+"""
+    )
+    _write_samples(directory, [(f"{image}.png", question, "unknown") for image, question in asked.items()])
+    _write_samples(directory, _answered(model))
+
+
+def _answered(model: Path) -> list[tuple[str, str, str]]:
+    from workers.evaluation import Evaluator
+    from workers.messages import ModelSource
+    from workers.models import load_model
+    from workers.runtime.plan import SkipPlan
+    from workers.tasks import load_spec, load_task
+
+    task = load_task(load_spec(model / TASK).with_sizes(1, 1, SAMPLES - 2))
+    samples = [*task.calibration, *task.search, *task.held_out]
+    loaded = load_model(ModelSource(str(model), device="cpu"))
+    texts = (
+        Evaluator(loaded, task)
+        .answer(SkipPlan.parse("R" * loaded.model.config.text_config.num_hidden_layers), samples)
+        .texts
+    )
+    return [(Path(each.image.path).name, each.question, texts[each.id]) for each in samples if texts[each.id].strip()]
+
+
+def _write_samples(directory: Path, rows: list[tuple[str, str, str]]) -> None:
+    with (directory / "data.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("image", "question", "answers"), *rows])
+
+
 def tiny_job(model: Path, number: int, **cluster: Any) -> JobSpec:
     """A job that ends the same on any machine: no measured time steers its search.
 
@@ -31,7 +88,7 @@ def tiny_job(model: Path, number: int, **cluster: Any) -> JobSpec:
     return JobSpec.model_validate(
         {
             "model": {"path": str(model), "device": "cpu"},
-            "task": "easy-vqa",
+            "task": str(model / TASK),
             "constraint": {"max_accuracy_drop": 1.0},
             "search": {
                 "evaluations": 16,
@@ -66,8 +123,8 @@ class Serving:
     log: Path
 
     @classmethod
-    def start(cls, url: str, log: Path, *options: str) -> Serving:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("SKIPPLAN_")}
+    def start(cls, url: str, log: Path, *options: str, environment: Mapping[str, str] = os.environ) -> Serving:
+        inherited = {key: value for key, value in environment.items() if not key.startswith("SKIPPLAN_")}
         with log.open("ab") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-m", "optimizer.cli.main", "serve", "--log-format", "json", *options],
@@ -91,7 +148,7 @@ class Serving:
 
     def workers(self) -> list[int]:
         """The processes that hold its models."""
-        return [process for process in descendants(self.process.pid) if b"ray::Worker" in command_line(process)]
+        return workers_below(self.process.pid)
 
     def kill(self) -> None:
         """SIGKILL, as the kernel does when memory ends."""
@@ -102,6 +159,58 @@ class Serving:
         """SIGTERM, and wait for an orderly end."""
         self.process.terminate()
         return self.process.wait(120)
+
+
+class TwoNodes:
+    """The cluster in a process of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        token = directory / "token"
+        token.write_text("0123456789abcdef" * 4)
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment = plain | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "TMPDIR": str(directory),  # where the locks of the device lie
+            "RAY_TMPDIR": "/tmp",  # paths of sockets must be short
+            "RAY_worker_niceness": "0",  # else any other work on the machine keeps workers from starting
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "two_nodes.py")],
+            env=self.environment | {"PYTHONPATH": str(PROJECT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(directory / "nodes.log").open("wb"),
+            text=True,
+        )
+        self.address = self._answer()
+
+    def tell(self, what: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        assert self._answer() == "done"
+
+    def workers(self) -> list[int]:
+        """The processes on its nodes that hold models."""
+        return workers_below(self._process.pid)
+
+    def stop(self) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=60)
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        assert line, "the cluster did not start, or ended"
+        return line
+
+
+def workers_below(process: int) -> list[int]:
+    """Ray's workers of this project among the descendants of a process."""
+    return [each for each in descendants(process) if b"ray::Worker" in command_line(each)]
 
 
 def command_line(process: int) -> bytes:

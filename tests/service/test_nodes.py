@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from processes import PROJECT, Serving, front, measured, submit, tiny_job, wait_until_done
+from processes import Serving, TwoNodes, front, measured, submit, tiny_job, wait_until_done
 
 from optimizer.job import JobSpec
 from storage import evaluations, events, jobs
@@ -21,68 +17,15 @@ from storage.database import Database
 pytestmark = pytest.mark.slow
 
 
-class TwoNodes:
-    """The cluster in a process of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        token = directory / "token"
-        token.write_text("0123456789abcdef" * 4)
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.environment = plain | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "TMPDIR": str(directory),  # where the locks of the device lie
-            "RAY_TMPDIR": "/tmp",  # paths of sockets must be short
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "two_nodes.py")],
-            env=self.environment | {"PYTHONPATH": str(PROJECT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(directory / "nodes.log").open("wb"),
-            text=True,
-        )
-        self.address = self._answer()
-
-    def tell(self, what: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        assert self._answer() == "done"
-
-    def stop(self) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.communicate(timeout=60)
-        self._process.kill()
-        self._process.wait()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline().strip()
-        assert line, "the cluster did not start, or ended"
-        return line
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[TwoNodes]:
-    cluster = TwoNodes(tmp_path)
-    yield cluster
-    cluster.stop()
-
-
 @pytest.fixture
 def db(tmp_path: Path) -> Iterator[Database]:
     with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
         yield database
 
 
-def serve(nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serving:
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.delenv(name)
-    for name, value in nodes.environment.items():
-        if name.startswith("RAY_"):
-            monkeypatch.setenv(name, value)
-    return Serving.start(f"sqlite:///{tmp_path / 'skipplan.db'}", tmp_path / "serve.log")
+def serve(nodes: TwoNodes, tmp_path: Path) -> Serving:
+    url = f"sqlite:///{tmp_path / 'skipplan.db'}"
+    return Serving.start(url, tmp_path / "serve.log", environment=nodes.environment)
 
 
 def spec(nodes: TwoNodes, model: Path, evaluations_wanted: int) -> JobSpec:
@@ -101,9 +44,9 @@ def happened(log: Path) -> list[str]:
     return [json.loads(line)["event"] for line in log.read_text().splitlines() if line.startswith("{")]
 
 
-def test_a_job_outlives_a_node_and_takes_in_another(nodes, db, tiny_model, tmp_path, monkeypatch):
+def test_a_job_outlives_a_node_and_takes_in_another(nodes, db, tiny_model, tmp_path):
     number = submit(db, spec(nodes, tiny_model, 60)).id
-    serving = serve(nodes, tmp_path, monkeypatch)
+    serving = serve(nodes, tmp_path)
     try:
         wait_for(lambda: len(evaluations.for_job(db, number)) >= 3, serving.log)
         nodes.tell("lose node")
@@ -118,9 +61,9 @@ def test_a_job_outlives_a_node_and_takes_in_another(nodes, db, tiny_model, tmp_p
         serving.stop()
 
 
-def test_a_lost_head_puts_the_job_back(nodes, db, tiny_model, tmp_path, monkeypatch):
+def test_a_lost_head_puts_the_job_back(nodes, db, tiny_model, tmp_path):
     number = submit(db, spec(nodes, tiny_model, 60)).id
-    serving = serve(nodes, tmp_path, monkeypatch)
+    serving = serve(nodes, tmp_path)
     try:
         wait_for(lambda: len(evaluations.for_job(db, number)) >= 3, serving.log)
         nodes.tell("lose head")
