@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import PROJECT, FinishedJob, command
 from PIL import Image
 
-from storage import measurements, plans
+from optimizer.exports import document
+from storage import identities, measurements, plans
 from storage.database import Database
 
 JOB = """\
@@ -83,7 +87,26 @@ def only_pickled_weights(model: Path) -> None:
         weights.rename(model / "pytorch_model.bin")
 
 
+def plan_file(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Write the finished job's plan as ``plan.json``, changed; no longer a plan where the change returns a text."""
+
+    def prepare(directory: Path) -> None:
+        with Database.open(f"sqlite:///{directory / 'skipplan.db'}", create=False) as db:
+            plan = plans.get(db, 1)
+            described = document.describe(plan, identities.model(db, plan.model_id), identities.task(db, plan.task_id))
+        content = json.loads(described.to_json())
+        (directory / "plan.json").write_text(json.dumps(content) if (text := change(content)) is None else str(text))
+
+    return prepare
+
+
+def put(part: str, name: str, value: object) -> Callable[[dict[str, Any]], object]:
+    """Set a field of one part of a plan file."""
+    return lambda content: content[part].update({name: value})
+
+
 RUN = ("run", "job.yaml")
+IMPORT = ("import", "plan.json")
 
 
 @dataclass(frozen=True)
@@ -161,6 +184,19 @@ CASES = [
     Case("no cluster", 4, ("127.0.0.1:9", "nothing answers"), environment={"SKIPPLAN_CLUSTER_ADDRESS": "127.0.0.1:9"}),
     Case("cluster address", 4, ("cluster", "host:port"), environment={"SKIPPLAN_CLUSTER_ADDRESS": "somewhere"}),
     Case("cluster too small", 4, ("4000", "CPU"), environment={"SKIPPLAN_CLUSTER_WORKERS": "4000"}),
+    # plan files
+    Case("no such plan file", 2, ("plan.json", "cannot be read"), arguments=IMPORT),
+    Case("plan file is cut off", 2, ("plan.json", "no valid plan"), plan_file(lambda p: json.dumps(p)[:99]), IMPORT),
+    Case(
+        "plan file of a later version", 2, ("schema_version",), plan_file(lambda p: p.update(schema_version=2)), IMPORT
+    ),
+    Case("plan file without a plan", 2, ("plan", "required"), plan_file(lambda p: p.pop("plan") and None), IMPORT),
+    Case("plan too short", 2, ("3 letters", "12 layers"), plan_file(lambda p: p.update(plan="RSR")), IMPORT),
+    Case("plan of other letters", 2, ("plan:", "pattern"), plan_file(lambda p: p.update(plan="X" * 12)), IMPORT),
+    Case("plan of no model", 2, ("model.fingerprint",), plan_file(put("model", "fingerprint", "../../x")), IMPORT),
+    Case("accuracy of a plan is NaN", 2, ("dense_accuracy",), plan_file(put("figures", "dense_accuracy", nan)), IMPORT),
+    Case("plan that takes no time", 2, ("figures.seconds",), plan_file(put("figures", "seconds", 0.0)), IMPORT),
+    Case("plan of an unknown field", 2, ("figures.run",), plan_file(put("figures", "run", "code")), IMPORT),
     # plans and options
     Case("unknown plan", 2, ("plan 77",), arguments=("export", "77", "--output", "out")),
     Case("plan is no number", 2, ("PLAN", "integer"), arguments=("export", "best", "--output", "out")),
