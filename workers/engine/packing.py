@@ -121,15 +121,15 @@ class Context:
     """What is no padding, bool ``[rows, tokens]``."""
     is_vision: Tensor
     """bool ``[rows, tokens]``."""
-    _text_masks: dict[int, Tensor] = field(default_factory=dict)
+    masks_without_vision: dict[int, Tensor] = field(default_factory=dict)
 
     def without_vision(self, arguments: dict[str, Any], mask_name: str) -> dict[str, Any]:
         """A layer's arguments with a mask that hides vision tokens from all others."""
         mask = arguments[mask_name]
-        if id(mask) not in self._text_masks:
+        if id(mask) not in self.masks_without_vision:
             least = torch.finfo(mask.dtype).min
-            self._text_masks[id(mask)] = mask.masked_fill(self.is_vision[:, None, None, :], least)
-        return {**arguments, mask_name: self._text_masks[id(mask)]}
+            self.masks_without_vision[id(mask)] = mask.masked_fill(self.is_vision[:, None, None, :], least)
+        return {**arguments, mask_name: self.masks_without_vision[id(mask)]}
 
 
 @dataclass(eq=False)
@@ -175,7 +175,8 @@ class Chunk:
     @property
     def nbytes_of_everything(self) -> int:
         """Memory of the chunk itself: embeddings, masks, rotary embeddings, what else layers are given."""
-        tensors = {id(tensor): tensor.nbytes for tensor in tensors_of([*self.context.arguments, self.context.hidden])}
+        held = [*self.context.arguments, self.context.hidden, self.context.masks_without_vision]
+        tensors = {id(tensor): tensor.nbytes for tensor in tensors_of(held)}
         images = {id(row.image): row.image.nbytes for row in self.rows}
         return sum(tensors.values()) + sum(images.values()) + (self.dense.nbytes if self.dense else 0)
 

@@ -166,6 +166,28 @@ def test_lack_of_memory_halves_the_chunks(plain: Evaluator, fast: FastEvaluator)
     assert small.chunk_tokens < 1400
 
 
+@pytest.mark.parametrize("kind", ["choice", "short"])
+def test_what_does_not_fit_packed_is_left_to_the_plain_path(
+    tiny_directory: Path, choices: Task, small_task: Task, kind: str
+) -> None:
+    loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    task = choices if kind == "choice" else replace(small_task, search=small_task.search[:48])
+    plain = Evaluator(loaded, task)
+    fast = FastEvaluator(plain, chunk_tokens=700)
+    request = EvaluatePlans((DENSE, "RRRSRR"), "search", 16)
+    expected = evaluations(plain.evaluate_all(request))
+
+    def run_out(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].shape[1] > 60:  # longer than any prompt, shorter than an image's packed questions
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    fast.decoder.layers[1].mlp.register_forward_pre_hook(run_out)
+    found = evaluations(fast.evaluate_all(request))
+    assert [each.scores for each in found] == [each.scores for each in expected]
+    assert [each.failed_samples for each in found] == [{}, {}]
+    assert fast.chunk_tokens < 200
+
+
 def test_generation_settings_that_change_logits_are_no_hindrance(tiny_directory: Path, choices: Task) -> None:
     loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
     loaded.model.generation_config.repetition_penalty = 1.3
