@@ -77,6 +77,18 @@ def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset
     raise AssertionError("the last position gives the end token or a token beyond the guess")
 
 
+def extend(choices: Choices, position: int, known: Guess, ends: frozenset[int]) -> Verdict:
+    """Go on from what is known of an answer by the token that is most likely at a position."""
+    if choices.nan[position]:
+        return Verdict((), True, not_a_number=True)
+    before, token = known.complete, choices.best[position]
+    rivals = tuple((*before, other) for other in choices.rivals.get(position, ()))
+    if token in ends:
+        return Verdict(before, True, rivals if len(rivals) <= MOST_RIVALS else None)
+    tokens = (*before, token)
+    return Verdict(tokens, len(tokens) == known.limit, rivals if len(rivals) <= MOST_RIVALS else None)
+
+
 class Scorer:
     """Scores verdicts under a task's metric and secondary metrics."""
 

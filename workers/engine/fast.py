@@ -23,14 +23,14 @@ from workers.ties import end_tokens
 from workers.timed_request import device_name
 
 from . import sizing
-from .answers import Choices, Scorer, judge
+from .answers import Choices, Scorer, Verdict, extend, judge
 from .continuing import continuations
 from .decoder import Decoder, NotExactError
 from .divergence import DenseAnswers
 from .guesses import Guesser
 from .options import Worth, mean_divergence, option_guesses
 from .outcome import Outcome
-from .packing import Chunk, Packer, cut
+from .packing import Branch, Chunk, Packer, cut
 from .parts import Part, Parts
 from .plain_decoding import require_plain_decoding
 from .prompts import PromptReader
@@ -255,6 +255,7 @@ class FastEvaluator:
             if chunk.dense is None:
                 ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
                 chunk.dense = DenseAnswers.of(self.decoder.logits(states))
+                self.states.budget = max(0, self._memory - self.parts.nbytes)  # which what is kept of dense is part of
             self._score(plans, chunk, samples, start, outcomes, folded_maps, walker=self.walker)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -305,10 +306,13 @@ class FastEvaluator:
         outcomes: dict[str, Outcome],
     ) -> None:
         for node, states in walker.ends(build_trie(plans, repairs=walker.repairs is not None), chunk):
+            if chunk.dense is None:  # answers that go on, each plan's its own
+                for plan in node.plans:
+                    self._extend(chunk, states, samples, start, outcomes[plan])
+                continue
             logits = self.decoder.logits(states)
-            divergence = None if chunk.dense is None else chunk.dense.divergence(logits)
+            divergence = chunk.dense.divergence(logits)
             if self.task.spec.is_choice:
-                assert divergence is not None
                 worth, kl = Worth.of(chunk, logits, self.loaded.model.dtype), mean_divergence(chunk, divergence)
                 for plan in node.plans:
                     worth.judge(self.task.spec, samples, start, outcomes[plan])
@@ -322,31 +326,45 @@ class FastEvaluator:
         self,
         chunk: Chunk,
         choices: Choices,
-        divergence: Tensor | None,
+        divergence: Tensor,
         samples: Sequence[Sample],
         start: int,
         outcome: Outcome,
     ) -> None:
-        """Take note of a plan's answers in a chunk: the first time with its divergence, then those that are open."""
-        kl = None if divergence is None else divergence.tolist()
+        kl = divergence.tolist()
         for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True):
-            if kl is not None:
-                outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
-            elif outcome.open.get(branch.sample) != branch.guess.complete:
-                continue  # another plan's
-            sample = samples[branch.sample - start]
+            outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
             verdict = judge(choices, (first, last), branch.guess, self._ends)
-            scores = self._scorer.settled(sample, verdict, branch.guess.limit, self._ends)
-            known = outcome.open.pop(branch.sample, ())
-            if verdict.not_a_number:
-                outcome.alone.add(branch.sample)
-            elif scores is not None:
-                outcome.scores[branch.sample] = scores
-            elif verdict.rivals != () or len(verdict.tokens) <= len(known):  # or rounding took another way than before
-                outcome.tied.add(branch.sample)
-                outcome.alone.add(branch.sample)
-            else:
-                outcome.open[branch.sample] = verdict.tokens
+            self._settle(samples[branch.sample - start], branch, verdict, outcome)
+
+    def _extend(self, chunk: Chunk, states: Tensor, samples: Sequence[Sample], start: int, outcome: Outcome) -> None:
+        """Decode a plan's open answers in a chunk one token further; ``states`` are ``[answer positions, hidden]``."""
+        own = [
+            (branch, last - 1)
+            for branch, (_, last) in zip(chunk.samples, chunk.spans, strict=True)
+            if outcome.open.get(branch.sample) == branch.guess.complete
+        ]
+        if not own:
+            return
+        logits = self.decoder.logits(states[[place for _, place in own]])
+        choices = Choices.of(logits, self.loaded.model.dtype)
+        for position, (branch, _) in enumerate(own):
+            del outcome.open[branch.sample]
+            verdict = extend(choices, position, branch.guess, self._ends)
+            self._settle(samples[branch.sample - start], branch, verdict, outcome)
+
+    def _settle(self, sample: Sample, branch: Branch, verdict: Verdict, outcome: Outcome) -> None:
+        """Take note of the score of an answer, or of why it is not known yet."""
+        scores = self._scorer.settled(sample, verdict, branch.guess.limit, self._ends)
+        if verdict.not_a_number:
+            outcome.alone.add(branch.sample)
+        elif scores is not None:
+            outcome.scores[branch.sample] = scores
+        elif verdict.rivals != ():
+            outcome.tied.add(branch.sample)
+            outcome.alone.add(branch.sample)
+        else:
+            outcome.open[branch.sample] = verdict.tokens
 
     def _ask_plain(
         self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: Outcome, maps: Maps | None
