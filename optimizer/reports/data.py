@@ -38,7 +38,7 @@ class Tried:
     complete: bool
     """Whether it was scored on the whole search split; otherwise the search gave it up earlier."""
     predicted_speedup: float | None
-    """By the additive latency profile; None where there is no profile. Never a measured figure."""
+    """By the additive latency profile; None where there is none for these actions. Never a measured figure."""
     within: bool
     """Whether it meets the job's constraint as far as the search could see (no intervals)."""
 
@@ -178,7 +178,7 @@ class Scored:
             if row is dense or row.accuracy is None:
                 continue
             drop = dense_means[row.n] - row.accuracy if row.n < len(dense_means) else None
-            speedup = None if profile is None else 1.0 / ratio_of_text(profile, row.plan)
+            speedup = _predicted_speedup(profile, row.plan)
             complete = row.n >= samples
             tried.append(
                 Tried(
@@ -228,6 +228,13 @@ def _within(
     return all(
         value is not None and value <= limits[name] for name, value in at_most.items() if name in limits
     ) and all(value is not None and value >= limits[name] for name, value in at_least.items() if name in limits)
+
+
+def _predicted_speedup(profile: JobProfile | None, plan: str) -> float | None:
+    """By a profile; None where there is none, or where it lacks an action (another job's may have had fewer)."""
+    if profile is None or not profile.layer_seconds.keys() >= set(plan):
+        return None
+    return 1.0 / ratio_of_text(profile, plan)
 
 
 def meets_constraint(plan: Plan) -> bool | None:
