@@ -140,14 +140,14 @@ def test_what_ray_says_about_a_death_is_logged_and_not_printed(
             pool.submit(EvaluatePlan("RRRRRR", "search"))
             kill_holder(pool, set())
             assert pool.next_done() is not None
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while "cluster_message" not in caplog.messages and time.monotonic() < deadline:
                 time.sleep(0.1)
     finally:
         logger.removeHandler(caplog.handler)
     refill(pool)
-    (said,) = {record.fields["text"] for record in caplog.records if record.message == "cluster_message"}  # type: ignore[attr-defined]
-    assert "died" in said and capsys.readouterr().out == ""
+    said = [record.fields["text"] for record in caplog.records if record.message == "cluster_message"]  # type: ignore[attr-defined]
+    assert said and all("died" in text for text in said) and capsys.readouterr().out == ""
 
 
 def test_a_request_that_keeps_killing_its_worker_is_given_up(pool: WorkerPool) -> None:
