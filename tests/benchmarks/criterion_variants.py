@@ -1,17 +1,20 @@
-"""Compare variants of the skip-it criterion by rank correlation with measured harm; print the table of docs/theory.md.
+"""Compare variants of the skip-it criterion by rank correlation with measured harm; print the tables of docs/theory.md.
 
-Harm is the mean KL divergence of the answer under each action at each layer. Variants are compared on the search split
-(which one is the default was decided there) and reported on the held-out split, whose images nothing was decided on.
-Everything is kept in the database given, so a second run, or one with more variants, evaluates nothing again.
+Harm is the mean KL divergence of the answer under each action at each layer, on all samples of a split. The first table
+is of the search split, and the default is chosen by it. The second is of the held-out split, whose images nothing was
+decided on; jobs given with --untouched appear there alone, so no part of them can sway the choice.
+Everything is kept in the jobs' databases, so a second run, or one with more variants, evaluates nothing again, nor what
+`skipplan validate-theory` evaluated.
 
-    python tests/benchmarks/criterion_variants.py --samples 256 llava-12:easy-vqa llava-12:scenes smollm2-30:easy-vqa
+    python tests/benchmarks/criterion_variants.py llava.yaml scenes.yaml smollm2.yaml --untouched other.yaml
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from optimizer.criteria.cosine import group_values
 from optimizer.criteria.skip_it import later_attention, vision_attention
 from optimizer.holding import open_pool
 from optimizer.inputs import prepare
-from optimizer.job import JobSpec
+from optimizer.job_file import load_job
 from optimizer.progress import Progress
 from optimizer.stages.score import measured
 from optimizer.undertaking import undertaking
@@ -66,17 +69,41 @@ def conditions(vision: str, text: str, *, read: bool, gate: bool, change: str = 
     return risk
 
 
+def product(*removed: str, gain: bool, through: str = "text") -> Variant:
+    """The form of ``skip-it`` with other measures: ``removed`` say what removing a layer does to the last token.
+
+    Of several the geometric mean is taken. ``gain`` multiplies what freezing moves by its propagation gain; ``through``
+    names the queries whose attention on vision tokens weighs bypass.
+    """
+
+    def risk(table: LayerTable) -> Risk:
+        moved = np.exp(np.mean([np.log(np.maximum(column(table, name, "last"), 1e-12)) for name in removed], axis=0))
+        share = np.array(vision_attention(table))
+        freeze = np.array(group_values(table, "cosine_distance")[0]) * np.array(later_attention(share.tolist()))
+        if gain:
+            freeze = freeze * column(table, "propagation_gain", "vision")
+        own = share if through == "text" else np.array(table.values("vision_attention", through, default=1.0))
+        return Risk("variant", {"F": tuple(freeze), "B": tuple(moved * own), "S": tuple(moved)})
+
+    return risk
+
+
 def geometric(table: LayerTable) -> Risk:
     vision, text = group_values(table, "cosine_distance")
     both = tuple(max(pair) for pair in zip(vision, text, strict=True))
     return Risk("geometric", {"F": vision, "B": both, "S": both})
 
 
-TAIL = "cosine_distance_tail@0.1"
-
 VARIANTS: dict[str, Variant] = {
-    "skip-it (default)": criteria.load("skip-it").risk,
+    "skip-it": criteria.load("skip-it").risk,
     "skip-it-static": criteria.load("skip-it-static").risk,
+    "angle of the last token, gain": product("angular_distance@1", gain=True),
+    "change at the top": product("final_change", gain=False),
+    "change at the top, gain": product("final_change", gain=True),
+    "change at the top, gain, last token's attention": product("final_change", gain=True, through="last"),
+    "turn at the top, gain": product("final_distance", gain=True),
+    "angle and change at the top, gain": product("angular_distance@1", "final_change", gain=True),
+    "angle and turn at the top, gain": product("angular_distance@1", "final_distance", gain=True),
     "geometric": geometric,
     "geometric, last token": conditions("cosine_distance", "cosine_distance", read=False, gate=False),
     "proximal (tail at 0.1)": conditions(
@@ -96,68 +123,78 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def collect(model: str, task: str, samples: int, database: str) -> tuple[LayerTable, Measured, Measured, list[str]]:
-    """The table of measurements, harm on the search and held-out splits, and the actions allowed per layer."""
-    spec = JobSpec.model_validate(
-        {
-            "model": {"path": model},
-            "task": task,
-            "actions": ["skip", "freeze", "bypass"],
-            "splits": {"calibration": 128, "search": samples, "held_out": samples, "unit": "samples"},
-            "database": database,
-        }
-    )
+@dataclass(frozen=True)
+class Found:
+    """What one job's model and task gave: measurements, the actions allowed per layer, and harm per split."""
+
+    name: str
+    table: LayerTable
+    allowed: tuple[str, ...]
+    harm: dict[str, Measured]
+
+
+def collect(file: Path, splits: Sequence[str]) -> Found:
+    """Measure and evaluate what the database of the job does not hold yet."""
+    spec = load_job(file)
     inputs = prepare(spec)
     with (
-        Database.open(database) as db,
+        Database.open(spec.database) as db,
         open_pool(inputs) as pool,
         undertaking(db, inputs, pool, Progress(), "criterion-variants") as context,
     ):
         table = measured(context, tuple(kind for kind in KINDS if kind != "withdrawal"))
-        allowed = list(context.worker.allowed_actions)
+        allowed = tuple(context.worker.allowed_actions)
         plans = [
             plan_of(len(allowed), (layer,), letter)
             for letter in "FBS"
             for layer in range(len(allowed))
             if letter in allowed[layer]
         ]
-        return table, measure(context, plans, samples, "search"), measure(context, plans, samples), allowed
+        harm = {split: measure(context, plans, len(context.task.split(split)), split) for split in splits}
+        return Found(f"{Path(spec.model.path).name}, {context.task.name}", table, allowed, harm)
 
 
-def correlation(risk: Risk, harm: Measured, letter: str, allowed: list[str]) -> float | None:
-    layers = [layer for layer in range(len(allowed)) if letter in allowed[layer]]
-    plans = {layer: plan_of(len(allowed), (layer,), letter) for layer in layers}
-    there = [layer for layer in layers if plans[layer] in harm.kl]
+def correlation(risk: Risk, found: Found, split: str, letter: str) -> float | None:
+    harm, layers = found.harm[split], len(found.allowed)
+    plans = {layer: plan_of(layers, (layer,), letter) for layer in range(layers) if letter in found.allowed[layer]}
+    there = [layer for layer, plan in plans.items() if plan in harm.kl]
     if not there:
         return None
     divergences = np.array([harm.kl[plans[layer]].mean() for layer in there])
     return spearman(np.array([risk.of(layer, letter) for layer in there]), divergences)
 
 
+def compared(found: Sequence[Found], split: str) -> list[str]:
+    """One row a variant: rho per job and action, per action the mean over jobs, and the mean and smallest of all."""
+    letters = {"F": "freeze", "B": "bypass", "S": "skip"}
+    heads = [f"{each.name}: {action}" for each in found for action in letters.values()]
+    heads += [f"mean {action}" for action in letters.values()] if len(found) > 1 else []
+    lines = ["| variant | " + " | ".join([*heads, "mean", "smallest"]) + " |", "|---" * (len(heads) + 3) + "|"]
+    for name, variant in VARIANTS.items():
+        risks = [variant(each.table) for each in found]
+        rho = np.array(
+            [
+                [correlation(risk, each, split, letter) or 0.0 for letter in letters]
+                for risk, each in zip(risks, found, strict=True)
+            ]
+        )
+        means = rho.mean(0).tolist() if len(found) > 1 else []
+        cells = [*rho.ravel().tolist(), *means, rho.mean(), rho.min()]
+        lines.append(f"| {name} | " + " | ".join(f"{each:+.2f}" for each in cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pairs", nargs="+", metavar="MODEL:TASK")
-    parser.add_argument("--samples", type=int, default=256, help="of the search and of the held-out split each")
-    parser.add_argument("--database", default="sqlite:///criterion_variants.db")
-    parser.add_argument("--output", type=Path, help="write the table here too")
+    parser.add_argument("jobs", nargs="+", type=Path, help="job files, as of validate-theory")
+    parser.add_argument("--untouched", nargs="*", type=Path, default=[], help="job files that are held out as a whole")
     arguments = parser.parse_args()
-    found = {pair: collect(*pair.rsplit(":", 1), arguments.samples, arguments.database) for pair in arguments.pairs}
-    heads = [f"{pair.rsplit('/', 1)[-1]} {action}" for pair in found for action in ("F", "B", "S")]
-    lines = ["| variant | " + " | ".join(heads) + " | mean, search | mean, held out |"]
-    lines.append("|---" * (len(heads) + 3) + "|")
-    for name, variant in VARIANTS.items():
-        cells, means = [], ([], [])
-        for table, search, held_out, allowed in found.values():
-            risk = variant(table)
-            for letter in "FBS":
-                pair = [correlation(risk, harm, letter, allowed) for harm in (search, held_out)]
-                cells.append(" / ".join("-" if rho is None else f"{rho:+.2f}" for rho in pair))
-                for mean, rho in zip(means, pair, strict=True):
-                    mean.append(0.0 if rho is None else rho)
-        lines.append(f"| {name} | " + " | ".join([*cells, *(f"{np.mean(each):+.2f}" for each in means)]) + " |")
-    print("\n".join(lines))
-    if arguments.output:
-        arguments.output.write_text("\n".join(lines) + "\n")
+    chosen_on = [collect(file, ("search", "held_out")) for file in arguments.jobs]
+    untouched = [collect(file, ("held_out",)) for file in arguments.untouched]
+    print("Search split:\n", *compared(chosen_on, "search"), sep="\n")
+    print("\nHeld-out split:\n", *compared(chosen_on, "held_out"), sep="\n")
+    if untouched:
+        print("\nHeld-out model and task:\n", *compared(untouched, "held_out"), sep="\n")
 
 
 if __name__ == "__main__":
