@@ -1,5 +1,7 @@
 """The search loop on planted problems whose best plans are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted import SAMPLES, Planted, problem_of, search, small
@@ -143,8 +145,6 @@ def test_what_earlier_jobs_know_is_used_and_not_evaluated_again():
     known = tuple(tried for tried in first.tried if tried.plan != "R" * LAYERS)
     planted = small()
     spec = SearchSpec(strategy="surrogate", evaluations=16, rungs=(50,), seed=1)
-    from dataclasses import replace
-
     problem = replace(problem_of(planted, spec=spec), known=known)
     outcome = Search(problem, make_strategy("surrogate", problem), Budget(spec, lambda: 0.0), evaluate=planted).run()
     complete = {tried.plan for tried in known}
@@ -194,6 +194,16 @@ def test_runners_up_fill_the_places_that_a_short_front_leaves():
     outcome = SearchOutcome(1.0, 200, figures)
     assert finalists(outcome, 2, max_accuracy_drop=0.05) == [plan(7), plan(6)]
     assert finalists(outcome, 9, max_accuracy_drop=0.05) == [plan(7), plan(6), plan(5)]
+
+
+def test_runners_up_are_spread_from_fast_to_careful_by_their_divergence():
+    # No plan loses anything on the search split; the divergence alone tells the careful ones, and one is dominated.
+    kls = {7: 0.4, 6: 0.3, 5: 0.2, 4: 0.25, 3: 0.01, 2: 0.001, 1: 0.0001}
+    figures = tuple(replace(tried(layers, 1 - 0.1 * layers, 0.0), kl=kl) for layers, kl in kls.items())
+    outcome = SearchOutcome(1.0, 200, figures)
+    assert finalists(outcome, 4, max_accuracy_drop=0.05) == [plan(7), plan(6), plan(3), plan(1)]
+    assert finalists(outcome, 2, max_accuracy_drop=0.05) == [plan(7), plan(3)]
+    assert finalists(outcome, 7, max_accuracy_drop=0.05)[-1] == plan(4)
 
 
 def test_constraints_are_numbers_met_at_zero():
