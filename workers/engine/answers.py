@@ -60,10 +60,10 @@ class Choices:
 
 
 def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset[int]) -> Verdict:
-    """Follow greedy decoding along the guess as far as it goes."""
+    """Follow greedy decoding along the guess as far as it goes; the span begins behind what is known of the answer."""
     first, last = span
     rivals: list[tuple[int, ...]] = []
-    for step, position in enumerate(range(first, last)):
+    for step, position in enumerate(range(first, last), start=guess.known):
         if choices.nan[position]:
             return Verdict((), True, not_a_number=True)
         before, token = guess.complete[:step], choices.best[position]
@@ -75,18 +75,6 @@ def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset
             tokens = (*before, token)
             return Verdict(tokens, len(tokens) == guess.limit, known)
     raise AssertionError("the last position gives the end token or a token beyond the guess")
-
-
-def extend(choices: Choices, position: int, known: Guess, ends: frozenset[int]) -> Verdict:
-    """Go on from what is known of an answer by the token that is most likely at a position."""
-    if choices.nan[position]:
-        return Verdict((), True, not_a_number=True)
-    before, token = known.complete, choices.best[position]
-    rivals = tuple((*before, other) for other in choices.rivals.get(position, ()))
-    if token in ends:
-        return Verdict(before, True, rivals if len(rivals) <= MOST_RIVALS else None)
-    tokens = (*before, token)
-    return Verdict(tokens, len(tokens) == known.limit, rivals if len(rivals) <= MOST_RIVALS else None)
 
 
 class Scorer:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from workers.ties import end_tokens
 from workers.timed_request import device_name
 
 from . import sizing
-from .answers import Choices, Scorer, Verdict, extend, judge
+from .answers import Choices, Scorer, Verdict, judge
 from .continuing import continuations
 from .decoder import Decoder, NotExactError
 from .divergence import DenseAnswers
@@ -221,9 +222,10 @@ class FastEvaluator:
         outcomes: dict[str, Outcome],
         folded_maps: Mapping[str, Maps | None],
     ) -> None:
-        """Decode every open answer one token further; those that memory is too short for are left to the plain path."""
+        """Decode every open answer further; those that memory is too short for are left to the plain path."""
         rows = [row for chunk in part.chunks for row in chunk.rows]
-        for each in continuations(rows, {plan: outcome.open for plan, outcome in outcomes.items()}):
+        open_answers = {plan: outcome.open for plan, outcome in outcomes.items()}
+        for each in continuations(rows, open_answers, self.guesser.going_on):
             asked = [plan for plan in plans if plan.text in each.plans]
             for number, group in enumerate(cut(each.rows, self.chunk_tokens)):
                 chunk = self._packer.chunk(("on", number), group)
@@ -338,24 +340,27 @@ class FastEvaluator:
             self._settle(samples[branch.sample - start], branch, verdict, outcome)
 
     def _extend(self, chunk: Chunk, states: Tensor, samples: Sequence[Sample], start: int, outcome: Outcome) -> None:
-        """Decode a plan's open answers in a chunk one token further; ``states`` are ``[answer positions, hidden]``."""
+        """Decode a plan's open answers in a chunk further; ``states`` are ``[answer positions, hidden]``."""
         own = [
-            (branch, last - 1)
-            for branch, (_, last) in zip(chunk.samples, chunk.spans, strict=True)
-            if outcome.open.get(branch.sample) == branch.guess.complete
+            (branch, range(first + branch.guess.known, last))
+            for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True)
+            if outcome.open.get(branch.sample) == branch.guess.complete[: branch.guess.known]
         ]
         if not own:
             return
-        logits = self.decoder.logits(states[[place for _, place in own]])
+        logits = self.decoder.logits(states[[place for _, places in own for place in places]])
         choices = Choices.of(logits, self.loaded.model.dtype)
-        for position, (branch, _) in enumerate(own):
+        ends = accumulate(len(places) for _, places in own)
+        for (branch, places), end in zip(own, ends, strict=True):
             del outcome.open[branch.sample]
-            verdict = extend(choices, position, branch.guess, self._ends)
+            verdict = judge(choices, (end - len(places), end), branch.guess, self._ends)
             self._settle(samples[branch.sample - start], branch, verdict, outcome)
 
     def _settle(self, sample: Sample, branch: Branch, verdict: Verdict, outcome: Outcome) -> None:
         """Take note of the score of an answer, or of why it is not known yet."""
         scores = self._scorer.settled(sample, verdict, branch.guess.limit, self._ends)
+        if verdict.ended:
+            self.guesser.remember(verdict.tokens)
         if verdict.not_a_number:
             outcome.alone.add(branch.sample)
         elif scores is not None:

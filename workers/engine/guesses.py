@@ -9,6 +9,9 @@ from typing import Any
 
 from workers.tasks import Sample
 
+MOST_BEGINNINGS = 10_000
+"""Beginnings of answers whose continuations are remembered."""
+
 Spelling = Callable[[str], tuple[int, ...]]
 
 
@@ -21,6 +24,8 @@ class Guess:
 
     complete: tuple[int, ...]
     limit: int
+    known: int = 0
+    """Tokens at the beginning that were answered already: what is asked is how the answer goes on behind them."""
 
     @property
     def fed(self) -> tuple[int, ...]:
@@ -40,6 +45,7 @@ class Guesser:
         self._spellings: tuple[Spelling, ...] = tuple(_spelling(tokenizer, lead) for lead in ("", " ", "\n"))
         self._votes: Counter[int] = Counter()
         self._given: dict[str, tuple[int, ...]] = {}
+        self._endings: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
 
     def learn(self, text: str, tokens: Sequence[int]) -> None:
         """Take note that the model spelled ``text`` so (``tokens`` without the end token)."""
@@ -55,6 +61,18 @@ class Guesser:
             best = max(range(len(self._spellings)), key=lambda number: (self._votes[number], -number))
             tokens = self._spellings[best](text)
         return Guess(tokens[: self._limit], self._limit)
+
+    def remember(self, tokens: tuple[int, ...]) -> None:
+        """Take note of an answer that some plan gave to its end: plans that go wrong often go wrong alike."""
+        if len(self._endings) > MOST_BEGINNINGS:
+            self._endings.clear()
+        for known in range(1, len(tokens)):
+            self._endings.setdefault(tokens[:known], Counter())[tokens] += 1
+
+    def going_on(self, known: tuple[int, ...]) -> Guess:
+        """The guess for an answer that begins so: as most answers with that beginning went on."""
+        endings = self._endings.get(known)
+        return Guess(endings.most_common(1)[0][0] if endings else known, self._limit, known=len(known))
 
 
 def _spelling(tokenizer: Any, lead: str) -> Spelling:
