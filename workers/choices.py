@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from .errors import TaskError
 from .metrics import CHOICE_METRICS
@@ -115,7 +115,9 @@ def option_likelihoods(
 def feed(model: Any, inputs: Mapping[str, Any], tokens: Sequence[Sequence[int]], pad: int) -> list[Likelihood]:
     """The likelihood of each row's own tokens behind the prompts that ``inputs`` (of ``generate``) hold."""
     feeder = _Feeder(tokens, min(end_tokens(model), default=pad), model.dtype)
-    handle = model.register_forward_hook(feeder.note)
+    # Some families (BLIP-2) leave generation to the language model inside them, which is then what is called.
+    generating = [module for module in model.modules() if isinstance(module, GenerationMixin)]
+    handles = [module.register_forward_hook(feeder.note) for module in generating]
     try:
         model.generate(
             **inputs,
@@ -126,7 +128,8 @@ def feed(model: Any, inputs: Mapping[str, Any], tokens: Sequence[Sequence[int]],
             logits_processor=LogitsProcessorList([feeder]),
         )
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return [feeder.likelihood(row) for row in range(len(tokens))]
 
 
@@ -203,7 +206,8 @@ class _Feeder(LogitsProcessor):  # type: ignore[misc]  # transformers is not typ
 
     def note(self, module: Any, args: Any, output: Any) -> None:
         """Forward hook: the logits of the next token, ``[rows, tokens, vocabulary]``."""
-        self._logits = output.logits[:, -1]
+        if getattr(output, "logits", None) is not None:
+            self._logits = output.logits[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Take note of the next tokens' likelihood, and put them above all others."""

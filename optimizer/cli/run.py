@@ -55,7 +55,6 @@ def run(
 
     [bold]Example:[/bold] skipplan run configs/quickstart.yaml
     """
-    from optimizer.checking import too_few_to_prove
     from optimizer.cli.screen import Screen
     from optimizer.inputs import prepare
     from optimizer.job_file import load_job
@@ -66,8 +65,6 @@ def run(
     spec = load_job(config, database=global_options(context).database, strategy=strategy)
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
-    for note in too_few_to_prove(spec, inputs.task):
-        screen.warn(note)
     with Database.open(spec.database) as db:
         job = None if force else _finished(db, inputs)
         if job is not None:
@@ -86,6 +83,7 @@ def _finished(db: Database, inputs: Inputs) -> Job | None:
 def _process(db: Database, inputs: Inputs, screen: Screen, force: bool) -> Job:
     """Start the workers first: a job that cannot begin leaves no trace in the database."""
     from optimizer import service
+    from optimizer.checking import too_few_to_prove
     from optimizer.holding import hints, open_pool
     from optimizer.progress import Progress
 
@@ -93,7 +91,7 @@ def _process(db: Database, inputs: Inputs, screen: Screen, force: bool) -> Job:
         job, _ = service.submit(db, inputs, anew=force)
         job = service.claim_this(db, job, service.new_owner(), screen.say)
         status.stop()
-        for hint in hints(pool):
+        for hint in (*too_few_to_prove(inputs.spec, inputs.task), *hints(pool)):
             screen.say(f"note: {hint}")
         with screen.live(f"job {job.id}, {pool.size} workers on {pool.info[0].device}") as display:
             service.process(db, job, inputs, pool, Progress(display))

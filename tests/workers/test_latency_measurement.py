@@ -52,13 +52,13 @@ def test_the_profile_finds_the_slow_layer_and_predicts_plans(lopsided: LoadedMod
     assert profile.layer_seconds["S"] == (0.0,) * 6
     others = sorted(seconds for layer, seconds in enumerate(run) if layer != SLOW_LAYER)
     # Three calls a request: one prefill, two decode steps. Seconds are scaled to the dense request's wall time.
-    assert run[SLOW_LAYER] - others[2] > 0.9 * 3 * EXTRA_SECONDS
+    assert run[SLOW_LAYER] - others[2] > 0.6 * 3 * EXTRA_SECONDS
     assert run[SLOW_LAYER] > 2 * others[-1]
     assert profile.layer_seconds["F"][SLOW_LAYER] > 2 * others[-1]
     assert sum(run) < profile.dense_seconds
     # One of the three calls is the prefill, the others are a token each.
     for phase in (profile.prefill_seconds, profile.decode_seconds):
-        assert phase["R"][SLOW_LAYER] - sorted(phase["R"])[2] > 0.9 * EXTRA_SECONDS
+        assert phase["R"][SLOW_LAYER] - sorted(phase["R"])[2] > 0.6 * EXTRA_SECONDS
         assert phase["S"] == (0.0,) * 6
     assert sum(profile.prefill_seconds["R"]) < profile.dense_prefill_seconds
     assert sum(profile.decode_seconds["R"]) < profile.dense_decode_seconds

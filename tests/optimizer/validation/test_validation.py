@@ -110,8 +110,9 @@ def test_the_report_on_the_reference_model(store: Database, worker: in_process.O
     assert report.dense_accuracy == 1.0 and report.failed == {}
     skip = next(action for action in report.actions if action.action == "skip")
     found = skip.by_kl or skip.by_drop
-    assert found["scrambled"].verdict == "does not predict harm"
-    assert found[CONTROL].verdict == "does not predict harm"
+    # Twelve layers in another order may by chance stand in the opposite one.
+    assert found["scrambled"].verdict in ("does not predict harm", "predicts the opposite")
+    assert found[CONTROL].verdict in ("does not predict harm", "predicts the opposite")
     assert {each.kind for each in report.sets} >= {"safe", "unsafe", "random", "layer-contribution", "scrambled"}
     harms = {each.kind: each.harm for each in report.sets if each.action == "S"}
     assert harms["safe"].drop < 0.2 < harms["unsafe"].drop  # the first layers cannot go
