@@ -91,7 +91,7 @@ class Scorer:
     def text(self, tokens: tuple[int, ...]) -> str:
         """What the tokens say, as the plain path decodes them."""
         if tokens not in self._texts:
-            if len(self._texts) > 100_000:
+            if len(self._texts) > 10_000:
                 self._texts.clear()
             self._texts[tokens] = self._decode(tokens).strip()
         return self._texts[tokens]

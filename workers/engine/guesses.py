@@ -9,7 +9,7 @@ from typing import Any
 
 from workers.tasks import Sample
 
-MOST_BEGINNINGS = 10_000
+MOST_BEGINNINGS = 1_000
 """Beginnings of answers whose continuations are remembered."""
 
 Spelling = Callable[[str], tuple[int, ...]]
