@@ -23,6 +23,7 @@ _VQA_NUMBERS = {
     )
 } | {"none": "0"}
 _VQA_ARTICLES = frozenset(("a", "an", "the"))
+_VQA_CHANGED = (*_VQA_ARTICLES, *_VQA_NUMBERS)
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD_NOT_DECIMAL = re.compile(r"\.(?!\d)")
 
@@ -128,24 +129,39 @@ def can_still_score(name: str, beginning: str, answers: Sequence[str]) -> bool:
     """Whether some answer that begins with this text could score above 0 under a metric; True where that is not known.
 
     Sound for the metrics that compare texts after :func:`normalise_vqa`. It changes letters and digits in no other
-    way than this: whole words are dropped (articles) or become digits (number words), and words may be joined or
-    parted where punctuation stands between them. So a text of letters and digits alone is the beginning of the
-    normalised answer's first word, unless that word turns out to be an article or a number word.
+    way than this: whole words are dropped (articles) or become digits (number words), periods may go, and words may be
+    joined or parted where punctuation stands between them, which depends on what is still to come. So, with spaces
+    left out, one of the texts that the beginning may become must be the beginning of a normalised answer.
     """
-    if name not in _DECIDED_BY_VQA_RULES:
-        return True
     start = beginning.lstrip().lower()
-    if not start or not start.isascii() or not start.isalnum():
+    if name not in _DECIDED_BY_VQA_RULES or not start.isascii():
         return True
-    if any(article.startswith(start) for article in _VQA_ARTICLES):
-        return True
-    numbers = {digit for word, digit in _VQA_NUMBERS.items() if word.startswith(start)}
-    for answer in answers:
-        normalised = normalise_vqa(answer)
-        first = normalised.split(" ")[0]
-        if first.startswith(start) or first in numbers or not normalised:
-            return True
-    return False
+    wanted = {normalise_vqa(answer).replace(" ", "") for answer in answers}
+
+    def fits(text: str) -> bool:
+        return any(each.startswith(text) for each in wanted)
+
+    ways = {("", "")}  # the words so far, and the one that is not over
+    for character in start:
+        over = {(done + _vqa_word(word), "") for done, word in ways}
+        if character.isspace():
+            ways = over
+        elif character in _VQA_PUNCTUATION:
+            ways |= over
+        elif character == ".":
+            ways |= {(done, f"{word}.") for done, word in ways}
+        else:
+            ways = {(done, word + character) for done, word in ways}
+        ways = {(done, word) for done, word in ways if fits(done)}
+    return any(
+        fits(done + becomes)
+        for done, word in ways
+        for becomes in (word, *(_vqa_word(whole) for whole in _VQA_CHANGED if whole.startswith(word)))
+    )
+
+
+def _vqa_word(word: str) -> str:
+    return "" if word in _VQA_ARTICLES else _VQA_NUMBERS.get(word, word)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,11 @@ def _scatter(axes: Any, action: ActionReport, report: ValidationReport) -> None:
         axes.annotate(str(layer), (x, y), fontsize=7, xytext=(2, 2), textcoords="offset points")
     if action.kl is not None:
         axes.set_yscale("symlog", linthresh=max(1e-9, min((value for value in harm if value > 0), default=1e-9)))
-    if min(risk) > 0:
+    positive = [value for value in risk if value > 0]
+    if len(positive) == len(risk):
         axes.set_xscale("log")
+    elif positive:  # some layers are predicted to do no harm at all
+        axes.set_xscale("symlog", linthresh=min(positive))
     found = action.by_kl.get(report.criterion) or action.by_drop[report.criterion]
     axes.set_title(f"{action.action}: rho {agreement(found)}", fontsize=9)
     axes.set_xlabel(f"risk predicted by {report.criterion}")

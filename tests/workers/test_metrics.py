@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.metrics import METRICS, anls, can_still_score, exact_match, normalise_vqa, token_f1, vqa_accuracy
@@ -100,14 +100,21 @@ def test_anls_by_hand(prediction: str, answers: list[str], expected: float) -> N
     assert anls(prediction, answers) == pytest.approx(expected)
 
 
-BEGINNINGS = st.sampled_from(
-    ["t", "th", "two", "re", "red", "a", "an", "yes", "ten", "circ", " red", "no", "1", "2", "x"]
+PIECES = st.sampled_from(
+    ["t", "th", "the", "two", "re", "red", "a", "an", "yes", "ten", "circ", "no", "1", "2", "x", *" \n.,:'-\"?"]
 )
-ENDINGS = st.text(alphabet="redothwyes circle'.,:12 ", max_size=12)
+BEGINNINGS = st.lists(PIECES, min_size=1, max_size=6).map("".join)
+ENDINGS = st.one_of(
+    st.text(alphabet="redothwyes circle'.,:12 ", max_size=12), st.lists(PIECES, max_size=4).map("".join)
+)
+SCORING = st.lists(st.one_of(WORDS, BEGINNINGS), min_size=4, max_size=6)
 
 
-@given(BEGINNINGS, ENDINGS, st.lists(WORDS, min_size=4, max_size=6))
-def test_what_cannot_score_any_more_never_does(beginning: str, ending: str, answers: list[str]) -> None:
+@settings(max_examples=1_000)
+@given(BEGINNINGS, ENDINGS, SCORING, st.booleans())
+def test_what_cannot_score_any_more_never_does(beginning: str, ending: str, answers: list[str], rewarded: bool) -> None:
+    if rewarded:  # the whole itself is an accepted answer, so it scores
+        answers = [*answers, (beginning + ending).strip()]
     for name in ("exact_match", "vqa_accuracy"):
         if not can_still_score(name, beginning, answers):
             assert METRICS[name]((beginning + ending).strip(), answers) == 0.0
@@ -119,4 +126,9 @@ def test_hopeless_beginnings_are_seen_as_such() -> None:
     assert can_still_score("exact_match", "th", ["red"])  # "the red"
     assert can_still_score("exact_match", "tw", ["2"])  # "two"
     assert can_still_score("exact_match", "?", ["red"])
+    assert can_still_score("exact_match", " no.", ["no"])
+    assert can_still_score("exact_match", "no\nThe", ["no"])
+    assert not can_still_score("exact_match", " no I", ["no"])
+    assert not can_still_score("exact_match", "\nThe shape", ["rectangle"])
+    assert can_still_score("exact_match", "The rect,ang", ["rectangle"])  # a later ", " removes every comma
     assert can_still_score("token_f1", "gre", ["red"])

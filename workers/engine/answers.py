@@ -8,6 +8,7 @@ matters only if the answer could still score.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from workers.ties import tie_bound
 
 from .guesses import Guess
 
+_FIRST_WORD = re.compile(r"^(\s*\w*).*", re.DOTALL)
 MOST_RIVALS = 8
 """Tokens tied with the best one that are looked at; where there are more, the tie is taken to matter."""
 
@@ -58,6 +60,11 @@ class Choices:
             rivals[position] = tuple(token for token in near if token != best[position])
         return cls(best, top[:, 0].isnan().tolist(), rivals)
 
+    def at(self, positions: Sequence[int]) -> Choices:
+        """Those of some positions, in their order."""
+        rivals = {number: self.rivals[place] for number, place in enumerate(positions) if place in self.rivals}
+        return Choices([self.best[place] for place in positions], [self.nan[place] for place in positions], rivals)
+
 
 def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset[int]) -> Verdict:
     """Follow greedy decoding along the guess as far as it goes; the span begins behind what is known of the answer."""
@@ -77,15 +84,30 @@ def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset
     raise AssertionError("the last position gives the end token or a token beyond the guess")
 
 
+def furthest(verdicts: Sequence[Verdict]) -> Verdict:
+    """What several guesses of one answer tell together: they agree as far as each goes."""
+    return max(verdicts, key=lambda verdict: (verdict.not_a_number, verdict.ended, len(verdict.tokens)))
+
+
 class Scorer:
-    """Scores verdicts under a task's metric and secondary metrics."""
+    """Scores verdicts under a task's metric and secondary metrics.
+
+    ``stable`` tells that more tokens leave the text of those before them as it is: a tokenizer that cleans up spaces
+    removes some in front of what comes later, so that only the first word is certain.
+    """
 
     def __init__(
-        self, spec: TaskSpec, decode: Callable[[Sequence[int]], str], metrics: dict[str, Callable[..., float]]
+        self,
+        spec: TaskSpec,
+        decode: Callable[[Sequence[int]], str],
+        metrics: dict[str, Callable[..., float]],
+        *,
+        stable: bool = True,
     ):
         self._names = (spec.metric, *spec.secondary)
         self._metrics = {name: metrics[name] for name in self._names if name in metrics}  # others score no texts
         self._decode = decode
+        self._stable = stable
         self._texts: dict[tuple[int, ...], str] = {}
 
     def text(self, tokens: tuple[int, ...]) -> str:
@@ -107,6 +129,8 @@ class Scorer:
     def hopeless(self, sample: Sample, tokens: tuple[int, ...]) -> bool:
         """Whether no answer that begins with these tokens can score under any of the metrics."""
         text = self._decode(tokens)
+        if not self._stable:
+            text = _FIRST_WORD.sub(r"\1", text)
         return not any(can_still_score(name, text, sample.answers) for name in self._names)
 
     def settled(self, sample: Sample, verdict: Verdict, limit: int, ends: frozenset[int]) -> tuple[float, ...] | None:

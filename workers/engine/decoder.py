@@ -60,6 +60,24 @@ class LayerOutput:
     hidden: Tensor
     branch: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory."""
+        return self.hidden.nbytes + (0 if self.branch is None else self.branch.nbytes)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a layer's attention sees: keys and values, ``[batch, heads, tokens, size]`` each."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory."""
+        return self.keys.nbytes + self.values.nbytes
+
 
 class Decoder:
     """Calls single decoder layers of a live model.
@@ -83,6 +101,10 @@ class Decoder:
                 action: TokenLayer(layer, number, action, self._split, mask_may_be_none=False)
                 for action in (Action.FREEZE, Action.BYPASS)
             }
+            for number, layer in enumerate(self.layers)
+        )
+        self._extending = tuple(
+            _NewTokens(layer, number, Action.FREEZE, self._split, mask_may_be_none=False)
             for number, layer in enumerate(self.layers)
         )
         self._gives_tuple: bool | None = None
@@ -208,6 +230,29 @@ class Decoder:
         gathering = self._gathering[layer][action]
         return self._watched(lambda: gathering(hidden, **arguments), branch, split, hidden)
 
+    def keys(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Keys:
+        """What a layer's attention sees of all rows of ``hidden``, ``[batch, tokens, hidden]``."""
+        captured = self._extending[layer].capture(hidden, arguments)
+        return Keys(captured.keys, captured.values)
+
+    def run_new(
+        self,
+        layer: int,
+        split: TokenSplit,
+        known: Keys,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        branch: nn.Module | None = None,
+    ) -> LayerOutput:
+        """One layer over the rows ``split.text``; of the others, whose states are not looked at, ``known`` is seen."""
+        self._split.current = split
+        extending = self._extending[layer]
+        extending.known = known
+        try:
+            return self._watched(lambda: extending(hidden, **arguments), branch, split, hidden)
+        finally:
+            extending.known = None
+
     def _watched(
         self, call: Callable[[], Any], branch: nn.Module | None, split: TokenSplit | None, hidden: Tensor
     ) -> LayerOutput:
@@ -237,6 +282,26 @@ class Decoder:
 def _tensor_of(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+class _NewTokens(TokenLayer):
+    """A layer in which the rows that it does not run have known keys and values."""
+
+    known: Keys | None = None
+
+    def merging(
+        self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The new rows' keys and values among the known ones."""
+        known = self.known
+        assert known is not None
+
+        def put(into: Tensor, new: Tensor) -> Tensor:
+            heads, size = into.shape[1], into.shape[3]
+            flat = split.text.put(into.transpose(1, 2).flatten(2), new.transpose(1, 2).flatten(2))
+            return flat.view(*flat.shape[:2], heads, size).transpose(1, 2)
+
+        return lambda keys, values: (put(known.keys, keys), put(known.values, values))
 
 
 class _GivenSplit(VisionTokens):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.repairs import TrieRepairs
@@ -24,14 +22,14 @@ from workers.ties import end_tokens
 from workers.timed_request import device_name
 
 from . import sizing
-from .answers import Choices, Scorer, Verdict, judge
-from .continuing import continuations
+from .answers import Choices, Scorer, Verdict, furthest, judge
 from .decoder import Decoder, NotExactError
 from .divergence import DenseAnswers
+from .extension import Extension
 from .guesses import Guesser
 from .options import Worth, mean_divergence, option_guesses
-from .outcome import Outcome
-from .packing import Branch, Chunk, Packer, cut
+from .outcome import Asked, Outcome
+from .packing import Branch, Chunk, Packer
 from .parts import Part, Parts
 from .plain_decoding import require_plain_decoding
 from .prompts import PromptReader
@@ -71,7 +69,12 @@ class FastEvaluator:
         self._memory = memory_bytes
         spec, tokenizer = self.task.spec, self.loaded.processor.tokenizer
         self.guesser = Guesser(tokenizer, spec.answer.max_new_tokens)
-        self._scorer = Scorer(spec, lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)), METRICS)
+        self._scorer = Scorer(
+            spec,
+            lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+            METRICS,
+            stable=not getattr(tokenizer, "clean_up_tokenization_spaces", False),
+        )
         guesses = option_guesses(self.loaded, spec) if spec.is_choice else lambda sample: (self.guesser.forced(sample),)
         self._ends = end_tokens(self.loaded.model)
         reader = PromptReader(self.loaded, self.task, self.decoder)
@@ -94,14 +97,13 @@ class FastEvaluator:
         self.walker.tally.by_plan.clear()
         given = any(request.artefacts)  # maps as they were kept are folded into the weights, as in an export
         self._repair_by(NOT_COMPENSATED if given else request.compensation)
-        outcomes = self._outcomes(plans, request.split, samples, request.start, maps if given else {})
+        own = {text: each for text, each in maps.items() if each is not None} if given else {}
+        asked = Asked(tuple(plans), samples, request.start, own)
+        self._score(asked, request.split)
         for plan in plans:
-            self._ask_plain(plan, samples, request.start, outcomes[plan.text], maps.get(plan.text))
+            self._ask_plain(plan, asked, maps.get(plan.text))
         seconds = (time.perf_counter() - started) / max(1, len(plans))
-        results = tuple(
-            failures.get(text) or self._evaluation(text, request, samples, outcomes[text], seconds)
-            for text in request.plans
-        )
+        results = tuple(failures.get(text) or self._evaluation(text, request, asked, seconds) for text in request.plans)
         return Evaluations(results)
 
     def check(self, split: str) -> None:
@@ -126,10 +128,11 @@ class FastEvaluator:
         if self._size_is_open:
             self._size_is_open = False
             self.chunk_tokens = self._find_size(own)
-        outcomes = self._outcomes(plans, f"check {split}", own, 0, {})
+        asked = Asked(plans, own)
+        self._score(asked, f"check {split}")
         for plan in plans:
             for place, sample in enumerate(own):
-                found = outcomes[plan.text].scores.get(place)
+                found = asked.outcomes[plan.text].scores.get(place)
                 if found is None or sample.id not in expected[plan.text].texts:
                     continue
                 scores = scores_of(self.task.spec, sample, expected[plan.text])
@@ -190,102 +193,39 @@ class FastEvaluator:
             self._repairs = TrieRepairs(self.decoder, self.plain.compensator.shared(Recipe.parse(compensation)))
         self.walker.repairs = self._repairs
 
-    def _outcomes(
-        self,
-        plans: Sequence[SkipPlan],
-        split: str,
-        samples: Sequence[Sample],
-        start: int,
-        folded_maps: Mapping[str, Maps | None],
-    ) -> dict[str, Outcome]:
-        outcomes = {plan.text: Outcome() for plan in plans}
+    def _score(self, asked: Asked, split: str) -> None:
         with torch.inference_mode():
-            for part in self.parts.of(split, samples, start, self.chunk_tokens):
-                for outcome in outcomes.values():
+            for part in self.parts.of(split, asked.samples, asked.start, self.chunk_tokens):
+                for outcome in asked.outcomes.values():
                     outcome.failed.update(part.failed)
                 waiting = list(part.chunks)
                 while waiting:
                     chunk = waiting.pop(0)
                     self.states.budget = max(0, self._memory - self.parts.nbytes)
-                    if not self._fits(plans, chunk, samples, start, outcomes, folded_maps):
-                        waiting = [*self._halve(part, chunk, outcomes), *waiting]
-                while any(outcome.open for outcome in outcomes.values()):
-                    self._go_on(plans, part, samples, start, outcomes, folded_maps)
-        return outcomes
+                    if not self._fits(chunk, asked):
+                        waiting = [*self._halve(part, chunk, asked), *waiting]
 
-    def _go_on(
-        self,
-        plans: Sequence[SkipPlan],
-        part: Part,
-        samples: Sequence[Sample],
-        start: int,
-        outcomes: dict[str, Outcome],
-        folded_maps: Mapping[str, Maps | None],
-    ) -> None:
-        """Decode every open answer further; those that memory is too short for are left to the plain path."""
-        rows = [row for chunk in part.chunks for row in chunk.rows]
-        open_answers = {plan: outcome.open for plan, outcome in outcomes.items()}
-        for each in continuations(rows, open_answers, self.guesser.going_on):
-            asked = [plan for plan in plans if plan.text in each.plans]
-            for number, group in enumerate(cut(each.rows, self.chunk_tokens)):
-                chunk = self._packer.chunk(("on", number), group)
-                try:
-                    self._score(asked, chunk, samples, start, outcomes, folded_maps, walker=self._own_walker())
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    for plan in asked:
-                        outcomes[plan.text].give_up(branch.sample for branch in chunk.samples)
-
-    def _own_walker(self) -> Walker:
-        """A walker whose states are not kept for later. Like decoding on the plain path, it is not counted."""
-        walker = Walker(self.decoder, StateStore(self.states.budget))
-        walker.repairs = self.walker.repairs
-        return walker
-
-    def _fits(
-        self,
-        plans: Sequence[SkipPlan],
-        chunk: Chunk,
-        samples: Sequence[Sample],
-        start: int,
-        outcomes: dict[str, Outcome],
-        folded_maps: Mapping[str, Maps | None],
-    ) -> bool:
+    def _fits(self, chunk: Chunk, asked: Asked) -> bool:
         """Score a chunk under all plans; False when memory is too short for it."""
         try:
             if chunk.dense is None:
                 ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
                 chunk.dense = DenseAnswers.of(self.decoder.logits(states))
                 self.states.budget = max(0, self._memory - self.parts.nbytes)  # which what is kept of dense is part of
-            self._score(plans, chunk, samples, start, outcomes, folded_maps, walker=self.walker)
+            shared = [plan for plan in asked.plans if plan.text not in asked.folded]
+            self._score_chunk(self.walker, shared, chunk, asked)
+            for plan in asked.plans:
+                if plan.text in asked.folded:  # other weights: no state is shared with other plans
+                    alone = Walker(self.decoder, StateStore(self.states.budget), self.walker.tally)
+                    with folded(self.decoder.stack, plan, asked.folded[plan.text]):
+                        self._score_chunk(alone, [plan], chunk, asked)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False
         return True
 
-    def _score(
-        self,
-        plans: Sequence[SkipPlan],
-        chunk: Chunk,
-        samples: Sequence[Sample],
-        start: int,
-        outcomes: dict[str, Outcome],
-        folded_maps: Mapping[str, Maps | None],
-        *,
-        walker: Walker,
-    ) -> None:
-        repaired = [plan for plan in plans if folded_maps.get(plan.text) is None]
-        self._score_chunk(walker, repaired, chunk, samples, start, outcomes)
-        for plan in plans:
-            own = folded_maps.get(plan.text)
-            if own is not None:  # other weights: no state is shared with other plans
-                alone = Walker(self.decoder, StateStore(self.states.budget), walker.tally)
-                with folded(self.decoder.stack, plan, own):
-                    self._score_chunk(alone, [plan], chunk, samples, start, outcomes)
-
-    def _halve(self, part: Part, chunk: Chunk, outcomes: dict[str, Outcome]) -> tuple[Chunk, ...]:
+    def _halve(self, part: Part, chunk: Chunk, asked: Asked) -> tuple[Chunk, ...]:
         """Two halves of a chunk that memory is too short for; the questions of a single row are asked one by one."""
         self.states.clear()
         if self.loaded.device.type == "cuda":
@@ -294,104 +234,84 @@ class FastEvaluator:
         sizing.remember(self._device, self.chunk_tokens)
         halves = self.parts.halve(part, chunk)
         if not halves:
-            for outcome in outcomes.values():
+            for outcome in asked.outcomes.values():
                 outcome.unfinished.update(branch.sample for branch in chunk.samples)
         return halves
 
-    def _score_chunk(
-        self,
-        walker: Walker,
-        plans: Sequence[SkipPlan],
-        chunk: Chunk,
-        samples: Sequence[Sample],
-        start: int,
-        outcomes: dict[str, Outcome],
-    ) -> None:
+    def _score_chunk(self, walker: Walker, plans: Sequence[SkipPlan], chunk: Chunk, asked: Asked) -> None:
+        assert chunk.dense is not None
         for node, states in walker.ends(build_trie(plans, repairs=walker.repairs is not None), chunk):
-            if chunk.dense is None:  # answers that go on, each plan's its own
-                for plan in node.plans:
-                    self._extend(chunk, states, samples, start, outcomes[plan])
-                continue
             logits = self.decoder.logits(states)
             divergence = chunk.dense.divergence(logits)
             if self.task.spec.is_choice:
                 worth, kl = Worth.of(chunk, logits, self.loaded.model.dtype), mean_divergence(chunk, divergence)
                 for plan in node.plans:
-                    worth.judge(self.task.spec, samples, start, outcomes[plan])
-                    outcomes[plan].kl.update(kl)
+                    worth.judge(self.task.spec, asked, asked.outcomes[plan])
+                    asked.outcomes[plan].kl.update(kl)
                 continue
             choices = Choices.of(logits, self.loaded.model.dtype)
+            kl = {
+                branch.sample: sum(each) / len(each)
+                for branch, each in zip(chunk.samples, _cut(divergence.tolist(), chunk.spans), strict=True)
+            }
             for plan in node.plans:
-                self._judge(chunk, choices, divergence, samples, start, outcomes[plan])
+                outcome = asked.outcomes[plan]
+                outcome.kl.update(kl)
+                still_open = self._judge(chunk.samples, chunk.spans, choices, asked, outcome)
+                while still_open:
+                    extension = Extension.of(self._packer, chunk, still_open, self.guesser.going_on)
+                    logits = self.decoder.logits(walker.extended(node, chunk, extension))
+                    more = Choices.of(logits, self.loaded.model.dtype).at(extension.reading)
+                    still_open = self._judge(extension.branches, extension.spans, more, asked, outcome)
 
     def _judge(
         self,
-        chunk: Chunk,
+        branches: Sequence[Branch],
+        spans: Sequence[tuple[int, int]],
         choices: Choices,
-        divergence: Tensor,
-        samples: Sequence[Sample],
-        start: int,
+        asked: Asked,
         outcome: Outcome,
-    ) -> None:
-        kl = divergence.tolist()
-        for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True):
-            outcome.kl[branch.sample] = sum(kl[first:last]) / (last - first)
-            verdict = judge(choices, (first, last), branch.guess, self._ends)
-            self._settle(samples[branch.sample - start], branch, verdict, outcome)
+    ) -> dict[int, tuple[int, ...]]:
+        """Take note of what is known of the branches' answers now; gives those that are open still, as far as known."""
+        verdicts: dict[int, list[Verdict]] = {}
+        for branch, span in zip(branches, spans, strict=True):
+            verdicts.setdefault(branch.sample, []).append(judge(choices, span, branch.guess, self._ends))
+        still_open = {}
+        for place, each in verdicts.items():
+            verdict = furthest(each)
+            if verdict.ended:
+                self.guesser.remember(verdict.tokens)
+            scores = self._scorer.settled(asked.sample(place), verdict, self.guesser.limit, self._ends)
+            if verdict.not_a_number:
+                outcome.alone.add(place)
+            elif scores is not None:
+                outcome.scores[place] = scores
+            elif verdict.rivals != ():
+                outcome.tied.add(place)
+                outcome.alone.add(place)
+            else:
+                still_open[place] = verdict.tokens
+        return still_open
 
-    def _extend(self, chunk: Chunk, states: Tensor, samples: Sequence[Sample], start: int, outcome: Outcome) -> None:
-        """Decode a plan's open answers in a chunk further; ``states`` are ``[answer positions, hidden]``."""
-        own = [
-            (branch, range(first + branch.guess.known, last))
-            for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True)
-            if outcome.open.get(branch.sample) == branch.guess.complete[: branch.guess.known]
-        ]
-        if not own:
-            return
-        logits = self.decoder.logits(states[[place for _, places in own for place in places]])
-        choices = Choices.of(logits, self.loaded.model.dtype)
-        ends = accumulate(len(places) for _, places in own)
-        for (branch, places), end in zip(own, ends, strict=True):
-            del outcome.open[branch.sample]
-            verdict = judge(choices, (end - len(places), end), branch.guess, self._ends)
-            self._settle(samples[branch.sample - start], branch, verdict, outcome)
-
-    def _settle(self, sample: Sample, branch: Branch, verdict: Verdict, outcome: Outcome) -> None:
-        """Take note of the score of an answer, or of why it is not known yet."""
-        scores = self._scorer.settled(sample, verdict, branch.guess.limit, self._ends)
-        if verdict.ended:
-            self.guesser.remember(verdict.tokens)
-        if verdict.not_a_number:
-            outcome.alone.add(branch.sample)
-        elif scores is not None:
-            outcome.scores[branch.sample] = scores
-        elif verdict.rivals != ():
-            outcome.tied.add(branch.sample)
-            outcome.alone.add(branch.sample)
-        else:
-            outcome.open[branch.sample] = verdict.tokens
-
-    def _ask_plain(
-        self, plan: SkipPlan, samples: Sequence[Sample], start: int, outcome: Outcome, maps: Maps | None
-    ) -> None:
+    def _ask_plain(self, plan: SkipPlan, asked: Asked, maps: Maps | None) -> None:
+        outcome = asked.outcomes[plan.text]
         for places, ask in (
             (sorted(outcome.alone), self.plain.answer_alone),
             (sorted(outcome.unfinished - outcome.alone), self.plain.answer),
         ):
-            asked = [samples[place - start] for place in places]
-            if not asked:
+            if not places:
                 continue
-            answers = ask(plan, asked, maps)
+            samples = asked.of(places)
+            answers = ask(plan, samples, maps)
             outcome.failed.update(answers.failed)
-            outcome.tied.update(place for place, sample in zip(places, asked, strict=True) if sample.id in answers.tied)
-            for place, sample in zip(places, asked, strict=True):
+            outcome.tied.update(p for p, sample in zip(places, samples, strict=True) if sample.id in answers.tied)
+            for place, sample in zip(places, samples, strict=True):
                 if sample.id in answers.texts:
                     outcome.scores[place] = scores_of(self.task.spec, sample, answers)
 
-    def _evaluation(
-        self, text: str, request: EvaluatePlans, samples: Sequence[Sample], outcome: Outcome, seconds: float
-    ) -> Evaluation:
-        places = range(request.start, request.start + len(samples))
+    def _evaluation(self, text: str, request: EvaluatePlans, asked: Asked, seconds: float) -> Evaluation:
+        outcome, samples = asked.outcomes[text], asked.samples
+        places = range(asked.start, asked.start + len(samples))
         scores = [outcome.scores.get(place, self._scorer.nothing) for place in places]
         secondary = self.task.spec.secondary
         executed = self.walker.tally.by_plan.get(text, 0)
@@ -411,6 +331,10 @@ class FastEvaluator:
             path="fast",
             near_ties=len(outcome.tied),
         )
+
+
+def _cut(values: Sequence[float], spans: Iterable[tuple[int, int]]) -> Iterator[Sequence[float]]:
+    return (values[first:last] for first, last in spans)
 
 
 def _mixed(descriptor: FamilyDescriptor) -> SkipPlan:

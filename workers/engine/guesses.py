@@ -12,6 +12,9 @@ from workers.tasks import Sample
 MOST_BEGINNINGS = 1_000
 """Beginnings of answers whose continuations are remembered."""
 
+RARE = 0.25
+"""The share of answers above which a way to go on is fed: a few words cost less than another pass, many cost more."""
+
 Spelling = Callable[[str], tuple[int, ...]]
 
 
@@ -41,7 +44,7 @@ class Guesser:
     """
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._spellings: tuple[Spelling, ...] = tuple(_spelling(tokenizer, lead) for lead in ("", " ", "\n"))
         self._votes: Counter[int] = Counter()
         self._given: dict[str, tuple[int, ...]] = {}
@@ -60,7 +63,7 @@ class Guesser:
         if tokens is None:
             best = max(range(len(self._spellings)), key=lambda number: (self._votes[number], -number))
             tokens = self._spellings[best](text)
-        return Guess(tokens[: self._limit], self._limit)
+        return Guess(tokens[: self.limit], self.limit)
 
     def remember(self, tokens: tuple[int, ...]) -> None:
         """Take note of an answer that some plan gave to its end: plans that go wrong often go wrong alike."""
@@ -69,10 +72,11 @@ class Guesser:
         for known in range(1, len(tokens)):
             self._endings.setdefault(tokens[:known], Counter())[tokens] += 1
 
-    def going_on(self, known: tuple[int, ...]) -> Guess:
-        """The guess for an answer that begins so: as most answers with that beginning went on."""
-        endings = self._endings.get(known)
-        return Guess(endings.most_common(1)[0][0] if endings else known, self._limit, known=len(known))
+    def going_on(self, known: tuple[int, ...]) -> tuple[Guess, ...]:
+        """Guesses for an answer that begins so: as most answers with that beginning went on."""
+        endings = self._endings.get(known, Counter())
+        often = [ending for ending, times in endings.most_common() if times > RARE * endings.total()]
+        return tuple(Guess(ending, self.limit, known=len(known)) for ending in often or [known])
 
 
 def _spelling(tokenizer: Any, lead: str) -> Spelling:

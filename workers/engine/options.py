@@ -4,7 +4,7 @@ the same row."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from workers.tasks import Sample, TaskSpec
 
 from .decoder import NotExactError
 from .guesses import Guess
-from .outcome import Outcome
+from .outcome import Asked, Outcome
 from .packing import Chunk
 
 
@@ -50,10 +50,10 @@ class Worth:
             found[branch.sample] = (*found.get(branch.sample, ()), own)
         return cls(found)
 
-    def judge(self, spec: TaskSpec, samples: Sequence[Sample], start: int, outcome: Outcome) -> None:
-        """Take note of what the samples (which stand in the split from place ``start`` on) score."""
+    def judge(self, spec: TaskSpec, asked: Asked, outcome: Outcome) -> None:
+        """Take note of what the samples score."""
         for place, likelihoods in self.likelihoods.items():
-            sample = samples[place - start]
+            sample = asked.sample(place)
             if any(math.isnan(each.total) for each in likelihoods):
                 outcome.alone.add(place)
                 continue

@@ -242,7 +242,7 @@ class Packer:
             answer_rows=rows_index,
             answer_columns=columns_index,
             spans=tuple(pairwise((0, *ends))),
-            answer_split=_split_of(real.shape, rows_index, columns_index),
+            answer_split=split_of(_marked(real.shape, rows_index, columns_index)),
         )
 
     def _lay_out(self, row: Row, width: int) -> _LaidOut:
@@ -321,7 +321,12 @@ class _LaidOut:
     """Per branch the columns of its answer positions."""
 
 
-def _split_of(shape: Sequence[int], rows: Tensor, columns: Tensor) -> TokenSplit:
+def split_of(chosen: Tensor) -> TokenSplit:
+    """The tokens that ``chosen`` (bool, ``[rows, tokens]``) marks apart from all others."""
+    return TokenSplit(text=TokenRows.from_mask(chosen), vision=TokenRows.from_mask(~chosen))
+
+
+def _marked(shape: Sequence[int], rows: Tensor, columns: Tensor) -> Tensor:
     chosen = torch.zeros(tuple(shape), dtype=torch.bool, device=rows.device)
     chosen[rows, columns] = True
-    return TokenSplit(text=TokenRows.from_mask(chosen), vision=TokenRows.from_mask(~chosen))
+    return chosen

@@ -1,14 +1,14 @@
-"""Hidden states at the nodes of the trie, within a memory budget."""
+"""What is known at the nodes of the trie, within a memory budget."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any
 
-from torch import Tensor
+from .decoder import Keys, LayerOutput
 
-from .decoder import LayerOutput
+Kept = LayerOutput | Keys
+"""A state behind a layer, or what a layer's attention sees."""
 
 
 class StateStore:
@@ -22,10 +22,10 @@ class StateStore:
         self.budget = budget
         self.nbytes = 0
         self.peak = 0
-        self._plain: OrderedDict[Hashable, LayerOutput] = OrderedDict()
-        self._branching: OrderedDict[Hashable, LayerOutput] = OrderedDict()
+        self._plain: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._branching: OrderedDict[Hashable, Kept] = OrderedDict()
 
-    def get(self, key: Hashable) -> LayerOutput | None:
+    def get(self, key: Hashable) -> Kept | None:
         """The state, which then counts as used last."""
         for states in (self._branching, self._plain):
             if key in states:
@@ -33,10 +33,10 @@ class StateStore:
                 return states[key]
         return None
 
-    def put(self, key: Hashable, state: LayerOutput, *, branching: bool) -> None:
+    def put(self, key: Hashable, state: Kept, *, branching: bool) -> None:
         """Keep a state, and drop others for it; one that alone is larger than the budget is not kept."""
         self.drop(key)
-        size = _size(state)
+        size = state.nbytes
         if size > self.budget:
             return
         while self.nbytes + size > self.budget:
@@ -50,7 +50,7 @@ class StateStore:
         for states in (self._branching, self._plain):
             state = states.pop(key, None)
             if state is not None:
-                self.nbytes -= _size(state)
+                self.nbytes -= state.nbytes
 
     def clear(self) -> None:
         """Forget all."""
@@ -61,9 +61,4 @@ class StateStore:
     def _evict(self) -> None:
         states = self._plain or self._branching
         _, state = states.popitem(last=False)
-        self.nbytes -= _size(state)
-
-
-def _size(state: LayerOutput) -> int:
-    tensors: list[Any] = [state.hidden, state.branch]
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        self.nbytes -= state.nbytes

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from workers.runtime.plan import Action
 
-from .decoder import Decoder, LayerOutput
-from .packing import Chunk
+from .decoder import Decoder, Keys, LayerOutput
+from .extension import Extension
+from .packing import Chunk, Context
 from .repair import Repairs
 from .states import StateStore
 from .trie import Execute, Node, Repair
@@ -37,6 +39,7 @@ class Walker:
         """What repair steps do; states kept for other repairs are to be forgotten when this changes."""
         self.tally = tally or Tally()
         self._charged = ""
+        self._with_keys: set[tuple[object, ...]] = set()
 
     def ends(self, node: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
         """Every node where plans end, with the final states ``[answer positions, hidden]`` there, depth first."""
@@ -57,7 +60,7 @@ class Walker:
             return LayerOutput(chunk.context.hidden)
         key = self._key(node, chunk)
         known = self._states.get(key)
-        if known is not None and (known.branch is not None or not node.reached_by_repair):
+        if isinstance(known, LayerOutput) and (known.branch is not None or not node.reached_by_repair):
             return known
         before = self.state(node.parent, chunk)
         if isinstance(node.step, Repair):
@@ -118,12 +121,57 @@ class Walker:
             return self.state(node, chunk)
         before = self.state(node.parent, chunk)
         self._count(chunk, node)
-        arguments = chunk.context.arguments[step.layer]
-        if step.action is Action.BYPASS:
-            arguments = chunk.context.without_vision(arguments, self._decoder.mask_name)
+        layer, arguments = self._seen_by_text(node, chunk.context)
         return self._decoder.run_rows(
-            step.layer, Action.FREEZE, chunk.answer_split, before.hidden, arguments, self._branch_of(node)
+            layer, Action.FREEZE, chunk.answer_split, before.hidden, arguments, self._branch_of(node)
         )
+
+    def _seen_by_text(self, node: Node, context: Context) -> tuple[int, dict[str, Any]]:
+        """A node's layer, and its arguments for text tokens."""
+        step = node.step
+        assert isinstance(step, Execute)
+        arguments = context.arguments[step.layer]
+        if step.action is Action.BYPASS:
+            arguments = context.without_vision(arguments, self._decoder.mask_name)
+        return step.layer, arguments
+
+    # Extensions -----------------------------------------------------------------------------------------------------
+
+    def extended(self, node: Node, chunk: Chunk, extension: Extension) -> Tensor:
+        """Final states ``[positions, hidden]`` of an extension of a chunk, under the plan that ends at a node.
+
+        Like decoding on the plain path, it is not counted.
+        """
+        nodes = node.ancestry()[1:]
+        self._forget_keys({self._key(each, chunk) for each in nodes})
+        own = LayerOutput(extension.context.hidden)
+        for each in nodes:
+            if isinstance(each.step, Repair):
+                own = LayerOutput(self._repair(each, own))
+                continue
+            layer, arguments = self._seen_by_text(each, extension.context)
+            known = extension.known(self._keys_at(each, chunk))
+            own = self._decoder.run_new(layer, extension.split, known, own.hidden, arguments, self._branch_of(each))
+        return extension.answers_in(own.hidden)
+
+    def _keys_at(self, node: Node, chunk: Chunk) -> Keys:
+        """What the attention of a node's layer sees of a chunk's tokens; kept for the plans that begin so."""
+        assert node.parent is not None and isinstance(node.step, Execute)
+        key = ("keys", *self._key(node, chunk))
+        known = self._states.get(key)
+        if known is None:
+            before = self.state(node.parent, chunk).hidden
+            known = self._decoder.keys(node.step.layer, before, chunk.context.arguments[node.step.layer])
+            self._states.put(key, known, branching=False)
+            self._with_keys.add(self._key(node, chunk))
+        assert isinstance(known, Keys)
+        return known
+
+    def _forget_keys(self, still_needed: set[tuple[object, ...]]) -> None:
+        """The walk goes depth first: what is not on the way to a plan's end will not be seen again."""
+        for key in self._with_keys - still_needed:
+            self._states.drop(("keys", *key))
+        self._with_keys &= still_needed
 
     # Repairs --------------------------------------------------------------------------------------------------------
 

@@ -83,15 +83,7 @@ class TokenLayer:
         text[self._mask_name] = mask
         if self._shares_keys:  # it takes all keys from an earlier layer
             return self._run_text(split.text, hidden_states, text, cache)
-        captured = self._capture(split.vision, hidden_states, arguments)
-
-        def merge(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            return (
-                split.merge_along_tokens(keys, captured.keys),
-                split.merge_along_tokens(values, captured.values),
-            )
-
-        text[self._cache_name] = MergingCache(cache, merge)
+        text[self._cache_name] = MergingCache(cache, self.merging(split, hidden_states, arguments))
         return self._run_text(split.text, hidden_states, text, cache)
 
     def _run_text(self, rows: TokenRows, hidden_states: Tensor, text: dict[str, Any], cache: Cache | None) -> Any:
@@ -107,14 +99,22 @@ class TokenLayer:
             return int(cache.get_seq_length()) - new_tokens
         return int(cache.get_seq_length(self._layer_idx))
 
-    def _capture(self, rows: TokenRows, hidden_states: Tensor, arguments: dict[str, Any]) -> CapturedKeys:
-        """Keys and values of the vision rows; the layer stops before attention and pays for no query."""
-        vision = self._rows_of(rows, arguments)
-        vision[self._mask_name] = None
-        vision[self._cache_name] = CapturingCache()
+    def merging(
+        self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What makes of the text rows' keys and values, ``[batch, heads, rows, size]``, those of all rows."""
+        vision = split.vision
+        captured = self.capture(_take_tokens(vision, hidden_states), self._rows_of(vision, arguments))
+        return lambda keys, values: (
+            split.merge_along_tokens(keys, captured.keys),
+            split.merge_along_tokens(values, captured.values),
+        )
+
+    def capture(self, hidden_states: Tensor, arguments: dict[str, Any]) -> CapturedKeys:
+        """Keys and values; the layer stops before attention and pays for no query."""
         try:
             with _without_queries(self._query_projections):
-                self._forward(_take_tokens(rows, hidden_states), **vision)
+                self._forward(hidden_states, **{**arguments, self._mask_name: None, self._cache_name: CapturingCache()})
         except CapturedKeys as captured:
             return captured
         raise RuntimeError(f"decoder layer {self._layer_idx} handed no keys to the cache: it cannot be frozen")

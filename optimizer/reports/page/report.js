@@ -70,7 +70,23 @@
   };
   const hide = () => { tip.style.visibility = "hidden"; };
 
+  // The charts' library is large: it runs once the page can be read.
+  const loaded = new Promise((resolve) => {
+    if (document.readyState === "complete") resolve();
+    else window.addEventListener("load", resolve, { once: true });
+  });
+  const library = async () => {
+    await loaded;
+    const source = document.getElementById("plotly");
+    if (!source) return;
+    const script = document.createElement("script");
+    script.textContent = source.textContent;
+    source.remove();
+    document.head.append(script);
+  };
+
   const draw = async (chart) => {
+    await library();
     const place = document.getElementById(`chart-${chart.name}`);
     const narrow = place.clientWidth < 560;
     const settings = { displayModeBar: false, responsive: true, scrollZoom: false };

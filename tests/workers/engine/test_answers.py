@@ -44,7 +44,7 @@ def logits(*best: int, ties: dict[int, int] | None = None) -> torch.Tensor:
         ((GREEN, END), {}, (0.0,)),  # cannot become "red" any more
         ((END, END), {}, (0.0,)),  # no answer at all
         ((THE, END), {}, None),  # "the red" would be right
-        ((RED, AND), {}, None),  # goes on, and begins with the right word
+        ((RED, AND), {}, (0.0,)),  # goes on, and "red and" is no beginning of "red"
         ((RED, END), {0: GREEN}, None),  # right, but by a hair
         ((RED, END), {1: AND}, None),
         ((GREEN, END), {0: RED}, None),  # wrong by a hair

@@ -80,8 +80,9 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
 ) -> None:
     # Under token F1 every answer can still score, so all are decoded to their end.
     spec = replace(answered.spec, metric="token_f1", answer=replace(answered.spec.answer, max_new_tokens=5))
-    task = replace(answered, spec=spec)
-    request = EvaluatePlans(random_plans(LAYERS, 12, seed=4), "search", 30, compensation=compensation)
+    again = [(one, replace(one, id=f"{one.id} again", answers=("red",))) for one in answered.search[:18]]
+    task = replace(answered, spec=spec, search=tuple(one for pair in again for one in pair))  # the same words are fed
+    request = EvaluatePlans(random_plans(LAYERS, 12, seed=4), "search", 36, compensation=compensation)
     expected = evaluations(Evaluator(tiny, task).evaluate_all(request))
     plain = Evaluator(tiny, task)
     fast = FastEvaluator(plain, chunk_tokens=700)
