@@ -1,4 +1,4 @@
-"""Several serving processes on one queue: every job is run exactly once.
+"""Several serving processes on one queue and one cluster: every job is run exactly once.
 
 The number of jobs is that of SKIPPLAN_MANY_JOBS, 400 on each engine by default.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from processes import TASK, Serving, measured, submit, tiny_job, wait_until_done
+from processes import TASK, Serving, TwoNodes, measured, submit, tiny_job, wait_until_done
 
 from optimizer.job import JobSpec
 from storage import events, jobs, stages
@@ -19,11 +19,13 @@ from storage.database import Database
 
 JOBS = int(os.environ.get("SKIPPLAN_MANY_JOBS", "400"))
 SERVERS = 4
+LOCAL = 20
+"""Every so many jobs, one starts a cluster of its own."""
 
 
-def tiniest_job(model: Path, number: int) -> JobSpec:
+def tiniest_job(model: Path, number: int, address: str) -> JobSpec:
     """Two evaluations on four samples, other ones for each job; no latency measured but that of one finalist."""
-    spec = tiny_job(model, number, workers=1)
+    spec = tiny_job(model, number, workers=1, address="local" if number % LOCAL == 0 else address)
     task = (model / TASK).read_text().replace("unit: samples", f"unit: samples, seed: {number}")
     own_task = (model / TASK).with_name(f"task-{number}.yaml")
     own_task.write_text(task)
@@ -38,10 +40,15 @@ def tiniest_job(model: Path, number: int) -> JobSpec:
 
 
 @pytest.mark.slow
-def test_each_of_many_jobs_is_run_exactly_once(empty_database_url: str, tiny_model: Path, tmp_path: Path):
+def test_each_of_many_jobs_is_run_exactly_once(
+    empty_database_url: str, nodes: TwoNodes, tiny_model: Path, tmp_path: Path
+):
     with Database.open(empty_database_url, migrate=True) as db:
-        numbers = [submit(db, tiniest_job(tiny_model, number)).id for number in range(JOBS)]
-        serving = [Serving.start(empty_database_url, tmp_path / f"serve{number}.log") for number in range(SERVERS)]
+        numbers = [submit(db, tiniest_job(tiny_model, number, nodes.address)).id for number in range(JOBS)]
+        serving = [
+            Serving.start(empty_database_url, tmp_path / f"serve{number}.log", environment=nodes.environment)
+            for number in range(SERVERS)
+        ]
         try:
             wait_until_done(db, numbers, serving, 7200)
         finally:
