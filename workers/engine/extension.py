@@ -7,6 +7,7 @@ chunk's open answers at once, a word of them in every pass, or several where a g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -27,15 +28,15 @@ OpenAnswers = Mapping[int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Extension:
-    """Some rows of a chunk with more words behind their questions.
+    """Some rows of some chunks with more words behind their questions.
 
-    ``rows`` are the numbers of those rows in the chunk. ``positions`` are where the model says what comes next, each of
-    them once; ``reading`` goes through them branch by branch: ``spans`` gives for each of ``branches`` the first of its
-    readings and one past the last.
+    ``parts`` are those chunks, each with the numbers of its rows. ``positions`` are where the model says what comes
+    next, each of them once; ``reading`` goes through them branch by branch: ``spans`` gives for each of ``branches``
+    the first of its readings and one past the last.
     """
 
     context: Context
-    rows: Tensor
+    parts: tuple[tuple[Chunk, Tensor], ...]
     new: Tensor
     """Which tokens are to be computed, bool ``[rows, tokens]``."""
     split: TokenSplit
@@ -48,17 +49,28 @@ class Extension:
 
     @classmethod
     def of(
-        cls, packer: Packer, chunk: Chunk, answers: OpenAnswers, going_on: Callable[[tuple[int, ...]], Sequence[Guess]]
+        cls,
+        packer: Packer,
+        chunks: Sequence[Chunk],
+        answers: OpenAnswers,
+        going_on: Callable[[tuple[int, ...]], Sequence[Guess]],
     ) -> Extension:
-        """Extend the rows of ``chunk`` that hold open ``answers``; ``going_on`` guesses what follows them."""
-        numbers, rows = [], []
-        for number, row in enumerate(chunk.rows):
-            asked = [branch for branch in row.branches if branch.sample in answers]
-            found = [replace(each, guess=guess) for each in asked for guess in going_on(answers[each.sample])]
-            if found:
-                numbers.append(number)
-                rows.append((row, found))
-        extended = packer.chunk(("extension",), [Row(row.image, (*row.branches, *found)) for row, found in rows])
+        """Extend the rows that hold open ``answers``; ``going_on`` guesses what follows them."""
+        found = [
+            (chunk, number, [branch for branch in row.branches if branch.sample in answers])
+            for chunk in chunks
+            for number, row in enumerate(chunk.rows)
+        ]
+        most = math.ceil(len(answers) / sum(bool(asked) for _, _, asked in found))
+        numbers: dict[Chunk, list[int]] = {}
+        rows: list[tuple[Row, list[Branch]]] = []
+        for chunk, number, asked in found:
+            # A row with more to be answered than others is there several times, so that little of the rest is padding.
+            for first in range(0, len(asked), most):
+                numbers.setdefault(chunk, []).append(number)
+                more = [replace(b, guess=g) for b in asked[first : first + most] for g in going_on(answers[b.sample])]
+                rows.append((chunk.rows[number], more))
+        extended = packer.chunk(("extension",), [Row(row.image, (*row.branches, *more)) for row, more in rows])
         device = extended.context.hidden.device
         new = torch.zeros(extended.context.hidden.shape[:2], dtype=torch.bool, device=device)
         for place, (row, _) in enumerate(rows):
@@ -76,7 +88,7 @@ class Extension:
         new[at] = True  # those that another question has fed already are computed again
         return cls(
             context=extended.context,
-            rows=torch.tensor(numbers, device=device),
+            parts=tuple((chunk, torch.tensor(own, device=device)) for chunk, own in numbers.items()),
             new=new,
             split=split_of(new),
             branches=branches,
@@ -85,13 +97,16 @@ class Extension:
             spans=tuple(pairwise((0, *accumulate(len(span) for span in unknown)))),
         )
 
-    def known(self, of_chunk: Keys) -> Keys:
-        """What a layer's attention sees of the chunk's tokens, where they stand in the extension."""
-        return Keys(self._moved(of_chunk.keys), self._moved(of_chunk.values))
+    def known(self, of_parts: Sequence[Keys]) -> Keys:
+        """What a layer's attention sees of each part's chunk, where its tokens stand in the extension."""
+        return Keys(
+            torch.cat([self._moved(rows, each.keys) for (_, rows), each in zip(self.parts, of_parts, strict=True)]),
+            torch.cat([self._moved(rows, each.values) for (_, rows), each in zip(self.parts, of_parts, strict=True)]),
+        )
 
-    def _moved(self, states: Tensor) -> Tensor:
+    def _moved(self, rows: Tensor, states: Tensor) -> Tensor:
         width = self.new.shape[1]
-        moved = states[self.rows, :, :width]
+        moved = states[rows, :, :width]
         return functional.pad(moved, (0, 0, 0, width - moved.shape[2]))
 
     def answers_in(self, states: Tensor) -> Tensor:

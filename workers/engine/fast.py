@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,18 +18,17 @@ from workers.runtime.descriptor import FamilyDescriptor, validate
 from workers.runtime.folding import Maps, folded
 from workers.runtime.plan import Action, PlanError, SkipPlan
 from workers.tasks import Sample
-from workers.ties import end_tokens
 from workers.timed_request import device_name
 
 from . import sizing
-from .answers import Choices, Scorer, Verdict, furthest, judge
+from .answers import Scorer
 from .decoder import Decoder, NotExactError
 from .divergence import DenseAnswers
-from .extension import Extension
 from .guesses import Guesser
-from .options import Worth, mean_divergence, option_guesses
-from .outcome import Asked, Outcome
-from .packing import Branch, Chunk, Packer
+from .judge import Judge
+from .options import option_guesses
+from .outcome import Asked
+from .packing import Chunk, Packer
 from .parts import Part, Parts
 from .plain_decoding import require_plain_decoding
 from .prompts import PromptReader
@@ -40,6 +39,10 @@ from .walk import Walker
 DEFAULT_MEMORY_BYTES = 2 << 30
 NOT_COMPENSATED = "none"
 
+
+MOST_CHUNKS, MOST_POSITIONS = 8, 2048
+"""Chunks that are walked beside each other, so that what is read at the ends of plans is read together, and the answer
+positions they may have: their logits are held at once."""
 
 CHECKED_SAMPLES = 12
 """Samples on which the fast path is compared with the plain one before it is used."""
@@ -66,7 +69,7 @@ class FastEvaluator:
         self.decoder = Decoder(self.loaded.model)
         self.chunk_tokens = chunk_tokens or sizing.SMALLEST
         self._size_is_open = chunk_tokens is None
-        self._memory = memory_bytes
+        self._memory, self._most_chunks = memory_bytes, MOST_CHUNKS
         spec, tokenizer = self.task.spec, self.loaded.processor.tokenizer
         self.guesser = Guesser(tokenizer, spec.answer.max_new_tokens)
         self._scorer = Scorer(
@@ -76,9 +79,9 @@ class FastEvaluator:
             stable=not getattr(tokenizer, "clean_up_tokenization_spaces", False),
         )
         guesses = option_guesses(self.loaded, spec) if spec.is_choice else lambda sample: (self.guesser.forced(sample),)
-        self._ends = end_tokens(self.loaded.model)
         reader = PromptReader(self.loaded, self.task, self.decoder)
         self._packer = Packer(self.decoder, self.loaded.device)
+        self._judge = Judge(spec, self.decoder, self._packer, self.guesser, self._scorer, self.loaded)
         self.parts = Parts(self.decoder, reader, self._packer, guesses, budget=memory_bytes // 2)
         self.states = StateStore(memory_bytes // 2)
         self._repairs: TrieRepairs | None = None
@@ -200,36 +203,57 @@ class FastEvaluator:
                     outcome.failed.update(part.failed)
                 waiting = list(part.chunks)
                 while waiting:
-                    chunk = waiting.pop(0)
                     self.states.budget = max(0, self._memory - self.parts.nbytes)
-                    if not self._fits(chunk, asked):
-                        waiting = [*self._halve(part, chunk, asked), *waiting]
+                    group = self._group(waiting)
+                    if self._fits(group, asked):
+                        waiting = waiting[len(group) :]
+                    elif len(group) > 1:
+                        self._most_chunks = 1
+                        self._make_room()
+                    else:
+                        waiting = [*self._halve(part, group[0], asked), *waiting[1:]]
 
-    def _fits(self, chunk: Chunk, asked: Asked) -> bool:
-        """Score a chunk under all plans; False when memory is too short for it."""
+    def _group(self, waiting: Sequence[Chunk]) -> Sequence[Chunk]:
+        """The chunks to walk beside each other: as many as the states on the way to a plan's end leave room for."""
+        room = self.states.budget // 2
+        group = 1
+        while group < min(self._most_chunks, len(waiting)):
+            together = waiting[: group + 1]
+            states = self.decoder.num_layers * sum(chunk.nbytes for chunk in together)
+            if states > room or sum(len(chunk.answer_rows) for chunk in together) > MOST_POSITIONS:
+                break
+            group += 1
+        return waiting[:group]
+
+    def _fits(self, chunks: Sequence[Chunk], asked: Asked) -> bool:
+        """Score chunks under all plans; False when memory is too short for them."""
         try:
-            if chunk.dense is None:
-                ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
-                chunk.dense = DenseAnswers.of(self.decoder.logits(states))
-                self.states.budget = max(0, self._memory - self.parts.nbytes)  # which what is kept of dense is part of
+            for chunk in chunks:
+                if chunk.dense is None:
+                    ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
+                    chunk.dense = DenseAnswers.of(self.decoder.logits(states))
+            self.states.budget = max(0, self._memory - self.parts.nbytes)  # which what is kept of dense is part of
             shared = [plan for plan in asked.plans if plan.text not in asked.folded]
-            self._score_chunk(self.walker, shared, chunk, asked)
+            self._judge.score(self.walker, shared, chunks, asked)
             for plan in asked.plans:
                 if plan.text in asked.folded:  # other weights: no state is shared with other plans
                     alone = Walker(self.decoder, StateStore(self.states.budget), self.walker.tally)
                     with folded(self.decoder.stack, plan, asked.folded[plan.text]):
-                        self._score_chunk(alone, [plan], chunk, asked)
+                        self._judge.score(alone, [plan], chunks, asked)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False
         return True
 
-    def _halve(self, part: Part, chunk: Chunk, asked: Asked) -> tuple[Chunk, ...]:
-        """Two halves of a chunk that memory is too short for; the questions of a single row are asked one by one."""
+    def _make_room(self) -> None:
         self.states.clear()
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _halve(self, part: Part, chunk: Chunk, asked: Asked) -> tuple[Chunk, ...]:
+        """Two halves of a chunk that memory is too short for; the questions of a single row are asked one by one."""
+        self._make_room()
         self.chunk_tokens = max(1, min(self.chunk_tokens, chunk.tokens // 2))
         sizing.remember(self._device, self.chunk_tokens)
         halves = self.parts.halve(part, chunk)
@@ -237,61 +261,6 @@ class FastEvaluator:
             for outcome in asked.outcomes.values():
                 outcome.unfinished.update(branch.sample for branch in chunk.samples)
         return halves
-
-    def _score_chunk(self, walker: Walker, plans: Sequence[SkipPlan], chunk: Chunk, asked: Asked) -> None:
-        assert chunk.dense is not None
-        for node, states in walker.ends(build_trie(plans, repairs=walker.repairs is not None), chunk):
-            logits = self.decoder.logits(states)
-            divergence = chunk.dense.divergence(logits)
-            if self.task.spec.is_choice:
-                worth, kl = Worth.of(chunk, logits, self.loaded.model.dtype), mean_divergence(chunk, divergence)
-                for plan in node.plans:
-                    worth.judge(self.task.spec, asked, asked.outcomes[plan])
-                    asked.outcomes[plan].kl.update(kl)
-                continue
-            choices = Choices.of(logits, self.loaded.model.dtype)
-            kl = {
-                branch.sample: sum(each) / len(each)
-                for branch, each in zip(chunk.samples, _cut(divergence.tolist(), chunk.spans), strict=True)
-            }
-            for plan in node.plans:
-                outcome = asked.outcomes[plan]
-                outcome.kl.update(kl)
-                still_open = self._judge(chunk.samples, chunk.spans, choices, asked, outcome)
-                while still_open:
-                    extension = Extension.of(self._packer, chunk, still_open, self.guesser.going_on)
-                    logits = self.decoder.logits(walker.extended(node, chunk, extension))
-                    more = Choices.of(logits, self.loaded.model.dtype).at(extension.reading)
-                    still_open = self._judge(extension.branches, extension.spans, more, asked, outcome)
-
-    def _judge(
-        self,
-        branches: Sequence[Branch],
-        spans: Sequence[tuple[int, int]],
-        choices: Choices,
-        asked: Asked,
-        outcome: Outcome,
-    ) -> dict[int, tuple[int, ...]]:
-        """Take note of what is known of the branches' answers now; gives those that are open still, as far as known."""
-        verdicts: dict[int, list[Verdict]] = {}
-        for branch, span in zip(branches, spans, strict=True):
-            verdicts.setdefault(branch.sample, []).append(judge(choices, span, branch.guess, self._ends))
-        still_open = {}
-        for place, each in verdicts.items():
-            verdict = furthest(each)
-            if verdict.ended:
-                self.guesser.remember(verdict.tokens)
-            scores = self._scorer.settled(asked.sample(place), verdict, self.guesser.limit, self._ends)
-            if verdict.not_a_number:
-                outcome.alone.add(place)
-            elif scores is not None:
-                outcome.scores[place] = scores
-            elif verdict.rivals != ():
-                outcome.tied.add(place)
-                outcome.alone.add(place)
-            else:
-                still_open[place] = verdict.tokens
-        return still_open
 
     def _ask_plain(self, plan: SkipPlan, asked: Asked, maps: Maps | None) -> None:
         outcome = asked.outcomes[plan.text]
@@ -331,10 +300,6 @@ class FastEvaluator:
             path="fast",
             near_ties=len(outcome.tied),
         )
-
-
-def _cut(values: Sequence[float], spans: Iterable[tuple[int, int]]) -> Iterator[Sequence[float]]:
-    return (values[first:last] for first, last in spans)
 
 
 def _mixed(descriptor: FamilyDescriptor) -> SkipPlan:

@@ -6,7 +6,7 @@ keeps as many more as its budget holds, for plans that are asked for later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from .extension import Extension
 from .packing import Chunk, Context
 from .repair import Repairs
 from .states import StateStore
-from .trie import Execute, Node, Repair
+from .trie import Execute, Node, Repair, Step
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Walker:
         """What repair steps do; states kept for other repairs are to be forgotten when this changes."""
         self.tally = tally or Tally()
         self._charged = ""
-        self._with_keys: set[tuple[object, ...]] = set()
+        self._with_keys: set[tuple[tuple[object, ...], tuple[Step, ...]]] = set()
 
     def ends(self, node: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
         """Every node where plans end, with the final states ``[answer positions, hidden]`` there, depth first."""
@@ -137,20 +137,20 @@ class Walker:
 
     # Extensions -----------------------------------------------------------------------------------------------------
 
-    def extended(self, node: Node, chunk: Chunk, extension: Extension) -> Tensor:
-        """Final states ``[positions, hidden]`` of an extension of a chunk, under the plan that ends at a node.
+    def extended(self, node: Node, extension: Extension) -> Tensor:
+        """Final states ``[positions, hidden]`` of an extension, under the plan that ends at a node.
 
         Like decoding on the plain path, it is not counted.
         """
         nodes = node.ancestry()[1:]
-        self._forget_keys({self._key(each, chunk) for each in nodes})
+        self.forget_keys(but={each.path for each in nodes})
         own = LayerOutput(extension.context.hidden)
         for each in nodes:
             if isinstance(each.step, Repair):
                 own = LayerOutput(self._repair(each, own))
                 continue
             layer, arguments = self._seen_by_text(each, extension.context)
-            known = extension.known(self._keys_at(each, chunk))
+            known = extension.known([self._keys_at(each, chunk) for chunk, _ in extension.parts])
             own = self._decoder.run_new(layer, extension.split, known, own.hidden, arguments, self._branch_of(each))
         return extension.answers_in(own.hidden)
 
@@ -163,15 +163,16 @@ class Walker:
             before = self.state(node.parent, chunk).hidden
             known = self._decoder.keys(node.step.layer, before, chunk.context.arguments[node.step.layer])
             self._states.put(key, known, branching=False)
-            self._with_keys.add(self._key(node, chunk))
+            self._with_keys.add((chunk.key, node.path))
         assert isinstance(known, Keys)
         return known
 
-    def _forget_keys(self, still_needed: set[tuple[object, ...]]) -> None:
-        """The walk goes depth first: what is not on the way to a plan's end will not be seen again."""
-        for key in self._with_keys - still_needed:
-            self._states.drop(("keys", *key))
-        self._with_keys &= still_needed
+    def forget_keys(self, but: Collection[tuple[Step, ...]] = ()) -> None:
+        """Forget keys and values, except at some paths: in a walk depth first, none is seen again that is not on the
+        way to the next plan's end."""
+        for chunk, path in [each for each in self._with_keys if each[1] not in but]:
+            self._states.drop(("keys", chunk, path))
+            self._with_keys.discard((chunk, path))
 
     # Repairs --------------------------------------------------------------------------------------------------------
 
