@@ -272,8 +272,19 @@ def heat_rows(measurements: Sequence[Redundancy]) -> dict[tuple[str, str], dict[
             rows.setdefault((each.name, each.token_group), {})[each.layer] = each
     apart = {name for name, group in rows if group in ("vision", "text")}
     return {
-        (name, group): row for (name, group), row in rows.items() if group in ("vision", "text") or name not in apart
+        (name, group): rows[name, group]
+        for name, group in sorted(rows, key=_row_order)
+        if group in ("vision", "text") or name not in apart
     }
+
+
+def _row_order(row: tuple[str, str]) -> tuple[str, float, str, str]:
+    """By name, parameters as numbers: runs of 2 layers stand before runs of 10."""
+    kind, _, parameter = row[0].partition("@")
+    try:
+        return kind, float(parameter), parameter, row[1]
+    except ValueError:
+        return kind, 0.0, parameter, row[1]
 
 
 def row_name(name: str, group: str) -> str:

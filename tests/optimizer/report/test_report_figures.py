@@ -16,12 +16,13 @@ from scipy.stats import spearmanr
 from sqlalchemy import text
 
 from optimizer.pareto import hypervolume
-from optimizer.reports import progress, theory
+from optimizer.reports import figures, progress, theory
 from optimizer.reports.data import collect
 from optimizer.reports.html import write_report
 from storage import jobs
 from storage.database import Database
 from storage.errors import NotFound
+from storage.measurements import Redundancy
 
 
 class Page(HTMLParser):
@@ -178,6 +179,13 @@ def test_heat_map_and_table_hold_every_measurement(db: Database, page: Page) -> 
     assert heat["y"] == ["cosine distance, text", "cosine distance, vision"]
     assert heat["z"][0] == pytest.approx([layer / (LAYERS - 1) for layer in range(LAYERS)])  # from lowest to highest
     assert "layer 2, cosine distance, vision: 0.03 ± 0.0007" in heat["customdata"][1][2][1]
+
+
+def test_rows_of_the_heat_map_count_as_people_do() -> None:
+    names = ["linear_redundancy@10", "linear_redundancy@2", "vision_attention", "linear_redundancy@1"]
+    found = figures.heat_rows([Redundancy(0, "all", name, 0.5, None, 4) for name in names])
+    numbers = [f"linear_redundancy@{run}" for run in (1, 2, 10)]
+    assert [name for name, _ in found] == [*numbers, "vision_attention"]
 
 
 def test_rank_correlation_is_scipy_s(db: Database) -> None:
