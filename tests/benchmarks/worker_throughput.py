@@ -65,10 +65,10 @@ def plans(count: int) -> list[str]:
     return sorted(found)
 
 
-def real_rate(workers: int, task: Task, count: int) -> float:
+def real_rate(workers: int, task: Task, count: int, dtype: str) -> float:
     """Evaluations a second, the workers warm."""
     settings = ClusterSettings(workers=workers, cpus_per_worker=1.0)
-    with WorkerPool(settings, ModelSource(MODEL, device="cpu"), task) as pool:
+    with WorkerPool(settings, ModelSource(MODEL, device="cpu", dtype=dtype), task) as pool:
         requests = [EvaluatePlans((plan,), "search", SAMPLES, path="plain") for plan in plans(count)]
         list(pool.run(requests[: 2 * workers]))
         began = time.monotonic()
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--real-only", action="store_true")
     parser.add_argument("--simulated-only", action="store_true")
     parser.add_argument("--evaluations", type=int, default=60, help="of each real measurement")
+    parser.add_argument("--dtype", default="float32", help="of each real measurement: auto is the model's own")
     parser.add_argument("--workers", type=int, default=64, help="simulated ones")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a simulated evaluation")
     parser.add_argument("--rounds", type=int, default=20, help="simulated evaluations of each worker")
@@ -123,7 +124,7 @@ def main() -> None:
     task = load_task(load_spec("easy-vqa").with_sizes(2, SAMPLES, 2))
     figures: dict[str, float] = {}
     if not options.simulated_only:
-        one, two = (real_rate(workers, task, options.evaluations) for workers in (1, 2))
+        one, two = (real_rate(workers, task, options.evaluations, options.dtype) for workers in (1, 2))
         figures |= {"evaluations_per_second_1": one, "evaluations_per_second_2": two, "speedup": two / one}
     if not options.real_only:
         with tempfile.TemporaryDirectory() as directory:

@@ -189,12 +189,14 @@ def test_nothing_pending_and_nothing_finished_in_time(pool: WorkerPool) -> None:
 
 
 def test_a_request_that_takes_too_long_is_given_up(ray_cluster: None, tiny_directory: Path, task: Task) -> None:
-    settings = replace(SETTINGS, workers=1, request_timeout_seconds=8.0, max_attempts=1)
+    settings = replace(SETTINGS, workers=1, request_timeout_seconds=2.0, max_attempts=1)
     with WorkerPool(settings, ModelSource(str(tiny_directory)), task) as pool:
         first = pool.info[0].process
-        results = dict(pool.run([ENDLESS, EvaluatePlan("RRRRRR", "search", 2)]))
-        assert isinstance(results[0], Failure) and "longer than 8 s to answer" in results[0].reason
-        assert isinstance(results[1], Evaluation)
+        ((_, result),) = pool.run([ENDLESS])
+        assert isinstance(result, Failure) and "longer than 2 s to answer" in result.reason
+        pool.cluster = SETTINGS  # how long the next answer takes depends on what else the machine does
+        ((_, result),) = pool.run([EvaluatePlan("RRRRRR", "search", 2)])
+        assert isinstance(result, Evaluation)
         assert pool.info[0].process != first
     with pytest.raises(ProcessLookupError):  # a worker given up is stopped, not left running
         wait_for_end(first)

@@ -1,4 +1,4 @@
-"""The reference architecture: a genuine Hugging Face LLaVA, a CLIP vision tower and a Llama backbone, made small."""
+"""The reference architectures: genuine Hugging Face LLaVAs, a CLIP vision tower and a language backbone, made small."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 from workers.reference.tokenizer import IMAGE, LONGEST_TEXT, PATCH_SIZE
@@ -26,15 +28,24 @@ class Architecture:
     vision_layers: int = 6
     vision_heads: int = 4
     vision_inner: int = 512
+    backbone: type[PretrainedConfig] = LlamaConfig
     text_width: int = 192
     text_layers: int = 12
     text_heads: int = 6
+    text_key_value_heads: int | None = None
+    """As many as heads where absent."""
     text_inner: int = 512
 
     @property
     def vision_tokens(self) -> int:
         """Vision tokens of an image: one for each patch."""
         return (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+
+CAPTIONER = Architecture(
+    backbone=Qwen2Config, text_width=128, text_layers=16, text_heads=4, text_key_value_heads=2, text_inner=384
+)
+"""Another family, deeper and narrower than the shipped model: what claims about criteria are tried on last."""
 
 
 def vision_config(architecture: Architecture) -> CLIPVisionConfig:
@@ -54,13 +65,13 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast, architecture: Architecture, seed: int
 ) -> LlavaForConditionalGeneration:
     """A randomly initialised float32 model; the same seed gives the same weights."""
-    text_config = LlamaConfig(
+    text_config = architecture.backbone(
         vocab_size=len(tokenizer),
         hidden_size=architecture.text_width,
         intermediate_size=architecture.text_inner,
         num_hidden_layers=architecture.text_layers,
         num_attention_heads=architecture.text_heads,
-        num_key_value_heads=architecture.text_heads,
+        num_key_value_heads=architecture.text_key_value_heads or architecture.text_heads,
         max_position_embeddings=LONGEST_TEXT,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,4 +1,4 @@
-"""Mixed-precision optimisation shared by both training stages: bfloat16 weights with float32 masters and an average."""
+"""Mixed-precision optimisation shared by all training: weights with float32 masters and an average."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Schedule:
 
 
 class Optimiser:
-    """AdamW on float32 master weights of modules that compute in bfloat16, with an exponential moving average.
+    """AdamW on float32 master weights of modules that compute in ``dtype``, with an exponential moving average.
 
-    The constructor converts the module to bfloat16. `averaged` weights start at the first step, warmed up so that an
+    The constructor converts the module to ``dtype``. `averaged` weights start at the first step, warmed up so that an
     early average is not dominated by the random initialisation. `slow` gives weights whose name starts with a key that
     fraction of the learning rate.
     """
@@ -45,6 +45,7 @@ class Optimiser:
         slow: Mapping[str, float] | None = None,
         weight_decay: float = 0.05,
         average_decay: float = 0.998,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.schedule = schedule
         self.step_number = 0
@@ -52,7 +53,7 @@ class Optimiser:
         self._names = [name for name, weight in module.named_parameters() if weight.requires_grad]
         weights = dict(module.named_parameters())
         self._masters = [weights[name].detach().float().clone() for name in self._names]
-        module.to(torch.bfloat16)
+        module.to(dtype)
         self._weights = [dict(module.named_parameters())[name] for name in self._names]
         self._averages = [master.clone() for master in self._masters]
         groups: list[dict[str, Any]] = []

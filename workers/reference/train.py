@@ -123,11 +123,12 @@ def train_model(
 
 
 def averaged_model(model: LlavaForConditionalGeneration, optimiser: Optimiser) -> LlavaForConditionalGeneration:
-    """A copy of the model with the averaged weights, in bfloat16."""
+    """A copy of the model with the averaged weights of what is trained, in the dtype that it computes in."""
     result = copy.deepcopy(model)
+    weights = dict(result.named_parameters())
     with torch.no_grad():
-        for name, weight in result.named_parameters():
-            weight.copy_(optimiser.averaged()[name])
+        for name, average in optimiser.averaged().items():
+            weights[name].copy_(average)
     return result.eval()
 
 
