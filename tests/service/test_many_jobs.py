@@ -1,4 +1,4 @@
-"""Several serving processes on one queue and one cluster: every job is run exactly once.
+"""Several serving processes on one queue: every job is run exactly once.
 
 The number of jobs is that of SKIPPLAN_MANY_JOBS, 400 on each engine by default.
 """
@@ -19,13 +19,13 @@ from storage.database import Database
 
 JOBS = int(os.environ.get("SKIPPLAN_MANY_JOBS", "400"))
 SERVERS = 4
-LOCAL = 20
-"""Every so many jobs, one starts a cluster of its own."""
+SHARED = 20
+"""Every so many jobs, one runs on a cluster that the processes share, the others on their process's own."""
 
 
 def tiniest_job(model: Path, number: int, address: str) -> JobSpec:
     """Two evaluations on four samples, other ones for each job; no latency measured but that of one finalist."""
-    spec = tiny_job(model, number, workers=1, address="local" if number % LOCAL == 0 else address)
+    spec = tiny_job(model, number, workers=1, address=address if number % SHARED == 0 else "local")
     task = (model / TASK).read_text().replace("unit: samples", f"unit: samples, seed: {number}")
     own_task = (model / TASK).with_name(f"task-{number}.yaml")
     own_task.write_text(task)
