@@ -219,6 +219,9 @@ class SplitSpec(_Section):
     unit: Literal["images", "samples"] | None = Field(
         default=None, description="What the sizes count; the task's own unit when absent."
     )
+    calibration_per_image: int | None = Field(
+        default=None, ge=1, description="Most calibration samples about one image; the task's own limit when absent."
+    )
 
 
 class WorkloadSpec(_Section):

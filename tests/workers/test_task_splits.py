@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 
 import easy_vqa
 import pytest
@@ -31,18 +32,29 @@ def rows(images: int, questions: int) -> list[Sample]:
     spare=st.integers(0, 5),
     seed=st.integers(0, 1000),
     unit=st.sampled_from(["images", "samples"]),
+    most=st.none() | st.integers(1, 5),
     order=st.randoms(use_true_random=False),
 )
 def test_splits_are_disjoint_by_image_and_do_not_depend_on_row_order(
-    questions: int, sizes: tuple[int, int, int], spare: int, seed: int, unit: str, order: random.Random
+    questions: int,
+    sizes: tuple[int, int, int],
+    spare: int,
+    seed: int,
+    unit: str,
+    most: int | None,
+    order: random.Random,
 ) -> None:
     samples = rows(sum(sizes) + spare, questions)
-    wanted = SplitSizes(*sizes, unit=unit, seed=seed)
+    wanted = SplitSizes(*sizes, unit=unit, seed=seed, calibration_per_image=most)
     splits = make_splits([Region(SPLITS, tuple(samples))], wanted, "t")
     keys = [{sample.image_key for sample in splits[name]} for name in SPLITS]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
     counts = [len(found) for found in keys] if unit == "images" else [len(splits[name]) for name in SPLITS]
     assert counts == list(sizes)
+    about_one = [Counter(sample.image_key for sample in splits[name]).most_common(1)[0][1] for name in SPLITS]
+    assert about_one[0] <= (most or questions) and max(about_one) <= questions
+    if unit == "images":
+        assert about_one == [min(most or questions, questions), questions, questions]
     order.shuffle(samples)
     assert make_splits([Region(SPLITS, tuple(samples))], wanted, "t") == splits
 
@@ -84,12 +96,13 @@ def test_too_few_images_is_said_with_numbers(unit: str) -> None:
 
 @pytest.mark.parametrize("unit", ["images", "samples"])
 @pytest.mark.parametrize("questions", [1, 4])
-def test_the_sizes_proposed_where_there_are_too_few_fit(unit: str, questions: int) -> None:
+@pytest.mark.parametrize("most", [None, 1])
+def test_the_sizes_proposed_where_there_are_too_few_fit(unit: str, questions: int, most: int | None) -> None:
     region = Region(SPLITS, tuple(rows(50, questions)))
     with pytest.raises(TaskError, match="these would fit: ") as refused:
-        make_splits([region], SplitSizes(50, 150, 300, unit=unit), "t")
+        make_splits([region], SplitSizes(50, 150, 300, unit=unit, calibration_per_image=most), "t")
     proposed = {name: int(size) for name, size in re.findall(r"(\w+): (\d+)", str(refused.value).partition("fit:")[2])}
-    splits = make_splits([region], SplitSizes(**proposed, unit=unit), "t")
+    splits = make_splits([region], SplitSizes(**proposed, unit=unit, calibration_per_image=most), "t")
     assert all(len(splits[name]) >= size > 0 for name, size in proposed.items())
 
 

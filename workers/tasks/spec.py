@@ -89,13 +89,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Sizes of the three splits, in images or in samples, and the seed of the shuffle by image."""
+    """Sizes of the three splits, in images or in samples, and the seed of the shuffle by image.
+
+    ``calibration_per_image`` is the most calibration samples about one image: many images tell more about a model's
+    layers than many questions about few. All of an image's samples where it is absent.
+    """
 
     calibration: int
     search: int
     held_out: int
     unit: str = "images"
     seed: int = 0
+    calibration_per_image: int | None = None
+
+    def most_per_image(self, split: str) -> int | None:
+        """The most samples of a split about one image, if there is such a limit."""
+        return self.calibration_per_image if split == "calibration" else None
 
 
 @dataclass(frozen=True)
@@ -268,6 +277,7 @@ def _splits(fields: _Fields) -> SplitSizes:
         held_out=fields.integer("held_out", minimum=1),
         unit=fields.choice("unit", SPLIT_UNITS, default="images"),
         seed=fields.integer("seed", default=0, minimum=0),
+        calibration_per_image=fields.optional_integer("calibration_per_image", minimum=1),
     )
     fields.finish()
     return sizes
@@ -336,6 +346,10 @@ class _Fields:
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise TaskError(f"{self.where}.{key}: must be a whole number of at least {minimum}, not {value!r}")
         return value
+
+    def optional_integer(self, key: str, *, minimum: int) -> int | None:
+        self.known.add(key)
+        return self.integer(key, minimum=minimum) if key in self else None
 
     def choice(self, key: str, allowed: tuple[str, ...], *, default: str | None = None) -> str:
         value = self.text(key, default=default)

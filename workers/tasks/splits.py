@@ -27,7 +27,7 @@ def make_splits(regions: Sequence[Region], sizes: SplitSizes, task: str) -> dict
 
     Images stand in the order of a hash of seed and image, which neither the order nor the number of other rows
     changes; all questions about an image stand together. So the first n samples of a split are a random subset by
-    image, and a larger n contains the smaller one.
+    image, and a larger n contains the smaller one. Questions that a limit per image leaves out go to no split.
 
     Raises:
         TaskError: too few images (or samples) for the sizes asked for.
@@ -39,7 +39,7 @@ def make_splits(regions: Sequence[Region], sizes: SplitSizes, task: str) -> dict
         position = 0
         for split in region.splits:
             size = getattr(sizes, split)
-            chosen, position = _take(images, position, size, sizes.unit)
+            chosen, position = _take(images, position, size, sizes.unit, sizes.most_per_image(split))
             if chosen is None:
                 raise TaskError(_too_few(task, region.splits, sizes, images))
             result[split] = tuple(chosen)
@@ -53,6 +53,8 @@ def _too_few(task: str, splits: Sequence[str], sizes: SplitSizes, images: Sequen
     wanted = " + ".join(f"{split} {size}" for split, size in asked.items())
     room = available = len(images) if sizes.unit == "images" else sum(len(group) for group in images)
     if sizes.unit == "samples":  # where a split's last image is cut, the rest of its questions goes to no split
+        limits = [limit for split in splits if (limit := sizes.most_per_image(split)) is not None]
+        room = sum(min([len(group), *limits]) for group in images)
         room -= len(splits) * (max((len(group) for group in images), default=1) - 1)
     fitting = {split: size * room // sum(asked.values()) for split, size in asked.items()}
     advice = ", ".join(f"{split}: {size}" for split, size in fitting.items())
@@ -71,15 +73,20 @@ def _by_image(samples: Iterable[Sample], seed: int, *, without: set[str]) -> lis
     return [sorted(groups[key], key=lambda sample: (_rank(seed, key, sample.id), sample.id)) for key in ordered]
 
 
-def _take(images: list[list[Sample]], position: int, size: int, unit: str) -> tuple[list[Sample] | None, int]:
-    """Take ``size`` images or samples from ``position`` on; the last image is cut to reach a number of samples."""
+def _take(
+    images: list[list[Sample]], position: int, size: int, unit: str, most: int | None
+) -> tuple[list[Sample] | None, int]:
+    """Take ``size`` images or samples from ``position`` on, at most ``most`` samples an image.
+
+    The last image is cut to reach a number of samples.
+    """
     if unit == "images":
         groups = images[position : position + size]
-        chosen = [sample for group in groups for sample in group] if len(groups) == size else None
+        chosen = [sample for group in groups for sample in group[:most]] if len(groups) == size else None
         return chosen, position + len(groups)
     chosen = []
     while len(chosen) < size and position < len(images):
-        chosen += images[position]
+        chosen += images[position][:most]
         position += 1
     return (chosen[:size] if len(chosen) >= size else None), position
 
