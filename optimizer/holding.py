@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -58,7 +56,7 @@ def open_pool(inputs: Inputs) -> Iterator[WorkerPool]:
 def _start(inputs: Inputs) -> WorkerPool:
     from workers.pool import WorkerPool
 
-    with _without_database_url(), _with_own_signal_handlers():
+    with _without_database_url():
         pool = WorkerPool(cluster_settings(inputs), model_source(inputs.spec), inputs.task).start()
     for hint in hints(pool):
         log("hint", model=inputs.spec.model.path, hint=hint)
@@ -79,19 +77,6 @@ def _without_database_url() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-@contextmanager
-def _with_own_signal_handlers() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of those that a service stops by; put them back."""
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for each, handler in before.items():
-                if callable(handler) and handler is not signal.default_int_handler:
-                    signal.signal(each, handler)
 
 
 class HeldPool:

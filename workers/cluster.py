@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -114,11 +117,13 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if settings.address == LOCAL:
-            ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, **quiet)
+            with _own_signal_handlers():
+                ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, **quiet)
         else:
             _probe(settings.address, settings.connect_timeout_seconds)
             _rehearse(settings.address, settings.connect_timeout_seconds)
-            ray.init(address=settings.address, **quiet)
+            with _own_signal_handlers():
+                ray.init(address=settings.address, **quiet)
     except ClusterError:
         raise
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, its own kinds, and ImportError
@@ -131,7 +136,25 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
 
 def disconnect() -> None:
     """End this process's connection, and the cluster with it if it is a local one."""
-    ray.shutdown()
+    with _own_signal_handlers():
+        ray.shutdown()
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Put back the handlers that this process stops by.
+
+    Ray puts one of its own in the place of SIGTERM's when it starts. When it ends, its core gives SIGTERM back to the
+    system behind Python's back: `signal.getsignal` still names the handler, but the process would simply die.
+    """
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for each, handler in before.items():
+                if callable(handler) and not getattr(handler, "__module__", "").startswith("ray."):
+                    signal.signal(each, handler)
 
 
 def allot(settings: ClusterSettings, *, model_device: str) -> Allotment:

@@ -295,6 +295,28 @@ except ClusterError as error:
 """
 
 
+STOPPING = """
+import os, signal, sys
+from workers.cluster import ClusterSettings, connect, disconnect
+
+def stop(number, frame):
+    print("stopped", moment, flush=True)
+
+signal.signal(signal.SIGTERM, stop)
+for moment in ("connected", "disconnected"):
+    connect(ClusterSettings(), cpus=1) if moment == "connected" else disconnect()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_what_a_process_stops_by_is_its_own_whether_connected_or_not(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": root}
+    command = [sys.executable, "-c", STOPPING]
+    done = subprocess.run(command, check=False, env=plain, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.split("\n"), done.returncode) == (["stopped connected", "stopped disconnected", ""], 0), done
+
+
 @pytest.mark.slow
 def test_a_running_cluster_is_joined_with_its_token_only(tiny_directory: Path, tmp_path: Path) -> None:
     with socket.socket() as free:

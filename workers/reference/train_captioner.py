@@ -2,7 +2,8 @@
 
 A LLaVA of another family and shape than the shipped ones (`workers.reference.model.CAPTIONER`), taught to caption
 scenes behind the bundled model's vision tower, which stays as it is. Backbone and projector start from random weights.
-It is trained where it is needed rather than shipped: to see whether what holds for the reference models holds elsewhere.
+It is trained where it is needed rather than shipped: to see whether what holds for the reference models holds
+elsewhere.
 """
 
 from __future__ import annotations
