@@ -185,11 +185,20 @@ class CompensationSpec(_Section):
         default="pruned",
         description="pruned: fit on the compensated model's own states, from the bottom up. dense: on dense states.",
     )
+    drift: bool = Field(
+        default=False, description="Also fit a map behind every kept layer above the first gap; needs source pruned."
+    )
+
+    @model_validator(mode="after")
+    def _dense_states_do_not_drift(self) -> CompensationSpec:
+        if self.drift and self.source == "dense":
+            raise ValueError("drift: true needs source: pruned, since the dense model's states do not drift")
+        return self
 
     @property
     def recipe(self) -> Recipe:
         """How maps are fitted; also where ``kind`` asks for none."""
-        return Recipe("linear", self.ridge, self.weighting, self.tokens, self.bias, self.source)
+        return Recipe("linear", self.ridge, self.weighting, self.tokens, self.bias, self.source, drift=self.drift)
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ VARIANTS = (
     "ridge=0.1",
     "ridge=0.01",
     "ridge=0.0001",
+    "drift=yes",
 )
 
 

@@ -20,7 +20,7 @@ from workers.runtime.gaps import gaps
 from workers.runtime.plan import PlanError, SkipPlan
 
 from .fit import Fitted
-from .recipe import CompensationError
+from .recipe import CompensationError, Recipe
 
 FORMAT = 1
 KEY = "skipplan"
@@ -89,7 +89,8 @@ def decode(content: bytes, *, plan: str | None = None) -> Decoded:
     try:
         tensors, told = load(content), _metadata(content)
         own_plan, compensation = str(told["plan"]), str(told["compensation"])
-        open_gaps = {gap.layer: gap.end for gap in gaps(SkipPlan.parse(own_plan))}
+        drift = Recipe.parse(compensation).drift
+        open_gaps = {gap.layer: gap.end for gap in gaps(SkipPlan.parse(own_plan), drift=drift)}
         shares = {int(gap["layer"]): float(gap["share"]) for gap in told["gaps"]}
     except (SafetensorError, ValueError, KeyError, TypeError, PlanError) as error:
         raise CompensationError(f"compensation maps cannot be read: {' '.join(str(error).split())}") from None

@@ -76,7 +76,7 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
     Raises :class:`CompensationError` when a layer before a gap cannot hold a map, with the reason.
     """
     started = time.perf_counter()
-    open_gaps = gaps(plan)
+    open_gaps = gaps(plan, drift=recipe.drift)
     shares = {gap.layer: calibration.require(gap.layer) for gap in open_gaps}
     maps: dict[int, GapMap] = {}
     found: list[FittedGap] = []

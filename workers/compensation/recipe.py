@@ -47,6 +47,8 @@ class Recipe:
     arXiv 2505.02819)."""
     seed: int = 0
     """Picks the tokens that are kept where the memory budget does not hold all."""
+    drift: bool = False
+    """Whether kept layers above the first gap have maps too, which take back what the gaps below have left."""
 
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("weighting", WEIGHTINGS), ("source", SOURCES)):
@@ -55,6 +57,8 @@ class Recipe:
                 raise CompensationError(f"compensation {name} is one of {', '.join(known)}, not {value!r}")
         if not (isinstance(self.ridge, float) and math.isfinite(self.ridge) and self.ridge > 0):
             raise CompensationError(f"compensation ridge must be a number above 0, not {self.ridge!r}")
+        if self.drift and self.source == "dense":
+            raise CompensationError("compensation drift needs source pruned: dense states do not drift")
         if not _is_integer(self.tokens) or self.tokens < 1:
             raise CompensationError(f"compensation tokens must be a whole number above 0, not {self.tokens!r}")
         if not _is_integer(self.seed) or not 0 <= self.seed < LARGEST_SEED:
@@ -80,6 +84,8 @@ class Recipe:
             parts.append(f"source={self.source}")
         if self.seed:
             parts.append(f"seed={self.seed}")
+        if self.drift:
+            parts.append("drift=yes")
         return " ".join(parts)
 
     def __str__(self) -> str:
@@ -126,6 +132,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "bias": _yes_or_no,
     "source": str,
     "seed": int,
+    "drift": _yes_or_no,
 }
 
 

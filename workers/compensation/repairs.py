@@ -40,6 +40,11 @@ class TrieRepairs:
         """The recipe's text."""
         return self._fits.recipe.text
 
+    @property
+    def drift(self) -> bool:
+        """Whether kept layers above the first gap are repaired too."""
+        return self._fits.recipe.drift
+
     def branch_of(self, layer: nn.Module) -> nn.Module:
         """The module of a decoder layer whose output is M."""
         return self._branches[id(layer)]

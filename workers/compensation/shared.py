@@ -95,7 +95,7 @@ class SharedFits:
     def fit(self, plan: SkipPlan) -> Fitted:
         """The maps of a plan. Raises :class:`CompensationError` when a layer before a gap cannot hold one."""
         started = time.perf_counter()
-        found = [self._map(plan.text[: gap.end + 1]) for gap in gaps(plan)]
+        found = [self._map(plan.text[: gap.end + 1]) for gap in gaps(plan, drift=self.recipe.drift)]
         return Fitted(
             plan=plan.text,
             compensation=self.recipe.text,
@@ -143,7 +143,8 @@ class SharedFits:
         executed = prefix.rstrip("S")
         if not executed:  # layers skipped at the very bottom stay plain skips
             return tuple(recording.hidden for recording in self._recordings)
-        if executed == prefix:
+        drifts = self.recipe.drift and "S" in executed.lstrip("S")
+        if executed == prefix and not drifts:
             return self._behind(prefix, with_added=False).hidden
         before = self._behind(executed)
         assert before.added is not None

@@ -47,7 +47,8 @@ class Judge:
 
     def score(self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], asked: Asked) -> None:
         """Take note in ``asked`` of what chunks (whose dense answers are known) score under plans."""
-        trie = build_trie(plans, repairs=walker.repairs is not None)
+        repairs = walker.repairs
+        trie = build_trie(plans, repairs=repairs is not None, drift=repairs is not None and repairs.drift)
         branches = [branch for chunk in chunks for branch in chunk.samples]
         sizes = [len(chunk.answer_rows) for chunk in chunks]
         spans = [

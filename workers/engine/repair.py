@@ -5,7 +5,8 @@ residual stream. A compensation maps that state to one that the next executed la
 example to Y + M T. The walk over the trie takes care of everything else:
 
 - ``Repair`` steps stand in the path of every plan with a run of skips behind a kept layer, at the end of the run, so a
-  repaired state is shared by all plans that begin with the same text, and by no other.
+  repaired state is shared by all plans that begin with the same text, and by no other. With ``drift`` they also stand
+  behind every kept layer above.
 - The layer before the run is executed so that it also gives M (``LayerOutput.branch``), the output of the module that
   ``branch_of`` names. Rows that do not go through the layer (frozen and bypassed vision tokens) have M = 0.
 - Layers before the first kept one are skipped as they are: nothing stands before them that could be repaired.
@@ -23,6 +24,11 @@ from .trie import Repair
 
 class Repairs(Protocol):
     """The repairs of one compensation."""
+
+    @property
+    def drift(self) -> bool:
+        """Whether the state behind every kept layer above the first gap is repaired too."""
+        ...
 
     def branch_of(self, layer: nn.Module) -> nn.Module:
         """The module of a decoder layer whose output is M."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from workers.runtime.gaps import gaps
 from workers.runtime.plan import Action, SkipPlan
 
 
@@ -18,7 +19,7 @@ class Execute:
 
 @dataclass(frozen=True)
 class Repair:
-    """The state behind the kept layer ``after`` is transformed, at the end of the run of skipped layers behind it.
+    """The state behind the kept layer ``after`` is transformed, at the end of the run of skips behind it, if any.
 
     ``prefix`` is the plan's text up to the end of that run (``"RRFSS"``): it names what was executed and repaired
     before, so it identifies the transformation among all plans. ``last`` tells that no executed layer follows.
@@ -37,14 +38,17 @@ class Repair:
 Step = Execute | Repair
 
 
-def steps_of(plan: SkipPlan, *, repairs: bool = False) -> tuple[Step, ...]:
-    """What a plan does to the hidden states, in order. Skips do nothing, unless their runs are repaired."""
+def steps_of(plan: SkipPlan, *, repairs: bool = False, drift: bool = False) -> tuple[Step, ...]:
+    """What a plan does to the hidden states, in order. Skips do nothing, unless their runs are repaired.
+
+    With ``drift`` the states behind all kept layers above the first repaired one are repaired too.
+    """
     steps: list[Step] = []
-    kept = plan.kept
-    for place, layer in enumerate(kept):
+    ends = {gap.layer: gap.end + 1 for gap in gaps(plan, drift=drift)} if repairs else {}
+    for layer in plan.kept:
         steps.append(Execute(layer, plan[layer]))
-        end = kept[place + 1] if place + 1 < len(kept) else len(plan)
-        if repairs and end > layer + 1:
+        if layer in ends:
+            end = ends[layer]
             steps.append(Repair(layer, plan.text[:end], last=end == len(plan)))
     return tuple(steps)
 
@@ -90,12 +94,12 @@ class Node:
         return nodes[::-1]
 
 
-def build_trie(plans: Iterable[SkipPlan], *, repairs: bool = False) -> Node:
-    """The root of the trie of ``plans``; equal plans are one."""
+def build_trie(plans: Iterable[SkipPlan], *, repairs: bool = False, drift: bool = False) -> Node:
+    """The root of the trie of ``plans``; equal plans are one. What ``repairs`` and ``drift`` say: :func:`steps_of`."""
     root = Node(())
     for plan in sorted(set(plans)):
         node = root
-        for step in steps_of(plan, repairs=repairs):
+        for step in steps_of(plan, repairs=repairs, drift=drift):
             if step not in node.children:
                 node.children[step] = Node((*node.path, step), node)
             node = node.children[step]

@@ -138,7 +138,8 @@ def fold(edits: Edits, stack: DecoderStack, plan: SkipPlan, maps: Maps) -> None:
 
     Raises :class:`FoldingError` when the maps are not those of the plan's gaps, or a layer cannot hold its map.
     """
-    if tuple(sorted((each.layer, each.end) for each in maps.values())) != tuple((g.layer, g.end) for g in gaps(plan)):
+    given = sorted((each.layer, each.end) for each in maps.values())
+    if given not in ([(gap.layer, gap.end) for gap in gaps(plan, drift=drift)] for drift in (False, True)):
         raise FoldingError(f"the maps given are not those of the gaps of plan {plan.text}")
     for index in sorted(maps):
         fold_site_map(edits, fold_site(stack, index), maps[index])

@@ -9,7 +9,10 @@ from .plan import Action, SkipPlan
 
 @dataclass(frozen=True)
 class Gap:
-    """A maximal run of skipped layers, ``layer + 1`` to ``end``, behind the layer ``layer`` that stays."""
+    """A maximal run of skipped layers, ``layer + 1`` to ``end``, behind the layer ``layer`` that stays.
+
+    An empty one, ``end`` being ``layer``, is the place of a map that takes back what gaps below have left.
+    """
 
     layer: int
     end: int
@@ -20,13 +23,16 @@ class Gap:
         return self.end - self.layer
 
 
-def gaps(plan: SkipPlan) -> tuple[Gap, ...]:
-    """The plan's gaps from the bottom up. A run that starts at layer 0 has no layer to hold a map: it stays plain."""
-    found = []
+def gaps(plan: SkipPlan, *, drift: bool = False) -> tuple[Gap, ...]:
+    """The plan's gaps from the bottom up. A run that starts at layer 0 has no layer to hold a map: it stays plain.
+
+    With ``drift`` there is an empty gap behind every kept layer above the first gap that has none.
+    """
+    found: list[Gap] = []
     for layer in plan.kept:
         end = layer
         while end + 1 < len(plan) and plan[end + 1] is Action.SKIP:
             end += 1
-        if end > layer:
+        if end > layer or (drift and found):
             found.append(Gap(layer, end))
     return tuple(found)

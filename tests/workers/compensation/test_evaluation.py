@@ -26,15 +26,16 @@ def evaluators(tiny: LoadedModel, small_task: Task) -> Evaluators:
     return Evaluators(Evaluator(tiny, small_task, batch_size=4), memory_bytes=1 << 28)
 
 
-def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Evaluators) -> None:
+@pytest.mark.parametrize("recipe", [LINEAR, f"{LINEAR} drift=yes"])
+def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Evaluators, recipe: str) -> None:
     generator = random.Random(3)
     plans = tuple({"".join(generator.choice("RRSSF") for _ in range(5)) + "R" for _ in range(8)})
-    asked = {"plans": plans, "split": "search", "compensation": LINEAR}
+    asked = {"plans": plans, "split": "search", "compensation": recipe}
     fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
     for one, other in zip(fast.results, plain.results, strict=True):
         assert isinstance(one, Evaluation) and isinstance(other, Evaluation)
         assert one.path == "fast" and other.path == "plain"
-        assert one.compensation == other.compensation == LINEAR
+        assert one.compensation == other.compensation == recipe
         assert one.scores == other.scores and one.failed_samples == other.failed_samples == {}
     uncompensated = evaluators.evaluate(EvaluatePlans(plans, "search", path="fast"))
     by_plan = dict(zip(plans, uncompensated.results, strict=True))
@@ -45,17 +46,22 @@ def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Ev
         assert next(r for r in fast.results if r.plan == plan).scores == by_plan[plan].scores
 
 
-def test_kept_maps_are_read_back_and_folded(evaluators: Evaluators, tiny: LoadedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "places"), [(LINEAR, [(0, 1), (2, 4)]), (f"{LINEAR} drift=yes", [(0, 1), (2, 4), (5, 5)])]
+)
+def test_kept_maps_are_read_back_and_folded(
+    evaluators: Evaluators, tiny: LoadedModel, tmp_path: Path, recipe: str, places: list[tuple[int, int]]
+) -> None:
     compensator = evaluators.plain.compensator
-    kept = compensator.answer(FitCompensation("RSRSSR", LINEAR))
+    kept = compensator.answer(FitCompensation("RSRSSR", recipe))
     artefact = store.put(str(tmp_path), kept.content)
     decoded = decode(store.get(artefact), plan="RSRSSR")
-    fitted = compensator.fitted(SkipPlan.parse("RSRSSR"), Recipe.parse(LINEAR))
-    assert decoded.compensation == LINEAR and decoded.maps.keys() == fitted.maps.keys() == {0, 2}
+    fitted = compensator.fitted(SkipPlan.parse("RSRSSR"), Recipe.parse(recipe))
+    assert decoded.compensation == recipe and decoded.maps.keys() == fitted.maps.keys() == dict(places).keys()
     assert all(torch.equal(decoded.maps[layer].matrix, own.matrix) for layer, own in fitted.maps.items())
-    assert [(gap.layer, gap.end) for gap in kept.gaps] == [(0, 1), (2, 4)]
+    assert [(gap.layer, gap.end) for gap in kept.gaps] == places
     assert all(0 <= gap.unexplained < gap.plain for gap in kept.gaps)
-    asked = {"plans": ("RSRSSR", "RRRRRR"), "split": "held_out", "compensation": LINEAR, "artefacts": (artefact, None)}
+    asked = {"plans": ("RSRSSR", "RRRRRR"), "split": "held_out", "compensation": recipe, "artefacts": (artefact, None)}
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
     for one, other in zip(fast.results, plain.results, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from workers.compensation.weighting import weigher
 from workers.evaluation import Evaluator
 from workers.models import LoadedModel
 from workers.runtime import SkipPlan, apply
+from workers.runtime.folding import GapMap
+from workers.runtime.gaps import gaps
 from workers.runtime.locate import locate
 from workers.tasks import Task
 
@@ -134,6 +137,24 @@ def test_later_maps_are_fitted_on_the_compensated_model(tiny: LoadedModel, calib
         expected = best_map(output, state, targets(calibration, gap.end), LINEAR.ridge)
         found = result.maps[gap.layer].matrix.numpy()
         np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_drift_is_taken_back_behind_every_kept_layer_above_the_first_gap(
+    tiny: LoadedModel, calibration: Calibration
+) -> None:
+    plan = SkipPlan.parse("RSRRSR")
+    result = fitted(tiny, calibration, plan.text, LINEAR.text + " drift=yes")
+    assert [(gap.layer, gap.end) for gap in result.gaps] == [(0, 1), (2, 2), (3, 4), (5, 5)]
+    for gap in result.gaps:
+        below = SkipPlan.parse(plan.text[: gap.layer + 1] + "R" * (5 - gap.layer))
+        identity = GapMap(gap.layer, gap.layer, torch.eye(result.maps[0].matrix.shape[0]))
+        above = {each.layer: replace(identity, layer=each.layer, end=each.end) for each in gaps(below, drift=True)}
+        with apply(tiny.model, below, above | {k: own for k, own in result.maps.items() if k < gap.layer}):
+            output, state = states(tiny, calibration, gap.layer)
+        expected = best_map(output, state, targets(calibration, gap.end), LINEAR.ridge)
+        found = result.maps[gap.layer].matrix.numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+        assert gap.unexplained < gap.plain_share
 
 
 def test_fitting_from_dense_states_alone_ignores_the_gaps_below(tiny: LoadedModel, calibration: Calibration) -> None:

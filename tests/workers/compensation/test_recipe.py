@@ -15,9 +15,10 @@ recipes = st.builds(
     weighting=st.sampled_from(WEIGHTINGS),
     tokens=st.integers(1, 10**9),
     bias=st.booleans(),
-    source=st.sampled_from(SOURCES),
     seed=st.integers(0, 2**32 - 1),
-)
+    source=st.just("pruned"),
+    drift=st.booleans(),
+) | st.builds(Recipe, kind=st.just("linear"), bias=st.booleans(), source=st.sampled_from(SOURCES))
 
 
 @given(recipes)
@@ -59,6 +60,8 @@ def test_the_canonical_texts() -> None:
         ("linear weighting=heavy", "weighting is one of uniform, rms, groups, answers, gain"),
         ("linear source=sparse", "source is one of pruned, dense"),
         ("linear seed=-1", "seed must be a whole number"),
+        ("linear drift=often", "drift is yes or no"),
+        ("linear source=dense drift=yes", "drift needs source pruned"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, named: str) -> None:
