@@ -78,23 +78,27 @@ class SkipIt(SkipItStatic):
     """With propagation: every layer is removed once, and the last layer's state is looked at, not the answer.
 
     - Freeze: as without propagation, times the gain by which a change of the layer's vision states grows on the way up.
-    - Skip: how far the last layer's state at the last prompt token moves when the layer is removed.
-    - Bypass: that movement, times the share of attention that the layer's own text pays to vision tokens.
+    - Skip: the geometric mean of how far the layer turns the last prompt token, and of how far the last layer's state
+      moves when the layer is removed, at that token and on average over text. The last token alone says nothing about
+      an answer whose first word is always the same.
+    - Bypass: that, times the share of attention that the layer's own text pays to vision tokens.
     """
 
     freeze: float = 0.005
-    bypass: float = 0.05
-    skip: float = 0.25
+    bypass: float = 0.02
+    skip: float = 0.125
 
     name = "skip-it"
-    needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "propagation")
+    needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "angular", "propagation")
 
     def risk(self, table: LayerTable) -> Risk:
         """Risks per action letter; see the class."""
-        change = _cautious(table, "final_change", "last")
+        turned = _of_last(table, "angular_distance@1")
+        moved = (_cautious(table, "final_change", group) for group in ("text", "last"))
+        removed = [math.prod(each) ** (1 / 3) for each in zip(turned, *moved, strict=True)]
         with_vision = table.has("propagation_gain", "vision")
         gain = _cautious(table, "propagation_gain", "vision") if with_vision else (1.0,) * table.num_layers
-        return self._risk(table, gain=gain, through_attention=change, removed=change)
+        return self._risk(table, gain=gain, through_attention=removed, removed=removed)
 
 
 def _cautious(table: LayerTable, name: str, group: str) -> tuple[float, ...]:

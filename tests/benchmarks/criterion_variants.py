@@ -72,12 +72,15 @@ def conditions(vision: str, text: str, *, read: bool, gate: bool, change: str = 
 def product(*removed: str, gain: bool, through: str = "text") -> Variant:
     """The form of ``skip-it`` with other measures: ``removed`` say what removing a layer does to the last token.
 
-    Of several the geometric mean is taken. ``gain`` multiplies what freezing moves by its propagation gain; ``through``
-    names the queries whose attention on vision tokens weighs bypass.
+    ``name:group`` is that of another token group. Of several the geometric mean is taken. ``gain`` multiplies what
+    freezing moves by its propagation gain; ``through`` names the queries whose attention on vision tokens weighs
+    bypass.
     """
 
     def risk(table: LayerTable) -> Risk:
-        moved = np.exp(np.mean([np.log(np.maximum(column(table, name, "last"), 1e-12)) for name in removed], axis=0))
+        named = [text.partition(":") for text in removed]
+        columns = [column(table, name, group or "last") for name, _, group in named]
+        moved = np.exp(np.mean([np.log(np.maximum(each, 1e-12)) for each in columns], axis=0))
         share = np.array(vision_attention(table))
         freeze = np.array(group_values(table, "cosine_distance")[0]) * np.array(later_attention(share.tolist()))
         if gain:
@@ -101,6 +104,16 @@ VARIANTS: dict[str, Variant] = {
     "change at the top": product("final_change", gain=False),
     "change at the top, gain": product("final_change", gain=True),
     "change at the top, gain, last token's attention": product("final_change", gain=True, through="last"),
+    "change of text at the top, gain": product("final_change:text", gain=True),
+    "change of text and last token at the top, gain": product("final_change:text", "final_change", gain=True),
+    "turn of text at the top, gain": product("final_distance:text", gain=True),
+    "turn of text and last token at the top, gain": product("final_distance:text", "final_distance", gain=True),
+    "angle, turn of text and last token at the top, gain": product(
+        "angular_distance@1", "final_distance:text", "final_distance", gain=True
+    ),
+    "angle, change of text and last token at the top, gain": product(
+        "angular_distance@1", "final_change:text", "final_change", gain=True
+    ),
     "turn at the top, gain": product("final_distance", gain=True),
     "angle and change at the top, gain": product("angular_distance@1", "final_change", gain=True),
     "angle and turn at the top, gain": product("angular_distance@1", "final_distance", gain=True),

@@ -161,6 +161,7 @@ MEASURED: dict[str, list[float | None]] = {
     "vision_attention__text": [0.4, 0.2, 0.1],
     "angular_distance_at_1__last": [0.4, 0.1, 0.2],
     "final_change__last": [0.9, 0.4, 0.05],
+    "final_change__text": [0.6, 0.2, 0.1],
     "propagation_gain__vision": [2.0, 3.0, 1.0],
 }
 
@@ -192,10 +193,12 @@ def test_a_layer_without_attention_maps_may_read_everything() -> None:
 
 def test_propagation_tells_layers_apart_that_turn_the_state_alike() -> None:
     risk = criteria.load("skip-it", {"bypass": 1, "skip": 1}).risk(table(**MEASURED))
-    assert risk.risk["B"] == pytest.approx((0.36, 0.08, 0.005))
-    assert risk.risk["S"] == (0.9, 0.4, 0.05)
+    # Cube roots of 0.4 * 0.9 * 0.6 = 0.216, 0.1 * 0.4 * 0.2 = 0.008 and 0.2 * 0.05 * 0.1 = 0.001.
+    assert risk.risk["S"] == pytest.approx((0.6, 0.2, 0.1))
+    assert risk.risk["B"] == pytest.approx((0.24, 0.04, 0.01))
     refused = {**MEASURED, "final_change__last": [None, 0.4, 0.05]}  # counts as the worst of the others
-    assert criteria.load("skip-it", {"skip": 1}).risk(table(**refused)).risk["S"] == (0.4, 0.4, 0.05)
+    worst = (0.4 * 0.4 * 0.6) ** (1 / 3)
+    assert criteria.load("skip-it", {"skip": 1}).risk(table(**refused)).risk["S"] == pytest.approx((worst, 0.2, 0.1))
 
 
 def test_the_causal_variant_is_the_contribution_with_ties_broken() -> None:
