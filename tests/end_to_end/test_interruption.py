@@ -19,7 +19,7 @@ from storage.database import Database
 from storage.errors import DatabaseError
 
 SMALLER_JOB = """\
-model: {path: llava-12}
+model: {path: llava-12, dtype: float32}
 task: easy-vqa
 constraint: {max_accuracy_drop: 1.0}
 search: {evaluations: 8, batch: 2, finalists: 1, rungs: [8]}

@@ -131,7 +131,7 @@ def test_an_outsider_reproduces_accuracy_and_logits(finished_job: FinishedJob, e
     assert figures["accuracy"] == pytest.approx(finished_job.best["accuracy"])
 
     theirs = torch.load(held_out.parent / "logits.pt", weights_only=True)
-    loaded = load_model(ModelSource(MODEL, device="cpu"))
+    loaded = load_model(ModelSource(MODEL, device="cpu", dtype="float32"))  # as the job says
     samples = [json.loads(line) for line in held_out.read_text().splitlines()][: len(theirs)]
     inputs = _inputs(loaded.processor, samples, held_out.parent, loaded.model.dtype)
     with torch.inference_mode(), apply(loaded.model, SkipPlan.parse(finished_job.best["plan"])):
