@@ -11,6 +11,9 @@ from storage import evaluations, jobs, measurements, overview, plans
 from storage.database import Database
 from storage.measurements import LatencyProfile, Redundancy
 
+NOBODY = 1_000_000_000
+"""An id that nothing has: on PostgreSQL ids go on from test to test, and small ones are taken sooner or later."""
+
 
 def scored(db: Database, at: Scene, plan: str, scores: list[float], **more: Any) -> evaluations.Evaluation:
     return evaluations.record(
@@ -38,7 +41,7 @@ def test_evaluations_in_their_order_without_scores(db: Database) -> None:
     ]
     assert found[0].layer_executions == 8
     assert overview.sample_scores(db, first.id) == (1.0, 0.0)
-    assert overview.sample_scores(db, 99) == ()
+    assert overview.sample_scores(db, NOBODY) == ()
 
 
 def test_latency_profile_of_the_job(db: Database) -> None:
@@ -58,7 +61,7 @@ def test_redundancy_is_the_job_s_own_or_else_the_latest(db: Database) -> None:
     measure(db, second, "with other versions", 0.75)
     read = [
         [each.value for each in overview.redundancy(db, job_id, first.model_id, first.task_id)]
-        for job_id in (first.job.id, second.job.id, 99)
+        for job_id in (first.job.id, second.job.id, NOBODY)
     ]
     assert read == [[0.25], [0.75], [0.75]]
 

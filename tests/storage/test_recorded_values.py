@@ -200,8 +200,8 @@ def test_later_job_finds_and_reuses_what_an_earlier_one_measured(db):
     assert reused.reused_from == measured.id
     assert evaluations.reuse(db, later.job, measured.id) == reused
     assert evaluations.known(db, **key) == [measured], "measured once, however often it is used"
-    with pytest.raises(NotFound, match="no successful evaluation 999"):
-        evaluations.reuse(db, later.job, 999)
+    with pytest.raises(NotFound, match="no successful evaluation 1000000000"):
+        evaluations.reuse(db, later.job, 1_000_000_000)
     jobs.cancel(db, later.job.id)
     with pytest.raises(LeaseLost):
         evaluations.reuse(db, later.job, measured.id)
