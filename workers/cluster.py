@@ -153,7 +153,7 @@ def _own_signal_handlers() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for each, handler in before.items():
-                if callable(handler) and not getattr(handler, "__module__", "").startswith("ray."):
+                if callable(handler) and not str(getattr(handler, "__module__", "")).startswith("ray."):
                     signal.signal(each, handler)
 
 

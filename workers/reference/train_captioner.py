@@ -34,7 +34,6 @@ from workers.reference.vision import to_input
 
 log = logging.getLogger(__name__)
 
-TOWER = "model.vision_tower."
 RECIPE = Training("captions", steps=600, rate=2e-3, warmup=60, decay=0.4, scenes=40, other_wordings=0.0, save_every=100)
 _REPORT_EVERY = 20
 
