@@ -188,6 +188,11 @@ class CompensationSpec(_Section):
     drift: bool = Field(
         default=False, description="Also fit a map behind every kept layer above the first gap; needs source pruned."
     )
+    scope: Literal["output", "projection"] = Field(
+        default="output",
+        description="output: a map acts on what the MLP adds. projection: the MLP's whole last projection is fitted "
+        "anew, which can repair more.",
+    )
 
     @model_validator(mode="after")
     def _dense_states_do_not_drift(self) -> CompensationSpec:
@@ -198,7 +203,16 @@ class CompensationSpec(_Section):
     @property
     def recipe(self) -> Recipe:
         """How maps are fitted; also where ``kind`` asks for none."""
-        return Recipe("linear", self.ridge, self.weighting, self.tokens, self.bias, self.source, drift=self.drift)
+        return Recipe(
+            "linear",
+            self.ridge,
+            self.weighting,
+            self.tokens,
+            self.bias,
+            self.source,
+            drift=self.drift,
+            scope=self.scope,
+        )
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -294,6 +308,11 @@ class JobSpec(_Section):
     )
     thresholds: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default_factory=dict, description="The criterion's thresholds, by name; its own where absent."
+    )
+    scoring_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Calibration samples that layers are scored on, the first ones; null: all. Maps are fitted on all.",
     )
     constraint: ConstraintSpec = ConstraintSpec()
     protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Layers (from 0) that must run.")

@@ -144,6 +144,7 @@ class Measurer:
                     request.kinds,
                     shard=request.shard,
                     shards=request.shards,
+                    limit=request.limit,
                     batch_size=self.evaluator.batch_size,
                 )
 

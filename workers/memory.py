@@ -1,8 +1,9 @@
-"""Peak memory of a piece of work."""
+"""A device's memory, and the peak memory of a piece of work."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,13 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the device that tensors can take: the GPU's own, or the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:

@@ -107,11 +107,14 @@ class LatencyProfile:
 
 @dataclass(frozen=True)
 class ScoreLayers:
-    """Measure ``kinds`` (names of ``workers.scoring.kinds.KINDS``) over ``samples[shard::shards]`` of calibration."""
+    """Measure ``kinds`` (names of ``workers.scoring.kinds.KINDS``) over ``samples[:limit][shard::shards]`` of
+    calibration, all of it where there is no limit.
+    """
 
     kinds: tuple[str, ...]
     shard: int
     shards: int
+    limit: int | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
     """
     table, done = _stored(context)
     missing = tuple(kind for kind in kinds if kind not in done)
-    shards = -(-len(context.task.calibration) // SHARD_SAMPLES)
+    shards = -(-scored_samples(context) // SHARD_SAMPLES)
     context.progress.begin("score layers", shards if missing else 0)
     states = tuple(kind for kind in missing if kind != LINEAR)
     if states:
@@ -58,7 +58,8 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
 def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequence[LayerMeasurement]:
     """Measure kinds shard by shard, and store them."""
     replies: dict[int, ShardScores] = {}
-    for index, reply in context.ask([ScoreLayers(missing, shard, shards) for shard in range(shards)]):
+    limit = context.spec.scoring_samples
+    for index, reply in context.ask([ScoreLayers(missing, shard, shards, limit) for shard in range(shards)]):
         assert isinstance(reply, ShardScores)
         replies[index] = reply
         context.progress.advance()
@@ -92,9 +93,17 @@ def _measure_linear(context: JobContext) -> Sequence[LayerMeasurement]:
     return rows
 
 
+def scored_samples(context: JobContext) -> int:
+    """Calibration samples that layers are scored on."""
+    return min(context.spec.scoring_samples or len(context.task.calibration), len(context.task.calibration))
+
+
 def measurement_key(context: JobContext) -> str:
     """Hash of the calibration samples and of what else a measurement depends on: dtype, attention, device, versions."""
-    return hashlib.sha256(f"{split_hash(context.task, 'calibration')} {context.settings}".encode()).hexdigest()
+    told = f"{split_hash(context.task, 'calibration')} {context.settings}"
+    if scored_samples(context) < len(context.task.calibration):
+        told += f" first {scored_samples(context)}"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _stored(context: JobContext) -> tuple[LayerTable, frozenset[str]]:

@@ -1,8 +1,8 @@
 """Fitted maps as safetensors bytes: equal maps give equal bytes, so that a checksum tells whether a re-fit is the same.
 
-The file holds ``layers.K.matrix`` ``[hidden, hidden]`` float32, which is applied to the MLP's output of layer K from
-the right, ``layers.K.bias`` ``[hidden]`` where there is one, and as metadata one JSON text with sorted keys: what was
-fitted, on what, and how well.
+The file holds ``layers.K.matrix`` float32, which is applied from the right to the MLP's output of layer K (``[hidden,
+hidden]``) or, with ``scope=projection``, to what its last projection is given (``[width, hidden]``); ``layers.K.bias``
+``[hidden]`` where there is one; and as metadata one JSON text with sorted keys: what was fitted, on what, and how well.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def decode(content: bytes, *, plan: str | None = None) -> Decoded:
     try:
         tensors, told = load(content), _metadata(content)
         own_plan, compensation = str(told["plan"]), str(told["compensation"])
-        drift = Recipe.parse(compensation).drift
-        open_gaps = {gap.layer: gap.end for gap in gaps(SkipPlan.parse(own_plan), drift=drift)}
+        recipe = Recipe.parse(compensation)
+        open_gaps = {gap.layer: gap.end for gap in gaps(SkipPlan.parse(own_plan), drift=recipe.drift)}
         shares = {int(gap["layer"]): float(gap["share"]) for gap in told["gaps"]}
     except (SafetensorError, ValueError, KeyError, TypeError, PlanError) as error:
         raise CompensationError(f"compensation maps cannot be read: {' '.join(str(error).split())}") from None
@@ -103,7 +103,14 @@ def decode(content: bytes, *, plan: str | None = None) -> Decoded:
     if names != tensors.keys() or not matrices == open_gaps.keys() == shares.keys():
         raise CompensationError(f"the compensation maps do not hold one map for every gap of plan {own_plan}")
     maps = {
-        layer: GapMap(layer, end, tensors[f"layers.{layer}.matrix"], tensors.get(f"layers.{layer}.bias"), shares[layer])
+        layer: GapMap(
+            layer,
+            end,
+            tensors[f"layers.{layer}.matrix"],
+            tensors.get(f"layers.{layer}.bias"),
+            shares[layer],
+            recipe.scope,
+        )
         for layer, end in open_gaps.items()
     }
     return Decoded(own_plan, compensation, maps, told)

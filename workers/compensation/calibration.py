@@ -29,9 +29,12 @@ from workers.tasks import Sample, Task
 
 from .recipe import CompensationError
 
-BATCH = 8
-"""Samples of one forward pass. Fixed, since rounding depends on it and fits are to be repeatable bit by bit."""
-MEMORY_BUDGET = 2 << 30
+FIRST_BATCH = 8
+BATCH_TOKENS = 4096
+LARGEST_BATCH = 64
+"""Samples of the first forward pass, about as many tokens in later ones, and most samples of one. Fixed, since rounding
+depends on them and fits are to be repeatable bit by bit."""
+MEMORY_BUDGET = 4 << 30
 """Bytes that the dense model's states at all layers may take."""
 
 
@@ -76,6 +79,11 @@ class Calibration:
     refusals: dict[int, str]
     """By layer, why it cannot hold a map."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where its states lie."""
+        return self.batches[0].kept.device
+
     def require(self, layer: int) -> float:
         """The share of a layer. Raises :class:`CompensationError` with the reason when it cannot hold a map."""
         if layer in self.refusals:
@@ -88,27 +96,31 @@ def calibrate(
 ) -> Calibration:
     """Run the dense model over whole calibration samples, one an image first, until ``tokens`` tokens are reached.
 
-    Where the states of all tokens at all layers exceed ``memory_budget`` bytes, a random part of the tokens, drawn
-    with ``seed``, is kept. Raises :class:`CompensationError` when no sample can be read, or the decoder's sequence is
-    not the prompt's.
+    Where the states of all tokens at all layers exceed ``memory_budget`` bytes, a part of the tokens is kept: as many
+    vision tokens as text tokens as tokens that answer, as far as there are so many, drawn at random with ``seed``.
+
+    Raises :class:`CompensationError` when no sample can be read, or the decoder's sequence is not the prompt's.
     """
     stack = locate(loaded.model)
     prepared = list(_prepare(loaded, task, tokens))
     if not prepared:
         raise CompensationError(f"task {task.name}: no calibration sample can be read, so no map can be fitted")
-    real = [each.inputs["attention_mask"].bool().flatten() for each in prepared]
-    total = sum(int(mask.sum()) for mask in real)
-    chosen = _choose(total, _affordable(stack, loaded.model.dtype, memory_budget), seed)
     vision_ids = torch.tensor(describe(loaded.model).vision_token_ids)
+    real = [each.inputs["attention_mask"].bool() for each in prepared]
+    vision = [
+        torch.isin(each.inputs["input_ids"], vision_ids) & mask for each, mask in zip(prepared, real, strict=True)
+    ]
+    kinds = torch.cat([_kinds(*three)[three[0]] for three in zip(real, vision, prepared, strict=True)])
+    total = len(kinds)
+    chosen = _choose(kinds, _affordable(stack, loaded.model.dtype, memory_budget), seed)
     prover = _Prover(stack)
     batches, passed = [], 0
-    for each, mask in zip(prepared, real, strict=True):
-        inputs, places = each.inputs, mask.nonzero().flatten()
+    for each, mask, seen in zip(prepared, real, vision, strict=True):
+        places = mask.flatten().nonzero().flatten()
         here = chosen[(chosen >= passed) & (chosen < passed + len(places))] - passed
         passed += len(places)
-        vision = torch.isin(inputs["input_ids"], vision_ids) & inputs["attention_mask"].bool()
         with prover.proving():
-            batches.append(_dense_pass(loaded, stack, inputs, vision, each.answers, places[here]))
+            batches.append(_dense_pass(loaded, stack, each.inputs, seen, each.answers, places[here]))
     return Calibration(
         batches=tuple(batches),
         samples=tuple(sample.id for each in prepared for sample in each.samples),
@@ -123,12 +135,26 @@ def _affordable(stack: DecoderStack, dtype: torch.dtype, memory_budget: int) -> 
     return max(1, memory_budget // (len(stack.layers) * int(stack.text_config.hidden_size) * dtype.itemsize))
 
 
-def _choose(total: int, affordable: int, seed: int) -> Tensor:
-    """Ascending numbers of the kept tokens among all."""
-    if total <= affordable:
-        return torch.arange(total)
+VISION, TEXT, ANSWER = range(3)
+
+
+def _kinds(real: Tensor, vision: Tensor, sequences: _Sequences) -> Tensor:
+    """Of every token, ``[batch, tokens]``: vision, the prompt's text, or read for the answer."""
+    kinds = torch.where(vision, VISION, TEXT)
+    return torch.where(sequences.answers & real, ANSWER, kinds)
+
+
+def _choose(kinds: Tensor, affordable: int, seed: int) -> Tensor:
+    """Ascending numbers of the kept tokens among all: equally many of every kind, as far as there are so many."""
+    if len(kinds) <= affordable:
+        return torch.arange(len(kinds))
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(total, generator=generator)[:affordable].sort().values
+    places = sorted(((kinds == kind).nonzero().flatten() for kind in (VISION, TEXT, ANSWER)), key=len)
+    chosen: list[Tensor] = []
+    for number, own in enumerate(places):  # the rarest first: what it leaves over is the others'
+        share = (affordable - sum(map(len, chosen))) // (len(places) - number)
+        chosen.append(own[torch.randperm(len(own), generator=generator)[:share]])
+    return torch.cat(chosen).sort().values
 
 
 # Sequences ----------------------------------------------------------------------------------------------------------
@@ -154,10 +180,13 @@ class _Sequences:
 def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[_Sequences]:
     """Batches of samples with their answers, as model inputs on the CPU, until the tokens are reached."""
     reached, samples = 0, by_image(task.calibration)
-    for start in range(0, len(samples), BATCH):
-        batch = _with_answers(loaded, task, samples[start : start + BATCH])
+    start, size = 0, FIRST_BATCH
+    while start < len(samples):
+        batch = _with_answers(loaded, task, samples[start : start + size])
+        start += size
         if batch is None:
             continue
+        size = min(LARGEST_BATCH, max(1, BATCH_TOKENS // batch.inputs["input_ids"].shape[1]))
         lengths = batch.inputs["attention_mask"].sum(1).cumsum(0) + reached
         needed = int((lengths < tokens).sum()) + 1
         if needed < len(batch.samples):

@@ -17,8 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from workers.runtime.applied import AppliedPlan
-from workers.runtime.folding import FoldingError, GapMap, OutputSum, fold_site, require_bias
-from workers.runtime.gaps import Gap, gaps
+from workers.runtime.folding import (
+    FoldingError,
+    GapMap,
+    OutputSum,
+    ProjectionInput,
+    acted_on,
+    fold_site,
+    require_bias,
+    require_projection,
+)
+from workers.runtime.gaps import Gap, Scope, gaps
 from workers.runtime.locate import DecoderStack, locate
 from workers.runtime.plan import SkipPlan
 from workers.runtime.token_rows import TokenSplit
@@ -56,15 +65,17 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Halt:
-    """What a pass shows where it halts: M (times the layer's share) and the state, ``[batch * tokens, hidden]``."""
+    """What a pass shows where it halts: what the map acts on (M, or the input of the projection that makes it, times
+    the layer's share) and the state, ``[batch * tokens, width]`` and ``[batch * tokens, hidden]``.
+    """
 
-    output: Tensor
+    acted_on: Tensor
     state: Tensor
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to the state there: M ``matrix`` + ``bias`` is added, both float32."""
+    """What is done to the state there: what the map acts on, times ``matrix``, + ``bias`` is added, both float32."""
 
     matrix: Tensor
     bias: Tensor | None
@@ -81,16 +92,16 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
     maps: dict[int, GapMap] = {}
     found: list[FittedGap] = []
     if open_gaps:
-        for gap in open_gaps if recipe.bias else ():
-            require_holds_bias(locate(model), gap.layer)
+        for gap in open_gaps:
+            require_holds(locate(model), gap.layer, recipe)
         applied = AppliedPlan(model, plan if recipe.source == "pruned" else SkipPlan.dense(len(plan)))
-        with _Passes(model, applied, calibration.batches, open_gaps, shares) as passes:
+        with _Passes(model, applied, calibration.batches, open_gaps, shares, recipe.scope) as passes:
             changes: Sequence[Change | None] = [None] * len(calibration.batches)
             for gap in open_gaps:
                 halts = passes.advance(changes)
                 sums = gap_sums(halts, calibration.batches, gap, weigh)
                 solution = solve(sums, ridge=recipe.ridge, bias=recipe.bias)
-                maps[gap.layer] = gap_map(gap, solution, shares[gap.layer])
+                maps[gap.layer] = gap_map(gap, solution, shares[gap.layer], recipe.scope)
                 found.append(FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained))
                 change = change_of(maps[gap.layer]) if recipe.source == "pruned" else None
                 changes = [change] * len(calibration.batches)
@@ -103,29 +114,34 @@ def gap_sums(halts: Sequence[Halt], batches: Sequence[CalibrationBatch], gap: Ga
     for halt, batch in zip(halts, batches, strict=True):
         target = batch.targets[gap.end]
         residual = target.double() - halt.state[batch.kept].double()
-        parts.append(GapSums.of(halt.output[batch.kept], residual, target, weigh(gap.end, batch, target)))
+        parts.append(GapSums.of(halt.acted_on[batch.kept], residual, target, weigh(gap.end, batch, target)))
     return GapSums.merge(parts)
 
 
-def require_holds_bias(stack: DecoderStack, layer: int) -> None:
-    """Raise :class:`CompensationError` unless the layer's last projection can hold a constant."""
+def require_holds(stack: DecoderStack, layer: int, recipe: Recipe) -> None:
+    """Raise :class:`CompensationError` unless the layer can hold a map of this recipe."""
     try:
-        require_bias(fold_site(stack, layer), layer)
+        site = fold_site(stack, layer)
+        if recipe.bias:
+            require_bias(site, layer)
+        if recipe.scope == "projection":
+            require_projection(site, layer)
     except FoldingError as error:
         raise CompensationError(str(error)) from None
 
 
-def gap_map(gap: Gap, solution: Solution, share: float) -> GapMap:
+def gap_map(gap: Gap, solution: Solution, share: float, scope: Scope) -> GapMap:
     """The map as it is kept, float32 on the CPU; its bias goes into the projection, before the layer's share."""
-    identity = torch.eye(len(solution.change), dtype=torch.float64, device=solution.change.device)
+    matrix = solution.change
+    if scope == "output":
+        matrix = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device) + matrix
     bias = None if solution.bias is None else (solution.bias / share).float().cpu()
-    return GapMap(gap.layer, gap.end, (identity + solution.change).float().cpu(), bias, share)
+    return GapMap(gap.layer, gap.end, matrix.float().cpu(), bias, share, scope)
 
 
 def change_of(own: GapMap) -> Change:
     """What a kept map does to the state."""
-    matrix = own.matrix.double() - torch.eye(len(own.matrix), dtype=torch.float64)
-    return Change(matrix.float(), None if own.bias is None else own.bias * own.share)
+    return Change(own.change.float(), None if own.bias is None else own.bias * own.share)
 
 
 class _Passes:
@@ -138,9 +154,11 @@ class _Passes:
         batches: Sequence[CalibrationBatch],
         open_gaps: Sequence[Gap],
         shares: dict[int, float],
+        scope: Scope,
     ) -> None:
         self._stack = locate(model)
         self._applied, self._batches, self._gaps, self._shares = applied, batches, open_gaps, shares
+        self._scope: Scope = scope
         self._resources = ExitStack()
         self._calls: list[HaltingCall[Halt, Change | None]] = []
         self._halts: dict[int, Callable[[Halt], Change | None]] = {}
@@ -149,7 +167,8 @@ class _Passes:
     def __enter__(self) -> _Passes:
         with ExitStack() as stack:
             for gap in self._gaps:
-                watched = stack.enter_context(OutputSum(fold_site(self._stack, gap.layer)))
+                site = fold_site(self._stack, gap.layer)
+                watched = stack.enter_context(acted_on(site, self._scope, gap.layer))
                 hook = lambda module, args, output, gap=gap, watched=watched: self._behind(gap, watched, output)  # noqa: E731
                 handle = self._stack.layers[gap.layer].register_forward_hook(hook)
                 stack.callback(handle.remove)
@@ -185,31 +204,31 @@ class _Passes:
 
         return run
 
-    def _behind(self, gap: Gap, watched: OutputSum, output: Any) -> Any:
+    def _behind(self, gap: Gap, watched: OutputSum | ProjectionInput, output: Any) -> Any:
         """Behind a layer before a gap: show M and the state, wait for the map, and go on with it in place."""
         number = self._running
         state = output[0] if isinstance(output, tuple) else output
-        added = on_all_tokens(watched.take(), state, self._batches[number].vision) * self._shares[gap.layer]
-        change = self._halts[number](Halt(added, state.flatten(0, 1)))
+        rows = on_all_tokens(watched.take(), state, self._batches[number].vision) * self._shares[gap.layer]
+        change = self._halts[number](Halt(rows, state.flatten(0, 1)))
         if change is None:
             return output
-        changed = changed_state(state, added, change)
+        changed = changed_state(state, rows, change)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
-def changed_state(state: Tensor, added: Tensor, change: Change) -> Tensor:
+def changed_state(state: Tensor, acted_on: Tensor, change: Change) -> Tensor:
     """The state ``[batch, tokens, hidden]`` with the map in place, in float32 and rounded once to its dtype."""
-    moved = state.float() + (added.float() @ change.matrix.to(state.device)).view(state.shape)
+    moved = state.float() + (acted_on.float() @ change.matrix.to(state.device)).view(state.shape)
     if change.bias is not None:
         moved = moved + change.bias.to(state.device)
     return moved.to(state.dtype)
 
 
 def on_all_tokens(rows: Tensor, state: Tensor, vision: Tensor) -> Tensor:
-    """M for all tokens, ``[batch * tokens, hidden]``: zero where a frozen or bypassed layer added nothing."""
+    """Rows of a layer for all tokens, ``[batch * tokens, width]``: zero for those that did not go through it."""
     if len(rows) == state.shape[0] * state.shape[1]:
         return rows
     split = TokenSplit.from_vision_mask(vision)
     assert split is not None
     text = rows.view(split.text.batch, split.text.width, -1)
-    return split.text.put(torch.zeros_like(state), text).flatten(0, 1)
+    return split.text.put(text.new_zeros(*state.shape[:2], text.shape[-1]), text).flatten(0, 1)

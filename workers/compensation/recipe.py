@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from workers.errors import WorkersError
+from workers.runtime.gaps import SCOPES, Scope
 
 Kind = Literal["none", "linear"]
 Weighting = Literal["uniform", "rms", "groups", "answers", "gain"]
@@ -49,9 +50,13 @@ class Recipe:
     """Picks the tokens that are kept where the memory budget does not hold all."""
     drift: bool = False
     """Whether kept layers above the first gap have maps too, which take back what the gaps below have left."""
+    scope: Scope = "output"
+    """What a map is: one of what the MLP adds, ``[hidden, hidden]``, or (``projection``) a change of the MLP's whole
+    last projection, ``[width, hidden]``."""
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("weighting", WEIGHTINGS), ("source", SOURCES)):
+        checked = (("kind", KINDS), ("weighting", WEIGHTINGS), ("source", SOURCES), ("scope", SCOPES))
+        for name, known in checked:
             value = getattr(self, name)
             if value not in known:
                 raise CompensationError(f"compensation {name} is one of {', '.join(known)}, not {value!r}")
@@ -86,6 +91,8 @@ class Recipe:
             parts.append(f"seed={self.seed}")
         if self.drift:
             parts.append("drift=yes")
+        if self.scope != "output":
+            parts.append(f"scope={self.scope}")
         return " ".join(parts)
 
     def __str__(self) -> str:
@@ -133,6 +140,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "source": str,
     "seed": int,
     "drift": _yes_or_no,
+    "scope": str,
 }
 
 

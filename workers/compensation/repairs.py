@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from workers.engine.decoder import Decoder, LayerOutput, NotExactError
+from workers.engine.decoder import Decoder, LayerOutput, NotExactError, Watch
 from workers.engine.trie import Repair
-from workers.runtime.folding import FoldingError, fold_site
+from workers.runtime.folding import FoldingError, fold_site, require_projection
 
 from .fit import changed_state
 from .shared import SharedFits
@@ -25,15 +25,18 @@ class TrieRepairs:
 
     def __init__(self, decoder: Decoder, fits: SharedFits) -> None:
         self._fits = fits
-        self._branches: dict[int, nn.Module] = {}
+        self._watches: dict[int, Watch] = {}
         for number, layer in enumerate(decoder.layers):
             try:
-                outputs = fold_site(decoder.stack, number).outputs
+                site = fold_site(decoder.stack, number)
+                if fits.recipe.scope == "projection":
+                    self._watches[id(layer)] = Watch(require_projection(site, number).module, inputs=True)
+                    continue
             except FoldingError:
                 continue  # no plan with a gap behind this layer gets here: it has no map
-            if len(outputs) != 1:
+            if len(site.outputs) != 1:
                 raise NotExactError("its layers add the outputs of several modules, of which the trie follows one")
-            self._branches[id(layer)] = outputs[0]
+            self._watches[id(layer)] = Watch(site.outputs[0])
 
     @property
     def compensation(self) -> str:
@@ -45,13 +48,13 @@ class TrieRepairs:
         """Whether kept layers above the first gap are repaired too."""
         return self._fits.recipe.drift
 
-    def branch_of(self, layer: nn.Module) -> nn.Module:
-        """The module of a decoder layer whose output is M."""
-        return self._branches[id(layer)]
+    def watch(self, layer: nn.Module) -> Watch:
+        """The MLP's output, or what its last projection is given."""
+        return self._watches[id(layer)]
 
     def transform(self, step: Repair, output: LayerOutput) -> Tensor:
         """The state ``[rows, tokens, hidden]`` with the map in place."""
-        assert output.branch is not None
+        assert output.watched is not None
         change = self._fits.change(step.prefix)
-        added = output.branch.flatten(0, 1) * self._fits.share(step.after)
-        return changed_state(output.hidden, added, change)
+        acted_on = output.watched.flatten(0, 1) * self._fits.share(step.after)
+        return changed_state(output.hidden, acted_on, change)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from workers.engine.decoder import Decoder, Recording
-from workers.runtime.folding import GapMap, OutputSum, fold_site
+from workers.memory import memory_bytes
+from workers.runtime.folding import GapMap, acted_on, fold_site
 from workers.runtime.gaps import Gap, gaps
 from workers.runtime.plan import Action, SkipPlan
 from workers.runtime.token_rows import TokenSplit
@@ -34,28 +36,26 @@ from .fit import (
     gap_map,
     gap_sums,
     on_all_tokens,
-    require_holds_bias,
+    require_holds,
 )
 from .recipe import Recipe
 from .sums import solve
 from .weighting import Weigh
 
-STATES_BUDGET = 1 << 30
-"""Bytes of calibration states that are kept at the beginnings of plans."""
+LEAST_STATES_BUDGET = 1 << 30
+STATES_SHARE = 8
+"""Bytes of calibration states that are kept at the beginnings of plans: this part of the device's memory, at least."""
 MAPS_BUDGET = 4 << 30
 """Bytes of maps that are kept. All plans of one request are walked together, so theirs should fit."""
 
 
 @dataclass(frozen=True)
-class _States:
-    """All batches' states behind a plan's beginning, ``[batch, tokens, hidden]`` each; and M there where asked for."""
+class _Executed:
+    """All batches' states behind a layer that was just run, ``[batch, tokens, hidden]`` each, and what maps act on."""
 
+    prefix: str
     hidden: tuple[Tensor, ...]
-    added: tuple[Tensor, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.hidden, *(self.added or ())))
+    acted_on: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,13 @@ class SharedFits:
     """
 
     def __init__(
-        self, decoder: Decoder, calibration: Calibration, recipe: Recipe, weigh: Weigh, *, budget: int = STATES_BUDGET
+        self, decoder: Decoder, calibration: Calibration, recipe: Recipe, weigh: Weigh, *, budget: int | None = None
     ) -> None:
         self._decoder, self._calibration, self.recipe, self._weigh = decoder, calibration, recipe, weigh
-        self._budget, self._held, self._held_maps = budget, 0, 0
-        self._states: OrderedDict[str, _States] = OrderedDict()
+        self._budget = budget or max(LEAST_STATES_BUDGET, memory_bytes(calibration.device) // STATES_SHARE)
+        self._held, self._held_maps = 0, 0
+        self._states: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        self._last: _Executed | None = None
         self._maps: OrderedDict[str, _FittedMap] = OrderedDict()
         self.layer_executions = 0
         """Decoder layers run so far, each over all calibration tokens."""
@@ -119,15 +121,13 @@ class SharedFits:
             return self._maps[prefix]
         layer = len(prefix.rstrip("S")) - 1
         gap, share = Gap(layer, len(prefix) - 1), self._calibration.require(layer)
-        if self.recipe.bias:
-            require_holds_bias(self._decoder.stack, layer)
+        require_holds(self._decoder.stack, layer, self.recipe)
         with torch.inference_mode():
-            before = self._behind(prefix[: layer + 1] if self.recipe.source == "pruned" else "R" * (layer + 1))
-            assert before.added is not None
-            halts = [Halt(m, x.flatten(0, 1)) for m, x in zip(before.added, before.hidden, strict=True)]
+            before = self._executed(prefix[: layer + 1] if self.recipe.source == "pruned" else "R" * (layer + 1))
+            halts = [Halt(m, x.flatten(0, 1)) for m, x in zip(before.acted_on, before.hidden, strict=True)]
             sums = gap_sums(halts, self._calibration.batches, gap, self._weigh)
             solution = solve(sums, ridge=self.recipe.ridge, bias=self.recipe.bias)
-        own = gap_map(gap, solution, share)
+        own = gap_map(gap, solution, share, self.recipe.scope)
         quality = FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained)
         fitted = self._maps[prefix] = _FittedMap(own, quality)
         self._held_maps += fitted.nbytes
@@ -138,52 +138,51 @@ class SharedFits:
 
     # States -----------------------------------------------------------------------------------------------------------
 
-    def _entering(self, prefix: str) -> Sequence[Tensor]:
+    def _entering(self, prefix: str) -> tuple[Tensor, ...]:
         """The states that the layer behind ``prefix`` is given."""
         executed = prefix.rstrip("S")
         if not executed:  # layers skipped at the very bottom stay plain skips
             return tuple(recording.hidden for recording in self._recordings)
-        drifts = self.recipe.drift and "S" in executed.lstrip("S")
-        if executed == prefix and not drifts:
-            return self._behind(prefix, with_added=False).hidden
-        before = self._behind(executed)
-        assert before.added is not None
-        change = self.change(prefix)
-        return tuple(changed_state(x, m, change) for x, m in zip(before.hidden, before.added, strict=True))
-
-    def _behind(self, prefix: str, *, with_added: bool = True) -> _States:
-        """The states behind the executed layer that ends ``prefix``, with what its MLP added."""
-        known = self._states.get(prefix)
-        if known is not None and (known.added is not None or not with_added):
+        if prefix in self._states:
             self._states.move_to_end(prefix)
-            return known
-        layer, action = len(prefix) - 1, Action(prefix[-1])
-        states = self._run(layer, action, self._entering(prefix[:-1]), with_added)
+            return self._states[prefix]
+        if executed == prefix and not (self.recipe.drift and "S" in executed.lstrip("S")):
+            states = tuple(hidden for hidden, _ in self._run(prefix, watching=False))
+        else:
+            before, change = self._executed(executed), self.change(prefix)
+            states = tuple(changed_state(x, m, change) for x, m in zip(before.hidden, before.acted_on, strict=True))
         self._keep(prefix, states)
         return states
 
-    def _run(self, layer: int, action: Action, entering: Sequence[Tensor], with_added: bool) -> _States:
+    def _executed(self, prefix: str) -> _Executed:
+        """What the layer that ends ``prefix`` gives. The last one is kept, for its map and repaired states.
+
+        Only repaired states are kept for longer, since what maps act on can be several times as wide.
+        """
+        if self._last is None or self._last.prefix != prefix:
+            hidden, acted_on = zip(*self._run(prefix, watching=True), strict=True)
+            self._last = _Executed(prefix, hidden, acted_on)
+        return self._last
+
+    def _run(self, prefix: str, *, watching: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the layer that ends ``prefix``, batch by batch: the states, and where asked for what maps act on."""
+        layer, action = len(prefix) - 1, Action(prefix[-1])
+        entering = self._entering(prefix[:-1])
         self.layer_executions += 1
-        hidden, added = [], []
-        site = fold_site(self._decoder.stack, layer) if with_added else None
-        share = self.share(layer) if with_added else 1.0
+        site = fold_site(self._decoder.stack, layer) if watching else None
+        share = self.share(layer) if watching else 1.0
         rows = zip(entering, self._recordings, self._splits, self._calibration.batches, strict=True)
         for state, recording, split, batch in rows:
             gathered = None if action is Action.RUN else split
             arguments = recording.layers[layer]
-            if site is None:
-                hidden.append(self._decoder.run_rows(layer, action, gathered, state, arguments).hidden)
-                continue
-            with OutputSum(site) as watched:
+            with nullcontext() if site is None else acted_on(site, self.recipe.scope, layer) as watched:
                 output = self._decoder.run_rows(layer, action, gathered, state, arguments).hidden
-                added.append(on_all_tokens(watched.take(), output, batch.vision) * share)
-            hidden.append(output)
-        return _States(tuple(hidden), tuple(added) if with_added else None)
+                found = output if watched is None else on_all_tokens(watched.take(), output, batch.vision) * share
+            yield output, found
 
-    def _keep(self, prefix: str, states: _States) -> None:
-        old = self._states.pop(prefix, None)
-        self._held += states.nbytes - (0 if old is None else old.nbytes)
+    def _keep(self, prefix: str, states: tuple[Tensor, ...]) -> None:
         self._states[prefix] = states
+        self._held += sum(state.nbytes for state in states)
         while self._held > self._budget and len(self._states) > 1:
             _, dropped = self._states.popitem(last=False)
-            self._held -= dropped.nbytes
+            self._held -= sum(state.nbytes for state in dropped)

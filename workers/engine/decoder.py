@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from workers.errors import WorkersError
 from workers.runtime.descriptor import FamilyDescriptor
@@ -51,19 +51,32 @@ class Recording:
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """A layer's result, and the part of it that its last branch (the MLP) added, where that was asked for.
+    """A layer's result ``[batch, tokens, hidden]``, and what was watched in it, ``[batch, tokens, width]``.
 
-    Both are ``[batch, tokens, hidden]``. ``branch`` is zero in rows that did not go through the layer (frozen and
-    bypassed vision tokens), so that ``hidden - branch`` is the rest of the residual stream in every row.
+    ``watched`` is zero in rows that did not go through the layer (frozen and bypassed vision tokens).
     """
 
     hidden: Tensor
-    branch: Tensor | None = None
+    watched: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Memory."""
-        return self.hidden.nbytes + (0 if self.branch is None else self.branch.nbytes)
+        return self.hidden.nbytes + (0 if self.watched is None else self.watched.nbytes)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A module within a layer, and whether what it is given (``inputs``) or what it gives is wanted."""
+
+    module: nn.Module
+    inputs: bool = False
+
+    def into(self, found: list[Tensor]) -> RemovableHandle:
+        """Collect it from now on."""
+        if self.inputs:
+            return self.module.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        return self.module.register_forward_hook(lambda module, args, output: found.append(_tensor_of(output)))
 
 
 @dataclass(frozen=True)
@@ -205,11 +218,9 @@ class Decoder:
 
     # Running --------------------------------------------------------------------------------------------------------
 
-    def run(
-        self, layer: int, hidden: Tensor, arguments: dict[str, Any], branch: nn.Module | None = None
-    ) -> LayerOutput:
+    def run(self, layer: int, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None = None) -> LayerOutput:
         """One layer over all rows of ``hidden``, ``[batch, tokens, hidden]``."""
-        return self._watched(lambda: self.layers[layer](hidden, **arguments), branch, None, hidden)
+        return self._watched(lambda: self.layers[layer](hidden, **arguments), watch, None, hidden)
 
     def run_rows(
         self,
@@ -218,17 +229,17 @@ class Decoder:
         split: TokenSplit | None,
         hidden: Tensor,
         arguments: dict[str, Any],
-        branch: nn.Module | None = None,
+        watch: Watch | None = None,
     ) -> LayerOutput:
         """One layer over the rows ``split.text``; the others keep their state.
 
         With ``FREEZE`` the other rows give keys and values, with ``BYPASS`` they are not seen.
         """
         if split is None:
-            return self.run(layer, hidden, arguments, branch)
+            return self.run(layer, hidden, arguments, watch)
         self._split.current = split
         gathering = self._gathering[layer][action]
-        return self._watched(lambda: gathering(hidden, **arguments), branch, split, hidden)
+        return self._watched(lambda: gathering(hidden, **arguments), watch, split, hidden)
 
     def keys(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Keys:
         """What a layer's attention sees of all rows of ``hidden``, ``[batch, tokens, hidden]``."""
@@ -242,30 +253,33 @@ class Decoder:
         known: Keys,
         hidden: Tensor,
         arguments: dict[str, Any],
-        branch: nn.Module | None = None,
+        watch: Watch | None = None,
     ) -> LayerOutput:
         """One layer over the rows ``split.text``; of the others, whose states are not looked at, ``known`` is seen."""
         self._split.current = split
         extending = self._extending[layer]
         extending.known = known
         try:
-            return self._watched(lambda: extending(hidden, **arguments), branch, split, hidden)
+            return self._watched(lambda: extending(hidden, **arguments), watch, split, hidden)
         finally:
             extending.known = None
 
     def _watched(
-        self, call: Callable[[], Any], branch: nn.Module | None, split: TokenSplit | None, hidden: Tensor
+        self, call: Callable[[], Any], watch: Watch | None, split: TokenSplit | None, hidden: Tensor
     ) -> LayerOutput:
-        if branch is None:
+        if watch is None:
             return LayerOutput(_tensor_of(call()))
-        added: list[Tensor] = []
-        handle = branch.register_forward_hook(lambda module, args, output: added.append(_tensor_of(output)))
+        found: list[Tensor] = []
+        handle = watch.into(found)
         try:
             output = _tensor_of(call())
         finally:
             handle.remove()
-        rows = added[-1].reshape(*hidden.shape[:-2], -1, hidden.shape[-1])
-        return LayerOutput(output, rows if split is None else split.text.put(torch.zeros_like(hidden), rows))
+        width = found[-1].shape[-1]
+        rows = found[-1].reshape(*hidden.shape[:-2], -1, width)
+        if split is not None:
+            rows = split.text.put(rows.new_zeros(*hidden.shape[:-1], width), rows)
+        return LayerOutput(output, rows)
 
     def logits(self, rows: Tensor) -> Tensor:
         """The model's own logits ``[rows, vocabulary]`` in float32 for last-layer states ``[rows, hidden]``."""

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.runtime.plan import Action
 
-from .decoder import Decoder, Keys, LayerOutput
+from .decoder import Decoder, Keys, LayerOutput, Watch
 from .extension import Extension
 from .packing import Chunk, Context
 from .repair import Repairs
@@ -60,7 +60,7 @@ class Walker:
             return LayerOutput(chunk.context.hidden)
         key = self._key(node, chunk)
         known = self._states.get(key)
-        if isinstance(known, LayerOutput) and (known.branch is not None or not node.reached_by_repair):
+        if isinstance(known, LayerOutput) and (known.watched is not None or not node.reached_by_repair):
             return known
         before = self.state(node.parent, chunk)
         if isinstance(node.step, Repair):
@@ -79,15 +79,15 @@ class Walker:
         self._count(chunk, node)
         split = None if step.action is Action.RUN else chunk.context.vision
         return self._decoder.run_rows(
-            step.layer, step.action, split, hidden, chunk.context.arguments[step.layer], self._branch_of(node)
+            step.layer, step.action, split, hidden, chunk.context.arguments[step.layer], self._watch(node)
         )
 
-    def _branch_of(self, node: Node) -> nn.Module | None:
+    def _watch(self, node: Node) -> Watch | None:
         step = node.step
         if not node.reached_by_repair or not isinstance(step, Execute):
             return None
         assert self.repairs is not None
-        return self.repairs.branch_of(self._decoder.layers[step.layer])
+        return self.repairs.watch(self._decoder.layers[step.layer])
 
     def _count(self, chunk: Chunk, node: Node) -> None:
         samples = chunk.asked
@@ -123,7 +123,7 @@ class Walker:
         self._count(chunk, node)
         layer, arguments = self._seen_by_text(node, chunk.context)
         return self._decoder.run_rows(
-            layer, Action.FREEZE, chunk.answer_split, before.hidden, arguments, self._branch_of(node)
+            layer, Action.FREEZE, chunk.answer_split, before.hidden, arguments, self._watch(node)
         )
 
     def _seen_by_text(self, node: Node, context: Context) -> tuple[int, dict[str, Any]]:
@@ -151,7 +151,7 @@ class Walker:
                 continue
             layer, arguments = self._seen_by_text(each, extension.context)
             known = extension.known([self._keys_at(each, chunk) for chunk, _ in extension.parts])
-            own = self._decoder.run_new(layer, extension.split, known, own.hidden, arguments, self._branch_of(each))
+            own = self._decoder.run_new(layer, extension.split, known, own.hidden, arguments, self._watch(each))
         return extension.answers_in(own.hidden)
 
     def _keys_at(self, node: Node, chunk: Chunk) -> Keys:

@@ -2,6 +2,8 @@
 
 With M what a layer's MLP adds to the residual stream, a map T changes that to M T. Where M is made by linear
 projections alone, their weights can hold T (W' = T^T W where the weight is [hidden, width]), at no cost at run time.
+Where it is one projection of A [width], a change D of that projection adds A D (W' = W + D^T): every T is such a D,
+and most D are no T.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .edits import Edits
-from .gaps import gaps
+from .gaps import Scope, gaps
 from .locate import DecoderStack
 from .plan import PlanError, SkipPlan
 
@@ -35,11 +37,13 @@ class FoldingError(PlanError):
 
 @dataclass(frozen=True)
 class GapMap:
-    """The map that repairs one gap: the MLP of layer ``layer`` adds M ``matrix`` + ``bias`` instead of M.
+    """The map that repairs one gap: what the MLP of layer ``layer`` adds instead of M.
 
-    ``matrix`` is ``[hidden, hidden]`` and applied from the right; ``bias`` is ``[hidden]`` or None. ``end`` is the
-    last layer of the run of skipped layers behind ``layer``. ``share`` is the factor with which M enters the residual
-    stream (1 in most families); folding does not need it, applying the map to states does.
+    With scope ``output`` that is M ``matrix`` + ``bias``, ``matrix`` being ``[hidden, hidden]``; with ``projection`` it
+    is M + A ``matrix`` + ``bias``, A being the input of the MLP's last projection and ``matrix`` ``[width, hidden]``.
+    ``bias`` is ``[hidden]`` or None. ``end`` is the last layer of the run of skipped layers behind ``layer``. ``share``
+    is the factor with which M enters the residual stream (1 in most families); folding does not need it, applying the
+    map to states does.
     """
 
     layer: int
@@ -47,6 +51,13 @@ class GapMap:
     matrix: Tensor
     bias: Tensor | None = None
     share: float = 1.0
+    scope: Scope = "output"
+
+    @property
+    def change(self) -> Tensor:
+        """What is added to M, by what the map acts on: ``[hidden or width, hidden]``, float64."""
+        matrix = self.matrix.double()
+        return matrix if self.scope == "projection" else _minus_identity(matrix, matrix.device)
 
 
 Maps = Mapping[int, GapMap]
@@ -160,8 +171,10 @@ def fold_site_map(edits: Edits, site: FoldSite, own: GapMap) -> None:
     """Put one map into the weights of a site. Raises :class:`FoldingError` when they cannot hold its bias."""
     if own.bias is not None:
         require_bias(site, own.layer)
+    if own.scope == "projection":
+        require_projection(site, own.layer)
     for projection in site.projections:
-        _replace(edits, projection.module, projection.weight, folded_weight(projection, own.matrix))
+        _replace(edits, projection.module, projection.weight, folded_weight(projection, own))
         if projection.bias is not None:
             _replace(edits, projection.module, projection.bias, _folded_bias(projection, own))
 
@@ -172,22 +185,33 @@ def require_bias(site: FoldSite, index: int) -> None:
         raise FoldingError(f"layer {index} cannot hold a map with a bias: its MLP's last projection has none")
 
 
-def folded_weight(projection: Projection, matrix: Tensor) -> Tensor:
+def require_projection(site: FoldSite, index: int) -> Projection:
+    """The one projection that makes M. Raises :class:`FoldingError` where M is the sum of several ones'."""
+    if len(site.projections) != 1 or site.projections[0].experts:
+        raise FoldingError(
+            f"layer {index} cannot hold a map of scope projection: several projections end its MLP; use output"
+        )
+    return site.projections[0]
+
+
+def folded_weight(projection: Projection, own: GapMap) -> Tensor:
     """The projection's weight with the map in it: computed in float64 and rounded once, to the weight's dtype.
 
-    Only the map's difference to the identity is multiplied, so that the identity leaves every bit as it was.
+    Only the map's difference to doing nothing is added, so that doing nothing leaves every bit as it was.
     """
     weight: Tensor = getattr(projection.module, projection.weight).detach()
-    change = _minus_identity(matrix, weight.device)
+    change = own.change.to(weight.device)
     moved = weight.movedim(projection.hidden_dim, -1).double()  # [..., width, hidden]
-    result = (moved + moved @ change).movedim(-1, projection.hidden_dim)
-    return result.to(weight.dtype).contiguous()
+    added = change if own.scope == "projection" else moved @ change
+    return (moved + added).movedim(-1, projection.hidden_dim).to(weight.dtype).contiguous()
 
 
 def _folded_bias(projection: Projection, own: GapMap) -> Tensor:
     assert projection.bias is not None
     bias: Tensor = getattr(projection.module, projection.bias).detach()
-    result = bias.double() + bias.double() @ _minus_identity(own.matrix, bias.device)
+    result = bias.double()
+    if own.scope == "output":
+        result = result + result @ own.change.to(bias.device)
     if own.bias is not None:
         result = result + own.bias.to(bias.device).double()
     return result.to(bias.dtype)
@@ -205,6 +229,30 @@ def _replace(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
 
 
 # Proof that a layer is residual + linear projection ------------------------------------------------------------------
+
+
+class ProjectionInput:
+    """Collects A, what a site's one projection is given, while a layer runs."""
+
+    def __init__(self, projection: Projection) -> None:
+        self._projection = projection
+        self._found: list[Tensor] = []
+
+    def __enter__(self) -> ProjectionInput:
+        self._handle = self._projection.module.register_forward_pre_hook(
+            lambda module, args: self._found.append(args[0])
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def take(self) -> Tensor:
+        """A of the run that just ended, ``[rows, width]``. Raises RuntimeError when the projection did not run once."""
+        found, self._found = self._found, []
+        if len(found) != 1:
+            raise RuntimeError(f"the last projection of an MLP ran {len(found)} times")
+        return found[0].reshape(-1, found[0].shape[-1])
 
 
 class OutputSum:
@@ -236,6 +284,11 @@ class OutputSum:
         for part in parts[1:]:
             total = total + part
         return total
+
+
+def acted_on(site: FoldSite, scope: Scope, index: int) -> OutputSum | ProjectionInput:
+    """Collects what a map of this scope acts on. Raises :class:`FoldingError` where the layer cannot hold one."""
+    return OutputSum(site) if scope == "output" else ProjectionInput(require_projection(site, index))
 
 
 def added_share(index: int, site: FoldSite, run: Callable[[], Tensor], *, seed: int = 0) -> float:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from .plan import Action, SkipPlan
+
+Scope = Literal["output", "projection"]
+"""What a map behind a layer is: one of all that the MLP adds, or a change of the MLP's last projection."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)

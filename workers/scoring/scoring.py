@@ -38,9 +38,10 @@ def score_layers(
     *,
     shard: int = 0,
     shards: int = 1,
+    limit: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> ShardScores:
-    """Measure ``kinds`` (names of ``KINDS``) over ``samples[shard::shards]`` of the calibration split.
+    """Measure ``kinds`` (names of ``KINDS``) over ``samples[:limit][shard::shards]`` of the calibration split.
 
     Samples whose image cannot be decoded are left out and not counted.
 
@@ -52,7 +53,7 @@ def score_layers(
     if unknown:
         raise MeasurementError(f"no such kind of measurement: {', '.join(unknown)}; known are {', '.join(KINDS)}")
     scoring = _Scoring(loaded, kinds, shards)
-    samples = task.calibration[shard::shards]
+    samples = task.calibration[:limit][shard::shards]
     ids = scoring.descriptor.vision_token_ids
     with torch.inference_mode():
         for batch in batches(loaded, task, samples, scoring.stack, ids, batch_size):

@@ -26,7 +26,7 @@ def evaluators(tiny: LoadedModel, small_task: Task) -> Evaluators:
     return Evaluators(Evaluator(tiny, small_task, batch_size=4), memory_bytes=1 << 28)
 
 
-@pytest.mark.parametrize("recipe", [LINEAR, f"{LINEAR} drift=yes"])
+@pytest.mark.parametrize("recipe", [LINEAR, f"{LINEAR} drift=yes", f"{LINEAR} scope=projection"])
 def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Evaluators, recipe: str) -> None:
     generator = random.Random(3)
     plans = tuple({"".join(generator.choice("RRSSF") for _ in range(5)) + "R" for _ in range(8)})
@@ -47,7 +47,12 @@ def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Ev
 
 
 @pytest.mark.parametrize(
-    ("recipe", "places"), [(LINEAR, [(0, 1), (2, 4)]), (f"{LINEAR} drift=yes", [(0, 1), (2, 4), (5, 5)])]
+    ("recipe", "places"),
+    [
+        (LINEAR, [(0, 1), (2, 4)]),
+        (f"{LINEAR} drift=yes", [(0, 1), (2, 4), (5, 5)]),
+        (f"{LINEAR} drift=yes scope=projection", [(0, 1), (2, 4), (5, 5)]),
+    ],
 )
 def test_kept_maps_are_read_back_and_folded(
     evaluators: Evaluators, tiny: LoadedModel, tmp_path: Path, recipe: str, places: list[tuple[int, int]]

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.compensation.calibration import BATCH, Calibration, CalibrationBatch, append_answers, by_image, calibrate
+from workers.compensation.calibration import (
+    FIRST_BATCH,
+    Calibration,
+    CalibrationBatch,
+    append_answers,
+    by_image,
+    calibrate,
+)
 from workers.compensation.fit import Fitted, fit
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.weighting import weigher
@@ -123,6 +130,36 @@ def test_one_gap_gets_the_map_that_lstsq_finds(tiny: LoadedModel, calibration: C
     assert gap.unexplained == pytest.approx((weights * left**2).sum() / (weights * target**2).sum(), rel=1e-3)
     assert gap.plain_share == pytest.approx((weights * (target - state) ** 2).sum() / (weights * target**2).sum())
     assert gap.unexplained < gap.plain_share
+
+
+@pytest.mark.parametrize("plan", ["RRSRRR", "RSSRRR", "SRRRRS"])
+def test_the_whole_projection_gets_the_change_that_lstsq_finds(
+    tiny: LoadedModel, calibration: Calibration, plan: str
+) -> None:
+    result = fitted(tiny, calibration, plan, LINEAR.text + " scope=projection")
+    ((layer, own),) = result.maps.items()
+    given: list[Tensor] = []
+    projection = LAYERS_OF[id(tiny.model)][layer].mlp.down_proj
+    with apply(tiny.model, SkipPlan.parse(plan)):
+        hook = projection.register_forward_pre_hook(lambda m, a: given.append(a[0]))
+        _, state = states(tiny, calibration, layer)
+        hook.remove()
+    rows = [rows.flatten(0, 1)[batch.kept] for rows, batch in zip(given, calibration.batches, strict=True)]
+    inputs, target = torch.cat(rows).double().numpy(), targets(calibration, own.end)
+    root = 1.0 / np.sqrt((target**2).mean(1, keepdims=True))
+    pull = np.sqrt(LINEAR.ridge * np.mean(((root * inputs) ** 2).sum(0))) * np.eye(inputs.shape[1])
+    expected = np.linalg.lstsq(
+        np.vstack([root * inputs, pull]),
+        np.vstack([root * (target - state), np.zeros((len(pull), state.shape[1]))]),
+        rcond=None,
+    )[0]
+    assert own.matrix.shape == (projection.in_features, projection.out_features)
+    np.testing.assert_allclose(own.matrix.numpy(), expected, atol=2e-4 * np.abs(expected).max())
+    (gap,) = result.gaps
+    left = (root * (target - state - inputs @ expected)) ** 2
+    assert gap.unexplained == pytest.approx(left.sum() / ((root * target) ** 2).sum(), rel=1e-3)
+    output_alone = fitted(tiny, calibration, plan).gaps[0]
+    assert gap.unexplained < output_alone.unexplained
 
 
 def test_later_maps_are_fitted_on_the_compensated_model(tiny: LoadedModel, calibration: Calibration) -> None:
@@ -269,7 +306,16 @@ def test_what_does_not_fit_into_memory_is_drawn_with_the_seed(tiny: LoadedModel,
     assert [each.kept for each in kept] == [50, 50, 50] and kept[0].tokens > 50
     places = [torch.cat([batch.kept for batch in each.batches]).tolist() for each in kept]
     assert places[0] == places[1] != places[2]
+    answers, vision = (
+        sum(int(mask.sum()) for mask in masks) for masks in zip(*map(_masks, kept[0].batches), strict=True)
+    )
+    all_answers = sum(int(batch.answers.sum()) for batch in calibrate(tiny, small_task, tokens=ALL).batches)
+    assert answers == min(50 // 3, all_answers) and abs(vision - (50 - answers) / 2) <= 1
     assert all(len(target) == len(batch.kept) for batch in kept[0].batches for target in batch.targets)
+
+
+def _masks(batch: CalibrationBatch) -> tuple[Tensor, Tensor]:
+    return batch.kept_answers, batch.kept_vision & ~batch.kept_answers
 
 
 def test_a_plan_without_gaps_needs_no_maps(tiny: LoadedModel, calibration: Calibration) -> None:
@@ -288,7 +334,7 @@ def test_a_layer_that_cannot_hold_a_map_is_named(tiny: LoadedModel, calibration:
 
 
 def test_the_batches_are_of_a_fixed_size(calibration: Calibration) -> None:
-    assert all(len(batch.vision) == BATCH for batch in calibration.batches[:-1])
+    assert all(len(batch.vision) == FIRST_BATCH for batch in calibration.batches[:-1])
 
 
 def test_each_image_is_asked_once_before_any_is_asked_twice(small_task: Task) -> None:

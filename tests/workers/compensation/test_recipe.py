@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.compensation.recipe import SOURCES, WEIGHTINGS, CompensationError, Recipe
+from workers.runtime.gaps import SCOPES
 
 recipes = st.builds(
     Recipe,
@@ -18,6 +19,7 @@ recipes = st.builds(
     seed=st.integers(0, 2**32 - 1),
     source=st.just("pruned"),
     drift=st.booleans(),
+    scope=st.sampled_from(SCOPES),
 ) | st.builds(Recipe, kind=st.just("linear"), bias=st.booleans(), source=st.sampled_from(SOURCES))
 
 
@@ -60,6 +62,7 @@ def test_the_canonical_texts() -> None:
         ("linear weighting=heavy", "weighting is one of uniform, rms, groups, answers, gain"),
         ("linear source=sparse", "source is one of pruned, dense"),
         ("linear seed=-1", "seed must be a whole number"),
+        ("linear scope=all", "scope is one of output, projection, not 'all'"),
         ("linear drift=often", "drift is yes or no"),
         ("linear source=dense drift=yes", "drift needs source pruned"),
     ],

@@ -28,7 +28,16 @@ def shared(tiny: LoadedModel, calibration: Calibration, recipe: Recipe, **option
     return SharedFits(Decoder(tiny.model), calibration, recipe, weigh, **options)
 
 
-@pytest.mark.parametrize("text", ["linear", "linear source=dense weighting=groups", "linear drift=yes"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "linear",
+        "linear source=dense weighting=groups",
+        "linear drift=yes",
+        "linear scope=projection",
+        "linear drift=yes scope=projection weighting=rms",
+    ],
+)
 @pytest.mark.parametrize("budget", [1 << 30, 1])
 def test_the_maps_are_those_of_each_plan_alone(
     tiny: LoadedModel, calibration: Calibration, text: str, budget: int

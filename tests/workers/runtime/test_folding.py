@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,37 @@ def test_the_identity_is_the_plain_skip_bitwise() -> None:
             plain = logits(model, pixel_values=pixels)
         with apply(model, PLAN, identity):
             assert torch.equal(logits(model, pixel_values=pixels), plain)
+
+
+def test_a_change_of_the_projection_adds_what_it_is_given_times_the_change() -> None:
+    generator = torch.Generator().manual_seed(2)
+    layers = [layer.mlp.down_proj for layer in locate(MODEL).layers]
+    width = layers[0].in_features
+    maps = {
+        gap.layer: GapMap(
+            gap.layer,
+            gap.end,
+            torch.randn(width, HIDDEN, generator=generator) / width**0.5,
+            scope="projection",
+        )
+        for gap in gaps(PLAN)
+    }
+    with apply(MODEL, PLAN):
+        plain = logits(MODEL)
+        handles = [
+            layers[index].register_forward_hook(lambda m, a, out, own=own: out + a[0] @ own.matrix)
+            for index, own in maps.items()
+        ]
+        expected = logits(MODEL)
+        for handle in handles:
+            handle.remove()
+    with apply(MODEL, PLAN, maps):
+        folded = logits(MODEL)
+    torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)
+    assert (plain - folded).abs().max() > 0.1
+    nothing = {k: replace(own, matrix=torch.zeros(width, HIDDEN)) for k, own in maps.items()}
+    with apply(MODEL, PLAN, nothing):
+        assert torch.equal(logits(MODEL), plain)
 
 
 def test_leaving_gives_the_same_weights_back() -> None:
