@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from optimizer import criteria
 from optimizer.errors import UsageFault
 from workers.compensation.recipe import NONE, Recipe
+from workers.runtime import PlanError, SkipPlan
 
 DEFAULT_DATABASE = "sqlite:///skipplan.db"
 DEFAULT_ARTEFACTS = "skipplan-artefacts"
@@ -120,6 +121,11 @@ class SearchSpec(_Section):
         default="theory",
         description="Where samplers begin: plans that the criterion proposes, random plans, or nothing.",
     )
+    plans: tuple[str, ...] = Field(
+        default=(),
+        description="Plans that are tried before all others, one letter a layer (R run, F freeze, B bypass, S skip); "
+        "samplers only.",
+    )
     measured_pairs: int = Field(
         default=0, ge=0, le=10_000, description="Pairs of layers measured on the first rung to correct the first plans."
     )
@@ -150,6 +156,14 @@ class SearchSpec(_Section):
         "can be repeated exactly.",
     )
     finalists: int = Field(default=6, ge=1, le=64, description="Most plans of the front that are verified held-out.")
+
+    @field_validator("plans")
+    @classmethod
+    def _plans_can_be_read(cls, plans: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(SkipPlan.parse(plan).text for plan in plans)
+        except PlanError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("rungs")
     @classmethod

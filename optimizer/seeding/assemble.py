@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from optimizer.errors import UsageFault
 from optimizer.job import SearchSpec
 from optimizer.search.outcome import Tried
 from optimizer.seeding.nested import nested_sets
@@ -13,6 +14,7 @@ from optimizer.seeding.theory import Seeds, random_seeds, theory_seeds
 from optimizer.space import Candidate
 from optimizer.strategies.base import Problem
 from optimizer.strategies.published import published_plans
+from workers.runtime import SkipPlan
 
 
 def with_seeds(
@@ -39,6 +41,25 @@ def with_seeds(
         return replace(problem, seeds=random_seeds(problem.space, most, problem.seed).first, known=tuple(known))
     nested = [each for each in nested_sets(problem.space, problem.risk) if problem.possible(each)]
     return replace(problem, seeds=tuple(dict.fromkeys([*elsewhere, *nested]))[:most], known=tuple(known))
+
+
+def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
+    """The problem with these plans, under every compensation that it allows, before all other seeds.
+
+    Raises UsageFault for a plan that is not in the problem's space.
+    """
+    given = []
+    for text in plans:
+        plan = SkipPlan.parse(text)
+        candidates = [Candidate(plan, compensation) for compensation in problem.space.compensations]
+        inside = [candidate for candidate in candidates if candidate in problem.space]
+        if not inside:
+            raise UsageFault(
+                f"search.plans: {text} is no plan of this job: its {problem.space.num_layers} layers take the job's "
+                "actions, where they are not protected"
+            )
+        given += inside
+    return replace(problem, seeds=tuple(dict.fromkeys([*given, *problem.seeds])))
 
 
 def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:

@@ -14,7 +14,7 @@ from optimizer.search.constraints import Limits
 from optimizer.search.loop import Search
 from optimizer.search.outcome import Scores, SearchOutcome, Tried
 from optimizer.search.rungs import rung_sizes
-from optimizer.seeding.assemble import with_seeds
+from optimizer.seeding.assemble import with_given, with_seeds
 from optimizer.space import Candidate, plan_space
 from optimizer.stages import cache_sizes, warm_start
 from optimizer.stages.context import JobContext, JobFailed
@@ -80,10 +80,13 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
         batch=spec.search.batch,
     )
     if spec.search.strategy not in SAMPLERS:
+        if spec.search.plans:
+            raise UsageFault(f"search.plans: strategy {spec.search.strategy} tries its own plans only; use a sampler")
         return problem
     chosen = warm_start.choose(context) if spec.search.warm_start else warm_start.WarmStart()
     known = warm_start.known_candidates(context, chosen, space, ratio)
-    return with_seeds(problem, spec.search, known, warm_start.plans_of_other_tasks(chosen, space))
+    seeded = with_seeds(problem, spec.search, known, warm_start.plans_of_other_tasks(chosen, space))
+    return with_given(seeded, spec.search.plans)
 
 
 class Candidates:
