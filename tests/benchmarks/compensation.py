@@ -17,6 +17,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ from workers.models import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
 from workers.runtime.gaps import gaps
 from workers.runtime.locate import locate
-from workers.tasks import Task, load_task
+from workers.tasks import Task, load_spec, load_task
+from workers.tasks.spec import SplitSizes
 
 SETS: dict[int, tuple[tuple[int, ...], ...]] = {
     12: ((4,), (4, 6), (4, 6, 8), (2, 4, 6, 8, 10), (4, 5, 6, 7, 8), (3, 4, 5, 7, 8, 9), (4, 5, 6, 7, 8, 10, 11)),
@@ -63,6 +66,9 @@ VARIANTS = (
     "ridge=0.01",
     "ridge=0.0001",
     "drift=yes",
+    "scope=projection",
+    "drift=yes scope=projection",
+    "drift=yes scope=projection ridge=0.0001",
 )
 
 
@@ -118,7 +124,7 @@ def tokens(bench: Bench, plans: Sequence[SkipPlan]) -> Any:
     base = Recipe.parse(bench.recipe)
     found = {}
     for size in (1024, 2048, 4096, 8192, 16384, 32768):
-        text = Recipe(base.kind, base.ridge, base.weighting, size, base.bias, base.source).text
+        text = replace(base, tokens=size).text
         used = bench.compensator.calibration(Recipe.parse(text))
         found[size] = {"tokens": used.tokens, "samples": len(used.samples), "scores": bench.scores(plans, text)}
     return found
@@ -204,19 +210,24 @@ def rounding(bench: Bench, plans: Sequence[SkipPlan]) -> Any:
 
 
 class explicit:
-    """Maps applied to MLP outputs by hooks, in float32. The layers are those that remain while a plan is applied."""
+    """Maps applied by hooks, in float32, to MLP outputs or to what the last projection is given. The layers are those
+    that remain while a plan is applied.
+    """
 
     def __init__(self, bench: Bench, maps: Any) -> None:
         kept = sorted({*range(bench.layers)} - {n for own in maps.values() for n in range(own.layer + 1, own.end + 1)})
         self._layers, self._maps = locate(bench.loaded.model).layers, {kept.index(k): own for k, own in maps.items()}
 
     def __enter__(self) -> None:
-        self._handles = [
-            self._layers[place].mlp.register_forward_hook(
-                lambda m, a, out, own=own: (out.float() @ own.matrix.to(out.device)).to(out.dtype)
-            )
-            for place, own in self._maps.items()
-        ]
+        self._handles = []
+        for place, own in self._maps.items():
+            mlp = self._layers[place].mlp
+            module = mlp if own.scope == "output" else mlp.down_proj
+            self._handles.append(module.register_forward_hook(partial(self._mapped, own)))
+
+    def _mapped(self, own: Any, module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        acted_on = out if own.scope == "output" else args[0]
+        return (out.float() + acted_on.float() @ own.change.float().to(out.device)).to(out.dtype)
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -257,17 +268,20 @@ def main() -> None:
     parser.add_argument("--split", default="held_out", choices=("search", "held_out"))
     parser.add_argument("--recipe", default="linear tokens=16384")
     parser.add_argument("--skip", action="append", help="layers of one set, for example 3,5-7; may be repeated")
+    parser.add_argument("--images", type=int, help="calibrate on so many images, one question each")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     loaded = load_model(ModelSource(options.model, dtype=options.dtype))
-    bench = Bench(loaded, load_task(options.task), options.samples, Recipe.parse(options.recipe).text, options.split)
+    bench = Bench(
+        loaded, task_of(options.task, options.images), options.samples, Recipe.parse(options.recipe).text, options.split
+    )
     sets = SETS[bench.layers] if options.skip is None else [numbers(text) for text in options.skip]
     plans = [SkipPlan.skipping(bench.layers, each) for each in sets]
     if options.part == "elsewhere":
-        found = elsewhere(bench, plans, load_task(options.other))
+        found = elsewhere(bench, plans, task_of(options.other, options.images))
     else:
         found = PARTS[options.part](bench, plans)
     settings = {"model": loaded.name, "task": bench.task.name, "samples": bench.samples, "recipe": bench.recipe}
@@ -275,6 +289,14 @@ def main() -> None:
     if options.output is not None:
         options.output.write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def task_of(name: str, images: int | None) -> Task:
+    """The task, with its own calibration split or one question about each of so many images."""
+    spec = load_spec(name)
+    if images is not None:
+        spec = replace(spec, splits=SplitSizes(images, 1500, 3000, unit="samples", calibration_per_image=1))
+    return load_task(spec)
 
 
 def numbers(text: str) -> tuple[int, ...]:

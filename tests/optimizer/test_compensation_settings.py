@@ -24,6 +24,7 @@ DEFAULT = "linear ridge=0.001 weighting=answers tokens=16384"
         ({}, ("none",)),
         ({"kind": "none", "tokens": 5}, ("none",)),
         ({"kind": "linear"}, (DEFAULT,)),
+        ({"kind": "linear", "scope": "projection"}, (f"{DEFAULT} scope=projection",)),
         ({"kind": "both", "ridge": 0.01, "weighting": "groups", "tokens": 64}, None),
     ],
 )

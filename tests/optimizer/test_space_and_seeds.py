@@ -1,5 +1,6 @@
 """Space and seeds on numbers small enough to check by hand or by trying everything."""
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -12,7 +13,7 @@ from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.job import ConstraintSpec, JobSpec, SearchSpec
 from optimizer.seeding.additive import AdditiveProblem, budgets, savings, spread_order
-from optimizer.seeding.assemble import with_seeds
+from optimizer.seeding.assemble import with_given, with_seeds
 from optimizer.seeding.nested import nested_sets
 from optimizer.seeding.runs import best_structures, unexplained_shares
 from optimizer.seeding.theory import random_seeds
@@ -166,6 +167,21 @@ def test_seeds_of_the_sampler_come_from_ladder_nested_sets_and_papers():
     assert best_three in everything
     assert "RRRRRRSR" in everything or "RRSRRRRR" in everything
     assert all(each in problem.space for each in (*problem.seeds, *problem.reserve))
+
+
+def test_given_plans_come_before_all_others():
+    seeded = problem_of(small())
+    given = seeded.seeds[-1].plan.text
+    problem = with_given(seeded, ["RSSRRRRR", given])
+    assert texts(problem.seeds[:2]) == ["RSSRRRRR", given]
+    assert set(problem.seeds) == {*seeded.seeds, *problem.seeds[:1]} and len(problem.seeds) == len(set(problem.seeds))
+    both = replace(seeded, space=replace(seeded.space, compensations=("none", "linear x")))
+    assert texts(with_given(both, ["RSSRRRRR"]).seeds[:2]) == ["RSSRRRRR", "RSSRRRRR (linear x)"]
+    for foreign in ("RSSR", "RFRRRRRR"):
+        with pytest.raises(UsageFault, match=f"search.plans: {foreign} is no plan of this job: its 8 layers"):
+            with_given(seeded, [foreign])
+    with pytest.raises(ValueError, match="RSX"):
+        spec(search={"plans": ["RSX"]})
 
 
 def test_seeds_that_cannot_meet_a_known_constraint_are_left_out():

@@ -103,7 +103,7 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
                 solution = solve(sums, ridge=recipe.ridge, bias=recipe.bias)
                 maps[gap.layer] = gap_map(gap, solution, shares[gap.layer], recipe.scope)
                 found.append(FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained))
-                change = change_of(maps[gap.layer]) if recipe.source == "pruned" else None
+                change = change_of(maps[gap.layer], calibration.device) if recipe.source == "pruned" else None
                 changes = [change] * len(calibration.batches)
     return Fitted(plan.text, recipe.text, maps, tuple(found), calibration.kept, time.perf_counter() - started)
 
@@ -139,9 +139,10 @@ def gap_map(gap: Gap, solution: Solution, share: float, scope: Scope) -> GapMap:
     return GapMap(gap.layer, gap.end, matrix.float().cpu(), bias, share, scope)
 
 
-def change_of(own: GapMap) -> Change:
-    """What a kept map does to the state."""
-    return Change(own.change.float(), None if own.bias is None else own.bias * own.share)
+def change_of(own: GapMap, device: torch.device) -> Change:
+    """What a kept map does to states on a device."""
+    bias = None if own.bias is None else (own.bias * own.share).to(device)
+    return Change(own.change.float().to(device), bias)
 
 
 class _Passes:
@@ -218,9 +219,9 @@ class _Passes:
 
 def changed_state(state: Tensor, acted_on: Tensor, change: Change) -> Tensor:
     """The state ``[batch, tokens, hidden]`` with the map in place, in float32 and rounded once to its dtype."""
-    moved = state.float() + (acted_on.float() @ change.matrix.to(state.device)).view(state.shape)
+    moved = state.float() + (acted_on.float() @ change.matrix).view(state.shape)
     if change.bias is not None:
-        moved = moved + change.bias.to(state.device)
+        moved = moved + change.bias
     return moved.to(state.dtype)
 
 

@@ -62,10 +62,12 @@ class _Executed:
 class _FittedMap:
     own: GapMap
     quality: FittedGap
+    change: Change
+    """What the map does to states, where these lie."""
 
     @property
     def nbytes(self) -> int:
-        return self.own.matrix.nbytes
+        return self.own.matrix.nbytes + self.change.matrix.nbytes
 
 
 class SharedFits:
@@ -109,7 +111,7 @@ class SharedFits:
 
     def change(self, prefix: str) -> Change:
         """What is done to the state behind the layer before the gap that ends the plan's beginning ``prefix``."""
-        return change_of(self._map(prefix).own)
+        return self._map(prefix).change
 
     def share(self, layer: int) -> float:
         """The factor with which a layer's MLP output enters the stream."""
@@ -129,7 +131,8 @@ class SharedFits:
             solution = solve(sums, ridge=self.recipe.ridge, bias=self.recipe.bias)
         own = gap_map(gap, solution, share, self.recipe.scope)
         quality = FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained)
-        fitted = self._maps[prefix] = _FittedMap(own, quality)
+        change = change_of(own, self._calibration.device)
+        fitted = self._maps[prefix] = _FittedMap(own, quality, change)
         self._held_maps += fitted.nbytes
         while self._held_maps > MAPS_BUDGET and len(self._maps) > 1:
             _, dropped = self._maps.popitem(last=False)

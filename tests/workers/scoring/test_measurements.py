@@ -19,6 +19,7 @@ from workers.scoring.collectors import cosine_distance, unbiased_hsic
 from workers.scoring.interventions import answer_kl
 from workers.scoring.kinds import GROUPS, HISTOGRAM_EDGES, finish, histogram_quantile
 from workers.scoring.scoring import score_layers
+from workers.scoring.sums import merge
 from workers.tasks import Task
 from workers.tasks.samples import ImageFile
 
@@ -194,6 +195,14 @@ def test_propagation_and_contribution_equal_whole_passes(tiny: LoadedModel, few:
     assert last is not None and last.value == pytest.approx(1.0, rel=1e-5)  # nothing is above the last layer
     frozen = table.row("layer_contribution@freeze", "last", LAYERS - 1)
     assert frozen is not None and frozen.value == pytest.approx(0.0, abs=1e-9)  # nobody reads the last vision states
+
+
+def test_only_so_many_samples_are_scored_as_the_limit_says(tiny: LoadedModel, few: Task) -> None:
+    shards = [score_layers(tiny, few, ("distance",), shard=shard, shards=2, limit=5) for shard in (0, 1)]
+    alone = score_layers(tiny, replace(few, calibration=few.calibration[:5]), ("distance",))
+    assert [each.samples for each in shards] == [3, 2] and alone.samples == 5
+    found = finish(merge(shards)).values("cosine_distance", "all")
+    assert found == pytest.approx(finish(alone).values("cosine_distance", "all"), rel=1e-5)
 
 
 # Odd inputs -------------------------------------------------------------------------------------------------------
