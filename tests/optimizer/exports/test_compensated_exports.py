@@ -28,6 +28,7 @@ from workers.tasks import load_spec, load_task
 
 LINEAR = "linear ridge=0.001 weighting=answers tokens=200"
 PLAN, MIXED = "RSSRSR", "RSFRBR"
+RECIPES = {PLAN: LINEAR, MIXED: f"{LINEAR} drift=yes scope=projection"}
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,12 @@ def compensator(model_directory: Path) -> Compensator:
 @pytest.fixture(scope="module")
 def kept(compensator: Compensator, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artefact]:
     place = str(tmp_path_factory.mktemp("maps"))
-    return {plan: store.put(place, compensator.answer(FitCompensation(plan, LINEAR)).content) for plan in (PLAN, MIXED)}
+    fits = {plan: compensator.answer(FitCompensation(plan, recipe)) for plan, recipe in RECIPES.items()}
+    return {plan: store.put(place, own.content) for plan, own in fits.items()}
 
 
 def compensated(plan: str, directory: Path, kept: dict[str, Artefact]) -> PlanDocument:
-    return document(plan, directory, compensation=LINEAR, maps_sha256=kept[plan].checksum)
+    return document(plan, directory, compensation=RECIPES[plan], maps_sha256=kept[plan].checksum)
 
 
 @pytest.mark.parametrize(("name", "plan"), [("checkpoint", PLAN), ("runtime", MIXED)])
