@@ -17,6 +17,8 @@ DEFAULT_DATABASE = "sqlite:///skipplan.db"
 DEFAULT_ARTEFACTS = "skipplan-artefacts"
 
 ActionName = Literal["skip", "freeze", "bypass"]
+SAMPLERS = ("surrogate", "tpe", "nsga2", "gp", "random")
+"""Strategies that take seeds and use what earlier jobs found out; the published methods do neither."""
 StrategyName = Literal[
     "surrogate",
     "tpe",
@@ -376,6 +378,19 @@ class JobSpec(_Section):
         except UsageFault as fault:
             raise ValueError(str(fault)) from None
         self.__dict__["thresholds"] = dict(known)  # the model is frozen to everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _given_plans_are_of_this_job(self) -> JobSpec:
+        if self.search.plans and self.search.strategy not in SAMPLERS:
+            raise ValueError(f"search.plans: strategy {self.search.strategy} tries its own plans only; use a sampler")
+        for plan in self.search.plans:
+            foreign = sorted(set(plan) - set(self.letters))
+            if foreign:
+                raise ValueError(f"search.plans: {plan} has {', '.join(foreign)}, which is no action of this job")
+            touched = [layer for layer in self.protect if layer < len(plan) and plan[layer] != "R"]
+            if touched:
+                raise ValueError(f"search.plans: {plan} does not run layer {touched[0]}, which is protected")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from functools import partial
 
 from optimizer import criteria
 from optimizer.errors import UsageFault
+from optimizer.job import SAMPLERS
 from optimizer.latency_model import LayerTimes, latency_ratio
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits
@@ -20,7 +21,7 @@ from optimizer.stages import cache_sizes, warm_start
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.evaluate import Evaluator
 from optimizer.strategies.base import Problem
-from optimizer.strategies.registry import SAMPLERS, make_strategy
+from optimizer.strategies.registry import make_strategy
 from storage import stages
 from workers.errors import MeasurementError
 from workers.runtime import SkipPlan
@@ -80,8 +81,6 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
         batch=spec.search.batch,
     )
     if spec.search.strategy not in SAMPLERS:
-        if spec.search.plans:
-            raise UsageFault(f"search.plans: strategy {spec.search.strategy} tries its own plans only; use a sampler")
         return problem
     chosen = warm_start.choose(context) if spec.search.warm_start else warm_start.WarmStart()
     known = warm_start.known_candidates(context, chosen, space, ratio)

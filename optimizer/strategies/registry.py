@@ -24,9 +24,6 @@ from optimizer.strategies.vtw import vtw
 STARTUP = 10
 """Trials before one of Optuna's model-based samplers fits its model."""
 
-SAMPLERS = ("surrogate", "tpe", "nsga2", "gp", "random")
-"""Strategies that take seeds and use what earlier jobs found out; the published methods do neither."""
-
 PUBLISHED: dict[str, Callable[[Problem], Strategy]] = {
     "skip-it": nested.skip_it,
     "shortgpt": shortgpt,

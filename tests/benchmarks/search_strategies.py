@@ -31,7 +31,11 @@ FIXTURES = PROJECT / "tests" / "fixtures"
 sys.path.insert(0, str(PROJECT))
 
 from optimizer import criteria  # noqa: E402
-from optimizer.job import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.job import (  # noqa: E402
+    SAMPLERS,
+    ConstraintSpec,
+    SearchSpec,
+)
 from optimizer.latency_model import latency_ratio  # noqa: E402
 from optimizer.pareto import Point, front_indices, hypervolume  # noqa: E402
 from optimizer.search.budget import Budget  # noqa: E402
@@ -42,7 +46,7 @@ from optimizer.search.rungs import rung_sizes  # noqa: E402
 from optimizer.seeding.assemble import with_seeds  # noqa: E402
 from optimizer.space import Candidate, PlanSpace  # noqa: E402
 from optimizer.strategies.base import Problem  # noqa: E402
-from optimizer.strategies.registry import SAMPLERS, make_strategy  # noqa: E402
+from optimizer.strategies.registry import make_strategy  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
 from workers.scoring.table import LayerMeasurement, LayerTable  # noqa: E402
 

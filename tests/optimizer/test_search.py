@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from planted import SAMPLES, Planted, problem_of, search, small
 
-from optimizer.job import ConstraintSpec, SearchSpec
+from optimizer.job import SAMPLERS, ConstraintSpec, SearchSpec
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits
 from optimizer.search.finalists import choose_finalists
@@ -14,7 +14,7 @@ from optimizer.search.loop import Search
 from optimizer.search.outcome import SearchOutcome, Tried, paired_drop
 from optimizer.search.rungs import rung_sizes
 from optimizer.space import Candidate
-from optimizer.strategies.registry import SAMPLERS, make_strategy
+from optimizer.strategies.registry import make_strategy
 from workers.runtime import SkipPlan
 
 LAYERS = 8

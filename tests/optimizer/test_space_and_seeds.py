@@ -182,6 +182,12 @@ def test_given_plans_come_before_all_others():
             with_given(seeded, [foreign])
     with pytest.raises(ValueError, match="RSX"):
         spec(search={"plans": ["RSX"]})
+    with pytest.raises(ValueError, match="strategy sleb tries its own plans only"):
+        spec(search={"plans": ["RSS"], "strategy": "sleb"})
+    with pytest.raises(ValueError, match="RFS has F, which is no action of this job"):
+        spec(search={"plans": ["RFS"]})
+    with pytest.raises(ValueError, match="RSS does not run layer 2, which is protected"):
+        spec(search={"plans": ["RSS"]}, protect=[2])
 
 
 def test_seeds_that_cannot_meet_a_known_constraint_are_left_out():
