@@ -91,6 +91,9 @@ def test_name_that_no_file_system_takes(tmp_path):
         ("sqlite:///:memory:", "in memory"),
         ("sqlite://skipplan.db", "three slashes"),
         (f"postgresql+asyncpg://u:{SECRET}@host/db", "is not supported"),
+        (f"postgresql://u:first@{SECRET}@host/db", "%40 for @"),
+        (f"postgresql://u:first@{SECRET}/more@host:5432/db", "%40 for @"),
+        (f"postgresql://u:first@more/{SECRET}@host:5432/db", "%40 for @"),
     ],
 )
 def test_urls_that_are_refused(url, message):
