@@ -29,6 +29,9 @@ from optimizer.sampling.surrogate import Design
 
 Floats = NDArray[np.float64]
 
+MARGIN = 0.02
+"""A drop that is larger than the job allows by no more than this is still worth something: it may be noise."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -102,7 +105,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         self._encoding = Encoding(space.letters)
         self._moves = Moves(space.letters, space.allows, self._random)
         self._risk = self._unit_risk(risk)
-        self._reference = (1.0, largest_drop + max(0.02, 0.5 * largest_drop))
+        self._reference = (1.0, largest_drop + MARGIN)
         self._reserve = list(dict.fromkeys(reserve))
         self._queue: deque[str] = deque()
         self._foreseen: dict[str, tuple[float, bool]] = {}

@@ -73,16 +73,18 @@ class DropModel:
             )
 
     def draws(self, count: int, damping: Floats, random: np.random.Generator) -> Draws:
-        """Functions from plans to [count + 1, plans] drops; row 0 holds the mean's."""
+        """Functions from plans to [count + 1, plans] drops; row 0 holds the mean's.
+
+        What the curve leaves over enters by its mean: draws of it would mostly be draws of the samples' noise.
+        """
         main = self._main.draws(count, damping, random)
-        rest = None if self._rest is None else self._rest.draws(count, damping, random)
 
         def evaluate(design: Design) -> Floats:
             values = self._centre + self._spread * main(design)
             if self._curve is not None:
                 values = np.interp(values, *self._curve)
-            if rest is not None:
-                values = values + self._rest_spread * rest(design)
+            if self._rest is not None:
+                values = values + self._rest_spread * self._rest.mean(design)
             return values
 
         return evaluate

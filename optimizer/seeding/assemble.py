@@ -13,7 +13,7 @@ from optimizer.seeding.runs import unexplained_shares
 from optimizer.seeding.theory import Seeds, random_seeds, theory_seeds
 from optimizer.space import Candidate
 from optimizer.strategies.base import Problem
-from optimizer.strategies.published import published_plans
+from optimizer.strategies.published import published_ladders
 from workers.runtime import SkipPlan
 
 
@@ -34,6 +34,8 @@ def with_seeds(
             problem,
             seeds=tuple(dict.fromkeys(first)),
             reserve=tuple(dict.fromkeys([*elsewhere, *seeds.reserve])),
+            ladders=seeds.ladders,
+            scouts=spec.evaluations // 2,
             known=tuple(known),
         )
     most = max(1, spec.evaluations // 2)
@@ -63,8 +65,7 @@ def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
 
 
 def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:
-    """What the surrogate begins with: half a batch, or less where much is known already."""
-    first = max(0, problem.batch - len(known))
+    """What the surrogate begins with: a quarter of a batch at random, or less where much is known, and ladders."""
     if spec.seeds == "random":
         return random_seeds(problem.space, problem.batch, problem.seed)
     theory = theory_seeds(
@@ -72,10 +73,9 @@ def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:
         problem.risk,
         problem.ratio,
         problem.possible,
-        first=first // 4,
         unexplained=unexplained_shares(problem.table),
-        published=published_plans(problem),
+        published=published_ladders(problem),
     )
-    # As many random ones: a surrogate that has only seen what the theory holds safe cannot tell where it errs.
-    others = random_seeds(problem.space, problem.batch, problem.seed).first
-    return Seeds((*theory.first, *[each for each in others if problem.possible(each)][: first // 4]), theory.reserve)
+    # A surrogate that has only seen what the theory holds safe cannot tell where it errs.
+    others = [each for each in random_seeds(problem.space, problem.batch, problem.seed).first if problem.possible(each)]
+    return replace(theory, first=tuple(others[: max(0, problem.batch - len(known)) // 4]))

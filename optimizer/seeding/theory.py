@@ -11,7 +11,7 @@ import numpy as np
 
 from optimizer.criteria import Risk
 from optimizer.seeding.additive import AdditiveProblem, Step, budgets, savings, spread_order
-from optimizer.seeding.nested import nested_sets
+from optimizer.seeding.nested import nested_ladders, nested_sets
 from optimizer.seeding.runs import Unexplained, best_structures
 from optimizer.space import COMPENSATED, Candidate, PlanSpace
 from workers.runtime import SkipPlan
@@ -24,10 +24,14 @@ LADDER = 16
 
 @dataclass(frozen=True)
 class Seeds:
-    """``first`` are evaluated at once, the most informative first; ``reserve`` only when they look promising."""
+    """``first`` are evaluated at once, the most informative first; ``reserve`` only when they look promising.
+
+    ``ladders`` are families of plans, of each of which the last good one is looked for.
+    """
 
     first: tuple[Candidate, ...] = ()
     reserve: tuple[Candidate, ...] = ()
+    ladders: tuple[tuple[Candidate, ...], ...] = ()
 
 
 def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
@@ -62,30 +66,31 @@ def theory_seeds(
     ratio: Callable[[SkipPlan], float],
     possible: Callable[[Candidate], bool],
     *,
-    first: int,
     unexplained: Unexplained | None = None,
-    published: Sequence[Candidate] = (),
+    published: Sequence[Sequence[Candidate]] = (),
 ) -> Seeds:
-    """Seeds from a criterion's risk: the additive ladder and run structures first, nested and published sets behind.
+    """Seeds from a criterion's risk: the additive solutions, run structures and nested sets, and published methods'.
 
-    ``unexplained`` is the linear redundancy, where compensated plans are in the space and it was measured.
-    ``possible`` tells which candidates meet what can be known before an evaluation; ``first`` bounds the number of
-    candidates that are evaluated whatever they look like.
+    ``unexplained`` is the linear redundancy, where compensated plans are in the space and it was measured;
+    ``published`` are the plans of other methods, method by method. ``possible`` tells which candidates meet what can
+    be known before an evaluation.
     """
     saving = savings(space, ratio)
     shares = unexplained or {}
     risk = with_compensated(risk, shares)
     structures = best_structures(space, shares) if space.recipe and shares else ()
     families = [[each] for each in space.compensations] if len(space.compensations) > 1 else [space.compensations]
-    ladders = []
+    solutions: list[Sequence[Candidate]] = []
     for compensations in families:
         part = PlanSpace(space.letters, space.max_touched, tuple(compensations))
         problem = AdditiveProblem(part, step_risks(part, risk), savings(part, ratio))
-        ladders.append([each for each in problem.ladder(budgets(saving, LADDER)) if possible(each)])
+        solutions.append(problem.ladder(budgets(saving, LADDER)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]
-    mixed = _interleave([*ladders, [each for each in by_size if possible(each)]])
-    rest = [*mixed[first:], *nested_sets(space, risk), *published]
-    return Seeds(tuple(mixed[:first]), tuple(each for each in dict.fromkeys(rest) if possible(each)))
+    families_of_plans = [*solutions, by_size, *nested_ladders(space, risk), *published]
+    ladders = [tuple(each for each in plans if possible(each)) for plans in families_of_plans]
+    mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
+    reserve = tuple(each for each in dict.fromkeys(mixed) if possible(each))
+    return Seeds((), reserve, tuple(ladder for ladder in ladders if ladder))
 
 
 def random_seeds(space: PlanSpace, count: int, seed: int) -> Seeds:

@@ -34,6 +34,10 @@ class Problem:
     """Where to begin, the most informative first."""
     reserve: tuple[Candidate, ...] = ()
     """Further seeds: proposed only when the model of the strategy thinks well of them."""
+    ladders: tuple[tuple[Candidate, ...], ...] = ()
+    """Families of plans, of each of which the last good one is looked for before the search proper."""
+    scouts: int = 0
+    """Evaluations that this may take."""
     known: tuple[Tried, ...] = field(default=(), repr=False)
     """What earlier jobs found out about this model on these samples; never evaluated again."""
 

@@ -19,6 +19,7 @@ from optimizer.seeding.runs import unexplained_shares
 from optimizer.seeding.theory import LADDER, step_risks, with_compensated
 from optimizer.space import Candidate, PlanSpace
 from optimizer.strategies.base import Answer, Ask, Problem
+from optimizer.strategies.scouting import Scouting
 from optimizer.strategies.study import StudyStrategy
 
 Pair = tuple[Step, Step]
@@ -35,7 +36,7 @@ class Family:
 class PairAware:
     """Measures pairs first, then hands over to the strategy inside, with corrected seeds."""
 
-    def __init__(self, problem: Problem, inner: StudyStrategy, pairs: int) -> None:
+    def __init__(self, problem: Problem, inner: StudyStrategy | Scouting, pairs: int) -> None:
         self._problem, self._inner = problem, inner
         self._ratios = budgets(savings(problem.space, problem.ratio), LADDER)
         risk = with_compensated(problem.risk, unexplained_shares(problem.table))

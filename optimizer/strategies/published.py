@@ -20,12 +20,12 @@ KINDS = {"shortgpt": ("distance",), "angular": ("angular",), "replaceme": ("angu
 """Kinds of measurement that a strategy reads beside the job's criterion."""
 
 
-def published_plans(problem: Problem) -> tuple[Candidate, ...]:
-    """Every plan of every published method that the job's actions and measurements allow."""
-    found: dict[Candidate, None] = {}
+def published_ladders(problem: Problem) -> tuple[tuple[Candidate, ...], ...]:
+    """The plans of every published method that the job's actions and measurements allow, method by method."""
+    found = []
     for method in ONE_SHOT:
         try:
-            found.update(dict.fromkeys(method(problem).plans))
+            found.append(method(problem).plans)
         except (UsageFault, MeasurementError):
             continue  # the job lacks the action, or its criterion did not need the measurement
     return tuple(found)

@@ -16,6 +16,7 @@ from optimizer.strategies.base import Problem, Strategy
 from optimizer.strategies.evopress import EvoPress
 from optimizer.strategies.pairs import PairAware
 from optimizer.strategies.replaceme import replaceme
+from optimizer.strategies.scouting import Scouting
 from optimizer.strategies.shortgpt import shortgpt
 from optimizer.strategies.shortv import shortv
 from optimizer.strategies.study import StudyStrategy, distributions, genome_of, parameters
@@ -47,7 +48,8 @@ def make_strategy(name: str, problem: Problem, settings: Settings | None = None,
     if name in PUBLISHED:
         return PUBLISHED[name](problem)
     study = StudyStrategy(problem, _sampler(name, problem, settings))
-    return PairAware(problem, study, pairs) if pairs else study
+    inner = Scouting(problem, study) if problem.ladders else study
+    return PairAware(problem, inner, pairs) if pairs else inner
 
 
 def _sampler(name: str, problem: Problem, settings: Settings | None) -> optuna.samplers.BaseSampler:

@@ -115,6 +115,9 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=0, help="plans of each set that the plain path runs; 0: all")
     parser.add_argument("--actions", default="RS", help="letters; a job's default is RS, all are RFBS")
     parser.add_argument("--skipped", type=int, default=4, help="layers that the parent of (i) and (ii) skips")
+    parser.add_argument(
+        "--parent", type=SkipPlan.parse, help="the parent of (i) and (ii); default: skips, evenly spread"
+    )
     parser.add_argument("--sets", default="i,ii,iii")
     parser.add_argument("--memory", type=float, default=2.0, help="memory budget of the fast path in GiB")
     parser.add_argument("--seed", type=int, default=0)
@@ -142,7 +145,7 @@ def main() -> None:
     spread = [
         number * layers // arguments.skipped + layers // (2 * arguments.skipped) for number in range(arguments.skipped)
     ]
-    parent = SkipPlan.skipping(layers, spread)
+    parent = arguments.parent or SkipPlan.skipping(layers, spread)
     sets = {
         "i": ("(i) one greedy round", greedy_round(parent)),
         "ii": ("(ii) a brood of 32 mutations", brood(parent, 32, arguments.actions, generator)),

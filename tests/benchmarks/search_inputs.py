@@ -32,12 +32,16 @@ def main() -> None:
     parser.add_argument("--name", help="of the file, where the model is a directory")
     parser.add_argument("--task", default="easy-vqa")
     parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="of measurement")
+    parser.add_argument("--dtype", default="auto", help="float32 where the processor has no bfloat16 instructions")
     options = parser.parse_args()
     spec = load_spec(options.task)
     splits = replace(spec.splits, calibration=options.calibration, unit="samples")
     task = load_task(replace(spec, splits=splits))
-    measurer = Measurer.load(ModelSource(options.model, device="cpu"), task, WorkerSettings(worker=0, threads=1))
-    table = finish(measurer.handle(ScoreLayers(KINDS, 0, 1)))
+    measurer = Measurer.load(
+        ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
+    )
+    table = finish(measurer.handle(ScoreLayers(tuple(options.kinds), 0, 1)))
     profile = measurer.handle(ProfileLatency(actions="RFBS", repeats=20, workload=Workload(1, 4)))
     path = PROJECT / "tests" / "fixtures" / f"search_inputs_{options.name or options.model}_{options.task}.json"
     rows = [[row.name, row.group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]

@@ -1,6 +1,6 @@
 """Search strategies on a live model with every action: evaluations are shared between runs through a cache.
 
-    python tests/benchmarks/search_inputs.py --model smollm2-30 --task easy-vqa
+    python tests/benchmarks/search_inputs.py --model smollm2-30 --kinds distance attention angular propagation causal
     python tests/benchmarks/search_live.py --model smollm2-30 --cache live.jsonl --runs live-runs.json
 
 Runs as search_strategies.py does, but evaluates what is not in the cache, on one worker in this process. The cache
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-30")
     parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--dtype", default="auto", help="float32 where the processor has no bfloat16 instructions")
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--cache", type=Path, required=True)
@@ -92,7 +93,9 @@ def main() -> None:
     spec = load_spec(options.task)
     splits = replace(spec.splits, search=options.samples, held_out=1, unit="samples")
     task = load_task(replace(spec, splits=splits))
-    measurer = Measurer.load(ModelSource(options.model, device="cpu"), task, WorkerSettings(worker=0, threads=1))
+    measurer = Measurer.load(
+        ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
+    )
     table, times = load_inputs(options.model, options.task)
     space = PlanSpace(measurer.info.allowed_actions, table.num_layers)
     evaluate, cache = Live(measurer, options.cache, options.samples), Cache(options.runs)

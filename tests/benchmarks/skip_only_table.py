@@ -216,10 +216,12 @@ def main() -> None:
     parser.add_argument("--model", default="llava-12")
     parser.add_argument("--task", default="easy-vqa")
     parser.add_argument("--search", type=int, default=512)
+    parser.add_argument("--first", type=int, help="how many of the samples, the first ones; default: all")
     parser.add_argument("--held-out", type=int, default=1024)
     parser.add_argument("--masks", type=Path, help="file of masks to evaluate held-out")
     parser.add_argument("--block", type=int, default=64, help="samples walked together")
     parser.add_argument("--work", type=Path, required=True, help="directory for finished blocks")
+    parser.add_argument("--dtype", default="auto", help="float32 where the processor has no bfloat16 instructions")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -227,25 +229,26 @@ def main() -> None:
     spec = load_spec(options.task)
     splits = replace(spec.splits, search=options.search, held_out=options.held_out, unit="samples")
     task = load_task(replace(spec, splits=splits))
-    loaded = load_model(ModelSource(options.model, device="cpu"))
+    loaded = load_model(ModelSource(options.model, device="cpu", dtype=options.dtype))
     packer = Packer(loaded.processor, loaded.model.config.image_seq_length)
     layers = len(loaded.model.model.language_model.layers)
     if options.masks is None:
         masks = list(range(1 << layers))
         work = options.work / f"{options.task}-search"
-        right, kl = table(loaded, packer, spec, task.search, masks, work, options.block)
-        quarter = -(-len(task.search) // 4)
+        samples = task.search[: options.first]
+        right, kl = table(loaded, packer, spec, samples, masks, work, options.block)
+        quarter = -(-len(samples) // 4)
         np.savez_compressed(
             FIXTURES / f"skip_only_{options.model}_{options.task}.npz",
             right_search=np.packbits(right, axis=1),
             kl_search=np.stack([mean_and_error(kl[:, :quarter]), mean_and_error(kl)], axis=1),
-            samples=np.array([len(task.search)]),
+            samples=np.array([len(samples)]),
         )
         return
     masks = sorted({0, *map(int, options.masks.read_text().split())})
     name = hashlib.sha256(repr(masks).encode()).hexdigest()[:12]
     work = options.work / f"{options.task}-held-out-{name}"
-    right, _ = table(loaded, packer, spec, task.held_out, masks, work, options.block)
+    right, _ = table(loaded, packer, spec, task.held_out[: options.first], masks, work, options.block)
     lines = [f"{mask},{count}" for mask, count in zip(masks, right.sum(1), strict=True)]
     header = f"mask,right_of_{right.shape[1]}"
     path = FIXTURES / f"held_out_{options.model}_{options.task}.csv"
