@@ -59,7 +59,7 @@ def parse(url: str) -> URL:
         raise BadDatabaseURL(f"database type {parsed.drivername!r} is not supported; {EXPECTED}")
     elif any("@" in (part or "") for part in (parsed.host, parsed.database)):
         # What stands before the last @ is the end of a password: it would be shown, and dialled, as the host.
-        raise BadDatabaseURL("the database URL has an @ too many; in a password write %40 for @, %2F for / and %3A for :")
+        raise BadDatabaseURL("the database URL has an @ too many; a password needs %40 for @, %2F for / and %3A for :")
     return parsed
 
 
