@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -38,6 +39,12 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"skipplan {metadata.version('skipplan')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
@@ -50,6 +57,9 @@ def options(
         ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Options that every command takes, before or after its name."""
     context.obj = GlobalOptions(database=database_url, debug=debug)
@@ -144,7 +154,7 @@ def _suggested(message: str) -> str:
     from workers.suggest import did_you_mean
 
     option = re.match(r"No such option: (--\S+)", message)  # the command at hand knows nothing of the global ones
-    if option is not None and (close := did_you_mean(option[1], ("--database", "--debug"))):
+    if option is not None and (close := did_you_mean(option[1], ("--database", "--debug", "--version"))):
         return option[0] + close
     wrong = re.search(r"'([^']*)' is not one of (.*)", message)
     return (

@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+from importlib import metadata
 
 HEAVY = ("torch", "ray", "transformers", "pandas", "sqlalchemy", "optuna", "numpy", "pydantic")
 
@@ -21,6 +22,12 @@ def test_help_takes_less_than_half_a_second():
     assert done.returncode == 0 and "export" in done.stdout
     # Processor time, which other processes on the machine do not stretch.
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.5
+
+
+def test_version_is_the_installed_one():
+    command = [sys.executable, "-m", "optimizer.cli.main", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"skipplan {metadata.version('skipplan')}\n"
 
 
 def test_help_of_every_command():
