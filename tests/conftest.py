@@ -17,6 +17,9 @@ from sqlalchemy import make_url
 from storage.database import Database
 from storage.schema import Base
 
+# Ray runs workers at low priority; beside a test that computes they would hardly ever run.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 _numbers = itertools.count()
 
 

@@ -10,7 +10,7 @@ import pytest
 from command_line import command
 
 JOB = """\
-model: {path: llava-12}
+model: {path: llava-12, dtype: float32}
 task: easy-vqa
 actions: [skip, bypass, freeze]
 splits: {calibration: 8, search: 8, held_out: 16, unit: samples}
