@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from workers.runtime import SkipPlan
+
+Ratio = Callable[[SkipPlan], float]
+"""From a plan to its predicted latency as a share of dense."""
 
 
 class LayerTimes(Protocol):

@@ -10,6 +10,9 @@ from optimizer.stages.publish import Published
 def run(context: JobContext) -> Published:
     """Take a claimed job from the model to published plans. Raises JobFailed when a station cannot be passed."""
     latency = profile.run(context)
+    nothing = search.out_of_reach(context, latency)
+    if nothing is not None:
+        return publish.none(context, nothing)
     table = score.run(context)
     outcome = search.run(context, latency, table)
     verdicts = verify.run(context, latency, outcome)

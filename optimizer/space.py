@@ -16,6 +16,8 @@ from workers.runtime import Action, SkipPlan
 NO_COMPENSATION = "none"
 COMPENSATED = "C"
 """A skip whose gap is compensated, in genomes."""
+MOST_LISTED = 1 << 17
+"""A space of at most so many plans can be gone through one by one."""
 
 
 @dataclass(frozen=True, order=True)

@@ -63,6 +63,8 @@ class Space:
     allows: Callable[[str], bool]
     foresee: Callable[[str], tuple[float, bool]]
     """Predicted latency as a share of dense, and whether every constraint that needs no evaluation is met."""
+    draw: Callable[[np.random.Generator], str | None]
+    """A random plan that meets these constraints; None where there is none."""
     to_params: Callable[[str], dict[str, Any]]
     from_params: Callable[[Mapping[str, Any]], str]
     distributions: dict[str, BaseDistribution]
@@ -233,7 +235,9 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
 
     def _parents(self, seen: Sequence[Seen]) -> list[str]:
         """The front, then what would be the front without it, until there are enough."""
-        rest = [each for each in seen if each.complete and each.drop <= self._reference[1]]
+        rest = [
+            each for each in seen if each.complete and each.drop <= self._reference[1] and self._possible(each.genome)
+        ]
         parents: list[str] = []
         while rest and len(parents) < self._settings.parents:
             indices = set(front_indices([self._costs(each) for each in rest]))
@@ -249,7 +253,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
     def _first_pool(self, parents: Sequence[str], taken: set[str]) -> list[str]:
         """New candidates around the parents and from the reserve, each once, in a fixed order."""
         pool: dict[str, None] = dict.fromkeys(genome for genome in self._reserve if genome not in taken)
-        starts = parents or ["R" * len(self._space.letters)]
+        starts = parents or self._thrown_starts()
         near = [genome for parent in starts for genome in self._moves.neighbours(parent)]
         for index in self._random.permutation(len(near))[: self._settings.pool // 2]:
             pool.setdefault(near[int(index)])
@@ -258,6 +262,14 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
             if genome is not None:
                 pool.setdefault(genome)
         return [genome for genome in pool if genome not in taken and self._possible(genome)]
+
+    def _thrown_starts(self) -> list[str]:
+        """Where no plan is known to start from: dense, or if that is beyond the constraints, plans within them."""
+        dense = "R" * len(self._space.letters)
+        if self._possible(dense):
+            return [dense]
+        thrown = [self._space.draw(self._random) for _ in range(self._settings.parents)]
+        return [genome for genome in thrown if genome is not None]
 
     def _throw(self, parents: Sequence[str]) -> str | None:
         first = parents[int(self._random.integers(len(parents)))]

@@ -46,6 +46,16 @@ class Limits:
         """Whether a plan meets every constraint that needs no evaluation."""
         return all(value <= 0.0 for value in self.known(plan, ratio).values())
 
+    def missed(self, name: str, least: float) -> str:
+        """What to say of a constraint that no plan meets; ``least`` is the smallest value that any plan reaches."""
+        asked = getattr(self.spec, name)
+        if name == "min_speedup":
+            return f"no plan can meet min_speedup {asked:g}: the fastest is predicted to run {asked / (1 + least):.2f}x"
+        best = asked * (1 + least)
+        if name == "max_latency_ms":
+            return f"no plan can meet max_latency_ms {asked:g}: the fastest is predicted to take {best:.4g} ms"
+        return f"no plan can meet {name} {asked:g}: the smallest possible is {best:.0f}"
+
     def largest_drop(self, dense_accuracy: float) -> float:
         """The largest drop that both accuracy constraints leave; 1 where there is none."""
         limits = [1.0]

@@ -7,13 +7,14 @@ risks add up; measured excess harm of pairs can be added, each pair linearised (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
+from optimizer.latency_model import Ratio
 from optimizer.space import COMPENSATED, Candidate, PlanSpace
 from workers.runtime import Action, SkipPlan
 
@@ -24,16 +25,25 @@ SOLVER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A sum over the steps that a plan takes, and the most it may come to."""
+
+    amount: Mapping[Step, float]
+    most: float
+
+
+@dataclass(frozen=True)
 class AdditiveProblem:
-    """Risk and saved share of latency of every single step, and excess risk of pairs of steps."""
+    """Risk and saved share of latency of every single step, excess risk of pairs of steps, and further limits."""
 
     space: PlanSpace
     risk: Mapping[Step, float]
     saving: Mapping[Step, float]
     pairs: Mapping[tuple[Step, Step], float] = field(default_factory=dict)
+    limits: Sequence[Limit] = ()
 
-    def solve(self, ratio: float) -> Candidate | None:
-        """The plan of least risk whose latency is at most ``ratio`` of dense; None when there is none.
+    def solve(self, ratio: float = math.inf) -> Candidate | None:
+        """The plan of least risk within the limits whose latency is at most ``ratio`` of dense; None if there is none.
 
         Steps of infinite risk are never taken.
         """
@@ -44,7 +54,8 @@ class AdditiveProblem:
         if not steps:
             return None
         rows: list[tuple[dict[int, float], float, float]] = [
-            ({number[step]: self.saving[step] for step in steps}, 1.0 - ratio, np.inf),
+            ({number[step]: self.saving.get(step, 0.0) for step in steps}, 1.0 - ratio, np.inf),
+            *(({number[step]: limit.amount[step] for step in steps}, -np.inf, limit.most) for limit in self.limits),
             (dict.fromkeys(range(len(steps)), 1.0), 0.0, float(self.space.max_touched)),
         ]
         for layer in range(self.space.num_layers):
@@ -66,7 +77,7 @@ class AdditiveProblem:
             constraints=LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [high for _, _, high in rows]),
             integrality=np.ones(count),
             bounds=Bounds(0.0, 1.0),
-            options={"time_limit": SOLVER_SECONDS},
+            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 0.0},
         )
         if solution.x is None:
             return None
@@ -83,15 +94,20 @@ class AdditiveProblem:
         return tuple(dict.fromkeys(candidate for candidate in found if candidate is not None))
 
 
-def savings(space: PlanSpace, ratio: Callable[[SkipPlan], float]) -> dict[Step, float]:
+def steps_of(space: PlanSpace) -> list[Step]:
+    """Every single step that a space allows."""
+    return [(layer, letter) for layer, own in enumerate(space.genome_letters) for letter in own.replace("R", "")]
+
+
+def action_of(step: Step) -> Action:
+    """What a step does to its layer; a compensated skip is a skip."""
+    return Action.SKIP if step[1] == COMPENSATED else Action(step[1])
+
+
+def savings(space: PlanSpace, ratio: Ratio) -> dict[Step, float]:
     """By how much each step alone shortens a request, as a share of the dense request."""
     dense = SkipPlan.dense(space.num_layers)
-    found: dict[Step, float] = {}
-    for layer, letters in enumerate(space.genome_letters):
-        for letter in letters.replace("R", ""):
-            action = Action.SKIP if letter == COMPENSATED else Action(letter)
-            found[layer, letter] = ratio(dense) - ratio(dense.with_action(layer, action))
-    return found
+    return {step: ratio(dense) - ratio(dense.with_action(step[0], action_of(step))) for step in steps_of(space)}
 
 
 def budgets(saving: Mapping[Step, float], count: int) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ def with_seeds(
     """
     if spec.seeds == "none":
         return replace(problem, known=tuple(known))
+    elsewhere = [each for each in elsewhere if problem.possible(each)]
     if spec.strategy == "surrogate":
         seeds = _seeds(problem, spec, known)
         first = [*elsewhere[: problem.batch // 2], *seeds.first]
@@ -40,7 +41,7 @@ def with_seeds(
         )
     most = max(1, spec.evaluations // 2)
     if spec.seeds == "random":
-        return replace(problem, seeds=random_seeds(problem.space, most, problem.seed).first, known=tuple(known))
+        return replace(problem, seeds=random_seeds(problem.feasible, most, problem.seed).first, known=tuple(known))
     nested = [each for each in nested_sets(problem.space, problem.risk) if problem.possible(each)]
     return replace(problem, seeds=tuple(dict.fromkeys([*elsewhere, *nested]))[:most], known=tuple(known))
 
@@ -67,15 +68,14 @@ def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
 def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:
     """What the surrogate begins with: a quarter of a batch at random, or less where much is known, and ladders."""
     if spec.seeds == "random":
-        return random_seeds(problem.space, problem.batch, problem.seed)
+        return random_seeds(problem.feasible, problem.batch, problem.seed)
     theory = theory_seeds(
         problem.space,
         problem.risk,
-        problem.ratio,
-        problem.possible,
+        problem.feasible,
         unexplained=unexplained_shares(problem.table),
         published=published_ladders(problem),
     )
     # A surrogate that has only seen what the theory holds safe cannot tell where it errs.
-    others = [each for each in random_seeds(problem.space, problem.batch, problem.seed).first if problem.possible(each)]
-    return replace(theory, first=tuple(others[: max(0, problem.batch - len(known)) // 4]))
+    others = random_seeds(problem.feasible, problem.batch, problem.seed).first
+    return replace(theory, first=others[: max(0, problem.batch - len(known)) // 4])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 
 from optimizer.criteria import Risk
-from optimizer.seeding.additive import AdditiveProblem, Step, budgets, savings, spread_order
+from optimizer.seeding.additive import AdditiveProblem, Step, budgets, savings, spread_order, steps_of
+from optimizer.seeding.feasible import FeasiblePlans
 from optimizer.seeding.nested import nested_ladders, nested_sets
 from optimizer.seeding.runs import Unexplained, best_structures
 from optimizer.space import COMPENSATED, Candidate, PlanSpace
-from workers.runtime import SkipPlan
 
 COMPENSATION_GAIN = 0.15
 """Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
@@ -53,18 +53,13 @@ def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
 
 def step_risks(space: PlanSpace, risk: Risk) -> dict[Step, float]:
     """The risk of every step of a space."""
-    return {
-        (layer, letter): risk.of(layer, letter)
-        for layer, letters in enumerate(space.genome_letters)
-        for letter in letters.replace("R", "")
-    }
+    return {(layer, letter): risk.of(layer, letter) for layer, letter in steps_of(space)}
 
 
 def theory_seeds(
     space: PlanSpace,
     risk: Risk,
-    ratio: Callable[[SkipPlan], float],
-    possible: Callable[[Candidate], bool],
+    feasible: FeasiblePlans,
     *,
     unexplained: Unexplained | None = None,
     published: Sequence[Sequence[Candidate]] = (),
@@ -72,10 +67,10 @@ def theory_seeds(
     """Seeds from a criterion's risk: the additive solutions, run structures and nested sets, and published methods'.
 
     ``unexplained`` is the linear redundancy, where compensated plans are in the space and it was measured;
-    ``published`` are the plans of other methods, method by method. ``possible`` tells which candidates meet what can
-    be known before an evaluation.
+    ``published`` are the plans of other methods, method by method. Plans that are not ``feasible`` are left out.
     """
-    saving = savings(space, ratio)
+    saving = savings(space, feasible.ratio)
+    limits = tuple(feasible.sums.values())
     shares = unexplained or {}
     risk = with_compensated(risk, shares)
     structures = best_structures(space, shares) if space.recipe and shares else ()
@@ -83,19 +78,19 @@ def theory_seeds(
     solutions: list[Sequence[Candidate]] = []
     for compensations in families:
         part = PlanSpace(space.letters, space.max_touched, tuple(compensations))
-        problem = AdditiveProblem(part, step_risks(part, risk), savings(part, ratio))
+        problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
         solutions.append(problem.ladder(budgets(saving, LADDER)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]
     families_of_plans = [*solutions, by_size, *nested_ladders(space, risk), *published]
-    ladders = [tuple(each for each in plans if possible(each)) for plans in families_of_plans]
+    ladders = [tuple(each for each in plans if each in feasible) for plans in families_of_plans]
     mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
-    reserve = tuple(each for each in dict.fromkeys(mixed) if possible(each))
+    reserve = tuple(each for each in dict.fromkeys(mixed) if each in feasible)
     return Seeds((), reserve, tuple(ladder for ladder in ladders if ladder))
 
 
-def random_seeds(space: PlanSpace, count: int, seed: int) -> Seeds:
-    """As many random plans of random sizes: what the theory's seeds are compared with."""
-    random = np.random.default_rng([seed, 2])
+def random_seeds(feasible: FeasiblePlans, count: int, seed: int) -> Seeds:
+    """At most as many random feasible plans of random sizes: what the theory's seeds are compared with."""
+    space, random = feasible.space, np.random.default_rng([seed, 2])
     found: dict[Candidate, None] = {}
     for _ in range(100 * count):
         if len(found) == count:
@@ -109,8 +104,11 @@ def random_seeds(space: PlanSpace, count: int, seed: int) -> Seeds:
             takes = others and random.random() < share
             letters.append(others[int(random.integers(len(others)))] if takes else "R")
         genome = "".join(letters)
-        if space.allows(genome) and genome != "R" * space.num_layers:
-            found.setdefault(space.candidate(genome))
+        if not space.allows(genome) or genome == "R" * space.num_layers:
+            continue
+        candidate = space.candidate(genome)
+        if candidate in feasible:
+            found.setdefault(candidate)
     return Seeds(tuple(found))
 
 

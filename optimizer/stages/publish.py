@@ -38,6 +38,11 @@ def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured, 
     return published
 
 
+def none(context: JobContext, reason: str) -> Published:
+    """Record that no plan is the answer, where that is known before any is evaluated."""
+    return context.once("publish", Published, lambda: Published((), None, reason))
+
+
 def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured, beside: Beside) -> Published:
     constraint = context.spec.constraint
     complete = [(verdict, measured[verdict.candidate]) for verdict in verdicts if verdict.candidate in measured]

@@ -16,6 +16,7 @@ from optimizer.search.loop import Search
 from optimizer.search.outcome import Scores, SearchOutcome, Tried
 from optimizer.search.rungs import rung_sizes
 from optimizer.seeding.assemble import with_given, with_seeds
+from optimizer.seeding.feasible import FeasiblePlans
 from optimizer.space import Candidate, plan_space
 from optimizer.stages import cache_sizes, warm_start
 from optimizer.stages.context import JobContext, JobFailed
@@ -47,6 +48,12 @@ def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
     measured = context.spec.search.latency == "measured"
     cache = None if spec.max_kv_cache_bytes is None else cache_sizes.measured(context).of
     return Limits(spec, profile.dense_seconds if measured else None, cache)
+
+
+def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:
+    """Why no plan at all can meet the job's constraint, as far as latency and cache tell; None where one may."""
+    space = plan_space(context.spec, context.worker)
+    return FeasiblePlans(space, limits_of(context, profile), partial(latency_ratio, profile)).out_of_reach()
 
 
 def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOutcome:

@@ -6,10 +6,10 @@ whatever other jobs have found out meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from optimizer.inputs import split_hash
+from optimizer.latency_model import Ratio
 from optimizer.search.outcome import Scores, Tried, tried_of
 from optimizer.space import Candidate, PlanSpace
 from optimizer.stages.context import JobContext
@@ -60,9 +60,7 @@ def _known(context: JobContext) -> list[evaluations.Evaluation]:
     )
 
 
-def known_candidates(
-    context: JobContext, chosen: WarmStart, space: PlanSpace, ratio: Callable[[SkipPlan], float]
-) -> tuple[Tried, ...]:
+def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, ratio: Ratio) -> tuple[Tried, ...]:
     """The evaluations taken over, as the search sees them; none where dense is not among them to compare with."""
     wanted = frozenset(chosen.evaluations)
     taken = [each for each in _known(context) if each.id in wanted]

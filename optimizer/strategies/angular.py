@@ -14,4 +14,4 @@ def angular(problem: Problem) -> PlanList:
     need_blocks(problem, "angular")
     space, criterion = problem.space, Angular()
     blocks = [criterion.best_block(problem.table, length) for length in range(1, space.num_layers)]
-    return PlanList([applied(space, block, "S") for block in blocks], space, "angular")
+    return PlanList([applied(space, block, "S") for block in blocks], problem, "angular")

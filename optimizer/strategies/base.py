@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from optimizer.criteria import Risk
+from optimizer.latency_model import Ratio
 from optimizer.search.constraints import Limits
 from optimizer.search.outcome import Tried
+from optimizer.seeding.feasible import FeasiblePlans
 from optimizer.space import Candidate, PlanSpace
-from workers.runtime import SkipPlan
 from workers.scoring.table import LayerTable
 
 
@@ -20,7 +22,7 @@ class Problem:
 
     space: PlanSpace
     limits: Limits
-    ratio: Callable[[SkipPlan], float]
+    ratio: Ratio
     """Predicted latency as a share of dense."""
     rungs: tuple[int, ...]
     """Prefix sizes of the search split, the last one the whole split."""
@@ -40,6 +42,11 @@ class Problem:
     """Evaluations that this may take."""
     known: tuple[Tried, ...] = field(default=(), repr=False)
     """What earlier jobs found out about this model on these samples; never evaluated again."""
+
+    @cached_property
+    def feasible(self) -> FeasiblePlans:
+        """The plans that meet every constraint which needs no evaluation."""
+        return FeasiblePlans(self.space, self.limits, self.ratio)
 
     def foresee(self, candidate: Candidate) -> tuple[float, bool]:
         """Predicted latency as a share of dense, and whether every constraint that needs no evaluation is met."""
@@ -91,12 +98,13 @@ class Strategy(Protocol):
 
 
 class PlanList:
-    """A strategy that has its plans from the start and evaluates them in order."""
+    """A strategy that has its plans from the start and evaluates in order those that the problem allows."""
 
     expected_gain: float | None = None
 
-    def __init__(self, plans: Sequence[Candidate], space: PlanSpace, name: str) -> None:
-        self.plans = tuple(plan for plan in dict.fromkeys(plans) if plan in space and not plan.is_dense)
+    def __init__(self, plans: Sequence[Candidate], problem: Problem, name: str) -> None:
+        allowed = (plan for plan in dict.fromkeys(plans) if plan in problem.space and problem.possible(plan))
+        self.plans = tuple(plan for plan in allowed if not plan.is_dense)
         self._queue = list(self.plans)
         self.done = f"all {len(self.plans)} plans of {name} were tried"
 

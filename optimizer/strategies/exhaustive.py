@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from optimizer.errors import UsageFault
-from optimizer.space import touched
+from optimizer.space import MOST_LISTED, touched
 from optimizer.strategies.base import PlanList, Problem
-
-MOST_PLANS = 1 << 17
 
 
 def exhaustive(problem: Problem) -> PlanList:
     """The whole space. Raises UsageFault where it is too large to be listed."""
     space = problem.space
-    if space.size * len(space.compensations) > MOST_PLANS:
+    if space.size * len(space.compensations) > MOST_LISTED:
         raise UsageFault(
             f"search.strategy: exhaustive would try {space.size * len(space.compensations):.3g} plans; at most "
-            f"{MOST_PLANS} are possible (protect layers, or allow fewer actions)"
+            f"{MOST_LISTED} are possible (protect layers, or allow fewer actions)"
         )
     plans = sorted(space.enumerate(), key=lambda candidate: (touched(candidate.plan), candidate))
-    return PlanList(plans, space, "the space")
+    return PlanList(plans, problem, "the space")

@@ -16,7 +16,7 @@ from optimizer.strategies.base import PlanList, Problem
 
 def skip_it(problem: Problem) -> PlanList:
     """For every action the 1, 2, 3, ... layers that the job's criterion holds safest."""
-    return PlanList(nested_sets(problem.space, problem.risk), problem.space, "skip-it")
+    return PlanList(nested_sets(problem.space, problem.risk), problem, "skip-it")
 
 
 def ranked(space: PlanSpace, risk: Risk, letter: str) -> tuple[Candidate, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from optimizer.criteria import Risk
@@ -83,7 +83,12 @@ class PairAware:
                 self._harm[candidate] = max(0.0, tried.drop if tried.kl is None else tried.kl)
 
     def _family(self, space: PlanSpace, risk: Risk, pairs: int) -> Family:
-        additive = AdditiveProblem(space, step_risks(space, risk), savings(space, self._problem.ratio))
+        additive = AdditiveProblem(
+            space,
+            step_risks(space, risk),
+            savings(space, self._problem.ratio),
+            limits=tuple(self._problem.feasible.sums.values()),
+        )
         together: Counter[Pair] = Counter()
         for solution in additive.ladder(self._ratios):
             genome = space.genome(solution)
@@ -116,7 +121,7 @@ class PairAware:
             for pair in family.pairs
             if (plan := self._plan(family, pair)) in self._harm and pair[0] in single and pair[1] in single
         }
-        corrected = AdditiveProblem(family.additive.space, risk, family.additive.saving, excess)
+        corrected = replace(family.additive, risk=risk, pairs=excess)
         return [each for each in corrected.ladder(self._ratios) if self._problem.possible(each)]
 
 

@@ -74,6 +74,7 @@ def surrogate(problem: Problem, settings: Settings | None = None) -> SurrogateSa
         letters=space.genome_letters,
         allows=space.allows,
         foresee=lambda genome: problem.foresee(space.candidate(genome)),
+        draw=lambda random: None if (thrown := problem.feasible.draw(random)) is None else space.genome(thrown),
         to_params=lambda genome: parameters(space, space.candidate(genome)),
         from_params=lambda params: genome_of(space, params),
         distributions=distributions(space),

@@ -20,7 +20,7 @@ def replaceme(problem: Problem) -> PlanList:
     for length in range(1, space.num_layers - 1):
         block = Angular().best_block(problem.table, length)
         plans.append(_compensated(problem, block))
-    return PlanList(plans, space, "replaceme")
+    return PlanList(plans, problem, "replaceme")
 
 
 def _compensated(problem: Problem, block: range) -> Candidate:

@@ -11,4 +11,4 @@ def shortgpt(problem: Problem) -> PlanList:
     """The method for every number of layers."""
     need_plain_skips(problem, "shortgpt")
     plans = ranked(problem.space, published_risk(problem, "block-influence"), "S")
-    return PlanList(plans, problem.space, "shortgpt")
+    return PlanList(plans, problem, "shortgpt")

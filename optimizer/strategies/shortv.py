@@ -11,4 +11,4 @@ def shortv(problem: Problem) -> PlanList:
     """The method for every number of layers."""
     need_action(problem, "shortv", "F")
     plans = ranked(problem.space, published_risk(problem, "layer-contribution"), "F")
-    return PlanList(plans, problem.space, "shortv")
+    return PlanList(plans, problem, "shortv")

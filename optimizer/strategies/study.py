@@ -19,7 +19,7 @@ from optuna.trial import TrialState, create_trial
 from optimizer.pareto import front_indices
 from optimizer.sampling.moves import Moves
 from optimizer.search.outcome import Tried
-from optimizer.space import COMPENSATED, NO_COMPENSATION, Candidate, PlanSpace
+from optimizer.space import COMPENSATED, MOST_LISTED, NO_COMPENSATION, Candidate, PlanSpace
 from optimizer.strategies.base import Answer, Ask, Problem
 
 DUPLICATES_IN_A_ROW = 4
@@ -29,8 +29,6 @@ COMPENSATION = "compensation"
 
 class StudyStrategy:
     """Asks an Optuna sampler for candidates that were never asked for before, after the problem's own seeds."""
-
-    done = "every possible plan was tried"
 
     def __init__(self, problem: Problem, sampler: optuna.samplers.BaseSampler) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -44,6 +42,12 @@ class StudyStrategy:
         self._running: dict[Candidate, optuna.trial.Trial] = {}
         self._known: set[Candidate] = set()
         self._complete: list[Tried] = []
+
+    @property
+    def done(self) -> str:
+        """Why there is nothing more to ask for."""
+        listed = self._problem.space.size <= MOST_LISTED
+        return "every possible plan was tried" if listed else "no further plan within the limits was found"
 
     @property
     def expected_gain(self) -> float | None:
@@ -106,15 +110,15 @@ class StudyStrategy:
         for _ in range(DUPLICATES_IN_A_ROW):
             trial = self._study.ask(self._distributions)
             proposed = self._candidate(trial.params)
-            candidate = self._repair(proposed)
-            if candidate in self._known or candidate not in self._problem.space:
+            nearest = self._problem.feasible.nearest(proposed, self._problem.risk)
+            if nearest is None or nearest in self._known or nearest not in self._problem.space:
                 self._study.tell(trial, state=TrialState.FAIL)
-            elif candidate == proposed:
-                return self._register(candidate, trial)
+            elif nearest == proposed:
+                return self._register(proposed, trial)
             else:
                 self._study.tell(trial, state=TrialState.FAIL)
-                return self._start(candidate)
-        fallback = self._local_move() or self._first_unknown()
+                return self._start(nearest)
+        fallback = self._local_move() or self._thrown() or self._first_unknown()
         return None if fallback is None else self._start(fallback)
 
     def _start(self, candidate: Candidate) -> Candidate:
@@ -132,18 +136,6 @@ class StudyStrategy:
     def _candidate(self, params: Mapping[str, Any]) -> Candidate:
         return self._problem.space.candidate(genome_of(self._problem.space, params))
 
-    def _repair(self, candidate: Candidate) -> Candidate:
-        """Let the riskiest layers run again until no more are touched than allowed."""
-        space, genome = self._problem.space, self._problem.space.genome(candidate)
-
-        def harm(layer: int) -> float:
-            return self._problem.risk.of(layer, "S" if genome[layer] == COMPENSATED else genome[layer])
-
-        worst_first = sorted((layer for layer, letter in enumerate(genome) if letter != "R"), key=harm, reverse=True)
-        for layer in worst_first[: max(0, len(worst_first) - space.max_touched)]:
-            genome = genome[:layer] + "R" + genome[layer + 1 :]
-        return space.candidate(genome)
-
     def _local_move(self) -> Candidate | None:
         """A new plan that differs from one of the front in one or two layers, if a few throws find one."""
         space = self._problem.space
@@ -152,13 +144,25 @@ class StudyStrategy:
         for _ in range(100):
             parent = space.genome(front[int(self._random.integers(len(front)))].candidate)
             genome = moves.change(parent, int(self._random.integers(1, 3)))
-            if genome is not None and space.candidate(genome) not in self._known:
-                return space.candidate(genome)
+            candidate = None if genome is None else space.candidate(genome)
+            if candidate is not None and candidate not in self._known and self._problem.possible(candidate):
+                return candidate
+        return None
+
+    def _thrown(self) -> Candidate | None:
+        """A new random plan within the limits, if a few throws find one."""
+        for _ in range(DUPLICATES_IN_A_ROW):
+            candidate = self._problem.feasible.draw(self._random)
+            if candidate is not None and candidate not in self._known:
+                return candidate
         return None
 
     def _first_unknown(self) -> Candidate | None:
-        unknown = (each for each in self._problem.space.enumerate() if each not in self._known)
-        return next(unknown, None)
+        """The first new plan of a space that is small enough to be listed."""
+        if self._problem.space.size > MOST_LISTED:
+            return None
+        every = self._problem.space.enumerate()
+        return next((each for each in every if each not in self._known and self._problem.possible(each)), None)
 
 
 def distributions(space: PlanSpace) -> dict[str, BaseDistribution]:

@@ -15,4 +15,4 @@ def vtw(problem: Problem) -> PlanList:
     need_action(problem, "vtw", "B")
     space = problem.space
     plans = [applied(space, range(first, space.num_layers), "B") for first in range(space.num_layers - 1, -1, -1)]
-    return PlanList(plans, space, "vtw")
+    return PlanList(plans, problem, "vtw")

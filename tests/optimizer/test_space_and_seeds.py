@@ -12,8 +12,10 @@ from planted import SMALL, problem_of, small
 from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.job import ConstraintSpec, JobSpec, SearchSpec
+from optimizer.search.constraints import Limits
 from optimizer.seeding.additive import AdditiveProblem, budgets, savings, spread_order
 from optimizer.seeding.assemble import with_given, with_seeds
+from optimizer.seeding.feasible import FeasiblePlans
 from optimizer.seeding.nested import nested_sets
 from optimizer.seeding.runs import best_structures, unexplained_shares
 from optimizer.seeding.theory import random_seeds
@@ -198,6 +200,7 @@ def test_seeds_that_cannot_meet_a_known_constraint_are_left_out():
 
 def test_random_seeds_are_of_the_space_and_repeatable():
     space = PlanSpace(("RFS",) * 6, 4, ("none", "linear x"))
-    seeds = random_seeds(space, 12, 5)
+    plans = FeasiblePlans(space, Limits(ConstraintSpec()), lambda plan: 1.0)
+    seeds = random_seeds(plans, 12, 5)
     assert len(seeds.first) == 12 and all(each in space for each in seeds.first)
-    assert random_seeds(space, 12, 5) == seeds != random_seeds(space, 12, 6)
+    assert random_seeds(plans, 12, 5) == seeds != random_seeds(plans, 12, 6)
