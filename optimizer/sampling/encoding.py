@@ -13,6 +13,10 @@ Floats = NDArray[np.float64]
 
 WINDOW = 4
 """Layers that a local pair term may span."""
+CONTAINS = ("SB", "SF", "SC")
+"""Of these pairs of actions the first harms at least as much as the second, as far as one can know beforehand."""
+KIN_LAYERS = 3.0
+"""Over so many layers the likeness of neighbours fades by a factor e; half of it is common to all layers."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,15 @@ class Encoding:
         return tuple((layer, letter) for layer, own in enumerate(self.letters) for letter in own if letter != "R")
 
     @cached_property
+    def at_least(self) -> Floats:
+        """1 where a row's action is the column's, or harms at least as much, at the same layer; [columns, columns]."""
+        found = np.zeros((len(self.columns), len(self.columns)))
+        for row, (layer, letter) in enumerate(self.columns):
+            for column, (other_layer, other) in enumerate(self.columns):
+                found[row, column] = layer == other_layer and (letter == other or letter + other in CONTAINS)
+        return found
+
+    @cached_property
     def _codes(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         return (
             np.array([ord(letter) for _, letter in self.columns], dtype=np.uint8),
@@ -47,12 +60,33 @@ class Encoding:
         return rows
 
     @cached_property
+    def kinship(self) -> Floats:
+        """Correlation of what the same action does to two layers; 0 for different actions; [columns, columns]."""
+        layers, letters = self._codes[1], self._codes[0]
+        apart = np.abs(layers[:, None] - layers[None, :])
+        alike: Floats = np.where(letters[:, None] == letters[None, :], (1.0 + np.exp(-apart / KIN_LAYERS)) / 2, 0.0)
+        return alike
+
+    @cached_property
+    def kinship_factor(self) -> Floats:
+        """Cholesky factor of ``kinship``."""
+        return np.asarray(np.linalg.cholesky(self.kinship), dtype=np.float64)
+
+    @cached_property
     def windows(self) -> tuple[NDArray[np.int64], ...]:
         """Columns of every stretch of ``WINDOW`` layers, at half-overlapping steps."""
         layers = self._codes[1]
         last = max(1, len(self.letters) - WINDOW // 2)
         stretches = [np.flatnonzero((layers >= at) & (layers < at + WINDOW)) for at in range(0, last, WINDOW // 2)]
         return tuple(stretch for stretch in stretches if len(stretch) > 1)
+
+    @cached_property
+    def window_counts(self) -> Floats:
+        """In how many windows a column stands; [columns]."""
+        counts = np.zeros(len(self.columns))
+        for stretch in self.windows:
+            counts[stretch] += 1.0
+        return counts
 
     @cached_property
     def shared_windows(self) -> Floats:

@@ -2,8 +2,8 @@
 
 A surrogate over single and pair terms of (layer, action), with a mean built on the criterion's risk, is fitted to all
 finished trials. Candidates come from the front by single changes, exchanges and crossings, and from seeds held in
-reserve. Every proposal of a batch is the best of a draw of its own (damped Thompson sampling), by the hypervolume
-that it would add; latency is known beforehand and needs no model.
+reserve, all of them near plans known to do. Every proposal of a batch is the best of a draw of its own (damped Thompson
+sampling), by the hypervolume that it would add; latency is known beforehand and needs no model.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from optimizer.sampling.gain import Stairs
 from optimizer.sampling.moves import Moves
 from optimizer.sampling.signal import START, Draws, DropModel, Observations
 from optimizer.sampling.surrogate import Design
+from optimizer.sampling.trust import TrustRegion
 
 Floats = NDArray[np.float64]
 
@@ -109,6 +110,8 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         self._risk = self._unit_risk(risk)
         self._reference = (1.0, largest_drop + MARGIN)
         self._reserve = list(dict.fromkeys(reserve))
+        self._trust = TrustRegion(len(space.letters))
+        self._last_batch: tuple[str, ...] = ()
         self._queue: deque[str] = deque()
         self._foreseen: dict[str, tuple[float, bool]] = {}
         self._scales, self._fitted_on = START, 0
@@ -192,32 +195,38 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
     # Proposing ---------------------------------------------------------------------------------------------------
 
     def _propose(self, seen: list[Seen], taken: set[str]) -> list[str]:
+        good = self._good(seen)
+        self._trust.learn([each.genome in good for each in seen if each.genome in self._last_batch])
         front = self._front(seen)
         stairs = Stairs([(each.ratio, each.drop) for each in front], self._reference)
-        pool = self._first_pool(self._parents(seen), taken)
+        new = self._first_pool(self._parents(seen), taken)
+        pool = self._trust.within(new, good) or new
         if not pool:
             return []
         if len(seen) < 3:
-            return [pool[int(index)] for index in self._random.permutation(len(pool))[: self._batch]]
+            self._last_batch = tuple(pool[int(index)] for index in self._random.permutation(len(pool))[: self._batch])
+            return list(self._last_batch)
         draws = self._draws(seen)
-        chosen, gains = self._choose(pool, draws, stairs, self._settings.finalists)
-        moved = self._second_pool([pool[index] for index in chosen], taken | set(pool))
+        drops = draws(self._design(pool))
+        chosen, gains = self._choose(pool, drops, stairs, self._settings.finalists)
+        moved = self._trust.within(self._second_pool([pool[index] for index in chosen], taken | set(pool)), good)
+        if moved:
+            drops = np.hstack([drops, draws(self._design(moved))])
         pool += moved
         thrown = min(self._settings.thrown, self._batch - 1)
-        chosen, gains = self._choose(pool, draws, stairs, self._batch - thrown)
+        chosen, gains = self._choose(pool, drops, stairs, self._batch - thrown)
         volume = sum(self._volume(front))
         self.expected_gain = float(np.mean(gains)) / volume if volume > 0 else None
-        chosen += self._thrown([index for index in range(len(pool)) if index not in set(chosen)], pool, draws, stairs)[
-            :thrown
-        ]
-        return [pool[index] for index in chosen]
+        rest = [index for index in range(len(pool)) if index not in set(chosen)]
+        chosen += self._thrown(rest, pool, drops[0], stairs)[:thrown]
+        self._last_batch = tuple(pool[index] for index in chosen)
+        return list(self._last_batch)
 
-    def _thrown(self, rest: Sequence[int], pool: Sequence[str], draws: Draws, stairs: Stairs) -> list[int]:
+    def _thrown(self, rest: Sequence[int], pool: Sequence[str], mean: Floats, stairs: Stairs) -> list[int]:
         """Plain evolution: members of the better part of the pool in random order, whatever the draws say."""
         if not rest:
             return []
-        ratios = np.array([self._ratio(pool[index]) for index in rest])
-        above = stairs.excess(ratios, draws(self._design([pool[index] for index in rest]))[0])
+        above = stairs.excess(np.array([self._ratio(pool[index]) for index in rest]), mean[list(rest)])
         better = np.argsort(above, kind="stable")[: max(1, int(self._settings.better * len(rest)))]
         return [rest[int(place)] for place in self._random.permutation(better)]
 
@@ -232,6 +241,12 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
     def _front(self, seen: Sequence[Seen]) -> list[Seen]:
         complete = [each for each in seen if each.complete and self._possible(each.genome)]
         return [complete[index] for index in front_indices([(each.ratio, each.drop) for each in complete])]
+
+    def _good(self, seen: Sequence[Seen]) -> list[str]:
+        """Dense, and the plans that do on all samples, or nearly."""
+        dense = "R" * len(self._space.letters)
+        doing = (each.genome for each in seen if each.complete and each.drop <= self._reference[1])
+        return list(dict.fromkeys([dense, *doing]))
 
     def _parents(self, seen: Sequence[Seen]) -> list[str]:
         """The front, then what would be the front without it, until there are enough."""
@@ -311,7 +326,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         if refit:
             self._scales, self._fitted_on = model.scales, len(kept)
         damping = np.geomspace(self._settings.least_damping, self._settings.most_damping, self._batch)
-        return model.draws(self._batch, damping, self._random)
+        return model.draws(damping, self._random)
 
     def _nearest(self, seen: Sequence[Seen]) -> list[Seen]:
         """All trials, or where there are too many the ones closest to the front and the latest."""
@@ -330,11 +345,11 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         touched = rows.sum(axis=1) / len(self._space.letters)
         return Design(np.stack([np.ones(len(rows)), total, np.sqrt(total), touched], axis=1), rows)
 
-    def _choose(self, pool: Sequence[str], draws: Draws, stairs: Stairs, count: int) -> tuple[list[int], Floats]:
+    def _choose(self, pool: Sequence[str], drawn: Floats, stairs: Stairs, count: int) -> tuple[list[int], Floats]:
         """Indices of the most promising candidates, one per draw in turn, and the gain each expects."""
         ratios = np.array([self._ratio(genome) for genome in pool])
         # Nothing is taken to be more accurate than the most accurate plan seen: below that lies noise.
-        drops = np.maximum(draws(self._design(pool))[1:], stairs.lowest)
+        drops = np.maximum(drawn[1:], stairs.lowest)
         gains = stairs.gain(ratios, drops)
         # Where no gain is in sight, what lies least above the front is closest to one.
         scores = np.where(gains > 0, gains, -1.0 - stairs.excess(ratios, drops))

@@ -1,8 +1,9 @@
 """From what evaluations say (drop of accuracy, and KL to dense where known) to draws of any plan's drop.
 
 Accuracy counts right and wrong answers and is coarse; the KL divergence to the dense model moves with every logit. So
-the surrogate learns the square root of the KL, a rising curve (isotonic regression) turns it into a drop, and a
-second surrogate learns what that curve leaves over. Without KL the surrogate learns the drop itself.
+the surrogate learns the square root of the KL, no less than that of any known plan that a plan contains; a rising curve
+(isotonic regression) turns it into a drop, and a second surrogate learns what that curve leaves over. Without KL the
+surrogate learns the drop itself.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from optimizer.sampling.encoding import Encoding
-from optimizer.sampling.surrogate import Design, Scales, Surrogate, fit_scales
+from optimizer.sampling.floor import Floor
+from optimizer.sampling.surrogate import Design, Scales, Surrogate, Terms, fit_scales
 
 Floats = NDArray[np.float64]
 Draws = Callable[[Design], Floats]
 
-START = Scales(basis=1.0, single=0.5, pair=0.05, local=0.1, misfit=0.1)
-LEFT_OVER = Scales(basis=0.0, single=0.3, pair=0.1, local=0.1, misfit=0.1)
-FITTED = ("basis", "single", "pair", "local", "misfit")
+START = Scales(basis=1.0, single=0.5, kin=0.5, pair=0.05, local=0.1, misfit=0.1)
+LEFT_OVER = Scales(basis=0.0, single=0.3, kin=0.1, pair=0.1, local=0.1, misfit=0.1)
+FITTED = ("basis", "single", "kin", "pair", "local", "misfit")
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,13 @@ class DropModel:
             noise = (seen.kl_error / (2 * np.maximum(target, 0.02))) ** 2
         self._centre, self._spread = float(target.mean()), max(1e-6, float(target.std()))
         values, noise = (target - self._centre) / self._spread, noise / self._spread**2
+        self._encoding, self._seen = encoding, seen.design
+        terms = Terms(encoding, seen.design, seen.design)
         for _ in range(rounds):
-            scales = fit_scales(encoding, scales, seen.design, values, noise, FITTED)
+            scales = fit_scales(scales, terms, values, noise, FITTED)
         self.scales = scales
-        self._main = Surrogate(encoding, scales, seen.design, values, noise)
+        self._main = Surrogate(scales, terms, values, noise)
+        self._floor = Floor(encoding, seen.design.rows, target - np.sqrt(noise) * self._spread)
         self._rest: Surrogate | None = None
         if seen.has_kl:
             order = np.argsort(target, kind="stable")
@@ -65,26 +70,23 @@ class DropModel:
             left = seen.drop - np.interp(target, *self._curve)
             self._rest_spread = max(1e-4, float(left.std()))
             self._rest = Surrogate(
-                encoding,
-                LEFT_OVER,
-                seen.design,
-                left / self._rest_spread,
-                (seen.drop_error / self._rest_spread) ** 2,
+                LEFT_OVER, terms, left / self._rest_spread, (seen.drop_error / self._rest_spread) ** 2
             )
 
-    def draws(self, count: int, damping: Floats, random: np.random.Generator) -> Draws:
-        """Functions from plans to [count + 1, plans] drops; row 0 holds the mean's.
+    def draws(self, damping: Floats, random: np.random.Generator) -> Draws:
+        """Functions from plans to [draws + 1, plans] drops; row 0 holds the mean's.
 
         What the curve leaves over enters by its mean: draws of it would mostly be draws of the samples' noise.
         """
-        main = self._main.draws(count, damping, random)
+        main = self._main.draws(damping, self._encoding, self._seen, random)
 
         def evaluate(design: Design) -> Floats:
-            values = self._centre + self._spread * main(design)
+            terms = Terms(self._encoding, design, self._seen, single=True)
+            values = np.maximum(self._centre + self._spread * main(design, terms), self._floor(design.rows))
             if self._curve is not None:
                 values = np.interp(values, *self._curve)
             if self._rest is not None:
-                values = values + self._rest_spread * self._rest.mean(design)
+                values = values + self._rest_spread * self._rest.mean(terms)
             return values
 
         return evaluate

@@ -15,7 +15,7 @@ from optimizer.sampling.encoding import Encoding
 from optimizer.sampling.gain import Stairs
 from optimizer.sampling.moves import Moves
 from optimizer.sampling.signal import DropModel, Observations
-from optimizer.sampling.surrogate import Design, Scales, Surrogate
+from optimizer.sampling.surrogate import Design, Scales, Surrogate, Terms
 from optimizer.strategies.registry import surrogate
 from optimizer.strategies.study import distributions, genome_of
 
@@ -37,10 +37,24 @@ def test_encoding_has_one_column_per_layer_and_action():
     assert ENCODING.encode([]).shape == (0, 7)
 
 
+def likeness(encoding):
+    return np.array(
+        [
+            [(a == b) * (0.5 + 0.5 * np.exp(-abs(layer - other) / 3)) for other, b in encoding.columns]
+            for layer, a in encoding.columns
+        ]
+    )
+
+
 def explicit(design, scales, encoding=ENCODING):
     """Every basis, single and pair term as a column, scaled so that its weight's prior variance is 1."""
     columns = [scales.basis * column for column in design.basis.T]
     columns += [scales.single * column for column in design.rows.T]
+    # A weight common to all layers of an action, and one that fades from layer to layer, by eigenvectors.
+    values, vectors = np.linalg.eigh(likeness(encoding))
+    columns += [
+        scales.kin * np.sqrt(value) * design.rows @ vector for value, vector in zip(values, vectors.T, strict=True)
+    ]
     for a, b in combinations(range(design.rows.shape[1]), 2):
         windows = sum(a in window and b in window for window in encoding.windows)
         scale = np.sqrt(scales.pair**2 + windows * scales.local**2)
@@ -52,17 +66,18 @@ def explicit(design, scales, encoding=ENCODING):
 @given(st.integers(0, 2**32 - 1))
 def test_posterior_is_that_of_explicit_bayesian_regression(seed):
     random = np.random.default_rng(seed)
-    scales = Scales(1.0, 0.5, 0.2, 0.3, 0.1)
+    scales = Scales(1.0, 0.5, 0.4, 0.2, 0.3, 0.1)
     seen, new = design_of(random_texts(random, 12)), design_of(random_texts(random, 9))
     values, noise = random.normal(size=12), random.uniform(0.01, 0.1, 12)
-    model = Surrogate(ENCODING, scales, seen, values, noise)
+    model = Surrogate(scales, Terms(ENCODING, seen, seen), values, noise)
+    between = Terms(ENCODING, new, seen)
     x, z = explicit(seen, scales), explicit(new, scales)
     weights = 1.0 / (noise + scales.misfit**2)
     precision = np.eye(x.shape[1]) + (x * weights[:, None]).T @ x
     mean = z @ np.linalg.solve(precision, (x * weights[:, None]).T @ values)
-    np.testing.assert_allclose(model.mean(new), mean, atol=1e-5)
+    np.testing.assert_allclose(model.mean(between), mean, atol=1e-5)
 
-    draws = model.draws(4000, np.ones(4000), np.random.default_rng(1))(new)
+    draws = model.draws(np.ones(4000), ENCODING, seen, np.random.default_rng(1))(new, between)
     np.testing.assert_allclose(draws[0], mean, atol=1e-5)
     spread = np.sqrt(np.diag(z @ np.linalg.solve(precision, z.T)))
     np.testing.assert_allclose(draws[1:].std(axis=0), spread, rtol=0.1)
@@ -72,11 +87,12 @@ def test_posterior_is_that_of_explicit_bayesian_regression(seed):
 def test_evidence_prefers_the_scales_that_made_the_values():
     random = np.random.default_rng(3)
     design = design_of(random_texts(random, 60))
-    rows = explicit(design, Scales(0.0, 1.0, 0.0, 0.0, 0.1))
+    rows = explicit(design, Scales(0.0, 1.0, 0.0, 0.0, 0.0, 0.1))
     values = rows @ random.normal(size=rows.shape[1]) + 0.1 * random.normal(size=60)
     noise = np.zeros(60)
-    right = Surrogate(ENCODING, Scales(0.01, 1.0, 0.01, 0.01, 0.1), design, values, noise).evidence()
-    wrong = Surrogate(ENCODING, Scales(0.01, 0.01, 0.01, 0.01, 0.1), design, values, noise).evidence()
+    terms = Terms(ENCODING, design, design)
+    right = Surrogate(Scales(0.01, 1.0, 0.01, 0.01, 0.01, 0.1), terms, values, noise).evidence()
+    wrong = Surrogate(Scales(0.01, 0.01, 0.01, 0.01, 0.01, 0.1), terms, values, noise).evidence()
     assert right > wrong + 10
 
 
@@ -108,7 +124,7 @@ def test_kl_tells_plans_of_equal_accuracy_apart():
     drop = np.where(kl > 0.15, 0.3, 0.0)
     error = np.full(40, 0.02)
     model = DropModel(ENCODING, Observations(design, drop, error, kl, 0.05 * kl + 1e-4), rounds=2)
-    predicted = model.draws(1, np.ones(1), random)(design_of(["SSSSRS", "SRRRRR"]))[0]
+    predicted = model.draws(np.ones(1), random)(design_of(["SSSSRS", "SRRRRR"]))[0]
     assert predicted[0] > 0.15 and abs(predicted[1]) < 0.05
 
 

@@ -38,6 +38,7 @@ class Action(Enum):
 
 
 LETTERS = tuple(action.value for action in Action)
+_BY_LETTER = {action.value: action for action in Action}
 
 
 @total_ordering
@@ -65,7 +66,10 @@ class SkipPlan:
         """Read the canonical text, one letter per layer. Raises :class:`PlanError` naming the layer."""
         if not isinstance(text, str):
             raise PlanError(f"a plan's text must be a string, got {type(text).__name__}")
-        return cls(tuple(Action.from_letter(letter, layer) for layer, letter in enumerate(text)))
+        try:
+            return cls(tuple(map(_BY_LETTER.__getitem__, text)))
+        except KeyError:  # say which layer's
+            return cls(tuple(Action.from_letter(letter, layer) for layer, letter in enumerate(text)))
 
     @property
     def text(self) -> str:

@@ -1,0 +1,51 @@
+"""How far from known good plans to go: the trust region of TuRBO on plans, its radius a number of layers.
+
+Many layers with several actions leave a surrogate ignorant of most of the space, and what it knows nothing of looks
+promising to some draw. So proposals stay within a radius of plans that were seen to do; it grows after batches of
+which many do, and shrinks after batches of which few do (Eriksson et al., arXiv 1910.01465; on categories with the
+Hamming distance Wan et al., arXiv 2102.07188).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimizer.space import COMPENSATED
+
+FEW, MANY = 0.25, 0.5
+"""Shares of a batch that do, below and from which the radius changes."""
+
+
+class TrustRegion:
+    """Plans (genomes) that differ from a good one in at most ``radius`` layers."""
+
+    def __init__(self, layers: int, radius: int = 2) -> None:
+        self._layers, self.radius = layers, radius
+
+    def learn(self, good: Sequence[bool]) -> None:
+        """Take in of each proposal of the last batch whether it does; nothing where none came back."""
+        if not good:
+            return
+        share = sum(good) / len(good)
+        if share < FEW:
+            self.radius = max(1, self.radius - 1)
+        elif share >= MANY:
+            self.radius = min(self._layers, self.radius + 1)
+
+    def within(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
+        """The genomes of a pool that are near a good one, in order."""
+        if not pool or not good or self.radius >= self._layers:
+            return list(pool)
+        equal = _one_hot(pool, self._layers) @ _one_hot(good, self._layers).T
+        near = self._layers - equal.max(axis=1) <= self.radius + 0.5
+        return [genome for genome, is_near in zip(pool, near, strict=True) if is_near]
+
+
+def _one_hot(genomes: Sequence[str], layers: int) -> NDArray[np.float32]:
+    """[genomes, layers x letters]; a skip counts the same whether it is compensated or not."""
+    text = "".join(genomes).replace(COMPENSATED, "S").encode()
+    codes = np.frombuffer(text, dtype=np.uint8).reshape(len(genomes), layers)
+    return np.concatenate([codes == ord(letter) for letter in "RFBS"], axis=1).astype(np.float32)
