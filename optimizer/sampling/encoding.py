@@ -13,8 +13,6 @@ Floats = NDArray[np.float64]
 
 WINDOW = 4
 """Layers that a local pair term may span."""
-CONTAINS = ("SB", "SF", "SC")
-"""Of these pairs of actions the first harms at least as much as the second, as far as one can know beforehand."""
 KIN_LAYERS = 3.0
 """Over so many layers the likeness of neighbours fades by a factor e; half of it is common to all layers."""
 
@@ -33,15 +31,6 @@ class Encoding:
     def columns(self) -> tuple[tuple[int, str], ...]:
         """Layer and letter of every column."""
         return tuple((layer, letter) for layer, own in enumerate(self.letters) for letter in own if letter != "R")
-
-    @cached_property
-    def at_least(self) -> Floats:
-        """1 where a row's action is the column's, or harms at least as much, at the same layer; [columns, columns]."""
-        found = np.zeros((len(self.columns), len(self.columns)))
-        for row, (layer, letter) in enumerate(self.columns):
-            for column, (other_layer, other) in enumerate(self.columns):
-                found[row, column] = layer == other_layer and (letter == other or letter + other in CONTAINS)
-        return found
 
     @cached_property
     def _codes(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

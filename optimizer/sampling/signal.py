@@ -1,9 +1,8 @@
 """From what evaluations say (drop of accuracy, and KL to dense where known) to draws of any plan's drop.
 
 Accuracy counts right and wrong answers and is coarse; the KL divergence to the dense model moves with every logit. So
-the surrogate learns the square root of the KL, no less than that of any known plan that a plan contains; a rising curve
-(isotonic regression) turns it into a drop, and a second surrogate learns what that curve leaves over. Without KL the
-surrogate learns the drop itself.
+the surrogate learns the square root of the KL, a rising curve (isotonic regression) turns it into a drop, and a
+second surrogate learns what that curve leaves over. Without KL the surrogate learns the drop itself.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from optimizer.sampling.encoding import Encoding
-from optimizer.sampling.floor import Floor
 from optimizer.sampling.surrogate import Design, Scales, Surrogate, Terms, fit_scales
 
 Floats = NDArray[np.float64]
@@ -61,7 +59,6 @@ class DropModel:
             scales = fit_scales(scales, terms, values, noise, FITTED)
         self.scales = scales
         self._main = Surrogate(scales, terms, values, noise)
-        self._floor = Floor(encoding, seen.design.rows, target - np.sqrt(noise) * self._spread)
         self._rest: Surrogate | None = None
         if seen.has_kl:
             order = np.argsort(target, kind="stable")
@@ -82,7 +79,7 @@ class DropModel:
 
         def evaluate(design: Design) -> Floats:
             terms = Terms(self._encoding, design, self._seen, single=True)
-            values = np.maximum(self._centre + self._spread * main(design, terms), self._floor(design.rows))
+            values = self._centre + self._spread * main(design, terms)
             if self._curve is not None:
                 values = np.interp(values, *self._curve)
             if self._rest is not None:

@@ -1,4 +1,4 @@
-"""Where the sampler goes: near what is known to do, and not where a known harmful plan is contained."""
+"""Where the sampler goes: near what is known to do, and by what an action did at other layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from planted import Planted, search
 
 from optimizer.sampling.encoding import Encoding
-from optimizer.sampling.floor import Floor
 from optimizer.sampling.surrogate import Design, Scales, Surrogate, Terms
 from optimizer.sampling.trust import TrustRegion
 
@@ -40,29 +39,6 @@ def test_the_radius_follows_what_comes_of_batches() -> None:
         region.learn(good)
         seen.append(region.radius)
     assert seen == [1, 1, 2, 2, 3, 4, 4, 4]
-
-
-def contains(first: str, second: str) -> bool:
-    """Letter by letter the same, or a plain skip instead of anything."""
-    return all(a == b or a == "S" for a, b in zip(first, second, strict=True) if b != "R")
-
-
-@given(st.lists(GENOMES, min_size=1, max_size=8), st.lists(GENOMES, min_size=1, max_size=8), st.randoms())
-def test_the_floor_is_the_most_harm_of_a_contained_plan(asked: list[str], known: list[str], random) -> None:
-    encoding = Encoding(("RFBSC",) * 6)
-    harm = np.array([random.random() for _ in known])
-    found = Floor(encoding, encoding.encode(known), harm)(encoding.encode(asked))
-    for value, plan in zip(found, asked, strict=True):
-        inside = [h for h, other in zip(harm, known, strict=True) if other != "RRRRRR" and contains(plan, other)]
-        assert value == max(inside, default=-np.inf)
-
-
-def test_nothing_known_sets_no_floor() -> None:
-    encoding = Encoding(("RS",) * 3)
-    assert (
-        Floor(encoding, encoding.encode(["RRR"]), np.zeros(1))(encoding.encode(["SSR", "RRR"])).tolist()
-        == [-np.inf] * 2
-    )
 
 
 def test_the_sampler_stays_near_dense_where_every_step_does_harm() -> None:
