@@ -20,7 +20,26 @@ from storage.schema import Base
 # Ray runs workers at low priority; beside a test that computes they would hardly ever run.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+LONGEST_FIRST = (
+    "test_worker_pool.py",
+    "test_bad_inputs.py",
+    "test_main_job.py",
+    "test_interruption.py",
+    "test_validation.py",
+    "test_serving.py",
+    "test_checkpoint.py",
+    "test_training.py",
+    "test_score_stage.py",
+)
+"""Files that take a minute or more, the longest first: begun last, they would keep one processor waiting."""
+
 _numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the long files come first; xdist hands out whole files in this order."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
