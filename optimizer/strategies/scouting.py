@@ -61,8 +61,9 @@ class Scouting:
         self._ladders = [
             Ladder(sorted(plans, key=lambda candidate: -problem.ratio(candidate.plan))) for plans in problem.ladders
         ]
-        self._seeds, self._scouts = len(problem.seeds), problem.scouts
+        self._scouts = problem.scouts
         self._seen: dict[Candidate, Tried | None] = {tried.candidate: tried for tried in problem.known}
+        self._seeds = self._new(problem.seeds)
         self._dense_accuracy = 1.0
 
     @property
@@ -83,8 +84,12 @@ class Scouting:
 
     def begin_with(self, seeds: Sequence[Candidate]) -> None:
         """Put seeds before those that still wait."""
-        self._seeds += len(seeds)
+        self._seeds += self._new(seeds)
         self._inner.begin_with(seeds)
+
+    def _new(self, seeds: Sequence[Candidate]) -> int:
+        """How many of some seeds the strategy inside will ask for."""
+        return len({each for each in seeds if each not in self._seen})
 
     def ask(self, count: int) -> Sequence[Ask]:
         """Seeds, then the middles of open ladders, then what the strategy inside asks for."""

@@ -96,6 +96,21 @@ def test_what_is_known_is_not_asked_again_and_halves_ladders() -> None:
     assert not {ask.candidate for ask in strategy.ask(8)} & set(ladder)
 
 
+def test_seeds_that_are_known_leave_their_places_to_ladders() -> None:
+    planted = small()
+    problem = problem_of(planted, constraint=LIMIT)
+    dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES)
+    known = tuple(
+        tried_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
+        for each in problem.seeds
+    )
+    assert known
+    strategy = make_strategy("surrogate", replace(problem, known=known))
+    strategy.start(tried_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
+    rungs = {each for ladder in problem.ladders for each in ladder}
+    assert {ask.candidate for ask in strategy.ask(2)} <= rungs
+
+
 def test_a_failed_plan_counts_as_harmful() -> None:
     planted = small()
     problem = replace(
