@@ -70,7 +70,11 @@ class Screen:
 
     def result(self, result: JobResult) -> None:
         """The final table of a job, and its answer in words."""
-        self._out.print(plans_table(result.plans, best=result.best, title=f"Job {result.job.id}: {result.job.state}"))
+        title = f"Job {result.job.id}: {result.job.state}"
+        if not result.search["stopped_because"]:  # it ended before the search, as when no plan can meet the constraint
+            self._out.print(title, markup=False)
+            return
+        self._out.print(plans_table(result.plans, best=result.best, title=title))
         tried, failed = result.search["plans_tried"], result.search["plans_failed"]
         self._out.print(
             f"{tried} plans tried ({failed} failed); {result.search['stopped_because']}. Accuracy on held-out samples "

@@ -347,6 +347,7 @@ def test_a_constraint_nobody_can_meet(directory: Path):
     assert ended.code == 3
     assert len(ended.errors.splitlines()) == 1 and "dense model is the answer" in ended.errors
     assert "no plan can meet min_speedup 900: the fastest is predicted to run" in ended.errors
+    assert ended.output.endswith(": infeasible\n")
     assert "infeasible" in command(directory, "jobs", "list", "--json").output
     again = command(directory, *RUN, timeout=60)
     assert again.code == 3 and "dense model is the answer" in again.errors
