@@ -107,12 +107,24 @@ class PlanSpace:
             return False  # nothing to compensate: the same plan without compensation is the one way to say it
         return self.allows(self.genome(candidate))
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether the space is small enough to be gone through one by one."""
+        return self.size * len(self.compensations) <= MOST_LISTED
+
+    @property
+    def parts(self) -> tuple[PlanSpace, ...]:
+        """The space by compensation: the skips of one plan are compensated all or none."""
+        return tuple(PlanSpace(self.letters, self.max_touched, (each,)) for each in self.compensations)
+
     def enumerate(self) -> Iterator[Candidate]:
-        """Every candidate, the last layers varying fastest."""
-        for letters in product(*self.genome_letters):
-            genome = "".join(letters)
-            if self.allows(genome):
-                yield self.candidate(genome)
+        """Every candidate once, the last layers varying fastest; those of one compensation after those of the other."""
+        for number, part in enumerate(self.parts):
+            for letters in product(*part.genome_letters):
+                genome = "".join(letters)
+                # Plans without a skip are the same under every compensation.
+                if self.allows(genome) and (number == 0 or COMPENSATED in genome or "S" in genome):
+                    yield self.candidate(genome)
 
 
 def touched(plan: SkipPlan) -> int:

@@ -154,7 +154,7 @@ def _suggested(message: str) -> str:
     from workers.suggest import did_you_mean
 
     option = re.match(r"No such option: (--\S+)", message)  # the command at hand knows nothing of the global ones
-    if option is not None and (close := did_you_mean(option[1], ("--database", "--debug", "--version"))):
+    if option is not None and (close := did_you_mean(option[1], ("--database", "--debug"))):
         return option[0] + close
     wrong = re.search(r"'([^']*)' is not one of (.*)", message)
     return (

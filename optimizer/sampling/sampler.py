@@ -196,16 +196,20 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
 
     def _propose(self, seen: list[Seen], taken: set[str]) -> list[str]:
         good = self._good(seen)
-        self._trust.learn([each.genome in good for each in seen if each.genome in self._last_batch])
+        came = [each.genome in good for each in seen if each.genome in self._last_batch]
+        if came:
+            self._trust.learn(came)
+            self._last_batch = ()
         front = self._front(seen)
         stairs = Stairs([(each.ratio, each.drop) for each in front], self._reference)
         new = self._first_pool(self._parents(seen), taken)
-        pool = self._trust.within(new, good) or new
+        pool = self._trust.nearest(new, good)
         if not pool:
             return []
         if len(seen) < 3:
-            self._last_batch = tuple(pool[int(index)] for index in self._random.permutation(len(pool))[: self._batch])
-            return list(self._last_batch)
+            thrown_first = [pool[int(index)] for index in self._random.permutation(len(pool))[: self._batch]]
+            self._last_batch += tuple(thrown_first)
+            return thrown_first
         draws = self._draws(seen)
         drops = draws(self._design(pool))
         chosen, gains = self._choose(pool, drops, stairs, self._settings.finalists)
@@ -219,8 +223,9 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         self.expected_gain = float(np.mean(gains)) / volume if volume > 0 else None
         rest = [index for index in range(len(pool)) if index not in set(chosen)]
         chosen += self._thrown(rest, pool, drops[0], stairs)[:thrown]
-        self._last_batch = tuple(pool[index] for index in chosen)
-        return list(self._last_batch)
+        batch = [pool[index] for index in chosen]
+        self._last_batch += tuple(batch)
+        return batch
 
     def _thrown(self, rest: Sequence[int], pool: Sequence[str], mean: Floats, stairs: Stairs) -> list[int]:
         """Plain evolution: members of the better part of the pool in random order, whatever the draws say."""
@@ -272,7 +277,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
         near = [genome for parent in starts for genome in self._moves.neighbours(parent)]
         for index in self._random.permutation(len(near))[: self._settings.pool // 2]:
             pool.setdefault(near[int(index)])
-        for _ in range(self._settings.pool // 2):
+        for _ in range(self._settings.pool // 2 if starts else 0):
             genome = self._throw(starts)
             if genome is not None:
                 pool.setdefault(genome)

@@ -26,14 +26,19 @@ class TrustRegion:
         self._layers, self.radius = layers, radius
 
     def learn(self, good: Sequence[bool]) -> None:
-        """Take in of each proposal of the last batch whether it does; nothing where none came back."""
-        if not good:
-            return
+        """Take in of each proposal of the last batch whether it does."""
         share = sum(good) / len(good)
         if share < FEW:
             self.radius = max(1, self.radius - 1)
         elif share >= MANY:
             self.radius = min(self._layers, self.radius + 1)
+
+    def nearest(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
+        """The same, within the least radius that leaves any; the region's own does not change."""
+        region = TrustRegion(self._layers, self.radius)
+        while not (found := region.within(pool, good)) and region.radius < self._layers:
+            region.radius += 1
+        return found
 
     def within(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
         """The genomes of a pool that are near a good one, in order."""

@@ -16,7 +16,7 @@ from optimizer.criteria import Risk
 from optimizer.latency_model import Ratio
 from optimizer.search.constraints import Limits
 from optimizer.seeding.additive import AdditiveProblem, Limit, Step, action_of, steps_of
-from optimizer.space import Candidate, PlanSpace, touched
+from optimizer.space import Candidate, PlanSpace
 from workers.runtime import SkipPlan
 
 TIE = 1e-3
@@ -51,11 +51,13 @@ class FeasiblePlans:
 
     def out_of_reach(self) -> str | None:
         """Why no plan of the space meets the constraints, or None where one does."""
-        if not self.sums or any(self._cheapest(part, {}) is not None for part in self._parts):
+        if not self.sums or self._open:
             return None
         for name, limit in self.sums.items():
-            nearest = [AdditiveProblem(part, limit.amount, {}).solve() for part in self._parts]
-            least = min(self._known(each.plan)[name] for each in nearest if each is not None)
+            amounts = [{step: limit.amount[step] for step in steps_of(part)} for part in self.space.parts]
+            problems = [AdditiveProblem(part, own, {}) for part, own in zip(self.space.parts, amounts, strict=True)]
+            nearest = [each.plan for problem in problems if (each := problem.solve()) is not None]
+            least = min(self._known(plan)[name] for plan in (SkipPlan.dense(self.space.num_layers), *nearest))
             if least > 0:
                 return self.limits.missed(name, least)
         return f"no plan meets {' and '.join(self.sums)} at once"
@@ -65,11 +67,11 @@ class FeasiblePlans:
 
         Among equally near ones it is that of the least total risk.
         """
-        if candidate in self and touched(candidate.plan) <= self.space.max_touched:
+        if candidate in self.space and candidate in self:
             return candidate
         wanted = self.space.genome(candidate)
-        own = (each for each in self._parts if candidate.compensation in each.compensations)
-        part = next(own, self._parts[0])  # a plan without skips is said without compensation everywhere
+        own = (each for each in self.space.parts if candidate.compensation in each.compensations)
+        part = next(own, self.space.parts[0])  # a plan without skips is said without compensation everywhere
         risks = {(layer, letter): risk.of(layer, action_of((layer, letter)).value) for layer, letter in steps_of(part)}
         finite = [value for value in risks.values() if math.isfinite(value)]
         most = max(finite, default=0.0) or 1.0
@@ -81,17 +83,16 @@ class FeasiblePlans:
 
     def draw(self, random: np.random.Generator) -> Candidate | None:
         """A random plan that meets the constraints: the least sum of random costs, which may be negative."""
-        part = self._parts[int(random.integers(len(self._parts)))]
+        if not self._open:
+            return None
+        part = self._open[int(random.integers(len(self._open)))]
         shift = float(random.uniform(-1.0, 1.0))
         return self._cheapest(part, {step: shift + float(random.standard_normal()) for step in steps_of(part)})
 
     @cached_property
-    def _parts(self) -> tuple[PlanSpace, ...]:
-        """The space by compensation: the skips of one plan are compensated all or none."""
-        return tuple(
-            PlanSpace(self.space.letters, self.space.max_touched, (compensation,))
-            for compensation in self.space.compensations
-        )
+    def _open(self) -> tuple[PlanSpace, ...]:
+        """The parts that hold a plan within the constraints."""
+        return tuple(part for part in self.space.parts if self._cheapest(part, {}) is not None)
 
     def _cheapest(self, part: PlanSpace, cost: dict[Step, float]) -> Candidate | None:
         costs = {step: cost.get(step, 0.0) for step in steps_of(part)}

@@ -51,7 +51,12 @@ def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
 
 
 def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:
-    """Why no plan at all can meet the job's constraint, as far as latency and cache tell; None where one may."""
+    """Why no plan at all can meet the job's constraint, as far as latency and cache tell; None where one may.
+
+    Given plans are tried whatever is predicted of them.
+    """
+    if context.spec.search.plans:
+        return None
     space = plan_space(context.spec, context.worker)
     return FeasiblePlans(space, limits_of(context, profile), partial(latency_ratio, profile)).out_of_reach()
 

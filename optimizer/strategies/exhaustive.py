@@ -10,7 +10,7 @@ from optimizer.strategies.base import PlanList, Problem
 def exhaustive(problem: Problem) -> PlanList:
     """The whole space. Raises UsageFault where it is too large to be listed."""
     space = problem.space
-    if space.size * len(space.compensations) > MOST_LISTED:
+    if not space.is_listed:
         raise UsageFault(
             f"search.strategy: exhaustive would try {space.size * len(space.compensations):.3g} plans; at most "
             f"{MOST_LISTED} are possible (protect layers, or allow fewer actions)"

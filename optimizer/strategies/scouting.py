@@ -63,6 +63,7 @@ class Scouting:
         ]
         self._scouts = problem.scouts
         self._seen: dict[Candidate, Tried | None] = {tried.candidate: tried for tried in problem.known}
+        self._waiting: set[Candidate] = set()
         self._seeds = self._new(problem.seeds)
         self._dense_accuracy = 1.0
 
@@ -88,8 +89,10 @@ class Scouting:
         self._inner.begin_with(seeds)
 
     def _new(self, seeds: Sequence[Candidate]) -> int:
-        """How many of some seeds the strategy inside will ask for."""
-        return len({each for each in seeds if each not in self._seen})
+        """How many more seeds the strategy inside will ask for; each once, and none that is known."""
+        new = {each for each in seeds if each not in self._seen and each not in self._waiting and not each.is_dense}
+        self._waiting |= new
+        return len(new)
 
     def ask(self, count: int) -> Sequence[Ask]:
         """Seeds, then the middles of open ladders, then what the strategy inside asks for."""

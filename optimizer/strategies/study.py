@@ -19,7 +19,7 @@ from optuna.trial import TrialState, create_trial
 from optimizer.pareto import front_indices
 from optimizer.sampling.moves import Moves
 from optimizer.search.outcome import Tried
-from optimizer.space import COMPENSATED, MOST_LISTED, NO_COMPENSATION, Candidate, PlanSpace
+from optimizer.space import COMPENSATED, NO_COMPENSATION, Candidate, PlanSpace
 from optimizer.strategies.base import Answer, Ask, Problem
 
 DUPLICATES_IN_A_ROW = 4
@@ -46,7 +46,7 @@ class StudyStrategy:
     @property
     def done(self) -> str:
         """Why there is nothing more to ask for."""
-        listed = self._problem.space.size <= MOST_LISTED
+        listed = self._problem.space.is_listed
         return "every possible plan was tried" if listed else "no further plan within the limits was found"
 
     @property
@@ -111,7 +111,7 @@ class StudyStrategy:
             trial = self._study.ask(self._distributions)
             proposed = self._candidate(trial.params)
             nearest = self._problem.feasible.nearest(proposed, self._problem.risk)
-            if nearest is None or nearest in self._known or nearest not in self._problem.space:
+            if nearest is None or nearest in self._known:
                 self._study.tell(trial, state=TrialState.FAIL)
             elif nearest == proposed:
                 return self._register(proposed, trial)
@@ -123,7 +123,11 @@ class StudyStrategy:
 
     def _start(self, candidate: Candidate) -> Candidate:
         self._study.enqueue_trial(self._parameters(candidate))
-        return self._register(candidate, self._study.ask(self._distributions))
+        trial = self._study.ask(self._distributions)
+        if isinstance(self._sampler, optuna.samplers.NSGAIISampler):
+            # A trial whose parameters are given is not sampled, and without this it would belong to no generation.
+            self._sampler.get_trial_generation(self._study, self._study.get_trials(deepcopy=False)[trial.number])
+        return self._register(candidate, trial)
 
     def _register(self, candidate: Candidate, trial: optuna.trial.Trial) -> Candidate:
         self._known.add(candidate)
@@ -159,7 +163,7 @@ class StudyStrategy:
 
     def _first_unknown(self) -> Candidate | None:
         """The first new plan of a space that is small enough to be listed."""
-        if self._problem.space.size > MOST_LISTED:
+        if not self._problem.space.is_listed:
             return None
         every = self._problem.space.enumerate()
         return next((each for each in every if each not in self._known and self._problem.possible(each)), None)
