@@ -61,7 +61,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Options that every command takes, before or after its name."""
+    """Options of the program; ``--database`` and ``--debug`` may stand behind a command's name as well."""
     context.obj = GlobalOptions(database=database_url, debug=debug)
 
 

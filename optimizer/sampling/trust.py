@@ -33,20 +33,24 @@ class TrustRegion:
         elif share >= MANY:
             self.radius = min(self._layers, self.radius + 1)
 
-    def nearest(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
-        """The same, within the least radius that leaves any; the region's own does not change."""
-        region = TrustRegion(self._layers, self.radius)
-        while not (found := region.within(pool, good)) and region.radius < self._layers:
-            region.radius += 1
-        return found
-
     def within(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
-        """The genomes of a pool that are near a good one, in order."""
-        if not pool or not good or self.radius >= self._layers:
-            return list(pool)
+        """The genomes of a pool that are near one of the good ones, of which there must be some; in order."""
+        return _up_to(pool, self._distances(pool, good), self.radius)
+
+    def nearest(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
+        """The same; where none is within the radius, the nearest ones. The region's own radius does not change."""
+        distances = self._distances(pool, good)
+        return _up_to(pool, distances, max(self.radius, int(distances.min(initial=self._layers))))
+
+    def _distances(self, pool: Sequence[str], good: Sequence[str]) -> NDArray[np.int64]:
+        """In how many layers each genome differs from the good one that is nearest to it; [pool]."""
         equal = _one_hot(pool, self._layers) @ _one_hot(good, self._layers).T
-        near = self._layers - equal.max(axis=1) <= self.radius + 0.5
-        return [genome for genome, is_near in zip(pool, near, strict=True) if is_near]
+        distances: NDArray[np.int64] = self._layers - equal.max(axis=1).round().astype(np.int64)
+        return distances
+
+
+def _up_to(pool: Sequence[str], distances: NDArray[np.int64], radius: int) -> list[str]:
+    return [genome for genome, distance in zip(pool, distances, strict=True) if distance <= radius]
 
 
 def _one_hot(genomes: Sequence[str], layers: int) -> NDArray[np.float32]:

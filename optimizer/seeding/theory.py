@@ -74,10 +74,8 @@ def theory_seeds(
     shares = unexplained or {}
     risk = with_compensated(risk, shares)
     structures = best_structures(space, shares) if space.recipe and shares else ()
-    families = [[each] for each in space.compensations] if len(space.compensations) > 1 else [space.compensations]
     solutions: list[Sequence[Candidate]] = []
-    for compensations in families:
-        part = PlanSpace(space.letters, space.max_touched, tuple(compensations))
+    for part in space.parts:
         problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
         solutions.append(problem.ladder(budgets(saving, LADDER)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]

@@ -40,9 +40,7 @@ class PairAware:
         self._problem, self._inner = problem, inner
         self._ratios = budgets(savings(problem.space, problem.ratio), LADDER)
         risk = with_compensated(problem.risk, unexplained_shares(problem.table))
-        spaces = [
-            PlanSpace(problem.space.letters, problem.space.max_touched, (c,)) for c in problem.space.compensations
-        ]
+        spaces = problem.space.parts
         self._families = [self._family(space, risk, pairs // len(spaces)) for space in spaces]
         self._harm: dict[Candidate, float] = {}
         self._queue = list(dict.fromkeys(each for family in self._families for each in self._to_measure(family)))
