@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 UNITS_IN_THE_LAST_PLACE = 4
-FLOAT32_NOISE = 2e-4
+FLOAT32_NOISE = 5e-5
 """In float32, sums over many layers leave more noise than the logits' own last place; relative to the larger logit."""
 
 

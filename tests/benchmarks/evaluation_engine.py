@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from math import comb
 
 import torch
 
@@ -57,11 +58,14 @@ def brood(parent: SkipPlan, count: int, actions: str, generator: random.Random) 
 
 def upper(layers: int, count: int, actions: str, generator: random.Random) -> list[SkipPlan]:
     plans: set[SkipPlan] = set()
-    first = layers // 3
+    first, others = layers // 3, actions.replace("R", "")
+    most = (layers - first) // 3
+    while sum(comb(layers - first, changed) * len(others) ** changed for changed in range(1, most + 1)) < 2 * count:
+        most += 1  # a short model has not as many plans with so few layers changed
     while len(plans) < count:
         plan = SkipPlan.dense(layers)
-        for layer in generator.sample(range(first, layers), generator.randint(1, (layers - first) // 3)):
-            plan = plan.with_action(layer, Action(generator.choice(actions.replace("R", ""))))
+        for layer in generator.sample(range(first, layers), generator.randint(1, most)):
+            plan = plan.with_action(layer, Action(generator.choice(others)))
         plans.add(plan)
     return sorted(plans)
 
@@ -130,10 +134,11 @@ def main() -> None:
     fast = FastEvaluator(plain, memory_bytes=int(arguments.memory * 2**30))
     started = time.perf_counter()
     fast.check("search")
+    checked = {id(part) for part in fast.parts.kept}
     layers = fast.decoder.num_layers
     dense = SkipPlan.dense(layers)
     own = run(fast, [dense], arguments.samples).results[dense.text]
-    chunks = [chunk for part in fast.parts.kept for chunk in part.chunks]
+    chunks = [chunk for part in fast.parts.kept if id(part) not in checked for chunk in part.chunks]
     tokens = sum(chunk.tokens for chunk in chunks)
     print(
         f"{loaded.name}: {layers} layers, {task.name}, {loaded.model.dtype}, {torch.get_num_threads()} threads; check, "

@@ -21,8 +21,9 @@ from workers.runtime.edits import Edits
 from workers.runtime.families import describe_stack, family_of, layer_kinds
 from workers.runtime.locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters, locate
 from workers.runtime.plan import Action
+from workers.runtime.text_cache import MergingCache
 from workers.runtime.token_layers import TokenLayer, query_scale, shares_keys
-from workers.runtime.token_rows import TokenSplit
+from workers.runtime.token_rows import TokenRows, TokenSplit
 from workers.runtime.vision_tokens import VisionTokens
 
 OWNER_ARGUMENTS = frozenset(
@@ -81,7 +82,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Keys:
-    """What a layer's attention sees: keys and values, ``[batch, heads, tokens, size]`` each."""
+    """Keys and values of a layer's attention."""
 
     keys: Tensor
     values: Tensor
@@ -107,6 +108,7 @@ class Decoder:
         self._require_plain_layers()
         self.layers: tuple[Any, ...] = tuple(self.stack.layers)
         self.mask_name = argument_name(self.layers[0], MASK_ARGUMENTS) or MASK_ARGUMENTS[0]
+        self._cache_name = argument_name(self.layers[0], CACHE_ARGUMENTS) or CACHE_ARGUMENTS[0]
         self._first_argument = next(iter(forward_parameters(self.layers[0])))
         self._split = _GivenSplit()
         self._gathering = tuple(
@@ -114,10 +116,6 @@ class Decoder:
                 action: TokenLayer(layer, number, action, self._split, mask_may_be_none=False)
                 for action in (Action.FREEZE, Action.BYPASS)
             }
-            for number, layer in enumerate(self.layers)
-        )
-        self._extending = tuple(
-            _NewTokens(layer, number, Action.FREEZE, self._split, mask_may_be_none=False)
             for number, layer in enumerate(self.layers)
         )
         self._gives_tuple: bool | None = None
@@ -241,28 +239,54 @@ class Decoder:
         gathering = self._gathering[layer][action]
         return self._watched(lambda: gathering(hidden, **arguments), watch, split, hidden)
 
+    def run_with_keys(
+        self, layer: int, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None = None
+    ) -> tuple[LayerOutput, Keys]:
+        """As :meth:`run`, and what attention saw: ``[batch, heads, tokens, size]`` each."""
+        seen: list[Keys] = []
+
+        def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(Keys(keys, values))
+            return keys, values
+
+        output = self.run(layer, hidden, {**arguments, self._cache_name: MergingCache(None, note)}, watch)
+        return output, seen[-1]
+
     def keys(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Keys:
-        """What a layer's attention sees of all rows of ``hidden``, ``[batch, tokens, hidden]``."""
-        captured = self._extending[layer].capture(hidden, arguments)
+        """What a layer's attention sees of all rows of ``hidden``: ``[batch, heads, tokens, size]`` each."""
+        captured = self._gathering[layer][Action.FREEZE].capture(hidden, arguments)
         return Keys(captured.keys, captured.values)
+
+    def arguments_of(self, layer: int, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A layer's arguments, made for all tokens, for some of them, which see what they saw."""
+        return self._gathering[layer][Action.FREEZE].arguments_of(rows, arguments)
 
     def run_new(
         self,
         layer: int,
-        split: TokenSplit,
-        known: Keys,
+        rows: TokenRows,
         hidden: Tensor,
         arguments: dict[str, Any],
+        seen: Keys,
         watch: Watch | None = None,
     ) -> LayerOutput:
-        """One layer over the rows ``split.text``; of the others, whose states are not looked at, ``known`` is seen."""
-        self._split.current = split
-        extending = self._extending[layer]
-        extending.known = known
-        try:
-            return self._watched(lambda: extending(hidden, **arguments), watch, split, hidden)
-        finally:
-            extending.known = None
+        """One layer over ``hidden``, ``[batch, new tokens, hidden]``, which stand at ``rows`` of longer sequences.
+
+        ``seen`` is what attention sees of these, ``[batch x tokens, heads, size]`` each: the new tokens' keys and
+        values are filled in.
+        """
+
+        def fill(into: Tensor, new: Tensor) -> Tensor:
+            states = new.transpose(1, 2).flatten(0, 1).index_select(0, rows.source)
+            return (
+                into.index_copy_(0, rows.target, states)
+                .view(rows.batch, rows.length, *states.shape[1:])
+                .transpose(1, 2)
+            )
+
+        cache = MergingCache(None, lambda keys, values: (fill(seen.keys, keys), fill(seen.values, values)))
+        given = {**self.arguments_of(layer, rows, arguments), self._cache_name: cache}
+        return self._watched(lambda: self.layers[layer](hidden, **given), watch, None, hidden)
 
     def _watched(
         self, call: Callable[[], Any], watch: Watch | None, split: TokenSplit | None, hidden: Tensor
@@ -296,26 +320,6 @@ class Decoder:
 def _tensor_of(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
-
-
-class _NewTokens(TokenLayer):
-    """A layer in which the rows that it does not run have known keys and values."""
-
-    known: Keys | None = None
-
-    def merging(
-        self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]
-    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The new rows' keys and values among the known ones."""
-        known = self.known
-        assert known is not None
-
-        def put(into: Tensor, new: Tensor) -> Tensor:
-            heads, size = into.shape[1], into.shape[3]
-            flat = split.text.put(into.transpose(1, 2).flatten(2), new.transpose(1, 2).flatten(2))
-            return flat.view(*flat.shape[:2], heads, size).transpose(1, 2)
-
-        return lambda keys, values: (put(known.keys, keys), put(known.values, values))
 
 
 class _GivenSplit(VisionTokens):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,10 @@ MOST_BEGINNINGS = 1_000
 """Beginnings of answers whose continuations are remembered."""
 
 RARE = 0.25
-"""The share of answers above which a way to go on is fed: a few words cost less than another pass, many cost more."""
+"""The share of answers above which a way to go on is fed."""
+
+FREE_TOKENS = 16
+"""Tokens that a pass takes in little more time than one: reading the weights is what it waits for."""
 
 Spelling = Callable[[str], tuple[int, ...]]
 
@@ -72,11 +75,28 @@ class Guesser:
         for known in range(1, len(tokens)):
             self._endings.setdefault(tokens[:known], Counter())[tokens] += 1
 
-    def going_on(self, known: tuple[int, ...]) -> tuple[Guess, ...]:
-        """Guesses for an answer that begins so: as most answers with that beginning went on."""
-        endings = self._endings.get(known, Counter())
-        often = [ending for ending, times in endings.most_common() if times > RARE * endings.total()]
-        return tuple(Guess(ending, self.limit, known=len(known)) for ending in often or [known])
+    def going_on(self, answers: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[Guess, ...]]:
+        """Guesses for answers that begin so: as most answers with that beginning went on.
+
+        A right guess saves a pass and a wrong one costs its tokens: those most likely right are taken, as many as make
+        a pass little longer.
+        """
+        room = FREE_TOKENS - len(answers)
+        likely: list[tuple[float, int, tuple[int, ...]]] = []
+        for sample, known in answers.items() if room > 0 else ():
+            endings = self._endings.get(known, Counter())
+            likely += [(times / endings.total(), sample, ending) for ending, times in endings.items()]
+        chosen: dict[int, tuple[Guess, ...]] = dict.fromkeys(answers, ())
+        for share, sample, ending in sorted(likely, key=lambda each: -each[0]):
+            guess = Guess(ending, self.limit, known=len(answers[sample]))
+            room -= len(guess.fed) - guess.known
+            if room < 0 or share <= RARE:
+                break
+            chosen[sample] += (guess,)
+        return {
+            sample: guesses or (Guess(answers[sample], self.limit, known=len(answers[sample])),)
+            for sample, guesses in chosen.items()
+        }
 
 
 def _spelling(tokenizer: Any, lead: str) -> Spelling:

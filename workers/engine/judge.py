@@ -17,7 +17,7 @@ from workers.tasks import TaskSpec
 from workers.ties import end_tokens
 
 from .answers import Choices, Scorer, Verdict, furthest, judge
-from .decoder import Decoder
+from .decoder import Decoder, Keys
 from .extension import Extension
 from .guesses import Guesser
 from .options import Worth, mean_divergence
@@ -73,10 +73,14 @@ class Judge:
             for plan in node.plans:
                 outcome = asked.outcomes[plan]
                 still_open = self._settle(branches, spans, choices, asked, outcome)
+                walker.keeps_keys = bool(still_open)  # plans that follow each other are alike
+                extension: Extension | None = None
+                fed: list[Keys] = []
                 while still_open:
-                    extension = Extension.of(self._packer, chunks, still_open, self._guesser.going_on)
-                    read = self._decoder.logits(walker.extended(node, extension))
-                    more = Choices.of(read, self._dtype).at(extension.reading)
+                    guesses = self._guesser.going_on(still_open)
+                    extension = Extension.of(self._packer, chunks, guesses, extension)
+                    states, fed = walker.extended(node, extension, fed)
+                    more = Choices.of(self._decoder.logits(states), self._dtype).at(extension.reading)
                     still_open = self._settle(extension.branches, extension.spans, more, asked, outcome)
         walker.forget_keys()
 

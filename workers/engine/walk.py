@@ -6,7 +6,7 @@ keeps as many more as its budget holds, for plans that are asked for later.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,11 +39,14 @@ class Walker:
         """What repair steps do; states kept for other repairs are to be forgotten when this changes."""
         self.tally = tally or Tally()
         self._charged = ""
+        self.keeps_keys = False
+        """Whether layers' keys and values are kept as they are executed, for extensions that are likely to come."""
         self._with_keys: set[tuple[tuple[object, ...], tuple[Step, ...]]] = set()
 
     def ends(self, node: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
         """Every node where plans end, with the final states ``[answer positions, hidden]`` there, depth first."""
         if node.plans:
+            self.forget_keys(but={each.path for each in node.ancestry()})
             self._charged = node.plans[0]
             yield node, self.answer_states(node, chunk)
         for child in node.children.values():
@@ -77,10 +80,14 @@ class Walker:
         step = node.step
         assert isinstance(step, Execute)
         self._count(chunk, node)
-        split = None if step.action is Action.RUN else chunk.context.vision
-        return self._decoder.run_rows(
-            step.layer, step.action, split, hidden, chunk.context.arguments[step.layer], self._watch(node)
-        )
+        arguments, watch = chunk.context.arguments[step.layer], self._watch(node)
+        if step.action is not Action.RUN:
+            return self._decoder.run_rows(step.layer, step.action, chunk.context.vision, hidden, arguments, watch)
+        if not self.keeps_keys:
+            return self._decoder.run(step.layer, hidden, arguments, watch)
+        output, keys = self._decoder.run_with_keys(step.layer, hidden, arguments, watch)
+        self._keep(node, chunk, keys)
+        return output
 
     def _watch(self, node: Node) -> Watch | None:
         step = node.step
@@ -137,35 +144,40 @@ class Walker:
 
     # Extensions -----------------------------------------------------------------------------------------------------
 
-    def extended(self, node: Node, extension: Extension) -> Tensor:
+    def extended(self, node: Node, extension: Extension, before: Sequence[Keys]) -> tuple[Tensor, list[Keys]]:
         """Final states ``[positions, hidden]`` of an extension, under the plan that ends at a node.
 
-        Like decoding on the plain path, it is not counted.
+        ``before`` is what the pass before gave as second result: keys and values of the words it has fed, layer by
+        layer. Like decoding on the plain path, it is not counted.
         """
         nodes = node.ancestry()[1:]
-        self.forget_keys(but={each.path for each in nodes})
-        own = LayerOutput(extension.context.hidden)
+        own = LayerOutput(extension.hidden)
+        fed: list[Keys] = []
         for each in nodes:
             if isinstance(each.step, Repair):
                 own = LayerOutput(self._repair(each, own))
                 continue
             layer, arguments = self._seen_by_text(each, extension.context)
-            known = extension.known([self._keys_at(each, chunk) for chunk, _ in extension.parts])
-            own = self._decoder.run_new(layer, extension.split, known, own.hidden, arguments, self._watch(each))
-        return extension.answers_in(own.hidden)
+            of_parts = [self._keys_at(each, chunk) for chunk, _ in extension.parts]
+            seen = extension.known(of_parts, before[len(fed)] if before else None)
+            own = self._decoder.run_new(layer, extension.new, own.hidden, arguments, seen, self._watch(each))
+            fed.append(extension.kept(seen))
+        return extension.answers_in(own.hidden), fed
 
     def _keys_at(self, node: Node, chunk: Chunk) -> Keys:
         """What the attention of a node's layer sees of a chunk's tokens; kept for the plans that begin so."""
         assert node.parent is not None and isinstance(node.step, Execute)
-        key = ("keys", *self._key(node, chunk))
-        known = self._states.get(key)
+        known = self._states.get(("keys", *self._key(node, chunk)))
         if known is None:
             before = self.state(node.parent, chunk).hidden
             known = self._decoder.keys(node.step.layer, before, chunk.context.arguments[node.step.layer])
-            self._states.put(key, known, branching=False)
-            self._with_keys.add((chunk.key, node.path))
+            self._keep(node, chunk, known)
         assert isinstance(known, Keys)
         return known
+
+    def _keep(self, node: Node, chunk: Chunk, keys: Keys) -> None:
+        self._states.put(("keys", *self._key(node, chunk)), keys, branching=False)
+        self._with_keys.add((chunk.key, node.path))
 
     def forget_keys(self, but: Collection[tuple[Step, ...]] = ()) -> None:
         """Forget keys and values, except at some paths: in a walk depth first, none is seen again that is not on the

@@ -83,7 +83,7 @@ class TokenLayer:
         text[self._mask_name] = mask
         if self._shares_keys:  # it takes all keys from an earlier layer
             return self._run_text(split.text, hidden_states, text, cache)
-        text[self._cache_name] = MergingCache(cache, self.merging(split, hidden_states, arguments))
+        text[self._cache_name] = MergingCache(cache, self._merging(split, hidden_states, arguments))
         return self._run_text(split.text, hidden_states, text, cache)
 
     def _run_text(self, rows: TokenRows, hidden_states: Tensor, text: dict[str, Any], cache: Cache | None) -> Any:
@@ -99,10 +99,10 @@ class TokenLayer:
             return int(cache.get_seq_length()) - new_tokens
         return int(cache.get_seq_length(self._layer_idx))
 
-    def merging(
+    def _merging(
         self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """What makes of the text rows' keys and values, ``[batch, heads, rows, size]``, those of all rows."""
+        # What makes of the text rows' keys and values, ``[batch, heads, rows, size]``, those of all rows.
         vision = split.vision
         captured = self.capture(_take_tokens(vision, hidden_states), self._rows_of(vision, arguments))
         return lambda keys, values: (
@@ -151,6 +151,13 @@ class TokenLayer:
             arguments[self._mask_name] = entry.mask_for(arguments.get(self._mask_name), None, new_tokens)
 
     # Arguments ----------------------------------------------------------------------------------------------------
+
+    def arguments_of(self, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call for some of its rows; attention sees all rows still."""
+        return {
+            **self._rows_of(rows, arguments),
+            self._mask_name: self._mask_rows(rows, arguments.get(self._mask_name)),
+        }
 
     def _mask_rows(self, rows: TokenRows, mask: Any) -> Tensor | None:
         if mask is None and self._mask_may_be_none:
