@@ -87,6 +87,10 @@ class Keys:
     keys: Tensor
     values: Tensor
 
+    def by_themselves(self) -> Keys:
+        """The same, without what else a fused projection may have put into their memory."""
+        return Keys(_by_itself(self.keys), _by_itself(self.values))
+
     @property
     def nbytes(self) -> int:
         """Memory."""
@@ -315,6 +319,10 @@ class Decoder:
         with self._in_place_of_layers([give] * len(self.layers)):
             logits: Tensor = self.model(inputs_embeds=states, use_cache=False).logits
         return logits[:, -1].float()
+
+
+def _by_itself(tensor: Tensor) -> Tensor:
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
 def _tensor_of(output: Any) -> Tensor:

@@ -176,7 +176,7 @@ class Walker:
         return known
 
     def _keep(self, node: Node, chunk: Chunk, keys: Keys) -> None:
-        self._states.put(("keys", *self._key(node, chunk)), keys, branching=False)
+        self._states.put(("keys", *self._key(node, chunk)), keys.by_themselves(), branching=False)
         self._with_keys.add((chunk.key, node.path))
 
     def forget_keys(self, but: Collection[tuple[Step, ...]] = ()) -> None:

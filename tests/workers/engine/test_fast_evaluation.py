@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from workers.engine.choice import Evaluators
-from workers.engine.decoder import NotExactError
+from workers.engine.decoder import Keys, NotExactError
+from workers.engine.extension import Extension
 from workers.engine.fast import FastEvaluator
-from workers.engine.trie import build_trie, executions
+from workers.engine.trie import Node, build_trie, executions
 from workers.evaluation import Evaluator
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, ModelSource
 from workers.models import LoadedModel, load_model
@@ -91,6 +92,28 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
     found = evaluations(fast.evaluate_all(request))
     assert [each.scores for each in found] == [each.scores for each in expected]
     assert len({score for each in found for score in each.scores}) > 2
+
+
+def test_every_word_of_an_open_answer_is_computed_once(
+    tiny: LoadedModel, answered: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(answered.spec, metric="token_f1", answer=replace(answered.spec.answer, max_new_tokens=5))
+    fast = FastEvaluator(Evaluator(tiny, replace(answered, spec=spec)), chunk_tokens=700)
+    fast.check("search")
+    monkeypatch.setattr("workers.engine.guesses.FREE_TOKENS", 0)  # no word is tried out
+    passes: list[tuple[int, int, set[int]]] = []
+    extended = fast.walker.extended
+
+    def watched(node: Node, extension: Extension, before: Sequence[Keys]) -> tuple[torch.Tensor, list[Keys]]:
+        computed = int(extension.new.target.numel())
+        known = {branch.guess.known for branch in extension.branches}
+        passes.append((computed, len(extension.branches), known))
+        return extended(node, extension, before)
+
+    monkeypatch.setattr(fast.walker, "extended", watched)
+    evaluations(fast.evaluate_all(EvaluatePlans(random_plans(LAYERS, 6, seed=5), "search", 24)))
+    assert max(max(known) for _, _, known in passes) == 4  # the last word of five is not fed
+    assert all(computed == open_answers for computed, open_answers, _ in passes)
 
 
 def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
