@@ -13,7 +13,10 @@ from transformers import LogitsProcessor
 
 UNITS_IN_THE_LAST_PLACE = 4
 FLOAT32_NOISE = 5e-5
-"""In float32, sums over many layers leave more noise than the logits' own last place; relative to the larger logit."""
+"""In float32, sums over many layers leave more noise than the logits' own last place; relative to the larger logit.
+
+Several times what tests/benchmarks/logit_noise.py finds.
+"""
 
 
 def tie_bound(top: Tensor, dtype: torch.dtype) -> Tensor:
