@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 LONGEST_FIRST = (
     "test_worker_pool.py",
     "test_bad_inputs.py",
+    "test_families.py",
     "test_main_job.py",
     "test_interruption.py",
     "test_validation.py",

@@ -70,8 +70,8 @@ def upper(layers: int, count: int, actions: str, generator: random.Random) -> li
     return sorted(plans)
 
 
-def run(evaluator: Evaluator | FastEvaluator, plans: list[SkipPlan], samples: int) -> Timed:
-    request = EvaluatePlans(tuple(plan.text for plan in plans), "search", samples)
+def run(evaluator: Evaluator | FastEvaluator, plans: list[SkipPlan], split: str, samples: int) -> Timed:
+    request = EvaluatePlans(tuple(plan.text for plan in plans), split, samples)
     started = time.perf_counter(), time.process_time()
     results = evaluator.evaluate_all(request).results
     seconds, processor = time.perf_counter() - started[0], time.process_time() - started[1]
@@ -80,13 +80,13 @@ def run(evaluator: Evaluator | FastEvaluator, plans: list[SkipPlan], samples: in
 
 
 def compare(
-    name: str, plain: Evaluator, fast: FastEvaluator, plans: list[SkipPlan], samples: int, checked: int
+    name: str, plain: Evaluator, fast: FastEvaluator, plans: list[SkipPlan], split: str, samples: int, checked: int
 ) -> None:
     before = fast.walker.tally.executions
-    quick = run(fast, plans, samples)
+    quick = run(fast, plans, split, samples)
     spent = fast.walker.tally.executions - before
     chosen = plans if not checked else plans[:: max(1, len(plans) // checked)][:checked]
-    slow = run(plain, chosen, samples)
+    slow = run(plain, chosen, split, samples)
     scale = sum(len(plan.kept) for plan in plans) / sum(len(plan.kept) for plan in chosen)
     slow_seconds = slow.seconds * scale
     different = {
@@ -114,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llava-12")
     parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--split", default="search", choices=("search", "held_out"))
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plain", type=int, default=0, help="plans of each set that the plain path runs; 0: all")
@@ -133,17 +134,18 @@ def main() -> None:
     plain = Evaluator(loaded, task)
     fast = FastEvaluator(plain, memory_bytes=int(arguments.memory * 2**30))
     started = time.perf_counter()
-    fast.check("search")
+    split = arguments.split
+    fast.check(split)
     checked = {id(part) for part in fast.parts.kept}
     layers = fast.decoder.num_layers
     dense = SkipPlan.dense(layers)
-    own = run(fast, [dense], arguments.samples).results[dense.text]
+    own = run(fast, [dense], split, arguments.samples).results[dense.text]
     chunks = [chunk for part in fast.parts.kept if id(part) not in checked for chunk in part.chunks]
     tokens = sum(chunk.tokens for chunk in chunks)
     print(
-        f"{loaded.name}: {layers} layers, {task.name}, {loaded.model.dtype}, {torch.get_num_threads()} threads; check, "
-        f"prompts and dense {time.perf_counter() - started:.1f} s, accuracy {own.accuracy:.3f}, {tokens} packed tokens "
-        f"of which {sum(chunk.padding for chunk in chunks) / tokens:.1%} padding",
+        f"{loaded.name}: {layers} layers, {task.name} ({split}), {loaded.model.dtype}, {torch.get_num_threads()} "
+        f"threads; check, prompts and dense {time.perf_counter() - started:.1f} s, accuracy {own.accuracy:.3f}, "
+        f"{tokens} packed tokens of which {sum(chunk.padding for chunk in chunks) / tokens:.1%} padding",
         flush=True,
     )
     generator = random.Random(arguments.seed)
@@ -156,10 +158,10 @@ def main() -> None:
         "ii": ("(ii) a brood of 32 mutations", brood(parent, 32, arguments.actions, generator)),
         "iii": ("(iii) 64 plans in the upper two thirds", upper(layers, 64, arguments.actions, generator)),
     }
-    run(fast, [parent], arguments.samples)
-    run(plain, [dense], arguments.samples)  # processed inputs are kept from here on
+    run(fast, [parent], split, arguments.samples)
+    run(plain, [dense], split, arguments.samples)  # processed inputs are kept from here on
     for key in arguments.sets.split(","):
-        compare(sets[key][0], plain, fast, sets[key][1], arguments.samples, arguments.plain)
+        compare(sets[key][0], plain, fast, sets[key][1], split, arguments.samples, arguments.plain)
     print(f"states kept at most {fast.states.peak / 2**20:.0f} MiB of a budget of {arguments.memory * 1024:.0f} MiB")
 
 

@@ -27,7 +27,7 @@ splits: {calibration: 4, search: 16, held_out: 32, unit: samples}
 workload: {new_tokens: 1}
 latency_seconds: 2
 latency_precision: 0.2
-cluster: {workers: 2}
+cluster: {workers: 1}
 """
 
 

@@ -45,6 +45,13 @@ every_family = pytest.mark.parametrize(
 )
 """Runs a test on all families, one family after the other; the many text models under one tower only when asked."""
 
+every_family_at_length = pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f in HELD_OUT else (), id=f.name) for f in ALL],
+    scope="module",
+)
+"""For tests that take a second a family: those that the runtime was not written for only when asked."""
+
 ONE_PICTURE = Prompt((3, 0, 5), seed=1)
 TEXT_ONLY = Prompt((9,), seed=2)
 TWO_PICTURES = Prompt((4, 0, 2, 0, 3), seed=3)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from .catalogue import ALL, ONE_PICTURE, TEXT_ONLY, batch_of, every_family, letters, model_of, prompts_of, single
+from .catalogue import (
+    ALL,
+    ONE_PICTURE,
+    TEXT_ONLY,
+    batch_of,
+    every_family_at_length,
+    letters,
+    model_of,
+    prompts_of,
+    single,
+)
 from .comparing import assert_close, distance, greedy, plain_logits
 from .expected import expected_generation, expected_logits
 from .tiny import BATCH, TEXT_BESIDE_PICTURES, Family
@@ -12,7 +22,7 @@ from .tiny import BATCH, TEXT_BESIDE_PICTURES, Family
 LENGTH = 3
 
 
-@every_family
+@every_family_at_length
 def test_the_reference_of_the_all_run_plan_is_the_dense_model(family: Family) -> None:
     dense = model_of(family.name)
     for prompt in prompts_of(family):
@@ -20,7 +30,7 @@ def test_the_reference_of_the_all_run_plan_is_the_dense_model(family: Family) ->
         assert_close(family, plain_logits(dense, family, prompt), expected, f"{prompt}")
 
 
-@every_family
+@every_family_at_length
 def test_cached_generation_of_the_dense_model_is_the_uncached_reference(family: Family) -> None:
     dense = model_of(family.name)
     prompts = batch_of(family)
@@ -32,7 +42,7 @@ def test_cached_generation_of_the_dense_model_is_the_uncached_reference(family: 
         assert ids == expected_ids
 
 
-@every_family
+@every_family_at_length
 def test_every_action_at_every_layer_shows(family: Family) -> None:
     """A layer that changes nothing would pass every comparison: all must show far above the tolerance."""
     prompt = ONE_PICTURE if family.multimodal else TEXT_ONLY

@@ -24,6 +24,7 @@ from .catalogue import (
     by_name,
     end_plans,
     every_family,
+    every_family_at_length,
     is_held_out,
     mixed_plans,
     model_of,
@@ -84,7 +85,7 @@ def check_pruned(pruned: PreTrainedModel, family: Family, plan: str) -> None:
         assert ids == expected_ids
 
 
-@every_family
+@every_family_at_length
 def test_a_saved_pruned_model_reloads_and_equals_the_reference(family: Family, tmp_path: Path) -> None:
     if RELOAD in family.traps:
         pytest.skip(family.traps[RELOAD])
@@ -99,7 +100,7 @@ def test_a_saved_pruned_model_reloads_and_equals_the_reference(family: Family, t
         check_pruned(pruned, family, plan)
 
 
-@every_family
+@every_family_at_length
 def test_a_permanently_applied_plan_equals_the_reference_and_frees_its_layers(family: Family) -> None:
     plan = removal_plans(family)[-1]
     model = build(family)
