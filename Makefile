@@ -37,7 +37,7 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fields: install
-	$(BIN)/python -m optimizer.field_table docs/jobs.md
+	$(BIN)/python docs/_site/field_table.py docs/jobs.md
 
 clean:
 	rm -rf $(VENV) exports site .mypy_cache .ruff_cache .hypothesis

@@ -24,10 +24,10 @@ from optimizer.errors import UsageFault
 if TYPE_CHECKING:
     import pandas as pd
 
-    from optimizer.job import JobSpec
+    from optimizer.job.spec import JobSpec
     from storage.database import Database
-    from storage.jobs import Job
-    from storage.plans import Plan, Sort
+    from storage.queue.jobs import Job
+    from storage.records.plans import Plan, Sort
 
 JobFile = str | os.PathLike[str] | Mapping[str, Any]
 """The path of a job file, or its fields as nested mappings (relative paths are then relative to here)."""
@@ -39,14 +39,14 @@ def submit(job: JobFile, *, database: str | None = None, force: bool = False) ->
     Task data, images and model files are checked first. ``force`` queues it in any case. Raises UsageFault naming the
     field, file, row or image that is wrong.
     """
-    from optimizer import service
-    from optimizer.inputs import prepare
+    from optimizer.job.inputs import prepare
+    from optimizer.service import runner
     from storage.database import Database
 
     spec = _spec(job, database)
     inputs = prepare(spec)
     with Database.open(spec.database) as db:
-        return service.submit(db, inputs, anew=force)[0]
+        return runner.submit(db, inputs, anew=force)[0]
 
 
 def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Job:
@@ -56,12 +56,12 @@ def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Jo
     constraint. Raises UsageFault for wrong input, ``workers.errors.ClusterError`` when the cluster cannot be used,
     and ``optimizer.stages.context.JobFailed`` when the job cannot be done.
     """
-    from optimizer import service
-    from optimizer.holding import open_pool
-    from optimizer.inputs import prepare
-    from optimizer.progress import Progress
-    from storage import jobs
+    from optimizer.job.inputs import prepare
+    from optimizer.service import runner
+    from optimizer.service.pool import open_pool
+    from optimizer.stages.progress import Progress
     from storage.database import Database
+    from storage.queue import jobs
 
     spec = _spec(job, database)
     inputs = prepare(spec)
@@ -70,9 +70,9 @@ def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Jo
         if known is not None:
             return known
         with open_pool(inputs) as pool:
-            queued, _ = service.submit(db, inputs, anew=force)
-            claimed = service.claim_this(db, queued, service.new_owner())
-            service.process(db, claimed, inputs, pool, Progress())
+            queued, _ = runner.submit(db, inputs, anew=force)
+            claimed = runner.claim_this(db, queued, runner.new_owner())
+            runner.process(db, claimed, inputs, pool, Progress())
         return jobs.get(db, claimed.id)
 
 
@@ -92,7 +92,7 @@ def best(
     ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
     the upper end of the loss's interval, ``max_latency`` is in seconds a request of the job's workload.
     """
-    from storage import plans as published
+    from storage.records import plans as published
 
     with _open(database) as db:
         return published.best(
@@ -130,8 +130,8 @@ def plans(
     import pandas as pd
 
     from optimizer.reports.data import meets_constraint
-    from storage import plans as published
-    from storage.plans import Plan
+    from storage.records import plans as published
+    from storage.records.plans import Plan
 
     with _open(database) as db:
         found = published.list_plans(
@@ -160,7 +160,8 @@ def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:
 
     import pandas as pd
 
-    from storage import jobs, overview
+    from storage.queue import jobs
+    from storage.records import overview
 
     with _open(database) as db:
         jobs.get(db, job_id)
@@ -225,7 +226,7 @@ def export(
     ``force`` replaces an existing directory. Raises UsageFault for an unknown format or a plan that it cannot take.
     """
     from optimizer.exports.published import export_published
-    from storage import plans as published
+    from storage.records import plans as published
 
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is first imported
@@ -236,7 +237,7 @@ def export(
 
 
 def _spec(job: JobFile, database: str | None) -> JobSpec:
-    from optimizer.job_file import load_job, override, resolve_paths, validate_job
+    from optimizer.job.loading import load_job, override, resolve_paths, validate_job
 
     if not isinstance(job, Mapping):
         return load_job(Path(job), database=database)
@@ -250,7 +251,7 @@ def _spec(job: JobFile, database: str | None) -> JobSpec:
 @contextmanager
 def _open(database: str | None) -> Iterator[Database]:
     """The database, which must be there."""
-    from optimizer.job import DEFAULT_DATABASE
+    from optimizer.job.spec import DEFAULT_DATABASE
     from storage.database import Database
 
     with Database.open(database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE, create=False) as db:

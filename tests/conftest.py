@@ -51,7 +51,7 @@ def ray_cluster() -> Iterator[None]:
     """
     import ray
 
-    from workers.cluster import ClusterSettings, connect, disconnect
+    from workers.cluster.connection import ClusterSettings, connect, disconnect
 
     assert not ray.is_initialized()
     connect(ClusterSettings(address="local"), cpus=2)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .scoring.sums import ShardScores
-
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .tasks import Task
 
-SPLITS = ("calibration", "search", "held_out")
 TOKEN_GROUPS = ("vision", "text", "all")
 
 
@@ -35,6 +35,18 @@ class ModelSource:
     trust_remote_code: bool = False
     allow_pickle: tuple[str, ...] = ()
     """Names of pickled weight files that may be read where there are no safetensors."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How a worker computes: its number, threads, whether it holds a GPU, batch size and memory of evaluations."""
+
+    worker: int
+    threads: int = 1
+    holds_gpu: bool = False
+    batch_size: int = 32
+    memory_bytes: int = 2 << 30
+    """Kept between layer executions of an evaluation: prompts, masks, hidden states."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class LatencyProfile:
 
 @dataclass(frozen=True)
 class ScoreLayers:
-    """Measure ``kinds`` (names of ``workers.scoring.kinds.KINDS``) over ``samples[:limit][shard::shards]`` of
+    """Measure ``kinds`` (names of ``workers.redundancy.kinds.KINDS``) over ``samples[:limit][shard::shards]`` of
     calibration, all of it where there is no limit.
     """
 
@@ -327,6 +339,37 @@ class LatencyComparison:
     peak_bytes_dense: int | None = None
     """Most memory in use during a request beyond what was in use before it; None where the system does not tell."""
     peak_bytes_plan: int | None = None
+
+
+@dataclass(frozen=True)
+class KindSums:
+    """What one shard found out about one kind of measurement.
+
+    ``added`` arrays are summed when shards are merged, ``gathered`` ones laid end to end along their first axis (a row
+    per sample; only states of single tokens are small enough for that). ``refused`` says why a layer has none.
+    """
+
+    added: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    gathered: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardScores:
+    """What a worker replies: the sums of every kind over its share of the calibration split, and what they cost."""
+
+    num_layers: int
+    samples: int
+    kinds: dict[str, KindSums]
+    layer_executions: dict[str, int]
+    """Decoder layers run, times samples, by the pass that ran them: states, attention, propagation, causal, ..."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def forward_passes(self) -> dict[str, float]:
+        """Forward passes per sample, by pass: layer executions over what one dense pass of all samples takes."""
+        whole = max(1, self.samples * self.num_layers)
+        return {name: executions / whole for name, executions in self.layer_executions.items()}
 
 
 Request = (

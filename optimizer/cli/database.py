@@ -19,7 +19,7 @@ def upgrade(context: typer.Context, as_json: AsJson = False) -> int:
     import os
 
     from optimizer.cli.state import global_options
-    from optimizer.job import DEFAULT_DATABASE
+    from optimizer.job.spec import DEFAULT_DATABASE
     from storage import migration
     from storage.database import Database
 

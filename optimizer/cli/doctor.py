@@ -35,8 +35,8 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from optimizer.doctor import examine
-    from optimizer.job import DEFAULT_DATABASE
+    from optimizer.cli.diagnostics import examine
+    from optimizer.job.spec import DEFAULT_DATABASE
 
     url = global_options(context).database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE
     address = cluster or os.environ.get("SKIPPLAN_CLUSTER_ADDRESS") or "local"

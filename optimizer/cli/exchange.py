@@ -32,7 +32,7 @@ def take(
     """
     from optimizer.exports import document
     from optimizer.exports.importing import store
-    from optimizer.results import plan_json
+    from optimizer.job.result import plan_json
 
     read = document.read(file)  # before a database is created for nothing
     with open_database(context, create=True) as db:

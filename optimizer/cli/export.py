@@ -13,7 +13,7 @@ from optimizer.cli.state import open_database, print_json, print_line
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.plans import Plan
+    from storage.records.plans import Plan
 
 
 FORMAT_NAMES = "plan|checkpoint|runtime|mergekit|llama-cpp|openvino|vllm"
@@ -80,6 +80,6 @@ def notes(plan: Plan, of_format: Sequence[str]) -> list[str]:
 
 
 def _chosen(db: Database, plan_id: int | None) -> Plan | None:
-    from storage import plans
+    from storage.records import plans
 
     return None if plan_id is None else plans.get(db, plan_id)

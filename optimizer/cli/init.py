@@ -37,7 +37,7 @@ def init(
     [bold]Example:[/bold] skipplan init --model llava-12 --task easy-vqa --output job.yaml
     """
     from optimizer.errors import UsageFault
-    from optimizer.first_job import describe
+    from optimizer.job.template import describe
 
     if output.exists() and not force:
         raise UsageFault(f"{output}: exists already; --force replaces it")

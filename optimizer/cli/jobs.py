@@ -11,8 +11,8 @@ from optimizer.cli.state import open_database, print_json, print_line
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.events import Event
-    from storage.jobs import Job
+    from storage.queue.events import Event
+    from storage.queue.jobs import Job
 
 app = typer.Typer(no_args_is_help=True, help="The queue: what is waiting, running and done.")
 
@@ -35,7 +35,7 @@ def list_(
 
     [bold]Example:[/bold] skipplan jobs list --state running --state queued
     """
-    from storage import jobs
+    from storage.queue import jobs
 
     with open_database(context) as db:
         found = jobs.list_jobs(db, state or (), limit)
@@ -63,7 +63,7 @@ def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int
 
     [bold]Example:[/bold] skipplan jobs show 7
     """
-    from storage import events, jobs, stages
+    from storage.queue import events, jobs, stages
 
     with open_database(context) as db:
         found = jobs.get(db, job)
@@ -102,7 +102,7 @@ def watch(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> in
 
 
 def _follow(db: Database, number: int, *, as_json: bool) -> int:
-    from storage import events, jobs
+    from storage.queue import events, jobs
 
     seen, last = 0, ""
     while True:
@@ -137,7 +137,7 @@ def cancel(
 
     [bold]Example:[/bold] skipplan jobs cancel 7 8
     """
-    from storage import jobs
+    from storage.queue import jobs
 
     with open_database(context) as db:
         for number in job:
@@ -152,7 +152,7 @@ def resume(context: typer.Context, job: JobNumbers) -> int:
 
     [bold]Example:[/bold] skipplan jobs resume 7
     """
-    from storage import jobs
+    from storage.queue import jobs
 
     with open_database(context) as db:
         for number in job:
@@ -167,7 +167,7 @@ def remove(context: typer.Context, job: JobNumbers) -> int:
 
     [bold]Example:[/bold] skipplan jobs remove 7
     """
-    from storage import jobs
+    from storage.queue import jobs
 
     with open_database(context) as db:
         for number in job:

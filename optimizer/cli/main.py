@@ -151,7 +151,7 @@ def _explain(error: BaseException) -> int:
 
 def _suggested(message: str) -> str:
     """Add what a misspelt choice was probably meant to be."""
-    from workers.suggest import did_you_mean
+    from workers.text import did_you_mean
 
     option = re.match(r"No such option: (--\S+)", message)  # the command at hand knows nothing of the global ones
     if option is not None and (close := did_you_mean(option[1], ("--database", "--debug"))):

@@ -11,7 +11,7 @@ from optimizer.cli.state import open_database, print_json
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.plans import Plan
+    from storage.records.plans import Plan
 
 
 class SortKey(StrEnum):
@@ -68,7 +68,7 @@ def find_best(
 ) -> Plan:
     """The plan to use. Raises UsageFault when model or task is not named, NoFeasiblePlan when none meets the limits."""
     from optimizer.errors import NoFeasiblePlan, UsageFault
-    from storage import plans
+    from storage.records import plans
 
     if model is None or task is None:
         raise UsageFault("name both --model and --task")
@@ -126,7 +126,7 @@ def best(
     with open_database(context) as db:
         found = find_best(db, model, task, max_accuracy_drop, min_speedup, device, max_collateral_drop, max_text_kl)
     if as_json:
-        from optimizer.results import plan_json
+        from optimizer.job.result import plan_json
 
         print_json(plan_json(found))
     else:
@@ -156,8 +156,8 @@ def list_plans(
 
     [bold]Example:[/bold] skipplan plans --model llava-12 --pareto --sort accuracy
     """
-    from optimizer.results import plan_json
-    from storage import plans
+    from optimizer.job.result import plan_json
+    from storage.records import plans
 
     with open_database(context) as db:
         found = plans.list_plans(

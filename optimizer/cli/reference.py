@@ -32,7 +32,7 @@ def build(
     [bold]Example:[/bold] skipplan reference build smollm2
     """
     from optimizer.errors import UsageFault
-    from workers.checkpoints import BUILT_MODELS, built_directory
+    from workers.models.checkpoint import BUILT_MODELS, built_directory
 
     names = {made_by: name for name, made_by in BUILT_MODELS.items()}
     if recipe not in names:

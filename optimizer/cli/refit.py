@@ -26,12 +26,13 @@ def refit(
 
     The exit code is 1 when they are not. [bold]Example:[/bold] skipplan refit 12
     """
-    from optimizer import refitting
     from optimizer.errors import UsageFault
     from optimizer.exports.published import moved
-    from optimizer.inputs import model_source
-    from optimizer.service import read_spec
-    from storage import jobs, plans
+    from optimizer.job.inputs import model_source
+    from optimizer.service.runner import read_spec
+    from optimizer.stages import refit as refit_stage
+    from storage.queue import jobs
+    from storage.records import plans
 
     with open_database(context) as db:
         plan = plans.get(db, plan_id)
@@ -39,7 +40,7 @@ def refit(
             raise UsageFault(f"plan {plan_id} was imported: the job that its maps were fitted by is not known here")
         spec = read_spec(jobs.get(db, plan.job_id))
     source = None if model_path is None else moved(model_source(spec), model_path)
-    found = refitting.refit(plan, spec, source)
+    found = refit_stage.refit(plan, spec, source)
     if as_json:
         print_json({"plan": plan.id, "artefact": found.artefact.location, "same": found.same})
     else:

@@ -107,7 +107,7 @@ def _content(db: Database, jobs: tuple[int, ...], format_name: ReportFormat, fig
 def _latest(db: Database) -> int:
     """The job submitted last. Raises UsageFault when there is none."""
     from optimizer.errors import UsageFault
-    from storage import jobs
+    from storage.queue import jobs
 
     found = jobs.list_jobs(db, limit=1)
     if not found:

@@ -12,9 +12,9 @@ from optimizer.cli.state import global_options, open_database, print_json, print
 
 if TYPE_CHECKING:
     from optimizer.cli.screen import Screen
-    from optimizer.inputs import Inputs
+    from optimizer.job.inputs import Inputs
     from storage.database import Database
-    from storage.jobs import Job
+    from storage.queue.jobs import Job
 
 JobFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Job file (YAML).", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Run anew even if this specification has a result already.")]
@@ -56,8 +56,8 @@ def run(
     [bold]Example:[/bold] skipplan run configs/quickstart.yaml
     """
     from optimizer.cli.screen import Screen
-    from optimizer.inputs import prepare
-    from optimizer.job_file import load_job
+    from optimizer.job.inputs import prepare
+    from optimizer.job.loading import load_job
     from storage.database import Database
 
     logging = start_logging(log_format)
@@ -75,32 +75,32 @@ def run(
 
 
 def _finished(db: Database, inputs: Inputs) -> Job | None:
-    from storage import jobs
+    from storage.queue import jobs
 
     return jobs.find_finished(db, inputs.spec_hash)
 
 
 def _process(db: Database, inputs: Inputs, screen: Screen, force: bool) -> Job:
     """Start the workers first: a job that cannot begin leaves no trace in the database."""
-    from optimizer import service
-    from optimizer.checking import too_few_to_prove
-    from optimizer.holding import hints, open_pool
-    from optimizer.progress import Progress
+    from optimizer.service import runner
+    from optimizer.service.pool import hints, open_pool
+    from optimizer.service.preflight import too_few_to_prove
+    from optimizer.stages.progress import Progress
 
     with screen.status("starting the workers") as status, open_pool(inputs) as pool:
-        job, _ = service.submit(db, inputs, anew=force)
-        job = service.claim_this(db, job, service.new_owner(), screen.say)
+        job, _ = runner.submit(db, inputs, anew=force)
+        job = runner.claim_this(db, job, runner.new_owner(), screen.say)
         status.stop()
         for hint in (*too_few_to_prove(inputs.spec, inputs.task), *hints(pool)):
             screen.say(f"note: {hint}")
         with screen.live(f"job {job.id}, {pool.size} workers on {pool.info[0].device}") as display:
-            service.process(db, job, inputs, pool, Progress(display))
+            runner.process(db, job, inputs, pool, Progress(display))
     return job
 
 
 def _print_result(db: Database, job_id: int, screen: Screen, as_json: bool) -> int:
     from optimizer.errors import NoFeasiblePlan
-    from optimizer.results import load_result
+    from optimizer.job.result import load_result
 
     result = load_result(db, job_id)
     if as_json:
@@ -127,9 +127,9 @@ def submit(
 
     [bold]Example:[/bold] skipplan submit job.yaml --priority 10
     """
-    from optimizer import service
-    from optimizer.inputs import prepare
-    from optimizer.job_file import load_job
+    from optimizer.job.inputs import prepare
+    from optimizer.job.loading import load_job
+    from optimizer.service import runner
     from storage.database import Database
 
     spec = load_job(config, database=global_options(context).database, strategy=strategy)
@@ -137,7 +137,7 @@ def submit(
         spec = spec.model_copy(update={"priority": priority})
     inputs = prepare(spec)
     with Database.open(spec.database) as db:
-        job, new = service.submit(db, inputs, anew=force)
+        job, new = runner.submit(db, inputs, anew=force)
     if as_json:
         print_json({"job": job.id, "state": job.state, "new": new})
     elif new:
@@ -168,8 +168,8 @@ def serve(
 
     [bold]Example:[/bold] skipplan --database postgresql://user:password@host/skipplan serve --log-format json
     """
-    from optimizer.progress import Progress
-    from optimizer.serving import LoggedNotes, Server
+    from optimizer.service.server import LoggedNotes, Server
+    from optimizer.stages.progress import Progress
 
     start_logging(log_format, default="text")
     with open_database(context) as db:
@@ -179,8 +179,8 @@ def serve(
 
 def start_logging(asked: str | None, default: str | None = None) -> bool:
     """Begin to write the log that the option, else the environment, asks for; whether one is written."""
-    from optimizer import logs
     from optimizer.errors import UsageFault
+    from optimizer.service import logs
 
     form = asked or os.environ.get(logs.ENVIRONMENT) or default
     if form is not None and form not in logs.FORMATS:

@@ -21,10 +21,10 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.progress import Display, State
+from optimizer.job.result import JobResult, layers_by_action
 from optimizer.reports.data import meets_constraint
-from optimizer.results import JobResult, layers_by_action
-from storage.plans import Plan
+from optimizer.stages.progress import Display, State
+from storage.records.plans import Plan
 
 ACTION_STYLES = {"R": "green", "F": "cyan", "B": "blue", "S": "red"}
 

@@ -33,7 +33,7 @@ def global_options(context: typer.Context) -> GlobalOptions:
 @contextmanager
 def open_database(context: typer.Context, *, check_schema: bool = True, create: bool = False) -> Iterator[Database]:
     """The database that the options or the environment name, which must exist already unless ``create``."""
-    from optimizer.job import DEFAULT_DATABASE
+    from optimizer.job.spec import DEFAULT_DATABASE
     from storage.database import Database
 
     url = global_options(context).database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE

@@ -29,7 +29,7 @@ def export_study(
     """
     from dataclasses import asdict
 
-    from optimizer.study_export import export_study as write
+    from optimizer.exports.optuna_study import export_study as write
 
     with open_database(context) as db:
         written = write(db, job, storage, name)

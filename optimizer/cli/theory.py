@@ -15,7 +15,7 @@ from optimizer.cli.state import global_options, print_json
 
 if TYPE_CHECKING:
     from optimizer.cli.screen import Screen
-    from optimizer.job import JobSpec
+    from optimizer.job.spec import JobSpec
     from optimizer.stages.context import JobContext
 
 Output = Annotated[Path | None, typer.Option("--output", help="Also write the JSON document to this file.")]
@@ -46,10 +46,10 @@ def score(
     [bold]Example:[/bold] skipplan score configs/quickstart.yaml --plot layers.png
     """
     from optimizer import criteria
-    from optimizer.job_file import load_job
+    from optimizer.job.loading import load_job
     from optimizer.stages.score import measured
     from optimizer.validation import pictures, tables
-    from workers.scoring.kinds import AFTER_ALL, KINDS
+    from workers.redundancy.kinds import AFTER_ALL, KINDS
 
     if plot is not None:
         pictures.check_picture(plot)
@@ -92,7 +92,7 @@ def validate_theory(
     [bold]Example:[/bold] skipplan validate-theory configs/quickstart.yaml --samples 256 --plot theory.png
     """
     from optimizer.errors import UsageFault
-    from optimizer.job_file import load_job
+    from optimizer.job.loading import load_job
     from optimizer.validation import pictures, tables
     from optimizer.validation.report import validate
 
@@ -123,10 +123,10 @@ def validate_theory(
 def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobContext, Screen]]:
     """Workers and a job of its own for one command."""
     from optimizer.cli.screen import Screen
-    from optimizer.holding import hints, open_pool
-    from optimizer.inputs import prepare
-    from optimizer.progress import Progress
-    from optimizer.undertaking import undertaking
+    from optimizer.job.inputs import prepare
+    from optimizer.service.adhoc import undertaking
+    from optimizer.service.pool import hints, open_pool
+    from optimizer.stages.progress import Progress
     from storage.database import Database
 
     screen = Screen(quiet=quiet)

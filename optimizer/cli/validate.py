@@ -29,7 +29,7 @@ def validate(
     """
     from dataclasses import asdict
 
-    from optimizer.checking import check_job_file
+    from optimizer.service.preflight import check_job_file
 
     found = [check_job_file(path) for path in configs]
     if as_json:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from workers.scoring.table import LayerTable
+from workers.redundancy.table import LayerTable
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Criterion(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The kinds of measurement it reads (names of ``workers.scoring.kinds.KINDS``)."""
+        """The kinds of measurement it reads (names of ``workers.redundancy.kinds.KINDS``)."""
         ...
 
     @property

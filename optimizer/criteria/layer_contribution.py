@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workers.scoring.kinds import INTERVENTIONS
-from workers.scoring.table import LayerTable
+from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.table import LayerTable
 
 from .interface import Risk
 

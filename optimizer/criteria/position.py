@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workers.scoring.table import LayerTable
+from workers.redundancy.table import LayerTable
 
 from .interface import Risk, everywhere
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from workers.scoring.table import LayerTable
+from workers.redundancy.table import LayerTable
 
 from .cosine import group_values
 from .interface import Risk

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workers.scoring.table import LayerTable
+from workers.redundancy.table import LayerTable
 
 from .interface import Risk, everywhere
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from optimizer.job.result import layers_by_action
 from optimizer.reports.data import meets_constraint
 from optimizer.reports.specification import Specification
-from optimizer.results import layers_by_action
-from storage.events import Event
-from storage.jobs import Job
-from storage.plans import Plan as StoredPlan
+from storage.queue.events import Event
+from storage.queue.jobs import Job
+from storage.records.plans import Plan as StoredPlan
 
 State = Literal["queued", "running", "succeeded", "infeasible", "failed", "cancelled"]
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
 
 from optimizer.dashboard import answers
-from optimizer.results import load_result
-from storage import events, jobs, overview, plans, stages
+from optimizer.job.result import load_result
 from storage.database import Database
 from storage.errors import NotFound
+from storage.queue import events, jobs, stages
+from storage.records import overview, plans
 
 LARGEST_ID = 2**63 - 1
 

@@ -18,10 +18,11 @@ from optimizer.dashboard.openapi_page import operations
 from optimizer.reports import words
 from optimizer.reports.data import collect
 from optimizer.reports.html import job_page, plotly_script, render, search_curves
-from storage import jobs, overview
 from storage.database import Database
 from storage.errors import NotFound
-from storage.jobs import Job
+from storage.queue import jobs
+from storage.queue.jobs import Job
+from storage.records import overview
 
 router = APIRouter(include_in_schema=False)
 JOBS_SHOWN = 100

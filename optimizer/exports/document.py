@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from optimizer.errors import UsageFault
-from storage.identities import ModelIdentity, TaskIdentity
-from storage.plans import Plan, PlanFigures
+from storage.records.identities import ModelIdentity, TaskIdentity
+from storage.records.plans import Plan, PlanFigures
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "skipplan.json"

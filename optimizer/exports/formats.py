@@ -13,7 +13,7 @@ from workers.messages import ModelSource
 from workers.runtime import Action, SkipPlan
 
 if TYPE_CHECKING:
-    from workers.models import LoadedModel
+    from workers.models.loading import LoadedModel
     from workers.runtime.folding import Maps
 
 Loader = Literal["transformers", "transformers-remote-code", "openvino"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from optimizer.exports import document, maps
 from optimizer.exports.document import PlanDocument
-from storage import measurements, plans
 from storage.database import Database
-from storage.plans import Plan
+from storage.records import measurements, plans
+from storage.records.plans import Plan
 
 
 def import_plan(db: Database, path: Path) -> Plan:

@@ -39,7 +39,7 @@ def refusal(plan: SkipPlan, compensation: str) -> str | None:
 
 def write(subject: Subject, directory: Path) -> None:
     """Write the commands. Raises ExportFault for models whose metadata the tool would leave wrong."""
-    from workers.checkpoints import read_config
+    from workers.models.checkpoint import read_config
 
     assert subject.checkpoint is not None
     lists = per_layer_lists(read_config(subject.checkpoint), len(subject.plan))

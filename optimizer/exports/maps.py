@@ -43,7 +43,7 @@ def read(plan: PlanDocument, content: bytes | None) -> Maps | None:
             f"the gaps of plan {plan.plan} are compensated ({plan.compensation}), but its maps are not at hand: "
             f"import the plan from a directory that holds {FILE_NAME}, or export where it was measured"
         )
-    from workers.compensation.artefacts import decode
+    from workers.compensation.artifact import decode
 
     return decode(content, plan=plan.plan).maps
 

@@ -49,7 +49,7 @@ DEFINED = frozenset(
 
 def write(subject: Subject, directory: Path) -> None:
     """Write the configuration, the files that mergekit does not make, and the model where mergekit needs it renamed."""
-    from workers.checkpoints import find_checkpoint, weight_files
+    from workers.models.checkpoint import find_checkpoint, weight_files
     from workers.runtime import apply, describe
     from workers.runtime.folding import folded
     from workers.runtime.locate import locate

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from optimizer.exports.document import describe
 from optimizer.exports.writing import Written, export_plan
-from storage import identities, jobs
 from storage.database import Database
-from storage.plans import Plan
+from storage.queue import jobs
+from storage.records import identities
+from storage.records.plans import Plan
 from workers.messages import Artefact, ModelSource
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optimizer.exports import checkpoint, llama_cpp, mergekit, openvino, plan_file, runtime, vllm
 from optimizer.exports.formats import ExportFault, ExportFormat
 from workers.runtime import SkipPlan
-from workers.suggest import did_you_mean
+from workers.text import did_you_mean
 
 FORMATS: dict[str, ExportFormat] = {
     module.FORMAT.name: module.FORMAT

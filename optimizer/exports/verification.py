@@ -23,7 +23,7 @@ from workers.runtime import SkipPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from workers.models import LoadedModel
+    from workers.models.loading import LoadedModel
     from workers.runtime.folding import Maps
     from workers.tasks import Sample, Task
 
@@ -151,7 +151,7 @@ class _Asked:
         cls, plan: PlanDocument, source: ModelSource, task: str | Path | None, samples: int, chosen: ExportFormat
     ) -> _Asked:
         from workers.errors import TaskError
-        from workers.models import load_model
+        from workers.models.loading import load_model
         from workers.tasks import load_task
 
         try:
@@ -165,7 +165,7 @@ class _Asked:
 
     def ask_live(self, plan: SkipPlan, own_maps: Maps | None) -> tuple[list[str], list[Tensor]]:
         """Answers and logits of the live model under the plan and its maps, one sample at a time."""
-        from workers.prompts import build_inputs
+        from workers.models.prompts import build_inputs
         from workers.runtime import apply
 
         answers, logits = [], []
@@ -209,7 +209,7 @@ class _Asked:
     def _request(self, loadable: Loadable, scratch: Path) -> dict[str, Any]:
         import torch
 
-        from workers.prompts import has_chat_template, prompt_text
+        from workers.models.prompts import has_chat_template, prompt_text
 
         chat = has_chat_template(self.loaded.processor)
         token = getattr(self.loaded.processor, "image_token", None) or "<image>"

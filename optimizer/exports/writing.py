@@ -84,7 +84,7 @@ def _subject(
     directory, fingerprint = check_model(plan, source, force_model=force_model)
     if chosen.needs == "files":
         return Subject(plan, source, directory, fingerprint, loaded=None)
-    from workers.models import load_model
+    from workers.models.loading import load_model
     from workers.runtime import describe, validate
 
     loaded = load_model(source, device="cpu")
@@ -97,8 +97,8 @@ def _subject(
 
 def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -> tuple[Path, str]:
     """The model's directory and fingerprint. Raises UsageFault when it is not the plan's model (unless forced)."""
-    from workers.checkpoints import check_checkpoint, find_checkpoint, fingerprint_checkpoint
     from workers.errors import ModelError
+    from workers.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint_checkpoint
 
     try:
         directory = find_checkpoint(source)

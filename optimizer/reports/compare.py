@@ -11,7 +11,7 @@ from optimizer.reports.figures import SERIES, Chart
 from optimizer.reports.html import Page, render
 from optimizer.reports.sections import PlacedChart, Section, Table
 from storage.database import Database
-from storage.plans import Plan
+from storage.records.plans import Plan
 
 
 def write_comparison(db: Database, first: int, second: int) -> str:

@@ -10,17 +10,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from optimizer.latency_model import ratio_of_text
+from optimizer.job.result import JobResult, load_result
 from optimizer.reports.specification import Specification
-from optimizer.results import JobResult, load_result
-from storage import events, identities, overview, stages
+from optimizer.search.latency import ratio_of_text
 from storage.database import Database
-from storage.events import Event
-from storage.identities import ModelIdentity, TaskIdentity
-from storage.jobs import Job
-from storage.measurements import Redundancy, short_name
-from storage.overview import EvaluationSummary, JobProfile
-from storage.plans import Plan
+from storage.queue import events, stages
+from storage.queue.events import Event
+from storage.queue.jobs import Job
+from storage.records import identities, overview
+from storage.records.identities import ModelIdentity, TaskIdentity
+from storage.records.measurements import Redundancy, short_name
+from storage.records.overview import EvaluationSummary, JobProfile
+from storage.records.plans import Plan
 
 
 @dataclass(frozen=True)

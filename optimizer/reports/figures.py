@@ -14,8 +14,8 @@ from optimizer.reports import words
 from optimizer.reports.data import JobReport, Tried, meets_constraint
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
-from storage.measurements import Redundancy
-from storage.plans import Plan
+from storage.records.measurements import Redundancy
+from storage.records.plans import Plan
 
 Trace = dict[str, Any]
 

@@ -18,8 +18,8 @@ from optimizer.reports import progress, provenance, sections, theory, words
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.progress import Step
 from optimizer.reports.sections import Section
-from storage import overview
 from storage.database import Database
+from storage.records import overview
 
 
 @dataclass(frozen=True)

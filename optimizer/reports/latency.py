@@ -5,7 +5,7 @@ from __future__ import annotations
 from optimizer.reports import words
 from optimizer.reports.data import JobReport
 from optimizer.reports.figures import COLOURS, Chart, Trace
-from storage.overview import JobProfile
+from storage.records.overview import JobProfile
 
 
 def breakdown(report: JobReport) -> Chart | None:

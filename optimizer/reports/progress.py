@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optimizer.pareto import Point, front_indices, hypervolume
 from optimizer.reports.data import JobReport, Tried
+from optimizer.search.pareto import Point, front_indices, hypervolume
 
 DROP_WITHOUT_LIMIT = 0.1
 """Height of the region for a job that sets no limit to the loss, or a limit of 0: ten points."""

@@ -10,7 +10,7 @@ from optimizer.reports.data import JobReport, Tried, meets_constraint
 from optimizer.reports.figures import Chart
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import Agreement, TheoryCheck
-from storage.plans import Plan
+from storage.records.plans import Plan
 
 STRIPS_SHOWN = 12
 

@@ -16,8 +16,8 @@ from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.reports.data import JobReport
 from workers.errors import MeasurementError
-from workers.scoring.kinds import INTERVENTIONS
-from workers.scoring.table import LayerMeasurement, LayerTable
+from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.table import LayerMeasurement, LayerTable
 
 BEFORE_CRITERIA = "cosine"
 """What jobs went by that name no criterion: the only one there was."""

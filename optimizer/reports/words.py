@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from optimizer.job.result import layers_by_action
 from optimizer.reports.data import JobReport, Tried, meets_constraint
-from optimizer.results import layers_by_action
-from storage.plans import Plan
+from storage.records.plans import Plan
 
 NOT_MEASURED = "not measured"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from optimizer.job import ConstraintSpec
-from optimizer.search.outcome import Tried
-from optimizer.space import touched
+from optimizer.job.spec import ConstraintSpec
+from optimizer.search.space import touched
+from optimizer.search.trial import Tried
 from workers.runtime import SkipPlan
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optimizer.pareto import Point, front_indices
 from optimizer.search.constraints import Limits
-from optimizer.search.outcome import SearchOutcome, Tried
-from optimizer.space import Candidate
+from optimizer.search.pareto import Point, front_indices
+from optimizer.search.space import Candidate
+from optimizer.search.trial import SearchOutcome, Tried
 from workers.runtime import SkipPlan
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from optimizer.pareto import front_indices
 from optimizer.search.budget import Budget
-from optimizer.search.outcome import Evaluate, Scores, SearchOutcome, Tried, tried_of
+from optimizer.search.pareto import front_indices
+from optimizer.search.problem import Ask, Problem, Strategy
 from optimizer.search.rungs import promising
-from optimizer.space import Candidate
-from optimizer.strategies.base import Ask, Problem, Strategy
+from optimizer.search.space import Candidate
+from optimizer.search.trial import Evaluate, Scores, SearchOutcome, Tried, tried_of
 from workers.runtime import SkipPlan
 
 MOST_IDLE_BATCHES = 50

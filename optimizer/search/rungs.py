@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from optimizer.search.constraints import Limits
-from optimizer.search.outcome import OPTIMISM, Tried
+from optimizer.search.trial import OPTIMISM, Tried
 from workers.runtime import SkipPlan
 
 

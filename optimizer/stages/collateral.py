@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import UsageFault
-from optimizer.space import Candidate
+from optimizer.search.space import Candidate
 from optimizer.stages import compensate
 from optimizer.stages.context import JobContext
-from optimizer.verification import Verdict
+from optimizer.verification.judgement import Verdict
 from workers.errors import TaskError
 from workers.messages import (
     Artefact,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from optimizer.space import NO_COMPENSATION, Candidate
+from optimizer.search.space import NO_COMPENSATION, Candidate
 from optimizer.stages.context import JobContext
 from workers.compensation import store
 from workers.messages import Artefact, Failure, FitCompensation, FittedCompensation, GapShare

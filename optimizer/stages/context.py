@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter
 
 from optimizer.errors import Fault
-from optimizer.inputs import Inputs, task_hash
-from optimizer.job import JobSpec
-from optimizer.progress import Progress
-from storage import measurements, stages
+from optimizer.job.inputs import Inputs, task_hash
+from optimizer.job.spec import JobSpec
+from optimizer.stages.progress import Progress
 from storage.database import Database
-from storage.jobs import Job
+from storage.queue import stages
+from storage.queue.jobs import Job
+from storage.records import measurements
 from workers.messages import Failure, Reply, Request, WorkerInfo, Workload
 from workers.tasks import Task
 
 if TYPE_CHECKING:
-    from workers.pool import WorkerPool
+    from workers.cluster.pool import WorkerPool
 
 T = TypeVar("T")
 

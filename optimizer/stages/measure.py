@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from optimizer.space import Candidate
+from optimizer.search.space import Candidate
 from optimizer.stages import compensate
 from optimizer.stages.context import JobContext
-from optimizer.verification import Verdict
+from optimizer.verification.judgement import Verdict
 from workers.messages import CompareLatency, Failure, LatencyComparison
 
 

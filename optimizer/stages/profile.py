@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from optimizer.latency_model import LayerCounts, LayerTimes
+from optimizer.search.latency import LayerCounts, LayerTimes
 from optimizer.stages.context import JobContext
-from storage import measurements
+from storage.records import measurements
 from workers.messages import LatencyProfile, ProfileLatency
 
 

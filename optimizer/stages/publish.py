@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from optimizer.job import ConstraintSpec
-from optimizer.space import Candidate, touched
+from optimizer.job.spec import ConstraintSpec
+from optimizer.search.space import Candidate, touched
 from optimizer.stages import compensate
 from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext
-from optimizer.verification import Verdict
-from storage import measurements, plans
-from storage.plans import PlanFigures
+from optimizer.verification.judgement import Verdict
+from storage.records import measurements, plans
+from storage.records.plans import PlanFigures
 from workers.messages import LatencyComparison
 from workers.runtime import SkipPlan
 

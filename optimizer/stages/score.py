@@ -9,15 +9,16 @@ import hashlib
 from collections.abc import Sequence
 
 from optimizer import criteria
-from optimizer.inputs import split_hash
+from optimizer.job.inputs import split_hash
+from optimizer.search.strategies.published import KINDS as STRATEGY_KINDS
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.strategies.published import KINDS as STRATEGY_KINDS
-from storage import measurements, stages
+from storage.queue import stages
+from storage.records import measurements
 from workers.errors import MeasurementError
-from workers.messages import LinearRedundancy, ScoreLayers, ScoreLinearRedundancy
-from workers.scoring.kinds import KINDS, finish
-from workers.scoring.sums import ShardScores, merge
-from workers.scoring.table import LayerMeasurement, LayerTable
+from workers.messages import LinearRedundancy, ScoreLayers, ScoreLinearRedundancy, ShardScores
+from workers.redundancy.kinds import KINDS, finish
+from workers.redundancy.sums import merge
+from workers.redundancy.table import LayerMeasurement, LayerTable
 
 SHARD_SAMPLES = 8
 """Samples a worker takes at a time; fixed, so that the sums are the same on any number of workers."""

@@ -8,25 +8,25 @@ from functools import partial
 
 from optimizer import criteria
 from optimizer.errors import UsageFault
-from optimizer.job import SAMPLERS
-from optimizer.latency_model import LayerTimes, latency_ratio
+from optimizer.job.spec import SAMPLERS
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits
+from optimizer.search.latency import LayerTimes, latency_ratio
 from optimizer.search.loop import Search
-from optimizer.search.outcome import Scores, SearchOutcome, Tried
+from optimizer.search.problem import Problem
 from optimizer.search.rungs import rung_sizes
-from optimizer.seeding.assemble import with_given, with_seeds
-from optimizer.seeding.feasible import FeasiblePlans
-from optimizer.space import Candidate, plan_space
-from optimizer.stages import cache_sizes, warm_start
+from optimizer.search.seeding import with_given, with_seeds
+from optimizer.search.seeds.feasible import FeasiblePlans
+from optimizer.search.space import Candidate, plan_space
+from optimizer.search.strategies.registry import make_strategy
+from optimizer.search.trial import Scores, SearchOutcome, Tried
+from optimizer.stages import kv_cache, warm_start
+from optimizer.stages.cached_evaluation import Evaluator
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.stages.evaluate import Evaluator
-from optimizer.strategies.base import Problem
-from optimizer.strategies.registry import make_strategy
-from storage import stages
+from storage.queue import stages
 from workers.errors import MeasurementError
+from workers.redundancy.table import LayerTable
 from workers.runtime import SkipPlan
-from workers.scoring.table import LayerTable
 
 SECONDS = "search_seconds"
 """The job's counter of seconds spent on searching, over all attempts."""
@@ -46,7 +46,7 @@ def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
     """The job's constraints, with what predicts a plan's latency and cache."""
     spec = context.spec.constraint
     measured = context.spec.search.latency == "measured"
-    cache = None if spec.max_kv_cache_bytes is None else cache_sizes.measured(context).of
+    cache = None if spec.max_kv_cache_bytes is None else kv_cache.measured(context).of
     return Limits(spec, profile.dense_seconds if measured else None, cache)
 
 

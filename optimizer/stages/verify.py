@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from optimizer.latency_model import LayerTimes
 from optimizer.search.finalists import choose_finalists
-from optimizer.search.outcome import SearchOutcome
-from optimizer.space import Candidate
+from optimizer.search.latency import LayerTimes
+from optimizer.search.space import Candidate
+from optimizer.search.trial import SearchOutcome
 from optimizer.stages import compensate
+from optimizer.stages.cached_evaluation import Evaluator
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.stages.evaluate import Evaluator
 from optimizer.stages.search import limits_of
-from optimizer.verification import Verdict, judge
+from optimizer.verification.judgement import Verdict, judge
 from workers.runtime import SkipPlan
 
 

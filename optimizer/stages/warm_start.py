@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from optimizer.inputs import split_hash
-from optimizer.latency_model import Ratio
-from optimizer.search.outcome import Scores, Tried, tried_of
-from optimizer.space import Candidate, PlanSpace
+from optimizer.job.inputs import split_hash
+from optimizer.search.latency import Ratio
+from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.trial import Scores, Tried, tried_of
 from optimizer.stages.context import JobContext
-from storage import evaluations, plans
+from storage.records import evaluations, plans
 from workers.runtime import SkipPlan
 
 MOST_PLANS = 16

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from optimizer.statistics import Interval, two_sided
+from optimizer.verification.statistics import Interval, two_sided
 
 Floats = NDArray[np.float64]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from optimizer.stages.cached_evaluation import Evaluator
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.stages.evaluate import Evaluator
-from optimizer.statistics import bootstrap_drop, two_sided
+from optimizer.verification.statistics import bootstrap_drop, two_sided
 from workers.runtime import SkipPlan
 
 Floats = NDArray[np.float64]

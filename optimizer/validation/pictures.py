@@ -12,8 +12,8 @@ from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.validation.report import ActionReport, ValidationReport
 from optimizer.validation.tables import agreement, layer_columns
-from workers.scoring.kinds import INTERVENTIONS
-from workers.scoring.table import LayerTable
+from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.table import LayerTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

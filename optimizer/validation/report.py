@@ -20,8 +20,8 @@ from optimizer.stages.score import measured
 from optimizer.validation.agreement import Agreement
 from optimizer.validation.harm import Measured, PlanHarm, measure
 from workers.errors import MeasurementError
-from workers.scoring.kinds import INTERVENTIONS, KINDS
-from workers.scoring.table import LayerTable
+from workers.redundancy.kinds import INTERVENTIONS, KINDS
+from workers.redundancy.table import LayerTable
 
 CONTROL = "scrambled (control)"
 RANDOM_SETS = 3

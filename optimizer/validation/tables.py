@@ -13,8 +13,8 @@ from rich.table import Table
 from optimizer.criteria import Risk
 from optimizer.validation.agreement import Agreement
 from optimizer.validation.report import ValidationReport
-from workers.scoring.kinds import INTERVENTIONS
-from workers.scoring.table import LayerTable
+from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.table import LayerTable
 
 LAYER_COLUMNS = (
     ("d vision", "cosine_distance", "vision"),

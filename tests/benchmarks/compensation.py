@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from optimizer.seeding.runs import best_structures
-from optimizer.space import PlanSpace
+from optimizer.search.seeds.runs import best_structures
+from optimizer.search.space import PlanSpace
 from workers.compensation.calibration import Calibration
 from workers.compensation.fit import fit
+from workers.compensation.linear_redundancy import linear_redundancy
 from workers.compensation.recipe import Recipe
-from workers.compensation.redundancy import linear_redundancy
 from workers.compensation.weighting import weigher
-from workers.engine.choice import Evaluators
-from workers.evaluation import Evaluator
+from workers.engine.dispatch import Evaluators
+from workers.evaluation.plain import Evaluator
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
-from workers.models import LoadedModel, load_model
+from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
 from workers.runtime.gaps import gaps
 from workers.runtime.locate import locate

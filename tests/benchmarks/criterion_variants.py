@@ -23,18 +23,18 @@ from optimizer import criteria
 from optimizer.criteria import Risk
 from optimizer.criteria.cosine import group_values
 from optimizer.criteria.skip_it import later_attention, vision_attention
-from optimizer.holding import open_pool
-from optimizer.inputs import prepare
-from optimizer.job_file import load_job
-from optimizer.progress import Progress
+from optimizer.job.inputs import prepare
+from optimizer.job.loading import load_job
+from optimizer.service.adhoc import undertaking
+from optimizer.service.pool import open_pool
+from optimizer.stages.progress import Progress
 from optimizer.stages.score import measured
-from optimizer.undertaking import undertaking
 from optimizer.validation.agreement import spearman
 from optimizer.validation.harm import Measured, measure
 from optimizer.validation.report import plan_of
 from storage.database import Database
-from workers.scoring.kinds import KINDS
-from workers.scoring.table import LayerTable
+from workers.redundancy.kinds import KINDS
+from workers.redundancy.table import LayerTable
 
 Variant = Callable[[LayerTable], Risk]
 

@@ -23,10 +23,10 @@ from math import comb
 import torch
 
 from workers.engine.fast import FastEvaluator
-from workers.engine.trie import build_trie, executions
-from workers.evaluation import Evaluator
+from workers.evaluation.plain import Evaluator
+from workers.layerwise.trie import build_trie, executions
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
-from workers.models import load_model
+from workers.models.loading import load_model
 from workers.runtime.plan import Action, SkipPlan
 from workers.tasks import load_spec, load_task
 

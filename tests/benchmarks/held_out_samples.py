@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from optimizer.inputs import load_job_task
-from optimizer.job_file import load_job
+from optimizer.job.inputs import load_job_task
+from optimizer.job.loading import load_job
 
 
 def write_samples(job_file: Path, directory: Path) -> Path:

@@ -17,16 +17,16 @@ from evaluation_engine import brood, run, upper
 from torch import Tensor
 
 from workers.engine.fast import FastEvaluator
-from workers.engine.trie import build_trie
-from workers.evaluation import DEFAULT_BATCH_SIZE, Evaluator
+from workers.evaluation.plain import DEFAULT_BATCH_SIZE, Evaluator
+from workers.layerwise.trie import build_trie
 from workers.messages import ModelSource
-from workers.models import LoadedModel, load_model
-from workers.prepared import prepare_batch
-from workers.prompts import to_device
+from workers.models.inputs import prepare_batch
+from workers.models.loading import LoadedModel, load_model
+from workers.models.prompts import to_device
+from workers.models.ties import tie_bound
 from workers.runtime import apply
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Sample, Task, load_spec, load_task
-from workers.ties import tie_bound
 
 RIVALS = 8
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "optimizer" / "report")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "helpers")]
 
 from report_builders import finished_job, record_many  # noqa: E402
 from selenium import webdriver  # noqa: E402

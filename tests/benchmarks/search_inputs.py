@@ -17,10 +17,15 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
-from workers.actor import WorkerSettings  # noqa: E402
-from workers.measuring import Measurer  # noqa: E402
-from workers.messages import ModelSource, ProfileLatency, ScoreLayers, Workload  # noqa: E402
-from workers.scoring.kinds import finish  # noqa: E402
+from workers.cluster.handler import Measurer  # noqa: E402
+from workers.messages import (  # noqa: E402
+    ModelSource,
+    ProfileLatency,
+    ScoreLayers,
+    WorkerSettings,
+    Workload,
+)
+from workers.redundancy.kinds import finish  # noqa: E402
 from workers.tasks import load_spec, load_task  # noqa: E402
 
 KINDS = ("distance", "cka", "angular", "attention", "propagation", "causal", "withdrawal")

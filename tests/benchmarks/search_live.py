@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 from search_strategies import CHECKPOINTS, REFERENCE, SAMPLERS, Cache, load_inputs, print_table, problem_of, run, shares
 
-from optimizer.job import SearchSpec
-from optimizer.pareto import hypervolume
-from optimizer.search.outcome import Scores
-from optimizer.space import Candidate, PlanSpace
-from workers.actor import WorkerSettings
-from workers.measuring import Measurer
-from workers.messages import EvaluatePlans, Evaluation, ModelSource
+from optimizer.job.spec import SearchSpec
+from optimizer.search.pareto import hypervolume
+from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.trial import Scores
+from workers.cluster.handler import Measurer
+from workers.messages import EvaluatePlans, Evaluation, ModelSource, WorkerSettings
 from workers.tasks import load_spec, load_task
 
 STRATEGIES = (

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "optimizer")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "helpers")]
 
 import numpy as np  # noqa: E402
 from planted import problem_of, random_problem  # noqa: E402
 
-from optimizer.job import ConstraintSpec, SearchSpec  # noqa: E402
-from optimizer.search.outcome import Tried, tried_of  # noqa: E402
-from optimizer.space import Candidate  # noqa: E402
-from optimizer.strategies.registry import make_strategy  # noqa: E402
+from optimizer.job.spec import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.search.space import Candidate  # noqa: E402
+from optimizer.search.strategies.registry import make_strategy  # noqa: E402
+from optimizer.search.trial import Tried, tried_of  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
 
 CASES = ((30, 200, 50.0), (30, 1000, 50.0), (80, 1000, 250.0))

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "optimizer")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "helpers")]
 
 import numpy as np  # noqa: E402
 from planted import problem_of, random_problem, risk_of  # noqa: E402
 from search_strategies import REFERENCE, run, shares  # noqa: E402
 
-from optimizer.job import ConstraintSpec, SearchSpec  # noqa: E402
-from optimizer.pareto import hypervolume  # noqa: E402
-from optimizer.seeding.assemble import with_seeds  # noqa: E402
+from optimizer.job.spec import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.search.pareto import hypervolume  # noqa: E402
+from optimizer.search.seeding import with_seeds  # noqa: E402
 
 STRATEGIES = (("surrogate", "theory"), ("surrogate", "random"), ("tpe", "theory"), ("random", "theory"))
 PLANS = (25, 50, 100)

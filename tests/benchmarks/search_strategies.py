@@ -31,24 +31,20 @@ FIXTURES = PROJECT / "tests" / "fixtures"
 sys.path.insert(0, str(PROJECT))
 
 from optimizer import criteria  # noqa: E402
-from optimizer.job import (  # noqa: E402
-    SAMPLERS,
-    ConstraintSpec,
-    SearchSpec,
-)
-from optimizer.latency_model import latency_ratio  # noqa: E402
-from optimizer.pareto import Point, front_indices, hypervolume  # noqa: E402
+from optimizer.job.spec import SAMPLERS, ConstraintSpec, SearchSpec  # noqa: E402
 from optimizer.search.budget import Budget  # noqa: E402
 from optimizer.search.constraints import Limits  # noqa: E402
+from optimizer.search.latency import latency_ratio  # noqa: E402
 from optimizer.search.loop import Search  # noqa: E402
-from optimizer.search.outcome import Scores, Tried  # noqa: E402
+from optimizer.search.pareto import Point, front_indices, hypervolume  # noqa: E402
+from optimizer.search.problem import Problem  # noqa: E402
 from optimizer.search.rungs import rung_sizes  # noqa: E402
-from optimizer.seeding.assemble import with_seeds  # noqa: E402
-from optimizer.space import Candidate, PlanSpace  # noqa: E402
-from optimizer.strategies.base import Problem  # noqa: E402
-from optimizer.strategies.registry import make_strategy  # noqa: E402
+from optimizer.search.seeding import with_seeds  # noqa: E402
+from optimizer.search.space import Candidate, PlanSpace  # noqa: E402
+from optimizer.search.strategies.registry import make_strategy  # noqa: E402
+from optimizer.search.trial import Scores, Tried  # noqa: E402
+from workers.redundancy.table import LayerMeasurement, LayerTable  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
-from workers.scoring.table import LayerMeasurement, LayerTable  # noqa: E402
 
 REFERENCE: Point = (1.0, 0.2)
 CHECKPOINTS = (25, 50, 100, 200)

@@ -38,10 +38,11 @@ PROJECT = Path(__file__).resolve().parents[2]
 FIXTURES = PROJECT / "tests" / "fixtures"
 sys.path.insert(0, str(PROJECT))
 
+from reference_training.packing import Packer  # noqa: E402
+
 from workers.messages import ModelSource  # noqa: E402
-from workers.models import LoadedModel, load_model  # noqa: E402
-from workers.prompts import build_inputs  # noqa: E402
-from workers.reference.packing import Packer  # noqa: E402
+from workers.models.loading import LoadedModel, load_model  # noqa: E402
+from workers.models.prompts import build_inputs  # noqa: E402
 from workers.tasks import Sample, TaskSpec, load_spec, load_task  # noqa: E402
 
 

@@ -19,13 +19,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
+sys.path[:0] = [str(HERE.parents[1] / "helpers"), str(HERE.parents[2])]
 
 from postgresql_server import PostgresqlServer, find_binaries  # noqa: E402
 from sqlalchemy import event, insert, text  # noqa: E402
 
-from storage import evaluations, jobs, measurements, pareto, plans, scores  # noqa: E402
+from storage import pareto  # noqa: E402
 from storage.database import Database  # noqa: E402
+from storage.queue import jobs  # noqa: E402
+from storage.records import evaluations, measurements, plans, scores  # noqa: E402
 from storage.schema import EvaluationRow, JobRow, PlanRow  # noqa: E402
 
 MODELS, TASKS, DEVICES, WORKLOADS, JOBS, LAYERS = 20, 4, 4, 2, 500, 30

@@ -19,11 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from storage import evaluations, jobs, measurements
 from storage.database import Database
-from workers.cluster import ClusterSettings
+from storage.queue import jobs
+from storage.records import evaluations, measurements
+from workers.cluster.connection import ClusterSettings
+from workers.cluster.pool import WorkerPool
 from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
-from workers.pool import WorkerPool
 from workers.tasks import Task, load_spec, load_task
 
 MODEL, LAYERS, SAMPLES = "llava-12", 12, 96

@@ -16,7 +16,7 @@ import yaml
 from typer.main import get_command
 
 from optimizer.cli.main import app
-from optimizer.job_file import ENVIRONMENT
+from optimizer.job.loading import ENVIRONMENT
 
 PROJECT = Path(__file__).resolve().parents[2]
 FILES = PROJECT / "configs" / "cluster"

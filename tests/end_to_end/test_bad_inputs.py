@@ -18,8 +18,8 @@ from PIL import Image
 
 from optimizer.cli.main import main
 from optimizer.exports import document
-from storage import identities, measurements, plans
 from storage.database import Database
+from storage.records import identities, measurements, plans
 
 JOB = """\
 model: {path: llava-12}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from command_line import PROJECT, FinishedJob, command
 
-from storage import evaluations, plans
 from storage.database import Database
+from storage.records import evaluations, plans
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from command_line import PROJECT, command
 
-from storage import evaluations, jobs
 from storage.database import Database
 from storage.errors import DatabaseError
+from storage.queue import jobs
+from storage.records import evaluations
 
 SMALLER_JOB = """\
 model: {path: llava-12, dtype: float32}

@@ -11,10 +11,11 @@ import pytest
 import torch
 from command_line import MODEL, PROJECT, FinishedJob, command
 
-from storage import evaluations, jobs, plans, stages
 from storage.database import Database
+from storage.queue import jobs, stages
+from storage.records import evaluations, plans
 from workers.messages import ModelSource
-from workers.models import load_model
+from workers.models.loading import load_model
 from workers.runtime import SkipPlan, apply
 
 BENCHMARKS = PROJECT / "tests" / "benchmarks"

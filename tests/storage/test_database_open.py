@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from storage import connection, jobs, migration, schema
+from storage import connection, migration, schema
 from storage.database import Database
 from storage.errors import (
     BadDatabaseURL,
@@ -21,6 +21,7 @@ from storage.errors import (
     OldSchema,
     UnreachableDatabase,
 )
+from storage.queue import jobs
 
 SECRET = "s3cret-w0rd"
 
@@ -182,8 +183,8 @@ def test_opening_checks_the_revision_that_the_models_were_written_for():
 def test_storage_imports_nothing_heavy():
     code = (
         "import sys, pkgutil, importlib, storage\n"
-        "for m in pkgutil.iter_modules(storage.__path__):\n"
-        "    importlib.import_module('storage.' + m.name)\n"
+        "for m in pkgutil.walk_packages(storage.__path__, 'storage.'):\n"
+        "    importlib.import_module(m.name)\n"
         "heavy = {'torch', 'ray', 'transformers', 'pandas', 'numpy', 'optuna', 'workers', 'optimizer'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )

@@ -7,7 +7,7 @@ import tiny_llava
 import torch
 
 from workers.messages import ModelSource
-from workers.models import LoadedModel, load_model
+from workers.models.loading import LoadedModel, load_model
 from workers.tasks import Task, load_spec, load_task
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from workers.choices import chosen_tokens
-from workers.models import LoadedModel
-from workers.prepared import prepare_batch
-from workers.prompts import to_device
+from workers.models.inputs import prepare_batch
+from workers.models.loading import LoadedModel
+from workers.models.multiple_choice import chosen_tokens
+from workers.models.prompts import to_device
 from workers.runtime.families import describe
 from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
 from workers.runtime.locate import DecoderStack, locate

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.errors import MeasurementError
 from workers.messages import TextDivergence
-from workers.models import LoadedModel
+from workers.models.loading import LoadedModel
 from workers.runtime import apply
 from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from workers.engine.decoder import Decoder, NotExactError
+from workers.layerwise.decoder import Decoder, NotExactError
 from workers.messages import (
     Artefact,
     FitCompensation,
@@ -19,18 +19,18 @@ from workers.messages import (
     LinearRedundancy,
     ScoreLinearRedundancy,
 )
-from workers.models import LoadedModel
+from workers.models.loading import LoadedModel
 from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Task
 
 from . import store
-from .artefacts import Provenance, decode, encode
+from .artifact import Provenance, decode, encode
 from .calibration import Calibration, calibrate
 from .fit import Fitted, fit
 from .gain import propagation_gains
+from .linear_redundancy import linear_redundancy, tokens_for
 from .recipe import CompensationError, Recipe
-from .redundancy import linear_redundancy, tokens_for
 from .shared import SharedFits
 from .weighting import Weigh, weigher
 

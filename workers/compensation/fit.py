@@ -33,7 +33,7 @@ from workers.runtime.plan import SkipPlan
 from workers.runtime.token_rows import TokenSplit
 
 from .calibration import Calibration, CalibrationBatch
-from .halting import HaltingCall
+from .lockstep import HaltingCall
 from .recipe import CompensationError, Recipe
 from .sums import GapSums, Solution, solve
 from .weighting import Weigh

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.models import LoadedModel
+from workers.models.loading import LoadedModel
 from workers.runtime.locate import locate
 
 from .calibration import Calibration

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.engine.decoder import Decoder, Recording
-from workers.memory import memory_bytes
+from workers.device.memory import memory_bytes
+from workers.layerwise.decoder import Decoder, Recording
 from workers.runtime.folding import GapMap, acted_on, fold_site
 from workers.runtime.gaps import Gap, gaps
 from workers.runtime.plan import Action, SkipPlan

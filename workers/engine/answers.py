@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.metrics import can_still_score
+from workers.models.ties import tie_bound
 from workers.tasks import Sample, TaskSpec
-from workers.ties import tie_bound
+from workers.tasks.metrics import can_still_score
 
-from .guesses import Guess
+from .draft import Guess
 
 _FIRST_WORD = re.compile(r"^(\s*\w*).*", re.DOTALL)
 MOST_RIVALS = 8

@@ -10,30 +10,30 @@ from dataclasses import replace
 import torch
 
 from workers.compensation.recipe import CompensationError, Recipe
-from workers.compensation.repairs import TrieRepairs
-from workers.evaluation import Evaluator, describe_error, is_out_of_memory, scores_of
+from workers.compensation.trie_maps import TrieRepairs
+from workers.evaluation.plain import Evaluator, describe_error, is_out_of_memory, scores_of
+from workers.latency.request import device_name
+from workers.layerwise.decoder import Decoder, NotExactError
+from workers.layerwise.trie import build_trie
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
-from workers.metrics import METRICS
 from workers.runtime.descriptor import FamilyDescriptor, validate
 from workers.runtime.folding import Maps, folded
 from workers.runtime.plan import Action, PlanError, SkipPlan
 from workers.tasks import Sample
-from workers.timed_request import device_name
+from workers.tasks.metrics import METRICS
 
 from . import sizing
 from .answers import Scorer
-from .decoder import Decoder, NotExactError
+from .chunks import Part, Parts
 from .divergence import DenseAnswers
-from .guesses import Guesser
-from .judge import Judge
+from .draft import Guesser
 from .options import option_guesses
-from .outcome import Asked
 from .packing import Chunk, Packer
-from .parts import Part, Parts
 from .plain_decoding import require_plain_decoding
 from .prompts import PromptReader
-from .states import StateStore
-from .trie import build_trie
+from .requests import Asked
+from .scoring import Judge
+from .state_cache import StateStore
 from .walk import Walker
 
 DEFAULT_MEMORY_BYTES = 2 << 30

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.choices import Choice, Likelihood, option_tokens, token_likelihoods
 from workers.errors import TaskError
-from workers.models import LoadedModel
+from workers.layerwise.decoder import NotExactError
+from workers.models.loading import LoadedModel
+from workers.models.multiple_choice import Choice, Likelihood, option_tokens, token_likelihoods
 from workers.tasks import Sample, TaskSpec
 
-from .decoder import NotExactError
-from .guesses import Guess
-from .outcome import Asked, Outcome
+from .draft import Guess
 from .packing import Chunk
+from .requests import Asked, Outcome
 
 
 def option_guesses(loaded: LoadedModel, spec: TaskSpec) -> Callable[[Sample], tuple[Guess, ...]]:

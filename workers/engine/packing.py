@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.layerwise.decoder import SLIDING, Decoder
 from workers.runtime.token_rows import TokenRows, TokenSplit
 
-from .decoder import SLIDING, Decoder
 from .divergence import DenseAnswers
-from .guesses import Guess
+from .draft import Guess
 from .prompts import ImagePrompts
 
 LONGEST_BRANCHES = 512

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-from .decoder import NotExactError
+from workers.layerwise.decoder import NotExactError
 
 UNTOUCHED_LOGITS: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from workers.errors import ImageError
-from workers.models import LoadedModel
-from workers.prompts import build_inputs, to_device
+from workers.layerwise.decoder import OWNER_ARGUMENTS, Decoder, NotExactError
+from workers.models.loading import LoadedModel
+from workers.models.prompts import build_inputs, to_device
 from workers.runtime.locate import forward_parameters
 from workers.runtime.vision_tokens import VISION_INPUTS
 from workers.tasks import Sample, Task
-
-from .decoder import OWNER_ARGUMENTS, Decoder, NotExactError
 
 
 @dataclass(frozen=True)

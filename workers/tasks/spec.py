@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import TaskError
-from workers.metrics import CHOICE_METRICS, METRICS
-from workers.suggest import did_you_mean
+from workers.tasks.metrics import CHOICE_METRICS, METRICS
+from workers.text import did_you_mean
 
 BUNDLED_TASKS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
 FILE_FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from workers.errors import TaskError
-from workers.messages import SPLITS
 
 from .samples import Sample
 from .spec import SplitSizes
+
+SPLITS = ("calibration", "search", "held_out")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import pytest
 from optimizer import criteria
 from optimizer.criteria import Risk, registry
 from optimizer.errors import UsageFault
-from optimizer.job import JobSpec
+from optimizer.job.spec import JobSpec
 from workers.errors import MeasurementError
-from workers.scoring.table import LayerMeasurement, LayerTable
+from workers.redundancy.table import LayerMeasurement, LayerTable
 
 
 def table(layers: int = 3, **columns: list[float | None]) -> LayerTable:

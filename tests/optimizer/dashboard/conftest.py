@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "report"))
-
 from report_builders import claimed, finished_job, identities, queued, record_profile
 
-from storage import jobs
 from storage.database import Database
+from storage.queue import jobs
 
 
 @pytest.fixture(scope="module")

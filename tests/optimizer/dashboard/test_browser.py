@@ -27,8 +27,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from optimizer.dashboard.app import create_app
 from optimizer.reports.html import write_report
-from storage import jobs
 from storage.database import Database
+from storage.queue import jobs
 
 pytestmark = pytest.mark.slow
 

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "workers"))
-
 import tiny_llava
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)

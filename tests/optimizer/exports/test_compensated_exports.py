@@ -19,10 +19,10 @@ from optimizer.exports.verification import verify_export
 from optimizer.exports.writing import export_plan
 from storage.database import Database
 from workers.compensation import store
-from workers.compensation.artefacts import decode
+from workers.compensation.artifact import decode
 from workers.compensation.compensator import Compensator
 from workers.messages import Artefact, FitCompensation, ModelSource
-from workers.models import load_model
+from workers.models.loading import load_model
 from workers.runtime.locate import locate
 from workers.tasks import load_spec, load_task
 

@@ -17,9 +17,9 @@ from optimizer.exports.document import PlanDocument, describe, json_schema, read
 from optimizer.exports.formats import Guide
 from optimizer.exports.importing import import_plan
 from optimizer.exports.registry import FORMATS
-from storage import identities, measurements, plans
 from storage.database import Database
 from storage.errors import NotFound
+from storage.records import identities, measurements, plans
 
 SCHEMA = Path(__file__).parents[3] / "docs" / "schema" / "skipplan-plan.schema.json"
 REGENERATE = (

@@ -18,9 +18,9 @@ from export_builders import document
 from optimizer.exports.openvino import PYTHON_VARIABLE
 from optimizer.exports.verification import Verification, verify_export
 from optimizer.exports.writing import export_plan
-from workers.checkpoints import BUNDLED_MODELS
 from workers.messages import ModelSource
-from workers.models import load_model
+from workers.models.checkpoint import BUNDLED_MODELS
+from workers.models.loading import load_model
 
 pytestmark = pytest.mark.slow
 PLAIN_VARIABLE = "SKIPPLAN_TEST_PLAIN_PYTHON"

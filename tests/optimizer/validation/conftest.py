@@ -6,7 +6,7 @@ from pathlib import Path
 import in_process
 import pytest
 
-from optimizer.inputs import prepare
+from optimizer.job.inputs import prepare
 from storage.database import Database
 
 

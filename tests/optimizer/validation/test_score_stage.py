@@ -7,8 +7,8 @@ import pytest
 
 from optimizer.stages import score
 from optimizer.stages.context import JobContext
-from storage import stages
 from storage.database import Database
+from storage.queue import stages
 from workers.messages import ScoreLayers
 
 

@@ -17,7 +17,7 @@ from optimizer.validation import tables
 from optimizer.validation.agreement import Agreement, spearman
 from optimizer.validation.report import CONTROL, plan_of, safest, scrambled, validate
 from storage.database import Database
-from workers.scoring.table import LayerTable
+from workers.redundancy.table import LayerTable
 
 IMAGES = [f"image {number // 2}" for number in range(60)]
 

@@ -7,7 +7,7 @@ import torch
 
 from workers.compensation.collateral import WINDOW, text_divergence
 from workers.errors import MeasurementError
-from workers.models import LoadedModel
+from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, apply
 
 TEXT = "is there a red circle in the image? what shape is green? " * 40

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from workers.compensation import store
-from workers.compensation.artefacts import decode
+from workers.compensation.artifact import decode
 from workers.compensation.recipe import CompensationError, Recipe
-from workers.engine.choice import Evaluators
-from workers.evaluation import Evaluator
+from workers.engine.dispatch import Evaluators
+from workers.evaluation.plain import Evaluator
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, FitCompensation
-from workers.models import LoadedModel
+from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, apply
 from workers.tasks import Task
 

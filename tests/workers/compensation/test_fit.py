@@ -21,8 +21,8 @@ from workers.compensation.calibration import (
 from workers.compensation.fit import Fitted, fit
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.weighting import weigher
-from workers.evaluation import Evaluator
-from workers.models import LoadedModel
+from workers.evaluation.plain import Evaluator
+from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, apply
 from workers.runtime.folding import GapMap
 from workers.runtime.gaps import gaps

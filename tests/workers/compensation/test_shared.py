@@ -12,8 +12,8 @@ from workers.compensation.fit import fit
 from workers.compensation.recipe import Recipe
 from workers.compensation.shared import SharedFits
 from workers.compensation.weighting import weigher
-from workers.engine.decoder import Decoder
-from workers.models import LoadedModel
+from workers.layerwise.decoder import Decoder
+from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan
 from workers.tasks import Task
 

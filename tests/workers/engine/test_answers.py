@@ -9,10 +9,10 @@ import torch
 
 from workers.engine.answers import Choices, Scorer, judge
 from workers.engine.divergence import DenseAnswers
-from workers.engine.guesses import Guess
-from workers.metrics import METRICS
+from workers.engine.draft import Guess
 from workers.tasks import Sample, load_spec
-from workers.tasks.samples import SceneImage
+from workers.tasks.images import SceneImage
+from workers.tasks.metrics import METRICS
 
 END, RED, GREEN, AND, DARK, THE = range(6)
 WORDS = {RED: "red", GREEN: "green", AND: " and", DARK: " dark", THE: "the "}

@@ -11,19 +11,19 @@ import torch
 from choice_tasks import WORDS, as_choices, log_likelihood_by_hand
 from test_fast_evaluation import evaluations, random_plans
 
-from workers.choices import option_tokens
-from workers.engine.choice import Evaluators
-from workers.engine.decoder import NotExactError
+from workers.engine.dispatch import Evaluators
 from workers.engine.fast import FastEvaluator
-from workers.engine.trie import build_trie, executions
-from workers.evaluation import Evaluator
+from workers.evaluation.plain import Evaluator
+from workers.layerwise.decoder import NotExactError
+from workers.layerwise.trie import build_trie, executions
 from workers.messages import EvaluatePlans, ModelSource
-from workers.models import LoadedModel, load_model
-from workers.prompts import build_inputs
+from workers.models.loading import LoadedModel, load_model
+from workers.models.multiple_choice import option_tokens
+from workers.models.prompts import build_inputs
 from workers.runtime import apply
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Sample, Task, load_spec, load_task
-from workers.tasks.samples import ImageFile
+from workers.tasks.images import ImageFile
 
 LAYERS = 6
 DENSE = "R" * LAYERS
@@ -95,7 +95,7 @@ def log_probabilities(
 def test_ties_are_decided_by_the_plain_path_alone(
     tiny: LoadedModel, choices: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.choices.tie_bound", lambda top, dtype: torch.full_like(top, 0.4))
+    monkeypatch.setattr("workers.models.multiple_choice.tie_bound", lambda top, dtype: torch.full_like(top, 0.4))
     plain = Evaluator(tiny, choices)
     fast = FastEvaluator(plain, chunk_tokens=700)
     fast.check("search")

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from workers.engine.choice import Evaluators
-from workers.engine.decoder import Keys, NotExactError
-from workers.engine.extension import Extension
+from workers.engine.continuation import Extension
+from workers.engine.dispatch import Evaluators
 from workers.engine.fast import FastEvaluator
-from workers.engine.trie import Node, build_trie, executions
-from workers.evaluation import Evaluator
+from workers.evaluation.plain import Evaluator
+from workers.layerwise.decoder import Keys, NotExactError
+from workers.layerwise.trie import Node, build_trie, executions
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, ModelSource
-from workers.models import LoadedModel, load_model
+from workers.models.loading import LoadedModel, load_model
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Task, load_spec, load_task
-from workers.tasks.samples import ImageFile
+from workers.tasks.images import ImageFile
 
 LAYERS = 6
 
@@ -100,7 +100,7 @@ def test_every_word_of_an_open_answer_is_computed_once(
     spec = replace(answered.spec, metric="token_f1", answer=replace(answered.spec.answer, max_new_tokens=5))
     fast = FastEvaluator(Evaluator(tiny, replace(answered, spec=spec)), chunk_tokens=700)
     fast.check("search")
-    monkeypatch.setattr("workers.engine.guesses.FREE_TOKENS", 0)  # no word is tried out
+    monkeypatch.setattr("workers.engine.draft.FREE_TOKENS", 0)  # no word is tried out
     passes: list[tuple[int, int, set[int]]] = []
     extended = fast.walker.extended
 
@@ -176,7 +176,7 @@ def self_forced_log_probabilities(
     loaded: LoadedModel, task: Task, fast: FastEvaluator, plan: SkipPlan
 ) -> list[torch.Tensor]:
     """Per sample the distributions at its answer positions, by an ordinary forward call for each sample alone."""
-    from workers.prompts import build_inputs, to_device
+    from workers.models.prompts import build_inputs, to_device
     from workers.runtime import apply
 
     found = []

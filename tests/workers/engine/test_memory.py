@@ -13,9 +13,9 @@ from test_fast_evaluation import evaluations, random_plans
 
 from workers.compensation.recipe import Recipe
 from workers.engine.fast import FastEvaluator
-from workers.evaluation import Evaluator
+from workers.evaluation.plain import Evaluator
 from workers.messages import EvaluatePlans
-from workers.models import LoadedModel
+from workers.models.loading import LoadedModel
 from workers.tasks import Task
 
 LAYERS = 6

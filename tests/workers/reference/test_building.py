@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference_training import train_smollm2
+from reference_training.packing import Packer
+from reference_training.recipe import Training
+from reference_training.words import WordTraining, train_words, word_targets
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaProcessor
 
 from optimizer.cli.main import main
-from workers.checkpoints import BUILT_MODELS, built_directory, find_checkpoint, hash_weights
 from workers.errors import ModelError
 from workers.messages import ModelSource
-from workers.reference import build, train_smollm2
+from workers.models.checkpoint import BUILT_MODELS, built_directory, find_checkpoint, hash_weights
+from workers.reference import build
 from workers.reference.data import EASY_VQA_SHAPES, easy_vqa_training_images
 from workers.reference.language import (
     BEGIN,
@@ -29,10 +33,7 @@ from workers.reference.language import (
     with_image_token,
 )
 from workers.reference.model import Architecture
-from workers.reference.packing import Packer
-from workers.reference.recipe import Training
 from workers.reference.smollm2 import Eyes, join, smollm2_processor
-from workers.reference.words import WordTraining, train_words, word_targets
 from workers.tasks.scenes import COLOURS, scene
 
 TINY = Architecture(vision_width=16, vision_layers=1, vision_heads=2, vision_inner=16)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.choices import Choice, Likelihood, feed
-from workers.engine.decoder import Decoder
-from workers.engine.guesses import Guess
+from workers.engine.draft import Guess
 from workers.engine.options import Worth
 from workers.engine.packing import Packer, make_rows
 from workers.engine.prompts import shared_prompts
-from workers.engine.states import StateStore
-from workers.engine.trie import build_trie
+from workers.engine.state_cache import StateStore
 from workers.engine.walk import Walker
+from workers.layerwise.decoder import Decoder
+from workers.layerwise.trie import build_trie
+from workers.models.multiple_choice import Choice, Likelihood, feed
 from workers.runtime import SkipPlan, apply
 
 from .catalogue import FAMILIES, batch_of, by_name, mixed_plans, model_of

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engine.decoder import Decoder, NotExactError
-from workers.engine.guesses import Guess
+from workers.engine.draft import Guess
 from workers.engine.packing import Packer, make_rows
 from workers.engine.prompts import shared_prompts
-from workers.engine.states import StateStore
-from workers.engine.trie import build_trie
+from workers.engine.state_cache import StateStore
 from workers.engine.walk import Walker
+from workers.layerwise.decoder import Decoder, NotExactError
+from workers.layerwise.trie import build_trie
 from workers.runtime import SkipPlan, apply
 
 from .catalogue import by_name, mixed_plans

@@ -1,0 +1,183 @@
+"""Is this installation fit to run jobs? Versions, devices, bundled files, cluster, database; each check on its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from optimizer.errors import explain, one_line
+
+State = Literal["ok", "note", "problem"]
+LEAST_FREE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; ``advice`` says what to do about a problem."""
+
+    area: str
+    state: State
+    detail: str
+    advice: str = ""
+
+
+def examine(database_url: str, cluster_address: str) -> Iterator[Finding]:
+    """Yield findings as they come, the quick ones first. Nothing is created and no local cluster is started."""
+    yield from _versions()
+    yield from _extras()
+    yield from _devices()
+    yield from _bundled()
+    yield _guarded("database", lambda: _database(database_url), "check the URL; skipplan db upgrade creates the tables")
+    yield _guarded("cluster", lambda: _cluster(cluster_address), "check cluster.address and that the head node runs")
+    yield _disk(Path.cwd())
+
+
+def _guarded(area: str, look: Callable[[], Finding], advice: str) -> Finding:
+    """What looking found; an error that a user can act on becomes a problem."""
+    try:
+        return look()
+    except Exception as error:
+        known = explain(error)
+        detail = known[1] if known is not None else f"{type(error).__name__}: {one_line(error)}"
+        return Finding(area, "problem", detail, advice)
+
+
+def _requirements() -> Iterator[tuple[Requirement, str]]:
+    """What the project needs, each with the extra it belongs to (``""`` for none)."""
+    for line in metadata.requires("skipplan") or []:
+        requirement = Requirement(line)
+        extra = str(requirement.marker).split("==")[-1].strip(" \"'") if "extra" in str(requirement.marker) else ""
+        yield requirement, extra
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("skipplan", "ok", metadata.version("skipplan"))
+    for requirement, extra in _requirements():
+        if extra:
+            continue
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "problem", "not installed", f"pip install '{requirement.name}'")
+            continue
+        fits = requirement.specifier.contains(found, prereleases=True)
+        wanted = "" if fits else f", but {requirement.specifier} is needed"
+        advice = "" if fits else f"pip install '{requirement.name}{requirement.specifier}'"
+        yield Finding(requirement.name, "ok" if fits else "problem", f"{found}{wanted}", advice)
+
+
+def _extras() -> Iterator[Finding]:
+    """Optional parts, by what they are for; their absence is no problem."""
+    for module, extra, use in (
+        ("psycopg", "postgres", "PostgreSQL databases"),
+        ("datasets", "hub", "tasks from the Hugging Face hub"),
+        ("pyarrow", "parquet", "tasks from Parquet files"),
+        ("matplotlib", "figures", "pictures of reports (--format png)"),
+    ):
+        present = util.find_spec(module) is not None
+        detail = f"{use}: {'there' if present else 'not there'}"
+        advice = "" if present else f"pip install 'skipplan[{extra}]'"
+        yield Finding(f"extra {extra}", "ok" if present else "note", detail, advice)
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("cpu", "ok", f"{cores} cores, torch on {torch.get_num_threads()} threads")
+    yield _bfloat16()
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "note", "none that torch can use; workers run on the CPU")
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        yield Finding(f"gpu {number}", "ok", f"{about.name}, {about.total_memory / 1e9:.0f} GB")
+
+
+def _bfloat16() -> Finding:
+    from workers.device.bfloat16 import EMULATED, FASTER, multiplies_bfloat16
+
+    if multiplies_bfloat16():
+        return Finding("cpu bfloat16", "ok", "multiplied by the CPU itself")
+    return Finding("cpu bfloat16", "note", EMULATED, f"{FASTER} for a bfloat16 model; say so in the job file")
+
+
+def _bundled() -> Iterator[Finding]:
+    from workers.models.checkpoint import (
+        BUILT_MODELS,
+        BUNDLED_MODELS,
+        built_directory,
+        bundled_models,
+        check_checkpoint,
+    )
+    from workers.tasks.spec import bundled_tasks, load_spec
+
+    def model(name: str) -> Finding:
+        check_checkpoint(BUNDLED_MODELS / name)
+        return Finding(f"model {name}", "ok", "bundled, its files are complete")
+
+    def task(name: str) -> Finding:
+        return Finding(f"task {name}", "ok", load_spec(name).description or "bundled")
+
+    for name in bundled_models():
+        yield _guarded(f"model {name}", lambda name=name: model(name), "install the project again")  # type: ignore[misc]
+    for name, recipe in BUILT_MODELS.items():
+        there = built_directory(name).is_dir()
+        detail = f"built, at {built_directory(name)}" if there else "not built"
+        yield Finding(
+            f"model {name}", "ok" if there else "note", detail, "" if there else f"skipplan reference build {recipe}"
+        )
+    for name in bundled_tasks():
+        yield _guarded(f"task {name}", lambda name=name: task(name), "install the project again")  # type: ignore[misc]
+
+
+def _database(url: str) -> Finding:
+    from sqlalchemy import make_url
+
+    from storage.connection import hide_password, parse
+    from storage.database import Database
+    from storage.queue import jobs
+
+    parsed = parse(url)
+    file = parsed.database
+    if make_url(url).get_backend_name() == "sqlite" and file and not Path(file).exists():
+        return Finding("database", "note", f"{hide_password(parsed)} is not there yet; the first job creates it")
+    with Database.open(url, create=False) as db:
+        counted = {state: number for state, number in jobs.count(db).items() if number}
+        told = ", ".join(f"{number} {state}" for state, number in counted.items()) or "no jobs yet"
+        return Finding("database", "ok", f"{db.safe_url}: {told}")
+
+
+def _cluster(address: str) -> Finding:
+    if address == "local":
+        return Finding("cluster", "ok", "local: each job starts a Ray instance of its own on this machine")
+    import ray
+
+    from workers.cluster.connection import ClusterSettings, connect, disconnect
+
+    connect(ClusterSettings(address=address))
+    try:
+        there = ray.cluster_resources()
+    finally:
+        disconnect()
+    return Finding("cluster", "ok", f"{address}: {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs")
+
+
+def _disk(directory: Path) -> Finding:
+    free = shutil.disk_usage(directory).free
+    enough = free >= LEAST_FREE_BYTES
+    return Finding(
+        "disk",
+        "ok" if enough else "note",
+        f"{free / 1e9:.1f} GB free at {directory}",
+        "" if enough else "exports and model downloads need room",
+    )

@@ -1,0 +1,120 @@
+"""A job's search as an Optuna study in an Optuna storage, for optuna-dashboard and the like."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import fsum
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from optimizer.errors import ClusterOrDatabaseFault, UsageFault, one_line
+from optimizer.job.spec import JobSpec
+from optimizer.search.latency import LayerCounts, LayerTimes, latency_ratio
+from optimizer.service.logs import hide_passwords
+from optimizer.service.runner import read_spec
+from storage.database import Database
+from storage.queue import jobs
+from storage.records import evaluations, overview
+from storage.records.evaluations import Evaluation
+from workers.runtime import SkipPlan
+
+METRICS = ("predicted latency as a share of dense", "accuracy drop on the search split")
+
+
+@dataclass(frozen=True)
+class ExportedStudy:
+    """What was written: the study's name and how many trials it has."""
+
+    name: str
+    trials: int
+    complete: int
+
+
+def export_study(db: Database, job_id: int, storage: str, name: str | None = None) -> ExportedStudy:
+    """Write every plan that a job evaluated on its search split as a trial; later rungs replace earlier ones.
+
+    A plan that ended on an early rung is a pruned trial with the drop seen there; one that failed is a failed trial.
+    Raises NotFound for an unknown job, UsageFault when nothing was evaluated yet or the study's name is taken,
+    ClusterOrDatabaseFault when the storage cannot be written.
+    """
+    job = jobs.get(db, job_id)
+    trials = list(_trials(db, job.id, read_spec(job)))
+    name = name or f"skipplan job {job_id}"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=False
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(METRICS))
+        study.set_user_attr("job", job_id)
+        study.set_user_attr("model", job.spec["model"]["path"])
+        study.set_user_attr("task", job.spec["task"])
+        study.add_trials(trials)
+    except optuna.exceptions.DuplicatedStudyError:
+        raise UsageFault(f"the storage has a study {name!r} already; give another name with --name") from None
+    except (UsageFault, MemoryError):
+        raise
+    except Exception as error:  # Optuna, SQLAlchemy and each driver raise their own kinds for a storage of any sort
+        reason = hide_passwords(one_line(error))[:200]
+        raise ClusterOrDatabaseFault(f"--storage: the study cannot be written: {reason}") from None
+    return ExportedStudy(name, len(trials), sum(trial.state == TrialState.COMPLETE for trial in trials))
+
+
+def _trials(db: Database, job_id: int, spec: JobSpec) -> Iterator[FrozenTrial]:
+    found = evaluations.for_job(db, job_id, "search")
+    if not found:
+        raise UsageFault(f"job {job_id} has no evaluation on its search split yet; wait until its search has begun")
+    last: dict[tuple[str, str], Evaluation] = {}
+    for each in found:
+        key = (each.plan, each.compensation)
+        if key not in last or each.rung >= last[key].rung:
+            last[key] = each
+    dense = next((each for each in found if set(each.plan) == {"R"} and each.failure is None), None)
+    if dense is None:
+        raise UsageFault(f"job {job_id} has not evaluated the dense model yet; wait until its search has begun")
+    times = _layer_times(db, dense, spec)
+    for each in sorted(last.values(), key=lambda each: each.id):
+        yield _trial(each, dense, times, spec)
+
+
+def _layer_times(db: Database, dense: Evaluation, spec: JobSpec) -> LayerTimes:
+    """What predicted latency in the job's search."""
+    profile = overview.latency_profile(db, dense.job_id) if spec.search.latency == "measured" else None
+    return profile if profile is not None else LayerCounts.of(len(dense.plan), "RFBS")
+
+
+def _trial(each: Evaluation, dense: Evaluation, times: LayerTimes, spec: JobSpec) -> FrozenTrial:
+    letters = tuple(spec.letters)
+    params = {f"layer {layer:03d}": letter for layer, letter in enumerate(each.plan)}
+    attributes: dict[str, Any] = {
+        "plan": each.plan,
+        "compensation": each.compensation,
+        "samples": each.n,
+        "recorded_at": each.recorded_at.isoformat(),
+    }
+    state, values = TrialState.COMPLETE, None
+    if each.failure is not None:
+        state = TrialState.FAIL
+        attributes["failure"] = each.failure
+    else:
+        drop = (fsum(dense.scores[: each.n]) - fsum(each.scores)) / each.n  # on the samples that both have
+        ratio = latency_ratio(times, SkipPlan.parse(each.plan))
+        attributes |= {"accuracy": each.accuracy, "drop": drop, "latency_ratio": ratio}
+        if each.n < dense.n:
+            state = TrialState.PRUNED
+        else:
+            values = [ratio, drop]
+    return create_trial(
+        state=state,
+        values=values,
+        params=params,
+        distributions={name: CategoricalDistribution(letters) for name in params},
+        user_attrs=attributes,
+    )

@@ -1,0 +1,1 @@
+"""Job specification: reading, checking, describing and looking up one job."""

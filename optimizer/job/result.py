@@ -1,0 +1,69 @@
+"""A job's result as it is shown: read back from the database, so that what is printed is what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from storage.database import Database
+from storage.queue import jobs, stages
+from storage.queue.jobs import Job
+from storage.records import plans
+from storage.records.plans import Plan
+from workers.runtime import Action, SkipPlan
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job with its published plans, the fastest first."""
+
+    job: Job
+    plans: tuple[Plan, ...]
+    best: Plan | None
+    """The plan that meets the job's constraint at the largest measured speed-up."""
+    search: dict[str, Any]
+    """What the search said when it ended: number of plans tried, failures, why it stopped."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return {
+            "job": self.job.id,
+            "state": self.job.state,
+            "reason": self.job.error,
+            "search": self.search,
+            "best": None if self.best is None else plan_json(self.best),
+            "plans": [plan_json(plan) for plan in self.plans],
+        }
+
+
+def load_result(db: Database, job_id: int) -> JobResult:
+    """Read a job's result. Raises NotFound."""
+    recorded = stages.stages(db, job_id)
+    published = plans.for_job(db, job_id)
+    best_id = recorded["publish"].payload["value"]["best"] if "publish" in recorded else None
+    outcome = recorded["search"].payload["value"] if "search" in recorded else {"tried": [], "failed": {}}
+    return JobResult(
+        job=jobs.get(db, job_id),
+        plans=tuple(published),
+        best=next((plan for plan in published if plan.id == best_id), None),
+        search={
+            "plans_tried": max(0, len(outcome["tried"]) - 1),
+            "plans_failed": len(outcome["failed"]),
+            "stopped_because": outcome.get("stopped_because", ""),
+        },
+    )
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A published plan as plain JSON values, with its layers spelt out."""
+    values = asdict(plan)
+    values["published_at"] = plan.published_at.isoformat()
+    values["layers"] = layers_by_action(plan.plan)
+    return values
+
+
+def layers_by_action(text: str) -> dict[str, list[int]]:
+    """Layers that do other than run, by the action's name."""
+    plan = SkipPlan.parse(text)
+    actions = [action for action in Action if action is not Action.RUN and plan.layers(action)]
+    return {action.name.lower(): list(plan.layers(action)) for action in actions}

@@ -1,0 +1,122 @@
+"""The job file that ``skipplan init`` writes: as few fields as will do, each with what it means for this model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from optimizer.errors import UsageFault
+from optimizer.job.loading import resolve_name
+from optimizer.job.spec import ACTION_LETTERS
+from workers.errors import ModelError, TaskError
+from workers.messages import ModelSource
+from workers.models.describe import Outline, outline
+from workers.tasks import load_spec
+from workers.tasks.spec import TaskSpec
+
+ACTIONS = tuple(name for name in ACTION_LETTERS if name != "run")
+EVALUATIONS_PER_LAYER = 8
+"""Plans tried for every decoder layer, at least ``FEWEST_EVALUATIONS``."""
+FEWEST_EVALUATIONS = 100
+EMULATED_DTYPE = "much faster: this CPU emulates the checkpoint's bfloat16"
+
+
+@dataclass(frozen=True)
+class FirstJob:
+    """A job file's text, and what was found out for it."""
+
+    text: str
+    layers: int
+    actions: tuple[str, ...]
+
+
+def describe(model: str, task: str, directory: Path) -> FirstJob:
+    """The text of a job file in ``directory`` for a model and a task, after looking at both.
+
+    Raises UsageFault when the model's configuration or the task cannot be read.
+    """
+    try:
+        found = outline(ModelSource(resolve_name(model, directory)))
+        spec = load_spec(resolve_name(task, directory))
+    except (ModelError, TaskError) as error:
+        raise UsageFault(str(error)) from None
+    actions = tuple(action for action in ACTIONS if found.layers_for(action))
+    if not actions:
+        raise UsageFault(f"model {model}: no layer may take any action: {_reasons(found, ACTIONS)}")
+    return FirstJob(_text(model, task, found, spec, actions), found.num_layers, actions)
+
+
+def _text(model: str, task: str, found: Outline, spec: TaskSpec, actions: Sequence[str]) -> str:
+    evaluations = max(FEWEST_EVALUATIONS, EVALUATIONS_PER_LAYER * found.num_layers)
+    splits, unit = spec.splits, spec.splits.unit
+    others = [action for action in actions if action != "skip"]
+    more = f" # this model also takes: {', '.join(others)}" if others and "skip" in actions else ""
+    first = "skip" if "skip" in actions else actions[0]
+    dtype = f"\n  # dtype: float32          # {EMULATED_DTYPE}" if found.hint else ""
+    after_evaluations, after_held_out = (
+        " " * (width - len(str(n))) for width, n in ((13, evaluations), (16, splits.held_out))
+    )
+    refused = "".join(f"\n# {line}" for line in _refused(found))
+    return f"""\
+# skipplan run FILE     every field: docs/jobs.md, or `skipplan validate FILE` after a change
+#
+# {_plain(model)}: family {found.family}, {found.num_layers} decoder layers (0 to {found.num_layers - 1}), \
+{found.parameters / 1e6:,.0f} million parameters{refused}
+# {_plain(spec.name)}: {spec.answer.kind} answers of up to {spec.answer.max_new_tokens} tokens, metric {spec.metric}
+model:
+  path: {_scalar(model)}{dtype}
+
+task: {_scalar(task)}
+
+actions: [{first}]{more}
+#   skip leaves a whole layer out, and exports as a plain checkpoint; freeze and bypass spare vision tokens only.
+
+constraint:
+  max_accuracy_drop: 0.01   # one point, judged on the upper end of the loss's interval on held-out samples
+  confidence: 0.95
+  # min_speedup: 1.2        # measured on the live model, by the lower end of its interval
+
+search:
+  evaluations: {evaluations}{after_evaluations}# distinct plans to try; most are given up on a part of the search split
+  seed: 0
+  finalists: 6              # plans that are verified on held-out samples
+
+splits:                     # as the task says; disjoint by image
+  calibration: {splits.calibration}
+  search: {splits.search}
+  held_out: {splits.held_out}{after_held_out}# more samples, narrower intervals
+  unit: {unit}
+
+workload:                   # what latency is measured for
+  batch_size: 1
+  new_tokens: {spec.answer.max_new_tokens}
+latency_seconds: 60         # at most, for each plan that is verified; less is sooner done, with wider intervals
+
+# database: sqlite:///skipplan.db
+# cluster: {{address: local, workers: auto}}
+"""
+
+
+def _refused(found: Outline) -> list[str]:
+    """A line for every action that some layers may not take."""
+    return [
+        f"{action}: not at {len(layers)} of {found.num_layers} layers ({next(iter(layers.values()))})"
+        for action, layers in found.refusals.items()
+    ]
+
+
+def _reasons(found: Outline, actions: Sequence[str]) -> str:
+    return "; ".join(f"{action}: {next(iter(found.refusals[action].values()))}" for action in actions)
+
+
+def _scalar(text: str) -> str:
+    """A text as YAML writes it on one line."""
+    return yaml.safe_dump(text, width=10_000, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+
+
+def _plain(text: str) -> str:
+    """A name that cannot leave its comment."""
+    return " ".join(text.split())

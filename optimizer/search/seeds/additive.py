@@ -1,0 +1,133 @@
+"""The additive problem, solved exactly: the least total risk among all plans that are fast enough.
+
+An integer program over layer x action: one 0/1 variable each, at most one action a layer. It is exact only as far as
+risks add up; measured excess harm of pairs can be added, each pair linearised (McCormick, 1976).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_matrix
+
+from optimizer.search.latency import Ratio
+from optimizer.search.space import COMPENSATED, Candidate, PlanSpace
+from workers.runtime import Action, SkipPlan
+
+Step = tuple[int, str]
+"""A layer and the letter of what happens there."""
+
+SOLVER_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A sum over the steps that a plan takes, and the most it may come to."""
+
+    amount: Mapping[Step, float]
+    most: float
+
+
+@dataclass(frozen=True)
+class AdditiveProblem:
+    """Risk and saved share of latency of every single step, excess risk of pairs of steps, and further limits."""
+
+    space: PlanSpace
+    risk: Mapping[Step, float]
+    saving: Mapping[Step, float]
+    pairs: Mapping[tuple[Step, Step], float] = field(default_factory=dict)
+    limits: Sequence[Limit] = ()
+
+    def solve(self, ratio: float = math.inf) -> Candidate | None:
+        """The plan of least risk within the limits whose latency is at most ``ratio`` of dense; None if there is none.
+
+        Steps of infinite risk are never taken.
+        """
+        steps = [step for step, risk in self.risk.items() if math.isfinite(risk)]
+        number = {step: place for place, step in enumerate(steps)}
+        pairs = [(pair, excess) for pair, excess in self.pairs.items() if pair[0] in number and pair[1] in number]
+        count = len(steps) + len(pairs)
+        if not steps:
+            return None
+        rows: list[tuple[dict[int, float], float, float]] = [
+            ({number[step]: self.saving.get(step, 0.0) for step in steps}, 1.0 - ratio, np.inf),
+            *(({number[step]: limit.amount[step] for step in steps}, -np.inf, limit.most) for limit in self.limits),
+            (dict.fromkeys(range(len(steps)), 1.0), 0.0, float(self.space.max_touched)),
+        ]
+        for layer in range(self.space.num_layers):
+            rows.append(({number[step]: 1.0 for step in steps if step[0] == layer}, 0.0, 1.0))
+        skips = {number[step]: 1.0 for step in steps if step[1] in ("S", COMPENSATED)}
+        rows.append((skips, 0.0, self.space.num_layers - 1.0))
+        for place, ((first, second), excess) in enumerate(pairs, start=len(steps)):
+            a, b = number[first], number[second]
+            if excess > 0:
+                rows.append(({a: 1.0, b: 1.0, place: -1.0}, -np.inf, 1.0))
+            else:
+                rows += [({place: 1.0, a: -1.0}, -np.inf, 0.0), ({place: 1.0, b: -1.0}, -np.inf, 0.0)]
+        matrix = lil_matrix((len(rows), count))
+        for row, (entries, _, _) in enumerate(rows):
+            for column, value in entries.items():
+                matrix[row, column] = value
+        solution = milp(
+            np.array([self.risk[step] for step in steps] + [excess for _, excess in pairs]),
+            constraints=LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [high for _, _, high in rows]),
+            integrality=np.ones(count),
+            bounds=Bounds(0.0, 1.0),
+            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 0.0},
+        )
+        if solution.x is None:
+            return None
+        letters = ["R"] * self.space.num_layers
+        for step, taken in zip(steps, solution.x, strict=False):
+            if taken > 0.5:
+                letters[step[0]] = step[1]
+        genome = "".join(letters)
+        return self.space.candidate(genome) if self.space.allows(genome) else None
+
+    def ladder(self, ratios: Sequence[float]) -> tuple[Candidate, ...]:
+        """The solutions for several latency budgets, equal ones once, in the order of the budgets."""
+        found = (self.solve(ratio) for ratio in ratios)
+        return tuple(dict.fromkeys(candidate for candidate in found if candidate is not None))
+
+
+def steps_of(space: PlanSpace) -> list[Step]:
+    """Every single step that a space allows."""
+    return [(layer, letter) for layer, own in enumerate(space.genome_letters) for letter in own.replace("R", "")]
+
+
+def action_of(step: Step) -> Action:
+    """What a step does to its layer; a compensated skip is a skip."""
+    return Action.SKIP if step[1] == COMPENSATED else Action(step[1])
+
+
+def savings(space: PlanSpace, ratio: Ratio) -> dict[Step, float]:
+    """By how much each step alone shortens a request, as a share of the dense request."""
+    dense = SkipPlan.dense(space.num_layers)
+    return {step: ratio(dense) - ratio(dense.with_action(step[0], action_of(step))) for step in steps_of(space)}
+
+
+def budgets(saving: Mapping[Step, float], count: int) -> tuple[float, ...]:
+    """``count`` latency budgets from a tenth to nine tenths of what could be saved, the middle ones first."""
+    best: dict[int, float] = {}
+    for (layer, _), saved in saving.items():
+        best[layer] = max(best.get(layer, 0.0), saved)
+    total = sum(best.values())
+    shares = np.linspace(0.1, 0.9, count)
+    return tuple(1.0 - float(shares[place]) * total for place in spread_order(count))
+
+
+def spread_order(count: int) -> list[int]:
+    """``0 .. count - 1``, the middle first, then the quarters, and so on."""
+    order: list[int] = []
+    stretches = [(0, count)]
+    while stretches:
+        low, high = stretches.pop(0)
+        if low < high:
+            middle = (low + high) // 2
+            order.append(middle)
+            stretches += [(low, middle), (middle + 1, high)]
+    return order

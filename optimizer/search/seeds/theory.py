@@ -1,0 +1,115 @@
+"""The seeds of a job, put together: some are evaluated first, the rest wait until the search thinks well of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+
+from optimizer.criteria import Risk
+from optimizer.search.seeds.additive import AdditiveProblem, Step, budgets, savings, spread_order, steps_of
+from optimizer.search.seeds.feasible import FeasiblePlans
+from optimizer.search.seeds.nested import nested_ladders, nested_sets
+from optimizer.search.seeds.runs import Unexplained, best_structures
+from optimizer.search.space import COMPENSATED, Candidate, PlanSpace
+
+COMPENSATION_GAIN = 0.15
+"""Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
+LADDER = 16
+"""Latency budgets that the additive problem is solved for."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """``first`` are evaluated at once, the most informative first; ``reserve`` only when they look promising.
+
+    ``ladders`` are families of plans, of each of which the last good one is looked for.
+    """
+
+    first: tuple[Candidate, ...] = ()
+    reserve: tuple[Candidate, ...] = ()
+    ladders: tuple[tuple[Candidate, ...], ...] = ()
+
+
+def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
+    """The risk with a row for compensated skips (``C``), which are on the whole ``COMPENSATION_GAIN`` times as safe.
+
+    Where linear redundancy was measured, it says how the risk is spread over the layers; else the plain skip does.
+    """
+    plain = risk.risk["S"]
+    shares = [unexplained.get((layer - 1, layer), math.inf) for layer in range(len(plain))]
+    known = [share for share in shares if math.isfinite(share)]
+    finite = [value for value in plain if math.isfinite(value)]
+    if not known or not finite or sum(known) == 0:
+        compensated = tuple(COMPENSATION_GAIN * value for value in plain)
+    else:
+        scale = COMPENSATION_GAIN * (sum(finite) / len(finite)) / (sum(known) / len(known))
+        compensated = tuple(scale * share for share in shares)
+    return Risk(risk.criterion, risk.risk | {COMPENSATED: compensated})
+
+
+def step_risks(space: PlanSpace, risk: Risk) -> dict[Step, float]:
+    """The risk of every step of a space."""
+    return {(layer, letter): risk.of(layer, letter) for layer, letter in steps_of(space)}
+
+
+def theory_seeds(
+    space: PlanSpace,
+    risk: Risk,
+    feasible: FeasiblePlans,
+    *,
+    unexplained: Unexplained | None = None,
+    published: Sequence[Sequence[Candidate]] = (),
+) -> Seeds:
+    """Seeds from a criterion's risk: the additive solutions, run structures and nested sets, and published methods'.
+
+    ``unexplained`` is the linear redundancy, where compensated plans are in the space and it was measured;
+    ``published`` are the plans of other methods, method by method. Plans that are not ``feasible`` are left out.
+    """
+    saving = savings(space, feasible.ratio)
+    limits = tuple(feasible.sums.values())
+    shares = unexplained or {}
+    risk = with_compensated(risk, shares)
+    structures = best_structures(space, shares) if space.recipe and shares else ()
+    solutions: list[Sequence[Candidate]] = []
+    for part in space.parts:
+        problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
+        solutions.append(problem.ladder(budgets(saving, LADDER)))
+    by_size = [structures[int(at)] for at in spread_order(len(structures))]
+    families_of_plans = [*solutions, by_size, *nested_ladders(space, risk), *published]
+    ladders = [tuple(each for each in plans if each in feasible) for plans in families_of_plans]
+    mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
+    reserve = tuple(each for each in dict.fromkeys(mixed) if each in feasible)
+    return Seeds((), reserve, tuple(ladder for ladder in ladders if ladder))
+
+
+def random_seeds(feasible: FeasiblePlans, count: int, seed: int) -> Seeds:
+    """At most as many random feasible plans of random sizes: what the theory's seeds are compared with."""
+    space, random = feasible.space, np.random.default_rng([seed, 2])
+    found: dict[Candidate, None] = {}
+    for _ in range(100 * count):
+        if len(found) == count:
+            break
+        share = random.uniform(0.1, 0.9)
+        skip = space.genome_letters
+        family = COMPENSATED if space.recipe and random.random() < 1 / len(space.compensations) else "S"
+        letters = []
+        for own in skip:
+            others = [letter for letter in own if letter != "R" and (letter not in "SC" or letter == family)]
+            takes = others and random.random() < share
+            letters.append(others[int(random.integers(len(others)))] if takes else "R")
+        genome = "".join(letters)
+        if not space.allows(genome) or genome == "R" * space.num_layers:
+            continue
+        candidate = space.candidate(genome)
+        if candidate in feasible:
+            found.setdefault(candidate)
+    return Seeds(tuple(found))
+
+
+def _interleave(lists: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    together = [each for group in zip_longest(*lists) for each in group if each is not None]
+    return list(dict.fromkeys(together))

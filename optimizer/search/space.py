@@ -1,0 +1,146 @@
+"""What a job may propose: the actions each layer may take, with or without compensation, after all limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+from optimizer.errors import UsageFault
+from optimizer.job.spec import JobSpec
+from workers.messages import WorkerInfo
+from workers.runtime import Action, SkipPlan
+
+NO_COMPENSATION = "none"
+COMPENSATED = "C"
+"""A skip whose gap is compensated, in genomes."""
+MOST_LISTED = 1 << 17
+"""A space of at most so many plans can be gone through one by one."""
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A plan and how its gaps are compensated: ``"none"``, or the canonical text of a recipe."""
+
+    plan: SkipPlan
+    compensation: str = NO_COMPENSATION
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every layer runs."""
+        return self.plan.is_dense
+
+    def __str__(self) -> str:
+        return self.plan.text if self.compensation == NO_COMPENSATION else f"{self.plan} ({self.compensation})"
+
+
+@dataclass(frozen=True)
+class PlanSpace:
+    """Letters allowed per layer (``R`` first everywhere) and the most layers that may differ from ``R``.
+
+    ``compensations`` holds ``"none"``, one recipe's text, or both. Samplers work on genomes: a plan's text in which a
+    compensated skip is ``C``; the skips of one plan are compensated all or none.
+    """
+
+    letters: tuple[str, ...]
+    max_touched: int
+    compensations: tuple[str, ...] = (NO_COMPENSATION,)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.letters)
+
+    @property
+    def free_layers(self) -> tuple[int, ...]:
+        """Layers that have a choice."""
+        return tuple(layer for layer, letters in enumerate(self.letters) if len(letters) > 1)
+
+    @property
+    def size(self) -> int:
+        """Number of plans, the limit on touched layers and compensation left aside."""
+        return math.prod(len(letters) for letters in self.letters)
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe of compensated plans, if the job has any."""
+        return next((each for each in self.compensations if each != NO_COMPENSATION), None)
+
+    @cached_property
+    def genome_letters(self) -> tuple[str, ...]:
+        """Per layer the letters of genomes: ``S`` where plain skips are in the space, ``C`` where compensated are.
+
+        Layer 0 is never skipped with compensation: no layer stands before it that could hold the map.
+        """
+        plain = "S" if NO_COMPENSATION in self.compensations else ""
+        compensated = COMPENSATED if self.recipe else ""
+        return tuple(
+            letters.replace("S", plain + compensated if layer else plain) for layer, letters in enumerate(self.letters)
+        )
+
+    def genome(self, candidate: Candidate) -> str:
+        """The genome of a candidate."""
+        text = candidate.plan.text
+        return text if candidate.compensation == NO_COMPENSATION else text.replace("S", COMPENSATED)
+
+    def candidate(self, genome: str) -> Candidate:
+        """The candidate of a genome."""
+        if COMPENSATED in genome and self.recipe is not None:
+            return Candidate(SkipPlan.parse(genome.replace(COMPENSATED, "S")), self.recipe)
+        return Candidate(SkipPlan.parse(genome))
+
+    def allows(self, genome: str) -> bool:
+        """Whether a text is the genome of a candidate of this space."""
+        if len(genome) != self.num_layers or ("S" in genome and COMPENSATED in genome):
+            return False
+        if genome.count("S") + genome.count(COMPENSATED) == len(genome):
+            return False  # a model without any layer left is no model
+        within = all(letter in own for letter, own in zip(genome, self.genome_letters, strict=True))
+        return within and len(genome) - genome.count("R") <= self.max_touched
+
+    def __contains__(self, candidate: Candidate) -> bool:
+        if candidate.compensation not in (NO_COMPENSATION, self.recipe):
+            return False
+        if candidate.compensation != NO_COMPENSATION and not candidate.plan.layers(Action.SKIP):
+            return False  # nothing to compensate: the same plan without compensation is the one way to say it
+        return self.allows(self.genome(candidate))
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the space is small enough to be gone through one by one."""
+        return self.size * len(self.compensations) <= MOST_LISTED
+
+    @property
+    def parts(self) -> tuple[PlanSpace, ...]:
+        """The space by compensation: the skips of one plan are compensated all or none."""
+        return tuple(PlanSpace(self.letters, self.max_touched, (each,)) for each in self.compensations)
+
+    def enumerate(self) -> Iterator[Candidate]:
+        """Every candidate once, the last layers varying fastest; those of one compensation after those of the other."""
+        for number, part in enumerate(self.parts):
+            for letters in product(*part.genome_letters):
+                genome = "".join(letters)
+                # Plans without a skip are the same under every compensation.
+                if self.allows(genome) and (number == 0 or COMPENSATED in genome or "S" in genome):
+                    yield self.candidate(genome)
+
+
+def touched(plan: SkipPlan) -> int:
+    """Number of layers that do other than run."""
+    return sum(action is not Action.RUN for action in plan)
+
+
+def plan_space(spec: JobSpec, worker: WorkerInfo) -> PlanSpace:
+    """The space of a job on a model. Raises UsageFault when a protected layer does not exist or nothing is left."""
+    for layer in spec.protect:
+        if layer >= worker.num_layers:
+            raise UsageFault(f"protect: layer {layer} does not exist, the model has layers 0..{worker.num_layers - 1}")
+    letters = tuple(
+        "R" if layer in spec.protect else "".join(letter for letter in spec.letters if letter in allowed)
+        for layer, allowed in enumerate(worker.allowed_actions)
+    )
+    if all(own == "R" for own in letters):
+        raise UsageFault(f"actions: no layer of the model may take any of {', '.join(spec.actions)}")
+    return PlanSpace(letters, spec.constraint.max_layers_touched or worker.num_layers, spec.compensation.choices)

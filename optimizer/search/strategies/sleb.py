@@ -1,0 +1,54 @@
+"""SLEB (Song et al., arXiv 2402.09025): remove the layer whose removal hurts least, measured anew after every removal.
+
+The paper measures the loss on calibration data; here it is the KL to dense (the drop where KL is not measured) on the
+first rung. The winner of a round is then evaluated on all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimizer.search.problem import Answer, Ask, Problem, better_first
+from optimizer.search.space import Candidate
+from optimizer.search.strategies.needs import need_plain_skips
+from optimizer.search.strategies.nested import applied
+from optimizer.search.trial import Tried
+
+
+class Sleb:
+    """Greedy elimination down to the last layer that may go."""
+
+    expected_gain: float | None = None
+
+    def __init__(self, problem: Problem) -> None:
+        need_plain_skips(problem, "sleb")
+        self._space, self._first_rung = problem.space, problem.rungs[0]
+        self._removed: tuple[int, ...] = ()
+        self._round: list[Tried] = []
+        self._queue = self._candidates()
+        self.done = "sleb has removed every layer that may go"
+
+    def start(self, dense: Tried) -> None:
+        """Nothing to prepare."""
+
+    def ask(self, count: int) -> Sequence[Ask]:
+        """The rest of the round on the first rung, or the round's winner on all samples."""
+        if not self._queue and self._round:
+            best = min(self._round, key=better_first)
+            self._removed = tuple(layer for layer, letter in enumerate(best.plan) if letter == "S")
+            self._round, self._queue = [], self._candidates()
+            return [Ask(best.candidate)]
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return [Ask(candidate, self._first_rung) for candidate in batch]
+
+    def tell(self, answers: Sequence[Answer]) -> None:
+        """Collect the round's figures."""
+        self._round += [tried for candidate, tried in answers if tried is not None and self._is_next(candidate)]
+
+    def _is_next(self, candidate: Candidate) -> bool:
+        return candidate.plan.text.count("S") == len(self._removed) + 1
+
+    def _candidates(self) -> list[Candidate]:
+        free = [layer for layer, own in enumerate(self._space.letters) if "S" in own and layer not in self._removed]
+        plans = [applied(self._space, (*self._removed, layer), "S") for layer in free]
+        return [plan for plan in plans if plan in self._space]

@@ -1,0 +1,1 @@
+"""Running jobs: one here and now, or a queue of them."""

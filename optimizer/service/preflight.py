@@ -1,0 +1,95 @@
+"""Looking a job file over without a network and without starting anything: what is good, what cannot be seen here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from optimizer.errors import UsageFault
+from optimizer.job.inputs import check_images, check_rungs, load_job_task, model_source
+from optimizer.job.loading import load_job
+from optimizer.job.spec import JobSpec
+from optimizer.verification.judgement import least_provable_drop
+from workers.errors import ModelError, TaskError
+from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models, check_checkpoint, find_checkpoint
+from workers.tasks import Task, load_spec
+from workers.tasks.spec import HubSource, TaskSpec
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job file that is usable as far as could be seen here."""
+
+    file: str
+    model: str
+    task: str
+    checked: tuple[str, ...]
+    """What was looked at and found good."""
+    unchecked: tuple[str, ...]
+    """What only the job itself can find out, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What is allowed, and will probably not do what was meant."""
+
+
+def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) -> Checked:
+    """Check the job's fields, its task file, and whatever of data and model lies on this machine.
+
+    Nothing is downloaded. Raises UsageFault naming the file and the field, column, row, image or model file.
+    """
+    spec = load_job(path, environment=environment)
+    task = _task(spec, str(path))
+    good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
+    notes: list[str] = []
+    if isinstance(task.source, HubSource):
+        unknown.append(f"data set {task.source.id}: its rows and images are on the hub")
+    else:
+        data = load_job_task(spec)
+        check_rungs(spec, data)
+        check_images(data)
+        sizes = f"{len(data.calibration)} calibration, {len(data.search)} search, {len(data.held_out)} held-out samples"
+        good.append(f"data of task {task.name}: {sizes}, every image opens")
+        notes += too_few_to_prove(spec, data)
+    if is_local(spec.model.path):
+        _model(spec)
+        good.append(f"model {spec.model.path}: configuration and weight files")
+    else:
+        unknown.append(f"model {spec.model.path}: its files are on the hub")
+    return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown), tuple(notes))
+
+
+def too_few_to_prove(spec: JobSpec, task: Task) -> list[str]:
+    """A line where so few held-out samples cannot prove the allowed loss even of a plan that changes no answer."""
+    allowed = spec.constraint.max_accuracy_drop
+    if allowed is None:
+        return []
+    images = [sample.image_key for sample in task.held_out]
+    least = least_provable_drop(images, spec.constraint, spec.search.finalists, seed=spec.search.seed)
+    if least <= allowed:
+        return []
+    return [
+        f"constraint.max_accuracy_drop: {allowed:g} cannot be proven with {len(images)} held-out samples: even a plan "
+        f"that changes no answer may lose {least:.3f} by its interval; take more samples, or allow more"
+    ]
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is a directory here, bundled, or built already."""
+    built = model in BUILT_MODELS and built_directory(model).is_dir()
+    return built or model in bundled_models() or Path(model).expanduser().exists() or model.count("/") != 1
+
+
+def _task(spec: JobSpec, source: str) -> TaskSpec:
+    sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
+    try:
+        task = load_spec(spec.task)
+    except TaskError as error:
+        raise UsageFault(f"{source}: {error}") from None
+    return replace(task, splits=replace(task.splits, **sizes))
+
+
+def _model(spec: JobSpec) -> None:
+    try:
+        check_checkpoint(find_checkpoint(model_source(spec)), spec.model.allow_pickle)
+    except ModelError as error:
+        raise UsageFault(str(error)) from None

@@ -1,0 +1,200 @@
+"""From a queued job to its final state: claim it, keep its lease alive, run the pipeline, say how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import Interrupted, LeaseLost, UsageFault, one_line
+from optimizer.job.inputs import Inputs
+from optimizer.job.loading import override, validate_job
+from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
+from optimizer.service import logs
+from optimizer.stages import pipeline
+from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.progress import Progress
+from optimizer.stages.publish import Published
+from storage import errors as storage_errors
+from storage.database import Database
+from storage.queue import attempts, jobs
+from storage.queue.jobs import Job
+from workers.errors import ClusterError
+
+if TYPE_CHECKING:
+    from workers.cluster.pool import WorkerPool
+
+LEASE_SECONDS = 30.0
+HEARTBEATS_PER_LEASE = 6
+POLL_SECONDS = 1.0
+FIRST_RETRY_SECONDS = 5.0
+LONGEST_RETRY_SECONDS = 300.0
+"""A job whose cluster failed waits so long, twice as long each time, but no longer than this."""
+
+
+def new_owner() -> str:
+    """A name for this process that no other process has or had."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+def stored_spec(spec: JobSpec) -> dict[str, Any]:
+    """A job's specification as the database keeps it: without the database's own URL, which may hold a password."""
+    return spec.model_dump(mode="json", exclude={"database"})
+
+
+def submit(db: Database, inputs: Inputs, *, anew: bool) -> tuple[Job, bool]:
+    """Queue a job; unless ``anew``, one of the same specification that is queued, running or done is found instead."""
+    spec, stored, known_by = inputs.spec, stored_spec(inputs.spec), inputs.spec_hash
+    if anew:
+        return jobs.submit(db, stored, known_by, priority=spec.priority, max_attempts=spec.attempts), True
+    return jobs.submit_once(db, stored, known_by, priority=spec.priority, max_attempts=spec.attempts)
+
+
+def read_spec(job: Job) -> JobSpec:
+    """The specification of a stored job, on the cluster that this process's environment names, if it does.
+
+    Raises UsageFault when this version cannot read it.
+    """
+    document = {**job.spec, "database": DEFAULT_DATABASE, "cluster": dict(job.spec.get("cluster") or {})}
+    override(document, os.environ, section="cluster")
+    return validate_job(document, f"job {job.id}")
+
+
+def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] = lambda text: None) -> Job:
+    """Claim a given job, waiting for the lease of an owner that died. Raises UsageFault when somebody is running it."""
+    seen = job.lease_expires_at
+    told = False
+    while True:
+        claimed = jobs.claim(db, owner, LEASE_SECONDS, job.id)
+        if claimed is not None:
+            return claimed
+        now = jobs.get(db, job.id)
+        if now.is_finished:
+            raise UsageFault(f"job {job.id} has meanwhile ended as {now.state}; run the job file again to see it")
+        if now.lease_expires_at is not None and seen is not None and now.lease_expires_at > seen:
+            raise UsageFault(f"job {job.id} of the same specification is being run by {now.owner}; wait for it")
+        seen = now.lease_expires_at
+        if not told:
+            note(f"job {job.id} was last run by {now.owner}; waiting for a sign of life or the end of its lease")
+            told = True
+        time.sleep(POLL_SECONDS)
+
+
+def process(
+    db: Database,
+    job: Job,
+    inputs: Inputs,
+    pool: WorkerPool,
+    progress: Progress,
+    lease_seconds: float = LEASE_SECONDS,
+) -> Published:
+    """Run a claimed job to its final state.
+
+    An interrupted job goes back to the queue. So does one whose cluster or database failed, to be taken again after a
+    while; but the attempt counts unless it got somewhere. Raises Interrupted, JobFailed, LeaseLost, ClusterError,
+    DatabaseError.
+    """
+    with logs.of_job(job.id):
+        published = _run_pipeline(JobContext(db, job, inputs, pool, progress), lease_seconds)
+        if published.best is None:
+            jobs.infeasible(db, job, published.reason)
+            logs.log("job_infeasible", reason=published.reason)
+        else:
+            jobs.finish(db, job)
+            logs.log("job_succeeded", plan=published.best, plans=len(published.plan_ids))
+    return published
+
+
+def _run_pipeline(context: JobContext, lease_seconds: float) -> Published:
+    db, job = context.db, context.job
+    try:
+        with Heartbeat(db, job, context.progress, lease_seconds), stop_signals():
+            return pipeline.run(context)
+    except KeyboardInterrupt:
+        quietly(lambda: jobs.release(db, job, "interrupted"))
+        logs.log("job_interrupted")
+        raise Interrupted(
+            f"interrupted; job {job.id} is back in the queue and goes on where it was when the job file is run again"
+        ) from None
+    except storage_errors.LeaseLost as error:
+        logs.log("job_taken_away", reason=one_line(error))
+        raise LeaseLost(str(error)) from None
+    except (ClusterError, storage_errors.DatabaseError) as error:
+        put_back(db, job, one_line(error))
+        raise
+    except BaseException as error:
+        reason = one_line(error) if isinstance(error, JobFailed) else f"{type(error).__name__}: {one_line(error)}"
+        quietly(lambda: jobs.fail(db, job, reason))
+        logs.log("job_failed", reason=reason)
+        raise
+
+
+def put_back(db: Database, job: Job, reason: str) -> None:
+    """Let a job wait whose surroundings failed; the longer, the more often that happened."""
+    with suppress(storage_errors.StorageError):  # what made the attempt end is what is reported
+        before = attempts.retries_in_a_row(db, job.id)
+        wait = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**before)
+        now = jobs.retry(db, job, reason, wait)
+        logs.log("job_put_back" if now.state == "queued" else "job_failed", reason=reason, wait_seconds=wait)
+
+
+def quietly(action: Callable[[], object]) -> None:
+    """Do what can still be done for a job; what made it end is what is reported."""
+    with suppress(storage_errors.StorageError):
+        action()
+
+
+class Heartbeat:
+    """A thread that extends the job's lease and stores its progress; when the lease is lost, writes are refused."""
+
+    def __init__(self, db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS) -> None:
+        self._db, self._job, self._progress, self._lease_seconds = db, job, progress, lease_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"heartbeat of job {job.id}", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._lease_seconds / HEARTBEATS_PER_LEASE):
+            try:
+                jobs.heartbeat(self._db, self._job, self._lease_seconds, asdict(self._progress.state))
+            except storage_errors.LeaseLost:
+                return  # the job's own next write meets the same error and ends it
+            except storage_errors.DatabaseError:
+                continue  # the next beat may get through while the lease still holds
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into one KeyboardInterrupt; later ones are ignored while cleaning up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt  # not an Exception, so that nothing on the way takes it for a failure
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

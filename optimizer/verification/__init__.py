@@ -1,0 +1,1 @@
+"""Held-out judgement of plans and the statistics behind it."""

@@ -1,0 +1,1 @@
+"""The job queue: jobs, their attempts, events and stages."""

@@ -1,0 +1,1 @@
+"""Recorded results: evaluations, measurements, plans and their queries."""

@@ -1,0 +1,47 @@
+"""A pool of one worker in this process, which remembers what it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from optimizer.job.inputs import prepare
+from optimizer.job.spec import JobSpec
+from optimizer.stages.context import JobContext
+from optimizer.stages.progress import Progress
+from storage.database import Database
+from storage.queue import jobs
+from workers.cluster.handler import Measurer
+from workers.messages import ModelSource, Reply, Request, WorkerSettings
+from workers.tasks import Task
+
+
+class OneWorker:
+    def __init__(self, model: str, task: Task) -> None:
+        self.measurer = Measurer.load(
+            ModelSource(model, device="cpu", dtype="float32"), task, WorkerSettings(0, batch_size=8)
+        )
+        self.info = (self.measurer.info,)
+        self.size = 1
+        self.requests: list[Request] = []
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
+        for number, request in enumerate(requests):
+            self.requests.append(request)
+            yield number, self.measurer.handle(request)
+
+    def take_retries(self) -> int:
+        return 0
+
+
+def spec(**fields: object) -> JobSpec:
+    sizes = {"calibration": 6, "search": 4, "held_out": 8, "unit": "samples"}
+    model = {"path": "llava-12", "dtype": "float32"}  # its bfloat16 is emulated, slowly, on many CPUs
+    base = {"model": model, "task": "easy-vqa", "actions": ["skip", "freeze", "bypass"], "splits": sizes}
+    return JobSpec.model_validate({**base, **fields})
+
+
+def context(db: Database, worker: OneWorker, wanted: JobSpec) -> JobContext:
+    """A new claimed job."""
+    inputs = prepare(wanted)
+    job = jobs.submit_claimed(db, wanted.model_dump(mode="json", exclude={"database"}), "hash", "me", 600)
+    return JobContext(db, job, inputs, worker, Progress())  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""A job whose every figure is known beforehand, written through storage as a driver writes it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import insert, select
+
+from storage.database import Database
+from storage.queue import jobs, stages
+from storage.queue.jobs import Job
+from storage.records import evaluations, measurements, plans, scores
+from storage.records.plans import PlanFigures
+from storage.schema import EvaluationRow
+
+LAYERS = 8
+SAMPLES = 40
+WORKLOAD = "batch 1, 4 new tokens"
+SETTINGS = "dtype=float32 attention=sdpa device=cpu torch=2.13.0"
+
+# The specification of a job as an early version stored it: later fields are absent and must not be needed.
+SPEC: dict[str, Any] = {
+    "model": {"path": "models/tiny-llava", "revision": None},
+    "task": "shapes",
+    "actions": ["skip"],
+    "constraint": {"max_accuracy_drop": 0.05, "confidence": 0.95, "min_accuracy": None},
+    "search": {"evaluations": 12, "sampler": "tpe", "seed": 7},
+}
+
+
+def skipping(*layers: int, of: int = LAYERS) -> str:
+    return "".join("S" if layer in layers else "R" for layer in range(of))
+
+
+def scores_with(wrong: int, samples: int = SAMPLES) -> list[float]:
+    """Scores of which the first ``wrong`` are 0."""
+    return [0.0] * wrong + [1.0] * (samples - wrong)
+
+
+def figures(plan: str, *, accuracy: float, speedup: float, meets: bool, **changes: Any) -> PlanFigures:
+    values: dict[str, Any] = {
+        "plan": plan,
+        "n": 321,
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - 0.031,
+        "accuracy_high": min(1.0, accuracy + 0.027),
+        "dense_accuracy": 0.947,
+        "difference": accuracy - 0.947,
+        "difference_low": accuracy - 0.947 - 0.0123,
+        "difference_high": accuracy - 0.947 + 0.0117,
+        "confidence": 0.95,
+        "dense_seconds": 0.0471,
+        "seconds": 0.0471 / speedup,
+        "speedup": speedup,
+        "speedup_low": speedup - 0.041,
+        "speedup_high": speedup + 0.037,
+        "dense_kv_cache_bytes": 8000,
+        "kv_cache_bytes": 1000 * plan.count("R"),
+        "layers_touched": sum(letter != "R" for letter in plan),
+        "secondary": {"meets_constraint": meets, "images": 55, "latency_pairs": 71, "difference_confidence": 0.975},
+    }
+    return PlanFigures(**(values | changes))
+
+
+def queued(db: Database, **changes: Any) -> Job:
+    return jobs.submit(db, {**SPEC, **changes}, "spec-hash-of-the-test")
+
+
+def claimed(db: Database, **changes: Any) -> Job:
+    job = jobs.claim(db, "driver-1", 600, queued(db, **changes).id)
+    assert job is not None
+    return job
+
+
+def identities(db: Database, layers: int = LAYERS) -> dict[str, int]:
+    model_id = measurements.ensure_model(
+        db,
+        name="models/tiny-llava",
+        fingerprint="f1e2d3c4b5a6",
+        family="llava",
+        num_layers=layers,
+        parameters=1_234_567,
+    )
+    task_id = measurements.ensure_task(
+        db, name="shapes", data_hash="data-hash-of-the-test", split_seed=3, calibration_size=16, search_size=SAMPLES,
+        held_out_size=321,
+    )  # fmt: skip
+    return {"model_id": model_id, "task_id": task_id}
+
+
+def record_profile(db: Database, job: Job, ids: dict[str, int], layers: int = LAYERS) -> None:
+    device_id = measurements.ensure_device(db, name="test device, 1 thread")
+    running = tuple(0.004 + 0.0001 * layer for layer in range(layers))
+    measurements.record_latency(
+        db,
+        job,
+        measurements.LatencyProfile(
+            **ids,
+            device_id=device_id,
+            workload=WORKLOAD,
+            prompt_tokens=77,
+            dense_seconds=0.05 + sum(running),
+            layer_seconds={"R": running, "S": (0.0,) * layers},
+            relative_error=0.0123,
+        ),
+    )
+
+
+def record_redundancy(db: Database, job: Job, ids: dict[str, int], layers: int = LAYERS) -> None:
+    rows = [
+        measurements.Redundancy(layer, group, "cosine_distance", 0.01 * (layer + 1) + offset, 0.0007, 1234)
+        for group, offset in (("vision", 0.0), ("text", 0.05), ("all", 0.02))
+        for layer in range(layers)
+    ]
+    measurements.record_redundancy(db, job, **ids, calibration_hash="calibration", measurements=rows)
+
+
+def record_scores(
+    db: Database, job: Job, ids: dict[str, int], plan: str, values: Sequence[float], split: str = "search", **more: Any
+) -> None:
+    evaluations.record(
+        db, job, **ids, plan=plan, split=split, split_hash=f"hash of {split}", rung=len(values), sample_scores=values,
+        seconds=1.5, settings=SETTINGS, **more,
+    )  # fmt: skip
+
+
+def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
+    """A job that succeeded: profile, redundancy, ``tried`` plans, one failure, three published plans."""
+    job = claimed(db, **changes)
+    ids = identities(db)
+    record_profile(db, job, ids)
+    record_redundancy(db, job, ids)
+    record_scores(db, job, ids, "R" * LAYERS, scores_with(2))
+    chosen = random.Random(0)
+    plans_tried = [skipping(layer) for layer in range(LAYERS)]
+    while len(plans_tried) < tried:
+        plan = "".join(chosen.choice("RS") for _ in range(LAYERS))
+        if "S" in plan and "R" in plan and plan not in plans_tried:
+            plans_tried.append(plan)
+    for number, plan in enumerate(plans_tried[:tried]):
+        record_scores(db, job, ids, plan, scores_with(0, 10) if number % 4 == 3 else scores_with(2 + number % 5))
+    evaluations.record_failure(
+        db, job, **ids, plan=skipping(0, 1, 2, 3), split="search", split_hash="hash of search", rung=10,
+        reason="NaN in the logits", settings=SETTINGS,
+    )  # fmt: skip
+    device_id = measurements.ensure_device(db, name="test device, 1 thread")
+    published = plans.publish(
+        db, job, **ids, device_id=device_id, workload=WORKLOAD,
+        figures=[
+            figures(skipping(2, 3, 4), accuracy=0.944, speedup=1.523, meets=True),
+            figures(skipping(4), accuracy=0.951, speedup=1.131, meets=True),
+            figures(skipping(1, 2, 3, 4), accuracy=0.811, speedup=1.871, meets=False),
+        ],
+    )  # fmt: skip
+    best = next(plan.id for plan in published if plan.speedup == 1.523)
+    outcome = {"tried": [{}] * (tried + 1), "failed": {}, "stopped_because": "the budget is spent"}
+    stages.record_stage(db, job, "search", {"value": outcome})
+    stages.record_stage(db, job, "publish", {"value": {"plan_ids": [], "best": best, "reason": ""}})
+    counters = {"evaluations": tried + 1.0, "samples": 4321.0, "evaluation_seconds": 12.5, "failed_samples": 3.0}
+    stages.add_counters(db, job, counters | {"near_ties": 17.0})
+    jobs.finish(db, job)
+    return job.id
+
+
+def record_many(db: Database, job_id: int, number: int) -> None:
+    """Further plans of a job, in one statement: every plan of the model in as many compensations as it takes."""
+    chosen = random.Random(1)
+    with db.transaction() as session:
+        first = session.scalars(select(EvaluationRow).where(EvaluationRow.job_id == job_id).limit(1)).one()
+        same = {"job_id": job_id, "model_id": first.model_id, "task_id": first.task_id, "settings": SETTINGS}
+        same |= {"split": "search", "split_hash": "hash of search", "secondary": {}, "seconds": 1.0}
+        rows = []
+        for place in range(number):
+            plan = format(1 + place % (2**LAYERS - 2), f"0{LAYERS}b").replace("0", "R").replace("1", "S")
+            n = chosen.choice((10, SAMPLES))
+            values = scores_with(min(n, chosen.randint(0, 3 * plan.count("S"))), n)
+            rows.append(
+                same
+                | {"plan": plan, "compensation": f"linear ridge={place // 254 + 1}", "rung": n, "n": n}
+                | {"accuracy": sum(values) / n, "scores": scores.pack(values)}
+            )
+        session.execute(insert(EvaluationRow), rows)

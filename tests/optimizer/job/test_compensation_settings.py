@@ -1,0 +1,94 @@
+"""Compensation and collateral in job files, in the space of plans, and in what `best` is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from optimizer.cli.plans import _within
+from optimizer.errors import UsageFault
+from optimizer.job.loading import load_job
+from optimizer.job.spec import JobSpec
+from optimizer.stages.collateral import Collateral, OtherTask
+from workers.compensation.recipe import Recipe
+from workers.messages import TextDivergence
+
+BASE = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
+DEFAULT = "linear ridge=0.001 weighting=answers tokens=16384"
+
+
+@pytest.mark.parametrize(
+    ("section", "choices"),
+    [
+        ({}, ("none",)),
+        ({"kind": "none", "tokens": 5}, ("none",)),
+        ({"kind": "linear"}, (DEFAULT,)),
+        ({"kind": "linear", "scope": "projection"}, (f"{DEFAULT} scope=projection",)),
+        ({"kind": "both", "ridge": 0.01, "weighting": "groups", "tokens": 64}, None),
+    ],
+)
+def test_candidates_have_the_compensations_that_the_job_names(section: dict, choices: tuple | None) -> None:
+    spec = JobSpec.model_validate({**BASE, "compensation": section})
+    if choices is None:
+        choices = ("none", "linear ridge=0.01 weighting=groups tokens=64")
+    assert spec.compensation.choices == choices
+    for text in choices:
+        assert Recipe.parse(text).text == text
+
+
+def test_what_changes_the_maps_changes_the_job(tmp_path: Path) -> None:
+    def digest(**section: object) -> str:
+        return JobSpec.model_validate({**BASE, "compensation": section}).digest()
+
+    texts = [{}, {"kind": "linear"}, {"kind": "both"}, {"kind": "linear", "tokens": 5}, {"kind": "linear", "ridge": 1}]
+    assert len({digest(**each) for each in texts}) == len(texts)
+    here = JobSpec.model_validate({**BASE, "artefacts": "here"})
+    assert here.digest() == JobSpec.model_validate({**BASE, "artefacts": "s3://there"}).digest()
+
+
+def test_paths_are_made_absolute_and_urls_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    file = tmp_path / "jobs" / "job.yaml"
+    file.write_text(
+        "model: {path: llava-12}\ntask: easy-vqa\nartefacts: maps\ncollateral: {tasks: [scenes], text: general.txt}\n"
+    )
+    spec = load_job(file, environment={})
+    assert spec.artefacts == str(tmp_path / "maps")
+    assert spec.collateral.text == str(tmp_path / "jobs" / "general.txt") and spec.collateral.tasks == ("scenes",)
+    spec = load_job(file, environment={"SKIPPLAN_ARTEFACTS": "s3://bucket/maps"})
+    assert spec.artefacts == "s3://bucket/maps"
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ("{kind: affine}", "compensation.kind"),
+        ("{kind: linear, ridge: 0}", "compensation.ridge"),
+        ("{kind: linear, tokens: 0}", "compensation.tokens"),
+        ("{kind: linear, weigthing: rms}", "did you mean 'weighting'"),
+    ],
+)
+def test_mistakes_are_named_by_field(tmp_path: Path, section: str, named: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"model: {{path: llava-12}}\ntask: easy-vqa\ncompensation: {section}\n")
+    with pytest.raises(UsageFault, match=named):
+        load_job(file, environment={})
+
+
+class Published:
+    """Of a plan, what `best` looks at."""
+
+    def __init__(self, beside: Collateral | None) -> None:
+        self.secondary = {} if beside is None else {"collateral": beside.to_json()}
+
+
+def test_best_takes_only_plans_measured_beside_their_task() -> None:
+    text = TextDivergence("RS", tokens=100, kl=0.2, dense_loss=2.0, plan_loss=2.1)
+    tasks = {"a": OtherTask(10, 0.80, 0.85), "b": OtherTask(10, 0.9, 0.9)}
+    plan, unmeasured = Published(Collateral(tasks, text)), Published(None)
+    assert _within(plan, 0.06, 0.3) and _within(plan, None, 0.2) and _within(plan, 0.06, None)
+    assert not _within(plan, 0.04, None) and not _within(plan, 0.06, 0.1)
+    assert not _within(unmeasured, 1.0, None) and not _within(unmeasured, None, 10.0)
+    assert not _within(Published(Collateral(tasks)), None, 10.0)

@@ -1,0 +1,132 @@
+"""Published methods on planted problems: what each must propose, worked out by hand."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from planted import SMALL, Planted, problem_of, search, small
+
+from optimizer.errors import UsageFault
+from optimizer.job.spec import ConstraintSpec
+from optimizer.search.strategies.pairs import _on_measured_scale
+from optimizer.search.strategies.registry import PUBLISHED, make_strategy
+from workers.errors import MeasurementError
+from workers.redundancy.table import LayerTable
+
+LOOSE = ConstraintSpec(max_accuracy_drop=None)
+ORDER = [int(layer) for layer in np.argsort(SMALL, kind="stable")]
+
+
+def genomes(strategy, planted=None, letters="RFBS", **fields):
+    problem = problem_of(planted or small(), letters, seeded=False, **fields)
+    return [problem.space.genome(each) for each in make_strategy(strategy, problem).plans]
+
+
+def taking(layers, letter="S", count=8):
+    return "".join(letter if layer in layers else "R" for layer in range(count))
+
+
+@pytest.mark.parametrize(("strategy", "letter"), [("shortgpt", "S"), ("shortv", "F")])
+def test_rankings_apply_their_action_to_the_least_harmful_layers(strategy, letter):
+    sizes = range(1, 8 if letter == "S" else 9)  # skipping all leaves no model
+    assert genomes(strategy) == [taking(ORDER[:size], letter) for size in sizes]
+
+
+def test_skip_it_takes_every_action_in_the_order_of_the_jobs_own_criterion():
+    found = genomes("skip-it")
+    assert found[:3] == [taking(ORDER[:1], letter) for letter in "FBS"]
+    assert taking(ORDER[:5], "B") in found and len(found) == 8 + 8 + 7
+
+
+def test_vtw_withdraws_vision_tokens_from_a_layer_on():
+    assert genomes("vtw")[:2] == ["RRRRRRRB", "RRRRRRBB"] and genomes("vtw")[-1] == "BBBBBBBB"
+
+
+def test_angular_removes_the_block_whose_ends_are_closest():
+    found = genomes("angular")
+    for length, genome in enumerate(found, start=1):
+        best = min(range(9 - length), key=lambda start: (sum(SMALL[start : start + length]), start))
+        assert genome == taking(range(best, best + length))
+
+
+def test_replaceme_compensates_the_same_blocks_and_never_layer_0():
+    found = genomes("replaceme", compensations=("none", "linear x"))
+    plain = genomes("angular")
+    assert found[0] == plain[0].replace("S", "C") and set("".join(found)) == {"R", "C"}
+    assert all(genome[0] == "R" for genome in found)
+
+
+def test_sleb_removes_greedily_what_hurts_least_measured_anew():
+    # Layer 2 and layer 4 are harmless alone but not together, so the second removal must avoid the pair.
+    planted = Planted(small().singles, {((2, "S"), (4, "S")): 0.5})
+    search(planted, strategy="sleb", constraint=LOOSE, evaluations=8 + 1 + 7)
+    complete = [plan for plan, size in planted.asked if size == 200]
+    assert complete == ["RRRRRRRR", taking([2]), taking([2, 6])]
+    assert len(planted.asked) == len(set(planted.asked))
+
+
+def test_evopress_keeps_the_budget_and_gets_better():
+    planted = small()
+    outcome = search(planted, strategy="evopress", constraint=LOOSE, evaluations=220)
+    assert len(planted.asked) == len(set(planted.asked))
+    complete = {tried.plan for tried in outcome.tried if tried.complete}
+    assert taking(ORDER[:3]) in complete and taking(ORDER[:1]) in complete
+    assert len(complete) < len(outcome.tried) / 2  # the others ended on the first rung
+
+
+def test_exhaustive_tries_every_plan_few_touched_layers_first():
+    found = genomes("exhaustive", letters="RS", max_touched=2)
+    assert found == [taking(layers) for size in (1, 2) for layers in sorted(combinations(range(8), size), key=taking)]
+    with pytest.raises(UsageFault, match=r"exhaustive would try 4\.29e\+09 plans"):
+        genomes("exhaustive", Planted(dict.fromkeys(((i, a) for i in range(16) for a in "FBS"), 0.1), layers=16))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "letters", "missing"),
+    [
+        ("shortgpt", "RF", "skip"),
+        ("sleb", "RF", "skip"),
+        ("evopress", "RB", "skip"),
+        ("shortv", "RS", "freeze"),
+        ("vtw", "RS", "bypass"),
+        ("replaceme", "RS", "compensation: linear or both"),
+    ],
+)
+def test_what_a_method_needs_is_said(strategy, letters, missing):
+    with pytest.raises(UsageFault, match=f"search.strategy: {strategy} .*{missing}"):
+        genomes(strategy, letters=letters)
+
+
+@pytest.mark.parametrize("strategy", ["shortgpt", "angular", "shortv"])
+def test_what_was_not_measured_is_said(strategy):
+    with pytest.raises(MeasurementError, match="not measured"):
+        genomes(strategy, table=LayerTable(8, ()))
+
+
+def test_every_published_strategy_ends_and_says_why():
+    for strategy in PUBLISHED:
+        planted = small()
+        outcome = (
+            search(
+                planted, "RFBS", strategy=strategy, evaluations=40, compensations=("none", "linear x"), constraint=LOOSE
+            )
+            if strategy != "exhaustive"
+            else search(planted, strategy=strategy, evaluations=40)
+        )
+        assert outcome.stopped_because and len(planted.asked) == len(set(planted.asked))
+
+
+def test_measured_pairs_correct_the_seeds():
+    # Alone 2, 4 and 6 are the least harmful; 2 and 4 together are fatal.
+    planted = Planted(small().singles, {((2, "S"), (4, "S")): 0.6})
+    outcome = search(planted, strategy="surrogate", measured_pairs=6, evaluations=24, constraint=LOOSE)
+    assert ("RRSRSRRR", 50) in planted.asked and ("RRSRSRRR", 200) not in planted.asked
+    assert len(planted.asked) == len(set(planted.asked))
+    pairs_of_two = [tried.plan for tried in outcome.tried if tried.complete and tried.plan.count("S") == 2]
+    assert pairs_of_two and "RRSRSRRR" not in pairs_of_two
+
+
+def test_measured_harms_set_the_scale_of_predicted_ones():
+    predicted = {(0, "S"): 1.0, (1, "S"): 3.0, (2, "S"): 2.0}
+    measured = {(0, "S"): 0.4, (1, "S"): 0.4}
+    assert _on_measured_scale(predicted, measured) == pytest.approx({(0, "S"): 0.4, (1, "S"): 0.4, (2, "S"): 0.4})

@@ -1,0 +1,173 @@
+"""Workers that leave and join while requests run, with workers that only sleep: what counts is who gets what."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from workers.cluster import pool as pools
+from workers.cluster.connection import MISSED_CALLS, ClusterSettings, HeadWatch
+from workers.cluster.pool import WorkerPool
+from workers.errors import ClusterError
+from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo, WorkerSettings
+from workers.tasks import Task, load_spec, load_task
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers' processes cannot import this file
+
+
+class Sleeper:
+    """Says which task it holds and which process it is, after as many seconds as the request's limit says."""
+
+    def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
+        self._task, self._number = task, settings.worker
+
+    def place(self) -> None:
+        pass
+
+    def setup(self) -> WorkerInfo:
+        return WorkerInfo(self._number, "here", "none", 1, "llava", "f" * 64, 2, ("RS", "RS"), 0, "none", os.getpid())
+
+    def change_task(self, task: Task) -> WorkerInfo:
+        self._task = task
+        return self.setup()
+
+    def handle(self, request: EvaluatePlans) -> Evaluations:
+        time.sleep(request.limit or 0)
+        label = f"{len(self._task.search)} samples"
+        return Evaluations((Evaluation(request.plans[0], label, (), (1.0,), {}, {}, float(os.getpid())),))
+
+
+class Fragile(Sleeper):
+    """Dies in its first start; its replacement lives."""
+
+    def setup(self) -> WorkerInfo:
+        mark = Path(os.environ["FRAGILE_MARK"])
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().setup()
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class Neighbour:
+    """Somebody else's actor, which takes a CPU as soon as one is free."""
+
+    def there(self) -> bool:
+        return True
+
+
+def small_task(search: int) -> Task:
+    return load_task(load_spec("easy-vqa").with_sizes(calibration=1, search=search, held_out=1))
+
+
+def build(tiny_directory: Path, worker: type = Sleeper, workers: int | None = None) -> WorkerPool:
+    settings = ClusterSettings(workers=workers, cpus_per_worker=1.0, max_attempts=5)
+    return WorkerPool(settings, ModelSource(str(tiny_directory)), small_task(4), worker=worker)
+
+
+@pytest.fixture
+def pool(ray_cluster: None, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
+    monkeypatch.setattr(pools, "PLACING_SECONDS", 3.0)
+    monkeypatch.setattr(pools, "LOOK_SECONDS", 0.2)
+    with build(tiny_directory) as pool:
+        yield pool
+
+
+def answers(pool: WorkerPool, seconds: list[int]) -> list[Evaluation]:
+    found = {}
+    for number, reply in pool.run([EvaluatePlans(("RR",), "search", limit) for limit in seconds]):
+        assert not isinstance(reply, Failure), reply.reason
+        assert isinstance(reply, Evaluations)
+        (found[number],) = reply.results
+    return [found[number] for number in sorted(found)]  # type: ignore[return-value]
+
+
+def test_a_worker_without_room_is_done_without_and_comes_back_when_there_is(pool: WorkerPool) -> None:
+    assert pool.size == 2  # workers: auto, on two CPUs
+    neighbour = Neighbour.remote()
+    numbers = [pool.submit(EvaluatePlans(("RR",), "search", 1)) for _ in range(4)]
+    os.kill(pool.info[0].process, signal.SIGKILL)
+    assert ray.get(neighbour.there.remote(), timeout=60)  # the dead one's CPU is taken
+    done = [pool.next_done(timeout=60) for _ in numbers]
+    assert all(each is not None and isinstance(each[1], Evaluations) for each in done)
+    deadline = time.monotonic() + 60
+    while pool.size == 2 and time.monotonic() < deadline:
+        answers(pool, [1])
+    assert pool.size == 1
+    assert pool.take_retries() == 1 and pool.take_retries() == 0
+
+    ray.kill(neighbour)
+    while len(pool.info) < 2 and time.monotonic() < deadline + 60:
+        answers(pool, [1])
+    assert len({each.seconds for each in answers(pool, [1, 1])}) == 2  # both work at the same time
+
+
+def test_the_task_of_an_idle_pool_can_be_exchanged(pool: WorkerPool) -> None:
+    before = {info.process for info in pool.info}
+    first, second = pool.task, small_task(7)
+    assert len(first.search) != len(second.search)
+    assert {each.split for each in answers(pool, [0, 0])} == {f"{len(first.search)} samples"}
+    pool.change_task(second)
+    assert {each.split for each in answers(pool, [0, 0])} == {f"{len(second.search)} samples"}
+    assert {info.process for info in pool.info} == before
+    pool.submit(EvaluatePlans(("RR",), "search", 1))
+    with pytest.raises(RuntimeError, match="while it is idle"):
+        pool.change_task(small_task(4))
+
+
+def test_a_worker_that_dies_while_the_first_set_loads_is_replaced(
+    ray_cluster: None, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "died"
+
+    class Marked(Fragile):
+        def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
+            os.environ["FRAGILE_MARK"] = str(mark)
+            super().__init__(model, task, settings)
+
+    with build(tiny_directory, Marked, workers=1) as pool:
+        assert mark.exists() and pool.size == len(pool.info) == 1
+        assert answers(pool, [0])[0].plan == "RR"
+
+
+def test_memory_is_among_what_a_cluster_may_lack(ray_cluster: None, tiny_directory: Path) -> None:
+    settings = ClusterSettings(workers=2, cpus_per_worker=0.5, memory_per_worker=50_000)
+    with pytest.raises(ClusterError, match=r"need 100000 GiB of memory, the cluster has [\d.]+; missing"):
+        WorkerPool(settings, ModelSource(str(tiny_directory)), small_task(4)).start()
+
+
+def test_a_worker_does_not_span_nodes(ray_cluster: None, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"Alive": True, "Resources": {"CPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [half, half, {"Alive": False, "Resources": {"CPU": 8.0}}])
+    settings = ClusterSettings(workers=1, cpus_per_worker=2.0)
+    with pytest.raises(ClusterError, match="as much in all, but its nodes have room for 0 such workers only"):
+        WorkerPool(settings, ModelSource(str(tiny_directory)), small_task(4)).start()
+
+
+def test_a_head_that_stays_away_is_an_error_and_one_that_comes_back_is_not(ray_cluster: None) -> None:
+    watch = HeadWatch("local")
+    watch.check()
+    there = watch._head
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        away = f"127.0.0.1:{closed.getsockname()[1]}"
+    for _ in range(2):
+        watch._head = away
+        for _ in range(MISSED_CALLS - 1):
+            watch.check()
+        assert not watch.steady
+        watch._head = there
+        watch.check()
+        assert watch.steady
+    watch._head = away
+    with pytest.raises(ClusterError, match="its head node does not answer any more"):
+        for _ in range(MISSED_CALLS):
+            watch.check()

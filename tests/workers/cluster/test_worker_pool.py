@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from workers.cluster.connection import ClusterSettings, connect
+from workers.cluster.pool import WorkerPool
+from workers.errors import ClusterError, ModelError, TaskError
+from workers.evaluation.plain import Evaluator
+from workers.messages import (
+    CompareLatency,
+    EvaluatePlan,
+    Evaluation,
+    Failure,
+    LatencyComparison,
+    LatencyProfile,
+    ModelSource,
+    ProfileLatency,
+    ScoreLayers,
+    ShardScores,
+    Workload,
+)
+from workers.models.loading import LoadedModel
+from workers.redundancy.sums import merge
+from workers.runtime.plan import SkipPlan
+from workers.tasks import Task, load_spec, load_task
+
+# Half a CPU each, so that a second pool fits beside the first on the two CPUs of the cluster.
+SETTINGS = ClusterSettings(workers=2, cpus_per_worker=0.5, max_attempts=2)
+ENDLESS = CompareLatency("RRRRRS", Workload(1, 2), precision=0.0, max_seconds=600)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(load_spec("easy-vqa").with_sizes(calibration=6, search=60, held_out=6))
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster: None, tiny_directory: Path, task: Task) -> Iterator[WorkerPool]:
+    with WorkerPool(SETTINGS, ModelSource(str(tiny_directory)), task) as pool:
+        yield pool
+    assert ray.is_initialized()  # the pool leaves a connection alone that it did not make
+
+
+def kill_holder(pool: WorkerPool, killed: set[int], patience: float = 300.0) -> None:
+    """SIGKILL the worker that holds the running request, once it is ready and has not been killed already."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        for info in pool.info:
+            if info.process not in killed:
+                killed.add(info.process)
+                os.kill(info.process, signal.SIGKILL)
+                return
+        time.sleep(0.05)
+
+
+def refill(pool: WorkerPool) -> None:
+    """Wait until the place of a killed worker is filled again: an exclusive request waits until all places are."""
+    list(pool.run([CompareLatency("RSRRRR", Workload(1, 1), precision=9.0)]))
+
+
+def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel, task: Task) -> None:
+    assert [info.worker for info in pool.info] == [0, 1]
+    assert len({info.process for info in pool.info} | {os.getpid()}) == 3
+    assert {info.model_fingerprint for info in pool.info} == {tiny.fingerprint}
+    assert pool.info[0].allowed_actions == ("RFBS",) * 6
+    assert (pool.info[0].threads, pool.info[0].dtype, pool.info[0].num_layers) == (1, "float32", 6)
+    plans = ["RRRRRR", "RSRRRR", "RRSSRR", "FFFRRR"]
+    results = dict(pool.run([EvaluatePlan(plan, "search", 24) for plan in plans]))
+    here = Evaluator(tiny, task)
+    for index, plan in enumerate(plans):
+        expected = here.evaluate(SkipPlan.parse(plan), "search", 24)
+        found = results[index]
+        assert isinstance(found, Evaluation)
+        assert replace(found, seconds=0) == replace(expected, seconds=0)
+
+
+def test_shards_and_timings_in_one_run(pool: WorkerPool, task: Task) -> None:
+    requests = [
+        ScoreLayers(("distance",), 0, 2),
+        ProfileLatency(repeats=2, workload=Workload(1, 2)),
+        ScoreLayers(("distance",), 1, 2),
+        CompareLatency("RSRRRR", Workload(1, 2), precision=1.0, max_seconds=5),
+    ]
+    results = dict(pool.run(requests))
+    sums = [results[0], results[2]]
+    assert all(isinstance(part, ShardScores) for part in sums)
+    merged = merge([part for part in sums if isinstance(part, ShardScores)])
+    assert merged.samples == len(task.calibration)
+    assert isinstance(results[1], LatencyProfile) and isinstance(results[3], LatencyComparison)
+
+
+def test_timing_requests_run_alone(pool: WorkerPool) -> None:
+    """While one runs, none other is handed out, and it waits for those that run."""
+    order = []
+    evaluation = EvaluatePlan("RRRRRR", "search", 64)
+    timing = CompareLatency("RSRRRR", Workload(1, 2), precision=0.0, max_seconds=0.5)
+    for number, result in pool.run([evaluation, timing, evaluation, evaluation]):
+        assert not isinstance(result, Failure)
+        order.append(number)
+    assert order.index(1) == 1  # after the evaluation before it, before both that came later
+
+
+def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: WorkerPool) -> None:
+    before = {info.process for info in pool.info}
+    numbers = [pool.submit(EvaluatePlan(plan, "search")) for plan in ("RRRRRR", "RRRRSR", "RRRSRR")]
+    kill_holder(pool, set())
+    results = {}
+    while pool.pending:
+        done = pool.next_done()
+        assert done is not None
+        results[done[0]] = done[1]
+    assert sorted(results) == sorted(numbers)
+    assert all(isinstance(result, Evaluation) for result in results.values())
+    refill(pool)
+    assert len(pool.info) == 2 and len({info.process for info in pool.info} - before) == 1
+
+
+def test_what_ray_says_about_a_death_is_logged_and_not_printed(
+    pool: WorkerPool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("workers.cluster.telemetry")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger.name):
+            pool.submit(EvaluatePlan("RRRRRR", "search"))
+            kill_holder(pool, set())
+            assert pool.next_done() is not None
+            deadline = time.monotonic() + 300
+            while "cluster_message" not in caplog.messages and time.monotonic() < deadline:
+                time.sleep(0.1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    refill(pool)
+    said = [record.fields["text"] for record in caplog.records if record.message == "cluster_message"]  # type: ignore[attr-defined]
+    assert said and all("died" in text for text in said) and capsys.readouterr().out == ""
+
+
+def test_a_request_that_keeps_killing_its_worker_is_given_up(pool: WorkerPool) -> None:
+    killed = {info.process for info in pool.info[1:]}  # an exclusive request runs on the first worker
+    number = pool.submit(ENDLESS)
+    result = None
+    for _ in range(2):
+        kill_holder(pool, killed)
+        # Only a new process of the first place may be next; let the pool see the death and start it.
+        while result is None and pool.info[0].process in killed:
+            result = pool.next_done(timeout=0.5)
+    assert result is not None
+    assert result[0] == number and isinstance(result[1], Failure)
+    assert result[1].request == ENDLESS and result[1].attempts == 2
+    assert "process died" in result[1].reason
+    assert [type(done) for _, done in pool.run([EvaluatePlan("RRRRRR", "search", 4)])] == [Evaluation]
+
+
+def test_an_error_in_a_request_is_its_failure_alone(pool: WorkerPool) -> None:
+    requests = [
+        EvaluatePlan("RRR", "search", 2),
+        EvaluatePlan("RRRRRR", "test", 2),
+        EvaluatePlan("RRRRRR", "search", 2),
+    ]
+    results = dict(pool.run(requests))
+    assert isinstance(results[2], Evaluation)
+    reasons = [result.reason for result in (results[0], results[1]) if isinstance(result, Failure)]
+    assert reasons[0].startswith("PlanError: the plan has 3 layers")
+    assert "no split 'test'" in reasons[1]
+    assert all(isinstance(r, Failure) and r.attempts == 1 for r in (results[0], results[1]))
+
+
+def test_nothing_pending_and_nothing_finished_in_time(pool: WorkerPool) -> None:
+    assert pool.next_done() is None
+    number = pool.submit(EvaluatePlan("RRRRRR", "search"))
+    assert pool.next_done(timeout=0.01) is None and pool.pending == 1
+    done = pool.next_done()
+    assert done is not None and done[0] == number and pool.pending == 0
+
+
+def test_a_request_that_takes_too_long_is_given_up(ray_cluster: None, tiny_directory: Path, task: Task) -> None:
+    settings = replace(SETTINGS, workers=1, request_timeout_seconds=2.0, max_attempts=1)
+    with WorkerPool(settings, ModelSource(str(tiny_directory)), task) as pool:
+        first = pool.info[0].process
+        ((_, result),) = pool.run([ENDLESS])
+        assert isinstance(result, Failure) and "longer than 2 s to answer" in result.reason
+        pool.cluster = SETTINGS  # how long the next answer takes depends on what else the machine does
+        ((_, result),) = pool.run([EvaluatePlan("RRRRRR", "search", 2)])
+        assert isinstance(result, Evaluation)
+        assert pool.info[0].process != first
+    with pytest.raises(ProcessLookupError):  # a worker given up is stopped, not left running
+        wait_for_end(first)
+
+
+def wait_for_end(process: int) -> None:
+    for _ in range(100):
+        os.kill(process, 0)
+        time.sleep(0.05)
+
+
+def test_a_model_that_only_the_worker_can_find_wrong_is_one_clear_error(
+    ray_cluster: None, tiny_directory: Path, task: Task, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(ModelError, match="architecture 'llama' is no image-text-to-text model") as caught:
+        WorkerPool(replace(SETTINGS, workers=1), ModelSource(str(broken)), task).start()
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, ray.exceptions.RayTaskError)
+
+
+def test_what_is_wrong_before_any_worker_starts(ray_cluster: None, tiny_directory: Path, task: Task) -> None:
+    model = ModelSource(str(tiny_directory))
+    with pytest.raises(TaskError, match="no such task file"):
+        WorkerPool(SETTINGS, model, "nothing")
+    with pytest.raises(ModelError, match="no such directory, nor a bundled model"):
+        WorkerPool(SETTINGS, ModelSource("/nowhere"), task).start()
+    with pytest.raises(ClusterError, match="9 workers with 1 CPUs and 0 GPUs each need 9 CPUs, the cluster has 2"):
+        WorkerPool(ClusterSettings(workers=9), model, task).start()
+    with pytest.raises(ClusterError, match="need 1 GPUs, the cluster has 0; missing 1"):
+        WorkerPool(ClusterSettings(workers=1, gpus_per_worker=1), model, task).start()
+    with pytest.raises(ClusterError, match="to run on a GPU; the cluster has 0"):
+        WorkerPool(ClusterSettings(), replace(model, device="cuda"), task).start()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workers": 0}, "cluster.workers must be at least 1, not 0"),
+        ({"max_attempts": -1}, "cluster.max_attempts must be at least 1"),
+        ({"request_timeout_seconds": 0}, "cluster.request_timeout_seconds must be above 0"),
+        ({"cpus_per_worker": -0.5}, "must not be below 0"),
+    ],
+)
+def test_settings_are_checked(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        ClusterSettings(**change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("address", ["somewhere", "http://127.0.0.1:1", "ray://127.0.0.1", "127.0.0.1:99999"])
+def test_an_address_of_no_known_form_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ClusterError, match=r"give local, auto, host:port, or ray://host:port"):
+        connect(ClusterSettings(address=address))
+
+
+def test_an_address_where_no_cluster_answers_is_said_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        closed = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"cluster {closed}: nothing answers"):
+            connect(ClusterSettings(address=closed))
+        listener.listen()
+        threading.Thread(target=_accept_and_say_nothing, args=(listener,), daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(ClusterError, match=f"cluster {closed}: no Ray cluster answers there within 3 s"):
+            connect(ClusterSettings(address=closed, connect_timeout_seconds=3.0))
+        assert time.monotonic() - started < 15
+
+
+def _accept_and_say_nothing(listener: socket.socket) -> None:
+    connections = []
+    while True:
+        try:
+            connections.append(listener.accept())
+        except OSError:
+            return
+
+
+DRIVER = """
+import sys
+from workers.cluster.connection import ClusterSettings
+from workers.errors import ClusterError
+from workers.messages import EvaluatePlan, ModelSource
+from workers.cluster.pool import WorkerPool
+from workers.tasks import load_spec, load_task
+
+task = load_task(load_spec("easy-vqa").with_sizes(2, 2, 2))
+try:
+    with WorkerPool(ClusterSettings(address=sys.argv[1], workers=1), ModelSource(sys.argv[2]), task) as pool:
+        print(*(type(result).__name__ for _, result in pool.run([EvaluatePlan("RRRRRR", "search")])))
+except ClusterError as error:
+    print(error)
+"""
+
+
+STOPPING = """
+import os, signal, sys
+from workers.cluster.connection import ClusterSettings, connect, disconnect
+
+def stop(number, frame):
+    print("stopped", moment, flush=True)
+
+signal.signal(signal.SIGTERM, stop)
+for moment in ("connected", "disconnected"):
+    connect(ClusterSettings(), cpus=1) if moment == "connected" else disconnect()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_what_a_process_stops_by_is_its_own_whether_connected_or_not(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[3])
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": root}
+    command = [sys.executable, "-c", STOPPING]
+    done = subprocess.run(command, check=False, env=plain, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.split("\n"), done.returncode) == (["stopped connected", "stopped disconnected", ""], 0), done
+
+
+@pytest.mark.slow
+def test_a_running_cluster_is_joined_with_its_token_only(tiny_directory: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "token").write_text("0123456789abcdef" * 4)
+    root = str(Path(__file__).resolve().parents[3])
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": root}
+    token = plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--block"]
+    options = ["--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"]
+    directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
+    head = subprocess.Popen(
+        [*start, *options, f"--temp-dir={directory}"], env=token, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for_port(port)
+        command = [sys.executable, "-c", DRIVER, f"127.0.0.1:{port}", str(tiny_directory)]
+
+        def drive(environment: dict[str, str]) -> str:
+            return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+        assert drive(token) == "Evaluation"
+        assert "asks for a token; set RAY_AUTH_MODE=token" in drive(plain | {"RAY_AUTH_MODE": "disabled"})
+    finally:
+        head.terminate()
+        head.wait(timeout=30)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(300):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the head node did not start")

@@ -1,0 +1,76 @@
+"""What scoring costs, counted at the layers themselves and not by the code that reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from torch import Tensor, nn
+
+from workers.models.loading import LoadedModel
+from workers.redundancy.measure import score_layers
+from workers.tasks import Task
+
+LAYERS = 6
+WITHOUT_CAUSAL = ("distance", "cka", "angular", "probes", "attention", "propagation")
+
+
+@pytest.fixture(autouse=True)
+def checked(tiny: LoadedModel, few: Task) -> None:
+    """Whether prefixes can be shared is found out once per model that a worker holds, which is no cost per sample."""
+    score_layers(tiny, replace(few, calibration=few.calibration[:1]), ("propagation",))
+
+
+@contextmanager
+def counted(loaded: LoadedModel) -> Iterator[dict[str, int]]:
+    """Samples times layers whose MLP ran (once in a frozen layer too), and samples times calls of the vision tower."""
+    counts = {"layers": 0, "tower": 0}
+
+    def add(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counts[name] += len(args[0])
+
+        return hook
+
+    handles = [layer.mlp.register_forward_pre_hook(add("layers")) for layer in loaded.model.model.language_model.layers]
+    tower = loaded.model.model.vision_tower
+
+    def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> None:
+        counts["tower"] += len(kwargs.get("pixel_values", args[0] if args else ()))
+
+    inner = next(module for name, module in tower.named_modules() if name.endswith("embeddings"))
+    handles.append(inner.register_forward_pre_hook(see, with_kwargs=True))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_all_but_the_causal_part_takes_at_most_layers_plus_three_passes(tiny: LoadedModel, few: Task) -> None:
+    with counted(tiny) as counts:
+        scores = score_layers(tiny, few, WITHOUT_CAUSAL)
+    passes = counts["layers"] / (scores.samples * LAYERS)
+    assert passes <= LAYERS + 3
+    assert sum(scores.layer_executions.values()) == counts["layers"]
+    # Prefixes are shared: L passes of removals cost (L - 1) / 2, beside dense and attention.
+    assert passes <= 2 + (LAYERS - 1) / 2
+
+
+def test_the_causal_part_takes_at_most_three_fifths_of_whole_passes(tiny: LoadedModel, few: Task) -> None:
+    with counted(tiny) as counts:
+        scores = score_layers(tiny, few, ("causal",))
+    # Naive: dense, and every action at every layer from the start; a skipped layer is not run.
+    naive = scores.samples * (LAYERS + LAYERS * (LAYERS + LAYERS + LAYERS - 1))
+    assert counts["layers"] <= 0.6 * naive
+    assert sum(scores.layer_executions.values()) == counts["layers"]
+    assert counts["tower"] == scores.samples  # the picture is looked at once
+
+
+def test_states_and_attention_take_a_pass_each(tiny: LoadedModel, few: Task) -> None:
+    with counted(tiny) as counts:
+        scores = score_layers(tiny, few, ("distance", "cka", "angular", "probes", "attention"))
+    assert counts["layers"] == 2 * scores.samples * LAYERS
+    assert scores.forward_passes == {"states": 1.0, "attention": 1.0}

@@ -1,0 +1,241 @@
+"""Every measurement against an independent implementation in numpy, and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import plain
+import pytest
+import torch
+
+from workers.errors import MeasurementError
+from workers.messages import TOKEN_GROUPS
+from workers.models.loading import LoadedModel
+from workers.redundancy.attention import VisionAttention
+from workers.redundancy.batches import Batch, token_groups
+from workers.redundancy.collectors import cosine_distance, unbiased_hsic
+from workers.redundancy.interventions import answer_kl
+from workers.redundancy.kinds import GROUPS, HISTOGRAM_EDGES, finish, histogram_quantile
+from workers.redundancy.measure import score_layers
+from workers.redundancy.sums import merge
+from workers.tasks import Task
+from workers.tasks.images import ImageFile
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny: LoadedModel, few: Task) -> list[plain.Prompt]:
+    return plain.prompts(tiny, few, plain.eager_copy(tiny))
+
+
+# By hand ----------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_distance_by_hand() -> None:
+    before = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [3.0, 4.0]]])
+    after = torch.tensor([[[5.0, 0.0], [0.0, 2.0], [-2.0, -2.0], [4.0, 3.0]]])
+    assert cosine_distance(before, after)[0].tolist() == pytest.approx([0.0, 1.0, 2.0, 1 - 24 / 25], abs=1e-6)
+    assert cosine_distance(before.bfloat16(), after.bfloat16()).dtype == torch.float32
+
+
+def test_padding_is_in_no_group_and_right_padding_is_refused() -> None:
+    inputs = {
+        "input_ids": torch.tensor([[0, 9, 9, 5], [9, 5, 6, 7]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]),
+    }
+    groups = token_groups(inputs, (9, 0))
+    assert groups["vision"].tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert groups["text"].tolist() == [[False, False, False, True], [False, True, True, True]]
+    assert groups["last"].tolist() == [[False, False, False, True]] * 2
+    inputs["attention_mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    with pytest.raises(MeasurementError, match="left"):
+        token_groups(inputs, (9,))
+
+
+def test_divergence_by_hand() -> None:
+    dense = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    changed = torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]]))
+    expected = [0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1), np.log(2)]
+    assert answer_kl(dense, changed).tolist() == pytest.approx(expected)
+    assert answer_kl(changed, changed).tolist() == [0.0, 0.0]
+
+
+def test_attention_on_vision_tokens_by_hand() -> None:
+    vision = torch.tensor([[True, True, False, False], [False, False, False, False]])
+    groups = {"vision": vision, "text": ~vision, "last": torch.tensor([[False, False, False, True]] * 2)}
+    groups["all"] = torch.ones_like(vision)
+    maps = torch.zeros(2, 2, 4, 4)
+    maps[0, 0, 2] = torch.tensor([0.5, 0.25, 0.25, 0.0])
+    maps[0, 1, 2] = torch.tensor([0.25, 0.0, 0.75, 0.0])
+    maps[0, :, 3] = torch.tensor([0.0, 0.1, 0.0, 0.9])
+    collector = VisionAttention(1)
+    collector._add(0, (None, maps), Batch((None, None), {}, groups))  # type: ignore[arg-type]
+    sums = collector.sums().added["attention"]
+    # The second sample has no vision token: it counts for nothing. Its queries would halve the mean.
+    assert sums[0, :, 0].tolist() == pytest.approx([(0.75 + 0.25) / 2 + 0.1, 0.1])
+    assert sums[1, :, 0].tolist() == [2.0, 1.0]
+
+
+def test_unbiased_hsic_is_the_u_statistic() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=(7, 4)) + 5.0
+    k, m = x @ x.T, y @ y.T
+    found = unbiased_hsic(*(torch.tensor(each - np.diag(np.diag(each))) for each in (k, m)))
+    assert found == pytest.approx(plain.hsic(k, m), rel=1e-9)
+
+
+def test_quantiles_from_a_histogram() -> None:
+    values = np.random.default_rng(0).beta(2, 9, size=20_000) * 2
+    counts, _ = np.histogram(values, HISTOGRAM_EDGES)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        assert histogram_quantile(counts, share) == pytest.approx(np.quantile(values, share), rel=0.03)
+    one_bin = np.zeros(len(HISTOGRAM_EDGES) - 1)
+    one_bin[7] = 4
+    assert HISTOGRAM_EDGES[7] < histogram_quantile(one_bin, 0.5) < HISTOGRAM_EDGES[8]
+
+
+# Against numpy ----------------------------------------------------------------------------------------------------
+
+
+def test_distances_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
+    table = finish(score_layers(tiny, few, ("distance",), batch_size=6))
+    for group in GROUPS:
+        for layer in range(LAYERS):
+            pairs = [(p.states[layer][p.groups[group]], p.states[layer + 1][p.groups[group]]) for p in prompts]
+            distances = [plain.distance(x, y) for x, y in pairs]
+            updates = [np.linalg.norm(y - x, axis=1) / np.linalg.norm(y, axis=1) for x, y in pairs]
+            tails = [(each > 0.5).astype(float) for each in distances]
+            for name, samples in (
+                ("cosine_distance", distances),
+                ("relative_update", updates),
+                ("cosine_distance_tail@0.5", tails),
+            ):
+                row = table.row(name, group, layer)
+                mean, error = plain.ratio(samples)
+                assert row is not None and row.n == sum(map(len, samples))
+                assert row.value == pytest.approx(mean, rel=1e-4, abs=1e-9)
+                assert row.standard_error == pytest.approx(error, rel=1e-2, abs=1e-9)
+            median = table.row("cosine_distance_quantile@0.5", group, layer)
+            assert median is not None
+            assert median.value == pytest.approx(np.quantile(np.concatenate(distances), 0.5), rel=0.08)
+
+
+def test_cka_equals_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
+    single = replace(few, calibration=few.calibration[:1])  # one prompt: one minibatch, every token in it
+    table = finish(score_layers(tiny, single, ("cka",)))
+    for group in TOKEN_GROUPS:
+        for layer in (0, 4):
+            x, y = (prompts[0].states[depth][prompts[0].groups[group]] for depth in (layer, layer + 1))
+            k, m = x @ x.T, y @ y.T
+            if len(x) > 12:  # the U-statistic takes n^4 steps
+                continue
+            expected = plain.hsic(k, m) / np.sqrt(plain.hsic(k, k) * plain.hsic(m, m))
+            row = table.row("cka", group, layer)
+            assert row is not None and row.value == pytest.approx(expected, rel=1e-3)
+    assert table.row("cka", "text", 0) is not None
+
+
+def test_vision_attention_equals_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
+    assert tiny.model.config.text_config._attn_implementation == "sdpa"
+    table = finish(score_layers(tiny, few, ("attention",), batch_size=3))
+    assert tiny.model.config.text_config._attn_implementation == "sdpa"
+    for group in ("text", "last"):
+        for layer in range(LAYERS):
+            mass = [p.attentions[layer][:, :, p.vision].sum(-1).mean(0)[p.groups[group]] for p in prompts]
+            mean, error = plain.ratio(mass)
+            row = table.row("vision_attention", group, layer)
+            assert row is not None and row.value == pytest.approx(mean, rel=1e-4)
+            assert row.standard_error == pytest.approx(error, rel=1e-2)
+
+
+def test_angles_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
+    table = finish(score_layers(tiny, few, ("angular",)))
+    for start, length in ((0, 1), (5, 1), (1, 3), (0, 6)):
+        angles = [
+            np.arccos(1 - plain.distance(p.states[start][-1], p.states[start + length][-1])) / np.pi for p in prompts
+        ]
+        row = table.row(f"angular_distance@{length}", "last", start)
+        assert row is not None and row.value == pytest.approx(np.mean(angles), rel=1e-4)
+    assert table.row("angular_distance@3", "last", 4) is None  # such a block would reach beyond the last layer
+
+
+def test_propagation_and_contribution_equal_whole_passes(tiny: LoadedModel, few: Task) -> None:
+    task = replace(few, calibration=few.calibration[:4])
+    table = finish(score_layers(tiny, task, ("propagation", "causal", "withdrawal"), batch_size=3))
+    dense = [plain.forward(tiny.model, tiny, task, sample) for sample in task.calibration]
+    for layer in range(LAYERS):
+        gains, changes = [], []
+        for sample, prompt in zip(task.calibration, dense, strict=True):
+            plan = "R" * layer + "S" + "R" * (LAYERS - layer - 1)
+            changed = plain.forward(tiny.model, tiny, task, sample, plan).states[-1]
+            moved = np.linalg.norm((changed - prompt.states[-1])[prompt.vision])
+            gains.append(moved / np.linalg.norm((prompt.states[layer + 1] - prompt.states[layer])[prompt.vision]))
+            changes.append(moved / np.linalg.norm(prompt.states[-1][prompt.vision]))
+        for name, values in (("propagation_gain", gains), ("final_change", changes)):
+            row = table.row(name, "vision", layer)
+            assert row is not None and row.value == pytest.approx(np.mean(values), rel=1e-3)
+            assert row.standard_error == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)), rel=2e-2)
+        plans = {
+            f"layer_contribution@{name}": "R" * layer + letter + "R" * (LAYERS - layer - 1)
+            for letter, name in (("F", "freeze"), ("B", "bypass"), ("S", "skip"))
+        }
+        plans["withdrawal"] = "R" * layer + "B" * (LAYERS - layer)
+        for name, plan in plans.items():
+            divergences = [
+                plain.kl(prompt.logits, plain.forward(tiny.model, tiny, task, sample, plan).logits)
+                for sample, prompt in zip(task.calibration, dense, strict=True)
+            ]
+            row = table.row(name, "last", layer)
+            assert row is not None and row.n == len(divergences)
+            assert row.value == pytest.approx(np.mean(divergences), rel=1e-3, abs=1e-7)
+    last = table.row("propagation_gain", "all", LAYERS - 1)
+    assert last is not None and last.value == pytest.approx(1.0, rel=1e-5)  # nothing is above the last layer
+    frozen = table.row("layer_contribution@freeze", "last", LAYERS - 1)
+    assert frozen is not None and frozen.value == pytest.approx(0.0, abs=1e-9)  # nobody reads the last vision states
+
+
+def test_only_so_many_samples_are_scored_as_the_limit_says(tiny: LoadedModel, few: Task) -> None:
+    shards = [score_layers(tiny, few, ("distance",), shard=shard, shards=2, limit=5) for shard in (0, 1)]
+    alone = score_layers(tiny, replace(few, calibration=few.calibration[:5]), ("distance",))
+    assert [each.samples for each in shards] == [3, 2] and alone.samples == 5
+    found = finish(merge(shards)).values("cosine_distance", "all")
+    assert found == pytest.approx(finish(alone).values("cosine_distance", "all"), rel=1e-5)
+
+
+# Odd inputs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_writes_into_its_input_is_measured_all_the_same(tiny: LoadedModel, few: Task) -> None:
+    kinds = ("distance", "propagation", "causal")
+    expected = finish(score_layers(tiny, few, kinds))
+    layer = tiny.model.model.language_model.layers[2]
+    # The next layer gets the same state; the tensor that came in does not hold the old one any more.
+    handle = layer.register_forward_hook(lambda _, inputs, output: inputs[0].copy_(output))
+    found = finish(score_layers(tiny, few, kinds))
+    handle.remove()
+    for name, group in expected.columns:
+        assert found.values(name, group) == pytest.approx(expected.values(name, group), rel=1e-5, abs=1e-9)
+
+
+def test_samples_without_a_usable_image_are_not_counted(tiny: LoadedModel, few: Task, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    first, *rest = few.calibration
+    broken = replace(first, image=ImageFile(str(tmp_path / "broken.png")))
+    kinds = ("distance", "attention", "probes")
+    some = score_layers(tiny, replace(few, calibration=(broken, *rest)), kinds)
+    without = score_layers(tiny, replace(few, calibration=tuple(rest)), kinds)
+    assert some.samples == without.samples == len(rest)
+    assert finish(some).values("cosine_distance", "all") == pytest.approx(
+        finish(without).values("cosine_distance", "all"), rel=1e-5
+    )
+    none = score_layers(tiny, replace(few, calibration=(broken,)), kinds)
+    with pytest.raises(MeasurementError, match="none of its images"):
+        finish(none)
+
+
+def test_an_unknown_kind_is_named(tiny: LoadedModel, few: Task) -> None:
+    with pytest.raises(MeasurementError, match=r"no such kind of measurement: wisdom; known are distance"):
+        score_layers(tiny, few, ("wisdom",))

@@ -1,0 +1,1 @@
+"""The Ray actor, its pool, and the connection to a cluster."""

@@ -1,0 +1,178 @@
+"""What a worker does: hold one model and one task, and answer requests one after another."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from dataclasses import replace
+
+import torch
+import transformers
+
+from workers.compensation.collateral import text_divergence
+from workers.device import lock as device_lock
+from workers.device.bfloat16 import slow_arithmetic
+from workers.engine.dispatch import Evaluators
+from workers.errors import ModelError
+from workers.evaluation.plain import Evaluator
+from workers.latency.measure import compare_latency, profile_latency
+from workers.latency.request import device_name
+from workers.messages import (
+    CompareLatency,
+    CompareText,
+    EvaluateElsewhere,
+    EvaluatePlan,
+    EvaluatePlans,
+    Evaluation,
+    FitCompensation,
+    ModelSource,
+    ProfileLatency,
+    Reply,
+    Request,
+    ScoreLayers,
+    ScoreLinearRedundancy,
+    WorkerInfo,
+    WorkerSettings,
+)
+from workers.models.loading import LoadedModel, load_model
+from workers.redundancy.measure import score_layers
+from workers.runtime.descriptor import UnsupportedFamilyError
+from workers.runtime.families import describe
+from workers.runtime.plan import SkipPlan
+from workers.tasks import Task
+
+Computation = (
+    EvaluatePlan
+    | EvaluatePlans
+    | ScoreLayers
+    | FitCompensation
+    | ScoreLinearRedundancy
+    | EvaluateElsewhere
+    | CompareText
+)
+"""Requests that measure no time."""
+
+
+class Measurer:
+    """Answers requests about one loaded model and one task."""
+
+    def __init__(self, loaded: LoadedModel, task: Task, settings: WorkerSettings) -> None:
+        self.loaded, self.task, self.settings = loaded, task, settings
+        self.descriptor = describe(loaded.model)
+        self.evaluator = Evaluator(loaded, task, batch_size=settings.batch_size)
+        self.evaluators = Evaluators(self.evaluator, memory_bytes=settings.memory_bytes)
+
+    @classmethod
+    def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Measurer:
+        """Set torch's threads and load the model.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the runtime cannot skip layers of such a model.
+        """
+        torch.set_num_threads(settings.threads)
+        device = "cpu" if source.device == "auto" and not settings.holds_gpu else source.device
+        try:
+            return cls(load_model(source, device=device), task, settings)
+        except UnsupportedFamilyError as error:
+            raise ModelError(f"model {source.path}: {error}") from None
+
+    def with_task(self, task: Task) -> Measurer:
+        """The same model, another task; nothing that was computed for the old task is kept."""
+        return Measurer(self.loaded, task, self.settings)
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What this worker is, and what model it holds."""
+        letters = "RFBS"
+        return WorkerInfo(
+            worker=self.settings.worker,
+            node=socket.gethostname(),
+            device=device_name(self.loaded.device),
+            threads=torch.get_num_threads(),
+            model_family=self.descriptor.family,
+            model_fingerprint=self.loaded.fingerprint,
+            num_layers=self.descriptor.num_layers,
+            allowed_actions=tuple(
+                "".join(sorted((action.value for action in allowed), key=letters.index))
+                for allowed in self.descriptor.allowed
+            ),
+            parameters=self.loaded.parameters,
+            dtype=str(self.loaded.model.dtype).removeprefix("torch."),
+            process=os.getpid(),
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            hint=slow_arithmetic(self.loaded.model.dtype, self.loaded.device),
+        )
+
+    def handle(self, request: Request) -> Reply:
+        """Do what a request says.
+
+        Raises:
+            WorkersError: the request asks for something that is not there.
+            PlanError: the model cannot take the plan.
+        """
+        if isinstance(request, ProfileLatency | CompareLatency):
+            return self._time(request)
+        with device_lock.computing(self.loaded.device):
+            return self._compute(request)
+
+    def _compute(self, request: Computation) -> Reply:
+        loaded, task = self.loaded, self.task
+        match request:
+            case EvaluatePlan():
+                return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
+            case EvaluatePlans():
+                return self.evaluators.evaluate(request)
+            case EvaluateElsewhere():
+                return self._elsewhere(request)
+            case CompareText():
+                plan = SkipPlan.parse(request.plan)
+                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
+                return text_divergence(loaded, plan, maps, request.text)
+            case ScoreLinearRedundancy():
+                return self.evaluator.compensator.redundancy(request)
+            case FitCompensation():
+                return self.evaluator.compensator.answer(request)
+            case ScoreLayers():
+                return score_layers(
+                    loaded,
+                    task,
+                    request.kinds,
+                    shard=request.shard,
+                    shards=request.shards,
+                    limit=request.limit,
+                    batch_size=self.evaluator.batch_size,
+                )
+
+    def _elsewhere(self, request: EvaluateElsewhere) -> Evaluation:
+        """A plan on another task: with the maps that were fitted on this one."""
+        plan = SkipPlan.parse(request.plan)
+        maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
+        other = Evaluator(self.loaded, request.task, batch_size=self.settings.batch_size)
+        return replace(other.evaluate(plan, "held_out", request.limit, maps=maps), compensation=request.compensation)
+
+    def _time(self, request: ProfileLatency | CompareLatency) -> Reply:
+        loaded, task = self.loaded, self.task
+        match request:
+            case ProfileLatency():
+                return profile_latency(
+                    loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload
+                )
+            case CompareLatency():
+                plan = SkipPlan.parse(request.plan)
+                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
+                return compare_latency(
+                    loaded,
+                    task,
+                    plan,
+                    workload=request.workload,
+                    precision=request.precision,
+                    confidence=request.confidence,
+                    max_seconds=request.max_seconds,
+                    seed=request.seed,
+                    maps=maps,
+                )

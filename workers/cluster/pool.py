@@ -1,0 +1,422 @@
+"""A pool of model-holding workers that outlives any one of them.
+
+One request is in flight per worker, handed out in order. A worker that dies or takes too long is replaced and its
+request given to another one, up to a number of attempts; then the request comes back as a Failure. Requests that
+measure time run alone. Where the cluster loses a node, the pool goes on with fewer workers; where it has room again
+for as many as were asked for, they are started.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from workers.errors import ClusterError, WorkersError
+from workers.messages import (
+    CompareLatency,
+    Failure,
+    ModelSource,
+    ProfileLatency,
+    Reply,
+    Request,
+    WorkerInfo,
+    WorkerSettings,
+)
+from workers.models.checkpoint import check_checkpoint, find_checkpoint
+from workers.tasks import Task, TaskSpec, load_task
+
+from .actor import Worker
+from .connection import LOCAL, UNLIMITED, ClusterSettings, HeadWatch, allot, connect, disconnect, room
+from .slots import Slot, Ticket, describe, describe_death
+from .telemetry import Telemetry, log
+
+EXCLUSIVE = (ProfileLatency, CompareLatency)
+"""Requests during which no other worker may run: they measure time."""
+
+FAILED_STARTS = 3
+"""Replacements of one worker that may fail in a row before it is given up."""
+
+LONGEST_WAIT_SECONDS = 1.0
+
+PLACING_SECONDS = 30.0
+"""For a replacement to be given its resources; after that the pool goes on without it."""
+
+LOOK_SECONDS = 5.0
+"""Between two looks at the cluster: whether its head answers, and whether there is room for more workers."""
+
+PAUSE_SECONDS = 120.0
+"""Before another worker is started in the place of one that could not load the model time after time."""
+
+Result = Reply | Failure
+
+
+class WorkerPool:
+    """Workers that hold one model and one task.
+
+    Use as a context manager, or call :meth:`start` and :meth:`close`. ``task`` is a bundled task's name, the path of a
+    task file, a spec, or a loaded task. ``worker`` is the class whose instances answer the requests.
+
+    Raises:
+        TaskError: the task or its data cannot be used (before any cluster is touched).
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSettings,
+        model: ModelSource,
+        task: Task | TaskSpec | str | Path,
+        *,
+        worker: type = Worker,
+    ) -> None:
+        self.cluster, self.model, self._worker = cluster, model, worker
+        self.task = task if isinstance(task, Task) else load_task(task)
+        self._slots: list[Slot] = []
+        self._queue: deque[Ticket] = deque()
+        self._finished: deque[tuple[int, Result]] = deque()
+        self._tickets = 0
+        self._owns_connection = False
+        self._fingerprint = ""
+        self._next_look = 0.0
+        self._no_new_workers_before = 0.0
+
+    def __enter__(self) -> WorkerPool:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> WorkerPool:
+        """Connect, start the workers, and wait until each holds the model.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            ClusterError: the cluster cannot be reached or has too little; or workers die or hang while loading.
+        """
+        if self.cluster.address == LOCAL:
+            # This machine's files are the workers' files: say what is wrong at once, and download only once.
+            check_checkpoint(find_checkpoint(self.model), self.model.allow_pickle)
+        self._owns_connection = connect(self.cluster)
+        try:
+            self._allotment = allot(self.cluster, model_device=self.model.device)
+            self._head, self._telemetry = HeadWatch(self.cluster.address), Telemetry()
+            self._task_reference = ray.put(self.task)
+            self._slots = [self._new_slot(number) for number in range(self._allotment.workers)]
+            for slot in tuple(self._slots):
+                self._step_of_first_start(slot)  # placed, and loading from now on: all at the same time
+            for position in range(len(self._slots)):
+                while self._slots[position].stage != "ready":
+                    self._step_of_first_start(self._slots[position])
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Stop all workers, and the cluster if this pool started it. Unfinished requests are dropped."""
+        for slot in self._slots:
+            self._kill(slot)
+        self._slots = []
+        self._queue.clear()
+        if self._owns_connection:
+            self._owns_connection = False
+            disconnect()
+
+    @property
+    def info(self) -> tuple[WorkerInfo, ...]:
+        """What the workers that are ready say about themselves."""
+        return tuple(slot.info for slot in self._slots if slot.info is not None)
+
+    @property
+    def size(self) -> int:
+        """Number of workers, those being replaced included."""
+        return len(self._slots)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model that the workers hold."""
+        return self._fingerprint
+
+    @property
+    def idle(self) -> bool:
+        """Whether every worker is ready and nothing is asked of any."""
+        return bool(self._slots) and not self.pending and all(slot.reference is None for slot in self._slots)
+
+    def take_retries(self) -> int:
+        """How often a request went to another worker since this was last asked."""
+        retries, self._telemetry.retries = self._telemetry.retries, 0
+        return retries
+
+    def change_task(self, task: Task) -> None:
+        """Give the workers of an idle pool another task; they keep the model.
+
+        Raises:
+            ClusterError: as :meth:`next_done`.
+        """
+        if not self.idle:
+            raise RuntimeError("the task of a pool can only be changed while it is idle")
+        self.task, self._task_reference = task, ray.put(task)
+        for slot in self._slots:
+            slot.stage, slot.reference = "loading", slot.actor.change_task.remote(self._task_reference)
+            slot.deadline = time.monotonic() + self.cluster.load_timeout_seconds
+        while any(slot.reference is not None for slot in self._slots):
+            self._wait(None)
+            self._replace_overdue()
+
+    @property
+    def pending(self) -> int:
+        """Requests submitted whose result :meth:`next_done` has not handed out yet."""
+        running = sum(slot.ticket is not None for slot in self._slots)
+        return len(self._queue) + running + len(self._finished)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request, starting it if a worker is free; return its number."""
+        number = self._tickets
+        self._tickets += 1
+        self._queue.append(Ticket(number, request))
+        self._dispatch()
+        return number
+
+    def next_done(self, timeout: float | None = None) -> tuple[int, Result] | None:
+        """Wait for any request to finish; return its number and result.
+
+        Returns None when nothing is pending, or nothing finished within ``timeout`` seconds.
+
+        Raises:
+            ClusterError: no worker is left and none can be started.
+        """
+        give_up = None if timeout is None else time.monotonic() + timeout
+        while not self._finished:
+            if not self.pending:
+                return None
+            self._look_at_cluster()
+            self._dispatch()
+            self._wait(give_up)
+            self._replace_overdue()
+            if not self._finished and give_up is not None and time.monotonic() >= give_up:
+                return None
+        self._dispatch()  # what the caller does with the result must not keep the worker waiting
+        return self._finished.popleft()
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
+        """Do all requests; yield the index of each and its result as they finish.
+
+        Raises:
+            ClusterError: as :meth:`next_done`.
+        """
+        indices = {self.submit(request): index for index, request in enumerate(requests)}
+        while indices:
+            done = self.next_done()
+            if done is None:
+                raise ClusterError("the pool was closed while requests were running")
+            number, result = done
+            if number in indices:
+                yield indices.pop(number), result
+
+    # Handing out ------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        while self._queue:
+            busy = [slot for slot in self._slots if slot.reference is not None]
+            exclusive = isinstance(self._queue[0].request, EXCLUSIVE)
+            if (exclusive and busy) or len(busy) == len(self._slots):
+                return
+            if any(slot.ticket is not None and isinstance(slot.ticket.request, EXCLUSIVE) for slot in busy):
+                return
+            slot = next(slot for slot in self._slots if slot.reference is None)
+            slot.ticket = self._queue.popleft()
+            slot.ticket.attempts += 1
+            slot.reference = slot.actor.handle.remote(slot.ticket.request)
+            slot.deadline = time.monotonic() + self.cluster.request_timeout_seconds
+
+    def _wait(self, give_up: float | None) -> None:
+        flying = {slot.reference: slot for slot in self._slots if slot.reference is not None}
+        if not flying:
+            raise ClusterError("no worker is left to do the remaining requests")
+        now = time.monotonic()
+        moments = [slot.deadline for slot in flying.values()] + ([] if give_up is None else [give_up])
+        patience = min(max(0.0, min(moments) - now), LONGEST_WAIT_SECONDS)
+        ready, _ = ray.wait(list(flying), num_returns=1, timeout=patience)
+        if ready:
+            # Those that are ready as well: none of their workers should wait for what the caller does with this one.
+            ready, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
+        for reference in ready:
+            self._collect(flying[reference])
+
+    # Taking back ------------------------------------------------------------------------------------------------
+
+    def _collect(self, slot: Slot) -> None:
+        try:
+            value = ray.get(slot.reference)
+        except RayTaskError as error:
+            self._raised(slot, error.cause)
+        except RayError as error:
+            self._lost(slot, describe_death(error))
+        else:
+            self._returned(slot, value)
+
+    def _returned(self, slot: Slot, value: Any) -> None:
+        slot.reference = None
+        if slot.stage == "placing":
+            slot.stage, slot.reference = "loading", slot.actor.setup.remote()
+            slot.deadline = time.monotonic() + self.cluster.load_timeout_seconds
+        elif slot.ticket is None:
+            self._ready(slot, value)
+        else:
+            self._telemetry.answered(type(slot.ticket.request).__name__, "done")
+            self._finished.append((slot.ticket.number, value))
+            slot.ticket = None
+
+    def _raised(self, slot: Slot, cause: BaseException) -> None:
+        """A call raised in the worker, which lives on. Trying again would give the same error."""
+        reason = describe(cause)
+        if slot.ticket is None:
+            self._lost(slot, reason)
+            return
+        slot.reference = None
+        self._fail(slot.ticket, reason)
+        slot.ticket = None
+
+    def _lost(self, slot: Slot, reason: str) -> None:
+        """A worker is gone, or could not load the model: replace it, and give its request to another."""
+        self._kill(slot)
+        self._telemetry.lost(slot.number, reason)
+        ticket = slot.ticket
+        if ticket is None:
+            slot.failed_starts += 1
+        elif ticket.attempts >= self.cluster.max_attempts:
+            self._fail(ticket, reason)
+        else:
+            self._telemetry.retried(type(ticket.request).__name__, reason)
+            self._queue.appendleft(ticket)
+        if slot.failed_starts < FAILED_STARTS:
+            self._slots[self._slots.index(slot)] = self._new_slot(slot.number, slot.failed_starts)
+        else:
+            self._give_up(slot, reason)
+
+    def _give_up(self, slot: Slot, reason: str) -> None:
+        """Go on without a worker, if any other is left."""
+        self._kill(slot)
+        self._slots.remove(slot)
+        if slot.stage == "loading":
+            self._no_new_workers_before = time.monotonic() + PAUSE_SECONDS
+        log("worker_given_up", worker=slot.number, reason=reason, left=len(self._slots))
+        if not self._slots:
+            raise ClusterError(f"no worker is left; the last one failed: {reason}")
+
+    def _fail(self, ticket: Ticket, reason: str) -> None:
+        kind = type(ticket.request).__name__
+        self._telemetry.answered(kind, "failed")
+        log("request_failed", kind=kind, attempts=ticket.attempts, reason=reason)
+        self._finished.append((ticket.number, Failure(ticket.request, reason, ticket.attempts)))
+
+    def _replace_overdue(self) -> None:
+        now = time.monotonic()
+        for slot in [slot for slot in self._slots if slot.reference is not None and slot.deadline <= now]:
+            if slot.stage == "placing":
+                self._give_up(slot, f"the cluster had no room for it within {PLACING_SECONDS:g} s")
+                continue
+            what = "load the model" if slot.ticket is None else "answer"
+            seconds = self.cluster.load_timeout_seconds if slot.ticket is None else self.cluster.request_timeout_seconds
+            self._lost(slot, f"the worker took longer than {seconds:g} s to {what}")
+
+    def _look_at_cluster(self) -> None:
+        """See whether the cluster is still there, and start workers that it has room for again."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        try:
+            self._head.check()
+            if now >= self._no_new_workers_before and self._head.steady:
+                self._welcome()
+        except (RayError, ConnectionError) as error:
+            raise ClusterError(f"cluster {self.cluster.address}: cannot be used any more: {describe(error)}") from None
+
+    def _welcome(self) -> None:
+        wanted = self.cluster.workers or room(self._allotment)
+        missing = 0 if wanted == UNLIMITED else wanted - len(self._slots)
+        if missing <= 0 or any(slot.stage == "placing" for slot in self._slots):
+            return
+        taken = {slot.number for slot in self._slots}
+        numbers = (number for number in range(wanted) if number not in taken)
+        for number, _ in zip(numbers, range(self._allotment.fits_in(ray.available_resources())), strict=False):
+            self._slots.append(self._new_slot(number))
+            log("worker_joins", worker=number, workers=len(self._slots))
+
+    # Workers ----------------------------------------------------------------------------------------------------
+
+    def _new_slot(self, number: int, failed_starts: int = 0) -> Slot:
+        settings = WorkerSettings(
+            worker=number,
+            threads=self.cluster.threads,
+            holds_gpu=self._allotment.gpus > 0,
+            batch_size=self.cluster.batch_size,
+        )
+        actor = (
+            ray.remote(self._worker)
+            .options(
+                num_cpus=self._allotment.cpus,
+                num_gpus=self._allotment.gpus,
+                memory=self._allotment.memory or None,
+                max_restarts=0,
+                max_task_retries=0,
+            )
+            .remote(self.model, self._task_reference, settings)
+        )
+        deadline = time.monotonic() + PLACING_SECONDS
+        return Slot(number, actor, actor.place.remote(), deadline, failed_starts=failed_starts)
+
+    def _step_of_first_start(self, slot: Slot) -> None:
+        """Wait until a worker of the first set is placed, or has loaded.
+
+        One that dies is replaced, a few times; unlike a replacement's later, its failure is an error of the whole pool.
+        """
+        patience = self.cluster.load_timeout_seconds if slot.stage == "placing" else slot.deadline - time.monotonic()
+        ready, _ = ray.wait([slot.reference], timeout=max(0.0, patience))
+        if not ready:
+            free = ray.available_resources()
+            raise ClusterError(
+                f"worker {slot.number} was not ready after {self.cluster.load_timeout_seconds:g} s; it needs "
+                f"{self._allotment.cpus:g} CPUs and {self._allotment.gpus:g} GPUs, of which "
+                f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free in the cluster"
+            )
+        try:
+            value = ray.get(slot.reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, WorkersError):
+                raise error.cause from None
+            raise ClusterError(f"worker {slot.number} could not start: {describe(error.cause)}") from None
+        except RayError as error:
+            if slot.failed_starts + 1 < FAILED_STARTS:
+                self._lost(slot, describe_death(error))
+                return
+            raise ClusterError(
+                f"worker {slot.number} could not load the model: {describe_death(error)}; memory is needed for "
+                f"{self._allotment.workers} models (cluster.workers), and skipplan must be installed on every node"
+            ) from None
+        self._returned(slot, value)
+
+    def _ready(self, slot: Slot, info: WorkerInfo) -> None:
+        self._fingerprint = self._fingerprint or info.model_fingerprint
+        if info.model_fingerprint != self._fingerprint:
+            raise ClusterError(
+                f"worker {info.worker} on {info.node} holds another model than the others (fingerprint "
+                f"{info.model_fingerprint[:12]}, not {self._fingerprint[:12]}): {self.model.path} differs between nodes"
+            )
+        slot.info, slot.failed_starts, slot.stage = info, 0, "ready"
+        ready = len(self.info)
+        self._telemetry.count(ready)
+        log("worker_ready", worker=info.worker, node=info.node, device=info.device, process=info.process, workers=ready)
+
+    def _kill(self, slot: Slot) -> None:
+        if ray.is_initialized():
+            ray.kill(slot.actor, no_restart=True)

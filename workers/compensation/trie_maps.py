@@ -1,0 +1,60 @@
+"""Compensation inside the trie of plans: maps in place of the repairs between a kept layer and what runs next.
+
+A map depends on what was executed before it, as does a node of the trie, so plans that begin alike share it. The
+calibration tokens take the same path, in batches of their own, and their states are kept between requests.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from workers.layerwise.decoder import Decoder, LayerOutput, NotExactError, Watch
+from workers.layerwise.trie import Repair
+from workers.runtime.folding import FoldingError, fold_site, require_projection
+
+from .fit import changed_state
+from .shared import SharedFits
+
+
+class TrieRepairs:
+    """The maps of one recipe as the repairs of :mod:`workers.engine.state_map`.
+
+    Raises:
+        NotExactError: M is the sum of several modules' outputs.
+    """
+
+    def __init__(self, decoder: Decoder, fits: SharedFits) -> None:
+        self._fits = fits
+        self._watches: dict[int, Watch] = {}
+        for number, layer in enumerate(decoder.layers):
+            try:
+                site = fold_site(decoder.stack, number)
+                if fits.recipe.scope == "projection":
+                    self._watches[id(layer)] = Watch(require_projection(site, number).module, inputs=True)
+                    continue
+            except FoldingError:
+                continue  # no plan with a gap behind this layer gets here: it has no map
+            if len(site.outputs) != 1:
+                raise NotExactError("its layers add the outputs of several modules, of which the trie follows one")
+            self._watches[id(layer)] = Watch(site.outputs[0])
+
+    @property
+    def compensation(self) -> str:
+        """The recipe's text."""
+        return self._fits.recipe.text
+
+    @property
+    def drift(self) -> bool:
+        """Whether kept layers above the first gap are repaired too."""
+        return self._fits.recipe.drift
+
+    def watch(self, layer: nn.Module) -> Watch:
+        """The MLP's output, or what its last projection is given."""
+        return self._watches[id(layer)]
+
+    def transform(self, step: Repair, output: LayerOutput) -> Tensor:
+        """The state ``[rows, tokens, hidden]`` with the map in place."""
+        assert output.watched is not None
+        change = self._fits.change(step.prefix)
+        acted_on = output.watched.flatten(0, 1) * self._fits.share(step.after)
+        return changed_state(output.hidden, acted_on, change)

@@ -1,0 +1,125 @@
+"""The samples of a split as packed chunks, made once and kept within a budget."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from workers.layerwise.decoder import Decoder
+from workers.tasks import Sample
+
+from .draft import Guess
+from .packing import Chunk, Packer, cut, make_rows
+from .prompts import ImagePrompts, PromptReader
+
+
+@dataclass
+class Part:
+    """Consecutive samples of a split (places ``first`` up to ``last``): their chunks, and those that failed."""
+
+    first: int
+    last: int
+    chunks: tuple[Chunk, ...]
+    failed: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(chunk.nbytes_of_everything for chunk in self.chunks)
+
+
+class Parts:
+    """Makes and keeps parts; those used longest ago are dropped when the budget is full, and made again when needed."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        reader: PromptReader,
+        packer: Packer,
+        guesses: Callable[[Sample], Sequence[Guess]],
+        *,
+        budget: int,
+    ) -> None:
+        self._decoder, self._reader, self._packer, self._guesses = decoder, reader, packer, guesses
+        self.budget = budget
+        self._kept: OrderedDict[tuple[str, int, int], Part] = OrderedDict()
+        self._bounds: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+
+    @property
+    def kept(self) -> tuple[Part, ...]:
+        """What is kept now."""
+        return tuple(self._kept.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return sum(part.nbytes for part in self._kept.values())
+
+    def of(self, split: str, samples: Sequence[Sample], start: int, tokens: int) -> Iterator[Part]:
+        """The parts of ``samples``, which stand in the split from place ``start`` on, in chunks of ``tokens``."""
+        whole = (split, start, start + len(samples))
+        known = self._bounds.get(whole)
+        if known is not None:
+            for first, last in known:
+                yield self._part(split, samples[first - start : last - start], first, tokens)
+            return
+        bounds: list[tuple[int, int]] = []
+        first = start
+        while first < start + len(samples):
+            part = self._part(split, samples[first - start :], first, tokens)
+            bounds.append((part.first, part.last))
+            first = part.last
+            yield part
+        self._bounds[whole] = bounds
+
+    def _part(self, split: str, samples: Sequence[Sample], first: int, tokens: int) -> Part:
+        """The part that begins with the first of ``samples``; it ends where its share of the budget does."""
+        for (kept_split, kept_first, kept_last), part in self._kept.items():
+            if (kept_split, kept_first) == (split, first) and kept_last - first <= len(samples):
+                self._kept.move_to_end((kept_split, kept_first, kept_last))
+                return part
+        failed: dict[str, str] = {}
+        images: list[ImagePrompts] = []
+        size, last = 0, first
+        for group in _by_image(samples):
+            images += self._reader.read(list(enumerate(group, last)), failed)
+            last += len(group)
+            size += images[-1].nbytes if images else 0
+            if size > self.budget // 4:
+                break
+        guesses = {first + number: self._guesses(sample) for number, sample in enumerate(samples[: last - first])}
+        rows = make_rows(images, guesses.__getitem__)
+        chunks = tuple(
+            self._packer.chunk((split, first, last, tokens, number), group)
+            for number, group in enumerate(cut(rows, tokens))
+        )
+        part = Part(first, last, chunks, failed)
+        self._kept[split, first, last] = part
+        while self.nbytes > self.budget and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return part
+
+    def halve(self, part: Part, chunk: Chunk) -> tuple[Chunk, ...]:
+        """Put two chunks of half the rows in the place of one; none, where it has one row only."""
+        if len(chunk.rows) == 1:
+            return ()
+        middle = len(chunk.rows) // 2
+        halves = tuple(
+            self._packer.chunk((*chunk.key, number), rows)
+            for number, rows in enumerate((chunk.rows[:middle], chunk.rows[middle:]))
+        )
+        place = part.chunks.index(chunk)
+        part.chunks = (*part.chunks[:place], *halves, *part.chunks[place + 1 :])
+        return halves
+
+
+def _by_image(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    group: list[Sample] = []
+    for sample in samples:
+        if group and sample.image_key != group[0].image_key:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group

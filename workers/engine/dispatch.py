@@ -1,0 +1,62 @@
+"""Which path evaluates a request: the fast one where it is exact, else the plain one, with the reason."""
+
+from __future__ import annotations
+
+from workers.evaluation.plain import Evaluator
+from workers.layerwise.decoder import NotExactError
+from workers.messages import EvaluatePlans, Evaluations
+from workers.runtime.descriptor import UnsupportedFamilyError
+
+from .fast import FastEvaluator
+
+
+class Evaluators:
+    """The plain evaluator of one model and task, and the fast one beside it where that is exact.
+
+    Whether it is, is found out once per split: the model's layers, the task's answers and its prompts are looked at,
+    and the scores of a few samples compared under the dense and under a mixed plan.
+    """
+
+    def __init__(self, plain: Evaluator, *, memory_bytes: int) -> None:
+        self.plain = plain
+        self._memory = memory_bytes
+        self._fast: FastEvaluator | None = None
+        self._reasons: dict[str, str] = {}
+        """By split, why the fast path is not taken; empty where it is."""
+
+    def evaluate(self, request: EvaluatePlans) -> Evaluations:
+        """Score the plans of a request.
+
+        Raises:
+            TaskError: no such split.
+            NotExactError: the fast path is demanded where it is not exact.
+        """
+        self.plain.task.split(request.split)
+        if request.path == "plain":
+            return self.plain.evaluate_all(request)
+        reason = self._reason(request.split)
+        if not reason:
+            try:
+                assert self._fast is not None
+                return self._fast.evaluate_all(request)
+            except NotExactError as error:
+                reason = self._reasons[request.split] = str(error)
+        if request.path == "fast":
+            raise NotExactError(f"evaluation: fast is not exact here, use auto or plain: {reason}")
+        result = self.plain.evaluate_all(request)
+        return Evaluations(result.results, note=f"evaluations share no work: {reason}")
+
+    def _reason(self, split: str) -> str:
+        if split not in self._reasons:
+            try:
+                self._check(split)
+            except (NotExactError, UnsupportedFamilyError) as error:
+                self._reasons[split] = str(error)
+            else:
+                self._reasons[split] = ""
+        return self._reasons[split]
+
+    def _check(self, split: str) -> None:
+        if self._fast is None:
+            self._fast = FastEvaluator(self.plain, memory_bytes=self._memory)
+        self._fast.check(split)

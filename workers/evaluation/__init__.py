@@ -1,0 +1,1 @@
+"""Plain evaluation, the reference that the engine is held to."""

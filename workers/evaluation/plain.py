@@ -1,0 +1,284 @@
+"""The plain evaluation path: apply the plan, generate greedily batch by batch, decode, score.
+
+Where a task is to choose, what is fed batch by batch are the options, and the likeliest one is the answer.
+Nothing is shared between plans but the processed inputs; faster paths are held to this one's numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+
+import torch
+from transformers import LogitsProcessorList
+
+from workers.compensation.compensator import Compensator
+from workers.compensation.recipe import CompensationError
+from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
+from workers.models.inputs import PreparedBatch, prepare_batch
+from workers.models.loading import LoadedModel
+from workers.models.multiple_choice import Choice, Likelihood, join, one_by_one, option_likelihoods
+from workers.models.prompts import to_device
+from workers.models.ties import AnswerWatch, end_tokens
+from workers.runtime import apply
+from workers.runtime.folding import Maps
+from workers.runtime.plan import PlanError, SkipPlan
+from workers.tasks import Sample, Task, TaskSpec
+from workers.tasks.metrics import METRICS
+
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Decoded answers by sample id, and why the other samples have none."""
+
+    texts: dict[str, str]
+    failed: dict[str, str]
+    tied: frozenset[str] = frozenset()
+    """Samples whose answer hung on logits closer than rounding; :mod:`workers.models.ties`."""
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """What was generated, up to the end token and without it."""
+    likelihoods: dict[str, tuple[Likelihood, ...]] = field(default_factory=dict)
+    """Where the task is to choose: by sample its options', and ``texts`` holds the option that its metric takes."""
+
+
+class Evaluator:
+    """Evaluates plans of one model on one task.
+
+    What a plan scores on a sample does not depend on the other samples: where a tie was met, the sample is asked again
+    alone. ``batch_size`` is halved for good when memory runs out. Processed inputs are kept between plans, up to
+    ``cache_bytes``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        task: Task,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.loaded, self.task = loaded, task
+        self.compensator = Compensator(loaded, task)
+        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self._cache: OrderedDict[tuple[str, ...], PreparedBatch] = OrderedDict()
+        self._cached_bytes = 0
+
+    def evaluate_all(self, request: EvaluatePlans) -> Evaluations:
+        """Score the plans of a request one after another; one that cannot be scored does not stop the others.
+
+        Raises:
+            TaskError: no such split.
+        """
+        self.task.split(request.split)
+        results: list[Evaluation | EvaluationFailure] = []
+        for text in request.plans:
+            try:
+                plan = SkipPlan.parse(text)
+                maps = self.compensator.maps(plan, request.compensation, request.artefact_of(text))
+                result = self.evaluate(plan, request.split, request.limit, start=request.start, maps=maps)
+                results.append(replace(result, compensation=request.compensation))
+            except (PlanError, CompensationError, RuntimeError, MemoryError) as error:
+                results.append(EvaluationFailure(text, describe_error(error)))
+        return Evaluations(tuple(results))
+
+    def evaluate(
+        self, plan: SkipPlan, split: str, limit: int | None = None, *, start: int = 0, maps: Maps | None = None
+    ) -> Evaluation:
+        """Score a plan on the samples from ``start`` up to ``limit`` of a split (to its end when ``None``).
+
+        ``maps`` are folded into the weights before the plan's gaps while it runs.
+
+        A sample fails, and scores 0, when its image cannot be decoded, when its logits hold NaN, or when it does not
+        fit into memory alone.
+
+        Raises:
+            TaskError: no such split.
+            PlanError: the model cannot take the plan.
+        """
+        started = time.perf_counter()
+        samples = self.task.split(split)[start:limit]
+        answers = self.answer(plan, samples, maps)
+        scores = [scores_of(self.task.spec, sample, answers) for sample in samples]
+        return Evaluation(
+            plan=plan.text,
+            split=split,
+            sample_ids=tuple(sample.id for sample in samples),
+            scores=tuple(each[0] for each in scores),
+            secondary={
+                name: _mean([each[1 + number] for each in scores])
+                for number, name in enumerate(self.task.spec.secondary)
+            },
+            failed_samples=answers.failed,
+            seconds=time.perf_counter() - started,
+            layer_executions=len(plan.kept) * (len(samples) - len(answers.failed)),
+            near_ties=len(answers.tied),
+        )
+
+    def answer(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
+        """Generate the model's answers under a plan, batch by batch; tied samples once more alone."""
+        with torch.inference_mode(), apply(self.loaded.model, plan, maps):
+            answers = self._answers(samples)
+            alone = self._answers([sample for sample in samples if sample.id in answers.tied], alone=True)
+        return Answers(
+            answers.texts | alone.texts,
+            answers.failed | alone.failed,
+            answers.tied,
+            answers.tokens | alone.tokens,
+            answers.likelihoods | alone.likelihoods,
+        )
+
+    def answer_alone(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
+        """Generate the model's answers under a plan, one sample (of a choice, one option) at a time."""
+        with torch.inference_mode(), apply(self.loaded.model, plan, maps):
+            return self._answers(samples, alone=True)
+
+    def _answers(self, samples: Sequence[Sample], *, alone: bool = False) -> Answers:
+        asked = one_by_one(samples) if self.task.spec.is_choice else samples
+        answers = self._answer_chunks(([each] for each in asked) if alone else self._chunks(asked))
+        return _chosen(self.task.spec, samples, answers, alone=alone) if self.task.spec.is_choice else answers
+
+    def _answer_chunks(self, chunks: Iterable[Sequence[Sample]]) -> Answers:
+        texts: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        tied: set[str] = set()
+        tokens: dict[str, tuple[int, ...]] = {}
+        likelihoods: dict[str, tuple[Likelihood, ...]] = {}
+        for chunk in chunks:
+            batch = self._prepare(chunk)
+            failed.update(batch.failed)
+            if batch.inputs is not None:
+                answers = self._generate(batch)
+                texts.update(answers.texts)
+                failed.update(answers.failed)
+                tied.update(answers.tied)
+                tokens.update(answers.tokens)
+                likelihoods.update(answers.likelihoods)
+        return Answers(texts, failed, frozenset(tied), tokens, likelihoods)
+
+    def _chunks(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        position = 0
+        while position < len(samples):
+            size = self.batch_size  # may shrink before the next chunk
+            yield samples[position : position + size]
+            position += size
+
+    def _prepare(self, samples: Sequence[Sample]) -> PreparedBatch:
+        key = tuple(sample.id for sample in samples)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        batch = prepare_batch(self.loaded, self.task, samples)
+        self._cache[key] = batch
+        self._cached_bytes += batch.nbytes
+        while self._cached_bytes > self.cache_bytes and self._cache:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.nbytes
+        return batch
+
+    def _forget(self, batch: PreparedBatch) -> None:
+        for key in [key for key, cached in self._cache.items() if cached is batch]:
+            self._cached_bytes -= self._cache.pop(key).nbytes
+
+    def _generate(self, batch: PreparedBatch) -> Answers:
+        """Generate for a prepared batch; out of memory: halve the batch size and go on in halves."""
+        assert batch.inputs is not None
+        try:
+            if self.task.spec.is_choice:
+                likelihoods, failed = option_likelihoods(self.loaded, self.task, batch)
+                return Answers({}, failed, likelihoods={key: (each,) for key, each in likelihoods.items()})
+            return generate_answers(self.loaded, self.task, batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, so that the failed attempt's tensors are no longer held by its traceback.
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch.samples) == 1:
+            return Answers({}, {batch.samples[0].id: "out of memory at batch size 1"})
+        self._forget(batch)
+        self.batch_size = min(self.batch_size, len(batch.samples) // 2)
+        return self._answer_chunks(self._chunks(batch.samples))
+
+
+def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> Answers:
+    """Generate and decode the answers of one batch under whatever plan is applied to the model."""
+    assert batch.inputs is not None
+    inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
+    prompt = inputs["input_ids"]
+    ends = end_tokens(loaded.model)
+    watch = AnswerWatch(prompt.shape[0], prompt.shape[1], ends, loaded.model.dtype)
+    sequences = loaded.model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=task.spec.answer.max_new_tokens,
+        pad_token_id=loaded.processor.tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([watch]),
+    )
+    new = _without_prompt(sequences, prompt)
+    decoded = loaded.processor.batch_decode(new, skip_special_tokens=True)
+    texts, failed, tokens = {}, {}, {}
+    for sample, text, row, is_nan in zip(batch.samples, decoded, new.tolist(), watch.nan.tolist(), strict=True):
+        if is_nan:
+            failed[sample.id] = "the logits hold NaN"
+        else:
+            texts[sample.id] = text.strip()
+            tokens[sample.id] = tuple(takewhile(lambda token: token not in ends, row))
+    alone = len(batch.samples) == 1
+    tied = () if alone else (s.id for s, tie in zip(batch.samples, watch.tied.tolist(), strict=True) if tie)
+    return Answers(texts, failed, frozenset(tied) - failed.keys(), tokens)
+
+
+def describe_error(error: BaseException) -> str:
+    """One line for an error that ends one candidate; the plan's own errors speak for themselves."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PlanError) else f"{type(error).__name__}: {text}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Cut the prompt off the generated ``[batch, tokens]``; a few families return the new tokens alone."""
+    length = prompt.shape[1]
+    if tokens.shape[1] >= length and torch.equal(tokens[:, :length], prompt):
+        return tokens[:, length:]
+    return tokens
+
+
+def scores_of(spec: TaskSpec, sample: Sample, answers: Answers) -> tuple[float, ...]:
+    """The metric and the secondary metrics of an answer; 0 where there is none."""
+    if spec.is_choice and sample.id in answers.likelihoods:
+        likelihoods = answers.likelihoods[sample.id]
+        return tuple(Choice.of(name, sample.choices, likelihoods).score(sample) for name in spec.metrics)
+    if sample.id not in answers.texts:
+        return (0.0,) * len(spec.metrics)
+    return tuple(METRICS[name](answers.texts[sample.id], sample.answers) for name in spec.metrics)
+
+
+def _chosen(spec: TaskSpec, samples: Sequence[Sample], answers: Answers, *, alone: bool) -> Answers:
+    """The samples' answers from those about single options; ``alone``: what they say counts, tied or not."""
+    likelihoods, failed = join(samples, {key: each for key, (each,) in answers.likelihoods.items()}, answers.failed)
+    texts, tied = {}, set()
+    for sample in samples:
+        if sample.id in likelihoods:
+            chosen = [Choice.of(name, sample.choices, likelihoods[sample.id]) for name in spec.metrics]
+            texts[sample.id] = chosen[0].option
+            if not alone and any(choice.is_open(sample) for choice in chosen):
+                tied.add(sample.id)
+    return Answers(texts, failed, frozenset(tied), likelihoods=likelihoods)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,1 @@
+"""Latency of requests, layers and plans."""

@@ -1,0 +1,196 @@
+"""One request as it is timed: building it, running it, what it keeps, and how long its parts take.
+
+A request is one ``generate`` call on prompts of the task, prefill and a forced number of new tokens, with everything a
+caller pays for but the processor.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers.errors import MeasurementError
+from workers.messages import Workload
+from workers.models.inputs import prepare_batch
+from workers.models.loading import LoadedModel
+from workers.models.prompts import to_device
+from workers.tasks import Task
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """Model inputs on the device and the number of tokens to generate."""
+
+    inputs: dict[str, Any]
+    new_tokens: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the padded prompts."""
+        return int(self.inputs["input_ids"].shape[1])
+
+
+def device_name(device: torch.device) -> str:
+    """Name what latency depends on: the GPU, or the processor and torch's threads."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    threads = torch.get_num_threads()
+    return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def prepare_request(loaded: LoadedModel, task: Task, workload: Workload) -> PreparedRequest:
+    """Build the request from the first calibration samples whose images open.
+
+    Raises:
+        MeasurementError: the split has too few for the batch size.
+    """
+    if workload.batch_size < 1 or workload.new_tokens < 1:
+        raise MeasurementError("a workload needs a batch_size and new_tokens of at least 1")
+    samples = task.calibration
+    start = 0
+    usable: list[Any] = []
+    while len(usable) < workload.batch_size and start < len(samples):
+        chunk = samples[start : start + workload.batch_size]
+        usable += prepare_batch(loaded, task, chunk).samples
+        start += len(chunk)
+    if len(usable) < workload.batch_size:
+        raise MeasurementError(
+            f"the calibration split has {len(usable)} usable samples, fewer than the batch_size {workload.batch_size}"
+        )
+    batch = prepare_batch(loaded, task, usable[: workload.batch_size])
+    assert batch.inputs is not None
+    return PreparedRequest(to_device(batch.inputs, loaded.device, loaded.model.dtype), workload.new_tokens)
+
+
+def run_request(loaded: LoadedModel, request: PreparedRequest) -> Any:
+    """Generate exactly ``new_tokens`` tokens greedily; return the library's output with its KV cache."""
+    with torch.inference_mode():
+        return loaded.model.generate(
+            **request.inputs,
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=request.new_tokens,
+            max_new_tokens=request.new_tokens,
+            pad_token_id=loaded.processor.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+        )
+
+
+def time_request(loaded: LoadedModel, request: PreparedRequest) -> float:
+    """Seconds of one request, the device idle before and after."""
+    synchronise(loaded.device)
+    started = time.perf_counter()
+    run_request(loaded, request)
+    synchronise(loaded.device)
+    return time.perf_counter() - started
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a KV cache object holds, each storage counted once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+        elif type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__"):
+            visit(vars(value))
+
+    visit(cache)
+    return sum(storages.values())
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """Seconds of one request and of its parts.
+
+    ``model[call]`` is a forward call of the model, the first of them the prefill; ``layers[layer][call]`` a decoder
+    layer's part in it.
+    """
+
+    total: float
+    model: tuple[float, ...]
+    layers: tuple[tuple[float, ...], ...]
+
+
+@dataclass
+class RequestTimer:
+    """Start and end marks of every call of the model and of its decoder layers.
+
+    On a GPU they are CUDA events. On the CPU with one thread they are that thread's own CPU time: what other processes
+    take from a shared core would otherwise fall on some layers and not on others. With more threads, wall time.
+    """
+
+    device: torch.device
+    marks: list[list[Any]] = field(default_factory=list)
+    """Per watched module its starts and ends in turns; the model is the first."""
+
+    @classmethod
+    @contextmanager
+    def watching(cls, loaded: LoadedModel, stack_path: str) -> Iterator[RequestTimer]:
+        """Watch the model and every decoder layer that stands in the stack now."""
+        timer, handles = cls(loaded.device), []
+        for module in (loaded.model, *loaded.model.get_submodule(stack_path).children()):
+            marks: list[Any] = []
+            timer.marks.append(marks)
+            handles += [
+                module.register_forward_pre_hook(lambda *_, marks=marks: marks.append(timer.now())),
+                module.register_forward_hook(lambda *_, marks=marks: marks.append(timer.now())),
+            ]
+        try:
+            yield timer
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def now(self) -> Any:
+        """Return the present moment."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            return event
+        return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+    def time(self, request: Callable[[], object]) -> RequestTimes:
+        """Run a request, the device idle before and after."""
+        synchronise(self.device)
+        start = self.now()
+        request()
+        end = self.now()
+        synchronise(self.device)
+        model, *layers = (tuple(map(self._between, marks[::2], marks[1::2])) for marks in self.marks)
+        return RequestTimes(self._between(start, end), model, tuple(layers))
+
+    def _between(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

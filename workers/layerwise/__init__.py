@@ -1,0 +1,1 @@
+"""Decoder layers run one at a time, with shared prefixes."""

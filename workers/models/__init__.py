@@ -1,0 +1,1 @@
+"""Models: checkpoints, loading, prompts and processor inputs."""

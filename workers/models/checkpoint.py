@@ -1,0 +1,249 @@
+"""Model directories: where one is found, whether it can be used, and its fingerprint. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from workers.errors import ModelError
+from workers.messages import ModelSource
+from workers.text import did_you_mean
+
+BUNDLED_MODELS = Path(__file__).resolve().parents[2] / "configs" / "reference"
+BUILT_MODELS = {"smollm2-30": "smollm2"}
+"""Models by name that `skipplan reference build RECIPE` assembles in the cache directory."""
+
+SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
+PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+"""Names under which transformers looks for weights: an index of several files, or a single file."""
+
+PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+VOLATILE_CONFIG_FIELDS = frozenset(("transformers_version", "_name_or_path", "_commit_hash"))
+
+_HEADER_SIZE_BYTES = 8
+_LARGEST_HEADER = 100_000_000
+_READ_BYTES = 1 << 24
+
+
+def bundled_models() -> tuple[str, ...]:
+    """Return the names of the models that ship with the project."""
+    return tuple(sorted(path.parent.name for path in BUNDLED_MODELS.glob("*/config.json")))
+
+
+def built_directory(name: str) -> Path:
+    """Return where a model of `BUILT_MODELS` is kept: SKIPPLAN_CACHE, else the user's cache directory."""
+    own = os.environ.get("SKIPPLAN_CACHE")
+    if own:
+        return Path(own).expanduser() / "models" / name
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "skipplan" / "models" / name
+
+
+def find_checkpoint(source: ModelSource) -> Path:
+    """Return the directory of a model: a path, a bundled or built model, or the local copy of a hub repository.
+
+    A hub repository is downloaded if it is not in the local cache yet, with no pickled weights but those allowed.
+
+    Raises:
+        ModelError: nothing is there, or the hub does not answer; the message names the bundled models.
+    """
+    name, path = source.path, Path(source.path).expanduser()
+    if path.is_dir():
+        return path
+    if name in bundled_models():
+        return BUNDLED_MODELS / name
+    if name in BUILT_MODELS:
+        built = built_directory(name)
+        if not built.is_dir():
+            raise ModelError(
+                f"model {name}: not at {built}; `skipplan reference build {BUILT_MODELS[name]}` makes it (once)"
+            )
+        return built
+    known = f"bundled models: {', '.join(bundled_models()) or 'none'}; to build: {', '.join(BUILT_MODELS)}"
+    if path.exists():
+        raise ModelError(f"model {name}: is a file; give the directory that holds config.json ({known})")
+    if not _is_hub_id(name):
+        raise ModelError(
+            f"model {name}: no such directory, nor a bundled model ({known}); a hub id has the form owner/name"
+            f"{did_you_mean(name, (*bundled_models(), *BUILT_MODELS))}"
+        )
+    return _download(source, known)
+
+
+def check_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> None:
+    """Check config and weight files without reading the weights.
+
+    Raises:
+        ModelError: no config, no safetensors (pickled weights not allowed by name are refused), a missing or a
+            corrupt file.
+    """
+    read_config(directory)
+    for file in weight_files(directory, allow_pickle):
+        if not is_pickled([file]):
+            _tensors(file)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read ``config.json``. Raises ModelError if it is missing or no JSON object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"model {directory}: has no config.json, so it is not a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {directory}: config.json cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model {directory}: config.json is not a JSON object")
+    return config
+
+
+def weight_files(directory: Path, allow_pickle: Collection[str] = ()) -> tuple[Path, ...]:
+    """Return the weight files, all that an index names if there is one: safetensors, or else pickled ones.
+
+    Pickled files are only taken when each is named in ``allow_pickle``.
+
+    Raises:
+        ModelError: there are none, one is missing, or they are pickled and not all allowed.
+    """
+    for index_name, single_name in (SAFETENSORS, PICKLED):
+        files = _indexed_files(directory, index_name) or tuple(directory.glob(single_name))
+        refused = [file.name for file in files if file.suffix != ".safetensors" and file.name not in allow_pickle]
+        if files and not refused:
+            return files
+    pickled = sorted(path.name for pattern in PICKLED_PATTERNS for path in directory.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"model {directory}: has only pickled weights ({pickled[0]}), which can run code when loaded; "
+            "convert them to safetensors, or name each file in model.allow_pickle"
+        )
+    raise ModelError(f"model {directory}: has no model.safetensors, nor an index of several")
+
+
+def is_pickled(files: Iterable[Path]) -> bool:
+    """Whether weight files are pickled ones."""
+    return any(file.suffix != ".safetensors" for file in files)
+
+
+def _indexed_files(directory: Path, index_name: str) -> tuple[Path, ...]:
+    index = directory / index_name
+    if not index.is_file():
+        return ()
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"model {directory}: {index.name} is not a readable index of weights") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"model {directory}: {index.name} names a file outside the directory: {name}")
+        if not (directory / name).is_file():
+            raise ModelError(f"model {directory}: weight file {name} is missing (named in {index.name})")
+    return tuple(directory / name for name in names)
+
+
+def fingerprint_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> str:
+    """Identify a model by its config and weights.
+
+    SHA-256 over the config as canonical JSON, without the fields that change with the program that saved it
+    (``transformers_version``, ``_name_or_path``, ``_commit_hash``), and over every tensor in the order of names: name,
+    dtype, shape, and the SHA-256 of its bytes. How the tensors are spread over files does not matter. Pickled files are
+    not opened for this: each counts as a whole, by its name and bytes.
+
+    Raises:
+        ModelError: as :func:`check_checkpoint`.
+    """
+    digest = hashlib.sha256(canonical_config(read_config(directory)).encode())
+    entries: list[tuple[str, ...]] = []
+    for file in weight_files(directory, allow_pickle):
+        entries += [(file.name, _hash_file(file))] if is_pickled([file]) else list(_hash_tensors(file))
+    for entry in sorted(entries):
+        digest.update(b"\0" + "\0".join(entry).encode())
+    return digest.hexdigest()
+
+
+def hash_weights(directory: Path) -> str:
+    """Return the SHA-256 over every tensor's name, dtype, shape and bytes, in the order of names, and nothing else.
+
+    Raises:
+        ModelError: as :func:`weight_files`.
+    """
+    entries = sorted(entry for file in weight_files(directory) for entry in _hash_tensors(file))
+    return hashlib.sha256(b"\0".join("\0".join(entry).encode() for entry in entries)).hexdigest()
+
+
+def canonical_config(config: dict[str, Any]) -> str:
+    """Return a config as JSON with sorted keys and without volatile fields, at any depth."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): clean(item) for key, item in value.items() if key not in VOLATILE_CONFIG_FIELDS}
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(clean(config), sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _tensors(file: Path) -> tuple[int, dict[str, Any]]:
+    """Read a safetensors header: where the data start, and each tensor's dtype, shape and offsets."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(_HEADER_SIZE_BYTES), "little")
+            if not 2 <= length <= _LARGEST_HEADER:
+                raise ValueError("its header has an impossible length")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        start = _HEADER_SIZE_BYTES + length
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size != end:
+            raise ValueError(f"it has {file.stat().st_size} bytes where its header says {end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"model file {file} is corrupt: {' '.join(str(error).split())}") from None
+    return start, header
+
+
+def _hash_tensors(file: Path) -> Iterator[tuple[str, str, str, str]]:
+    start, header = _tensors(file)
+    with file.open("rb") as stream:
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            stream.seek(start + begin)
+            digest, left = hashlib.sha256(), end - begin
+            while left > 0:
+                block = stream.read(min(left, _READ_BYTES))
+                if not block:
+                    raise ModelError(f"model file {file} ended early while it was read")
+                digest.update(block)
+                left -= len(block)
+            yield name, entry["dtype"], str(entry["shape"]), digest.hexdigest()
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_hub_id(name: str) -> bool:
+    owner, _, repository = name.partition("/")
+    return bool(owner and repository) and "/" not in repository and owner not in (".", "..", "~")
+
+
+def _download(source: ModelSource, known: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = [*HUB_FILES, *(["*.py"] if source.trust_remote_code else []), *source.allow_pickle]
+    nowhere = f"model {source.path}: no such directory, nor a bundled model ({known})"
+    try:
+        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"model {source.path}: the hub repository has no revision {source.revision!r}") from None
+    except errors.GatedRepoError:
+        raise ModelError(f"model {source.path}: the hub repository is gated; log in with access to it") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(f"{nowhere}, nor a public hub repository") from None
+    except errors.HFValidationError:
+        raise ModelError(f"{nowhere}, nor a valid hub id") from None
+    except Exception as error:  # the hub client, its HTTP library and the file system raise many kinds here
+        raise ModelError(f"{nowhere}, and the hub cannot be reached ({type(error).__name__})") from None

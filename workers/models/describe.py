@@ -1,0 +1,70 @@
+"""What a model's configuration alone tells about its decoder layers: no weights are read, nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from workers.device.bfloat16 import slow_arithmetic
+from workers.errors import ModelError
+from workers.messages import ModelSource
+from workers.runtime.descriptor import UnsupportedFamilyError
+from workers.runtime.families import describe
+from workers.runtime.plan import Action
+
+from .checkpoint import BUILT_MODELS, bundled_models, find_checkpoint
+from .loading import choose_device, load_config
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's family, its number of decoder layers and parameters, and what each layer may do."""
+
+    family: str
+    num_layers: int
+    parameters: int
+    refusals: dict[str, dict[int, str]]
+    """By action (``"skip"``), the layers that may not take it and why; an action that all may take has no entry."""
+    hint: str = ""
+    """What to know about the model's dtype on this machine, in one line; empty where there is nothing."""
+
+    def layers_for(self, action: str) -> int:
+        """How many layers may take an action."""
+        return self.num_layers - len(self.refusals.get(action, {}))
+
+
+def outline(source: ModelSource) -> Outline:
+    """Build the model on torch's meta device from its configuration and describe it.
+
+    Of a hub repository only the configuration is fetched. Raises ModelError naming what is missing or unsupported.
+    """
+    try:
+        config = load_config(_where(source), source)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
+        described = describe(model)
+    except ModelError:
+        raise
+    except UnsupportedFamilyError as error:
+        raise ModelError(f"model {source.path}: {error}") from None
+    except Exception as error:  # configuration and model code of any family, the hub client and the network
+        raise ModelError(
+            f"model {source.path}: its configuration cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
+    refusals: dict[str, dict[int, str]] = {}
+    for layer, refused in enumerate(described.refusals):
+        for action, reason in refused.items():
+            if action is not Action.RUN:
+                refusals.setdefault(action.name.lower(), {})[layer] = reason
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    hint = slow_arithmetic(model.dtype, torch.device(choose_device(source.device)))
+    return Outline(described.family, described.num_layers, parameters, refusals, hint)
+
+
+def _where(source: ModelSource) -> str:
+    """A directory with a configuration, or the hub id as it stands."""
+    if source.path in bundled_models() or source.path in BUILT_MODELS or source.path.count("/") != 1:
+        return str(find_checkpoint(source))
+    return source.path

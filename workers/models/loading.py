@@ -1,0 +1,153 @@
+"""Loading a vision-language model with its processor, by path, bundled name, or hub id."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from workers.errors import ModelError
+from workers.messages import ModelSource
+
+from .checkpoint import (
+    canonical_config,
+    check_checkpoint,
+    find_checkpoint,
+    fingerprint_checkpoint,
+    is_pickled,
+    weight_files,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be measured, its processor, its fingerprint, and the name it was asked for by."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    fingerprint: str
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def load_model(source: ModelSource, *, device: str | None = None) -> LoadedModel:
+    """Load a model for inference.
+
+    ``device`` overrides the source's; ``"auto"`` is a GPU if one can be seen, else the CPU.
+
+    Raises:
+        ModelError: the model is not there, not of a supported kind, corrupt, or incomplete.
+    """
+    target = choose_device(device or source.device)
+    directory = find_checkpoint(source)
+    check_checkpoint(directory, source.allow_pickle)
+    config = load_config(directory, source)
+    model = _load_weights(directory, source, config)
+    return LoadedModel(
+        model=model.to(target).eval(),
+        processor=_load_processor(directory, source),
+        fingerprint=fingerprint_checkpoint(directory, source.allow_pickle),
+        name=source.path,
+    )
+
+
+def choose_device(device: str) -> str:
+    """Resolve ``"auto"``. Raises ModelError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} is none of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda was asked for, but torch sees no GPU here; use auto or cpu")
+    return device
+
+
+def fingerprint_model(model: PreTrainedModel) -> str:
+    """Identify a live model by its config and parameters (in their current dtype; not the checkpoint's fingerprint)."""
+    digest = hashlib.sha256(canonical_config(model.config.to_dict()).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(hashlib.sha256(content.data).digest())
+    return digest.hexdigest()
+
+
+def load_config(directory: Path | str, source: ModelSource) -> Any:
+    """The configuration at a directory or hub id. Raises ModelError when it is of no model that can be loaded."""
+    try:
+        config = AutoConfig.from_pretrained(
+            directory, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(f"model {source.path}: config.json is not usable: {_first_line(error)}") from None
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    remote = source.trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    if not known and not remote:
+        raise ModelError(
+            f"model {source.path}: architecture {config.model_type!r} is no image-text-to-text model of transformers"
+        )
+    return config
+
+
+def _load_weights(directory: Path, source: ModelSource, config: Any) -> PreTrainedModel:
+    if source.dtype != "auto" and not isinstance(getattr(torch, source.dtype, None), torch.dtype):
+        raise ModelError(f"dtype {source.dtype!r} is no torch dtype; use auto, float32, bfloat16 or float16")
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            config=config,
+            dtype=source.dtype,
+            attn_implementation=source.attention,
+            use_safetensors=not is_pickled(weight_files(directory, source.allow_pickle)),
+            weights_only=True,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # model code of any family, safetensors and torch raise all kinds here
+        raise ModelError(f"model {source.path}: cannot be loaded: {_first_line(error)}") from None
+    missing = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    if missing:
+        # transformers would fill these with random numbers and go on.
+        raise ModelError(
+            f"model {source.path}: {len(missing)} weights are missing or of another shape than the config says, "
+            f"for example {missing[0]}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _load_processor(directory: Path, source: ModelSource) -> ProcessorMixin:
+    try:
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # processors of any family raise all kinds here
+        raise ModelError(f"model {source.path}: its processor cannot be loaded: {_first_line(error)}") from None
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        raise ModelError(f"model {source.path}: its processor does not take both images and text")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"model {source.path}: its tokenizer has neither a padding nor an end token")
+        # Padding is masked out, so which token stands there does not matter.
+        tokenizer.pad_token = tokenizer.eos_token
+    typed: ProcessorMixin = processor
+    return typed
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

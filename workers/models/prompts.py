@@ -1,0 +1,78 @@
+"""Prompts through the model's own processor, with its chat template where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from workers.tasks.samples import Sample
+from workers.tasks.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def prompt_text(spec: TaskSpec, sample: Sample) -> str:
+    """Return what the user says about the image."""
+    return spec.prompt.format(question=sample.question)
+
+
+def has_chat_template(processor: ProcessorMixin) -> bool:
+    """Whether processor or tokenizer carries a chat template."""
+    return bool(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
+
+
+def rendered(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> str:
+    """The prompt as text, with the image's token standing for all of the image."""
+    if has_chat_template(processor):
+        conversation = [_turn(spec, sample, {"type": "image"})]
+        text: str = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        return text
+    return _plain_text(processor, spec, sample)
+
+
+def _turn(spec: TaskSpec, sample: Sample, image: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": [image, {"type": "text", "text": prompt_text(spec, sample)}]}
+
+
+def _plain_text(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> str:
+    token = getattr(processor, "image_token", None) or "<image>"
+    return spec.plain_prompt.format(image=token, prompt=prompt_text(spec, sample))
+
+
+def build_inputs(
+    processor: ProcessorMixin, spec: TaskSpec, samples: Sequence[Sample], images: Sequence[Image]
+) -> BatchFeature:
+    """Turn samples and their opened images into model inputs on the CPU, padded on the left.
+
+    ``input_ids`` and ``attention_mask`` are ``[batch, tokens]``; the image tensors are the family's own.
+    """
+    padding: dict[str, Any] = {"padding": True, "padding_side": "left"}
+    if has_chat_template(processor):
+        conversations = [
+            [_turn(spec, sample, {"type": "image", "image": image})]
+            for sample, image in zip(samples, images, strict=True)
+        ]
+        return processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=padding,
+        )
+    texts = [_plain_text(processor, spec, sample) for sample in samples]
+    return processor(text=texts, images=[[image] for image in images], return_tensors="pt", **padding)
+
+
+def to_device(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Move tensors to the device, floating-point ones (pixels) to the model's dtype."""
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        moved[name] = value
+    return moved

@@ -1,0 +1,83 @@
+"""Batches of calibration samples that fit into memory with all that a scoring pass keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.errors import MeasurementError
+from workers.models.inputs import PreparedBatch, prepare_batch
+from workers.models.loading import LoadedModel
+from workers.models.prompts import to_device
+from workers.runtime.locate import DecoderStack
+from workers.tasks import Sample, Task
+
+KEPT_BYTES = 256 << 20
+"""What a batch's states of all layers, or one layer's attention maps, may take."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples with their inputs on the device and masks ``[batch, tokens]`` of every token group."""
+
+    samples: tuple[Sample, ...]
+    inputs: dict[str, Any]
+    groups: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the padded prompts."""
+        return int(self.groups["all"].shape[1])
+
+
+def batches(
+    loaded: LoadedModel,
+    task: Task,
+    samples: Sequence[Sample],
+    stack: DecoderStack,
+    token_ids: tuple[int, ...],
+    size: int,
+) -> Iterator[Batch]:
+    """Prepared batches of at most ``size`` samples, smaller where prompts are long; unreadable images are left out."""
+    position = 0
+    while position < len(samples):
+        prepared = prepare_batch(loaded, task, samples[position : position + size])
+        fitting = size if prepared.inputs is None else _fitting(prepared, stack)
+        if fitting < len(prepared.samples):
+            size = fitting
+            continue
+        position += size
+        if prepared.inputs is not None:
+            inputs = to_device(prepared.inputs, loaded.device, loaded.model.dtype)
+            yield Batch(prepared.samples, inputs, token_groups(inputs, token_ids))
+
+
+def _fitting(prepared: PreparedBatch, stack: DecoderStack) -> int:
+    """How many samples of such a length fit into ``KEPT_BYTES``, at least one."""
+    assert prepared.inputs is not None
+    tokens = int(prepared.inputs["input_ids"].shape[1])
+    config = stack.text_config
+    states = len(stack.layers) * tokens * int(config.hidden_size) * 4
+    maps = int(config.num_attention_heads) * tokens * tokens * 4
+    return max(1, KEPT_BYTES // max(states, maps))
+
+
+def token_groups(inputs: dict[str, Any], vision_token_ids: tuple[int, ...]) -> dict[str, Tensor]:
+    """Masks ``[batch, tokens]`` of vision tokens, other tokens, both, and the last one; padding (left) is in none."""
+    real = inputs["attention_mask"].bool()
+    if not bool(real[:, -1].all()):
+        raise MeasurementError("prompts must be padded on the left, so that the answer follows their last position")
+    ids = torch.tensor(sorted(vision_token_ids), device=real.device)
+    vision = torch.isin(inputs["input_ids"], ids) & real
+    last = torch.zeros_like(real)
+    last[:, -1] = True
+    return {"vision": vision, "text": real & ~vision, "all": real, "last": last}

@@ -1,0 +1,227 @@
+"""What the dense pass is turned into, layer by layer: running sums of every kind measured on hidden states."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.messages import TOKEN_GROUPS, KindSums
+
+from .batches import Batch
+from .kinds import GROUPS, HISTOGRAM_EDGES, TAIL_THRESHOLDS
+from .probes import PROBE_SAMPLES
+from .sums import Floats, ratio_sums, sample_sums
+
+CKA_TOKENS = 256
+"""Tokens of a batch, evenly spaced, that a minibatch estimate of HSIC is made from."""
+
+
+class StatesCollector(Protocol):
+    """Sees every batch's hidden states once; holds no more than one batch's share of them."""
+
+    def begin(self, batch: Batch) -> None:
+        """A batch starts."""
+        ...
+
+    def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """A layer's input and output, float32 ``[batch, tokens, hidden]``."""
+        ...
+
+    def end(self, logits: Tensor) -> None:
+        """The batch is through; ``logits`` ``[batch, vocabulary]`` are those of the answer's first token."""
+        ...
+
+    def sums(self) -> KindSums:
+        """What was summed up so far."""
+        ...
+
+
+def array(tensor: Tensor) -> Floats:
+    """A tensor as float64 on the CPU."""
+    values: Floats = tensor.double().cpu().numpy()
+    return values
+
+
+def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
+    """d(before, after) per token, ``[batch, tokens]`` float32, from states ``[batch, tokens, hidden]`` of any dtype."""
+    return 1.0 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+
+
+class Distances:
+    """Geometric and proximal: cosine distance between input and output, its tail, its histogram, the update's size."""
+
+    def __init__(self, layers: int, shards: int) -> None:
+        self._sums = ratio_sums(2 + len(TAIL_THRESHOLDS), len(GROUPS), layers)
+        self._histogram = np.zeros((len(GROUPS), layers, len(HISTOGRAM_EDGES) - 1), dtype=np.int64)
+
+    def begin(self, batch: Batch) -> None:
+        """Stack the groups' masks."""
+        self._masks = torch.stack([batch.groups[group] for group in GROUPS])  # [groups, batch, tokens]
+        device = self._masks.device
+        self._counts = array(self._masks.sum(-1))
+        self._thresholds = torch.tensor(TAIL_THRESHOLDS, device=device)[:, None, None]
+        self._edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float32, device=device)
+
+    def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Add a layer's distances."""
+        distance = cosine_distance(before, after).clamp(0.0, 2.0)
+        update = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-12)
+        values = torch.cat([distance[None], update[None], (distance > self._thresholds).float()]).double()
+        totals = torch.einsum("gbt,kbt->kgb", self._masks.double(), values)
+        self._sums[..., layer] += sample_sums(array(totals), self._counts)
+        bins = torch.bucketize(distance, self._edges)
+        for group, mask in enumerate(self._masks):
+            counts = torch.bincount(bins[mask], minlength=self._histogram.shape[-1])
+            self._histogram[group, layer] += counts.cpu().numpy()
+
+    def end(self, logits: Tensor) -> None:
+        """Nothing to do."""
+
+    def sums(self) -> KindSums:
+        """The sums."""
+        return KindSums({"distances": self._sums, "histogram": self._histogram})
+
+
+class Similarity:
+    """Linear CKA (Kornblith et al. 2019), as a ratio of sums of unbiased minibatch HSIC estimates.
+
+    The estimator is Song et al. 2012, equation 5, in minibatches as in Nguyen et al. 2021; it needs Gram matrices of
+    some hundred tokens, whatever the model's width.
+    """
+
+    def __init__(self, layers: int, shards: int) -> None:
+        groups = len(TOKEN_GROUPS)
+        self._hsic = np.zeros((groups, layers, 3))
+        self._products = np.zeros((groups, layers, 3, 3))
+        self._batches, self._tokens = np.zeros(groups, dtype=np.int64), np.zeros(groups, dtype=np.int64)
+
+    def begin(self, batch: Batch) -> None:
+        """Choose the batch's tokens of each group."""
+        self._chosen: list[Tensor | None] = []
+        for group, name in enumerate(TOKEN_GROUPS):
+            places = batch.groups[name].flatten().nonzero().flatten()
+            enough = len(places) >= 8
+            if enough:
+                steps = torch.linspace(0, len(places) - 1, min(len(places), CKA_TOKENS), device=places.device)
+                places = places[steps.round().long()]
+                self._batches[group] += 1
+                self._tokens[group] += len(places)
+            self._chosen.append(places if enough else None)
+
+    def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Add a layer's estimates."""
+        flat = before.flatten(0, 1), after.flatten(0, 1)
+        for group, places in enumerate(self._chosen):
+            if places is None:
+                continue
+            first, second = (_gram(states[places]) for states in flat)
+            found = np.array([unbiased_hsic(first, second), unbiased_hsic(first, first), unbiased_hsic(second, second)])
+            self._hsic[group, layer] += found
+            self._products[group, layer] += np.outer(found, found)
+
+    def end(self, logits: Tensor) -> None:
+        """Nothing to do."""
+
+    def sums(self) -> KindSums:
+        """The sums."""
+        return KindSums(
+            {"hsic": self._hsic, "products": self._products, "batches": self._batches, "tokens": self._tokens}
+        )
+
+
+def _gram(states: Tensor) -> Tensor:
+    """Inner products ``[tokens, tokens]`` with a zero diagonal; the estimator is the same for shifted states."""
+    centred = states - states.mean(0)
+    return (centred @ centred.T).double().fill_diagonal_(0.0)
+
+
+def unbiased_hsic(first: Tensor, second: Tensor) -> float:
+    """Song et al. 2012, equation 5, from Gram matrices ``[n, n]`` with zero diagonals; n at least 4."""
+    n = first.shape[0]
+    rows, columns = first.sum(0), second.sum(0)
+    trace = (first * second).sum()
+    value = trace + rows.sum() * columns.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ columns)
+    return float(value) / (n * (n - 3))
+
+
+class _LastStates:
+    """Keeps one batch's states of the last prompt token at every depth: the embeddings, then after each layer."""
+
+    def begin(self, batch: Batch) -> None:
+        """A batch starts."""
+        self.batch = batch
+        self._depths: list[Tensor] = []
+
+    def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Take the last token."""
+        if layer == 0:
+            self._depths.append(before[:, -1].clone())
+        self._depths.append(after[:, -1].clone())
+
+    def states(self) -> Tensor:
+        """``[batch, layers + 1, hidden]``."""
+        return torch.stack(self._depths, dim=1)
+
+
+class Angles(_LastStates):
+    """Angular distance of blocks of layers at the last prompt token (Gromov et al., arXiv 2403.17887)."""
+
+    def __init__(self, layers: int, shards: int) -> None:
+        self._layers = layers
+        self._sums = ratio_sums(layers, layers)
+
+    def end(self, logits: Tensor) -> None:
+        """Add the angle of every block of n layers from layer l on, over pi."""
+        units = torch.nn.functional.normalize(self.states().double(), dim=-1)
+        angles = array(torch.arccos((units @ units.mT).clamp(-1.0, 1.0)) / torch.pi)  # [batch, depths, depths]
+        for start in range(self._layers):
+            for length in range(1, self._layers - start + 1):
+                totals = angles[:, start, start + length]
+                self._sums[:, length - 1, start] += sample_sums(totals, np.ones(len(totals)))
+
+    def sums(self) -> KindSums:
+        """The sums."""
+        return KindSums({"angles": self._sums})
+
+
+class AnswerStates(_LastStates):
+    """Keeps the last prompt token's states and the dense model's answer, for the probes fitted after the merge."""
+
+    def __init__(self, layers: int, shards: int) -> None:
+        self._limit = -(-PROBE_SAMPLES // shards)
+        self._states: list[np.ndarray] = []
+        self._answers: list[int] = []
+        self._folds: list[int] = []
+
+    def end(self, logits: Tensor) -> None:
+        """Keep states and answers while there is room; all questions on an image fall into one fold."""
+        room = self._limit - len(self._answers)
+        if room <= 0:
+            return
+        self._states.append(self.states()[:room].float().cpu().numpy())
+        self._answers += logits[:room].argmax(-1).tolist()
+        self._folds += [zlib.crc32(sample.image_key.encode()) & 1 for sample in self.batch.samples[:room]]
+
+    def sums(self) -> KindSums:
+        """States ``[samples, layers + 1, hidden]``, answers and folds ``[samples]``."""
+        states = np.concatenate(self._states) if self._states else np.zeros((0,), dtype=np.float32)
+        return KindSums(
+            {},
+            {
+                "states": states,
+                "answers": np.array(self._answers, dtype=np.int64),
+                "folds": np.array(self._folds, dtype=np.int64),
+            },
+        )
+
+
+COLLECTORS: dict[str, type[Distances] | type[Similarity] | type[Angles] | type[AnswerStates]] = {
+    "distance": Distances,
+    "cka": Similarity,
+    "angular": Angles,
+    "probes": AnswerStates,
+}

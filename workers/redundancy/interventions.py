@@ -1,0 +1,129 @@
+"""What a layer's change does to the answer: causal contribution, propagation gain, withdrawal of the vision tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.messages import KindSums
+from workers.models.loading import LoadedModel
+from workers.runtime.descriptor import FamilyDescriptor, validate
+from workers.runtime.locate import DecoderStack
+from workers.runtime.plan import Action, PlanError, SkipPlan
+
+from .batches import Batch
+from .collectors import array, cosine_distance
+from .kinds import GROUPS, INTERVENTIONS
+from .replay import Recording, replay, state_of
+from .sums import ratio_sums, sample_sums
+
+
+class Interventions:
+    """Replays changed plans against one batch's dense pass and adds up what they did to the answer."""
+
+    def __init__(self, loaded: LoadedModel, stack: DecoderStack, descriptor: FamilyDescriptor, kinds: set[str]) -> None:
+        self._loaded, self._stack, self._descriptor, self._kinds = loaded, stack, descriptor, kinds
+        self._layers = len(stack.layers)
+        self._gain = ratio_sums(3, len(GROUPS), self._layers)
+        self._kl = ratio_sums(len(INTERVENTIONS), self._layers)
+        self._withdrawal = ratio_sums(1, self._layers)
+        self.executions: dict[str, int] = dict.fromkeys(kinds, 0)
+        """Decoder layers run, times samples; a removal serves both the gain and the contribution, counted as the
+        former's when both are asked for."""
+        self.shared_prefixes = True
+        self.refused: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
+
+    def add(self, batch: Batch, made: Recording, changes: list[Tensor]) -> None:
+        """Replay every intervention on a batch; ``changes`` holds each layer's output minus input, per layer."""
+        for layer in range(self._layers):
+            if "propagation" in self._kinds or "causal" in self._kinds:
+                self._remove(batch, made, layer, changes[layer])
+            if "causal" in self._kinds:
+                for letter in "FB":
+                    self._change(batch, made, layer, letter)
+            if "withdrawal" in self._kinds:
+                self._withdraw(batch, made, layer)
+
+    def _run(self, kind: str, batch: Batch, made: Recording, plan: SkipPlan, first: int) -> tuple[Tensor, Tensor]:
+        start = first if self.shared_prefixes else 0
+        skipped = len(plan.layers(Action.SKIP))
+        self.executions[kind] += batch.size * (self._layers - start - skipped)
+        logits, final = replay(self._loaded, self._stack, made, batch, plan, start)
+        return logits, final
+
+    def _remove(self, batch: Batch, made: Recording, layer: int, change: Tensor) -> None:
+        kind = "propagation" if "propagation" in self._kinds else "causal"
+        plan = SkipPlan.dense(self._layers).with_action(layer, Action.SKIP)
+        reason = self._refusal(plan)
+        if reason:
+            for name in self._kinds - {"withdrawal"}:
+                self.refused[name][f"skip at {layer}"] = reason
+            return
+        logits, final = self._run(kind, batch, made, plan, layer)
+        if "causal" in self._kinds:
+            self._add_kl(self._kl, (list(INTERVENTIONS).index("S"), layer), made, logits)
+        if "propagation" in self._kinds:
+            self._add_gain(batch, layer, change, state_of(made.outputs[-1]), final)
+
+    def _add_gain(self, batch: Batch, layer: int, change: Tensor, dense: Tensor, final: Tensor) -> None:
+        masks = torch.stack([batch.groups[group] for group in GROUPS]).double()  # [groups, batch, tokens]
+        there = masks.sum(-1)
+
+        def size(states: Tensor) -> Tensor:
+            squares = states.float().square().sum(-1).double()
+            return torch.einsum("gbt,bt->gb", masks, squares).sqrt()
+
+        moved, first, whole = size(final.float() - dense.float()), size(change), size(dense)
+        gain = torch.where(first > 0, moved / first.clamp_min(1e-30), 0.0)
+        self._gain[:, 0, :, layer] += sample_sums(array(gain), array((there > 0) & (first > 0)))
+        share = moved / whole.clamp_min(1e-30)
+        self._gain[:, 1, :, layer] += sample_sums(array(share), array(there > 0))
+        turned = torch.einsum("gbt,bt->gb", masks, cosine_distance(dense, final).double())
+        self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
+
+    def _change(self, batch: Batch, made: Recording, layer: int, letter: str) -> None:
+        plan = SkipPlan.dense(self._layers).with_action(layer, Action(letter))
+        reason = self._refusal(plan)
+        if reason:
+            self.refused["causal"][f"{INTERVENTIONS[letter]} at {layer}"] = reason
+            return
+        logits, _ = self._run("causal", batch, made, plan, layer)
+        self._add_kl(self._kl, (list(INTERVENTIONS).index(letter), layer), made, logits)
+
+    def _withdraw(self, batch: Batch, made: Recording, layer: int) -> None:
+        plan = SkipPlan.parse("R" * layer + "B" * (self._layers - layer))
+        reason = self._refusal(plan)
+        if reason:
+            self.refused["withdrawal"][str(layer)] = reason
+            return
+        logits, _ = self._run("withdrawal", batch, made, plan, layer)
+        self._add_kl(self._withdrawal, (0, layer), made, logits)
+
+    def _refusal(self, plan: SkipPlan) -> str:
+        try:
+            validate(plan, self._descriptor)
+        except PlanError as error:
+            return str(error)
+        return ""
+
+    def _add_kl(self, sums: np.ndarray, place: tuple[int, int], made: Recording, logits: Tensor) -> None:
+        assert made.logits is not None
+        divergence = array(answer_kl(made.logits, logits))
+        sums[(slice(None), *place)] += sample_sums(divergence, np.ones(len(divergence)))
+
+    def sums(self) -> dict[str, KindSums]:
+        """The sums of every kind asked for."""
+        found = {
+            "propagation": {"gain": self._gain},
+            "causal": {"kl": self._kl},
+            "withdrawal": {"kl": self._withdrawal},
+        }
+        return {kind: KindSums(dict(found[kind]), refused=self.refused[kind]) for kind in self._kinds}
+
+
+def answer_kl(dense: Tensor, changed: Tensor) -> Tensor:
+    """KL(p_dense || p_changed) in nats per sample, ``[batch]``, from logits ``[batch, vocabulary]``."""
+    first, second = dense.double().log_softmax(-1), changed.double().log_softmax(-1)
+    terms = torch.where(first.isneginf(), 0.0, first.exp() * (first - second))
+    return terms.sum(-1).clamp_min(0.0)

@@ -1,0 +1,158 @@
+"""The kinds of measurement: what each is called in the table, which pass it needs, and how its sums become rows.
+
+Needs numpy alone, so that the driver can finish what workers summed up. A new kind is an entry of ``KINDS`` here and
+a collector of the same name in ``workers.redundancy.collectors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.errors import MeasurementError
+from workers.messages import TOKEN_GROUPS, KindSums, ShardScores
+
+from .probes import probe_rows
+from .sums import Floats, ratio_means
+from .table import LayerMeasurement, LayerTable
+
+GROUPS = (*TOKEN_GROUPS, "last")
+"""Token groups, and the last prompt token, from which the answer's first token is read."""
+
+TAIL_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+QUANTILES = (0.5, 0.9, 0.99)
+HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
+"""Bins of the cosine distance, for its quantiles: 255 of them, each 6 % wide."""
+
+INTERVENTIONS = {"F": "freeze", "B": "bypass", "S": "skip"}
+
+AFTER_ALL = ("causal", "withdrawal")
+"""Kinds that run actions themselves, a pass for each: not measured unless asked for."""
+
+Finish = Callable[[KindSums, int], Iterable[LayerMeasurement]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of measurement: what it tells, the pass it is made in, and how merged sums become rows."""
+
+    about: str
+    runs_in: str
+    """``states`` (the dense pass), ``attention`` (one pass that makes attention weights), or an intervention's pass."""
+    finish: Finish
+
+
+def rows_of(sums: Floats, names: tuple[str, ...], group: str, layers: int) -> Iterator[LayerMeasurement]:
+    """Rows from ratio sums ``[6, names, layers]`` of one group; an entry that counted nothing gives none."""
+    means, errors, counts = ratio_means(sums)
+    for position, name in enumerate(names):
+        for layer in range(layers):
+            if counts[position, layer] > 0:
+                error = float(errors[position, layer])
+                yield LayerMeasurement(
+                    name,
+                    group,
+                    layer,
+                    float(means[position, layer]),
+                    None if np.isnan(error) else error,
+                    round(float(counts[position, layer])),
+                )
+
+
+def _distance_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``distances`` is ``[6, 2 + thresholds, groups, layers]``, ``histogram`` ``[groups, layers, bins]``."""
+    names = ("cosine_distance", "relative_update", *(f"cosine_distance_tail@{t:g}" for t in TAIL_THRESHOLDS))
+    for position, group in enumerate(GROUPS):
+        yield from rows_of(sums.added["distances"][:, :, position].astype(float), names, group, layers)
+        for layer in range(layers):
+            counts = sums.added["histogram"][position, layer]
+            for share in QUANTILES if counts.sum() else ():
+                value = histogram_quantile(counts, share)
+                yield LayerMeasurement(
+                    f"cosine_distance_quantile@{share:g}", group, layer, value, None, int(counts.sum())
+                )
+
+
+def histogram_quantile(counts: NDArray[np.generic], share: float) -> float:
+    """The quantile of a distance from its histogram over ``HISTOGRAM_EDGES``, linear within the bin."""
+    below = np.concatenate([[0.0], np.cumsum(counts.astype(float))])
+    target = share * below[-1]
+    place = min(int(np.searchsorted(below, target, side="left")), len(HISTOGRAM_EDGES) - 1)
+    place = max(place, 1)
+    inside = below[place] - below[place - 1]
+    part = (target - below[place - 1]) / inside if inside else 0.0
+    low, high = HISTOGRAM_EDGES[place - 1], HISTOGRAM_EDGES[place]
+    return float(low + part * (high - low))
+
+
+def _similarity_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``hsic`` is ``[groups, layers, 3]`` (cross, before, after), ``products`` the sums of their outer products."""
+    for position, group in enumerate(TOKEN_GROUPS):
+        for layer in range(layers):
+            batches = int(sums.added["batches"][position])
+            cross, before, after = sums.added["hsic"][position, layer].astype(float)
+            if batches == 0 or before <= 0 or after <= 0:
+                continue
+            value = cross / np.sqrt(before * after)
+            gradient = np.array([value / cross if cross else 0.0, -value / (2 * before), -value / (2 * after)])
+            error = None
+            if batches > 1:
+                total = np.array([cross, before, after])
+                spread = sums.added["products"][position, layer] - np.outer(total, total) / batches
+                variance = float(gradient @ spread @ gradient) * batches / (batches - 1)
+                error = float(np.sqrt(max(0.0, variance)))
+            yield LayerMeasurement("cka", group, layer, float(value), error, int(sums.added["tokens"][position]))
+
+
+def _attention_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``attention`` is ``[6, 2, layers]``: from all text queries, and from the last prompt token."""
+    shares = sums.added["attention"].astype(float)
+    yield from rows_of(shares[:, :1], ("vision_attention",), "text", layers)
+    yield from rows_of(shares[:, 1:], ("vision_attention",), "last", layers)
+
+
+def _propagation_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``gain`` is ``[6, 3, groups, layers]``: the gain, and how far the last layer's state moves and turns."""
+    for position, group in enumerate(GROUPS):
+        names = ("propagation_gain", "final_change", "final_distance")
+        yield from rows_of(sums.added["gain"][:, :, position].astype(float), names, group, layers)
+
+
+def _angular_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``angles`` is ``[6, blocks, layers]``: the block of n layers from a layer on, at the last prompt token."""
+    names = tuple(f"angular_distance@{length}" for length in range(1, layers + 1))
+    yield from rows_of(sums.added["angles"].astype(float), names, "last", layers)
+
+
+def _contribution_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``kl`` is ``[6, actions, layers]``."""
+    names = tuple(f"layer_contribution@{name}" for name in INTERVENTIONS.values())
+    yield from rows_of(sums.added["kl"].astype(float), names, "last", layers)
+
+
+def _withdrawal_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``kl`` is ``[6, 1, layers]``: vision tokens withdrawn from this layer on."""
+    yield from rows_of(sums.added["kl"].astype(float), ("withdrawal",), "last", layers)
+
+
+KINDS: dict[str, Kind] = {
+    "distance": Kind("cosine distance of every layer, its tail and quantiles", "states", _distance_rows),
+    "cka": Kind("linear CKA of every layer's input and output", "states", _similarity_rows),
+    "angular": Kind("angular distance of every block of layers", "states", _angular_rows),
+    "probes": Kind("linear probes of the dense model's answer", "states", probe_rows),
+    "attention": Kind("attention mass of text on vision tokens", "attention", _attention_rows),
+    "propagation": Kind("how a layer's removal grows on the way up", "propagation", _propagation_rows),
+    "causal": Kind("KL divergence of the answer under every action at every layer", "causal", _contribution_rows),
+    "withdrawal": Kind("KL divergence with vision tokens gone from a layer on", "withdrawal", _withdrawal_rows),
+}
+
+
+def finish(scores: ShardScores) -> LayerTable:
+    """Turn merged sums into the table. Raises MeasurementError when no sample was measured."""
+    if scores.samples == 0:
+        raise MeasurementError("no sample of the calibration split could be measured: none of its images can be opened")
+    rows = [row for kind, sums in scores.kinds.items() for row in KINDS[kind].finish(sums, scores.num_layers)]
+    return LayerTable(scores.num_layers, tuple(rows))

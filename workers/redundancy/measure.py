@@ -1,0 +1,172 @@
+"""Scoring a shard of the calibration split: the passes, in order, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from workers.errors import MeasurementError
+from workers.evaluation.plain import DEFAULT_BATCH_SIZE
+from workers.messages import KindSums, ShardScores
+from workers.models.loading import LoadedModel
+from workers.runtime.families import describe
+from workers.runtime.locate import locate
+from workers.tasks import Task
+
+from .attention import VisionAttention
+from .batches import Batch, batches
+from .collectors import COLLECTORS, StatesCollector
+from .interventions import Interventions
+from .kinds import KINDS
+from .replay import Recording, prefill, prefixes_can_be_shared, recording, state_of
+
+_UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Why a model's prefixes cannot be shared (empty: they can), found out once for each model that a process holds."""
+
+INTERVENTION_KINDS = frozenset({"propagation", "causal", "withdrawal"})
+
+
+def score_layers(
+    loaded: LoadedModel,
+    task: Task,
+    kinds: tuple[str, ...],
+    *,
+    shard: int = 0,
+    shards: int = 1,
+    limit: int | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> ShardScores:
+    """Measure ``kinds`` (names of ``KINDS``) over ``samples[:limit][shard::shards]`` of the calibration split.
+
+    Samples whose image cannot be decoded are left out and not counted.
+
+    Raises:
+        MeasurementError: no such kind, logits that are no numbers, or decoder layers that do not pass
+            ``[batch, tokens, hidden]`` states of the prompt's length.
+    """
+    unknown = sorted(set(kinds) - KINDS.keys())
+    if unknown:
+        raise MeasurementError(f"no such kind of measurement: {', '.join(unknown)}; known are {', '.join(KINDS)}")
+    scoring = _Scoring(loaded, kinds, shards)
+    samples = task.calibration[:limit][shard::shards]
+    ids = scoring.descriptor.vision_token_ids
+    with torch.inference_mode():
+        for batch in batches(loaded, task, samples, scoring.stack, ids, batch_size):
+            scoring.add(batch)
+    return scoring.scores()
+
+
+class _Scoring:
+    """The passes over one shard and what they add up to."""
+
+    def __init__(self, loaded: LoadedModel, kinds: tuple[str, ...], shards: int) -> None:
+        self.loaded, self.stack = loaded, locate(loaded.model)
+        self.descriptor = describe(loaded.model)
+        self.layers = self.descriptor.num_layers
+        self.kinds = kinds
+        self.samples = 0
+        self.executions = {"states": 0}
+        self.notes: list[str] = []
+        self.collectors: dict[str, StatesCollector] = {
+            kind: COLLECTORS[kind](self.layers, shards) for kind in kinds if kind in COLLECTORS
+        }
+        self.attention = VisionAttention(self.layers) if "attention" in kinds else None
+        wanted = INTERVENTION_KINDS & set(kinds)
+        self.interventions = Interventions(loaded, self.stack, self.descriptor, set(wanted)) if wanted else None
+
+    def add(self, batch: Batch) -> None:
+        """All passes over one batch."""
+        self.samples += batch.size
+        if self.collectors or self.interventions is not None:
+            made, changes = self._dense_pass(batch)
+            if self.interventions is not None:
+                self._intervene(batch, made, changes)
+        if self.attention is not None:
+            self.executions["attention"] = self.executions.get("attention", 0) + batch.size * self.layers
+            with self.attention.listening(self.stack, batch):
+                prefill(self.loaded, batch)
+
+    def _dense_pass(self, batch: Batch) -> tuple[Recording, list[Tensor]]:
+        changes: list[Tensor] = []
+        for collector in self.collectors.values():
+            collector.begin(batch)
+        self.executions["states"] += batch.size * self.layers
+        if self.interventions is None:
+            made = Recording()
+            with self._watching(batch, None):
+                made.logits = prefill(self.loaded, batch)
+        else:
+            with recording(self.stack) as made, self._watching(batch, changes):
+                made.logits = prefill(self.loaded, batch)
+        for collector in self.collectors.values():
+            collector.end(made.logits)
+        return made, changes
+
+    @contextmanager
+    def _watching(self, batch: Batch, changes: list[Tensor] | None) -> Iterator[None]:
+        """Show every decoder layer's input and output to the collectors; one input state is held at a time."""
+        held: dict[int, Tensor] = {}
+        expected = (batch.size, batch.tokens)
+
+        def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state = args[0] if args else kwargs["hidden_states"]
+            if state.dim() != 3 or tuple(state.shape[:2]) != expected:
+                raise MeasurementError(
+                    f"layer {layer}: the hidden state has shape {tuple(state.shape)}, expected {expected} and hidden"
+                )
+            held[layer] = state.to(torch.float32, copy=True)  # a layer may write into its input
+
+        def after(layer: int, output: Any) -> None:
+            first, second = held.pop(layer), state_of(output).float()
+            if changes is not None:
+                changes.append((second - first).to(state_of(output).dtype))
+            for collector in self.collectors.values():
+                collector.layer(layer, first, second)
+
+        handles = []
+        for number, module in enumerate(self.stack.layers):
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, layer=number: before(layer, args, kwargs), with_kwargs=True
+                ),
+                module.register_forward_hook(lambda _, __, output, layer=number: after(layer, output)),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _intervene(self, batch: Batch, made: Recording, changes: list[Tensor]) -> None:
+        assert self.interventions is not None
+        if self.loaded.model not in _UNSHAREABLE:
+            reason, executed = prefixes_can_be_shared(self.loaded, self.stack, made, batch)
+            _UNSHAREABLE[self.loaded.model] = reason
+            self.executions["check"] = executed * batch.size
+        reason = _UNSHAREABLE[self.loaded.model]
+        if reason:
+            self.interventions.shared_prefixes = False
+            self.notes = [f"prefixes are not shared between interventions: {reason}"]
+        self.interventions.add(batch, made, changes)
+
+    def scores(self) -> ShardScores:
+        """Everything added up."""
+        found: dict[str, KindSums] = {kind: collector.sums() for kind, collector in self.collectors.items()}
+        executions = dict(self.executions)
+        if self.attention is not None:
+            found["attention"] = self.attention.sums()
+        if self.interventions is not None:
+            found.update(self.interventions.sums())
+            executions.update(self.interventions.executions)
+        return ShardScores(
+            num_layers=self.layers,
+            samples=self.samples,
+            kinds={kind: found[kind] for kind in self.kinds},
+            layer_executions=executions,
+            notes=tuple(self.notes),
+        )

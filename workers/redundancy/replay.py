@@ -1,0 +1,172 @@
+"""Running a plan from some layer on, the layers before it taken from the dense pass: prefixes are computed once.
+
+A replay is one call of the whole model in which everything before the first changed layer gives back what it gave in
+the dense pass: the vision tower and its projector, and each earlier decoder layer. The model's own code makes masks and
+positions, hands features to later layers and reads the answer, so nothing of a family is written down here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.errors import MeasurementError
+from workers.models.loading import LoadedModel
+from workers.runtime import apply
+from workers.runtime.edits import Edits
+from workers.runtime.locate import DecoderStack, ancestors
+from workers.runtime.plan import SkipPlan
+from workers.runtime.token_layers import shares_keys
+
+from .batches import Batch
+
+
+@dataclass
+class Recording:
+    """What one batch's dense pass gave: every layer's output, and the outputs of what ran before the decoder."""
+
+    outputs: list[Any] = field(default_factory=list)
+    front: dict[nn.Module, list[Any]] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+
+def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """Logits ``[batch, vocabulary]`` of the answer's first token, entered the way every family prepares inputs for.
+
+    Raises MeasurementError when they hold NaN.
+    """
+    output = loaded.model.generate(
+        **batch.inputs,
+        max_new_tokens=1,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=loaded.processor.tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    logits: Tensor = output.logits[0].float()
+    if bool(logits.isnan().any()):
+        row = int(logits.isnan().any(-1).nonzero()[0, 0])
+        raise MeasurementError(f"sample {batch.samples[row].id}: the model's logits hold NaN; try another model.dtype")
+    return logits
+
+
+def state_of(output: Any) -> Tensor:
+    """The hidden state ``[batch, tokens, hidden]`` in a decoder layer's output."""
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
+@contextmanager
+def recording(stack: DecoderStack) -> Iterator[Recording]:
+    """Record a dense pass: copies of every decoder layer's output, and what ran before the decoder."""
+    made = Recording(outputs=[None] * len(stack.layers))
+    before_decoder = [True]
+    with ExitStack() as handles:
+
+        def hook(module: nn.Module, action: Callable[..., None]) -> None:
+            handles.callback(module.register_forward_hook(action).remove)
+
+        def enter(module: nn.Module, args: Any) -> None:
+            before_decoder[0] = False
+
+        handles.callback(stack.owner.register_forward_pre_hook(enter).remove)
+        for module in _front_modules(stack):
+
+            def note(module: nn.Module, args: Any, output: Any) -> None:
+                if before_decoder[0]:
+                    made.front.setdefault(module, []).append(_copied(output))
+
+            hook(module, note)
+        for number, layer in enumerate(stack.layers):
+
+            def keep(module: nn.Module, args: Any, output: Any, number: int = number) -> None:
+                made.outputs[number] = _with_state(output, state_of(output).clone())
+
+            hook(layer, keep)
+        yield made
+
+
+def replay(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Batch, plan: SkipPlan, first: int) -> Any:
+    """Run ``plan``, whose layers before ``first`` run as in the dense pass, from layer ``first`` on.
+
+    Gives the answer's logits ``[batch, vocabulary]`` and the state ``[batch, tokens, hidden]`` after the last layer.
+    """
+    edits = Edits()
+    final: list[Tensor] = []
+    with apply(loaded.model, plan):
+        try:
+            for module, outputs in made.front.items():
+                edits.set_instance_attribute(module, "forward", _Played(outputs))
+            for layer, output in zip(list(stack.layers)[:first], made.outputs, strict=False):
+                edits.set_instance_attribute(layer, "forward", _Stub(output))
+            handle = stack.layers[-1].register_forward_hook(lambda module, args, output: final.append(state_of(output)))
+            edits.on_undo(handle.remove)
+            logits = prefill(loaded, batch)
+        finally:
+            edits.undo()
+    return logits, final[0]
+
+
+def prefixes_can_be_shared(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Batch) -> tuple[str, int]:
+    """Why replays of this model are not exact, empty when they are; and how many decoder layers finding out ran.
+
+    Replays of the dense plan must give the dense pass's logits, bit by bit. A family whose layers read what earlier
+    ones computed, beyond the hidden state, is found out here.
+    """
+    if any(shares_keys(layer) for layer in stack.layers):
+        return "later layers use keys and values of earlier ones", 0
+    layers, executed = len(stack.layers), 0
+    for first in sorted({layers // 2, layers - 1}):
+        executed += layers - first
+        try:
+            logits, _ = replay(loaded, stack, made, batch, SkipPlan.dense(layers), first)
+        except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+            return f"a replay from layer {first} failed ({type(error).__name__})", executed
+        if made.logits is None or not torch.equal(logits, made.logits):
+            return f"a replay from layer {first} gave other logits than the dense pass", executed
+    return "", executed
+
+
+def _front_modules(stack: DecoderStack) -> list[nn.Module]:
+    """Modules beside the way from the model down to the decoder: vision towers, projectors, heads."""
+    way = list(dict.fromkeys(ancestors(stack.model, stack.path)))
+    return [child for module in way[:-1] for child in module.children() if all(child is not other for other in way)]
+
+
+class _Played:
+    """A forward that gives recorded outputs back, one after the other."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self._left = iter(outputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return _copied(next(self._left))
+        except StopIteration:
+            raise RuntimeError("a module before the decoder was called more often than in the dense pass") from None
+
+
+class _Stub:
+    """A decoder layer's forward that gives the dense pass's output back."""
+
+    def __init__(self, output: Any) -> None:
+        self._output = output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _with_state(self._output, state_of(self._output).clone())
+
+
+def _with_state(output: Any, state: Tensor) -> Any:
+    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
+def _copied(output: Any) -> Any:
+    """A shallow copy of a container, since callers may put things into it; tensors stay the same ones."""
+    return output if isinstance(output, Tensor) else copy.copy(output)
