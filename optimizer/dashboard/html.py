@@ -15,7 +15,7 @@ from optimizer.dashboard import answers, api
 from optimizer.dashboard.access import COOKIE, Gate
 from optimizer.dashboard.api import Db, JobId
 from optimizer.dashboard.openapi_page import operations
-from optimizer.reports import words
+from optimizer.reports import formatting
 from optimizer.reports.data import collect
 from optimizer.reports.html import job_page, plotly_script, render, search_curves
 from storage.database import Database
@@ -59,7 +59,7 @@ def _environment() -> Environment:
         loader=FunctionLoader(source), autoescape=select_autoescape(default=True), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals["words"] = words
+    environment.globals["formatting"] = formatting
     return environment
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from optimizer.reports import figures, progress, sections, words
+from optimizer.reports import figures, formatting, progress, sections
 from optimizer.reports.data import JobReport, collect, meets_constraint
 from optimizer.reports.figures import SERIES, Chart
 from optimizer.reports.html import Page, render
@@ -26,7 +26,9 @@ def comparison_page(db: Database, first: JobReport, second: JobReport) -> Page:
     return Page(
         title=f"{names[0]} and {names[1]}",
         kicker="skipplan, two jobs compared",
-        headline=" and ".join(f"{name}: {words.short_answer(each)}" for name, each in zip(names, pair, strict=True)),
+        headline=" and ".join(
+            f"{name}: {formatting.short_answer(each)}" for name, each in zip(names, pair, strict=True)
+        ),
         tone="open",
         facts=(),
         sentences=(_comparability(first, second),),
@@ -76,9 +78,9 @@ def _column(report: JobReport) -> list[tuple[str, str]]:
         ("state", report.job.state),
         ("model", report.model_name),
         ("task", report.task_name),
-        ("device", profile.device if profile else words.NOT_MEASURED),
-        ("workload", profile.workload if profile else words.NOT_MEASURED),
-        ("limits", "; ".join(words.constraint(report))),
+        ("device", profile.device if profile else formatting.NOT_MEASURED),
+        ("workload", profile.workload if profile else formatting.NOT_MEASURED),
+        ("limits", "; ".join(formatting.constraint(report))),
         ("search", report.spec.strategy),
         *_best(report.best),
         ("plans tried", f"{len(report.tried):,}, {complete:,} on the whole search split"),
@@ -99,12 +101,12 @@ def _best(best: Plan | None) -> list[tuple[str, str]]:
     if best is None:
         return [(name, "none") for name in names]
     figures = (
-        words.layers(best.plan),
+        formatting.layers(best.plan),
         f"{best.speedup:.2f} [{best.speedup_low:.2f}, {best.speedup_high:.2f}]",
-        f"{words.signed(best.difference)} {words.interval(best.difference_low, best.difference_high)}",
+        f"{formatting.signed(best.difference)} {formatting.interval(best.difference_low, best.difference_high)}",
         f"{best.accuracy:.3f} (dense {best.dense_accuracy:.3f}, n = {best.n:,})",
-        f"{words.milliseconds(best.seconds)} (dense {words.milliseconds(best.dense_seconds)})",
-        words.share(best.kv_cache_bytes, best.dense_kv_cache_bytes),
+        f"{formatting.milliseconds(best.seconds)} (dense {formatting.milliseconds(best.dense_seconds)})",
+        formatting.share(best.kv_cache_bytes, best.dense_kv_cache_bytes),
         best.compensation,
     )
     return list(zip(names, figures, strict=True))

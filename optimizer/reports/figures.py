@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optimizer.reports import words
+from optimizer.reports import formatting
 from optimizer.reports.data import JobReport, Tried, meets_constraint
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
@@ -138,7 +138,7 @@ def _searched(name: str, tried: Sequence[Tried], colour: str, opacity: float, ma
 def _searched_line(each: Tried) -> str:
     given_up = "" if each.complete else "; given up early"
     added = "" if each.compensation == "none" else f"; {each.compensation}"
-    return f"tried: {words.tried_line(each)}{given_up}{added}"
+    return f"tried: {formatting.tried_line(each)}{given_up}{added}"
 
 
 def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
@@ -167,8 +167,8 @@ def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
 def _verified_line(plan: Plan) -> str:
     added = "" if plan.compensation == "none" else f"; {plan.compensation}"
     return (
-        f"plan {plan.id}, held-out: {words.points(plan.difference)} "
-        f"{words.interval(plan.difference_low, plan.difference_high)}, "
+        f"plan {plan.id}, held-out: {formatting.points(plan.difference)} "
+        f"{formatting.interval(plan.difference_low, plan.difference_high)}, "
         f"measured {plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]{added}"
     )
 
@@ -301,7 +301,7 @@ def _scaled(values: list[float | None]) -> list[float | None]:
 
 def _cell(name: str, measured: Redundancy | None) -> list[str]:
     if measured is None:
-        return ["", f"{name}: {words.NOT_MEASURED}"]
+        return ["", f"{name}: {formatting.NOT_MEASURED}"]
     error = "" if measured.standard_error is None else f" ± {measured.standard_error:.2g} (standard error)"
     return ["", f"layer {measured.layer}, {name}: {measured.value:.4g}{error}, n = {measured.n:,}"]
 
@@ -340,11 +340,11 @@ def theory_layers(check: TheoryCheck) -> Chart:
         {
             "type": "scatter",
             "mode": "markers",
-            "name": words.ACTIONS[letter][0],
+            "name": formatting.ACTIONS[letter][0],
             "x": [pair.predicted for pair in agreement.pairs],
             "y": [pair.measured for pair in agreement.pairs],
             "customdata": [
-                ["", f"{words.ACTIONS[letter][0]} at layer {pair.label}: predicted risk {pair.predicted:.4g}, "
+                ["", f"{formatting.ACTIONS[letter][0]} at layer {pair.label}: predicted risk {pair.predicted:.4g}, "
                  f"measured divergence {pair.measured:.4g} nats"]
                 for pair in agreement.pairs
             ],
@@ -393,5 +393,5 @@ def progress(curves: Sequence[tuple[str, Sequence[Step]]], report: JobReport) ->
             "hovermode": "closest",
         },
         340,
-        f"Share of the region below dense latency and {words.limit(reference(report)[1])} of loss, after each plan.",
+        f"Share of the region below dense latency and {formatting.limit(reference(report)[1])} of loss, after each plan.",
     )

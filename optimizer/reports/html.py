@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimizer.reports import progress, provenance, sections, theory, words
+from optimizer.reports import formatting, progress, provenance, sections, theory
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.progress import Step
 from optimizer.reports.sections import Section
@@ -67,7 +67,7 @@ def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step
 
 def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) -> Page:
     """The page of one job."""
-    told = words.summary(report)
+    told = formatting.summary(report)
     started = f", {report.job.started_at:%Y-%m-%d}" if report.job.started_at else ""
     return Page(
         title=f"Job {report.job.id}: {report.model_name} on {report.task_name}",
@@ -96,11 +96,13 @@ def facts(report: JobReport) -> tuple[Fact, ...]:
     return (
         Fact(f"{best.speedup:.2f}x", f"measured speed-up [{best.speedup_low:.2f},\u00a0{best.speedup_high:.2f}]"),
         Fact(
-            words.signed(best.difference),
-            f"points of accuracy {words.interval(best.difference_low, best.difference_high)}".replace(", ", ",\u00a0"),
+            formatting.signed(best.difference),
+            f"points of accuracy {formatting.interval(best.difference_low, best.difference_high)}".replace(
+                ", ", ",\u00a0"
+            ),
         ),
         Fact(f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
-        Fact(words.share(best.kv_cache_bytes, best.dense_kv_cache_bytes), "of the dense KV cache"),
+        Fact(formatting.share(best.kv_cache_bytes, best.dense_kv_cache_bytes), "of the dense KV cache"),
     )
 
 

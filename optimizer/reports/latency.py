@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.reports import words
+from optimizer.reports import formatting
 from optimizer.reports.data import JobReport
 from optimizer.reports.figures import COLOURS, Chart, Trace
 from storage.records.overview import JobProfile
@@ -19,13 +19,13 @@ def breakdown(report: JobReport) -> Chart | None:
         {
             "type": "bar",
             "orientation": "h",
-            "name": f"layers that {words.ACTIONS[letter][0]}",
+            "name": f"layers that {formatting.ACTIONS[letter][0]}",
             "y": names,
             "x": [1000 * spent(profile, plan, letter) for _, plan in plans],
             "customdata": [
                 [
                     plan,
-                    f"{name}: {1000 * spent(profile, plan, letter):.1f} ms in layers that {words.ACTIONS[letter][0]}",
+                    f"{name}: {1000 * spent(profile, plan, letter):.1f} ms in layers that {formatting.ACTIONS[letter][0]}",
                 ]
                 for name, plan in plans
             ],
@@ -72,8 +72,8 @@ def _measured(report: JobReport) -> Trace:
         "y": [f"plan {plan.id}" for plan in plans],
         "x": [1000 * plan.seconds for plan in plans],
         "customdata": [
-            [plan.plan, f"plan {plan.id}: measured {words.milliseconds(plan.seconds)}, dense beside it "
-             f"{words.milliseconds(plan.dense_seconds)}"]
+            [plan.plan, f"plan {plan.id}: measured {formatting.milliseconds(plan.seconds)}, dense beside it "
+             f"{formatting.milliseconds(plan.dense_seconds)}"]
             for plan in plans
         ],
         "marker": {"color": "--text", "size": 10, "symbol": "diamond-open", "line": {"width": 2}},
@@ -88,11 +88,11 @@ def layers(profile: JobProfile) -> Chart:
         tuple(
             {
                 "type": "bar",
-                "name": words.ACTIONS[letter][0],
+                "name": formatting.ACTIONS[letter][0],
                 "x": list(range(len(seconds))),
                 "y": [1000 * each for each in seconds],
                 "customdata": [
-                    ["", f"layer {layer}, {words.ACTIONS[letter][0]}: {1000 * each:.3f} ms"]
+                    ["", f"layer {layer}, {formatting.ACTIONS[letter][0]}: {1000 * each:.3f} ms"]
                     for layer, each in enumerate(seconds)
                 ],
                 "marker": {"color": COLOURS[letter]},

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import UsageFault
-from optimizer.reports import figures, latency, sections, theory, words
+from optimizer.reports import figures, formatting, latency, sections, theory
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.figures import Chart, Trace
 from optimizer.reports.html import search_curves
@@ -37,7 +37,7 @@ def write_picture(db: Database, job_id: int, name: str) -> bytes:
         return _drawn(lambda part: strips(part, report), 0.8 + 0.3 * max(1, len(_strip_rows(report))))
     chart = _chart(db, report, name)
     if chart is None:
-        raise UsageFault(f"job {job_id}: {name} was {words.NOT_MEASURED}, so there is nothing to draw")
+        raise UsageFault(f"job {job_id}: {name} was {formatting.NOT_MEASURED}, so there is nothing to draw")
     if name == "front" and report.plans:
         return _front_with_strips(chart, report)
     return _drawn(lambda part: draw(part, chart), chart.height / 100)
@@ -201,8 +201,8 @@ def strips(part: SubFigure, report: JobReport, *, verified_only: bool = False) -
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    used = [letter for letter in words.ACTIONS if any(letter in row.plan for row in rows)]
-    handles = [Patch(color=colour(figures.COLOURS[letter]), label=words.ACTIONS[letter][0]) for letter in used]
+    used = [letter for letter in formatting.ACTIONS if any(letter in row.plan for row in rows)]
+    handles = [Patch(color=colour(figures.COLOURS[letter]), label=formatting.ACTIONS[letter][0]) for letter in used]
     axes.set_xlabel("decoder layer")
     part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import yaml
 
-from optimizer.reports import words
+from optimizer.reports import formatting
 from optimizer.reports.data import JobReport
 from optimizer.reports.sections import Section, Table
 
@@ -50,7 +50,7 @@ def _about_the_job(report: JobReport) -> list[tuple[str, str]]:
         ("submitted", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"),
     ]
     if job.started_at is not None and job.finished_at is not None:
-        taken = words.duration((job.finished_at - job.started_at).total_seconds())
+        taken = formatting.duration((job.finished_at - job.started_at).total_seconds())
         rows.append(("ran", f"{job.started_at:%Y-%m-%d %H:%M:%S} to {job.finished_at:%Y-%m-%d %H:%M:%S} UTC, {taken}"))
     return [*rows, ("command", "skipplan run job.yaml"), ("report written by", f"skipplan {version('skipplan')}")]
 
@@ -59,12 +59,12 @@ def _about_the_model(report: JobReport) -> list[tuple[str, str]]:
     spec = report.spec
     rows = [("model", spec.model + (f" at revision {spec.revision}" if spec.revision else ""))]
     if report.model is None:
-        return [*rows, ("model fingerprint", words.NOT_MEASURED)]
+        return [*rows, ("model fingerprint", formatting.NOT_MEASURED)]
     model = report.model
     return [
         *rows,
         ("model fingerprint (SHA-256)", model.fingerprint),
-        ("family, layers, parameters", f"{model.family}, {model.num_layers}, {words.count(model.parameters)}"),
+        ("family, layers, parameters", f"{model.family}, {model.num_layers}, {formatting.count(model.parameters)}"),
     ]
 
 
@@ -88,25 +88,28 @@ def _about_the_work(report: JobReport) -> list[tuple[str, str]]:
     counters = report.counters
     rows = [
         ("search", report.spec.strategy),
-        ("settings of the evaluations", report.settings or words.NOT_MEASURED),
-        ("device", report.profile.device if report.profile else words.NOT_MEASURED),
-        ("evaluations stored", f"{words.count(report.evaluations)}, {words.count(report.reused)} of them reused"),
+        ("settings of the evaluations", report.settings or formatting.NOT_MEASURED),
+        ("device", report.profile.device if report.profile else formatting.NOT_MEASURED),
+        (
+            "evaluations stored",
+            f"{formatting.count(report.evaluations)}, {formatting.count(report.reused)} of them reused",
+        ),
     ]
     if "samples" in counters:
-        rows.append(("samples evaluated", words.count(counters["samples"])))
-        failed = words.count(counters.get("failed_samples", 0.0))
+        rows.append(("samples evaluated", formatting.count(counters["samples"])))
+        failed = formatting.count(counters.get("failed_samples", 0.0))
         rows.append(("of those, failed (unreadable image, NaN, out of memory) and counted as wrong", failed))
         rows.append(
-            ("of those, decided alone since rounding could decide", words.count(counters.get("near_ties", 0.0)))
+            ("of those, decided alone since rounding could decide", formatting.count(counters.get("near_ties", 0.0)))
         )
     if "evaluation_seconds" in counters:
-        rows.append(("worker time of the evaluations", words.duration(counters["evaluation_seconds"])))
+        rows.append(("worker time of the evaluations", formatting.duration(counters["evaluation_seconds"])))
     return [*rows, ("layer executions", _layer_executions(report))]
 
 
 def _layer_executions(report: JobReport) -> str:
     if not report.layer_executions:
-        return words.NOT_MEASURED
+        return formatting.NOT_MEASURED
     saved = report.layer_executions_saved
     naive = report.layer_executions + saved
-    return f"{words.count(report.layer_executions)}; {words.share(saved, naive)} fewer than one plan after another"
+    return f"{formatting.count(report.layer_executions)}; {formatting.share(saved, naive)} fewer than one plan after another"

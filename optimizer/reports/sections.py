@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from optimizer.reports import figures, latency, words
+from optimizer.reports import figures, formatting, latency
 from optimizer.reports.data import JobReport, Tried, meets_constraint
 from optimizer.reports.figures import Chart
 from optimizer.reports.progress import Step, reference
@@ -26,7 +26,7 @@ class StripRow:
     @property
     def spoken(self) -> str:
         """The plan for a screen reader."""
-        return words.layers(self.plan)
+        return formatting.layers(self.plan)
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def front(report: JobReport) -> Section:
     chart = figures.front(report)
     section = Section("front", "Front", "What was tried, and the front")
     if chart is None:
-        return replace(section, paragraphs=(f"Front: {words.NOT_MEASURED} yet.",))
+        return replace(section, paragraphs=(f"Front: {formatting.NOT_MEASURED} yet.",))
     paragraphs = [
         "Diamonds are plans verified on held-out samples, with intervals and with speed-ups measured against the dense "
         "model. Dots are plans as the search saw them: accuracy on the search split, speed-up predicted from the "
         "latency profile; they steer the search and are never published. Grey ones break a limit of the job or were "
         "given up early. Point at a plan, or tap it, to see its layers.",
-        f"Limits of the job: {'; '.join(words.constraint(report))}.",
+        f"Limits of the job: {'; '.join(formatting.constraint(report))}.",
     ]
     limit = report.spec.max_accuracy_drop
     if limit is not None:
@@ -107,7 +107,7 @@ def front(report: JobReport) -> Section:
     below = _below(report, chart)
     if below:
         paragraphs.append(
-            f"{words.count(below)} of the dots lie below the range shown; the table holds the best of them."
+            f"{formatting.count(below)} of the dots lie below the range shown; the table holds the best of them."
         )
     return replace(
         section,
@@ -127,12 +127,12 @@ def plans_table(report: JobReport, *, unfolded: bool = False) -> Table:
     rows = tuple(
         (
             str(plan.id),
-            words.layers(plan.plan),
+            formatting.layers(plan.plan),
             f"{plan.accuracy:.3f} [{plan.accuracy_low:.3f}, {plan.accuracy_high:.3f}]",
-            f"{words.signed(plan.difference)} {words.interval(plan.difference_low, plan.difference_high)}",
+            f"{formatting.signed(plan.difference)} {formatting.interval(plan.difference_low, plan.difference_high)}",
             f"{plan.speedup:.2f} [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
-            words.milliseconds(plan.seconds),
-            words.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes),
+            formatting.milliseconds(plan.seconds),
+            formatting.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes),
             plan.compensation,
             _judgement(plan),
         )
@@ -172,7 +172,7 @@ def tried_table(tried: Sequence[Tried], most: int = 100) -> Table:
     rows = tuple(
         (
             each.plan,
-            "" if each.drop is None else words.signed(-each.drop),
+            "" if each.drop is None else formatting.signed(-each.drop),
             f"{each.accuracy:.3f}",
             str(each.n),
             "" if each.predicted_speedup is None else f"{each.predicted_speedup:.2f}",
@@ -204,7 +204,7 @@ def strips(report: JobReport) -> Section:
         StripRow(
             f"plan {plan.id}" + (", the answer" if report.best is not None and plan.id == report.best.id else ""),
             plan.plan,
-            f"{plan.speedup:.2f}x, {words.points(plan.difference)}"
+            f"{plan.speedup:.2f}x, {formatting.points(plan.difference)}"
             + ("" if plan.compensation == "none" else f"; {plan.compensation}"),
         )
         for plan in report.plans
@@ -217,7 +217,7 @@ def strips(report: JobReport) -> Section:
             f"try {each.order}",
             each.plan,
             (f"{each.predicted_speedup:.2f}x predicted, " if each.predicted_speedup else "")
-            + ("" if each.drop is None else words.points(-each.drop)),
+            + ("" if each.drop is None else formatting.points(-each.drop)),
         )
         for each in best
     )
@@ -232,7 +232,7 @@ def strips(report: JobReport) -> Section:
         "Plans",
         "The plans, layer by layer",
         paragraphs=() if groups else ("No plan has been scored yet.",),
-        legend=tuple((letter, *words.ACTIONS[letter]) for letter in words.ACTIONS if letter in seen),
+        legend=tuple((letter, *formatting.ACTIONS[letter]) for letter in formatting.ACTIONS if letter in seen),
         strips=tuple(groups),
     )
 
@@ -242,7 +242,7 @@ def redundancy(report: JobReport) -> Section:
     section = Section("redundancy", "Redundancy", "What looked redundant")
     chart = figures.redundancy(report.redundancy)
     if chart is None:
-        return replace(section, paragraphs=(f"Redundancy: {words.NOT_MEASURED}.",))
+        return replace(section, paragraphs=(f"Redundancy: {formatting.NOT_MEASURED}.",))
     rows = tuple(
         (
             figures.row_name(each.name, each.token_group),
@@ -272,7 +272,7 @@ def theory(check: TheoryCheck | None) -> Section:
     """Predicted risk against measured harm."""
     section = Section("theory", "Theory", "Did the criterion foresee the harm?")
     if check is None or not (check.plans.pairs or check.layers):
-        return replace(section, paragraphs=(f"Predicted risk against harm: {words.NOT_MEASURED}.",))
+        return replace(section, paragraphs=(f"Predicted risk against harm: {formatting.NOT_MEASURED}.",))
     paragraphs = []
     charts = []
     if check.plans.pairs:
@@ -284,7 +284,9 @@ def theory(check: TheoryCheck | None) -> Section:
         ]
         charts.append(PlacedChart(figures.theory(check)))
     if check.layers:
-        found = [f"{words.ACTIONS[letter][0]}: {_correlation(agreement)}" for letter, agreement in check.layers.items()]
+        found = [
+            f"{formatting.ACTIONS[letter][0]}: {_correlation(agreement)}" for letter, agreement in check.layers.items()
+        ]
         paragraphs.append(f"Layer by layer, against the divergence that an action alone causes. {' '.join(found)}")
         charts.append(PlacedChart(figures.theory_layers(check), "Layer by layer"))
     return replace(section, paragraphs=tuple(paragraphs), charts=tuple(charts))
@@ -304,8 +306,8 @@ def progress(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
     section = Section("progress", "Search", "How the search went")
     chart = figures.progress(curves, report)
     if chart is None:
-        return replace(section, paragraphs=(f"Progress of the search: {words.NOT_MEASURED}.",))
-    limit = words.limit(reference(report)[1])
+        return replace(section, paragraphs=(f"Progress of the search: {formatting.NOT_MEASURED}.",))
+    limit = formatting.limit(reference(report)[1])
     others = len(curves) - 1
     paragraphs = [
         f"The share of the region between no time and the dense model's time, and between no loss and {limit} "
@@ -339,14 +341,14 @@ def breakdown(report: JobReport) -> Section:
     section = Section("latency", "Latency", "Where the time goes")
     chart = latency.breakdown(report)
     if chart is None or report.profile is None:
-        return replace(section, paragraphs=(f"Latency profile: {words.NOT_MEASURED}.",))
+        return replace(section, paragraphs=(f"Latency profile: {formatting.NOT_MEASURED}.",))
     profile = report.profile
     return replace(
         section,
         paragraphs=(
             f"{profile.device}; {profile.workload}; prompts of {profile.prompt_tokens} tokens; a dense request takes "
-            f"{words.milliseconds(profile.dense_seconds)}. Bars are what the profile of single layers adds up to "
-            f"(median error {words.percent(profile.relative_error)} on random plans), diamonds what was measured of "
+            f"{formatting.milliseconds(profile.dense_seconds)}. Bars are what the profile of single layers adds up to "
+            f"(median error {formatting.percent(profile.relative_error)} on random plans), diamonds what was measured of "
             "the whole request, in alternating pairs with dense; the machine may have run faster or slower by then.",
         ),
         charts=(PlacedChart(chart), PlacedChart(latency.layers(profile), "Layer by layer")),
@@ -362,5 +364,5 @@ def _layer_table(report: JobReport) -> Table:
         (str(layer), *(f"{1000 * seconds[letter][layer]:.3f}" for letter in letters))
         for layer in range(len(seconds["R"]))
     )
-    names = tuple(f"{words.ACTIONS[letter][0]}, ms" for letter in letters)
+    names = tuple(f"{formatting.ACTIONS[letter][0]}, ms" for letter in letters)
     return Table("Milliseconds of every layer", ("layer", *names), rows, tuple(range(1 + len(letters))))

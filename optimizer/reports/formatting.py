@@ -1,4 +1,4 @@
-"""The report's figures in words, and in the units that people read: points, milliseconds, shares in per cent."""
+"""Format the figures of a report as people read them: sentences, points, milliseconds, shares in per cent."""
 
 from __future__ import annotations
 
