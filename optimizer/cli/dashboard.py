@@ -25,7 +25,7 @@ def dashboard(
     """Show jobs with live progress, plans, models, tasks and reports in a browser, until stopped. Read-only.
 
     Listens on this machine alone unless told otherwise; then SKIPPLAN_DASHBOARD_TOKEN has to hold a token, which
-    browsers are asked for and API clients send as a bearer token. The JSON API is described under /docs.
+    browsers are asked for and API clients send as a bearer token. The JSON API is described in /openapi.json.
 
     [bold]Example:[/bold] skipplan dashboard --port 8080
     """

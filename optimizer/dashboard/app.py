@@ -16,7 +16,10 @@ from optimizer.errors import one_line
 from storage.database import Database
 from storage.errors import DatabaseError
 
-DESCRIPTION = "What a skipplan database holds: jobs, published plans, models, tasks and devices. Read-only."
+DESCRIPTION = (
+    "Jobs, published plans, models, tasks and devices of a skipplan database. Read-only. "
+    "Where a token is asked for, send it as `Authorization: Bearer TOKEN`."
+)
 
 
 def create_app(db: Database, *, host: str = "127.0.0.1", token: str | None = None) -> FastAPI:

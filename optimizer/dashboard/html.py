@@ -14,7 +14,6 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoesca
 from optimizer.dashboard import answers, api
 from optimizer.dashboard.access import COOKIE, Gate
 from optimizer.dashboard.api import Db, JobId
-from optimizer.dashboard.openapi_page import operations
 from optimizer.reports import formatting
 from optimizer.reports.data import collect
 from optimizer.reports.html import job_page, plotly_script, render, search_curves
@@ -158,12 +157,6 @@ def _number(field: str, given: str) -> float | None:
 def show_models(request: Request, db: Db) -> HTMLResponse:
     """Models and tasks."""
     return page(request, "models.html", models=overview.models(db), tasks=overview.tasks(db))
-
-
-@router.get("/docs")
-def show_api(request: Request) -> HTMLResponse:
-    """The JSON API, described from its OpenAPI document."""
-    return page(request, "api.html", operations=operations(request.app.openapi()))
 
 
 @router.get("/login")

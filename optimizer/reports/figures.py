@@ -368,6 +368,7 @@ def progress(curves: Sequence[tuple[str, Sequence[Step]]], report: JobReport) ->
     drawn = [(name, found) for name, found in curves if found]
     if not drawn:
         return None
+    limit = formatting.limit(reference(report)[1])
     return Chart(
         "progress",
         tuple(
@@ -393,5 +394,5 @@ def progress(curves: Sequence[tuple[str, Sequence[Step]]], report: JobReport) ->
             "hovermode": "closest",
         },
         340,
-        f"Share of the region below dense latency and {formatting.limit(reference(report)[1])} of loss, after each plan.",
+        f"Share of the region below dense latency and {limit} of loss, after each plan.",
     )

@@ -25,7 +25,8 @@ def breakdown(report: JobReport) -> Chart | None:
             "customdata": [
                 [
                     plan,
-                    f"{name}: {1000 * spent(profile, plan, letter):.1f} ms in layers that {formatting.ACTIONS[letter][0]}",
+                    f"{name}: {1000 * spent(profile, plan, letter):.1f} ms in layers that "
+                    f"{formatting.ACTIONS[letter][0]}",
                 ]
                 for name, plan in plans
             ],

@@ -111,5 +111,5 @@ def _layer_executions(report: JobReport) -> str:
     if not report.layer_executions:
         return formatting.NOT_MEASURED
     saved = report.layer_executions_saved
-    naive = report.layer_executions + saved
-    return f"{formatting.count(report.layer_executions)}; {formatting.share(saved, naive)} fewer than one plan after another"
+    fewer = formatting.share(saved, report.layer_executions + saved)
+    return f"{formatting.count(report.layer_executions)}; {fewer} fewer than one plan after another"

@@ -348,8 +348,9 @@ def breakdown(report: JobReport) -> Section:
         paragraphs=(
             f"{profile.device}; {profile.workload}; prompts of {profile.prompt_tokens} tokens; a dense request takes "
             f"{formatting.milliseconds(profile.dense_seconds)}. Bars are what the profile of single layers adds up to "
-            f"(median error {formatting.percent(profile.relative_error)} on random plans), diamonds what was measured of "
-            "the whole request, in alternating pairs with dense; the machine may have run faster or slower by then.",
+            f"(median error {formatting.percent(profile.relative_error)} on random plans), diamonds what was "
+            "measured of the whole request, in alternating pairs with dense; the machine may have run faster or slower "
+            "by then.",
         ),
         charts=(PlacedChart(chart), PlacedChart(latency.layers(profile), "Layer by layer")),
         tables=(_layer_table(report),),

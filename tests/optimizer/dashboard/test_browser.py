@@ -153,7 +153,7 @@ def test_theme_is_switched_by_keyboard(browser: webdriver.Chrome, report_file: P
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("path", ["/", "/jobs/1", "/jobs/3", "/plans", "/models", "/docs", "/jobs/1/report", "/login"])
+@pytest.mark.parametrize("path", ["/", "/jobs/1", "/jobs/3", "/plans", "/models", "/jobs/1/report", "/login"])
 def test_dashboard_pages(browser: webdriver.Chrome, address: str, path: str, width: int) -> None:
     show(browser, address + path, width)
     if path.endswith("report"):
