@@ -12,7 +12,7 @@ from optimizer.cli.state import global_options, open_database, print_json, print
 
 if TYPE_CHECKING:
     from optimizer.cli.screen import Screen
-    from optimizer.job.inputs import Inputs
+    from optimizer.job.inputs import JobInputs
     from storage.database import Database
     from storage.queue.jobs import Job
 
@@ -74,13 +74,13 @@ def run(
         return _print_result(db, job.id, screen, as_json)
 
 
-def _finished(db: Database, inputs: Inputs) -> Job | None:
+def _finished(db: Database, inputs: JobInputs) -> Job | None:
     from storage.queue import jobs
 
     return jobs.find_finished(db, inputs.spec_hash)
 
 
-def _process(db: Database, inputs: Inputs, screen: Screen, force: bool) -> Job:
+def _process(db: Database, inputs: JobInputs, screen: Screen, force: bool) -> Job:
     """Start the workers first: a job that cannot begin leaves no trace in the database."""
     from optimizer.service import runner
     from optimizer.service.pool import hints, open_pool

@@ -47,7 +47,7 @@ def score(
     """
     from optimizer import criteria
     from optimizer.job.loading import load_job
-    from optimizer.stages.score import measured
+    from optimizer.stages.redundancy import measured
     from optimizer.validation import pictures, tables
     from workers.redundancy.kinds import AFTER_ALL, KINDS
 
@@ -124,7 +124,7 @@ def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobC
     """Workers and a job of its own for one command."""
     from optimizer.cli.screen import Screen
     from optimizer.job.inputs import prepare
-    from optimizer.service.adhoc import undertaking
+    from optimizer.service.adhoc import adhoc_job
     from optimizer.service.pool import hints, open_pool
     from optimizer.stages.progress import Progress
     from storage.database import Database
@@ -142,7 +142,7 @@ def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobC
             screen.say(f"note: {hint}")
         with (
             screen.live(f"{purpose}, {pool.size} workers on {pool.info[0].device}") as display,
-            undertaking(db, inputs, pool, Progress(display), purpose) as job,
+            adhoc_job(db, inputs, pool, Progress(display), purpose) as job,
         ):
             yield job, screen
 

@@ -26,9 +26,9 @@ class Answer(BaseModel):
 class Progress(Answer):
     """Where a running job stands."""
 
-    stage: str | None = Field(default=None, description="The station the job is at.")
-    done: int | None = Field(default=None, description="Steps of the station that are done.")
-    total: int | None = Field(default=None, description="Steps of the station, where known.")
+    stage: str | None = Field(default=None, description="The stage the job is at.")
+    done: int | None = Field(default=None, description="Steps of the stage that are done.")
+    total: int | None = Field(default=None, description="Steps of the stage, where known.")
     news: str | None = Field(default=None, description="The latest of it.")
 
 
@@ -99,7 +99,7 @@ class JobDetail(JobSummary):
 
     specification: dict[str, Any]
     counters: dict[str, float]
-    stages: dict[str, datetime] = Field(description="When each station was finished.")
+    stages: dict[str, datetime] = Field(description="When each stage was finished.")
     events: list[JobEvent]
     plans: list[Plan]
     best: int | None = Field(description="Id of the plan that is the job's answer.")

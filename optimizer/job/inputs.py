@@ -21,17 +21,17 @@ from workers.tasks.splits import SPLITS
 
 
 @dataclass(frozen=True)
-class Inputs:
+class JobInputs:
     """A job whose inputs were found usable, and the hash under which an equal job is found again."""
 
     spec: JobSpec
     task: Task
     spec_hash: str
-    model_hash: str
+    fingerprint: str
     """The model's fingerprint; empty when its files are on a cluster's nodes only."""
 
 
-def prepare(spec: JobSpec) -> Inputs:
+def prepare(spec: JobSpec) -> JobInputs:
     """Load the task, open every image it needs, look at the model's files.
 
     Raises UsageFault naming the file, field, column, row or image.
@@ -39,9 +39,9 @@ def prepare(spec: JobSpec) -> Inputs:
     task = load_job_task(spec)
     check_rungs(spec, task)
     check_images(task)
-    model = model_hash(spec)
+    fingerprint = model_fingerprint(spec)
     others = {f"collateral {number}": each for number, each in enumerate(collateral_hashes(spec))}
-    return Inputs(spec, task, spec.digest(task=task_hash(task), model=model, **others), model)
+    return JobInputs(spec, task, spec.digest(task=task_hash(task), model=fingerprint, **others), fingerprint)
 
 
 def load_job_task(spec: JobSpec) -> Task:
@@ -102,7 +102,7 @@ def model_source(spec: JobSpec) -> ModelSource:
     return ModelSource(**spec.model.model_dump())
 
 
-def model_hash(spec: JobSpec) -> str:
+def model_fingerprint(spec: JobSpec) -> str:
     """Fingerprint of the model's files; empty when they are on a cluster's nodes only. Raises UsageFault."""
     if spec.cluster.address != "local":
         return ""

@@ -325,10 +325,11 @@ class JobSpec(_Section):
     thresholds: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default_factory=dict, description="The criterion's thresholds, by name; its own where absent."
     )
-    scoring_samples: int | None = Field(
+    redundancy_samples: int | None = Field(
         default=None,
         ge=1,
-        description="Calibration samples that layers are scored on, the first ones; null: all. Maps are fitted on all.",
+        description="Calibration samples that redundancy is measured on, the first ones; null: all. Maps are fitted on "
+        "all.",
     )
     constraint: ConstraintSpec = ConstraintSpec()
     protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Layers (from 0) that must run.")

@@ -18,7 +18,7 @@ class Budget:
 
     spec: SearchSpec
     elapsed: Callable[[], float]
-    """Seconds that the search has taken; see the search station for what counts."""
+    """Seconds that the search has taken; see the search stage for what counts."""
     evaluations: int = 0
     layer_executions: int = 0
     _quiet: int = field(default=0, repr=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from optimizer.errors import Interrupted, one_line
-from optimizer.job.inputs import Inputs
+from optimizer.job.inputs import JobInputs
 from optimizer.service.runner import LEASE_SECONDS, Heartbeat, new_owner, quietly, stop_signals, stored_spec
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.progress import Progress
@@ -16,8 +16,8 @@ from workers.cluster.pool import WorkerPool
 
 
 @contextmanager
-def undertaking(
-    db: Database, inputs: Inputs, pool: WorkerPool, progress: Progress, purpose: str
+def adhoc_job(
+    db: Database, inputs: JobInputs, pool: WorkerPool, progress: Progress, purpose: str
 ) -> Iterator[JobContext]:
     """A context as the stages of a job have it; ``purpose`` tells the job's specification from the whole job's.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from optimizer.job.inputs import Inputs, model_source, task_hash
+from optimizer.job.inputs import JobInputs, model_source, task_hash
 from optimizer.job.loading import ENVIRONMENT
 from optimizer.search.space import plan_space
 from optimizer.service.logs import log
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LOCAL = "local"
 
 
-def cluster_settings(inputs: Inputs) -> ClusterSettings:
+def cluster_settings(inputs: JobInputs) -> ClusterSettings:
     """Where the job's workers run, as the workers' room understands it."""
     from workers.cluster.connection import ClusterSettings
 
@@ -39,7 +39,7 @@ def cluster_settings(inputs: Inputs) -> ClusterSettings:
 
 
 @contextmanager
-def open_pool(inputs: Inputs) -> Iterator[WorkerPool]:
+def open_pool(inputs: JobInputs) -> Iterator[WorkerPool]:
     """Workers that hold the job's model and task, checked against what the job asks of the model.
 
     Raises UsageFault when the model cannot be loaded or lacks what the job names, ClusterError when the cluster
@@ -53,7 +53,7 @@ def open_pool(inputs: Inputs) -> Iterator[WorkerPool]:
         pool.close()
 
 
-def _start(inputs: Inputs) -> WorkerPool:
+def _start(inputs: JobInputs) -> WorkerPool:
     from workers.cluster.pool import WorkerPool
 
     with _without_database_url():
@@ -79,7 +79,7 @@ def _without_database_url() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-class HeldPool:
+class PoolCache:
     """At most one pool, kept from job to job while nothing that its workers depend on differs but the task.
 
     Only pools on this machine are kept: elsewhere they would hold other people's resources while nothing is to do,
@@ -89,7 +89,7 @@ class HeldPool:
     def __init__(self) -> None:
         self._pool: WorkerPool | None = None
 
-    def __enter__(self) -> HeldPool:
+    def __enter__(self) -> PoolCache:
         return self
 
     def __exit__(
@@ -97,7 +97,7 @@ class HeldPool:
     ) -> None:
         self.close()
 
-    def get(self, inputs: Inputs) -> WorkerPool:
+    def get(self, inputs: JobInputs) -> WorkerPool:
         """Workers for the job: those that are there if they fit, else new ones.
 
         Raises as :func:`open_pool`.
@@ -122,11 +122,11 @@ class HeldPool:
             pool, self._pool = self._pool, None
             pool.close()
 
-    def _fits(self, pool: WorkerPool, inputs: Inputs) -> bool:
+    def _fits(self, pool: WorkerPool, inputs: JobInputs) -> bool:
         return (
             pool.cluster.address == LOCAL
             and pool.idle
             and pool.cluster == cluster_settings(inputs)
             and pool.model == model_source(inputs.spec)
-            and pool.fingerprint == inputs.model_hash
+            and pool.fingerprint == inputs.fingerprint
         )

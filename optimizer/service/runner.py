@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import Interrupted, LeaseLost, UsageFault, one_line
-from optimizer.job.inputs import Inputs
+from optimizer.job.inputs import JobInputs
 from optimizer.job.loading import override, validate_job
 from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
 from optimizer.service import logs
@@ -50,7 +50,7 @@ def stored_spec(spec: JobSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude={"database"})
 
 
-def submit(db: Database, inputs: Inputs, *, anew: bool) -> tuple[Job, bool]:
+def submit(db: Database, inputs: JobInputs, *, anew: bool) -> tuple[Job, bool]:
     """Queue a job; unless ``anew``, one of the same specification that is queued, running or done is found instead."""
     spec, stored, known_by = inputs.spec, stored_spec(inputs.spec), inputs.spec_hash
     if anew:
@@ -91,7 +91,7 @@ def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] =
 def process(
     db: Database,
     job: Job,
-    inputs: Inputs,
+    inputs: JobInputs,
     pool: WorkerPool,
     progress: Progress,
     lease_seconds: float = LEASE_SECONDS,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from optimizer.errors import Interrupted, LeaseLost, UsageFault, one_line
-from optimizer.job.inputs import Inputs, prepare
+from optimizer.job.inputs import JobInputs, prepare
 from optimizer.service import logs
-from optimizer.service.pool import HeldPool
+from optimizer.service.pool import PoolCache
 from optimizer.service.runner import (
     LEASE_SECONDS,
     POLL_SECONDS,
@@ -74,7 +74,7 @@ class Server:
         logs.log("serving", owner=self._owner, database=self._db.safe_url)
         idle_since = time.monotonic()
         try:
-            with stop_signals(), HeldPool() as held:
+            with stop_signals(), PoolCache() as held:
                 while True:
                     job = self._claim()
                     if job is not None:
@@ -104,7 +104,7 @@ class Server:
     def _nothing_queued(self) -> bool:
         return jobs.count(self._db)["queued"] == 0
 
-    def _serve(self, job: Job, held: HeldPool) -> None:
+    def _serve(self, job: Job, held: PoolCache) -> None:
         """One claimed job; neither what is wrong with it nor what happens around it ends the service."""
         with logs.of_job(job.id):
             logs.log("job_claimed", attempt=job.attempt, model=job.spec["model"]["path"], task=job.spec["task"])
@@ -127,7 +127,7 @@ class Server:
                 # A defect of ours: it is on the job's record, and must not keep other jobs from being run.
                 logs.log("unexpected", reason=f"{type(error).__name__}: {one_line(error)}")
 
-    def _prepare(self, job: Job, held: HeldPool, progress: Progress) -> tuple[Inputs, WorkerPool] | None:
+    def _prepare(self, job: Job, held: PoolCache, progress: Progress) -> tuple[JobInputs, WorkerPool] | None:
         """The job's inputs and workers; None when the job cannot be done, which is recorded."""
         try:
             with Heartbeat(self._db, job, progress, self._lease_seconds):

@@ -1,1 +1,1 @@
-"""The stations of a job, in the order of the path: profile, score, search, verify, measure, publish."""
+"""The stages of a job, in the order of its path: profile, redundancy, search, verify, measure, collateral, publish."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter
 
 from optimizer.errors import Fault
-from optimizer.job.inputs import Inputs, task_hash
+from optimizer.job.inputs import JobInputs, task_hash
 from optimizer.job.spec import JobSpec
 from optimizer.stages.progress import Progress
 from storage.database import Database
@@ -36,7 +36,7 @@ class JobContext:
 
     db: Database
     job: Job
-    inputs: Inputs
+    inputs: JobInputs
     pool: WorkerPool
     progress: Progress
 

@@ -1,4 +1,4 @@
-"""Station 5: the finalists' latency on the live model, in interleaved pairs with dense, on one undisturbed worker."""
+"""Stage 5: time the finalists on the live model, in pairs interleaved with dense, on one undisturbed worker."""
 
 from __future__ import annotations
 

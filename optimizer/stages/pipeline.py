@@ -1,19 +1,19 @@
-"""The path of a job, station by station. Each persists what it produced; a resumed job passes finished ones through."""
+"""Run the stages of a job in order. Each stores its result, and a resumed job reads the finished ones back."""
 
 from __future__ import annotations
 
-from optimizer.stages import collateral, measure, profile, publish, score, search, verify
+from optimizer.stages import collateral, measure, profile, publish, redundancy, search, verify
 from optimizer.stages.context import JobContext
 from optimizer.stages.publish import Published
 
 
 def run(context: JobContext) -> Published:
-    """Take a claimed job from the model to published plans. Raises JobFailed when a station cannot be passed."""
+    """Take a claimed job from the model to published plans. Raises JobFailed when a stage cannot be passed."""
     latency = profile.run(context)
     nothing = search.out_of_reach(context, latency)
     if nothing is not None:
         return publish.none(context, nothing)
-    table = score.run(context)
+    table = redundancy.run(context)
     outcome = search.run(context, latency, table)
     verdicts = verify.run(context, latency, outcome)
     measured = measure.run(context, verdicts)

@@ -1,4 +1,4 @@
-"""Station 1: how long every layer takes under every action, on this device and workload."""
+"""Stage 1: measure how long every layer takes under every action, on this device and workload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Station 6: store what was verified and measured, and say which plan is the answer."""
+"""Stage 7: publish what was verified and measured, and choose the plan that answers the job."""
 
 from __future__ import annotations
 

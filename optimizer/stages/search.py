@@ -1,4 +1,4 @@
-"""Station 3: propose candidates and evaluate them on rungs of the search split."""
+"""Stage 3: propose candidates and evaluate them on rungs of the search split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Station 4: the front's plans against dense on the held-out split, which the search never saw."""
+"""Stage 4: verify the front's plans against dense on the held-out split, which the search never saw."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import numpy as np
 from optimizer import criteria
 from optimizer.criteria import Criterion, Risk
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.stages.score import measured
+from optimizer.stages.redundancy import measured
 from optimizer.validation.agreement import Agreement
 from optimizer.validation.harm import Measured, PlanHarm, measure
 from workers.errors import MeasurementError

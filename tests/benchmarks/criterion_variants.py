@@ -25,10 +25,10 @@ from optimizer.criteria.cosine import group_values
 from optimizer.criteria.skip_it import later_attention, vision_attention
 from optimizer.job.inputs import prepare
 from optimizer.job.loading import load_job
-from optimizer.service.adhoc import undertaking
+from optimizer.service.adhoc import adhoc_job
 from optimizer.service.pool import open_pool
 from optimizer.stages.progress import Progress
-from optimizer.stages.score import measured
+from optimizer.stages.redundancy import measured
 from optimizer.validation.agreement import spearman
 from optimizer.validation.harm import Measured, measure
 from optimizer.validation.report import plan_of
@@ -153,7 +153,7 @@ def collect(file: Path, splits: Sequence[str]) -> Found:
     with (
         Database.open(spec.database) as db,
         open_pool(inputs) as pool,
-        undertaking(db, inputs, pool, Progress(), "criterion-variants") as context,
+        adhoc_job(db, inputs, pool, Progress(), "criterion-variants") as context,
     ):
         table = measured(context, tuple(kind for kind in KINDS if kind != "withdrawal"))
         allowed = tuple(context.worker.allowed_actions)

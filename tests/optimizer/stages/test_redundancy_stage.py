@@ -5,7 +5,7 @@ from __future__ import annotations
 import in_process
 import pytest
 
-from optimizer.stages import score
+from optimizer.stages import redundancy
 from optimizer.stages.context import JobContext
 from storage.database import Database
 from storage.queue import stages
@@ -24,9 +24,9 @@ def forget(worker: in_process.OneWorker) -> None:
 
 
 def test_a_second_job_on_the_same_model_and_task_measures_nothing(store: Database, worker) -> None:
-    first = score.run(in_process.context(store, worker, in_process.spec()))
+    first = redundancy.run(in_process.context(store, worker, in_process.spec()))
     assert asked(worker)
-    second = score.run(in_process.context(store, worker, in_process.spec(search={"evaluations": 7})))
+    second = redundancy.run(in_process.context(store, worker, in_process.spec(search={"evaluations": 7})))
     assert asked(worker) == []
     for name, group in first.columns:
         for layer in range(first.num_layers):
@@ -36,25 +36,25 @@ def test_a_second_job_on_the_same_model_and_task_measures_nothing(store: Databas
 
 def test_only_what_is_missing_is_measured(store: Database, worker) -> None:
     context = in_process.context(store, worker, in_process.spec())
-    score.measured(context, ("distance",))
+    redundancy.measured(context, ("distance",))
     asked(worker)
-    table = score.measured(in_process.context(store, worker, in_process.spec()), ("distance", "attention"))
+    table = redundancy.measured(in_process.context(store, worker, in_process.spec()), ("distance", "attention"))
     assert {request.kinds for request in asked(worker)} == {("attention",)}
     assert table.has("cosine_distance", "vision") and table.has("vision_attention", "text")
-    assert "scoring_passes_states" in stages.counters(store, context.job.id)
+    assert "redundancy_passes_states" in stages.counters(store, context.job.id)
 
 
 def test_other_samples_or_settings_are_measured_anew(store: Database, worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    score.measured(in_process.context(store, worker, in_process.spec()), ("distance",))
+    redundancy.measured(in_process.context(store, worker, in_process.spec()), ("distance",))
     asked(worker)
     sizes = {"calibration": 5, "search": 4, "held_out": 8, "unit": "samples"}
-    score.measured(in_process.context(store, worker, in_process.spec(splits=sizes)), ("distance",))
+    redundancy.measured(in_process.context(store, worker, in_process.spec(splits=sizes)), ("distance",))
     assert asked(worker)
     monkeypatch.setattr(JobContext, "settings", "dtype=bfloat16 attention=eager device=cpu")
-    score.measured(in_process.context(store, worker, in_process.spec()), ("distance",))
+    redundancy.measured(in_process.context(store, worker, in_process.spec()), ("distance",))
     assert asked(worker)
 
 
 def test_a_criterion_that_needs_no_measurement_asks_for_none(store: Database, worker) -> None:
-    table = score.run(in_process.context(store, worker, in_process.spec(criterion="early-exit")))
+    table = redundancy.run(in_process.context(store, worker, in_process.spec(criterion="early-exit")))
     assert asked(worker) == [] and table.rows == () and table.num_layers == 12

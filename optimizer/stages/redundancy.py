@@ -1,6 +1,6 @@
-"""Station 2: what the job's criterion needs to know about every layer, on the calibration split.
+"""Stage 2: measure the layers' redundancy on the calibration split, as far as the job's criterion needs it.
 
-What any job has measured of this model on these samples under the same settings is read, never measured again.
+Measurements that any job has stored of this model, on these samples, under these settings are read, not repeated.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
     """
     table, done = _stored(context)
     missing = tuple(kind for kind in kinds if kind not in done)
-    shards = -(-scored_samples(context) // SHARD_SAMPLES)
-    context.progress.begin("score layers", shards if missing else 0)
+    shards = -(-measured_samples(context) // SHARD_SAMPLES)
+    context.progress.begin("measure redundancy", shards if missing else 0)
     states = tuple(kind for kind in missing if kind != LINEAR)
     if states:
         table = table.joined(_measure(context, states, shards))
@@ -59,7 +59,7 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
 def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequence[LayerMeasurement]:
     """Measure kinds shard by shard, and store them."""
     replies: dict[int, ShardScores] = {}
-    limit = context.spec.scoring_samples
+    limit = context.spec.redundancy_samples
     for index, reply in context.ask([ScoreLayers(missing, shard, shards, limit) for shard in range(shards)]):
         assert isinstance(reply, ShardScores)
         replies[index] = reply
@@ -71,7 +71,7 @@ def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequ
         raise JobFailed(f"task {context.task.name}: {error}") from None
     for note in scores.notes:
         context.progress.note(note)
-    passes = {f"scoring_passes_{name}": count for name, count in scores.forward_passes.items() if count}
+    passes = {f"redundancy_passes_{name}": count for name, count in scores.forward_passes.items() if count}
     stages.add_counters(context.db, context.job, passes)
     markers = [LayerMeasurement(DONE, kind, 0, 1.0, None, scores.samples) for kind in missing]
     _store(context, [*found.rows, *markers])
@@ -94,16 +94,16 @@ def _measure_linear(context: JobContext) -> Sequence[LayerMeasurement]:
     return rows
 
 
-def scored_samples(context: JobContext) -> int:
-    """Calibration samples that layers are scored on."""
-    return min(context.spec.scoring_samples or len(context.task.calibration), len(context.task.calibration))
+def measured_samples(context: JobContext) -> int:
+    """Calibration samples that redundancy is measured on."""
+    return min(context.spec.redundancy_samples or len(context.task.calibration), len(context.task.calibration))
 
 
 def measurement_key(context: JobContext) -> str:
     """Hash of the calibration samples and of what else a measurement depends on: dtype, attention, device, versions."""
     told = f"{split_hash(context.task, 'calibration')} {context.settings}"
-    if scored_samples(context) < len(context.task.calibration):
-        told += f" first {scored_samples(context)}"
+    if measured_samples(context) < len(context.task.calibration):
+        told += f" first {measured_samples(context)}"
     return hashlib.sha256(told.encode()).hexdigest()
 
 
