@@ -1,39 +1,60 @@
 # Set up, run, test. `make quickstart` and `make test` need nothing but Python 3.11 or newer.
 PYTHON ?= python3
-# CPU set-up; on a machine with a GPU: make install CONSTRAINTS=
-CONSTRAINTS ?= configs/constraints-cpu.txt
+# Which locked versions: cpu, or gpu for torch with CUDA.
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+LOCKS := configs/requirements
+UV_VERSION := 0.13.9
+TORCH := 2.13.0
+# Wheels that pip is set up to find on disk are found by uv too; without any, uv takes torch's build for the device.
+FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
+UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS),$(if $(filter cpu,$(DEVICE)),UV_TORCH_BACKEND=cpu)) $(BIN)/uv pip
 
-.PHONY: install quickstart test lint format docs fields clean
+.PHONY: install install-test lock quickstart test lint format docs fields clean
 
-install: $(INSTALLED)
+install: $(VENV)/.installed
 
-$(INSTALLED): pyproject.toml configs/constraints-cpu.txt
+install-test: $(VENV)/.installed-test
+
+# --no-deps: the lock file names every package, and the CPU's leaves torch's CUDA packages out.
+$(VENV)/.installed: pyproject.toml $(LOCKS)/$(DEVICE).txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[test]'
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check uv==$(UV_VERSION)
+	$(UV) install --quiet --python $(BIN)/python --no-deps -r $(LOCKS)/$(DEVICE).txt -e .
 	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed $(LOCKS)/test.txt
+	$(UV) install --quiet --python $(BIN)/python --no-deps -r $(LOCKS)/test.txt
+	touch $@
+
+# Take the newest versions that pyproject.toml allows into the lock files.
+lock: install
+	echo 'torch==$(TORCH)' > $(VENV)/torch.txt
+	$(BIN)/uv pip compile --quiet --upgrade -c $(VENV)/torch.txt --universal --python-version 3.11 --no-header --no-annotate pyproject.toml -o $(LOCKS)/gpu.txt
+	grep -vE '^(nvidia|cuda|triton)' $(LOCKS)/gpu.txt > $(LOCKS)/cpu.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --extra test -c $(LOCKS)/gpu.txt pyproject.toml \
+	  | grep -vxFf $(LOCKS)/gpu.txt > $(LOCKS)/test.txt
 
 quickstart: install
 	$(BIN)/skipplan run configs/quickstart.yaml
 	$(BIN)/skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.01
 	$(BIN)/skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.01 --format checkpoint --output exports/quickstart --force
 
-test: install
+test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: install
+lint: install-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: install
+format: install-test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: install
+docs: install-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fields: install
