@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from storage.errors import (
     BadDatabaseURL,
@@ -17,6 +20,7 @@ from storage.errors import (
     Conflict,
     DatabaseError,
     NotADatabase,
+    StorageError,
     UnreachableDatabase,
 )
 
@@ -166,10 +170,25 @@ def check_server(connection: Connection) -> None:
 
 
 def schema_revision(connection: Connection) -> str | None:
-    """The revision that the database is at, or ``None`` before the first migration."""
+    """Read the revision that the database is at; ``None`` before the first migration."""
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
     return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one_or_none()
+
+
+@contextmanager
+def translated(engine: Engine) -> Iterator[None]:
+    """Turn the driver's errors into one line each, with the URL but without its password."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise translate(error, engine.url) from error
+    except PoolTimeout:
+        where = hide_password(engine.url)
+        raise BusyDatabase(f"{where}: too many threads use this connection pool at once") from None
+    except StatementError as error:
+        # What our column types refuse comes wrapped.
+        raise (error.orig if isinstance(error.orig, StorageError) else error) from None
 
 
 def translate(error: DBAPIError, url: URL) -> DatabaseError:

@@ -20,16 +20,13 @@ from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError, StatementError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from storage import connection, schema
-from storage.errors import BusyDatabase, Conflict, DatabaseError, OldSchema, StorageError, UnreachableDatabase
+from storage.connection import translated
+from storage.errors import UPGRADE_COMMAND, Conflict, DatabaseError, OldSchema, UnreachableDatabase
 
 logger = logging.getLogger(__name__)
-
-UPGRADE_COMMAND = "skipplan db upgrade"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,8 +37,6 @@ class Database:
     """An open database whose schema is the one this version writes. Safe to share between threads."""
 
     engine: Engine
-    safe_url: str
-    """The URL with its password hidden."""
     retry_seconds: float = 30.0
     """For how long a transaction is tried again after the connection broke, for example while a server restarts."""
 
@@ -64,20 +59,25 @@ class Database:
         """
         parsed = connection.parse(url)
         fresh = connection.check_file(parsed, create=create)
-        db = cls(connection.build_engine(parsed), connection.hide_password(parsed), retry_seconds)
+        db = cls(connection.build_engine(parsed), retry_seconds)
         try:
-            with db.translated(), db.engine.connect() as probe:
+            with translated(db.engine), db.engine.connect() as probe:
                 connection.check_server(probe)
             if migrate or fresh:
-                from storage import migration  # Alembic is only needed here
+                from storage import migration  # Alembic takes long to import, and is only needed here
 
-                migration.upgrade(db)
+                migration.upgrade(db.engine)
             elif check_schema:
-                db._check_schema()
+                _check_schema(db)
         except BaseException:
             db.close()
             raise
         return db
+
+    @property
+    def safe_url(self) -> str:
+        """The URL with its password hidden."""
+        return connection.hide_password(self.engine.url)
 
     @property
     def dialect(self) -> str:
@@ -101,47 +101,35 @@ class Database:
     def transaction(self) -> Iterator[Session]:
         """All writes inside happen together or not at all; on SQLite the write lock is taken at the start."""
         writing = self.engine.execution_options(**connection.WRITING)
-        with self.translated(), Session(writing) as session, session.begin():
+        with translated(self.engine), Session(writing) as session, session.begin():
             yield session
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """Read without taking a write lock."""
-        with self.translated(), Session(self.engine) as session, session.begin():
+        with translated(self.engine), Session(self.engine) as session, session.begin():
             yield session
 
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Turn the driver's errors into one line each, with the URL but without its password."""
-        try:
-            yield
-        except DBAPIError as error:
-            raise connection.translate(error, self.engine.url) from error
-        except PoolTimeout:
-            raise BusyDatabase(f"{self.safe_url}: too many threads use this connection pool at once") from None
-        except StatementError as error:
-            # What our column types refuse comes wrapped.
-            raise (error.orig if isinstance(error.orig, StorageError) else error) from None
 
-    def _check_schema(self) -> None:
-        """Refuse a schema that this version does not write."""
-        with self.translated(), self.engine.connect() as probe:
-            found = connection.schema_revision(probe)
-        if found == schema.REVISION:
-            return
-        from storage import migration
+def _check_schema(db: Database) -> None:
+    """Refuse a schema that this version does not write."""
+    with translated(db.engine), db.engine.connect() as probe:
+        found = connection.schema_revision(probe)
+    if found == schema.REVISION:
+        return
+    from storage import migration
 
-        if found is None:
-            raise OldSchema(f"{self.safe_url} has no skipplan tables yet; create them with: {UPGRADE_COMMAND}")
-        if found in migration.known_revisions():
-            raise OldSchema(
-                f"{self.safe_url} has schema {found}, this version needs {schema.REVISION}; "
-                f"bring it up with: {UPGRADE_COMMAND}"
-            )
+    if found is None:
+        raise OldSchema(f"{db.safe_url} has no skipplan tables yet; create them with: {UPGRADE_COMMAND}")
+    if found in migration.known_revisions():
         raise OldSchema(
-            f"{self.safe_url} has schema {found}, which is newer than this version of skipplan knows "
-            f"({schema.REVISION}); install the newer skipplan that wrote it ({UPGRADE_COMMAND} cannot go back)"
+            f"{db.safe_url} has schema {found}, this version needs {schema.REVISION}; "
+            f"bring it up with: {UPGRADE_COMMAND}"
         )
+    raise OldSchema(
+        f"{db.safe_url} has schema {found}, which is newer than this version of skipplan knows "
+        f"({schema.REVISION}); install the newer skipplan that wrote it ({UPGRADE_COMMAND} cannot go back)"
+    )
 
 
 def reads(work: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Database | Session, P], T]:

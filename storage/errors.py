@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+UPGRADE_COMMAND = "skipplan db upgrade"
+
 
 class StorageError(Exception):
     """Anything that storage refuses or cannot do."""

@@ -1,4 +1,4 @@
-"""Bringing a database's schema up to date, from any working directory and from an installed package."""
+"""Bring a database's schema up to date, from any working directory and from an installed package."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from alembic.script import Script, ScriptDirectory
-from sqlalchemy import Connection, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
 
 from storage import connection as connections
-from storage.database import UPGRADE_COMMAND, Database
-from storage.errors import DatabaseError, OldSchema
+from storage.connection import hide_password, translated
+from storage.errors import UPGRADE_COMMAND, DatabaseError, OldSchema
 from storage.schema import Base
 
 FOLDER = Path(__file__).parent / "migrations"
@@ -25,31 +25,24 @@ FOLDER = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x736B6970  # "skip": the key of PostgreSQL's advisory lock
 
 
-def upgrade(db: Database, revision: str = "head") -> None:
-    """Run the migrations up to ``revision``; all of them or none. Processes that do so at once wait for each other.
+def upgrade(engine: Engine) -> None:
+    """Run the missing migrations, all of them or none. Processes that do so at once wait for each other.
 
     Raises ``OldSchema`` when the database is newer than this version knows.
     """
-    with _locked(db) as connection:
-        _refuse_unknown(db, connection)
-        command.upgrade(_config(connection), revision)
+    with _locked(engine) as connection:
+        _refuse_unknown(connection)
+        command.upgrade(_config(connection), "head")
 
 
-def downgrade(db: Database, revision: str) -> None:
-    """Undo migrations down to ``revision`` (``"base"`` removes every table and all that is in them)."""
-    with _locked(db) as connection:
-        _refuse_unknown(db, connection)
-        command.downgrade(_config(connection), revision)
-
-
-def current(db: Database) -> str | None:
-    """The revision that the database is at, or ``None`` before the first migration."""
-    with db.translated(), db.engine.connect() as connection:
+def current(engine: Engine) -> str | None:
+    """Read the revision that the database is at; ``None`` before the first migration."""
+    with translated(engine), engine.connect() as connection:
         return connections.schema_revision(connection)
 
 
 def head() -> str:
-    """The newest revision that this version knows."""
+    """Return the newest revision that this version knows."""
     revision = _scripts().get_current_head()
     assert revision is not None
     return revision
@@ -57,31 +50,18 @@ def head() -> str:
 
 @cache
 def known_revisions() -> frozenset[str]:
-    """Every revision that this version knows."""
+    """Return every revision that this version knows."""
     return frozenset(script.revision for script in _scripts().walk_revisions())
 
 
-def check(db: Database) -> list[str]:
-    """What differs between the database and the tables that this version writes, one line each; empty when right."""
-    found, newest = current(db), head()
+def check(engine: Engine) -> list[str]:
+    """List what differs between the database and the tables that this version writes; empty when nothing does."""
+    found, newest = current(engine), head()
     if found != newest:
         return [f"schema is at {found or 'no revision'}, this version writes {newest}; run: {UPGRADE_COMMAND}"]
-    with db.translated(), db.engine.connect() as connection:
+    with translated(engine), engine.connect() as connection:
         context = MigrationContext.configure(connection, opts=COMPARE_OPTIONS)
         return [_describe(difference) for difference in compare_metadata(context, Base.metadata)]
-
-
-def draft(db: Database, message: str) -> Path:
-    """Write the migration that brings ``db``, which is at the newest revision, to the tables in ``storage.schema``.
-
-    To be read and corrected by a person before it is committed; ``storage.schema.REVISION`` is then its number.
-    """
-    with _locked(db) as connection:
-        script = command.revision(
-            _config(connection), message, autogenerate=True, rev_id=f"{len(known_revisions()) + 1:04d}"
-        )
-    assert isinstance(script, Script)
-    return Path(script.path)
 
 
 def _is_ours(name: str | None, kind: str, parents: Any) -> bool:
@@ -113,21 +93,21 @@ def _scripts() -> ScriptDirectory:
     return ScriptDirectory(str(FOLDER))
 
 
-def _refuse_unknown(db: Database, connection: Connection) -> None:
+def _refuse_unknown(connection: Connection) -> None:
     found = connections.schema_revision(connection)
     if found is not None and found not in known_revisions():
         raise OldSchema(
-            f"{db.safe_url} has schema {found}, which is newer than this version of skipplan knows ({head()}); "
-            "install the newer skipplan that wrote it"
+            f"{hide_password(connection.engine.url)} has schema {found}, which is newer than this version of skipplan "
+            f"knows ({head()}); install the newer skipplan that wrote it"
         )
 
 
 @contextmanager
-def _locked(db: Database) -> Iterator[Connection]:
+def _locked(engine: Engine) -> Iterator[Connection]:
     """One transaction that nobody else can migrate in."""
-    with db.translated(), db.engine.connect() as connection:
+    with translated(engine), engine.connect() as connection:
         connection = connection.execution_options(**connections.WRITING)
-        sqlite = db.dialect == "sqlite"
+        sqlite = engine.dialect.name == "sqlite"
         if sqlite:
             # Batch mode rebuilds tables, which must not cascade; the setting only takes outside a transaction.
             _outside_transaction(connection, "PRAGMA foreign_keys = OFF")
@@ -137,7 +117,9 @@ def _locked(db: Database) -> Iterator[Connection]:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
                 yield connection
                 if sqlite and connection.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
-                    raise DatabaseError(f"{db.safe_url}: migrating would break references between tables; not done")
+                    raise DatabaseError(
+                        f"{hide_password(engine.url)}: migrating would break references between tables; not done"
+                    )
         finally:
             if sqlite:
                 _outside_transaction(connection, "PRAGMA foreign_keys = ON")

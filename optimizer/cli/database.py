@@ -26,9 +26,9 @@ def upgrade(context: typer.Context, as_json: AsJson = False) -> int:
     url = global_options(context).database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE
     with Database.open(url, migrate=True) as db:
         if as_json:
-            print_json({"database": db.safe_url, "schema": migration.current(db)})
+            print_json({"database": db.safe_url, "schema": migration.current(db.engine)})
         else:
-            print_line(f"{db.safe_url} has schema {migration.current(db)}")
+            print_line(f"{db.safe_url} has schema {migration.current(db.engine)}")
     return 0
 
 
@@ -42,9 +42,9 @@ def current(context: typer.Context, as_json: AsJson = False) -> int:
 
     with open_database(context, check_schema=False) as db:
         if as_json:
-            print_json({"database": db.safe_url, "schema": migration.current(db)})
+            print_json({"database": db.safe_url, "schema": migration.current(db.engine)})
         else:
-            print_line(migration.current(db) or "none")
+            print_line(migration.current(db.engine) or "none")
     return 0
 
 
@@ -58,7 +58,7 @@ def check(context: typer.Context, as_json: AsJson = False) -> int:
     from storage import migration
 
     with open_database(context, check_schema=False) as db:
-        differences = migration.check(db)
+        differences = migration.check(db.engine)
         if as_json:
             print_json({"database": db.safe_url, "differences": differences})
         if differences:

@@ -1,1 +1,0 @@
-"""Alembic's migrations; run them through ``storage.migration`` or ``skipplan db upgrade``."""
