@@ -6,6 +6,8 @@ traceback. Anything else that escapes is a defect of ours and ends with exit cod
 
 from __future__ import annotations
 
+from workers.text import one_line
+
 
 class Fault(Exception):  # noqa: N818 - a fault of the input or surroundings, not an error of ours
     """A problem that is explained to the user in one line."""
@@ -42,11 +44,6 @@ class Interrupted(Fault):
     """The user or the system asked the process to stop (Ctrl-C, SIGTERM); the job is resumable."""
 
     exit_code = 130
-
-
-def one_line(text: object) -> str:
-    """Fold any whitespace, line breaks included, into single spaces."""
-    return " ".join(str(text).split())
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

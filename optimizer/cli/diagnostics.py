@@ -13,7 +13,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from optimizer.errors import explain, one_line
+from optimizer.errors import explain
+from workers.text import one_line
 
 State = Literal["ok", "note", "problem"]
 LEAST_FREE_BYTES = 2_000_000_000

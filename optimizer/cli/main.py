@@ -134,7 +134,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _explain(error: BaseException) -> int:
-    from optimizer.errors import explain, one_line
+    from optimizer.errors import explain
+    from workers.text import one_line
 
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1

@@ -12,9 +12,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from optimizer.dashboard import api, html
 from optimizer.dashboard.access import Gate, hosts_for
-from optimizer.errors import one_line
 from storage.database import Database
 from storage.errors import DatabaseError
+from workers.text import one_line
 
 DESCRIPTION = (
     "Jobs, published plans, models, tasks and devices of a skipplan database. Read-only. "

@@ -20,6 +20,7 @@ from typing import Any
 from optimizer.exports import checkpoint
 from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
 from optimizer.exports.tools import find_program
+from workers.text import last_line
 
 PYTHON_VARIABLE = "SKIPPLAN_OPENVINO_PYTHON"
 PROBE = "import optimum.intel, importlib.metadata as m; print(m.version('optimum-intel'), m.version('openvino'))"
@@ -57,7 +58,7 @@ def write(subject: Subject, directory: Path) -> None:
         task = ["--task", "image-text-to-text", "--weight-format", "fp32"]
         done = _run([python, "-I", "-c", entry, "export", "openvino", "--model", str(pruned), *task, str(directory)])
     if done.returncode or not (directory / "openvino_language_model.xml").is_file():
-        raise ExportFault(f"--format: openvino: optimum-intel failed: {_last_line(done)}")
+        raise ExportFault(f"--format: openvino: optimum-intel failed: {last_line(done.stderr, 'no message')}")
 
 
 def use_known_names(python: str, directory: Path) -> None:
@@ -79,7 +80,9 @@ def _loading_report(python: str, directory: Path) -> dict[str, list[str]]:
     file = directory.with_name("loading-report.json")
     done = _run([python, "-I", "-c", REPORT_NAMES, str(directory), str(file)])
     if done.returncode:
-        raise ExportFault(f"--format: openvino: the checkpoint does not load there: {_last_line(done)}")
+        raise ExportFault(
+            f"--format: openvino: the checkpoint does not load there: {last_line(done.stderr, 'no message')}"
+        )
     report: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
     return report
 
@@ -98,11 +101,6 @@ def _rename(directory: Path, unknown: set[str]) -> None:
         content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
         content["weight_map"] = {old(name): file for name, file in content["weight_map"].items()}
         index.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

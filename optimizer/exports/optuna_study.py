@@ -12,7 +12,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from optimizer.errors import ClusterOrDatabaseFault, UsageFault, one_line
+from optimizer.errors import ClusterOrDatabaseFault, UsageFault
 from optimizer.job.spec import JobSpec
 from optimizer.search.latency import LayerCounts, LayerTimes, latency_ratio
 from optimizer.service.logs import hide_passwords
@@ -22,6 +22,7 @@ from storage.queue import jobs
 from storage.records import evaluations, overview
 from storage.records.evaluations import Evaluation
 from workers.runtime import SkipPlan
+from workers.text import one_line
 
 METRICS = ("predicted latency as a share of dense", "accuracy drop on the search split")
 

@@ -19,6 +19,7 @@ from optimizer.exports.target import checksum, inside, require_contained
 from optimizer.exports.writing import UNLISTED, check_model
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
+from workers.text import last_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,8 +201,8 @@ class _Asked:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ExportFault(f"the export cannot be loaded by {loadable.python}: {error}") from None
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            raise ExportFault(f"the export does not load in a fresh process: {lines[-1].strip()}")
+            reason = last_line(done.stderr, "no message")
+            raise ExportFault(f"the export does not load in a fresh process: {reason}")
         logits = load_file(scratch / "logits.safetensors")
         result = json.loads((scratch / "result.json").read_text(encoding="utf-8"))
         return result, [logits[str(number)] for number in range(len(self.samples))]

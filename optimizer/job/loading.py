@@ -17,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from optimizer.errors import UsageFault, one_line
+from optimizer.errors import UsageFault
 from optimizer.job.spec import JobSpec
+from workers.text import one_line
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "SKIPPLAN_DATABASE": ("database",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from optimizer.errors import Interrupted, one_line
+from optimizer.errors import Interrupted
 from optimizer.job.inputs import JobInputs
 from optimizer.service.runner import LEASE_SECONDS, Heartbeat, new_owner, quietly, stop_signals, stored_spec
 from optimizer.stages.context import JobContext, JobFailed
@@ -13,6 +13,7 @@ from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import jobs
 from workers.cluster.pool import WorkerPool
+from workers.text import one_line
 
 
 @contextmanager

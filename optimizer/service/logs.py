@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
+from workers.text import one_line
+
 Format = Literal["text", "json"]
 FORMATS: tuple[Format, ...] = ("text", "json")
 ENVIRONMENT = "SKIPPLAN_LOG"
@@ -100,7 +102,7 @@ def _hidden(value: Any) -> Any:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(hide_passwords(text).split())
+    return one_line(hide_passwords(text))
 
 
 def _shown(value: Any) -> str:

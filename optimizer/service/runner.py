@@ -14,7 +14,7 @@ from dataclasses import asdict
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from optimizer.errors import Interrupted, LeaseLost, UsageFault, one_line
+from optimizer.errors import Interrupted, LeaseLost, UsageFault
 from optimizer.job.inputs import JobInputs
 from optimizer.job.loading import override, validate_job
 from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
@@ -28,6 +28,7 @@ from storage.database import Database
 from storage.queue import attempts, jobs
 from storage.queue.jobs import Job
 from workers.errors import ClusterError
+from workers.text import one_line
 
 if TYPE_CHECKING:
     from workers.cluster.pool import WorkerPool

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from optimizer.errors import Interrupted, LeaseLost, UsageFault, one_line
+from optimizer.errors import Interrupted, LeaseLost, UsageFault
 from optimizer.job.inputs import JobInputs, prepare
 from optimizer.service import logs
 from optimizer.service.pool import PoolCache
@@ -28,6 +28,7 @@ from storage.database import Database
 from storage.queue import jobs
 from storage.queue.jobs import Job
 from workers.errors import ClusterError, WorkersError
+from workers.text import one_line
 
 if TYPE_CHECKING:
     from workers.cluster.pool import WorkerPool

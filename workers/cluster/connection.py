@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import ray
 
 from workers.errors import ClusterError
+from workers.text import first_line, last_line, one_line
 
 from .telemetry import log
 
@@ -128,7 +129,7 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
     except ClusterError:
         raise
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, its own kinds, and ImportError
-        raise ClusterError(f"cluster {settings.address}: cannot be used: {_first_line(error)}") from None
+        raise ClusterError(f"cluster {settings.address}: cannot be used: {first_line(error)}") from None
     if settings.address == LOCAL and os.environ.get("RAY_AUTH_MODE", "").lower() not in ("token", "disabled"):
         disconnect()
         raise ClusterError("cluster local: Ray started without token authentication; set RAY_AUTH_MODE=token")
@@ -265,15 +266,10 @@ def _rehearse(address: str, timeout: float) -> None:
             "RAY_AUTH_TOKEN or ~/.ray/auth_token"
         )
     if result.returncode:
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        raise ClusterError(f"cluster {address}: cannot be used: {lines[-1] if lines else 'Ray gave no reason'}")
+        reason = last_line(result.stderr, "Ray gave no reason")
+        raise ClusterError(f"cluster {address}: cannot be used: {reason}")
 
 
 def _log_message(data: Mapping[str, Any], ignore_prefix: bool = True) -> None:
     """Takes the place of Ray's own function of this name in ``ray._private.worker``."""
-    log("cluster_message", source=data.get("pid"), text=" ".join(" ".join(data["lines"]).split()))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    log("cluster_message", source=data.get("pid"), text=one_line(" ".join(data["lines"])))

@@ -31,10 +31,11 @@ from workers.messages import (
 )
 from workers.models.checkpoint import check_checkpoint, find_checkpoint
 from workers.tasks import Task, TaskSpec, load_task
+from workers.text import describe_error
 
 from .actor import Worker
 from .connection import LOCAL, UNLIMITED, ClusterSettings, HeadWatch, allot, connect, disconnect, room
-from .slots import Slot, Ticket, describe, describe_death
+from .slots import Slot, Ticket, describe_death
 from .telemetry import Telemetry, log
 
 EXCLUSIVE = (ProfileLatency, CompareLatency)
@@ -277,7 +278,7 @@ class WorkerPool:
 
     def _raised(self, slot: Slot, cause: BaseException) -> None:
         """A call raised in the worker, which lives on. Trying again would give the same error."""
-        reason = describe(cause)
+        reason = describe_error(cause)
         if slot.ticket is None:
             self._lost(slot, reason)
             return
@@ -339,7 +340,8 @@ class WorkerPool:
             if now >= self._no_new_workers_before and self._head.steady:
                 self._welcome()
         except (RayError, ConnectionError) as error:
-            raise ClusterError(f"cluster {self.cluster.address}: cannot be used any more: {describe(error)}") from None
+            reason = describe_error(error)
+            raise ClusterError(f"cluster {self.cluster.address}: cannot be used any more: {reason}") from None
 
     def _welcome(self) -> None:
         wanted = self.cluster.workers or room(self._allotment)
@@ -394,7 +396,7 @@ class WorkerPool:
         except RayTaskError as error:
             if isinstance(error.cause, WorkersError):
                 raise error.cause from None
-            raise ClusterError(f"worker {slot.number} could not start: {describe(error.cause)}") from None
+            raise ClusterError(f"worker {slot.number} could not start: {describe_error(error.cause)}") from None
         except RayError as error:
             if slot.failed_starts + 1 < FAILED_STARTS:
                 self._lost(slot, describe_death(error))

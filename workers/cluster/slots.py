@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from ray.exceptions import RayError
 
-from workers.errors import WorkersError
 from workers.messages import Request, WorkerInfo
 
 
@@ -36,12 +35,6 @@ class Slot:
     ticket: Ticket | None = None
     info: WorkerInfo | None = None
     failed_starts: int = 0
-
-
-def describe(error: BaseException) -> str:
-    """One line for an error that was raised in a worker."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, WorkersError) else f"{type(error).__name__}: {text}"
 
 
 def describe_death(error: RayError) -> str:

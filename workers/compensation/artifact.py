@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from workers.runtime.folding import GapMap
 from workers.runtime.gaps import gaps
 from workers.runtime.plan import PlanError, SkipPlan
+from workers.text import one_line
 
 from .fit import Fitted
 from .recipe import CompensationError, Recipe
@@ -93,7 +94,7 @@ def decode(content: bytes, *, plan: str | None = None) -> Decoded:
         open_gaps = {gap.layer: gap.end for gap in gaps(SkipPlan.parse(own_plan), drift=recipe.drift)}
         shares = {int(gap["layer"]): float(gap["share"]) for gap in told["gaps"]}
     except (SafetensorError, ValueError, KeyError, TypeError, PlanError) as error:
-        raise CompensationError(f"compensation maps cannot be read: {' '.join(str(error).split())}") from None
+        raise CompensationError(f"compensation maps cannot be read: {one_line(error)}") from None
     if told.get("format") != FORMAT:
         raise CompensationError(f"compensation maps of format {told.get('format')!r} cannot be read, expected {FORMAT}")
     if plan is not None and own_plan != plan:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from workers.messages import Artefact
+from workers.text import first_line
 
 from .recipe import CompensationError
 
@@ -39,7 +40,7 @@ def put(store: str, content: bytes) -> Artefact:
             location = str(Path(location).expanduser().resolve())
             _put_file(Path(location), content)
     except (OSError, ValueError, ImportError) as error:
-        raise CompensationError(f"artefact store {store}: cannot be written: {_first_line(error)}") from None
+        raise CompensationError(f"artefact store {store}: cannot be written: {first_line(error)}") from None
     return Artefact(location, digest)
 
 
@@ -55,7 +56,7 @@ def get(artefact: Artefact) -> bytes:
             content = Path(artefact.location).read_bytes()
     except (OSError, ValueError, ImportError) as error:
         raise CompensationError(
-            f"compensation maps {artefact.location}: cannot be read: {_first_line(error)}; "
+            f"compensation maps {artefact.location}: cannot be read: {first_line(error)}; "
             "`skipplan refit` makes them again from the record"
         ) from None
     if checksum(content) != artefact.checksum:
@@ -90,8 +91,3 @@ def _put_url(location: str, content: bytes) -> None:
     files, path = fsspec.core.url_to_fs(location)
     files.makedirs(files._parent(path), exist_ok=True)
     files.pipe_file(path, content)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -11,7 +11,7 @@ import torch
 
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.trie_maps import TrieRepairs
-from workers.evaluation.plain import Evaluator, describe_error, is_out_of_memory, scores_of
+from workers.evaluation.plain import Evaluator, is_out_of_memory, scores_of
 from workers.latency.request import device_name
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
@@ -21,6 +21,7 @@ from workers.runtime.folding import Maps, folded
 from workers.runtime.plan import Action, PlanError, SkipPlan
 from workers.tasks import Sample
 from workers.tasks.metrics import METRICS
+from workers.text import describe_error
 
 from . import sizing
 from .answers import Scorer
@@ -183,7 +184,7 @@ class FastEvaluator:
                 maps[text] = self.plain.compensator.maps(plan, request.compensation, artefact)
                 plans.append(plan)
             except (PlanError, CompensationError) as error:
-                failures[text] = EvaluationFailure(text, describe_error(error))
+                failures[text] = EvaluationFailure(text, describe_error(error, PlanError))
         return plans, maps, failures
 
     def _repair_by(self, compensation: str) -> None:

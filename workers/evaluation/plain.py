@@ -28,6 +28,7 @@ from workers.runtime.folding import Maps
 from workers.runtime.plan import PlanError, SkipPlan
 from workers.tasks import Sample, Task, TaskSpec
 from workers.tasks.metrics import METRICS
+from workers.text import describe_error
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_CACHE_BYTES = 1 << 30
@@ -84,7 +85,7 @@ class Evaluator:
                 result = self.evaluate(plan, request.split, request.limit, start=request.start, maps=maps)
                 results.append(replace(result, compensation=request.compensation))
             except (PlanError, CompensationError, RuntimeError, MemoryError) as error:
-                results.append(EvaluationFailure(text, describe_error(error)))
+                results.append(EvaluationFailure(text, describe_error(error, PlanError)))
         return Evaluations(tuple(results))
 
     def evaluate(
@@ -233,12 +234,6 @@ def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> A
     alone = len(batch.samples) == 1
     tied = () if alone else (s.id for s, tie in zip(batch.samples, watch.tied.tolist(), strict=True) if tie)
     return Answers(texts, failed, frozenset(tied) - failed.keys(), tokens)
-
-
-def describe_error(error: BaseException) -> str:
-    """One line for an error that ends one candidate; the plan's own errors speak for themselves."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, PlanError) else f"{type(error).__name__}: {text}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from workers.errors import ModelError
 from workers.messages import ModelSource
-from workers.text import did_you_mean
+from workers.text import did_you_mean, one_line
 
 BUNDLED_MODELS = Path(__file__).resolve().parents[2] / "configs" / "reference"
 BUILT_MODELS = {"smollm2-30": "smollm2"}
@@ -200,7 +200,7 @@ def _tensors(file: Path) -> tuple[int, dict[str, Any]]:
         if file.stat().st_size != end:
             raise ValueError(f"it has {file.stat().st_size} bytes where its header says {end}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"model file {file} is corrupt: {' '.join(str(error).split())}") from None
+        raise ModelError(f"model file {file} is corrupt: {one_line(error)}") from None
     return start, header
 
 

@@ -13,6 +13,7 @@ from workers.messages import ModelSource
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
 from workers.runtime.plan import Action
+from workers.text import one_line
 
 from .checkpoint import BUILT_MODELS, bundled_models, find_checkpoint
 from .loading import choose_device, load_config
@@ -50,9 +51,7 @@ def outline(source: ModelSource) -> Outline:
     except UnsupportedFamilyError as error:
         raise ModelError(f"model {source.path}: {error}") from None
     except Exception as error:  # configuration and model code of any family, the hub client and the network
-        raise ModelError(
-            f"model {source.path}: its configuration cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ModelError(f"model {source.path}: its configuration cannot be read: {one_line(error)[:300]}") from None
     refusals: dict[str, dict[int, str]] = {}
     for layer, refused in enumerate(described.refusals):
         for action, reason in refused.items():

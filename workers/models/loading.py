@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from workers.errors import ModelError
 from workers.messages import ModelSource
+from workers.text import first_line
 
 from .checkpoint import (
     canonical_config,
@@ -93,7 +94,7 @@ def load_config(directory: Path | str, source: ModelSource) -> Any:
             directory, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ModelError(f"model {source.path}: config.json is not usable: {_first_line(error)}") from None
+        raise ModelError(f"model {source.path}: config.json is not usable: {first_line(error)}") from None
     known = type(config) in AutoModelForImageTextToText._model_mapping
     remote = source.trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
     if not known and not remote:
@@ -118,7 +119,7 @@ def _load_weights(directory: Path, source: ModelSource, config: Any) -> PreTrain
             output_loading_info=True,
         )
     except Exception as error:  # model code of any family, safetensors and torch raise all kinds here
-        raise ModelError(f"model {source.path}: cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model {source.path}: cannot be loaded: {first_line(error)}") from None
     missing = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if missing:
         # transformers would fill these with random numbers and go on.
@@ -134,7 +135,7 @@ def _load_processor(directory: Path, source: ModelSource) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # processors of any family raise all kinds here
-        raise ModelError(f"model {source.path}: its processor cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model {source.path}: its processor cannot be loaded: {first_line(error)}") from None
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise ModelError(f"model {source.path}: its processor does not take both images and text")
@@ -146,8 +147,3 @@ def _load_processor(directory: Path, source: ModelSource) -> ProcessorMixin:
         tokenizer.pad_token = tokenizer.eos_token
     typed: ProcessorMixin = processor
     return typed
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

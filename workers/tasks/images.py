@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workers.errors import ImageError, TaskError
+from workers.text import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,7 @@ class ImageFile:
             with Image.open(Path(self.path)) as image:
                 return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f"image {self.path} cannot be decoded: {_one_line(error)}") from None
+            raise ImageError(f"image {self.path} cannot be decoded: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class HubImage:
             with Image.open(source) as image:
                 return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f"dataset {self.dataset}, row {self.row}: cannot decode: {_one_line(error)}") from None
+            raise ImageError(f"dataset {self.dataset}, row {self.row}: cannot decode: {one_line(error)}") from None
 
 
 @lru_cache(maxsize=4)
@@ -87,13 +88,9 @@ def load_undecoded(dataset: str, subset: str | None, split: str, revision: str |
     try:
         loaded = datasets.load_dataset(dataset, subset, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds: of its own, of the hub client, of the network
-        raise TaskError(f"dataset {dataset} cannot be loaded (split {split}): {' '.join(str(error).split())}") from None
+        raise TaskError(f"dataset {dataset} cannot be loaded (split {split}): {one_line(error)}") from None
     if column not in loaded.column_names:
         raise TaskError(f"dataset {dataset}: no column {column!r}; it has {', '.join(loaded.column_names)}")
     if not isinstance(loaded.features[column], datasets.Image):
         raise TaskError(f"dataset {dataset}: column {column!r} holds no images")
     return loaded.cast_column(column, datasets.Image(decode=False))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workers.errors import TaskError
+from workers.text import one_line
 
 from .images import ImageFile
 from .rows import asked, cell_text, image_key, needed_columns
@@ -94,4 +95,4 @@ def _read_table(source: FileSource) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise TaskError(f"{path}: is empty") from None
     except (ValueError, OSError) as error:  # pandas and pyarrow parser errors are both of these kinds
-        raise TaskError(f"{path}: not a readable {source.format} file: {' '.join(str(error).split())}") from None
+        raise TaskError(f"{path}: not a readable {source.format} file: {one_line(error)}") from None
