@@ -49,6 +49,7 @@ lint: install-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: install-test
 	$(BIN)/ruff check --fix
@@ -61,4 +62,4 @@ fields: install
 	$(BIN)/python docs/_site/field_table.py docs/jobs.md
 
 clean:
-	rm -rf $(VENV) exports site .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) exports site .mypy_cache .ruff_cache .import_linter_cache .hypothesis

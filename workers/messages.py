@@ -108,8 +108,10 @@ class LatencyProfile:
 
     @property
     def layer_seconds(self) -> dict[str, tuple[float, ...]]:
-        """``layer_seconds[letter][layer]`` is the layer's part in the whole request, so that a plan's predicted time is
-        ``dense_seconds - sum(layer_seconds["R"][l] - layer_seconds[action][l])``."""
+        """Return each layer's part of the whole request in seconds, by action letter and layer.
+
+        A plan's predicted time is ``dense_seconds - sum(layer_seconds["R"][l] - layer_seconds[action][l])``.
+        """
         tokens = self.workload.new_tokens - 1
         return {
             letter: tuple(p + tokens * d for p, d in zip(prefill, self.decode_seconds[letter], strict=True))
@@ -119,8 +121,9 @@ class LatencyProfile:
 
 @dataclass(frozen=True)
 class ScoreLayers:
-    """Measure ``kinds`` (names of ``workers.redundancy.kinds.KINDS``) over ``samples[:limit][shard::shards]`` of
-    calibration, all of it where there is no limit.
+    """Measure ``kinds`` over ``samples[:limit][shard::shards]`` of calibration, all of it where there is no limit.
+
+    ``kinds`` are names of ``workers.redundancy.kinds.KINDS``.
     """
 
     kinds: tuple[str, ...]

@@ -117,9 +117,11 @@ def _fronts(first: JobReport, second: JobReport) -> Section:
     traces: list[dict[str, Any]] = []
     for number, report in enumerate((first, second)):
         chart = figures.front(report)
-        for trace in chart.traces if chart is not None else ():
-            if trace["name"].startswith("verified"):
-                traces.append(_in_colour(trace, SERIES[number], f"job {report.job.id}, {trace['name']}"))
+        traces += [
+            _in_colour(trace, SERIES[number], f"job {report.job.id}, {trace['name']}")
+            for trace in (chart.traces if chart is not None else ())
+            if trace["name"].startswith("verified")
+        ]
     if not traces:
         return replace(section, paragraphs=("Neither job has verified a plan.",))
     layout = {

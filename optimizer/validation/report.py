@@ -223,9 +223,11 @@ def _sets(
         for _ in range(RANDOM_SETS):
             drawn = generator.choice(np.asarray(layers), size=size, replace=False)
             found.append(_Set(letter, "random", tuple(sorted(int(layer) for layer in drawn))))
-        for each in everyone[1:]:
-            if letter in each.published_for:
-                found.append(_Set(letter, each.name, _choice(each, risks[each.name], table, letter, layers, size)))
+        found += [
+            _Set(letter, each.name, _choice(each, risks[each.name], table, letter, layers, size))
+            for each in everyone[1:]
+            if letter in each.published_for
+        ]
     return found
 
 

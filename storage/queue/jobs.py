@@ -435,7 +435,6 @@ def list_jobs(
 @reads
 def count(session: Session) -> dict[str, int]:
     """How many jobs are in each state, every state named."""
-    found: dict[str, int] = {}
-    for state, number in session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)):
-        found[state] = number
+    rows = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
+    found: dict[str, int] = dict(rows.tuples())
     return {state: found.get(state, 0) for state in JOB_STATES}

@@ -65,8 +65,10 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Halt:
-    """What a pass shows where it halts: what the map acts on (M, or the input of the projection that makes it, times
-    the layer's share) and the state, ``[batch * tokens, width]`` and ``[batch * tokens, hidden]``.
+    """Hold the tensors of a pass that pauses at a layer.
+
+    ``acted_on``: the map's input (M, or the input of the projection that makes it, times the layer's share),
+    ``[batch * tokens, width]``; the state is ``[batch * tokens, hidden]``.
     """
 
     acted_on: Tensor

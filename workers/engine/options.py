@@ -1,5 +1,7 @@
-"""Choosing among options in packed rows: each option is a branch behind its question, and all of one question stand in
-the same row."""
+"""Score a question's options in packed rows.
+
+Each option is a branch behind its question; all options of one question are in the same row.
+"""
 
 from __future__ import annotations
 

@@ -180,8 +180,10 @@ class Walker:
         self._with_keys.add((chunk.key, node.path))
 
     def forget_keys(self, but: Collection[tuple[Step, ...]] = ()) -> None:
-        """Forget keys and values, except at some paths: in a walk depth first, none is seen again that is not on the
-        way to the next plan's end."""
+        """Forget keys and values, except at the paths ``but``.
+
+        The walk is depth first: only paths on the way to the next plan's end are visited again.
+        """
         for chunk, path in [each for each in self._with_keys if each[1] not in but]:
             self._states.drop(("keys", chunk, path))
             self._with_keys.discard((chunk, path))

@@ -92,8 +92,10 @@ def one_by_one(samples: Sequence[Sample]) -> list[Sample]:
 def option_likelihoods(
     loaded: LoadedModel, task: Task, batch: PreparedBatch
 ) -> tuple[dict[str, Likelihood], dict[str, str]]:
-    """Log-likelihoods of single options (:func:`one_by_one`) by id, and why others have none, under whatever plan is
-    applied to the model."""
+    """Return the log-likelihoods of single options (:func:`one_by_one`) by id, and why others have none.
+
+    They hold for the plan that is applied to the model.
+    """
     assert batch.inputs is not None
     tokens, failed = [], {}
     for sample in batch.samples:

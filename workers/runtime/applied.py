@@ -114,7 +114,9 @@ class AppliedPlan:
 
 
 def apply(model: nn.Module, plan: SkipPlan, compensation: Maps | None = None) -> AppliedPlan:
-    """A context manager under which ``model`` runs ``plan``: ``with apply(model, plan): model.generate(...)``.
+    """Return a context manager under which the model runs the plan.
+
+    Use it as ``with apply(model, plan): model.generate(...)``.
 
     ``compensation`` gives the maps of all the plan's gaps (:mod:`workers.runtime.folding`); without it skips are plain.
     Raises :class:`PlanError` when the model cannot take the plan, and

@@ -73,9 +73,9 @@ Source = EasyVqaSource | ScenesSource | FileSource | HubSource
 
 @dataclass(frozen=True)
 class Answer:
-    """How the model answers: a word or two (``short``), generated text (``free``), or the likeliest of a question's
-    options (``choice``).
+    """Say how the model answers.
 
+    ``kind`` is a word or two (``short``), generated text (``free``), or the likeliest of a question's options (``choice``).
     ``options`` and ``separator`` are for ``choice``: whether options are scored as ``texts``, or shown in the prompt
     and scored as ``letters``; and what stands between the prompt and an option (``None``: a space, unless the prompt
     ends with white space).

@@ -58,8 +58,10 @@ class AdditiveProblem:
             *(({number[step]: limit.amount[step] for step in steps}, -np.inf, limit.most) for limit in self.limits),
             (dict.fromkeys(range(len(steps)), 1.0), 0.0, float(self.space.max_touched)),
         ]
-        for layer in range(self.space.num_layers):
-            rows.append(({number[step]: 1.0 for step in steps if step[0] == layer}, 0.0, 1.0))
+        rows += [
+            ({number[step]: 1.0 for step in steps if step[0] == layer}, 0.0, 1.0)
+            for layer in range(self.space.num_layers)
+        ]
         skips = {number[step]: 1.0 for step in steps if step[1] in ("S", COMPENSATED)}
         rows.append((skips, 0.0, self.space.num_layers - 1.0))
         for place, ((first, second), excess) in enumerate(pairs, start=len(steps)):

@@ -216,7 +216,7 @@ def poisoned(tiny_directory: Path) -> Iterator[LoadedModel]:
     embedding = loaded.model.get_input_embeddings().weight
     with torch.no_grad():
         embedding[word] = float("nan")
-    yield loaded
+    return loaded
 
 
 def test_nan_fails_the_samples_that_have_it_and_no_others(poisoned: LoadedModel, answered: Task) -> None:
