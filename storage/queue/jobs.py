@@ -436,5 +436,5 @@ def list_jobs(
 def count(session: Session) -> dict[str, int]:
     """How many jobs are in each state, every state named."""
     rows = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
-    found: dict[str, int] = dict(rows.tuples())
+    found = dict(rows.all())
     return {state: found.get(state, 0) for state in JOB_STATES}

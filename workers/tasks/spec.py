@@ -75,7 +75,7 @@ Source = EasyVqaSource | ScenesSource | FileSource | HubSource
 class Answer:
     """Say how the model answers.
 
-    ``kind`` is a word or two (``short``), generated text (``free``), or the likeliest of a question's options (``choice``).
+    ``kind``: a word or two (``short``), generated text (``free``), or the likeliest of given options (``choice``).
     ``options`` and ``separator`` are for ``choice``: whether options are scored as ``texts``, or shown in the prompt
     and scored as ``letters``; and what stands between the prompt and an option (``None``: a space, unless the prompt
     ends with white space).
