@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from workers.runtime.plan import Action
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -82,7 +84,7 @@ class WorkerInfo:
 class ProfileLatency:
     """Time every layer and action of the model on this worker's device (no other worker may run meanwhile)."""
 
-    actions: str = "RS"
+    actions: str = Action.RUN.letter + Action.SKIP.letter
     repeats: int = 20
     workload: Workload = Workload()
 

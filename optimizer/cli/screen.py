@@ -25,8 +25,9 @@ from optimizer.job.result import JobResult, layers_by_action
 from optimizer.reports.data import meets_constraint
 from optimizer.stages.progress import Display, State
 from storage.records.plans import Plan
+from workers.runtime.plan import Action, SkipPlan
 
-ACTION_STYLES = {"R": "green", "F": "cyan", "B": "blue", "S": "red"}
+ACTION_STYLES = {Action.RUN: "green", Action.FREEZE: "cyan", Action.BYPASS: "blue", Action.SKIP: "red"}
 
 
 class Screen:
@@ -182,8 +183,8 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
 def coloured(plan: str) -> Text:
     """A plan's letters in colours."""
     text = Text()
-    for letter in plan:
-        text.append(letter, style=ACTION_STYLES.get(letter, ""))
+    for action in SkipPlan.parse(plan):
+        text.append(action.letter, style=ACTION_STYLES[action])
     return text
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 from .interface import Risk, everywhere
 
@@ -24,7 +25,7 @@ class Angular:
     name = "angular"
     source = "Gromov et al., arXiv 2403.17887"
     needs = ("angular",)
-    published_for = "S"
+    published_for = Action.SKIP.letter
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.block != int(self.block):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 from .interface import Risk, everywhere
 
@@ -18,7 +19,7 @@ class BlockInfluence:
     name = "block-influence"
     source = "ShortGPT, arXiv 2403.03853"
     needs = ("distance",)
-    published_for = "S"
+    published_for = Action.SKIP.letter
 
     @property
     def thresholds(self) -> Mapping[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import SAVING_LETTERS, Action
 
 from .interface import Risk
 
@@ -18,7 +19,7 @@ class Cosine:
     name = "cosine"
     source = "Hartman et al., arXiv 2509.25584 (average cosine distance); the step to actions is ours"
     needs = ("distance",)
-    published_for = "FBS"
+    published_for = SAVING_LETTERS
 
     @property
     def thresholds(self) -> Mapping[str, float]:
@@ -29,7 +30,7 @@ class Cosine:
         """Risks per action letter; see the class."""
         vision, text = group_values(table, "cosine_distance")
         both = tuple(max(pair) for pair in zip(vision, text, strict=True))
-        return Risk(self.name, {"F": vision, "B": both, "S": both})
+        return Risk(self.name, {Action.FREEZE.letter: vision, Action.BYPASS.letter: both, Action.SKIP.letter: both})
 
 
 def group_values(table: LayerTable, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import SAVING_LETTERS, Action
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,21 @@ class Risk:
 
     def of(self, layer: int, letter: str) -> float:
         """The risk of one action at one layer."""
-        return 0.0 if letter == "R" else self.risk[letter][layer]
+        return 0.0 if letter == Action.RUN.letter else self._of(letter)[layer]
 
     def order(self, letter: str) -> tuple[int, ...]:
         """Layers from the least to the most risky for an action; ties go to the lower layer."""
-        values = self.risk[letter]
+        values = self._of(letter)
         return tuple(sorted(range(len(values)), key=lambda layer: (values[layer], layer)))
+
+    def _of(self, letter: str) -> tuple[float, ...]:
+        if letter not in self.risk:
+            raise ValueError(f"criterion {self.criterion} predicts no risk of {letter}")
+        return self.risk[letter]
 
 
 class Criterion(Protocol):
-    """Predicts the risk of the actions F (freeze), B (bypass) and S (skip) at each layer.
+    """Predicts the risk of every action but run at each layer.
 
     Constructed with its thresholds as keywords, all of them optional.
     """
@@ -72,4 +78,4 @@ class Criterion(Protocol):
 
 def everywhere(criterion: str, values: tuple[float, ...]) -> Risk:
     """The same risk whatever the action: for criteria that rank layers and know no actions."""
-    return Risk(criterion, dict.fromkeys("FBS", values))
+    return Risk(criterion, dict.fromkeys(SAVING_LETTERS, values))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from workers.redundancy.kinds import INTERVENTIONS
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 from .interface import Risk
 
@@ -23,7 +24,7 @@ class LayerContribution:
     name = "layer-contribution"
     source = "ShortV, arXiv 2504.00502"
     needs = ("causal",)
-    published_for = "F"
+    published_for = Action.FREEZE.letter
 
     @property
     def thresholds(self) -> Mapping[str, float]:
@@ -37,7 +38,7 @@ class LayerContribution:
 
 def contributions(table: LayerTable) -> dict[str, tuple[float, ...]]:
     """The causal contribution of every action at every layer; infinite where the model refuses the action."""
-    found = {letter: f"layer_contribution@{action}" for letter, action in INTERVENTIONS.items()}
+    found = {action.letter: f"layer_contribution@{action.label}" for action in INTERVENTIONS}
     if not any(table.has(name, "last") for name in found.values()):
-        table.values(found["S"], "last")  # says what is missing
+        table.values(found[Action.SKIP.letter], "last")  # says what is missing
     return {letter: table.values(name, "last", default=math.inf) for letter, name in found.items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 from .interface import Risk, everywhere
 
@@ -18,7 +19,7 @@ class LinearRedundancy:
     name = "linear-redundancy"
     source = "skipplan, docs/compensation.md"
     needs = ("linear",)
-    published_for = "S"
+    published_for = Action.SKIP.letter
 
     @property
     def thresholds(self) -> Mapping[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 from .interface import Risk, everywhere
 
@@ -14,7 +15,7 @@ class _ByPosition:
     """Criteria that need nothing measured."""
 
     needs: tuple[str, ...] = ()
-    published_for = "B"
+    published_for = Action.BYPASS.letter
 
     @property
     def thresholds(self) -> Mapping[str, float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import SAVING_LETTERS, Action
 
 from .cosine import group_values
 from .interface import Risk
@@ -39,7 +40,7 @@ class SkipItStatic:
     name = "skip-it-static"
     source = "conditions: Hartman et al., arXiv 2509.25584; formulas: this project"
     needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "angular")
-    published_for = "FBS"
+    published_for = SAVING_LETTERS
 
     def __post_init__(self) -> None:
         for threshold in fields(self):
@@ -66,9 +67,9 @@ class SkipItStatic:
         return Risk(
             self.name,
             {
-                "F": tuple(value / self.freeze for value in freeze),
-                "B": tuple(value / self.bypass for value in bypass),
-                "S": tuple(value / self.skip for value in removed),
+                Action.FREEZE.letter: tuple(value / self.freeze for value in freeze),
+                Action.BYPASS.letter: tuple(value / self.bypass for value in bypass),
+                Action.SKIP.letter: tuple(value / self.skip for value in removed),
             },
         )
 

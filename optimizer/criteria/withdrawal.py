@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 from .interface import Risk, everywhere
 
@@ -23,7 +24,7 @@ class VisualTokenWithdrawal:
     name = "vtw"
     source = "VTW, arXiv 2405.05803"
     needs = ("withdrawal",)
-    published_for = "B"
+    published_for = Action.BYPASS.letter
 
     def __post_init__(self) -> None:
         if not self.eta > 0:

@@ -22,6 +22,7 @@ from storage.errors import NotFound
 from storage.queue import jobs
 from storage.queue.jobs import Job
 from storage.records import overview
+from workers.runtime.plan import Action
 
 router = APIRouter(include_in_schema=False)
 JOBS_SHOWN = 100
@@ -59,6 +60,7 @@ def _environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.globals["formatting"] = formatting
+    environment.globals["actions"] = tuple(Action)
     return environment
 
 

@@ -10,12 +10,6 @@ from workers.runtime import Action, SkipPlan
 
 FILE_NAME = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MEANINGS = {
-    Action.RUN: "run as they are",
-    Action.FREEZE: "leave vision tokens as they are (text still attends to them)",
-    Action.BYPASS: "leave vision tokens as they are and out of text's attention",
-    Action.SKIP: "are skipped for every token",
-}
 
 
 def model_card(document: PlanDocument, chosen: ExportFormat, guide: Guide) -> str:
@@ -50,8 +44,8 @@ def _what(document: PlanDocument) -> str:
     plan = SkipPlan.parse(document.plan)
     model = document.model
     told = [
-        f"{len(plan.layers(action))} {meaning} ({action.value}: {', '.join(map(str, plan.layers(action)))})"
-        for action, meaning in _MEANINGS.items()
+        f"{len(plan.layers(action))} {action.row.meaning} ({action.letter}: {', '.join(map(str, plan.layers(action)))})"
+        for action in Action
         if plan.layers(action) and action is not Action.RUN
     ]
     return (

@@ -23,8 +23,10 @@ from pydantic import (
 )
 
 from optimizer.errors import UsageFault
+from optimizer.search.space import touched
 from storage.records.identities import ModelIdentity, TaskIdentity
 from storage.records.plans import Plan, PlanFigures
+from workers.runtime.plan import SkipPlan
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "skipplan.json"
@@ -191,7 +193,7 @@ class PlanDocument(Part):
             dense_seconds=own.dense_seconds,
             kv_cache_bytes=own.kv_cache_bytes,
             dense_kv_cache_bytes=own.dense_kv_cache_bytes,
-            layers_touched=sum(letter != "R" for letter in self.plan),
+            layers_touched=touched(SkipPlan.parse(self.plan)),
             secondary=own.secondary,
         )
 

@@ -94,8 +94,8 @@ def takes_everything(plan: SkipPlan, compensation: str) -> str | None:
 def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
     """Refuse what a checkpoint without code cannot say."""
     for layer, action in enumerate(plan):
-        if action not in (Action.RUN, Action.SKIP):
-            return f"layer {layer} is {action.value} ({action.name.lower()}), which takes code to run"
+        if action is not Action.RUN and not action.row.removes_layer:
+            return f"layer {layer} is {action.letter} ({action.label}), which takes code to run"
     return None
 
 

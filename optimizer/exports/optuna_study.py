@@ -21,7 +21,7 @@ from storage.database import Database
 from storage.queue import jobs
 from storage.records import evaluations, overview
 from storage.records.evaluations import Evaluation
-from workers.runtime import SkipPlan
+from workers.runtime.plan import LETTERS, SkipPlan
 from workers.text import one_line
 
 METRICS = ("predicted latency as a share of dense", "accuracy drop on the search split")
@@ -77,7 +77,7 @@ def _trials(db: Database, job_id: int, spec: JobSpec) -> Iterator[FrozenTrial]:
         key = (each.plan, each.compensation)
         if key not in last or each.rung >= last[key].rung:
             last[key] = each
-    dense = next((each for each in found if set(each.plan) == {"R"} and each.failure is None), None)
+    dense = next((each for each in found if SkipPlan.parse(each.plan).is_dense and each.failure is None), None)
     if dense is None:
         raise UsageFault(f"job {job_id} has not evaluated the dense model yet; wait until its search has begun")
     times = _layer_times(db, dense, spec)
@@ -88,7 +88,7 @@ def _trials(db: Database, job_id: int, spec: JobSpec) -> Iterator[FrozenTrial]:
 def _layer_times(db: Database, dense: Evaluation, spec: JobSpec) -> LayerTimes:
     """What predicted latency in the job's search."""
     profile = overview.latency_profile(db, dense.job_id) if spec.search.latency == "measured" else None
-    return profile if profile is not None else LayerCounts.of(len(dense.plan), "RFBS")
+    return profile if profile is not None else LayerCounts.of(len(dense.plan), LETTERS)
 
 
 def _trial(each: Evaluation, dense: Evaluation, times: LayerTimes, spec: JobSpec) -> FrozenTrial:

@@ -66,4 +66,4 @@ def layers_by_action(text: str) -> dict[str, list[int]]:
     """Layers that do other than run, by the action's name."""
     plan = SkipPlan.parse(text)
     actions = [action for action in Action if action is not Action.RUN and plan.layers(action)]
-    return {action.name.lower(): list(plan.layers(action)) for action in actions}
+    return {action.label: list(plan.layers(action)) for action in actions}

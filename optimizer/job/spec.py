@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -12,11 +12,15 @@ from optimizer import criteria
 from optimizer.errors import UsageFault
 from workers.compensation.recipe import NONE, Recipe
 from workers.runtime import PlanError, SkipPlan
+from workers.runtime.plan import Action
 
 DEFAULT_DATABASE = "sqlite:///skipplan.db"
 DEFAULT_ARTEFACTS = "skipplan-artefacts"
 
-ActionName = Literal["skip", "freeze", "bypass"]
+if TYPE_CHECKING:
+    ActionName = str
+else:
+    ActionName = Literal[tuple(action.label for action in Action if action is not Action.RUN)]
 SAMPLERS = ("surrogate", "tpe", "nsga2", "gp", "random")
 """Strategies that take seeds and use what earlier jobs found out; the published methods do neither."""
 StrategyName = Literal[
@@ -35,7 +39,6 @@ StrategyName = Literal[
     "vtw",
     "exhaustive",
 ]
-ACTION_LETTERS: dict[str, str] = {"run": "R", "freeze": "F", "bypass": "B", "skip": "S"}
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
@@ -389,7 +392,7 @@ class JobSpec(_Section):
             foreign = sorted(set(plan) - set(self.letters))
             if foreign:
                 raise ValueError(f"search.plans: {plan} has {', '.join(foreign)}, which is no action of this job")
-            touched = [layer for layer in self.protect if layer < len(plan) and plan[layer] != "R"]
+            touched = [layer for layer in self.protect if layer < len(plan) and plan[layer] != Action.RUN.letter]
             if touched:
                 raise ValueError(f"search.plans: {plan} does not run layer {touched[0]}, which is protected")
         return self
@@ -403,8 +406,8 @@ class JobSpec(_Section):
 
     @property
     def letters(self) -> str:
-        """Letters of the actions the search may use, ``R`` first, for example ``"RS"``."""
-        return "R" + "".join(letter for name, letter in ACTION_LETTERS.items() if name in self.actions)
+        """Letters of run and of the actions the search may use, for example ``"RS"``."""
+        return "".join(action.letter for action in Action if action is Action.RUN or action.label in self.actions)
 
     def canonical(self) -> dict[str, Any]:
         """What determines the result, as plain JSON values: where and when it runs and where it is stored left out."""

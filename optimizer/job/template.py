@@ -10,14 +10,14 @@ import yaml
 
 from optimizer.errors import UsageFault
 from optimizer.job.loading import resolve_name
-from optimizer.job.spec import ACTION_LETTERS
 from workers.errors import ModelError, TaskError
 from workers.messages import ModelSource
 from workers.models.describe import Outline, outline
+from workers.runtime.plan import Action
 from workers.tasks import load_spec
 from workers.tasks.spec import TaskSpec
 
-ACTIONS = tuple(name for name in ACTION_LETTERS if name != "run")
+ACTIONS = tuple(action.label for action in Action if action is not Action.RUN)
 EVALUATIONS_PER_LAYER = 8
 """Plans tried for every decoder layer, at least ``FEWEST_EVALUATIONS``."""
 FEWEST_EVALUATIONS = 100

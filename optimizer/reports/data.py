@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from optimizer.job.result import JobResult, load_result
 from optimizer.reports.specification import Specification
 from optimizer.search.latency import ratio_of_text
+from optimizer.search.space import touched
 from storage.database import Database
 from storage.queue import events, stages
 from storage.queue.events import Event
@@ -22,6 +23,7 @@ from storage.records.identities import ModelIdentity, TaskIdentity
 from storage.records.measurements import Redundancy, short_name
 from storage.records.overview import EvaluationSummary, JobProfile
 from storage.records.plans import Plan
+from workers.runtime.plan import SkipPlan
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Scored:
             known = largest.setdefault((row.plan, row.compensation), row)
             if row.n > known.n:
                 largest[row.plan, row.compensation] = row
-        dense = next((row for row in largest.values() if not row.plan.strip("R")), None)
+        dense = next((row for row in largest.values() if SkipPlan.parse(row.plan).is_dense), None)
         samples = max(row.n for row in search) if dense is None else dense.n
         dense_means = _prefix_means(() if dense is None else overview.sample_scores(db, dense.id))
         dense_ms = None if profile is None else 1000 * profile.dense_seconds
@@ -191,7 +193,8 @@ class Scored:
                     drop=drop,
                     complete=complete,
                     predicted_speedup=speedup,
-                    within=complete and _within(spec.limits, row.accuracy, drop, speedup, dense_ms, _touched(row.plan)),
+                    within=complete
+                    and _within(spec.limits, row.accuracy, drop, speedup, dense_ms, touched(SkipPlan.parse(row.plan))),
                 )
             )
         return cls(tuple(tried), samples, None if dense is None else dense.accuracy)
@@ -208,10 +211,6 @@ def _prefix_means(scores: tuple[float, ...]) -> list[float]:
             means.append(right / count)
         return means
     return [math.nan, *(math.fsum(scores[:count]) / count for count in range(1, len(scores) + 1))]
-
-
-def _touched(plan: str) -> int:
-    return len(plan) - plan.count("R")
 
 
 def _within(

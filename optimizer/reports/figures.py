@@ -16,6 +16,7 @@ from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from storage.records.measurements import Redundancy
 from storage.records.plans import Plan
+from workers.runtime.plan import Action
 
 Trace = dict[str, Any]
 
@@ -27,7 +28,7 @@ COLUMNS, ROWS = 320, 160
 SHOWN_OF_MANY = {"cosine_distance_tail": "0.1", "cosine_distance_quantile": "0.9", "angular_distance": "1"}
 """Measures taken at many thresholds or block lengths, and the one that the heat map shows; the table has all."""
 
-COLOURS = {"R": "--run", "F": "--freeze", "B": "--bypass", "S": "--skip"}
+COLOURS = {action.letter: f"--{action.label}" for action in Action}
 SERIES = ("--series-1", "--series-2", "--series-3", "--series-4", "--series-5", "--series-6")
 
 
@@ -340,11 +341,11 @@ def theory_layers(check: TheoryCheck) -> Chart:
         {
             "type": "scatter",
             "mode": "markers",
-            "name": formatting.ACTIONS[letter][0],
+            "name": Action.of(letter).label,
             "x": [pair.predicted for pair in agreement.pairs],
             "y": [pair.measured for pair in agreement.pairs],
             "customdata": [
-                ["", f"{formatting.ACTIONS[letter][0]} at layer {pair.label}: predicted risk {pair.predicted:.4g}, "
+                ["", f"{Action.of(letter).label} at layer {pair.label}: predicted risk {pair.predicted:.4g}, "
                  f"measured divergence {pair.measured:.4g} nats"]
                 for pair in agreement.pairs
             ],

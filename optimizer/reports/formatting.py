@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from optimizer.job.result import layers_by_action
 from optimizer.reports.data import JobReport, Tried, meets_constraint
 from storage.records.plans import Plan
+from workers.runtime.plan import Action, SkipPlan
 
 NOT_MEASURED = "not measured"
-
-ACTIONS = {
-    "R": ("run", "nothing is skipped"),
-    "F": ("freeze", "vision tokens keep their state"),
-    "B": ("bypass", "vision tokens pass by, text does not see them"),
-    "S": ("skip", "the whole layer is left out"),
-}
-
-DONE = {"freeze": "frozen", "bypass": "bypassed", "skip": "skipped"}
 
 
 @dataclass(frozen=True)
@@ -108,16 +99,17 @@ def _limit(report: JobReport) -> str:
 
 def layers(plan: str) -> str:
     """The layers that do other than run, counted and listed: ``"3 of 12 layers skipped (2, 5-6)"``."""
-    named = layers_by_action(plan)
+    taken = {action: SkipPlan.parse(plan).layers(action) for action in Action if action is not Action.RUN}
+    named = {action: layers for action, layers in taken.items() if layers}
     if not named:
         return "no layer touched"
-    parts = [f"{DONE[name]} ({ranges(which)})" for name, which in named.items()]
+    parts = [f"{action.row.past} ({ranges(which)})" for action, which in named.items()]
     counts = [str(len(which)) for which in named.values()]
     first = f"{counts[0]} of {len(plan)} layers {parts[0]}"
     return " and ".join([first, *(f"{number} {part}" for number, part in zip(counts[1:], parts[1:], strict=True))])
 
 
-def ranges(numbers: list[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Ascending numbers with runs joined: ``[2, 5, 6, 7]`` is ``"2, 5-7"``."""
     runs: list[list[int]] = []
     for number in numbers:

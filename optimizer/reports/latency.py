@@ -6,6 +6,9 @@ from optimizer.reports import formatting
 from optimizer.reports.data import JobReport
 from optimizer.reports.figures import COLOURS, Chart, Trace
 from storage.records.overview import JobProfile
+from workers.runtime.plan import Action
+
+RUN = Action.RUN.letter
 
 
 def breakdown(report: JobReport) -> Chart | None:
@@ -13,20 +16,19 @@ def breakdown(report: JobReport) -> Chart | None:
     profile = report.profile
     if profile is None:
         return None
-    plans = [("dense", "R" * len(profile.layer_seconds["R"])), *((f"plan {p.id}", p.plan) for p in report.plans)]
+    plans = [("dense", RUN * len(profile.layer_seconds[RUN])), *((f"plan {p.id}", p.plan) for p in report.plans)]
     names = [name for name, _ in plans]
     traces: list[Trace] = [
         {
             "type": "bar",
             "orientation": "h",
-            "name": f"layers that {formatting.ACTIONS[letter][0]}",
+            "name": f"layers that {Action.of(letter).label}",
             "y": names,
             "x": [1000 * spent(profile, plan, letter) for _, plan in plans],
             "customdata": [
                 [
                     plan,
-                    f"{name}: {1000 * spent(profile, plan, letter):.1f} ms in layers that "
-                    f"{formatting.ACTIONS[letter][0]}",
+                    f"{name}: {1000 * spent(profile, plan, letter):.1f} ms in layers that {Action.of(letter).label}",
                 ]
                 for name, plan in plans
             ],
@@ -89,11 +91,11 @@ def layers(profile: JobProfile) -> Chart:
         tuple(
             {
                 "type": "bar",
-                "name": formatting.ACTIONS[letter][0],
+                "name": Action.of(letter).label,
                 "x": list(range(len(seconds))),
                 "y": [1000 * each for each in seconds],
                 "customdata": [
-                    ["", f"layer {layer}, {formatting.ACTIONS[letter][0]}: {1000 * each:.3f} ms"]
+                    ["", f"layer {layer}, {Action.of(letter).label}: {1000 * each:.3f} ms"]
                     for layer, each in enumerate(seconds)
                 ],
                 "marker": {"color": COLOURS[letter]},
@@ -122,4 +124,4 @@ def spent(profile: JobProfile, plan: str, letter: str) -> float:
 
 def outside_layers(profile: JobProfile) -> float:
     """Seconds of a dense request that no layer accounts for: vision tower, embeddings, head, the loop around."""
-    return max(0.0, profile.dense_seconds - sum(profile.layer_seconds["R"]))
+    return max(0.0, profile.dense_seconds - sum(profile.layer_seconds[RUN]))

@@ -14,6 +14,7 @@ from optimizer.reports.data import JobReport, collect
 from optimizer.reports.figures import Chart, Trace
 from optimizer.reports.html import search_curves
 from storage.database import Database
+from workers.runtime.plan import LETTERS, Action
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,8 +202,8 @@ def strips(part: SubFigure, report: JobReport, *, verified_only: bool = False) -
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    used = [letter for letter in formatting.ACTIONS if any(letter in row.plan for row in rows)]
-    handles = [Patch(color=colour(figures.COLOURS[letter]), label=formatting.ACTIONS[letter][0]) for letter in used]
+    used = [letter for letter in LETTERS if any(letter in row.plan for row in rows)]
+    handles = [Patch(color=colour(figures.COLOURS[letter]), label=Action.of(letter).label) for letter in used]
     axes.set_xlabel("decoder layer")
     part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
 

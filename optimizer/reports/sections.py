@@ -11,6 +11,7 @@ from optimizer.reports.figures import Chart
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import Agreement, TheoryCheck
 from storage.records.plans import Plan
+from workers.runtime.plan import Action
 
 STRIPS_SHOWN = 12
 
@@ -232,7 +233,7 @@ def strips(report: JobReport) -> Section:
         "Plans",
         "The plans, layer by layer",
         paragraphs=() if groups else ("No plan has been scored yet.",),
-        legend=tuple((letter, *formatting.ACTIONS[letter]) for letter in formatting.ACTIONS if letter in seen),
+        legend=tuple((action.letter, action.label, action.row.summary) for action in Action if action.letter in seen),
         strips=tuple(groups),
     )
 
@@ -284,9 +285,7 @@ def theory(check: TheoryCheck | None) -> Section:
         ]
         charts.append(PlacedChart(figures.theory(check)))
     if check.layers:
-        found = [
-            f"{formatting.ACTIONS[letter][0]}: {_correlation(agreement)}" for letter, agreement in check.layers.items()
-        ]
+        found = [f"{Action.of(letter).label}: {_correlation(agreement)}" for letter, agreement in check.layers.items()]
         paragraphs.append(f"Layer by layer, against the divergence that an action alone causes. {' '.join(found)}")
         charts.append(PlacedChart(figures.theory_layers(check), "Layer by layer"))
     return replace(section, paragraphs=tuple(paragraphs), charts=tuple(charts))
@@ -363,7 +362,7 @@ def _layer_table(report: JobReport) -> Table:
     letters = list(seconds)
     rows = tuple(
         (str(layer), *(f"{1000 * seconds[letter][layer]:.3f}" for letter in letters))
-        for layer in range(len(seconds["R"]))
+        for layer in range(len(seconds[Action.RUN.letter]))
     )
-    names = tuple(f"{formatting.ACTIONS[letter][0]}, ms" for letter in letters)
+    names = tuple(f"{Action.of(letter).label}, ms" for letter in letters)
     return Table("Milliseconds of every layer", ("layer", *names), rows, tuple(range(1 + len(letters))))

@@ -18,6 +18,7 @@ from optimizer.reports.data import JobReport
 from workers.errors import MeasurementError
 from workers.redundancy.kinds import INTERVENTIONS
 from workers.redundancy.table import LayerMeasurement, LayerTable
+from workers.runtime.plan import Action
 
 BEFORE_CRITERIA = "cosine"
 """What jobs went by that name no criterion: the only one there was."""
@@ -95,13 +96,14 @@ def layer_table(report: JobReport) -> LayerTable:
 
 
 def _foreseen(risk: Risk, plan: str) -> bool:
-    return set(plan) <= {"R", *risk.risk}
+    return set(plan) <= {Action.RUN.letter, *risk.risk}
 
 
 def _layer_agreements(table: LayerTable, risk: Risk) -> dict[str, Agreement]:
     found: dict[str, Agreement] = {}
-    for letter, action in INTERVENTIONS.items():
-        rows = [table.row(f"layer_contribution@{action}", "last", layer) for layer in range(table.num_layers)]
+    for action in INTERVENTIONS:
+        letter = action.letter
+        rows = [table.row(f"layer_contribution@{action.label}", "last", layer) for layer in range(table.num_layers)]
         pairs = [Pair(str(row.layer), risk.of(row.layer, letter), row.value) for row in rows if row is not None]
         if pairs and letter in risk.risk:
             found[letter] = Agreement.of(pairs)

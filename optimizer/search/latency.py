@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from workers.runtime import SkipPlan
+from workers.runtime import Action, SkipPlan
+
+RUN = Action.RUN.letter
 
 Ratio = Callable[[SkipPlan], float]
 """From a plan to its predicted latency as a share of dense."""
@@ -35,9 +37,8 @@ class LayerCounts:
 
     @classmethod
     def of(cls, num_layers: int, letters: str) -> LayerCounts:
-        """A frozen or bypassed layer, which runs for some of the tokens, counts half; a skipped one nothing."""
-        units = {"R": 1.0, "F": 0.5, "B": 0.5, "S": 0.0}
-        return cls(float(num_layers), {letter: (units[letter],) * num_layers for letter in letters})
+        """Count every layer with the share of its work that the action leaves."""
+        return cls(float(num_layers), {letter: (Action.of(letter).row.work,) * num_layers for letter in letters})
 
 
 def latency_ratio(profile: LayerTimes, plan: SkipPlan) -> float:
@@ -51,7 +52,7 @@ def ratio_of_text(profile: LayerTimes, plan: str) -> float:
     A layer whose action was measured slower than running it (noise, or a real overhead) counts as it was measured.
     """
     seconds = profile.layer_seconds
-    running = seconds["R"]
-    saved = sum(running[layer] - seconds[letter][layer] for layer, letter in enumerate(plan) if letter != "R")
+    running = seconds[RUN]
+    saved = sum(running[layer] - seconds[letter][layer] for layer, letter in enumerate(plan) if letter != RUN)
     # Measured layer times can add up to more than the whole by noise; a request never takes no time at all.
     return max(0.01, 1.0 - saved / profile.dense_seconds)

@@ -10,12 +10,11 @@ from itertools import product
 
 from optimizer.errors import UsageFault
 from optimizer.job.spec import JobSpec
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from workers.messages import WorkerInfo
 from workers.runtime import Action, SkipPlan
 
 NO_COMPENSATION = "none"
-COMPENSATED = "C"
-"""A skip whose gap is compensated, in genomes."""
 MOST_LISTED = 1 << 17
 """A space of at most so many plans can be gone through one by one."""
 
@@ -74,31 +73,31 @@ class PlanSpace:
 
         Layer 0 is never skipped with compensation: no layer stands before it that could hold the map.
         """
-        plain = "S" if NO_COMPENSATION in self.compensations else ""
+        plain = SKIP if NO_COMPENSATION in self.compensations else ""
         compensated = COMPENSATED if self.recipe else ""
         return tuple(
-            letters.replace("S", plain + compensated if layer else plain) for layer, letters in enumerate(self.letters)
+            letters.replace(SKIP, plain + compensated if layer else plain) for layer, letters in enumerate(self.letters)
         )
 
     def genome(self, candidate: Candidate) -> str:
         """The genome of a candidate."""
         text = candidate.plan.text
-        return text if candidate.compensation == NO_COMPENSATION else text.replace("S", COMPENSATED)
+        return text if candidate.compensation == NO_COMPENSATION else text.replace(SKIP, COMPENSATED)
 
     def candidate(self, genome: str) -> Candidate:
         """The candidate of a genome."""
         if COMPENSATED in genome and self.recipe is not None:
-            return Candidate(SkipPlan.parse(genome.replace(COMPENSATED, "S")), self.recipe)
+            return Candidate(SkipPlan.parse(genome.replace(COMPENSATED, SKIP)), self.recipe)
         return Candidate(SkipPlan.parse(genome))
 
     def allows(self, genome: str) -> bool:
         """Whether a text is the genome of a candidate of this space."""
-        if len(genome) != self.num_layers or ("S" in genome and COMPENSATED in genome):
+        if len(genome) != self.num_layers or (SKIP in genome and COMPENSATED in genome):
             return False
-        if genome.count("S") + genome.count(COMPENSATED) == len(genome):
+        if genome.count(SKIP) + genome.count(COMPENSATED) == len(genome):
             return False  # a model without any layer left is no model
         within = all(letter in own for letter, own in zip(genome, self.genome_letters, strict=True))
-        return within and len(genome) - genome.count("R") <= self.max_touched
+        return within and len(genome) - genome.count(RUN) <= self.max_touched
 
     def __contains__(self, candidate: Candidate) -> bool:
         if candidate.compensation not in (NO_COMPENSATION, self.recipe):
@@ -123,7 +122,7 @@ class PlanSpace:
             for letters in product(*part.genome_letters):
                 genome = "".join(letters)
                 # Plans without a skip are the same under every compensation.
-                if self.allows(genome) and (number == 0 or COMPENSATED in genome or "S" in genome):
+                if self.allows(genome) and (number == 0 or COMPENSATED in genome or SKIP in genome):
                     yield self.candidate(genome)
 
 
@@ -138,9 +137,9 @@ def plan_space(spec: JobSpec, worker: WorkerInfo) -> PlanSpace:
         if layer >= worker.num_layers:
             raise UsageFault(f"protect: layer {layer} does not exist, the model has layers 0..{worker.num_layers - 1}")
     letters = tuple(
-        "R" if layer in spec.protect else "".join(letter for letter in spec.letters if letter in allowed)
+        RUN if layer in spec.protect else "".join(letter for letter in spec.letters if letter in allowed)
         for layer, allowed in enumerate(worker.allowed_actions)
     )
-    if all(own == "R" for own in letters):
+    if all(own == RUN for own in letters):
         raise UsageFault(f"actions: no layer of the model may take any of {', '.join(spec.actions)}")
     return PlanSpace(letters, spec.constraint.max_layers_touched or worker.num_layers, spec.compensation.choices)

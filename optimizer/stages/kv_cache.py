@@ -14,14 +14,14 @@ SECONDS = 1.0
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Bytes that one layer's cache holds at the end of a request, when it runs and when it is bypassed."""
+    """Bytes that one layer's cache holds at the end of a request: of all tokens, and of text alone."""
 
     run: float
     bypass: float
 
     def of(self, plan: SkipPlan) -> float:
         """Bytes of a plan's cache; a frozen layer keeps keys and values of all tokens, a skipped one keeps none."""
-        bypassed = len(plan.layers(Action.BYPASS))
+        bypassed = sum(action.row.hides_vision for action in plan)
         return bypassed * self.bypass + (len(plan.kept) - bypassed) * self.run
 
 
@@ -32,13 +32,19 @@ def measured(context: JobContext) -> CacheSizes:
 
 def _measure(context: JobContext) -> CacheSizes:
     info = context.worker
-    letters = "".join("B" if "B" in allowed else "R" for allowed in info.allowed_actions)
-    request = CompareLatency(letters, workload=context.workload, max_seconds=SECONDS)
+    hiding = [action for action in Action if action.row.hides_vision]
+    plan = SkipPlan(
+        tuple(
+            next((action for action in hiding if action.letter in allowed), Action.RUN)
+            for allowed in info.allowed_actions
+        )
+    )
+    request = CompareLatency(plan.text, workload=context.workload, max_seconds=SECONDS)
     ((_, result),) = context.pool.run([request])
     if isinstance(result, Failure):
         raise JobFailed(f"the size of the KV cache could not be measured: {result.reason}")
     assert isinstance(result, LatencyComparison)
     run = result.kv_cache_bytes_dense / info.num_layers
-    bypassed = letters.count("B")
+    bypassed = sum(action.row.hides_vision for action in plan)
     saved = result.kv_cache_bytes_dense - result.kv_cache_bytes_plan
     return CacheSizes(run, run - saved / bypassed if bypassed else run)

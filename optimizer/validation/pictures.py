@@ -12,8 +12,8 @@ from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.validation.report import ActionReport, ValidationReport
 from optimizer.validation.tables import agreement, layer_columns
-from workers.redundancy.kinds import INTERVENTIONS
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ def check_picture(path: Path) -> None:
 
 def heat_map(table: LayerTable, risk: Risk, title: str) -> Figure:
     """Layers from left to right, a row for every measurement and predicted risk, each scaled to its largest value."""
-    rows = [*layer_columns(table), *((f"risk {INTERVENTIONS[key]}", values) for key, values in risk.risk.items())]
+    rows = [*layer_columns(table), *((f"risk {Action.of(key).label}", values) for key, values in risk.risk.items())]
     finite = np.array([[value if math.isfinite(value) else np.nan for value in values] for _, values in rows])
     largest = np.nanmax(np.abs(finite), axis=1, keepdims=True, initial=1e-12, where=~np.isnan(finite))
     figure = _figure_class()(figsize=(3.2 + 0.42 * table.num_layers, 1.3 + 0.33 * len(rows)), layout="constrained")

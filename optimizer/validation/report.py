@@ -20,8 +20,9 @@ from optimizer.stages.redundancy import measured
 from optimizer.validation.agreement import Agreement
 from optimizer.validation.harm import Measured, PlanHarm, measure
 from workers.errors import MeasurementError
-from workers.redundancy.kinds import INTERVENTIONS, KINDS
+from workers.redundancy.kinds import KINDS
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import SAVING_LETTERS, Action
 
 CONTROL = "scrambled (control)"
 RANDOM_SETS = 3
@@ -115,7 +116,7 @@ def validate(
     risks, table, left_out = _predict(context, own, others)
     everyone = [each for each in (own, *others) if each.name in risks]
     risks[CONTROL] = scrambled(risks[own.name], spec.search.seed)
-    allowed = {letter: _allowed(context, letter) for letter in "FBS" if _allowed(context, letter)}
+    allowed = {letter: _allowed(context, letter) for letter in SAVING_LETTERS if _allowed(context, letter)}
     if not allowed:
         raise JobFailed("no layer of this model may take any action")
     size = set_size or max(1, round(table.num_layers / 4))
@@ -175,7 +176,7 @@ def _predict(
 
 def plan_of(num_layers: int, layers: Sequence[int], letter: str) -> str:
     """The plan that takes an action at some layers and runs the others."""
-    return "".join(letter if layer in layers else "R" for layer in range(num_layers))
+    return "".join(letter if layer in layers else Action.RUN.letter for layer in range(num_layers))
 
 
 def scrambled(risk: Risk, seed: int) -> Risk:
@@ -285,7 +286,7 @@ def _action(
         }
 
     return ActionReport(
-        action=INTERVENTIONS[letter],
+        action=Action.of(letter).label,
         layers=there,
         kl=None if divergences is None else tuple(divergences.mean(1).tolist()),
         drop=tuple(drops.mean(1).tolist()),

@@ -13,8 +13,8 @@ from rich.table import Table
 from optimizer.criteria import Risk
 from optimizer.validation.agreement import Agreement
 from optimizer.validation.report import ValidationReport
-from workers.redundancy.kinds import INTERVENTIONS
 from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
 
 LAYER_COLUMNS = (
     ("d vision", "cosine_distance", "vision"),
@@ -54,7 +54,7 @@ def layers_table(table: LayerTable, risk: Risk) -> Table:
     for heading, _ in columns:
         drawn.add_column(heading, justify="right")
     for letter in risk.risk:
-        drawn.add_column(f"risk {INTERVENTIONS[letter]}", justify="right", style="bold")
+        drawn.add_column(f"risk {Action.of(letter).label}", justify="right", style="bold")
     for layer in range(table.num_layers):
         values = [values[layer] for _, values in columns] + [risk.of(layer, letter) for letter in risk.risk]
         drawn.add_row(str(layer), *map(number, values))
@@ -74,7 +74,7 @@ def measurements_json(table: LayerTable, risk: Risk) -> dict[str, Any]:
         "criterion": risk.criterion,
         "layers": table.num_layers,
         "risk": {
-            INTERVENTIONS[letter]: [value if math.isfinite(value) else None for value in values]
+            Action.of(letter).label: [value if math.isfinite(value) else None for value in values]
             for letter, values in risk.risk.items()
         },
         "measurements": [
@@ -150,7 +150,7 @@ def _sets(report: ValidationReport) -> Table:
             each.kind, each.kind
         )
         layers = " ".join(map(str, each.layers))
-        action = INTERVENTIONS[each.action]
+        action = Action.of(each.action).label
         if each.harm is None:
             drawn.add_row(action, name, layers, "cannot be run", "-", "-")
             continue
@@ -167,5 +167,7 @@ def _overlaps(report: ValidationReport) -> Table:
     for heading in ("action", "method", "shared", "by chance"):
         drawn.add_column(heading)
     for each in report.overlaps:
-        drawn.add_row(INTERVENTIONS[each.action], each.method, f"{each.shared} of {each.size}", f"{each.expected:.1f}")
+        drawn.add_row(
+            Action.of(each.action).label, each.method, f"{each.shared} of {each.size}", f"{each.expected:.1f}"
+        )
     return drawn

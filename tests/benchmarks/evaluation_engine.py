@@ -51,7 +51,7 @@ def brood(parent: SkipPlan, count: int, actions: str, generator: random.Random) 
     while len(plans) < count:
         plan = parent
         for layer in generator.sample(range(len(parent)), generator.choice((1, 2))):
-            plan = plan.with_action(layer, Action(generator.choice([a for a in actions if a != plan[layer].value])))
+            plan = plan.with_action(layer, Action.of(generator.choice([a for a in actions if a != plan[layer].letter])))
         plans.add(plan)
     return sorted(plans)
 
@@ -65,7 +65,7 @@ def upper(layers: int, count: int, actions: str, generator: random.Random) -> li
     while len(plans) < count:
         plan = SkipPlan.dense(layers)
         for layer in generator.sample(range(first, layers), generator.randint(1, most)):
-            plan = plan.with_action(layer, Action(generator.choice(others)))
+            plan = plan.with_action(layer, Action.of(generator.choice(others)))
         plans.add(plan)
     return sorted(plans)
 

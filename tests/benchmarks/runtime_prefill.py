@@ -120,8 +120,8 @@ def main() -> None:
     plans = {
         "all run": SkipPlan.dense(LAYERS),
         "half skipped": SkipPlan.skipping(LAYERS, half),
-        "half frozen": SkipPlan.frozen_set(LAYERS, half),
-        "half bypassed": SkipPlan.early_exit(LAYERS, LAYERS // 2),
+        "half frozen": SkipPlan.parse("".join("F" if layer in half else "R" for layer in range(LAYERS))),
+        "half bypassed": SkipPlan.parse("R" * (LAYERS // 2) + "B" * (LAYERS - LAYERS // 2)),
         "half bypassed, alternate": SkipPlan.parse("RB" * (LAYERS // 2)),
     }
 

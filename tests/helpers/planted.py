@@ -91,7 +91,7 @@ def problem_of(
     problem = Problem(
         space=space,
         limits=Limits(constraint or ConstraintSpec(max_accuracy_drop=0.05), dense_seconds=0.1),
-        ratio=lambda plan: 1 - sum(cost[action.value] for action in plan) / (planted.layers + 2),
+        ratio=lambda plan: 1 - sum(cost[action.letter] for action in plan) / (planted.layers + 2),
         rungs=rung_sizes(spec.rungs, planted.samples),
         risk=risk_of(planted.singles, planted.layers),
         table=table or table_of(planted),

@@ -39,7 +39,7 @@ from workers.models.loading import LoadedModel, load_model
 from workers.redundancy.measure import score_layers
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
-from workers.runtime.plan import SkipPlan
+from workers.runtime.plan import LETTERS, SkipPlan
 from workers.tasks import Task
 
 Computation = (
@@ -84,7 +84,6 @@ class Measurer:
     @property
     def info(self) -> WorkerInfo:
         """What this worker is, and what model it holds."""
-        letters = "RFBS"
         return WorkerInfo(
             worker=self.settings.worker,
             node=socket.gethostname(),
@@ -94,7 +93,7 @@ class Measurer:
             model_fingerprint=self.loaded.fingerprint,
             num_layers=self.descriptor.num_layers,
             allowed_actions=tuple(
-                "".join(sorted((action.value for action in allowed), key=letters.index))
+                "".join(sorted((action.letter for action in allowed), key=LETTERS.index))
                 for allowed in self.descriptor.allowed
             ),
             parameters=self.loaded.parameters,

@@ -49,6 +49,9 @@ MAPS_BUDGET = 4 << 30
 """Bytes of maps that are kept. All plans of one request are walked together, so theirs should fit."""
 
 
+RUN, SKIP = Action.RUN.letter, Action.SKIP.letter
+
+
 @dataclass(frozen=True)
 class _Executed:
     """All batches' states behind a layer that was just run, ``[batch, tokens, hidden]`` each, and what maps act on."""
@@ -121,11 +124,11 @@ class SharedFits:
         if prefix in self._maps:
             self._maps.move_to_end(prefix)
             return self._maps[prefix]
-        layer = len(prefix.rstrip("S")) - 1
+        layer = len(prefix.rstrip(SKIP)) - 1
         gap, share = Gap(layer, len(prefix) - 1), self._calibration.require(layer)
         require_holds(self._decoder.stack, layer, self.recipe)
         with torch.inference_mode():
-            before = self._executed(prefix[: layer + 1] if self.recipe.source == "pruned" else "R" * (layer + 1))
+            before = self._executed(prefix[: layer + 1] if self.recipe.source == "pruned" else RUN * (layer + 1))
             halts = [Halt(m, x.flatten(0, 1)) for m, x in zip(before.acted_on, before.hidden, strict=True)]
             sums = gap_sums(halts, self._calibration.batches, gap, self._weigh)
             solution = solve(sums, ridge=self.recipe.ridge, bias=self.recipe.bias)
@@ -143,13 +146,13 @@ class SharedFits:
 
     def _entering(self, prefix: str) -> tuple[Tensor, ...]:
         """The states that the layer behind ``prefix`` is given."""
-        executed = prefix.rstrip("S")
+        executed = prefix.rstrip(SKIP)
         if not executed:  # layers skipped at the very bottom stay plain skips
             return tuple(recording.hidden for recording in self._recordings)
         if prefix in self._states:
             self._states.move_to_end(prefix)
             return self._states[prefix]
-        if executed == prefix and not (self.recipe.drift and "S" in executed.lstrip("S")):
+        if executed == prefix and not (self.recipe.drift and SKIP in executed.lstrip(SKIP)):
             states = tuple(hidden for hidden, _ in self._run(prefix, watching=False))
         else:
             before, change = self._executed(executed), self.change(prefix)
@@ -169,7 +172,7 @@ class SharedFits:
 
     def _run(self, prefix: str, *, watching: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the layer that ends ``prefix``, batch by batch: the states, and where asked for what maps act on."""
-        layer, action = len(prefix) - 1, Action(prefix[-1])
+        layer, action = len(prefix) - 1, Action.of(prefix[-1])
         entering = self._entering(prefix[:-1])
         self.layer_executions += 1
         site = fold_site(self._decoder.stack, layer) if watching else None

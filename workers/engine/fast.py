@@ -306,7 +306,7 @@ class FastEvaluator:
 def _mixed(descriptor: FamilyDescriptor) -> SkipPlan:
     """A plan with every action somewhere, as far as the model can take them, that leaves most layers running."""
     plan = SkipPlan.dense(descriptor.num_layers)
-    wanted = (Action.FREEZE, Action.BYPASS, Action.SKIP)
+    wanted = [action for action in Action if action is not Action.RUN]
     for number, action in enumerate(wanted, start=1):
         layer = number * descriptor.num_layers // (len(wanted) + 1)
         changed = plan.with_action(layer, action)

@@ -138,7 +138,7 @@ class Walker:
         step = node.step
         assert isinstance(step, Execute)
         arguments = context.arguments[step.layer]
-        if step.action is Action.BYPASS:
+        if step.action.row.hides_vision:
             arguments = context.without_vision(arguments, self._decoder.mask_name)
         return step.layer, arguments
 

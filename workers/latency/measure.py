@@ -24,12 +24,13 @@ from workers.runtime import apply
 from workers.runtime.descriptor import FamilyDescriptor, validate
 from workers.runtime.families import describe
 from workers.runtime.folding import Maps
-from workers.runtime.plan import Action, PlanError, SkipPlan
+from workers.runtime.plan import LETTERS, Action, PlanError, SkipPlan
 from workers.tasks import Task
 
 from .request import RequestTimer, RequestTimes, cache_bytes, device_name, prepare_request, run_request, time_request
 
 DEFAULT_WORKLOAD = Workload()
+RUN = Action.RUN.letter
 WARM_UP_REQUESTS = 3
 CHECK_PLANS = 4
 PAIRS_PER_LOOK = 10
@@ -42,7 +43,7 @@ def profile_latency(
     loaded: LoadedModel,
     task: Task,
     *,
-    actions: str = "RS",
+    actions: str = RUN + Action.SKIP.letter,
     repeats: int = 20,
     workload: Workload = DEFAULT_WORKLOAD,
     seed: int = 0,
@@ -64,7 +65,9 @@ def profile_latency(
     request = prepare_request(loaded, task, workload)
     checks = _check_plans(letters, descriptor, random.Random(seed))
     dense = SkipPlan.dense(descriptor.num_layers)
-    hooked: dict[str, list[RequestTimes]] = {letter: [] for letter in letters if letter != "S"}
+    hooked: dict[str, list[RequestTimes]] = {
+        letter: [] for letter in letters if not Action.of(letter).row.removes_layer
+    }
     times: dict[SkipPlan, list[float]] = {plan: [] for plan in (dense, *checks)}
     with device_lock.timing(loaded.device):
         with apply(loaded.model, dense):
@@ -80,20 +83,21 @@ def profile_latency(
                     measured.append(time_request(loaded, request))
     dense_seconds = statistics.median(times[dense])
     # The hooks may read another clock than the wall's (see RequestTimer): the dense request links the two.
-    scale = dense_seconds / statistics.median(row.total for row in hooked["R"])
+    scale = dense_seconds / statistics.median(row.total for row in hooked[RUN])
     prefill = {letter: _medians(rows, lambda calls: scale * calls[0]) for letter, rows in hooked.items()}
     decode = {letter: _medians(rows, lambda calls: scale * _per_token(calls)) for letter, rows in hooked.items()}
-    if "S" in letters:
-        for phase in (prefill, decode):
-            runs = zip(descriptor.allowed, phase["R"], strict=True)
-            phase["S"] = tuple(0.0 if Action.SKIP in allowed else seconds for allowed, seconds in runs)
+    for letter in letters:
+        if letter not in hooked:
+            for phase in (prefill, decode):
+                runs = zip(descriptor.allowed, phase[RUN], strict=True)
+                phase[letter] = tuple(0.0 if Action.of(letter) in allowed else seconds for allowed, seconds in runs)
     profile = LatencyProfile(
         device=device_name(loaded.device),
         workload=workload,
         prompt_tokens=request.prompt_tokens,
         dense_seconds=dense_seconds,
-        dense_prefill_seconds=scale * statistics.median(row.model[0] for row in hooked["R"]),
-        dense_decode_seconds=scale * statistics.median(_per_token(row.model) for row in hooked["R"]),
+        dense_prefill_seconds=scale * statistics.median(row.model[0] for row in hooked[RUN]),
+        dense_decode_seconds=scale * statistics.median(_per_token(row.model) for row in hooked[RUN]),
         prefill_seconds=prefill,
         decode_seconds=decode,
         relative_error=math.nan,
@@ -126,7 +130,7 @@ def predict_seconds(profile: LatencyProfile, plan: SkipPlan) -> float:
     """Additive prediction: dense minus what every layer saves under its action."""
     layers = profile.layer_seconds
     return profile.dense_seconds - sum(
-        layers["R"][layer] - layers[action.value][layer] for layer, action in enumerate(plan.actions)
+        layers[RUN][layer] - layers[action.letter][layer] for layer, action in enumerate(plan.actions)
     )
 
 
@@ -217,14 +221,13 @@ def median_interval(values: Sequence[float], confidence: float, generator: np.ra
 
 
 def _letters(actions: str) -> str:
-    known = "".join(action.value for action in Action)
-    if not set(actions) <= set(known):
-        raise MeasurementError(f"actions {actions!r}: allowed letters are {', '.join(known)}")
-    return "".join(letter for letter in known if letter in actions or letter == "R")
+    if not set(actions) <= set(LETTERS):
+        raise MeasurementError(f"actions {actions!r}: allowed letters are {', '.join(LETTERS)}")
+    return "".join(letter for letter in LETTERS if letter in actions or letter == RUN)
 
 
 def _uniform_plan(letter: str, allowed: Sequence[frozenset[Action]]) -> SkipPlan:
-    action = Action(letter)
+    action = Action.of(letter)
     return SkipPlan(tuple(action if action in choices else Action.RUN for choices in allowed))
 
 
@@ -235,8 +238,8 @@ def _check_plans(letters: str, descriptor: FamilyDescriptor, generator: random.R
     for _ in range(CHECK_PLANS * 20):
         actions = [Action.RUN] * layers
         for layer in generator.sample(range(layers), generator.randint(max(1, layers // 4), max(1, layers // 2))):
-            choices = [action for action in descriptor.allowed[layer] if action.value in letters]
-            actions[layer] = generator.choice(sorted(choices, key=lambda action: action.value))
+            choices = [action for action in descriptor.allowed[layer] if action.letter in letters]
+            actions[layer] = generator.choice(sorted(choices, key=lambda action: action.letter))
         plan = SkipPlan(tuple(actions))
         try:
             validate(plan, descriptor)

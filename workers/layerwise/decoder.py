@@ -21,6 +21,7 @@ from workers.runtime.edits import Edits
 from workers.runtime.families import describe_stack, family_of, layer_kinds
 from workers.runtime.locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters, locate
 from workers.runtime.plan import Action
+from workers.runtime.special_layers import VISION_ACTIONS
 from workers.runtime.text_cache import MergingCache
 from workers.runtime.token_layers import TokenLayer, query_scale, shares_keys
 from workers.runtime.token_rows import TokenRows, TokenSplit
@@ -118,7 +119,7 @@ class Decoder:
         self._gathering = tuple(
             {
                 action: TokenLayer(layer, number, action, self._split, mask_may_be_none=False)
-                for action in (Action.FREEZE, Action.BYPASS)
+                for action in VISION_ACTIONS
             }
             for number, layer in enumerate(self.layers)
         )

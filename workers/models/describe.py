@@ -56,7 +56,7 @@ def outline(source: ModelSource) -> Outline:
     for layer, refused in enumerate(described.refusals):
         for action, reason in refused.items():
             if action is not Action.RUN:
-                refusals.setdefault(action.name.lower(), {})[layer] = reason
+                refusals.setdefault(action.label, {})[layer] = reason
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint = slow_arithmetic(model.dtype, torch.device(choose_device(source.device)))
     return Outline(described.family, described.num_layers, parameters, refusals, hint)

@@ -40,14 +40,15 @@ class Interventions:
             if "propagation" in self._kinds or "causal" in self._kinds:
                 self._remove(batch, made, layer, changes[layer])
             if "causal" in self._kinds:
-                for letter in "FB":
-                    self._change(batch, made, layer, letter)
+                for action in INTERVENTIONS:
+                    if action is not Action.SKIP:  # its replay serves the gain too
+                        self._change(batch, made, layer, action)
             if "withdrawal" in self._kinds:
                 self._withdraw(batch, made, layer)
 
     def _run(self, kind: str, batch: Batch, made: Recording, plan: SkipPlan, first: int) -> tuple[Tensor, Tensor]:
         start = first if self.shared_prefixes else 0
-        skipped = len(plan.layers(Action.SKIP))
+        skipped = self._layers - len(plan.kept)
         self.executions[kind] += batch.size * (self._layers - start - skipped)
         logits, final = replay(self._loaded, self._stack, made, batch, plan, start)
         return logits, final
@@ -62,7 +63,7 @@ class Interventions:
             return
         logits, final = self._run(kind, batch, made, plan, layer)
         if "causal" in self._kinds:
-            self._add_kl(self._kl, (list(INTERVENTIONS).index("S"), layer), made, logits)
+            self._add_kl(self._kl, (INTERVENTIONS.index(Action.SKIP), layer), made, logits)
         if "propagation" in self._kinds:
             self._add_gain(batch, layer, change, state_of(made.outputs[-1]), final)
 
@@ -82,17 +83,17 @@ class Interventions:
         turned = torch.einsum("gbt,bt->gb", masks, cosine_distance(dense, final).double())
         self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
 
-    def _change(self, batch: Batch, made: Recording, layer: int, letter: str) -> None:
-        plan = SkipPlan.dense(self._layers).with_action(layer, Action(letter))
+    def _change(self, batch: Batch, made: Recording, layer: int, action: Action) -> None:
+        plan = SkipPlan.dense(self._layers).with_action(layer, action)
         reason = self._refusal(plan)
         if reason:
-            self.refused["causal"][f"{INTERVENTIONS[letter]} at {layer}"] = reason
+            self.refused["causal"][f"{action.label} at {layer}"] = reason
             return
         logits, _ = self._run("causal", batch, made, plan, layer)
-        self._add_kl(self._kl, (list(INTERVENTIONS).index(letter), layer), made, logits)
+        self._add_kl(self._kl, (INTERVENTIONS.index(action), layer), made, logits)
 
     def _withdraw(self, batch: Batch, made: Recording, layer: int) -> None:
-        plan = SkipPlan.parse("R" * layer + "B" * (self._layers - layer))
+        plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
         reason = self._refusal(plan)
         if reason:
             self.refused["withdrawal"][str(layer)] = reason

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from workers.errors import MeasurementError
 from workers.messages import TOKEN_GROUPS, KindSums, ShardScores
+from workers.runtime.plan import Action
 
 from .probes import probe_rows
 from .sums import Floats, ratio_means
@@ -27,7 +28,8 @@ QUANTILES = (0.5, 0.9, 0.99)
 HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
 """Bins of the cosine distance, for its quantiles: 255 of them, each 6 % wide."""
 
-INTERVENTIONS = {"F": "freeze", "B": "bypass", "S": "skip"}
+INTERVENTIONS = tuple(action for action in Action if action is not Action.RUN)
+"""Actions that are tried at every layer, in the order of their sums."""
 
 AFTER_ALL = ("causal", "withdrawal")
 """Kinds that run actions themselves, a pass for each: not measured unless asked for."""
@@ -129,7 +131,7 @@ def _angular_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
 
 def _contribution_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
     """``kl`` is ``[6, actions, layers]``."""
-    names = tuple(f"layer_contribution@{name}" for name in INTERVENTIONS.values())
+    names = tuple(f"layer_contribution@{action.label}" for action in INTERVENTIONS)
     yield from rows_of(sums.added["kl"].astype(float), names, "last", layers)
 
 

@@ -37,6 +37,7 @@ class AppliedPlan:
         self._refuse_second_plan()
         self.descriptor: FamilyDescriptor = describe_stack(self._stack)
         validate(plan, self.descriptor)
+        _require_known(plan)
         self._tokens = VisionTokens(self.descriptor.vision_token_ids)
 
     @property
@@ -91,7 +92,7 @@ class AppliedPlan:
         layers = list(stack.layers)
         if self.compensation is not None:
             fold(self._edits, stack, plan, self.compensation)
-        if plan.layers(Action.SKIP):
+        if len(plan.kept) < len(plan):
             remove_layers(self._edits, stack, plan.kept, permanent=permanent)
             if permanent:
                 require_faithful_reload(stack)
@@ -100,7 +101,7 @@ class AppliedPlan:
         self._tokens.watch(self._edits, stack)
         mask_may_be_none = stack.text_config._attn_implementation == "sdpa"
         for new, old in enumerate(plan.kept):
-            if plan[old] in (Action.FREEZE, Action.BYPASS):
+            if plan[old].row.vision_only:
                 special = TokenLayer(layers[old], new, plan[old], self._tokens, mask_may_be_none=mask_may_be_none)
                 self._edits.set_instance_attribute(layers[old], "forward", special)
 
@@ -111,6 +112,12 @@ class AppliedPlan:
                 f"frozen and bypassed layers need attention masks, which {implementation!r} attention does not take: "
                 "load the model with attn_implementation='sdpa' or 'eager'"
             )
+
+
+def _require_known(plan: SkipPlan) -> None:
+    for layer, action in enumerate(plan):
+        if not (action is Action.RUN or action.row.removes_layer or action.row.vision_only):
+            raise PlanError(f"layer {layer}: nothing here runs {action.letter} ({action.label})")
 
 
 def apply(model: nn.Module, plan: SkipPlan, compensation: Maps | None = None) -> AppliedPlan:

@@ -72,7 +72,7 @@ def validate(plan: SkipPlan, descriptor: FamilyDescriptor) -> None:
     for layer, action in enumerate(plan):
         reason = descriptor.reason(layer, action)
         if reason:
-            raise PlanError(f"layer {layer} cannot take {action.value} ({action.name.lower()}): {reason}")
+            raise PlanError(f"layer {layer} cannot take {action.letter} ({action.label}): {reason}")
     if not plan.kept:
         raise PlanError("the plan skips every layer: at least one must stay")
     for rule in descriptor.keep_one:

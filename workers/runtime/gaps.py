@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .plan import Action, SkipPlan
+from .plan import SkipPlan
 
 Scope = Literal["output", "projection"]
 """What a map behind a layer is: one of all that the MLP adds, or a change of the MLP's last projection."""
@@ -36,7 +36,7 @@ def gaps(plan: SkipPlan, *, drift: bool = False) -> tuple[Gap, ...]:
     found: list[Gap] = []
     for layer in plan.kept:
         end = layer
-        while end + 1 < len(plan) and plan[end + 1] is Action.SKIP:
+        while end + 1 < len(plan) and plan[end + 1].row.removes_layer:
             end += 1
         if end > layer or (drift and found):
             found.append(Gap(layer, end))

@@ -2,43 +2,100 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import total_ordering
-from typing import Any, overload
-
-SCHEMA_VERSION = 1
+from typing import overload
 
 
 class PlanError(ValueError):
     """A plan that cannot be read, or that a model cannot take; the message names the layer."""
 
 
+@dataclass(frozen=True)
+class ActionRow:
+    """All that is known of an action. A new action is one more row of :class:`Action`, and its code in ``applied``."""
+
+    letter: str
+    """In the text of plans."""
+    past: str
+    """In reports: ``"3 of 12 layers skipped"``."""
+    summary: str
+    """In legends, behind the action's name."""
+    meaning: str
+    """In model cards, of the layers that take it: ``"2 are skipped for every token"``."""
+    work: float
+    """Share of a layer's work that is left, where a search counts work instead of measured seconds."""
+    removes_layer: bool = False
+    """Whether the layer does nothing for any token, so that a checkpoint can do without it."""
+    vision_only: bool = False
+    """Whether vision tokens are treated apart: they keep their state."""
+    hides_vision: bool = False
+    """Whether text does not attend to vision tokens at the layer: no keys, values or cache entries for them."""
+
+
 class Action(Enum):
     """What happens at one decoder layer; the value is the letter in the plan's text."""
 
-    RUN = "R"
-    """Nothing is skipped."""
-    FREEZE = "F"
-    """Vision tokens keep their state; they still give keys and values to text."""
-    BYPASS = "B"
-    """Vision tokens keep their state and text does not attend to them: no keys, values or cache for them."""
-    SKIP = "S"
-    """The whole layer is the identity for every token: no work, no cache entry."""
+    RUN = ActionRow(
+        letter="R",
+        past="run",
+        summary="nothing is skipped",
+        meaning="run as they are",
+        work=1.0,
+    )
+    FREEZE = ActionRow(
+        letter="F",
+        past="frozen",
+        summary="vision tokens keep their state",
+        meaning="leave vision tokens as they are (text still attends to them)",
+        work=0.5,
+        vision_only=True,
+    )
+    BYPASS = ActionRow(
+        letter="B",
+        past="bypassed",
+        summary="vision tokens pass by, text does not see them",
+        meaning="leave vision tokens as they are and out of text's attention",
+        work=0.5,
+        vision_only=True,
+        hides_vision=True,
+    )
+    SKIP = ActionRow(
+        letter="S",
+        past="skipped",
+        summary="the whole layer is left out",
+        meaning="are skipped for every token",
+        work=0.0,
+        removes_layer=True,
+    )
+
+    row: ActionRow
+    letter: str
+
+    def __new__(cls, row: ActionRow) -> Action:
+        """Make the letter the value, so that actions are found and pickled by it."""
+        action = object.__new__(cls)
+        action._value_ = row.letter
+        action.row, action.letter = row, row.letter
+        return action
+
+    @property
+    def label(self) -> str:
+        """The action's name in job files: ``"skip"``."""
+        return self.name.lower()
 
     @classmethod
-    def from_letter(cls, letter: str, layer: int) -> Action:
-        """The action of ``letter``. Raises :class:`PlanError` naming ``layer`` when there is none."""
-        try:
-            return cls(letter)
-        except ValueError:
-            raise PlanError(f"layer {layer}: unknown action {letter!r}, expected one of {', '.join(LETTERS)}") from None
+    def of(cls, letter: str) -> Action:
+        """Find the action of a letter. Raises ``KeyError`` when there is none."""
+        return _BY_LETTER[letter]
 
 
-LETTERS = tuple(action.value for action in Action)
-_BY_LETTER = {action.value: action for action in Action}
+_BY_LETTER = {action.letter: action for action in Action}
+LETTERS = "".join(_BY_LETTER)
+SAVING_LETTERS = LETTERS.replace(Action.RUN.letter, "")
+"""Letters of the actions that save work: all but run."""
 
 
 @total_ordering
@@ -59,7 +116,7 @@ class SkipPlan:
             if not isinstance(action, Action):
                 raise PlanError(f"layer {layer}: {action!r} is not an Action")
 
-    # Text and JSON ------------------------------------------------------------------------------------------------
+    # Text ---------------------------------------------------------------------------------------------------------
 
     @classmethod
     def parse(cls, text: str) -> SkipPlan:
@@ -68,41 +125,19 @@ class SkipPlan:
             raise PlanError(f"a plan's text must be a string, got {type(text).__name__}")
         try:
             return cls(tuple(map(_BY_LETTER.__getitem__, text)))
-        except KeyError:  # say which layer's
-            return cls(tuple(Action.from_letter(letter, layer) for layer, letter in enumerate(text)))
+        except KeyError as unknown:
+            layer = text.index(unknown.args[0])
+            raise PlanError(
+                f"layer {layer}: unknown action {text[layer]!r}, expected one of {', '.join(LETTERS)}"
+            ) from None
 
     @property
     def text(self) -> str:
         """The canonical text, one letter per layer."""
-        return "".join(action.value for action in self.actions)
+        return "".join(action.letter for action in self.actions)
 
     def __str__(self) -> str:
         return self.text
-
-    def to_json(self) -> str:
-        """A JSON object with the schema version and the plan's text."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, "plan": self.text})
-
-    @classmethod
-    def from_json(cls, document: str | Mapping[str, Any]) -> SkipPlan:
-        """Read what :meth:`to_json` wrote (the text, or the object already decoded).
-
-        Raises :class:`PlanError` on anything else, unknown keys and other schema versions included.
-        """
-        if isinstance(document, str):
-            try:
-                document = json.loads(document)
-            except json.JSONDecodeError as error:
-                raise PlanError(f"not a plan's JSON: {error}") from None
-        if not isinstance(document, Mapping):
-            raise PlanError(f"a plan's JSON must be an object, got {type(document).__name__}")
-        version = document.get("schema_version")
-        if version != SCHEMA_VERSION or isinstance(version, bool):
-            raise PlanError(f"plan schema version {version!r} is not readable, expected {SCHEMA_VERSION}")
-        unknown = sorted(str(key) for key in document if key not in ("schema_version", "plan"))
-        if unknown:
-            raise PlanError(f"unknown keys in a plan's JSON: {', '.join(unknown)}")
-        return cls.parse(document.get("plan", ""))
 
     # A sequence, ordered by text ----------------------------------------------------------------------------------
 
@@ -135,7 +170,7 @@ class SkipPlan:
     @property
     def kept(self) -> tuple[int, ...]:
         """The layers that are not skipped, in order."""
-        return tuple(layer for layer, own in enumerate(self.actions) if own is not Action.SKIP)
+        return tuple(layer for layer, own in enumerate(self.actions) if not own.row.removes_layer)
 
     @property
     def is_dense(self) -> bool:
@@ -144,8 +179,8 @@ class SkipPlan:
 
     @property
     def needs_vision_tokens(self) -> bool:
-        """Whether some layer treats vision tokens apart (freeze or bypass)."""
-        return any(action in (Action.FREEZE, Action.BYPASS) for action in self.actions)
+        """Whether some layer treats vision tokens apart."""
+        return any(action.row.vision_only for action in self.actions)
 
     # Building -----------------------------------------------------------------------------------------------------
 
@@ -170,31 +205,3 @@ class SkipPlan:
     def skipping(cls, num_layers: int, layers: Iterable[int]) -> SkipPlan:
         """The given layers are skipped for every token (ShortGPT, SLEB), the others run."""
         return cls.dense(num_layers)._with_layers(layers, Action.SKIP)
-
-    @classmethod
-    def frozen_set(cls, num_layers: int, layers: Iterable[int]) -> SkipPlan:
-        """Vision tokens are frozen at the given layers (ShortV's replaced layers), the others run."""
-        return cls.dense(num_layers)._with_layers(layers, Action.FREEZE)
-
-    @classmethod
-    def late_entry(cls, num_layers: int, first: int) -> SkipPlan:
-        """Vision tokens enter at layer ``first``: layers before it are bypassed (Skip-It, DeepInsert)."""
-        _require_range("first", first, num_layers)
-        return cls.dense(num_layers)._with_layers(range(first), Action.BYPASS)
-
-    @classmethod
-    def early_exit(cls, num_layers: int, last: int) -> SkipPlan:
-        """Vision tokens leave before layer ``last``: that layer and all later ones are bypassed (VTW)."""
-        _require_range("last", last, num_layers)
-        return cls.dense(num_layers)._with_layers(range(last, num_layers), Action.BYPASS)
-
-    @classmethod
-    def contiguous_block(cls, num_layers: int, start: int, length: int) -> SkipPlan:
-        """``length`` layers from ``start`` on are skipped for every token (Gromov et al.)."""
-        _require_range("length", length, num_layers)
-        return cls.dense(num_layers)._with_layers(range(start, start + length), Action.SKIP)
-
-
-def _require_range(name: str, value: int, num_layers: int) -> None:
-    if not 0 <= value <= num_layers:
-        raise PlanError(f"{name} must lie in 0..{num_layers}, got {value}")

@@ -18,7 +18,7 @@ Refusals = list[dict[Action, str]]
 OnRemoval = Callable[[Edits, DecoderStack, Sequence[int], bool], None]
 """Called with the kept layers before they are renumbered, and whether the change is permanent."""
 
-VISION_ACTIONS = (Action.FREEZE, Action.BYPASS)
+VISION_ACTIONS = tuple(action for action in Action if action.row.vision_only)
 BLOCKS_OF_LAYERS = ("embed_tokens_per_layer", "per_layer_model_projection")
 """Modules whose results hold a block per layer, side by side in the last dimension."""
 

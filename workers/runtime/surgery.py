@@ -38,12 +38,12 @@ def save_pruned(
     model that transformers would build differently when it loads it is
     refused with a :class:`PlanError` too.
     """
-    special = [layer for layer, action in enumerate(plan) if action not in (Action.RUN, Action.SKIP)]
-    if special:
-        raise PlanError(
-            f"layer {special[0]}: a checkpoint can leave layers out, but cannot say {plan[special[0]].value} "
-            f"({plan[special[0]].name.lower()}); save plans of R and S only"
-        )
+    for layer, action in enumerate(plan):
+        if action is not Action.RUN and not action.row.removes_layer:
+            raise PlanError(
+                f"layer {layer}: a checkpoint can leave layers out, but cannot say {action.letter} "
+                f"({action.label}); save plans of R and S only"
+            )
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")
@@ -54,7 +54,7 @@ def save_pruned(
     try:
         if compensation is not None:
             fold(edits, applied._stack, plan, compensation)
-        if plan.layers(Action.SKIP):
+        if len(plan.kept) < len(plan):
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)
         model.save_pretrained(  # type: ignore[operator]

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from .edits import Edits
 from .locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters
-from .plan import Action
+from .plan import Action, PlanError
 from .text_cache import (
     CapturedKeys,
     CapturingCache,
@@ -42,7 +42,11 @@ class TokenLayer:
     def __init__(
         self, layer: nn.Module, layer_idx: int, action: Action, tokens: VisionTokens, *, mask_may_be_none: bool
     ) -> None:
-        self._layer_idx, self._action, self._tokens = layer_idx, action, tokens
+        runs = {Action.FREEZE: self._freeze, Action.BYPASS: self._bypass}
+        if action not in runs:
+            raise PlanError(f"layer {layer_idx}: nothing here runs {action.letter} ({action.label})")
+        self._run, self._hides_vision = runs[action], action.row.hides_vision
+        self._layer_idx, self._tokens = layer_idx, tokens
         self._mask_may_be_none = mask_may_be_none
         self._forward: Callable[..., Any] = layer.forward
         named = forward_parameters(layer)
@@ -62,11 +66,10 @@ class TokenLayer:
             hidden_states, lambda: self._past_tokens(cache, hidden_states.shape[-2]), last_tokens=self._shares_keys
         )
         if split is None:
-            if self._action is Action.BYPASS:
+            if self._hides_vision:
                 self._hide_vision_columns(arguments, hidden_states.shape[-2])
             return self._forward(hidden_states, **arguments)
-        run = self._freeze if self._action is Action.FREEZE else self._bypass
-        output = run(split, hidden_states, arguments)
+        output = self._run(split, hidden_states, arguments)
         if isinstance(output, tuple):
             return (split.text.put(hidden_states, output[0]), *output[1:])
         return split.text.put(hidden_states, output)

@@ -15,7 +15,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from optimizer.search.latency import Ratio
-from optimizer.search.space import COMPENSATED, Candidate, PlanSpace
+from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from workers.runtime import Action, SkipPlan
 
 Step = tuple[int, str]
@@ -62,7 +63,7 @@ class AdditiveProblem:
             ({number[step]: 1.0 for step in steps if step[0] == layer}, 0.0, 1.0)
             for layer in range(self.space.num_layers)
         ]
-        skips = {number[step]: 1.0 for step in steps if step[1] in ("S", COMPENSATED)}
+        skips = {number[step]: 1.0 for step in steps if step[1] in (SKIP, COMPENSATED)}
         rows.append((skips, 0.0, self.space.num_layers - 1.0))
         for place, ((first, second), excess) in enumerate(pairs, start=len(steps)):
             a, b = number[first], number[second]
@@ -83,7 +84,7 @@ class AdditiveProblem:
         )
         if solution.x is None:
             return None
-        letters = ["R"] * self.space.num_layers
+        letters = [RUN] * self.space.num_layers
         for step, taken in zip(steps, solution.x, strict=False):
             if taken > 0.5:
                 letters[step[0]] = step[1]
@@ -98,12 +99,12 @@ class AdditiveProblem:
 
 def steps_of(space: PlanSpace) -> list[Step]:
     """Every single step that a space allows."""
-    return [(layer, letter) for layer, own in enumerate(space.genome_letters) for letter in own.replace("R", "")]
+    return [(layer, letter) for layer, own in enumerate(space.genome_letters) for letter in own.replace(RUN, "")]
 
 
 def action_of(step: Step) -> Action:
     """What a step does to its layer; a compensated skip is a skip."""
-    return Action.SKIP if step[1] == COMPENSATED else Action(step[1])
+    return Action.SKIP if step[1] == COMPENSATED else Action.of(step[1])
 
 
 def savings(space: PlanSpace, ratio: Ratio) -> dict[Step, float]:

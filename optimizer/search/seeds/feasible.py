@@ -17,6 +17,7 @@ from optimizer.search.constraints import Limits
 from optimizer.search.latency import Ratio
 from optimizer.search.seeds.additive import AdditiveProblem, Limit, Step, action_of, steps_of
 from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.surrogate.encoding import RUN
 from workers.runtime import SkipPlan
 
 TIE = 1e-3
@@ -72,11 +73,11 @@ class FeasiblePlans:
         wanted = self.space.genome(candidate)
         own = (each for each in self.space.parts if candidate.compensation in each.compensations)
         part = next(own, self.space.parts[0])  # a plan without skips is said without compensation everywhere
-        risks = {(layer, letter): risk.of(layer, action_of((layer, letter)).value) for layer, letter in steps_of(part)}
+        risks = {(layer, letter): risk.of(layer, action_of((layer, letter)).letter) for layer, letter in steps_of(part)}
         finite = [value for value in risks.values() if math.isfinite(value)]
         most = max(finite, default=0.0) or 1.0
         cost = {
-            (layer, letter): float(wanted[layer] == "R") - float(wanted[layer] == letter) + TIE * min(1.0, own / most)
+            (layer, letter): float(wanted[layer] == RUN) - float(wanted[layer] == letter) + TIE * min(1.0, own / most)
             for (layer, letter), own in risks.items()
         }
         return self._cheapest(part, cost)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from itertools import zip_longest
 
 from optimizer.criteria import Risk
-from optimizer.search.space import COMPENSATED, Candidate, PlanSpace
+from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+from workers.runtime.plan import SAVING_LETTERS
 
 
 def nested_sets(space: PlanSpace, risk: Risk, limit: int | None = None) -> tuple[Candidate, ...]:
@@ -21,13 +23,15 @@ def nested_sets(space: PlanSpace, risk: Risk, limit: int | None = None) -> tuple
 
 def nested_ladders(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...], ...]:
     """The nested sets action by action, each from one layer to as many as may be touched."""
-    letters = [letter for letter in "FBSC" if any(letter in allowed for allowed in space.genome_letters)]
+    letters = [
+        letter for letter in SAVING_LETTERS + COMPENSATED if any(letter in allowed for allowed in space.genome_letters)
+    ]
     ladders = []
     for letter in letters:
-        order = risk.order("S" if letter == COMPENSATED and letter not in risk.risk else letter)
+        order = risk.order(SKIP if letter == COMPENSATED and letter not in risk.risk else letter)
         layers = [layer for layer in order if letter in space.genome_letters[layer]]
         genomes = [
-            "".join(letter if layer in layers[:size] else "R" for layer in range(space.num_layers))
+            "".join(letter if layer in layers[:size] else RUN for layer in range(space.num_layers))
             for size in range(1, min(len(layers), space.max_touched) + 1)
         ]
         ladders.append(tuple(space.candidate(genome) for genome in genomes if space.allows(genome)))

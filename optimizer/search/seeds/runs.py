@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from optimizer.search.space import COMPENSATED, Candidate, PlanSpace
+from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN
 from workers.redundancy.table import LayerTable
 
 Unexplained = Mapping[tuple[int, int], float]
@@ -23,12 +24,12 @@ def best_structures(space: PlanSpace, unexplained: Unexplained) -> tuple[Candida
     # best[skipped] at layer l: the least cost of the layers 0..l with l kept, and the genome that has it.
     kept: list[dict[int, tuple[float, str]]] = [{} for _ in range(layers)]
     final: dict[int, tuple[float, str]] = {}
-    kept[0] = {0: (0.0, "R")}
+    kept[0] = {0: (0.0, RUN)}
     for layer in range(layers):
         for skipped, (cost, genome) in kept[layer].items():
             _improve(final, skipped, cost, genome, layers)
             if layer + 1 < layers:
-                _improve(kept[layer + 1], skipped, cost, genome + "R", layer + 2)
+                _improve(kept[layer + 1], skipped, cost, genome + RUN, layer + 2)
             for last in range(layer + 1, layers):
                 if COMPENSATED not in space.genome_letters[last]:
                     break
@@ -37,7 +38,7 @@ def best_structures(space: PlanSpace, unexplained: Unexplained) -> tuple[Candida
                 if last + 1 == layers:
                     _improve(final, skipped + last - layer, cost + share, run, layers)
                 else:
-                    _improve(kept[last + 1], skipped + last - layer, cost + share, run + "R", last + 2)
+                    _improve(kept[last + 1], skipped + last - layer, cost + share, run + RUN, last + 2)
     found = [final[size][1] for size in sorted(final) if size > 0 and math.isfinite(final[size][0])]
     return tuple(space.candidate(genome) for genome in found if space.allows(genome))
 

@@ -14,7 +14,8 @@ from optimizer.search.seeds.additive import AdditiveProblem, Step, budgets, savi
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.seeds.nested import nested_ladders, nested_sets
 from optimizer.search.seeds.runs import Unexplained, best_structures
-from optimizer.search.space import COMPENSATED, Candidate, PlanSpace
+from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 
 COMPENSATION_GAIN = 0.15
 """Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
@@ -39,7 +40,7 @@ def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
 
     Where linear redundancy was measured, it says how the risk is spread over the layers; else the plain skip does.
     """
-    plain = risk.risk["S"]
+    plain = risk.risk[SKIP]
     shares = [unexplained.get((layer - 1, layer), math.inf) for layer in range(len(plain))]
     known = [share for share in shares if math.isfinite(share)]
     finite = [value for value in plain if math.isfinite(value)]
@@ -95,14 +96,16 @@ def random_seeds(feasible: FeasiblePlans, count: int, seed: int) -> Seeds:
             break
         share = random.uniform(0.1, 0.9)
         skip = space.genome_letters
-        family = COMPENSATED if space.recipe and random.random() < 1 / len(space.compensations) else "S"
+        family = COMPENSATED if space.recipe and random.random() < 1 / len(space.compensations) else SKIP
         letters = []
         for own in skip:
-            others = [letter for letter in own if letter != "R" and (letter not in "SC" or letter == family)]
+            others = [
+                letter for letter in own if letter != RUN and (letter not in (SKIP, COMPENSATED) or letter == family)
+            ]
             takes = others and random.random() < share
-            letters.append(others[int(random.integers(len(others)))] if takes else "R")
+            letters.append(others[int(random.integers(len(others)))] if takes else RUN)
         genome = "".join(letters)
-        if not space.allows(genome) or genome == "R" * space.num_layers:
+        if not space.allows(genome) or genome == RUN * space.num_layers:
             continue
         candidate = space.candidate(genome)
         if candidate in feasible:

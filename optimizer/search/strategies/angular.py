@@ -6,6 +6,7 @@ from optimizer.criteria.angular import Angular
 from optimizer.search.problem import PlanList, Problem
 from optimizer.search.strategies.needs import need_blocks, need_plain_skips
 from optimizer.search.strategies.nested import applied
+from optimizer.search.surrogate.encoding import SKIP
 
 
 def angular(problem: Problem) -> PlanList:
@@ -14,4 +15,4 @@ def angular(problem: Problem) -> PlanList:
     need_blocks(problem, "angular")
     space, criterion = problem.space, Angular()
     blocks = [criterion.best_block(problem.table, length) for length in range(1, space.num_layers)]
-    return PlanList([applied(space, block, "S") for block in blocks], problem, "angular")
+    return PlanList([applied(space, block, SKIP) for block in blocks], problem, "angular")

@@ -17,6 +17,7 @@ from optimizer.search.seeds.additive import spread_order
 from optimizer.search.space import Candidate
 from optimizer.search.strategies.needs import need_plain_skips
 from optimizer.search.strategies.nested import applied
+from optimizer.search.surrogate.encoding import SKIP
 from optimizer.search.trial import Tried
 
 OFFSPRING = 16
@@ -44,7 +45,7 @@ class EvoPress:
         need_plain_skips(problem, "evopress")
         self._space, self._rungs = problem.space, problem.rungs
         self._random = np.random.default_rng([problem.seed, 3])
-        self._free = [layer for layer, own in enumerate(problem.space.letters) if "S" in own]
+        self._free = [layer for layer, own in enumerate(problem.space.letters) if SKIP in own]
         most = min(len(self._free), problem.space.max_touched, problem.space.num_layers - 1)
         sizes = sorted({max(1, round(most * (step + 1) / (LEVELS + 1))) for step in range(LEVELS)})
         self._levels = [Level(sizes[place]) for place in spread_order(len(sizes))]
@@ -73,12 +74,12 @@ class EvoPress:
         ranked = sorted((tried for _, tried in answers if tried is not None), key=better_first)
         if self._stage == 0 and ranked:
             best = [tried.candidate for tried in ranked[:SURVIVORS]]
-            parent = [] if level.parent is None else [applied(self._space, level.parent, "S")]
+            parent = [] if level.parent is None else [applied(self._space, level.parent, SKIP)]
             self._survivors = list(dict.fromkeys([*best, *parent]))
             self._stage = 1
             return
         if ranked:
-            level.parent = tuple(layer for layer, letter in enumerate(ranked[0].plan) if letter == "S")
+            level.parent = tuple(layer for layer, letter in enumerate(ranked[0].plan) if letter == SKIP)
         self._stage = 0
         self._turn += 1
 
@@ -87,7 +88,7 @@ class EvoPress:
         for _ in range(OFFSPRING * FAILED_THROWS):
             if len(found) == OFFSPRING:
                 break
-            candidate = applied(self._space, self._mutated(level), "S")
+            candidate = applied(self._space, self._mutated(level), SKIP)
             if candidate in self._space and candidate not in self._seen:
                 found.setdefault(candidate)
         self._seen.update(found)

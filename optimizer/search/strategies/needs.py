@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from optimizer.errors import UsageFault
 from optimizer.search.problem import Problem
+from optimizer.search.surrogate.encoding import SKIP
 from workers.errors import MeasurementError
-
-_NAMES = {"S": "skip", "F": "freeze", "B": "bypass"}
+from workers.runtime.plan import Action
 
 
 def need_action(problem: Problem, strategy: str, letter: str) -> None:
     """Raises UsageFault when no layer may take the action that the method is made of."""
     if not any(letter in own for own in problem.space.letters):
-        raise UsageFault(f"search.strategy: {strategy} needs the action {_NAMES[letter]} (actions: [{_NAMES[letter]}])")
+        name = Action.of(letter).label
+        raise UsageFault(f"search.strategy: {strategy} needs the action {name} (actions: [{name}])")
 
 
 def need_plain_skips(problem: Problem, strategy: str) -> None:
     """Raises UsageFault when the job has no skips without compensation."""
-    need_action(problem, strategy, "S")
-    if not any("S" in own for own in problem.space.genome_letters):
+    need_action(problem, strategy, SKIP)
+    if not any(SKIP in own for own in problem.space.genome_letters):
         raise UsageFault(f"search.strategy: {strategy} skips without compensation (compensation: none or both)")
 
 
 def need_compensation(problem: Problem, strategy: str) -> None:
     """Raises UsageFault when the job compensates nothing."""
-    need_action(problem, strategy, "S")
+    need_action(problem, strategy, SKIP)
     if problem.space.recipe is None:
         raise UsageFault(f"search.strategy: {strategy} compensates what it skips (compensation: linear or both)")
 

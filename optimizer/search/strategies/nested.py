@@ -12,6 +12,7 @@ from optimizer.criteria import Risk
 from optimizer.search.problem import PlanList, Problem
 from optimizer.search.seeds.nested import nested_sets
 from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.surrogate.encoding import RUN
 
 
 def skip_it(problem: Problem) -> PlanList:
@@ -28,7 +29,7 @@ def ranked(space: PlanSpace, risk: Risk, letter: str) -> tuple[Candidate, ...]:
 def applied(space: PlanSpace, layers: Iterable[int], letter: str) -> Candidate:
     """The plan that takes one action at the given layers, without compensation."""
     chosen = set(layers)
-    return space.candidate("".join(letter if layer in chosen else "R" for layer in range(space.num_layers)))
+    return space.candidate("".join(letter if layer in chosen else RUN for layer in range(space.num_layers)))
 
 
 def published_risk(problem: Problem, criterion: str) -> Risk:

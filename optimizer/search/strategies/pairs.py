@@ -20,6 +20,7 @@ from optimizer.search.seeds.theory import LADDER, step_risks, with_compensated
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.strategies.bisection import Scouting
 from optimizer.search.strategies.study import StudyStrategy
+from optimizer.search.surrogate.encoding import RUN
 from optimizer.search.trial import Tried
 
 Pair = tuple[Step, Step]
@@ -90,7 +91,7 @@ class PairAware:
         together: Counter[Pair] = Counter()
         for solution in additive.ladder(self._ratios):
             genome = space.genome(solution)
-            steps = [(layer, letter) for layer, letter in enumerate(genome) if letter != "R"]
+            steps = [(layer, letter) for layer, letter in enumerate(genome) if letter != RUN]
             together.update(combinations(steps, 2))
         # Neighbours first among the equally frequent ones: they are likeliest to depend on each other.
         order = sorted(together, key=lambda pair: (-together[pair], pair[1][0] - pair[0][0], pair))
@@ -102,7 +103,7 @@ class PairAware:
         return [candidate for candidate in wanted if candidate in self._problem.space]
 
     def _plan(self, family: Family, steps: Sequence[Step]) -> Candidate:
-        letters = ["R"] * self._problem.space.num_layers
+        letters = [RUN] * self._problem.space.num_layers
         for layer, letter in steps:
             letters[layer] = letter
         return family.additive.space.candidate("".join(letters))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from optimizer.criteria.angular import Angular
 from optimizer.search.problem import PlanList, Problem
-from optimizer.search.space import COMPENSATED, Candidate
+from optimizer.search.space import Candidate
 from optimizer.search.strategies.needs import need_blocks, need_compensation
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN
 
 
 def replaceme(problem: Problem) -> PlanList:
@@ -28,4 +29,4 @@ def _compensated(problem: Problem, block: range) -> Candidate:
     # A block at the very bottom has no layer before it that could hold the map; the next one up takes its place.
     start = max(1, block.start)
     chosen = range(start, min(layers, start + len(block)))
-    return problem.space.candidate("".join(COMPENSATED if layer in chosen else "R" for layer in range(layers)))
+    return problem.space.candidate("".join(COMPENSATED if layer in chosen else RUN for layer in range(layers)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from optimizer.search.problem import PlanList, Problem
 from optimizer.search.strategies.needs import need_action
 from optimizer.search.strategies.nested import published_risk, ranked
+from workers.runtime.plan import Action
 
 
 def shortv(problem: Problem) -> PlanList:
     """The method for every number of layers."""
-    need_action(problem, "shortv", "F")
-    plans = ranked(problem.space, published_risk(problem, "layer-contribution"), "F")
+    need_action(problem, "shortv", Action.FREEZE.letter)
+    plans = ranked(problem.space, published_risk(problem, "layer-contribution"), Action.FREEZE.letter)
     return PlanList(plans, problem, "shortv")

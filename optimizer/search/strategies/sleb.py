@@ -12,6 +12,7 @@ from optimizer.search.problem import Answer, Ask, Problem, better_first
 from optimizer.search.space import Candidate
 from optimizer.search.strategies.needs import need_plain_skips
 from optimizer.search.strategies.nested import applied
+from optimizer.search.surrogate.encoding import SKIP
 from optimizer.search.trial import Tried
 
 
@@ -35,7 +36,7 @@ class Sleb:
         """The rest of the round on the first rung, or the round's winner on all samples."""
         if not self._queue and self._round:
             best = min(self._round, key=better_first)
-            self._removed = tuple(layer for layer, letter in enumerate(best.plan) if letter == "S")
+            self._removed = tuple(layer for layer, letter in enumerate(best.plan) if letter == SKIP)
             self._round, self._queue = [], self._candidates()
             return [Ask(best.candidate)]
         batch, self._queue = self._queue[:count], self._queue[count:]
@@ -46,9 +47,9 @@ class Sleb:
         self._round += [tried for candidate, tried in answers if tried is not None and self._is_next(candidate)]
 
     def _is_next(self, candidate: Candidate) -> bool:
-        return candidate.plan.text.count("S") == len(self._removed) + 1
+        return candidate.plan.text.count(SKIP) == len(self._removed) + 1
 
     def _candidates(self) -> list[Candidate]:
-        free = [layer for layer, own in enumerate(self._space.letters) if "S" in own and layer not in self._removed]
-        plans = [applied(self._space, (*self._removed, layer), "S") for layer in free]
+        free = [layer for layer, own in enumerate(self._space.letters) if SKIP in own and layer not in self._removed]
+        plans = [applied(self._space, (*self._removed, layer), SKIP) for layer in free]
         return [plan for plan in plans if plan in self._space]

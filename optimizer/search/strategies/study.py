@@ -18,7 +18,8 @@ from optuna.trial import TrialState, create_trial
 
 from optimizer.search.pareto import front_indices
 from optimizer.search.problem import Answer, Ask, Problem
-from optimizer.search.space import COMPENSATED, NO_COMPENSATION, Candidate, PlanSpace
+from optimizer.search.space import NO_COMPENSATION, Candidate, PlanSpace
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from optimizer.search.surrogate.moves import Moves
 from optimizer.search.trial import Tried
 
@@ -181,7 +182,7 @@ def distributions(space: PlanSpace) -> dict[str, BaseDistribution]:
 
 def parameters(space: PlanSpace, candidate: Candidate) -> dict[str, str]:
     """A candidate as Optuna's parameters."""
-    params = {_name(layer): candidate.plan[layer].value for layer in space.free_layers}
+    params = {_name(layer): candidate.plan[layer].letter for layer in space.free_layers}
     if len(space.compensations) > 1:
         params[COMPENSATION] = candidate.compensation
     return params
@@ -189,9 +190,9 @@ def parameters(space: PlanSpace, candidate: Candidate) -> dict[str, str]:
 
 def genome_of(space: PlanSpace, params: Mapping[str, Any]) -> str:
     """The genome of Optuna's parameters."""
-    text = "".join(params.get(_name(layer), "R") for layer in range(space.num_layers))
+    text = "".join(params.get(_name(layer), RUN) for layer in range(space.num_layers))
     compensated = params.get(COMPENSATION, space.compensations[0]) != NO_COMPENSATION
-    return text.replace("S", COMPENSATED) if compensated else text
+    return text.replace(SKIP, COMPENSATED) if compensated else text
 
 
 def attributes(tried: Tried) -> dict[str, Any]:

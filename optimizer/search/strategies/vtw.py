@@ -8,11 +8,15 @@ from __future__ import annotations
 from optimizer.search.problem import PlanList, Problem
 from optimizer.search.strategies.needs import need_action
 from optimizer.search.strategies.nested import applied
+from workers.runtime.plan import Action
 
 
 def vtw(problem: Problem) -> PlanList:
     """Withdrawal from the last layer on, from the last but one on, and so on."""
-    need_action(problem, "vtw", "B")
+    need_action(problem, "vtw", Action.BYPASS.letter)
     space = problem.space
-    plans = [applied(space, range(first, space.num_layers), "B") for first in range(space.num_layers - 1, -1, -1)]
+    plans = [
+        applied(space, range(first, space.num_layers), Action.BYPASS.letter)
+        for first in range(space.num_layers - 1, -1, -1)
+    ]
     return PlanList(plans, problem, "vtw")

@@ -9,7 +9,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.runtime.plan import Action
+
 Floats = NDArray[np.float64]
+
+RUN, SKIP = Action.RUN.letter, Action.SKIP.letter
+COMPENSATED = "C"
+"""In genomes, a skip whose gap is compensated: the same action as a skip in a plan."""
 
 WINDOW = 4
 """Layers that a local pair term may span."""
@@ -30,7 +36,7 @@ class Encoding:
     @cached_property
     def columns(self) -> tuple[tuple[int, str], ...]:
         """Layer and letter of every column."""
-        return tuple((layer, letter) for layer, own in enumerate(self.letters) for letter in own if letter != "R")
+        return tuple((layer, letter) for layer, own in enumerate(self.letters) for letter in own if letter != RUN)
 
     @cached_property
     def _codes(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

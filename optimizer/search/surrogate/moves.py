@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+
 Allowed = Callable[[str], bool]
 
 
@@ -15,7 +17,7 @@ class Moves:
     def __init__(self, letters: Sequence[str], allowed: Allowed, random: np.random.Generator) -> None:
         self._letters, self._allowed, self._random = letters, allowed, random
         self._free = [layer for layer, own in enumerate(letters) if len(own) > 1]
-        self.families = tuple(letter for letter in "SC" if any(letter in own for own in letters))
+        self.families = tuple(letter for letter in (SKIP, COMPENSATED) if any(letter in own for own in letters))
 
     def neighbours(self, text: str) -> Iterator[str]:
         """Every allowed text that differs in one layer, in order."""
@@ -28,11 +30,11 @@ class Moves:
 
     def exchange(self, text: str) -> str | None:
         """One touched layer runs again and another one takes its action, if the throw gives an allowed text."""
-        touched = [layer for layer in self._free if text[layer] != "R"]
+        touched = [layer for layer in self._free if text[layer] != RUN]
         if not touched:
             return None
         source = touched[int(self._random.integers(len(touched)))]
-        takers = [layer for layer in self._free if text[layer] == "R" and text[source] in self._letters[layer]]
+        takers = [layer for layer in self._free if text[layer] == RUN and text[source] in self._letters[layer]]
         if not takers:
             return None
         # Half of the exchanges stay close by: neighbouring layers resemble each other.
@@ -40,7 +42,7 @@ class Moves:
         pool = near if near and self._random.random() < 0.5 else takers
         target = pool[int(self._random.integers(len(pool)))]
         letters = list(text)
-        letters[source], letters[target] = "R", text[source]
+        letters[source], letters[target] = RUN, text[source]
         changed = "".join(letters)
         return changed if self._allowed(changed) else None
 
@@ -61,18 +63,18 @@ class Moves:
         else:
             takes = self._random.random(len(first)) < 0.5
             child = "".join(a if take else b for a, b, take in zip(first, second, takes, strict=True))
-        child = self._unmixed(child, "C" if "C" in first else "S")
+        child = self._unmixed(child, COMPENSATED if COMPENSATED in first else SKIP)
         return child if self._allowed(child) else None
 
     def other_family(self, text: str) -> str | None:
         """The same layers with their skips compensated, or no longer compensated."""
         if len(self.families) < 2:
             return None
-        changed = text.replace("S", "C") if "S" in text else text.replace("C", "S")
+        changed = text.replace(SKIP, COMPENSATED) if SKIP in text else text.replace(COMPENSATED, SKIP)
         return changed if changed != text and self._allowed(changed) else None
 
     def _unmixed(self, text: str, preferred: str) -> str:
         """Skips are compensated all or none; ``preferred`` (``S`` or ``C``) wins where both stand."""
-        if "S" in text and "C" in text:
-            return text.replace("S", "C") if preferred == "C" else text.replace("C", "S")
+        if SKIP in text and COMPENSATED in text:
+            return text.replace(SKIP, COMPENSATED) if preferred == COMPENSATED else text.replace(COMPENSATED, SKIP)
         return text

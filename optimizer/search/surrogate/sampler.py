@@ -21,7 +21,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.search.pareto import Point, front_indices
-from optimizer.search.surrogate.encoding import Encoding
+from optimizer.search.surrogate.encoding import RUN, Encoding
 from optimizer.search.surrogate.gain import Stairs
 from optimizer.search.surrogate.model import Design
 from optimizer.search.surrogate.moves import Moves
@@ -249,7 +249,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
 
     def _good(self, seen: Sequence[Seen]) -> list[str]:
         """Dense, and the plans that do on all samples, or nearly."""
-        dense = "R" * len(self._space.letters)
+        dense = RUN * len(self._space.letters)
         doing = (each.genome for each in seen if each.complete and each.drop <= self._reference[1])
         return list(dict.fromkeys([dense, *doing]))
 
@@ -285,7 +285,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
 
     def _thrown_starts(self) -> list[str]:
         """Where no plan is known to start from: dense, or if that is beyond the constraints, plans within them."""
-        dense = "R" * len(self._space.letters)
+        dense = RUN * len(self._space.letters)
         if self._possible(dense):
             return [dense]
         thrown = [self._space.draw(self._random) for _ in range(self._settings.parents)]
@@ -315,7 +315,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not type
 
     def _draws(self, seen: Sequence[Seen]) -> Draws:
         kept = self._nearest(seen)
-        dense = Seen("R" * len(self._space.letters), 1.0, 0.0, 1e-4, 0.0, 1e-6, True)
+        dense = Seen(RUN * len(self._space.letters), 1.0, 0.0, 1e-4, 0.0, 1e-6, True)
         if not any(each.genome == dense.genome for each in kept):
             kept = [dense, *kept]
         kl = np.array([each.kl for each in kept])

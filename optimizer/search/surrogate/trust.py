@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.search.space import COMPENSATED
+from optimizer.search.surrogate.encoding import COMPENSATED, SKIP
+from workers.runtime.plan import LETTERS
 
 FEW, MANY = 0.25, 0.5
 """Shares of a batch that do, below and from which the radius changes."""
@@ -55,6 +56,6 @@ def _up_to(pool: Sequence[str], distances: NDArray[np.int64], radius: int) -> li
 
 def _one_hot(genomes: Sequence[str], layers: int) -> NDArray[np.float32]:
     """[genomes, layers x letters]; a skip counts the same whether it is compensated or not."""
-    text = "".join(genomes).replace(COMPENSATED, "S").encode()
+    text = "".join(genomes).replace(COMPENSATED, SKIP).encode()
     codes = np.frombuffer(text, dtype=np.uint8).reshape(len(genomes), layers)
-    return np.concatenate([codes == ord(letter) for letter in "RFBS"], axis=1).astype(np.float32)
+    return np.concatenate([codes == ord(letter) for letter in LETTERS], axis=1).astype(np.float32)

@@ -97,7 +97,7 @@ def test_additive_problem_is_solved_exactly(seed, with_pairs):
     ratio = 1 - float(random.uniform(0, 0.6))
 
     def total(candidate):
-        taken = {(layer, action.value) for layer, action in enumerate(candidate.plan) if action.value != "R"}
+        taken = {(layer, action.letter) for layer, action in enumerate(candidate.plan) if action.letter != "R"}
         both = sum(excess for (a, b), excess in pairs.items() if a in taken and b in taken)
         return sum(risk[step] for step in taken) + both, sum(saving[step] for step in taken)
 

@@ -43,7 +43,7 @@ def plans_for(family: Family, count: int | None = None) -> list[str]:
     """Plans over what must be offered, and over what is offered although it may be declined."""
     allowed = describe(supported(family)).allowed
     also = {
-        layer: "".join(letter for letter in optional if Action(letter) in allowed[layer])
+        layer: "".join(letter for letter in optional if Action.of(letter) in allowed[layer])
         for layer, optional in family.may_refuse.items()
         if layer < family.layers
     }
@@ -95,11 +95,11 @@ def test_exactly_the_expected_actions_are_refused(family: Family) -> None:
     model = supported(family)
     descriptor = describe(model)
     for layer in range(family.layers):
-        found = {action.value for action in Action} - {action.value for action in descriptor.allowed[layer]}
+        found = {action.letter for action in Action} - {action.letter for action in descriptor.allowed[layer]}
         must = set(family.refused.get(layer, ""))
         assert must <= found <= must | set(family.may_refuse.get(layer, "")), f"layer {layer}"
         for letter in found:
-            reason = descriptor.reason(layer, Action(letter))
+            reason = descriptor.reason(layer, Action.of(letter))
             assert reason
             with pytest.raises(PlanError) as caught, apply(model, SkipPlan.parse(single(family, layer, letter))):
                 pass
@@ -113,7 +113,7 @@ def test_every_action_at_every_single_layer(family: Family) -> None:
     prompt = ONE_PICTURE if family.multimodal else TEXT_ONLY
     for layer in range(family.layers):
         for action in allowed[layer]:
-            plan = single(family, layer, action.value)
+            plan = single(family, layer, action.letter)
             if family.possible(plan):
                 expected = expected_logits(family, plan, prompt)
                 assert_close(family, planned_logits(model, family, plan, prompt), expected, plan)
