@@ -78,7 +78,7 @@ class AdditiveProblem:
         solution = milp(
             np.array([self.risk[step] for step in steps] + [excess for _, excess in pairs]),
             constraints=LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [high for _, _, high in rows]),
-            integrality=np.ones(count),
+            integrality=np.ones(count, dtype=np.int64),
             bounds=Bounds(0.0, 1.0),
             options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 0.0},
         )
