@@ -122,8 +122,8 @@ class LatencyProfile:
 
 
 @dataclass(frozen=True)
-class ScoreLayers:
-    """Measure ``kinds`` over ``samples[:limit][shard::shards]`` of calibration, all of it where there is no limit.
+class MeasureRedundancy:
+    """Measure ``kinds`` over ``samples[:n_samples][shard::shards]`` of the calibration split (None: all).
 
     ``kinds`` are names of ``workers.redundancy.kinds.KINDS``.
     """
@@ -131,11 +131,11 @@ class ScoreLayers:
     kinds: tuple[str, ...]
     shard: int
     shards: int
-    limit: int | None = None
+    n_samples: int | None = None
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """Where something too large for the database lies (a path or an fsspec URL), and its SHA-256."""
 
     location: str
@@ -144,33 +144,33 @@ class Artefact:
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """Score a plan on the first ``limit`` samples of a split (all of them when ``None``)."""
+    """Score a plan on the first ``n_samples`` samples of a split (all of them when ``None``)."""
 
     plan: str
     split: str
-    limit: int | None = None
+    n_samples: int | None = None
 
 
 @dataclass(frozen=True)
 class EvaluatePlans:
-    """Score plans on samples ``start`` up to ``limit`` (all to the end when ``None``) of a split.
+    """Score plans on samples ``start`` up to ``n_samples`` (all to the end when ``None``) of a split.
 
     ``compensation`` is ``"none"`` or the text of a recipe; it holds for all plans. ``path`` is ``"plain"`` (one plan
     after another through ``generate``), ``"fast"`` (work is shared; an error where that is not exact), or ``"auto"``.
-    ``artefacts`` gives per plan where its fitted maps lie; without it they are fitted.
+    ``artifacts`` gives per plan where its fitted maps lie; without it they are fitted.
     """
 
     plans: tuple[str, ...]
     split: str
-    limit: int | None = None
+    n_samples: int | None = None
     compensation: str = "none"
     start: int = 0
     path: str = "auto"
-    artefacts: tuple[Artefact | None, ...] = ()
+    artifacts: tuple[Artifact | None, ...] = ()
 
-    def artefact_of(self, plan: str) -> Artefact | None:
+    def artifact_of(self, plan: str) -> Artifact | None:
         """Where the maps of one of the plans lie."""
-        return dict(zip(self.plans, self.artefacts, strict=False)).get(plan)
+        return dict(zip(self.plans, self.artifacts, strict=False)).get(plan)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Evaluation:
     """Samples whose score hung on two logits closer than rounding and were therefore decided by the plain path."""
 
     @property
-    def n(self) -> int:
+    def n_samples(self) -> int:
         """Number of scored samples."""
         return len(self.scores)
 
@@ -237,7 +237,7 @@ class CompareLatency:
     max_seconds: float = 60.0
     seed: int = 0
     compensation: str = "none"
-    artefact: Artefact | None = None
+    artifact: Artifact | None = None
     """Where the plan's fitted maps lie; without it they are fitted."""
 
 
@@ -258,7 +258,7 @@ class GapShare:
 
     layer: int
     end: int
-    plain: float
+    plain_share: float
     """By the plain skip, the gaps below being compensated."""
     unexplained: float
     """With the best map."""
@@ -266,13 +266,13 @@ class GapShare:
 
 @dataclass(frozen=True)
 class EvaluateElsewhere:
-    """Score a plan on the first ``limit`` held-out samples of another task; its maps are those it has, never fitted."""
+    """Score a plan on the first ``n_samples`` held-out samples of another task, with its own maps, never new ones."""
 
     plan: str
     task: Task
-    limit: int | None = None
+    n_samples: int | None = None
     compensation: str = "none"
-    artefact: Artefact | None = None
+    artifact: Artifact | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class CompareText:
     plan: str
     text: str
     compensation: str = "none"
-    artefact: Artefact | None = None
+    artifact: Artifact | None = None
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class TextDivergence:
 
 
 @dataclass(frozen=True)
-class ScoreLinearRedundancy:
+class MeasureLinearRedundancy:
     """Measure the linear redundancy of all pairs of layers on the calibration split."""
 
     ridge: float = 1e-3
@@ -333,17 +333,17 @@ class LatencyComparison:
     plan: str
     device: str
     workload: Workload
-    dense_seconds: float
-    plan_seconds: float
+    dense_latency_seconds: float
+    latency_seconds: float
     speedup: float
     speedup_low: float
     speedup_high: float
     pairs: int
-    kv_cache_bytes_dense: int
-    kv_cache_bytes_plan: int
-    peak_bytes_dense: int | None = None
+    dense_kv_cache_bytes: int
+    kv_cache_bytes: int
+    dense_peak_bytes: int | None = None
     """Most memory in use during a request beyond what was in use before it; None where the system does not tell."""
-    peak_bytes_plan: int | None = None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ class KindSums:
 
 
 @dataclass(frozen=True)
-class ShardScores:
+class RedundancySums:
     """What a worker replies: the sums of every kind over its share of the calibration split, and what they cost."""
 
     num_layers: int
@@ -379,18 +379,18 @@ class ShardScores:
 
 Request = (
     ProfileLatency
-    | ScoreLayers
+    | MeasureRedundancy
     | EvaluatePlan
     | EvaluatePlans
     | CompareLatency
     | FitCompensation
-    | ScoreLinearRedundancy
+    | MeasureLinearRedundancy
     | EvaluateElsewhere
     | CompareText
 )
 Reply = (
     LatencyProfile
-    | ShardScores
+    | RedundancySums
     | Evaluation
     | Evaluations
     | LatencyComparison

@@ -42,10 +42,10 @@ def refit(
     source = None if model_path is None else moved(model_source(spec), model_path)
     found = refit_stage.refit(plan, spec, source)
     if as_json:
-        print_json({"plan": plan.id, "artefact": found.artefact.location, "same": found.same})
+        print_json({"plan": plan.id, "artifact": found.artifact.location, "same": found.same})
     else:
-        print_line(f"maps of plan {plan.id} written to {found.artefact.location}")
+        print_line(f"maps of plan {plan.id} written to {found.artifact.location}")
         recorded = (plan.artefact_checksum or "none")[:12]
         told = "the same bits as recorded" if found.same else f"not the bits recorded ({recorded})"
-        print_line(f"checksum {found.artefact.checksum[:12]}: {told}")
+        print_line(f"checksum {found.artifact.checksum[:12]}: {told}")
     return 0 if found.same else 1

@@ -9,7 +9,7 @@ from optimizer.exports.document import PlanDocument
 from optimizer.exports.formats import ExportFault
 from optimizer.exports.target import inside
 from workers.compensation import store
-from workers.messages import Artefact
+from workers.messages import Artifact
 
 if TYPE_CHECKING:
     from workers.runtime.folding import Maps
@@ -26,12 +26,12 @@ def needs_maps(plan: PlanDocument) -> bool:
     return plan.compensation != "none" and bool(gaps(SkipPlan.parse(plan.plan)))
 
 
-def fetch(plan: PlanDocument, artefact: Artefact | None) -> bytes | None:
+def fetch(plan: PlanDocument, artifact: Artifact | None) -> bytes | None:
     """The content of the maps' file; None where the plan has none, or nobody knows where they lie.
 
     Raises CompensationError when they are recorded but cannot be read.
     """
-    return store.get(artefact) if artefact is not None and needs_maps(plan) else None
+    return store.get(artifact) if artifact is not None and needs_maps(plan) else None
 
 
 def read(plan: PlanDocument, content: bytes | None) -> Maps | None:

@@ -11,7 +11,7 @@ from storage.database import Database
 from storage.queue import jobs
 from storage.records import identities
 from storage.records.plans import Plan
-from workers.messages import Artefact, ModelSource
+from workers.messages import Artifact, ModelSource
 
 
 def export_published(
@@ -26,11 +26,11 @@ def export_published(
 ) -> Written:
     """Write a published plan with its fitted maps, if it has any. Raises UsageFault as ``export_plan`` does."""
     document = describe(plan, identities.model(db, plan.model_id), identities.task(db, plan.task_id))
-    artefact = None
+    artifact = None
     if plan.artefact is not None and plan.artefact_checksum is not None:
-        artefact = Artefact(plan.artefact, plan.artefact_checksum)
+        artifact = Artifact(plan.artefact, plan.artefact_checksum)
     source = model_source(db, plan, model_path)
-    return export_plan(document, source, format_name, output, force=force, force_model=force_model, artefact=artefact)
+    return export_plan(document, source, format_name, output, force=force, force_model=force_model, artifact=artifact)
 
 
 def model_source(db: Database, plan: Plan, model_path: str | None = None) -> ModelSource:

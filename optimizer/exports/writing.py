@@ -11,7 +11,7 @@ from optimizer.exports import card, document, maps, registry
 from optimizer.exports.document import Export, File, PlanDocument
 from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Subject
 from optimizer.exports.target import check_target, checksum, whole_directory
-from workers.messages import Artefact, ModelSource
+from workers.messages import Artifact, ModelSource
 from workers.runtime import PlanError, SkipPlan
 
 UNLISTED = frozenset({document.FILE_NAME, card.FILE_NAME})
@@ -35,11 +35,11 @@ def export_plan(
     *,
     force: bool = False,
     force_model: bool = False,
-    artefact: Artefact | None = None,
+    artifact: Artifact | None = None,
 ) -> Written:
     """Write ``plan`` for the model at ``source`` to the directory ``output``.
 
-    ``artefact`` names where the maps of a compensated plan lie.
+    ``artifact`` names where the maps of a compensated plan lie.
 
     ``force`` replaces an existing directory in one step; ``force_model`` takes a model with another fingerprint than
     the plan's. Raises UsageFault for an unknown format, a plan that the format or the model cannot take, a model with
@@ -48,7 +48,7 @@ def export_plan(
     chosen = registry.find(format_name)
     registry.require_takes(chosen, SkipPlan.parse(plan.plan), plan.compensation)
     check_target(output, force=force)
-    content = maps.fetch(plan, artefact)
+    content = maps.fetch(plan, artifact)
     subject = _subject(plan, source, chosen, content, force_model=force_model)
     with whole_directory(output, force=force) as directory:
         chosen.write(subject, directory)

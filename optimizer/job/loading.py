@@ -23,7 +23,7 @@ from workers.text import one_line
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "SKIPPLAN_DATABASE": ("database",),
-    "SKIPPLAN_ARTEFACTS": ("artefacts",),
+    "SKIPPLAN_ARTIFACTS": ("artifacts",),
     "SKIPPLAN_CLUSTER_ADDRESS": ("cluster", "address"),
     "SKIPPLAN_CLUSTER_WORKERS": ("cluster", "workers"),
     "SKIPPLAN_CLUSTER_CPUS_PER_WORKER": ("cluster", "cpus_per_worker"),
@@ -126,16 +126,16 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     """Make the model and task paths absolute where they name files beside the job file.
 
     A plain name (``llava-12``, ``org/model``) stays a name unless such a file or directory exists. The directory of
-    artefacts is, like a database file, relative to where the command runs.
+    artifacts is, like a database file, relative to where the command runs.
     """
     model = resolve_name(spec.model.path, base)
     task = resolve_name(spec.task, base)
-    artefacts = spec.artefacts if "://" in spec.artefacts else str(Path(spec.artefacts).expanduser().resolve())
+    artifacts = spec.artifacts if "://" in spec.artifacts else str(Path(spec.artifacts).expanduser().resolve())
     own_model = spec.model.model_copy(update={"path": model})
     others = tuple(resolve_name(name, base) for name in spec.collateral.tasks)
     text = None if spec.collateral.text is None else str((base / Path(spec.collateral.text).expanduser()).resolve())
     collateral = spec.collateral.model_copy(update={"tasks": others, "text": text})
-    changed = {"model": own_model, "task": task, "artefacts": artefacts, "collateral": collateral}
+    changed = {"model": own_model, "task": task, "artifacts": artifacts, "collateral": collateral}
     return spec.model_copy(update=changed)
 
 

@@ -15,7 +15,7 @@ from workers.runtime import PlanError, SkipPlan
 from workers.runtime.plan import Action
 
 DEFAULT_DATABASE = "sqlite:///skipplan.db"
-DEFAULT_ARTEFACTS = "skipplan-artefacts"
+DEFAULT_ARTIFACTS = "skipplan-artifacts"
 
 if TYPE_CHECKING:
     ActionName = str
@@ -361,8 +361,8 @@ class JobSpec(_Section):
         description="How often the job is begun without getting anywhere before it counts as failed.",
     )
     database: str = Field(default=DEFAULT_DATABASE, min_length=1, description="SQLAlchemy URL.")
-    artefacts: str = Field(
-        default=DEFAULT_ARTEFACTS,
+    artifacts: str = Field(
+        default=DEFAULT_ARTIFACTS,
         min_length=1,
         description="Where fitted maps are kept: a directory, or an fsspec URL that workers can read.",
     )
@@ -411,7 +411,7 @@ class JobSpec(_Section):
 
     def canonical(self) -> dict[str, Any]:
         """What determines the result, as plain JSON values: where and when it runs and where it is stored left out."""
-        return self.model_dump(mode="json", exclude={"database", "artefacts", "cluster", "priority", "attempts"})
+        return self.model_dump(mode="json", exclude={"database", "artifacts", "cluster", "priority", "attempts"})
 
     def digest(self, **inputs: str) -> str:
         """Hash of :meth:`canonical` and of the contents of its inputs (task data, model), for finding equal jobs."""

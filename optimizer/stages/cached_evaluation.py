@@ -17,7 +17,7 @@ from optimizer.search.trial import Scores
 from optimizer.stages.context import JobContext
 from storage.queue import stages
 from storage.records import evaluations
-from workers.messages import Artefact, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
+from workers.messages import Artifact, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
 from workers.runtime import SkipPlan
 
 LARGEST_GROUP = 64
@@ -44,10 +44,10 @@ class Evaluator:
         context: JobContext,
         split: str,
         compensation: str = evaluations.NO_COMPENSATION,
-        artefacts: Mapping[str, Artefact] | None = None,
+        artifacts: Mapping[str, Artifact] | None = None,
     ) -> None:
         self._context, self._split, self._compensation = context, split, compensation
-        self._artefacts = artefacts or {}
+        self._artifacts = artifacts or {}
         self._samples = len(context.task.split(split))
         self._hash = split_hash(context.task, split)
         self._own = {
@@ -121,16 +121,16 @@ class Evaluator:
         return EvaluatePlans(
             plans=tuple(each.plan.text for each in group),
             split=self._split,
-            limit=None if first.size == self._samples else first.size,
+            n_samples=None if first.size == self._samples else first.size,
             compensation=self._compensation,
             start=first.start,
             path=self._context.spec.evaluation,
-            artefacts=tuple(self._artefacts.get(each.plan.text) for each in group) if self._artefacts else (),
+            artifacts=tuple(self._artifacts.get(each.plan.text) for each in group) if self._artifacts else (),
         )
 
     def _is_own(self, each: evaluations.Evaluation) -> bool:
         """Whether an evaluation has the same compensation, and where maps are given, those."""
-        given = self._artefacts.get(each.plan)
+        given = self._artifacts.get(each.plan)
         same_maps = given is None or each.artefact_checksum == given.checksum
         return each.compensation == self._compensation and same_maps
 
@@ -166,7 +166,7 @@ class Evaluator:
                 compensation=self._compensation,
                 settings=context.settings,
             )
-        kept = self._artefacts.get(plan)
+        kept = self._artifacts.get(plan)
         whole = result if each.start == 0 else _joined(self._own[plan, each.start], result)
         stored = evaluations.record(
             context.db,
@@ -197,7 +197,7 @@ class Evaluator:
         context = self._context
         increments = {
             "evaluations": 1.0,
-            "samples": float(result.n),
+            "samples": float(result.n_samples),
             "evaluation_seconds": result.seconds,
             "layer_executions": float(result.layer_executions),
             "layer_executions_saved": float(result.layer_executions_saved),
@@ -222,12 +222,12 @@ class Evaluator:
 
 def _joined(before: evaluations.Evaluation, result: Evaluation) -> Evaluation:
     """The evaluation of a whole prefix: its beginning from an earlier rung, its end from ``result``."""
-    n = before.n + result.n
+    n = before.n + result.n_samples
     return replace(
         result,
         scores=(*before.scores, *result.scores),
         secondary={
-            name: fsum((before.n * before.secondary[name], result.n * mean)) / n
+            name: fsum((before.n * before.secondary[name], result.n_samples * mean)) / n
             for name, mean in result.secondary.items()
         },
         kl=None if before.kl is None or result.kl is None else (*before.kl, *result.kl),

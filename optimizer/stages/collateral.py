@@ -14,7 +14,7 @@ from optimizer.stages.context import JobContext
 from optimizer.verification.judgement import Verdict
 from workers.errors import TaskError
 from workers.messages import (
-    Artefact,
+    Artifact,
     CompareText,
     EvaluateElsewhere,
     Evaluation,
@@ -87,13 +87,13 @@ def read_text(path: str) -> str:
 
 def _measure(context: JobContext, candidate: Candidate, tasks: list[Task]) -> Collateral:
     kept = compensate.run(context, [candidate]).get(candidate)
-    artefact = None if kept is None else kept.artefact
+    artifact = None if kept is None else kept.artifact
     others: dict[str, OtherTask] = {}
     for task in tasks:
-        result, dense = _evaluate(context, candidate, artefact, task), _dense(context, task)
+        result, dense = _evaluate(context, candidate, artifact, task), _dense(context, task)
         if result is not None and dense is not None:
-            others[task.name] = OtherTask(result.n, result.accuracy, dense)
-    return Collateral(others, _compare_text(context, candidate, artefact))
+            others[task.name] = OtherTask(result.n_samples, result.accuracy, dense)
+    return Collateral(others, _compare_text(context, candidate, artifact))
 
 
 def _dense(context: JobContext, task: Task) -> float | None:
@@ -106,19 +106,19 @@ def _dense(context: JobContext, task: Task) -> float | None:
     return known
 
 
-def _evaluate(context: JobContext, candidate: Candidate, artefact: Artefact | None, task: Task) -> Evaluation | None:
+def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | None, task: Task) -> Evaluation | None:
     request = EvaluateElsewhere(
-        candidate.plan.text, task, context.spec.collateral.samples, candidate.compensation, artefact
+        candidate.plan.text, task, context.spec.collateral.samples, candidate.compensation, artifact
     )
     reply = _ask(context, request, f"{candidate} on {task.name}")
     return reply if isinstance(reply, Evaluation) else None
 
 
-def _compare_text(context: JobContext, candidate: Candidate, artefact: Artefact | None) -> TextDivergence | None:
+def _compare_text(context: JobContext, candidate: Candidate, artifact: Artifact | None) -> TextDivergence | None:
     path = context.spec.collateral.text
     if path is None:
         return None
-    request = CompareText(candidate.plan.text, read_text(path), candidate.compensation, artefact)
+    request = CompareText(candidate.plan.text, read_text(path), candidate.compensation, artifact)
     reply = _ask(context, request, f"{candidate} on general text")
     return reply if isinstance(reply, TextDivergence) else None
 

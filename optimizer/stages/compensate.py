@@ -9,14 +9,14 @@ from functools import partial
 from optimizer.search.space import NO_COMPENSATION, Candidate
 from optimizer.stages.context import JobContext
 from workers.compensation import store
-from workers.messages import Artefact, Failure, FitCompensation, FittedCompensation, GapShare
+from workers.messages import Artifact, Failure, FitCompensation, FittedCompensation, GapShare
 
 
 @dataclass(frozen=True)
 class KeptMaps:
     """Where a finalist's maps lie, and how well they fit on the calibration split."""
 
-    artefact: Artefact
+    artifact: Artifact
     gaps: tuple[GapShare, ...]
     tokens: int
     samples: int
@@ -26,7 +26,7 @@ class KeptMaps:
 def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, KeptMaps]:
     """The maps of the compensated finalists, each kept as it comes, or read back; one that cannot be fitted is told.
 
-    Raises :class:`~workers.compensation.recipe.CompensationError` when the artefact store cannot be written.
+    Raises :class:`~workers.compensation.recipe.CompensationError` when the artifact store cannot be written.
     """
     kept: dict[Candidate, KeptMaps] = {}
     for candidate in finalists:
@@ -38,9 +38,9 @@ def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, 
     return kept
 
 
-def artefacts(kept: Mapping[Candidate, KeptMaps], compensation: str) -> dict[str, Artefact]:
+def artifacts(kept: Mapping[Candidate, KeptMaps], compensation: str) -> dict[str, Artifact]:
     """By plan, where the maps of one recipe lie."""
-    return {each.plan.text: own.artefact for each, own in kept.items() if each.compensation == compensation}
+    return {each.plan.text: own.artifact for each, own in kept.items() if each.compensation == compensation}
 
 
 def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
@@ -49,5 +49,5 @@ def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
         context.progress.note(f"the maps of plan {candidate} could not be fitted: {result.reason}")
         return None
     assert isinstance(result, FittedCompensation)
-    artefact = store.put(context.spec.artefacts, result.content)
-    return KeptMaps(artefact, result.gaps, result.tokens, result.samples, result.seconds)
+    artifact = store.put(context.spec.artifacts, result.content)
+    return KeptMaps(artifact, result.gaps, result.tokens, result.samples, result.seconds)

@@ -44,7 +44,7 @@ def _measure(context: JobContext) -> CacheSizes:
     if isinstance(result, Failure):
         raise JobFailed(f"the size of the KV cache could not be measured: {result.reason}")
     assert isinstance(result, LatencyComparison)
-    run = result.kv_cache_bytes_dense / info.num_layers
+    run = result.dense_kv_cache_bytes / info.num_layers
     bypassed = sum(action.row.hides_vision for action in plan)
-    saved = result.kv_cache_bytes_dense - result.kv_cache_bytes_plan
+    saved = result.dense_kv_cache_bytes - result.kv_cache_bytes
     return CacheSizes(run, run - saved / bypassed if bypassed else run)

@@ -35,7 +35,7 @@ def _compare(context: JobContext, candidate: Candidate) -> LatencyComparison | N
         max_seconds=context.spec.latency_seconds,
         seed=context.spec.search.seed,
         compensation=candidate.compensation,
-        artefact=None if kept is None else kept.artefact,
+        artifact=None if kept is None else kept.artifact,
     )
     ((_, result),) = context.pool.run([request])
     if isinstance(result, Failure):

@@ -96,9 +96,9 @@ def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
 
     The speed-up is judged by the lower end of its interval, milliseconds by the median request.
     """
-    if constraint.max_latency_ms is not None and 1000 * latency.plan_seconds > constraint.max_latency_ms:
+    if constraint.max_latency_ms is not None and 1000 * latency.latency_seconds > constraint.max_latency_ms:
         return False
-    if constraint.max_kv_cache_bytes is not None and latency.kv_cache_bytes_plan > constraint.max_kv_cache_bytes:
+    if constraint.max_kv_cache_bytes is not None and latency.kv_cache_bytes > constraint.max_kv_cache_bytes:
         return False
     return latency.speedup_low >= constraint.min_speedup if constraint.min_speedup else latency.speedup_low > 1.0
 
@@ -115,8 +115,8 @@ def figures(
     return PlanFigures(
         plan=verdict.plan,
         compensation=verdict.compensation,
-        artefact=None if kept is None else kept.artefact.location,
-        artefact_checksum=None if kept is None else kept.artefact.checksum,
+        artefact=None if kept is None else kept.artifact.location,
+        artefact_checksum=None if kept is None else kept.artifact.checksum,
         n=verdict.n,
         accuracy=verdict.accuracy,
         accuracy_low=verdict.accuracy_low,
@@ -126,13 +126,13 @@ def figures(
         difference_low=-verdict.drop_high,
         difference_high=-verdict.drop_low,
         confidence=verdict.confidence,
-        dense_seconds=latency.dense_seconds,
-        seconds=latency.plan_seconds,
+        dense_seconds=latency.dense_latency_seconds,
+        seconds=latency.latency_seconds,
         speedup=latency.speedup,
         speedup_low=latency.speedup_low,
         speedup_high=latency.speedup_high,
-        dense_kv_cache_bytes=latency.kv_cache_bytes_dense,
-        kv_cache_bytes=latency.kv_cache_bytes_plan,
+        dense_kv_cache_bytes=latency.dense_kv_cache_bytes,
+        kv_cache_bytes=latency.kv_cache_bytes,
         layers_touched=touched(SkipPlan.parse(verdict.plan)),
         secondary={
             "metrics": verdict.secondary,
@@ -141,7 +141,7 @@ def figures(
             "mcnemar_p": verdict.mcnemar_p,
             "meets_constraint": verdict.accepted and fast_enough(latency, constraint),
             "latency_pairs": latency.pairs,
-            "peak_bytes": {"dense": latency.peak_bytes_dense, "plan": latency.peak_bytes_plan},
+            "peak_bytes": {"dense": latency.dense_peak_bytes, "plan": latency.peak_bytes},
             **({} if fitted is None else {"compensation": fitted}),
             **({} if beside is None else {"collateral": beside.to_json()}),
         },

@@ -15,7 +15,7 @@ from optimizer.stages.context import JobContext, JobFailed
 from storage.queue import stages
 from storage.records import measurements
 from workers.errors import MeasurementError
-from workers.messages import LinearRedundancy, ScoreLayers, ScoreLinearRedundancy, ShardScores
+from workers.messages import LinearRedundancy, MeasureLinearRedundancy, MeasureRedundancy, RedundancySums
 from workers.redundancy.kinds import KINDS, finish
 from workers.redundancy.sums import merge
 from workers.redundancy.table import LayerMeasurement, LayerTable
@@ -58,10 +58,10 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
 
 def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequence[LayerMeasurement]:
     """Measure kinds shard by shard, and store them."""
-    replies: dict[int, ShardScores] = {}
-    limit = context.spec.redundancy_samples
-    for index, reply in context.ask([ScoreLayers(missing, shard, shards, limit) for shard in range(shards)]):
-        assert isinstance(reply, ShardScores)
+    replies: dict[int, RedundancySums] = {}
+    n_samples = context.spec.redundancy_samples
+    for index, reply in context.ask([MeasureRedundancy(missing, shard, shards, n_samples) for shard in range(shards)]):
+        assert isinstance(reply, RedundancySums)
         replies[index] = reply
         context.progress.advance()
     scores = merge([replies[index] for index in sorted(replies)])
@@ -80,7 +80,7 @@ def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequ
 
 def _measure_linear(context: JobContext) -> Sequence[LayerMeasurement]:
     """Measure the linear redundancy on one worker, and store it; without rows where no layer can hold a map."""
-    ((_, reply),) = context.ask([ScoreLinearRedundancy()])
+    ((_, reply),) = context.ask([MeasureLinearRedundancy()])
     assert isinstance(reply, LinearRedundancy)
     for layer, reason in reply.refusals.items():
         context.progress.note(f"no gap behind layer {layer} can be compensated: {reason}")
@@ -132,7 +132,7 @@ def _store(context: JobContext, rows: Sequence[LayerMeasurement]) -> None:
         task_id=context.task_id,
         calibration_hash=measurement_key(context),
         measurements=[
-            measurements.Redundancy(row.layer, row.group, row.name, row.value, row.standard_error, row.n)
+            measurements.Redundancy(row.layer, row.token_group, row.name, row.value, row.standard_error, row.n)
             for row in rows
         ],
     )

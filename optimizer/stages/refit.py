@@ -9,19 +9,19 @@ from optimizer.job.inputs import load_job_task, model_source
 from optimizer.job.spec import JobSpec
 from storage.records.plans import Plan
 from workers.compensation import store
-from workers.messages import Artefact, FitCompensation, ModelSource
+from workers.messages import Artifact, FitCompensation, ModelSource
 
 
 @dataclass(frozen=True)
 class Refitted:
     """Where the maps lie now, and whether they are those that the plan was verified with."""
 
-    artefact: Artefact
+    artifact: Artifact
     same: bool
 
 
 def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refitted:
-    """Fit the maps of ``plan`` as its job's worker did, and keep them in the job's artefact store.
+    """Fit the maps of ``plan`` as its job's worker did, and keep them in the job's artifact store.
 
     ``source`` says where the model is now, if it moved. The same bits come only on the same kind of machine, with the
     same versions, and with as many threads as the worker had. Raises UsageFault when the plan has no maps, or the model
@@ -43,5 +43,5 @@ def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refit
             f"{plan.fingerprint[:12]}; name the right one with --model-path"
         )
     fitted = Compensator(loaded, task).answer(FitCompensation(plan.plan, plan.compensation))
-    artefact = store.put(spec.artefacts, fitted.content)
-    return Refitted(artefact, artefact.checksum == plan.artefact_checksum)
+    artifact = store.put(spec.artifacts, fitted.content)
+    return Refitted(artifact, artifact.checksum == plan.artefact_checksum)

@@ -31,7 +31,7 @@ def _verify(context: JobContext, finalists: tuple[Candidate, ...]) -> tuple[Verd
     secondary: dict[str, dict[str, float]] = {}
     kept = compensate.run(context, finalists)
     for compensation in dict.fromkeys([dense.compensation, *(each.compensation for each in finalists)]):
-        evaluate = Evaluator(context, "held_out", compensation, compensate.artefacts(kept, compensation))
+        evaluate = Evaluator(context, "held_out", compensation, compensate.artifacts(kept, compensation))
         group = [
             each
             for each in (dense, *finalists)

@@ -80,7 +80,7 @@ def measurements_json(table: LayerTable, risk: Risk) -> dict[str, Any]:
         "measurements": [
             {
                 "name": row.name,
-                "group": row.group,
+                "token_group": row.token_group,
                 "layer": row.layer,
                 "value": row.value,
                 "standard_error": row.standard_error,
@@ -95,10 +95,10 @@ def measurements_csv(table: LayerTable) -> str:
     """Every measurement, one a line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "group", "layer", "value", "standard_error", "n"])
+    writer.writerow(["name", "token_group", "layer", "value", "standard_error", "n"])
     for row in table.rows:
         error = "" if row.standard_error is None else row.standard_error
-        writer.writerow([row.name, row.group, row.layer, row.value, error, row.n])
+        writer.writerow([row.name, row.token_group, row.layer, row.value, error, row.n])
     return text.getvalue()
 
 

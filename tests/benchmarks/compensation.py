@@ -32,8 +32,8 @@ from workers.compensation.fit import fit
 from workers.compensation.linear_redundancy import linear_redundancy
 from workers.compensation.recipe import Recipe
 from workers.compensation.weighting import weigher
-from workers.engine.dispatch import Evaluators
-from workers.evaluation.plain import Evaluator
+from workers.engine.dispatch import EvaluationDispatch
+from workers.evaluation.plain import PlainEvaluator
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
@@ -78,7 +78,7 @@ class Bench:
     def __init__(self, loaded: LoadedModel, task: Task, samples: int, recipe: str, split: str = "held_out") -> None:
         self.loaded, self.task, self.split = loaded, task, split
         self.samples = min(samples, len(task.split(split)))
-        self.evaluators = Evaluators(Evaluator(loaded, task), memory_bytes=2 << 30)
+        self.evaluators = EvaluationDispatch(PlainEvaluator(loaded, task), memory_bytes=2 << 30)
         self.compensator = self.evaluators.plain.compensator
         self.recipe = recipe
         self.layers = len(locate(loaded.model).layers)

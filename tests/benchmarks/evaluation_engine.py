@@ -23,7 +23,7 @@ from math import comb
 import torch
 
 from workers.engine.fast import FastEvaluator
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.trie import build_trie, executions
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
 from workers.models.loading import load_model
@@ -70,7 +70,7 @@ def upper(layers: int, count: int, actions: str, generator: random.Random) -> li
     return sorted(plans)
 
 
-def run(evaluator: Evaluator | FastEvaluator, plans: list[SkipPlan], split: str, samples: int) -> Timed:
+def run(evaluator: PlainEvaluator | FastEvaluator, plans: list[SkipPlan], split: str, samples: int) -> Timed:
     request = EvaluatePlans(tuple(plan.text for plan in plans), split, samples)
     started = time.perf_counter(), time.process_time()
     results = evaluator.evaluate_all(request).results
@@ -80,7 +80,7 @@ def run(evaluator: Evaluator | FastEvaluator, plans: list[SkipPlan], split: str,
 
 
 def compare(
-    name: str, plain: Evaluator, fast: FastEvaluator, plans: list[SkipPlan], split: str, samples: int, checked: int
+    name: str, plain: PlainEvaluator, fast: FastEvaluator, plans: list[SkipPlan], split: str, samples: int, checked: int
 ) -> None:
     before = fast.walker.tally.executions
     quick = run(fast, plans, split, samples)
@@ -131,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     loaded = load_model(ModelSource(arguments.model, dtype=arguments.dtype))
     task = load_task(load_spec(arguments.task))
-    plain = Evaluator(loaded, task)
+    plain = PlainEvaluator(loaded, task)
     fast = FastEvaluator(plain, memory_bytes=int(arguments.memory * 2**30))
     started = time.perf_counter()
     split = arguments.split

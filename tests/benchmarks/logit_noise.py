@@ -17,7 +17,7 @@ from evaluation_engine import brood, run, upper
 from torch import Tensor
 
 from workers.engine.fast import FastEvaluator
-from workers.evaluation.plain import DEFAULT_BATCH_SIZE, Evaluator
+from workers.evaluation.plain import DEFAULT_BATCH_SIZE, PlainEvaluator
 from workers.layerwise.trie import build_trie
 from workers.messages import ModelSource
 from workers.models.inputs import prepare_batch
@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     loaded = load_model(ModelSource(arguments.model, dtype=arguments.dtype))
     task = load_task(load_spec(arguments.task))
-    fast = FastEvaluator(Evaluator(loaded, task))
+    fast = FastEvaluator(PlainEvaluator(loaded, task))
     layers = fast.decoder.num_layers
     samples = list(task.split("search")[: arguments.samples])
     generator = random.Random(0)

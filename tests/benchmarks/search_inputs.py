@@ -19,9 +19,9 @@ sys.path.insert(0, str(PROJECT))
 
 from workers.cluster.handler import Measurer  # noqa: E402
 from workers.messages import (  # noqa: E402
+    MeasureRedundancy,
     ModelSource,
     ProfileLatency,
-    ScoreLayers,
     WorkerSettings,
     Workload,
 )
@@ -46,10 +46,10 @@ def main() -> None:
     measurer = Measurer.load(
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )
-    table = finish(measurer.handle(ScoreLayers(tuple(options.kinds), 0, 1)))
+    table = finish(measurer.handle(MeasureRedundancy(tuple(options.kinds), 0, 1)))
     profile = measurer.handle(ProfileLatency(actions="RFBS", repeats=20, workload=Workload(1, 4)))
     path = PROJECT / "tests" / "fixtures" / f"search_inputs_{options.name or options.model}_{options.task}.json"
-    rows = [[row.name, row.group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
+    rows = [[row.name, row.token_group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
     times = {
         "dense_seconds": profile.dense_seconds,
         "layer_seconds": {letter: list(seconds) for letter, seconds in profile.layer_seconds.items()},

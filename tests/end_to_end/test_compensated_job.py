@@ -55,7 +55,7 @@ def test_every_published_plan_names_its_maps(compensated_job: FinishedJob) -> No
         assert recipe(plan) == "linear ridge=0.001 weighting=answers tokens=2048"
         content = Path(plan["artefact"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == plan["artefact_checksum"]
-        assert Path(plan["artefact"]).parent == compensated_job.directory / "skipplan-artefacts"
+        assert Path(plan["artefact"]).parent == compensated_job.directory / "skipplan-artifacts"
         gaps = plan["secondary"]["compensation"]["gaps"]
         assert gaps and all(gap["unexplained"] <= gap["plain"] for gap in gaps)
     with Database.open(compensated_job.database_url, create=False) as db:

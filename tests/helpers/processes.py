@@ -59,7 +59,7 @@ splits: {calibration: 2, search: 2, held_out: 2, unit: samples}
 
 
 def _answered(model: Path) -> list[tuple[str, str, str]]:
-    from workers.evaluation.plain import Evaluator
+    from workers.evaluation.plain import PlainEvaluator
     from workers.messages import ModelSource
     from workers.models.loading import load_model
     from workers.runtime.plan import SkipPlan
@@ -69,7 +69,7 @@ def _answered(model: Path) -> list[tuple[str, str, str]]:
     samples = [*task.calibration, *task.search, *task.held_out]
     loaded = load_model(ModelSource(str(model), device="cpu"))
     texts = (
-        Evaluator(loaded, task)
+        PlainEvaluator(loaded, task)
         .answer(SkipPlan.parse("R" * loaded.model.config.text_config.num_hidden_layers), samples)
         .texts
     )

@@ -13,9 +13,9 @@ import transformers
 from workers.compensation.collateral import text_divergence
 from workers.device import lock as device_lock
 from workers.device.bfloat16 import slow_arithmetic
-from workers.engine.dispatch import Evaluators
+from workers.engine.dispatch import EvaluationDispatch
 from workers.errors import ModelError
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
 from workers.messages import (
@@ -26,17 +26,17 @@ from workers.messages import (
     EvaluatePlans,
     Evaluation,
     FitCompensation,
+    MeasureLinearRedundancy,
+    MeasureRedundancy,
     ModelSource,
     ProfileLatency,
     Reply,
     Request,
-    ScoreLayers,
-    ScoreLinearRedundancy,
     WorkerInfo,
     WorkerSettings,
 )
 from workers.models.loading import LoadedModel, load_model
-from workers.redundancy.measure import score_layers
+from workers.redundancy.measure import measure_redundancy
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
 from workers.runtime.plan import LETTERS, SkipPlan
@@ -45,9 +45,9 @@ from workers.tasks import Task
 Computation = (
     EvaluatePlan
     | EvaluatePlans
-    | ScoreLayers
+    | MeasureRedundancy
     | FitCompensation
-    | ScoreLinearRedundancy
+    | MeasureLinearRedundancy
     | EvaluateElsewhere
     | CompareText
 )
@@ -60,8 +60,8 @@ class Measurer:
     def __init__(self, loaded: LoadedModel, task: Task, settings: WorkerSettings) -> None:
         self.loaded, self.task, self.settings = loaded, task, settings
         self.descriptor = describe(loaded.model)
-        self.evaluator = Evaluator(loaded, task, batch_size=settings.batch_size)
-        self.evaluators = Evaluators(self.evaluator, memory_bytes=settings.memory_bytes)
+        self.evaluator = PlainEvaluator(loaded, task, batch_size=settings.batch_size)
+        self.evaluators = EvaluationDispatch(self.evaluator, memory_bytes=settings.memory_bytes)
 
     @classmethod
     def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Measurer:
@@ -123,36 +123,38 @@ class Measurer:
         loaded, task = self.loaded, self.task
         match request:
             case EvaluatePlan():
-                return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.limit)
+                return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.n_samples)
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
             case EvaluateElsewhere():
                 return self._elsewhere(request)
             case CompareText():
                 plan = SkipPlan.parse(request.plan)
-                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
+                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artifact)
                 return text_divergence(loaded, plan, maps, request.text)
-            case ScoreLinearRedundancy():
+            case MeasureLinearRedundancy():
                 return self.evaluator.compensator.redundancy(request)
             case FitCompensation():
                 return self.evaluator.compensator.answer(request)
-            case ScoreLayers():
-                return score_layers(
+            case MeasureRedundancy():
+                return measure_redundancy(
                     loaded,
                     task,
                     request.kinds,
                     shard=request.shard,
                     shards=request.shards,
-                    limit=request.limit,
+                    n_samples=request.n_samples,
                     batch_size=self.evaluator.batch_size,
                 )
 
     def _elsewhere(self, request: EvaluateElsewhere) -> Evaluation:
         """A plan on another task: with the maps that were fitted on this one."""
         plan = SkipPlan.parse(request.plan)
-        maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
-        other = Evaluator(self.loaded, request.task, batch_size=self.settings.batch_size)
-        return replace(other.evaluate(plan, "held_out", request.limit, maps=maps), compensation=request.compensation)
+        maps = self.evaluator.compensator.maps(plan, request.compensation, request.artifact)
+        other = PlainEvaluator(self.loaded, request.task, batch_size=self.settings.batch_size)
+        return replace(
+            other.evaluate(plan, "held_out", request.n_samples, maps=maps), compensation=request.compensation
+        )
 
     def _time(self, request: ProfileLatency | CompareLatency) -> Reply:
         loaded, task = self.loaded, self.task
@@ -163,7 +165,7 @@ class Measurer:
                 )
             case CompareLatency():
                 plan = SkipPlan.parse(request.plan)
-                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artefact)
+                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artifact)
                 return compare_latency(
                     loaded,
                     task,

@@ -12,12 +12,12 @@ import transformers
 
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.messages import (
-    Artefact,
+    Artifact,
     FitCompensation,
     FittedCompensation,
     GapShare,
     LinearRedundancy,
-    ScoreLinearRedundancy,
+    MeasureLinearRedundancy,
 )
 from workers.models.loading import LoadedModel
 from workers.runtime.folding import Maps
@@ -35,7 +35,7 @@ from .shared import SharedFits
 from .weighting import Weigh, weigher
 
 KEPT_PLANS = 64
-"""Fitted plans, and read artefacts, that are kept."""
+"""Fitted plans, and read artifacts, that are kept."""
 
 
 class Compensator:
@@ -53,19 +53,19 @@ class Compensator:
         self._fitted: OrderedDict[tuple[str, str], Fitted] = OrderedDict()
         self._read: OrderedDict[str, Maps] = OrderedDict()
 
-    def maps(self, plan: SkipPlan, compensation: str, artefact: Artefact | None = None) -> Maps | None:
-        """The maps of a plan: None where skips stay plain, those of ``artefact`` where it is given, else fitted ones.
+    def maps(self, plan: SkipPlan, compensation: str, artifact: Artifact | None = None) -> Maps | None:
+        """The maps of a plan: None where skips stay plain, those of ``artifact`` where it is given, else fitted ones.
 
         Raises :class:`CompensationError` when they cannot be fitted or read.
         """
         if Recipe.parse(compensation).is_none:
             return None
-        if artefact is None:
+        if artifact is None:
             return self.fitted(plan, Recipe.parse(compensation)).maps
-        if artefact.checksum not in self._read:
-            self._read[artefact.checksum] = decode(store.get(artefact), plan=plan.text).maps
+        if artifact.checksum not in self._read:
+            self._read[artifact.checksum] = decode(store.get(artifact), plan=plan.text).maps
             _forget_oldest(self._read, KEPT_PLANS)
-        return self._read[artefact.checksum]
+        return self._read[artifact.checksum]
 
     def fitted(self, plan: SkipPlan, recipe: Recipe) -> Fitted:
         """The fit of a plan, from memory where it is known."""
@@ -100,7 +100,7 @@ class Compensator:
             seconds=fitted.seconds,
         )
 
-    def redundancy(self, request: ScoreLinearRedundancy) -> LinearRedundancy:
+    def redundancy(self, request: MeasureLinearRedundancy) -> LinearRedundancy:
         """The linear redundancy of the dense model's layers."""
         width = int(self.loaded.model.config.get_text_config(decoder=True).hidden_size)
         calibration = calibrate(self.loaded, self.task, tokens=tokens_for(width))

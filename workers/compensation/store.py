@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from workers.messages import Artefact
+from workers.messages import Artifact
 from workers.text import first_line
 
 from .recipe import CompensationError
@@ -22,11 +22,11 @@ def checksum(content: bytes) -> str:
 
 
 def is_url(location: str) -> bool:
-    """Whether a store or an artefact is named by an fsspec URL such as ``s3://bucket/maps``."""
+    """Whether a store or an artifact is named by an fsspec URL such as ``s3://bucket/maps``."""
     return "://" in location
 
 
-def put(store: str, content: bytes) -> Artefact:
+def put(store: str, content: bytes) -> Artifact:
     """Write ``content`` into the store and say where it lies; what is there already is not written again.
 
     Raises :class:`CompensationError` when the store cannot be written.
@@ -40,29 +40,29 @@ def put(store: str, content: bytes) -> Artefact:
             location = str(Path(location).expanduser().resolve())
             _put_file(Path(location), content)
     except (OSError, ValueError, ImportError) as error:
-        raise CompensationError(f"artefact store {store}: cannot be written: {first_line(error)}") from None
-    return Artefact(location, digest)
+        raise CompensationError(f"artifact store {store}: cannot be written: {first_line(error)}") from None
+    return Artifact(location, digest)
 
 
-def get(artefact: Artefact) -> bytes:
-    """Read an artefact back. Raises :class:`CompensationError` when it is missing or not what was written."""
+def get(artifact: Artifact) -> bytes:
+    """Read an artifact back. Raises :class:`CompensationError` when it is missing or not what was written."""
     try:
-        if is_url(artefact.location):
+        if is_url(artifact.location):
             import fsspec
 
-            with fsspec.open(artefact.location, "rb") as stream:
+            with fsspec.open(artifact.location, "rb") as stream:
                 content: bytes = stream.read()
         else:
-            content = Path(artefact.location).read_bytes()
+            content = Path(artifact.location).read_bytes()
     except (OSError, ValueError, ImportError) as error:
         raise CompensationError(
-            f"compensation maps {artefact.location}: cannot be read: {first_line(error)}; "
+            f"compensation maps {artifact.location}: cannot be read: {first_line(error)}; "
             "`skipplan refit` makes them again from the record"
         ) from None
-    if checksum(content) != artefact.checksum:
+    if checksum(content) != artifact.checksum:
         raise CompensationError(
-            f"compensation maps {artefact.location}: are not what was fitted (checksum {checksum(content)[:12]}, "
-            f"recorded {artefact.checksum[:12]}); `skipplan refit` makes them again from the record"
+            f"compensation maps {artifact.location}: are not what was fitted (checksum {checksum(content)[:12]}, "
+            f"recorded {artifact.checksum[:12]}); `skipplan refit` makes them again from the record"
         )
     return content
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.decoder import NotExactError
 from workers.messages import EvaluatePlans, Evaluations
 from workers.runtime.descriptor import UnsupportedFamilyError
@@ -10,14 +10,14 @@ from workers.runtime.descriptor import UnsupportedFamilyError
 from .fast import FastEvaluator
 
 
-class Evaluators:
+class EvaluationDispatch:
     """The plain evaluator of one model and task, and the fast one beside it where that is exact.
 
     Whether it is, is found out once per split: the model's layers, the task's answers and its prompts are looked at,
     and the scores of a few samples compared under the dense and under a mixed plan.
     """
 
-    def __init__(self, plain: Evaluator, *, memory_bytes: int) -> None:
+    def __init__(self, plain: PlainEvaluator, *, memory_bytes: int) -> None:
         self.plain = plain
         self._memory = memory_bytes
         self._fast: FastEvaluator | None = None

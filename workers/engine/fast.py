@@ -11,7 +11,7 @@ import torch
 
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.trie_maps import TrieRepairs
-from workers.evaluation.plain import Evaluator, is_out_of_memory, scores_of
+from workers.evaluation.plain import PlainEvaluator, is_out_of_memory, scores_of
 from workers.latency.request import device_name
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
@@ -60,7 +60,7 @@ class FastEvaluator:
     """
 
     def __init__(
-        self, plain: Evaluator, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, chunk_tokens: int | None = None
+        self, plain: PlainEvaluator, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, chunk_tokens: int | None = None
     ) -> None:
         self.plain, self.loaded, self.task = plain, plain.loaded, plain.task
         if self.task.spec.answer.kind == "free":
@@ -96,10 +96,10 @@ class FastEvaluator:
             NotExactError: the prompts cannot be shared.
         """
         started = time.perf_counter()
-        samples = self.task.split(request.split)[request.start : request.limit]
+        samples = self.task.split(request.split)[request.start : request.n_samples]
         plans, maps, failures = self._readable(request)
         self.walker.tally.by_plan.clear()
-        given = any(request.artefacts)  # maps as they were kept are folded into the weights, as in an export
+        given = any(request.artifacts)  # maps as they were kept are folded into the weights, as in an export
         self._repair_by(NOT_COMPENSATED if given else request.compensation)
         own = {text: each for text, each in maps.items() if each is not None} if given else {}
         asked = Asked(tuple(plans), samples, request.start, own)
@@ -180,8 +180,8 @@ class FastEvaluator:
             try:
                 plan = SkipPlan.parse(text)
                 validate(plan, self.decoder.descriptor)
-                artefact = request.artefact_of(text)
-                maps[text] = self.plain.compensator.maps(plan, request.compensation, artefact)
+                artifact = request.artifact_of(text)
+                maps[text] = self.plain.compensator.maps(plan, request.compensation, artifact)
                 plans.append(plan)
             except (PlanError, CompensationError) as error:
                 failures[text] = EvaluationFailure(text, describe_error(error, PlanError))

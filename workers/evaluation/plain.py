@@ -48,7 +48,7 @@ class Answers:
     """Where the task is to choose: by sample its options', and ``texts`` holds the option that its metric takes."""
 
 
-class Evaluator:
+class PlainEvaluator:
     """Evaluates plans of one model on one task.
 
     What a plan scores on a sample does not depend on the other samples: where a tie was met, the sample is asked again
@@ -81,17 +81,17 @@ class Evaluator:
         for text in request.plans:
             try:
                 plan = SkipPlan.parse(text)
-                maps = self.compensator.maps(plan, request.compensation, request.artefact_of(text))
-                result = self.evaluate(plan, request.split, request.limit, start=request.start, maps=maps)
+                maps = self.compensator.maps(plan, request.compensation, request.artifact_of(text))
+                result = self.evaluate(plan, request.split, request.n_samples, start=request.start, maps=maps)
                 results.append(replace(result, compensation=request.compensation))
             except (PlanError, CompensationError, RuntimeError, MemoryError) as error:
                 results.append(EvaluationFailure(text, describe_error(error, PlanError)))
         return Evaluations(tuple(results))
 
     def evaluate(
-        self, plan: SkipPlan, split: str, limit: int | None = None, *, start: int = 0, maps: Maps | None = None
+        self, plan: SkipPlan, split: str, n_samples: int | None = None, *, start: int = 0, maps: Maps | None = None
     ) -> Evaluation:
-        """Score a plan on the samples from ``start`` up to ``limit`` of a split (to its end when ``None``).
+        """Score a plan on the samples from ``start`` up to ``n_samples`` of a split (to its end when ``None``).
 
         ``maps`` are folded into the weights before the plan's gaps while it runs.
 
@@ -103,7 +103,7 @@ class Evaluator:
             PlanError: the model cannot take the plan.
         """
         started = time.perf_counter()
-        samples = self.task.split(split)[start:limit]
+        samples = self.task.split(split)[start:n_samples]
         answers = self.answer(plan, samples, maps)
         scores = [scores_of(self.task.spec, sample, answers) for sample in samples]
         return Evaluation(

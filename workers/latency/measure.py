@@ -198,16 +198,16 @@ def _compare_alone(
         plan=plan.text,
         device=device_name(loaded.device),
         workload=workload,
-        dense_seconds=statistics.median(dense_times),
-        plan_seconds=statistics.median(plan_times),
+        dense_latency_seconds=statistics.median(dense_times),
+        latency_seconds=statistics.median(plan_times),
         speedup=statistics.median(ratios),
         speedup_low=low,
         speedup_high=high,
         pairs=pairs,
-        kv_cache_bytes_dense=caches[0],
-        kv_cache_bytes_plan=caches[1],
-        peak_bytes_dense=peaks[0],
-        peak_bytes_plan=peaks[1],
+        dense_kv_cache_bytes=caches[0],
+        kv_cache_bytes=caches[1],
+        dense_peak_bytes=peaks[0],
+        peak_bytes=peaks[1],
     )
 
 

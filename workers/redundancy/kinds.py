@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.errors import MeasurementError
-from workers.messages import TOKEN_GROUPS, KindSums, ShardScores
+from workers.messages import TOKEN_GROUPS, KindSums, RedundancySums
 from workers.runtime.plan import Action
 
 from .probes import probe_rows
@@ -152,7 +152,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def finish(scores: ShardScores) -> LayerTable:
+def finish(scores: RedundancySums) -> LayerTable:
     """Turn merged sums into the table. Raises MeasurementError when no sample was measured."""
     if scores.samples == 0:
         raise MeasurementError("no sample of the calibration split could be measured: none of its images can be opened")

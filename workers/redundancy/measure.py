@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workers.errors import MeasurementError
 from workers.evaluation.plain import DEFAULT_BATCH_SIZE
-from workers.messages import KindSums, ShardScores
+from workers.messages import KindSums, RedundancySums
 from workers.models.loading import LoadedModel
 from workers.runtime.families import describe
 from workers.runtime.locate import locate
@@ -31,17 +31,17 @@ _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 INTERVENTION_KINDS = frozenset({"propagation", "causal", "withdrawal"})
 
 
-def score_layers(
+def measure_redundancy(
     loaded: LoadedModel,
     task: Task,
     kinds: tuple[str, ...],
     *,
     shard: int = 0,
     shards: int = 1,
-    limit: int | None = None,
+    n_samples: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
-) -> ShardScores:
-    """Measure ``kinds`` (names of ``KINDS``) over ``samples[:limit][shard::shards]`` of the calibration split.
+) -> RedundancySums:
+    """Measure ``kinds`` (names of ``KINDS``) over ``samples[:n_samples][shard::shards]`` of the calibration split.
 
     Samples whose image cannot be decoded are left out and not counted.
 
@@ -53,7 +53,7 @@ def score_layers(
     if unknown:
         raise MeasurementError(f"no such kind of measurement: {', '.join(unknown)}; known are {', '.join(KINDS)}")
     scoring = _Scoring(loaded, kinds, shards)
-    samples = task.calibration[:limit][shard::shards]
+    samples = task.calibration[:n_samples][shard::shards]
     ids = scoring.descriptor.vision_token_ids
     with torch.inference_mode():
         for batch in batches(loaded, task, samples, scoring.stack, ids, batch_size):
@@ -154,7 +154,7 @@ class _Scoring:
             self.notes = [f"prefixes are not shared between interventions: {reason}"]
         self.interventions.add(batch, made, changes)
 
-    def scores(self) -> ShardScores:
+    def scores(self) -> RedundancySums:
         """Everything added up."""
         found: dict[str, KindSums] = {kind: collector.sums() for kind, collector in self.collectors.items()}
         executions = dict(self.executions)
@@ -163,7 +163,7 @@ class _Scoring:
         if self.interventions is not None:
             found.update(self.interventions.sums())
             executions.update(self.interventions.executions)
-        return ShardScores(
+        return RedundancySums(
             num_layers=self.layers,
             samples=self.samples,
             kinds={kind: found[kind] for kind in self.kinds},

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.messages import KindSums, ShardScores
+from workers.messages import KindSums, RedundancySums
 
 Floats = NDArray[np.float64]
 
@@ -48,7 +48,7 @@ def ratio_means(sums: Floats) -> tuple[Floats, Floats, Floats]:
     return mean, np.where(samples >= 2, error, np.nan), count
 
 
-def merge(shards: Sequence[ShardScores]) -> ShardScores:
+def merge(shards: Sequence[RedundancySums]) -> RedundancySums:
     """Add shards up. Raises ValueError when there are none, or they are of different models or kinds."""
     if not shards:
         raise ValueError("there is nothing to merge: give at least one shard")
@@ -56,7 +56,7 @@ def merge(shards: Sequence[ShardScores]) -> ShardScores:
     if any(shard.num_layers != first.num_layers or shard.kinds.keys() != first.kinds.keys() for shard in shards):
         raise ValueError("shards of one model and of the same kinds of measurement are needed")
     passes = {name for shard in shards for name in shard.layer_executions}
-    return ShardScores(
+    return RedundancySums(
         num_layers=first.num_layers,
         samples=sum(shard.samples for shard in shards),
         kinds={kind: _merge_kind([shard.kinds[kind] for shard in shards]) for kind in first.kinds},

@@ -17,7 +17,7 @@ class LayerMeasurement:
     """
 
     name: str
-    group: str
+    token_group: str
     layer: int
     value: float
     standard_error: float | None
@@ -35,7 +35,7 @@ class LayerTable:
     def _index(self) -> dict[tuple[str, str], dict[int, LayerMeasurement]]:
         index: dict[tuple[str, str], dict[int, LayerMeasurement]] = {}
         for row in self.rows:
-            index.setdefault((row.name, row.group), {})[row.layer] = row
+            index.setdefault((row.name, row.token_group), {})[row.layer] = row
         return index
 
     @property
@@ -69,6 +69,6 @@ class LayerTable:
 
     def joined(self, rows: Iterable[LayerMeasurement]) -> LayerTable:
         """This table with further rows; a row measured anew takes the old one's place."""
-        merged = {(row.name, row.group, row.layer): row for row in self.rows}
-        merged.update({(row.name, row.group, row.layer): row for row in rows})
+        merged = {(row.name, row.token_group, row.layer): row for row in self.rows}
+        merged.update({(row.name, row.token_group, row.layer): row for row in rows})
         return LayerTable(self.num_layers, tuple(merged.values()))

@@ -21,7 +21,7 @@ from storage.database import Database
 from workers.compensation import store
 from workers.compensation.artifact import decode
 from workers.compensation.compensator import Compensator
-from workers.messages import Artefact, FitCompensation, ModelSource
+from workers.messages import Artifact, FitCompensation, ModelSource
 from workers.models.loading import load_model
 from workers.runtime.locate import locate
 from workers.tasks import load_spec, load_task
@@ -38,33 +38,33 @@ def compensator(model_directory: Path) -> Compensator:
 
 
 @pytest.fixture(scope="module")
-def kept(compensator: Compensator, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artefact]:
+def kept(compensator: Compensator, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     place = str(tmp_path_factory.mktemp("maps"))
     fits = {plan: compensator.answer(FitCompensation(plan, recipe)) for plan, recipe in RECIPES.items()}
     return {plan: store.put(place, own.content) for plan, own in fits.items()}
 
 
-def compensated(plan: str, directory: Path, kept: dict[str, Artefact]) -> PlanDocument:
+def compensated(plan: str, directory: Path, kept: dict[str, Artifact]) -> PlanDocument:
     return document(plan, directory, compensation=RECIPES[plan], maps_sha256=kept[plan].checksum)
 
 
 @pytest.mark.parametrize(("name", "plan"), [("checkpoint", PLAN), ("runtime", MIXED)])
 def test_a_folded_model_answers_as_the_live_one_in_a_fresh_process(
-    name: str, plan: str, kept: dict[str, Artefact], model_directory: Path, tmp_path: Path
+    name: str, plan: str, kept: dict[str, Artifact], model_directory: Path, tmp_path: Path
 ) -> None:
     source = ModelSource(str(model_directory))
-    written = export_plan(compensated(plan, model_directory, kept), source, name, tmp_path / name, artefact=kept[plan])
+    written = export_plan(compensated(plan, model_directory, kept), source, name, tmp_path / name, artifact=kept[plan])
     assert (written.directory / FILE_NAME).read_bytes() == store.get(kept[plan])
     found = verify_export(written.directory, source, samples=2)
     assert found.passed and len(found.answers) == 2, found
     assert FILE_NAME in written.document.export.files
 
 
-def test_weights_without_the_maps_do_not_pass(kept: dict[str, Artefact], model_directory: Path, tmp_path: Path) -> None:
+def test_weights_without_the_maps_do_not_pass(kept: dict[str, Artifact], model_directory: Path, tmp_path: Path) -> None:
     """Verification can fail: the plain skip's weights in place of the folded ones."""
     source = ModelSource(str(model_directory))
     folded = export_plan(
-        compensated(PLAN, model_directory, kept), source, "checkpoint", tmp_path / "folded", artefact=kept[PLAN]
+        compensated(PLAN, model_directory, kept), source, "checkpoint", tmp_path / "folded", artifact=kept[PLAN]
     )
     plain = export_plan(document(PLAN, model_directory), source, "checkpoint", tmp_path / "plain")
     (folded.directory / FILE_NAME).write_bytes(b"other")
@@ -83,14 +83,14 @@ def test_weights_without_the_maps_do_not_pass(kept: dict[str, Artefact], model_d
 
 
 def test_mergekit_gets_the_dense_model_with_the_maps_in_it(
-    kept: dict[str, Artefact], model_directory: Path, compensator: Compensator, tmp_path: Path
+    kept: dict[str, Artifact], model_directory: Path, compensator: Compensator, tmp_path: Path
 ) -> None:
     written = export_plan(
         compensated(PLAN, model_directory, kept),
         ModelSource(str(model_directory)),
         "mergekit",
         tmp_path / "merge",
-        artefact=kept[PLAN],
+        artifact=kept[PLAN],
     )
     tensors = load_file(written.directory / mergekit.SOURCE / "model.safetensors")
     maps = decode(store.get(kept[PLAN])).maps
@@ -102,26 +102,26 @@ def test_mergekit_gets_the_dense_model_with_the_maps_in_it(
 
 
 def test_a_plan_whose_maps_are_gone_is_refused_by_formats_with_weights(
-    kept: dict[str, Artefact], model_directory: Path, tmp_path: Path
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path
 ) -> None:
     plan, source = compensated(PLAN, model_directory, kept), ModelSource(str(model_directory))
     with pytest.raises(UsageFault, match="its maps are not at hand"):
         export_plan(plan, source, "checkpoint", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(UsageFault, match="no maps in them; formats that can: plan, checkpoint, runtime"):
-        export_plan(plan, source, "llama-cpp", tmp_path / "llama", artefact=kept[PLAN])
+        export_plan(plan, source, "llama-cpp", tmp_path / "llama", artifact=kept[PLAN])
     assert export_plan(plan, source, "plan", tmp_path / "plan").directory.is_dir()
 
 
 def test_an_imported_plan_takes_its_maps_along(
-    kept: dict[str, Artefact], model_directory: Path, tmp_path: Path
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path
 ) -> None:
     source = ModelSource(str(model_directory))
     plan = compensated(PLAN, model_directory, kept)
-    directory = export_plan(plan, source, "plan", tmp_path / "plan", artefact=kept[PLAN]).directory
+    directory = export_plan(plan, source, "plan", tmp_path / "plan", artifact=kept[PLAN]).directory
     with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
         stored = import_plan(database, directory)
     assert stored.compensation == LINEAR and stored.artefact_checksum == kept[PLAN].checksum
     assert stored.artefact is not None and Path(stored.artefact) == (directory / FILE_NAME).resolve()
-    again = Artefact(stored.artefact, stored.artefact_checksum)
-    assert export_plan(plan, source, "checkpoint", tmp_path / "again", artefact=again).directory.is_dir()
+    again = Artifact(stored.artefact, stored.artefact_checksum)
+    assert export_plan(plan, source, "checkpoint", tmp_path / "again", artifact=again).directory.is_dir()

@@ -43,8 +43,8 @@ def test_what_changes_the_maps_changes_the_job(tmp_path: Path) -> None:
 
     texts = [{}, {"kind": "linear"}, {"kind": "both"}, {"kind": "linear", "tokens": 5}, {"kind": "linear", "ridge": 1}]
     assert len({digest(**each) for each in texts}) == len(texts)
-    here = JobSpec.model_validate({**BASE, "artefacts": "here"})
-    assert here.digest() == JobSpec.model_validate({**BASE, "artefacts": "s3://there"}).digest()
+    here = JobSpec.model_validate({**BASE, "artifacts": "here"})
+    assert here.digest() == JobSpec.model_validate({**BASE, "artifacts": "s3://there"}).digest()
 
 
 def test_paths_are_made_absolute_and_urls_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,13 +52,13 @@ def test_paths_are_made_absolute_and_urls_kept(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "jobs").mkdir()
     file = tmp_path / "jobs" / "job.yaml"
     file.write_text(
-        "model: {path: llava-12}\ntask: easy-vqa\nartefacts: maps\ncollateral: {tasks: [scenes], text: general.txt}\n"
+        "model: {path: llava-12}\ntask: easy-vqa\nartifacts: maps\ncollateral: {tasks: [scenes], text: general.txt}\n"
     )
     spec = load_job(file, environment={})
-    assert spec.artefacts == str(tmp_path / "maps")
+    assert spec.artifacts == str(tmp_path / "maps")
     assert spec.collateral.text == str(tmp_path / "jobs" / "general.txt") and spec.collateral.tasks == ("scenes",)
-    spec = load_job(file, environment={"SKIPPLAN_ARTEFACTS": "s3://bucket/maps"})
-    assert spec.artefacts == "s3://bucket/maps"
+    spec = load_job(file, environment={"SKIPPLAN_ARTIFACTS": "s3://bucket/maps"})
+    assert spec.artifacts == "s3://bucket/maps"
 
 
 @pytest.mark.parametrize(

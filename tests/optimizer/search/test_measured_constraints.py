@@ -10,14 +10,14 @@ MEASURED = LatencyComparison(
     plan="RSRS",
     device="none",
     workload=Workload(),
-    dense_seconds=0.060,
-    plan_seconds=0.040,
+    dense_latency_seconds=0.060,
+    latency_seconds=0.040,
     speedup=1.5,
     speedup_low=1.4,
     speedup_high=1.6,
     pairs=10,
-    kv_cache_bytes_dense=4000,
-    kv_cache_bytes_plan=2000,
+    dense_kv_cache_bytes=4000,
+    kv_cache_bytes=2000,
 )
 
 

@@ -9,11 +9,11 @@ from optimizer.stages import redundancy
 from optimizer.stages.context import JobContext
 from storage.database import Database
 from storage.queue import stages
-from workers.messages import ScoreLayers
+from workers.messages import MeasureRedundancy
 
 
-def asked(worker: in_process.OneWorker) -> list[ScoreLayers]:
-    found = [request for request in worker.requests if isinstance(request, ScoreLayers)]
+def asked(worker: in_process.OneWorker) -> list[MeasureRedundancy]:
+    found = [request for request in worker.requests if isinstance(request, MeasureRedundancy)]
     worker.requests.clear()
     return found
 

@@ -24,7 +24,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers' 
 
 
 class Sleeper:
-    """Says which task it holds and which process it is, after as many seconds as the request's limit says."""
+    """Says which task it holds and which process it is, after as many seconds as the request's n_samples says."""
 
     def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
         self._task, self._number = task, settings.worker
@@ -40,7 +40,7 @@ class Sleeper:
         return self.setup()
 
     def handle(self, request: EvaluatePlans) -> Evaluations:
-        time.sleep(request.limit or 0)
+        time.sleep(request.n_samples or 0)
         label = f"{len(self._task.search)} samples"
         return Evaluations((Evaluation(request.plans[0], label, (), (1.0,), {}, {}, float(os.getpid())),))
 

@@ -21,7 +21,7 @@ import ray
 from workers.cluster.connection import ClusterSettings, connect
 from workers.cluster.pool import WorkerPool
 from workers.errors import ClusterError, ModelError, TaskError
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.messages import (
     CompareLatency,
     EvaluatePlan,
@@ -29,10 +29,10 @@ from workers.messages import (
     Failure,
     LatencyComparison,
     LatencyProfile,
+    MeasureRedundancy,
     ModelSource,
     ProfileLatency,
-    ScoreLayers,
-    ShardScores,
+    RedundancySums,
     Workload,
 )
 from workers.models.loading import LoadedModel
@@ -82,7 +82,7 @@ def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel
     assert (pool.info[0].threads, pool.info[0].dtype, pool.info[0].num_layers) == (1, "float32", 6)
     plans = ["RRRRRR", "RSRRRR", "RRSSRR", "FFFRRR"]
     results = dict(pool.run([EvaluatePlan(plan, "search", 24) for plan in plans]))
-    here = Evaluator(tiny, task)
+    here = PlainEvaluator(tiny, task)
     for index, plan in enumerate(plans):
         expected = here.evaluate(SkipPlan.parse(plan), "search", 24)
         found = results[index]
@@ -92,15 +92,15 @@ def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel
 
 def test_shards_and_timings_in_one_run(pool: WorkerPool, task: Task) -> None:
     requests = [
-        ScoreLayers(("distance",), 0, 2),
+        MeasureRedundancy(("distance",), 0, 2),
         ProfileLatency(repeats=2, workload=Workload(1, 2)),
-        ScoreLayers(("distance",), 1, 2),
+        MeasureRedundancy(("distance",), 1, 2),
         CompareLatency("RSRRRR", Workload(1, 2), precision=1.0, max_seconds=5),
     ]
     results = dict(pool.run(requests))
     sums = [results[0], results[2]]
-    assert all(isinstance(part, ShardScores) for part in sums)
-    merged = merge([part for part in sums if isinstance(part, ShardScores)])
+    assert all(isinstance(part, RedundancySums) for part in sums)
+    merged = merge([part for part in sums if isinstance(part, RedundancySums)])
     assert merged.samples == len(task.calibration)
     assert isinstance(results[1], LatencyProfile) and isinstance(results[3], LatencyComparison)
 

@@ -11,8 +11,8 @@ import torch
 from workers.compensation import store
 from workers.compensation.artifact import decode
 from workers.compensation.recipe import CompensationError, Recipe
-from workers.engine.dispatch import Evaluators
-from workers.evaluation.plain import Evaluator
+from workers.engine.dispatch import EvaluationDispatch
+from workers.evaluation.plain import PlainEvaluator
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, FitCompensation
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, apply
@@ -22,12 +22,12 @@ LINEAR = "linear ridge=0.001 weighting=answers tokens=200"
 
 
 @pytest.fixture(scope="module")
-def evaluators(tiny: LoadedModel, small_task: Task) -> Evaluators:
-    return Evaluators(Evaluator(tiny, small_task, batch_size=4), memory_bytes=1 << 28)
+def evaluators(tiny: LoadedModel, small_task: Task) -> EvaluationDispatch:
+    return EvaluationDispatch(PlainEvaluator(tiny, small_task, batch_size=4), memory_bytes=1 << 28)
 
 
 @pytest.mark.parametrize("recipe", [LINEAR, f"{LINEAR} drift=yes", f"{LINEAR} scope=projection"])
-def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Evaluators, recipe: str) -> None:
+def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: EvaluationDispatch, recipe: str) -> None:
     generator = random.Random(3)
     plans = tuple({"".join(generator.choice("RRSSF") for _ in range(5)) + "R" for _ in range(8)})
     asked = {"plans": plans, "split": "search", "compensation": recipe}
@@ -55,18 +55,18 @@ def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Ev
     ],
 )
 def test_kept_maps_are_read_back_and_folded(
-    evaluators: Evaluators, tiny: LoadedModel, tmp_path: Path, recipe: str, places: list[tuple[int, int]]
+    evaluators: EvaluationDispatch, tiny: LoadedModel, tmp_path: Path, recipe: str, places: list[tuple[int, int]]
 ) -> None:
     compensator = evaluators.plain.compensator
     kept = compensator.answer(FitCompensation("RSRSSR", recipe))
-    artefact = store.put(str(tmp_path), kept.content)
-    decoded = decode(store.get(artefact), plan="RSRSSR")
+    artifact = store.put(str(tmp_path), kept.content)
+    decoded = decode(store.get(artifact), plan="RSRSSR")
     fitted = compensator.fitted(SkipPlan.parse("RSRSSR"), Recipe.parse(recipe))
     assert decoded.compensation == recipe and decoded.maps.keys() == fitted.maps.keys() == dict(places).keys()
     assert all(torch.equal(decoded.maps[layer].matrix, own.matrix) for layer, own in fitted.maps.items())
     assert [(gap.layer, gap.end) for gap in kept.gaps] == places
-    assert all(0 <= gap.unexplained < gap.plain for gap in kept.gaps)
-    asked = {"plans": ("RSRSSR", "RRRRRR"), "split": "held_out", "compensation": recipe, "artefacts": (artefact, None)}
+    assert all(0 <= gap.unexplained < gap.plain_share for gap in kept.gaps)
+    asked = {"plans": ("RSRSSR", "RRRRRR"), "split": "held_out", "compensation": recipe, "artifacts": (artifact, None)}
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
     for one, other in zip(fast.results, plain.results, strict=True):
@@ -77,13 +77,13 @@ def test_kept_maps_are_read_back_and_folded(
         pass  # the maps are those of its gaps
 
 
-def test_equal_fits_make_equal_files(evaluators: Evaluators, tiny: LoadedModel, small_task: Task) -> None:
+def test_equal_fits_make_equal_files(evaluators: EvaluationDispatch, tiny: LoadedModel, small_task: Task) -> None:
     request = FitCompensation("RSRSSR", LINEAR)
-    again = Evaluator(tiny, small_task, batch_size=2).compensator
+    again = PlainEvaluator(tiny, small_task, batch_size=2).compensator
     assert evaluators.plain.compensator.answer(request).content == again.answer(request).content
 
 
-def test_a_plan_that_cannot_be_compensated_fails_alone(evaluators: Evaluators) -> None:
+def test_a_plan_that_cannot_be_compensated_fails_alone(evaluators: EvaluationDispatch) -> None:
     text = LINEAR + " bias=yes"
     for path in ("fast", "plain"):
         found = evaluators.evaluate(EvaluatePlans(("RSRRRR", "RRRRRR"), "search", compensation=text, path=path))
@@ -92,33 +92,33 @@ def test_a_plan_that_cannot_be_compensated_fails_alone(evaluators: Evaluators) -
         assert isinstance(dense, Evaluation)
 
 
-def test_maps_of_another_plan_or_damaged_ones_are_refused(evaluators: Evaluators, tmp_path: Path) -> None:
+def test_maps_of_another_plan_or_damaged_ones_are_refused(evaluators: EvaluationDispatch, tmp_path: Path) -> None:
     compensator = evaluators.plain.compensator
     kept = compensator.answer(FitCompensation("RSRSSR", LINEAR))
-    artefact = store.put(str(tmp_path), kept.content)
+    artifact = store.put(str(tmp_path), kept.content)
     with pytest.raises(CompensationError, match="those of plan RSRSSR, not of RSRRRR"):
-        decode(store.get(artefact), plan="RSRRRR")
-    Path(artefact.location).write_bytes(kept.content[:-4] + b"\0\0\0\0")
+        decode(store.get(artifact), plan="RSRRRR")
+    Path(artifact.location).write_bytes(kept.content[:-4] + b"\0\0\0\0")
     with pytest.raises(CompensationError, match="not what was fitted"):
-        store.get(artefact)
-    assert store.put(str(tmp_path), kept.content) == artefact and store.get(artefact) == kept.content
-    Path(artefact.location).unlink()
+        store.get(artifact)
+    assert store.put(str(tmp_path), kept.content) == artifact and store.get(artifact) == kept.content
+    Path(artifact.location).unlink()
     with pytest.raises(CompensationError, match="cannot be read"):
-        store.get(artefact)
+        store.get(artifact)
     for content in (b"", b"\0" * 100, kept.content[:50]):
         with pytest.raises(CompensationError, match="cannot be read"):
             decode(content)
 
 
-def test_a_store_may_be_a_url(evaluators: Evaluators) -> None:
+def test_a_store_may_be_a_url(evaluators: EvaluationDispatch) -> None:
     kept = evaluators.plain.compensator.answer(FitCompensation("RSRRRR", LINEAR))
-    artefact = store.put("memory://maps/here", kept.content)
-    assert artefact.location.startswith("memory://maps/here/") and store.get(artefact) == kept.content
+    artifact = store.put("memory://maps/here", kept.content)
+    assert artifact.location.startswith("memory://maps/here/") and store.get(artifact) == kept.content
     with pytest.raises(CompensationError, match="cannot be written"):
         store.put("nowhere://maps", kept.content)
 
 
-def test_no_maps_are_fitted_where_none_are_asked_for(evaluators: Evaluators) -> None:
+def test_no_maps_are_fitted_where_none_are_asked_for(evaluators: EvaluationDispatch) -> None:
     compensator = evaluators.plain.compensator
     assert compensator.maps(SkipPlan.parse("RSRRRR"), "none") is None
     with pytest.raises(CompensationError, match="no maps to fit"):

@@ -21,7 +21,7 @@ from workers.compensation.calibration import (
 from workers.compensation.fit import Fitted, fit
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.weighting import weigher
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, apply
 from workers.runtime.folding import GapMap
@@ -208,7 +208,7 @@ def test_answers_are_read_from_the_last_tokens_of_every_row(
     tiny: LoadedModel, small_task: Task, calibration: Calibration
 ) -> None:
     samples = by_image(small_task.calibration)
-    given = Evaluator(tiny, small_task).answer(SkipPlan.dense(6), samples).tokens
+    given = PlainEvaluator(tiny, small_task).answer(SkipPlan.dense(6), samples).tokens
     limit = small_task.spec.answer.max_new_tokens
     rows = [row for batch in calibration.batches for row in zip(batch.answers, _real(batch), strict=True)]
     for sample, (answers, real) in zip(samples, rows, strict=True):

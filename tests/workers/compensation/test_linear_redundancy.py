@@ -41,7 +41,7 @@ def test_shares_are_the_residuals_of_numpys_least_squares(tiny: LoadedModel, sma
         ]
         share = ((root * (residual - output @ change)) ** 2).sum() / ((root * target) ** 2).sum()
         assert found[layer, end].unexplained == pytest.approx(share, rel=1e-4)
-        assert found[layer, end].plain == pytest.approx(
+        assert found[layer, end].plain_share == pytest.approx(
             ((root * residual) ** 2).sum() / ((root * target) ** 2).sum(), rel=1e-4
         )
 

@@ -11,9 +11,9 @@ import torch
 from choice_tasks import WORDS, as_choices, log_likelihood_by_hand
 from test_fast_evaluation import evaluations, random_plans
 
-from workers.engine.dispatch import Evaluators
+from workers.engine.dispatch import EvaluationDispatch
 from workers.engine.fast import FastEvaluator
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.decoder import NotExactError
 from workers.layerwise.trie import build_trie, executions
 from workers.messages import EvaluatePlans, ModelSource
@@ -35,19 +35,21 @@ def choices(small_task: Task) -> Task:
 
 
 @pytest.fixture
-def plain(tiny: LoadedModel, choices: Task) -> Evaluator:
-    return Evaluator(tiny, choices)
+def plain(tiny: LoadedModel, choices: Task) -> PlainEvaluator:
+    return PlainEvaluator(tiny, choices)
 
 
 @pytest.fixture
-def fast(plain: Evaluator) -> FastEvaluator:
+def fast(plain: PlainEvaluator) -> FastEvaluator:
     evaluator = FastEvaluator(plain, chunk_tokens=700)
     evaluator.check("search")
     return evaluator
 
 
 @pytest.mark.parametrize("compensation", ["none", "linear tokens=256"])
-def test_random_plans_score_the_same_on_every_sample(plain: Evaluator, fast: FastEvaluator, compensation: str) -> None:
+def test_random_plans_score_the_same_on_every_sample(
+    plain: PlainEvaluator, fast: FastEvaluator, compensation: str
+) -> None:
     request = EvaluatePlans(random_plans(LAYERS, 12, seed=1), "search", 30, compensation=compensation)
     quick, slow = evaluations(fast.evaluate_all(request)), evaluations(plain.evaluate_all(request))
     assert [each.scores for each in quick] == [each.scores for each in slow]
@@ -96,7 +98,7 @@ def test_ties_are_decided_by_the_plain_path_alone(
     tiny: LoadedModel, choices: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.models.multiple_choice.tie_bound", lambda top, dtype: torch.full_like(top, 0.4))
-    plain = Evaluator(tiny, choices)
+    plain = PlainEvaluator(tiny, choices)
     fast = FastEvaluator(plain, chunk_tokens=700)
     fast.check("search")
     request = EvaluatePlans((DENSE, "RRSRRR"), "search", 20)
@@ -110,7 +112,7 @@ def test_options_of_a_sample_stay_together_however_many(tiny: LoadedModel, choic
     """More words than a row takes, and chunks smaller than a row."""
     many = tuple(f"{first} {second}" for first in WORDS for second in WORDS)
     samples = [replace(each, choices=many, answers=(many[number],)) for number, each in enumerate(choices.search[:4])]
-    plain = Evaluator(tiny, replace(choices, search=tuple(samples)))
+    plain = PlainEvaluator(tiny, replace(choices, search=tuple(samples)))
     request = EvaluatePlans((DENSE, "RSRRRR"), "search")
     quick = evaluations(FastEvaluator(plain, chunk_tokens=100).evaluate_all(request))
     assert [each.scores for each in quick] == [each.scores for each in evaluations(plain.evaluate_all(request))]
@@ -121,7 +123,7 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, choices: Tas
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
     samples = list(choices.search[:12])
     samples[3] = replace(samples[3], image=ImageFile(str(broken)), image_key="broken")
-    plain = Evaluator(tiny, replace(choices, search=tuple(samples)))
+    plain = PlainEvaluator(tiny, replace(choices, search=tuple(samples)))
     request = EvaluatePlans((DENSE, "RRSRRR"), "search")
     quick = evaluations(FastEvaluator(plain).evaluate_all(request))
     for one, other in zip(quick, evaluations(plain.evaluate_all(request)), strict=True):
@@ -140,7 +142,7 @@ def test_nan_fails_the_samples_that_have_it_and_no_others(tiny_directory: Path, 
         replace(each, question="triangle?" if number % 5 == 2 else "what is it?", choices=("red", "green"))
         for number, each in enumerate(choices.search[:15])
     ]
-    plain = Evaluator(loaded, replace(choices, search=tuple(samples)))
+    plain = PlainEvaluator(loaded, replace(choices, search=tuple(samples)))
     request = EvaluatePlans((DENSE, "RRRSRR"), "search")
     quick, slow = evaluations(FastEvaluator(plain).evaluate_all(request)), evaluations(plain.evaluate_all(request))
     for one, other in zip(quick, slow, strict=True):
@@ -149,7 +151,7 @@ def test_nan_fails_the_samples_that_have_it_and_no_others(tiny_directory: Path, 
         assert one.scores == other.scores
 
 
-def test_lack_of_memory_halves_the_chunks(plain: Evaluator, fast: FastEvaluator) -> None:
+def test_lack_of_memory_halves_the_chunks(plain: PlainEvaluator, fast: FastEvaluator) -> None:
     request = EvaluatePlans(random_plans(LAYERS, 5, seed=4), "search", 24)
     expected = evaluations(fast.evaluate_all(request))
     small = FastEvaluator(plain, chunk_tokens=1400)
@@ -172,7 +174,7 @@ def test_what_does_not_fit_packed_is_left_to_the_plain_path(
 ) -> None:
     loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
     task = choices if kind == "choice" else replace(small_task, search=small_task.search[:48])
-    plain = Evaluator(loaded, task)
+    plain = PlainEvaluator(loaded, task)
     fast = FastEvaluator(plain, chunk_tokens=700)
     request = EvaluatePlans((DENSE, "RRRSRR"), "search", 16)
     expected = evaluations(plain.evaluate_all(request))
@@ -191,7 +193,7 @@ def test_what_does_not_fit_packed_is_left_to_the_plain_path(
 def test_generation_settings_that_change_logits_are_no_hindrance(tiny_directory: Path, choices: Task) -> None:
     loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
     loaded.model.generation_config.repetition_penalty = 1.3
-    evaluators = Evaluators(Evaluator(loaded, choices), memory_bytes=1 << 28)
+    evaluators = EvaluationDispatch(PlainEvaluator(loaded, choices), memory_bytes=1 << 28)
     request = EvaluatePlans((DENSE, "RRRSRR"), "search", 12)
     quick, slow = (evaluations(evaluators.evaluate(replace(request, path=path))) for path in ("fast", "plain"))
     assert [each.scores for each in quick] == [each.scores for each in slow]
@@ -200,7 +202,9 @@ def test_generation_settings_that_change_logits_are_no_hindrance(tiny_directory:
 def test_an_option_without_tokens_is_left_to_the_plain_path(tiny: LoadedModel, choices: Task) -> None:
     spec = replace(choices.spec, answer=replace(choices.spec.answer, separator=""))
     search = (replace(choices.search[0], choices=("red", "")), *choices.search[1:20])
-    evaluators = Evaluators(Evaluator(tiny, replace(choices, spec=spec, search=search)), memory_bytes=1 << 28)
+    evaluators = EvaluationDispatch(
+        PlainEvaluator(tiny, replace(choices, spec=spec, search=search)), memory_bytes=1 << 28
+    )
     result = evaluators.evaluate(EvaluatePlans((DENSE,), "search", 4))
     assert "the option '' has no tokens" in result.note
     assert list(evaluations(result)[0].failed_samples) == [search[0].id]
@@ -212,7 +216,7 @@ def test_an_option_without_tokens_is_left_to_the_plain_path(tiny: LoadedModel, c
 def test_the_bundled_model_chooses_the_same_on_every_sample() -> None:
     loaded = load_model(ModelSource("llava-12", device="cpu", dtype="float32"))
     task = as_choices(load_task(load_spec("easy-vqa")), seed=3)
-    plain = Evaluator(loaded, task)
+    plain = PlainEvaluator(loaded, task)
     fast = FastEvaluator(plain)
     fast.check("search")
     request = EvaluatePlans(random_plans(12, 12, seed=5, letters="RRRRRRRRFBSS"), "search", 64)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from workers.engine.continuation import Extension
-from workers.engine.dispatch import Evaluators
+from workers.engine.dispatch import EvaluationDispatch
 from workers.engine.fast import FastEvaluator
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.decoder import Keys, NotExactError
 from workers.layerwise.trie import Node, build_trie, executions
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, ModelSource
@@ -45,7 +45,7 @@ def evaluations(results: Any) -> list[Evaluation]:
 def answered(tiny: LoadedModel, small_task: Task) -> Task:
     """Every second sample gets what the dense model answers as the right answer, so that scores are not all zero."""
     samples = small_task.search[:48]
-    texts = Evaluator(tiny, small_task).answer(SkipPlan.dense(LAYERS), samples).texts
+    texts = PlainEvaluator(tiny, small_task).answer(SkipPlan.dense(LAYERS), samples).texts
     search = tuple(
         replace(sample, answers=(texts[sample.id] if number % 2 and texts[sample.id] else "red",))
         for number, sample in enumerate(samples)
@@ -54,18 +54,18 @@ def answered(tiny: LoadedModel, small_task: Task) -> Task:
 
 
 @pytest.fixture
-def plain(tiny: LoadedModel, answered: Task) -> Evaluator:
-    return Evaluator(tiny, answered)
+def plain(tiny: LoadedModel, answered: Task) -> PlainEvaluator:
+    return PlainEvaluator(tiny, answered)
 
 
 @pytest.fixture
-def fast(plain: Evaluator) -> FastEvaluator:
+def fast(plain: PlainEvaluator) -> FastEvaluator:
     evaluator = FastEvaluator(plain, chunk_tokens=700)
     evaluator.check("search")
     return evaluator
 
 
-def test_random_plans_score_the_same_on_every_sample(plain: Evaluator, fast: FastEvaluator) -> None:
+def test_random_plans_score_the_same_on_every_sample(plain: PlainEvaluator, fast: FastEvaluator) -> None:
     plans = random_plans(LAYERS, 30, seed=1)
     request = EvaluatePlans(plans, "search", 40)
     quick, slow = evaluations(fast.evaluate_all(request)), evaluations(plain.evaluate_all(request))
@@ -84,8 +84,8 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
     again = [(one, replace(one, id=f"{one.id} again", answers=("red",))) for one in answered.search[:18]]
     task = replace(answered, spec=spec, search=tuple(one for pair in again for one in pair))  # the same words are fed
     request = EvaluatePlans(random_plans(LAYERS, 12, seed=4), "search", 36, compensation=compensation)
-    expected = evaluations(Evaluator(tiny, task).evaluate_all(request))
-    plain = Evaluator(tiny, task)
+    expected = evaluations(PlainEvaluator(tiny, task).evaluate_all(request))
+    plain = PlainEvaluator(tiny, task)
     fast = FastEvaluator(plain, chunk_tokens=700)
     fast.check("search")
     monkeypatch.setattr(plain, "answer", lambda *_: pytest.fail("the plain path was asked"))
@@ -98,7 +98,7 @@ def test_every_word_of_an_open_answer_is_computed_once(
     tiny: LoadedModel, answered: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = replace(answered.spec, metric="token_f1", answer=replace(answered.spec.answer, max_new_tokens=5))
-    fast = FastEvaluator(Evaluator(tiny, replace(answered, spec=spec)), chunk_tokens=700)
+    fast = FastEvaluator(PlainEvaluator(tiny, replace(answered, spec=spec)), chunk_tokens=700)
     fast.check("search")
     monkeypatch.setattr("workers.engine.draft.FREE_TOKENS", 0)  # no word is tried out
     passes: list[tuple[int, int, set[int]]] = []
@@ -138,7 +138,7 @@ def test_states_of_earlier_requests_are_used_again(fast: FastEvaluator) -> None:
 
 @pytest.mark.parametrize("budget", [0, 400_000])
 def test_a_small_memory_budget_costs_executions_not_correctness(
-    plain: Evaluator, fast: FastEvaluator, budget: int
+    plain: PlainEvaluator, fast: FastEvaluator, budget: int
 ) -> None:
     request = EvaluatePlans(random_plans(LAYERS, 9, seed=3), "search", 24)
     expected = evaluations(fast.evaluate_all(request))
@@ -199,11 +199,11 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, answered: Ta
     samples = list(answered.search[:20])
     samples[3] = replace(samples[3], image=ImageFile(str(broken)), image_key="broken")
     task = replace(answered, search=tuple(samples))
-    fast = FastEvaluator(Evaluator(tiny, task))
+    fast = FastEvaluator(PlainEvaluator(tiny, task))
     (result,) = evaluations(fast.evaluate_all(EvaluatePlans(("RRRRRR",), "search")))
     assert list(result.failed_samples) == [samples[3].id]
     assert "broken.png cannot be decoded" in result.failed_samples[samples[3].id]
-    (expected,) = evaluations(Evaluator(tiny, answered).evaluate_all(EvaluatePlans(("RRRRRR",), "search", 20)))
+    (expected,) = evaluations(PlainEvaluator(tiny, answered).evaluate_all(EvaluatePlans(("RRRRRR",), "search", 20)))
     assert result.scores == (*expected.scores[:3], 0.0, *expected.scores[4:])
     assert result.kl is not None and result.kl[3] != result.kl[3]  # NaN
 
@@ -225,7 +225,7 @@ def test_nan_fails_the_samples_that_have_it_and_no_others(poisoned: LoadedModel,
         for number, sample in enumerate(answered.search[:20])
     ]
     task = replace(answered, search=tuple(samples))
-    plain = Evaluator(poisoned, task)
+    plain = PlainEvaluator(poisoned, task)
     request = EvaluatePlans(("RRRRRR", "RRRSRR", "FRRRRR"), "search")
     quick = evaluations(FastEvaluator(plain).evaluate_all(request))
     slow = evaluations(plain.evaluate_all(request))
@@ -236,7 +236,7 @@ def test_nan_fails_the_samples_that_have_it_and_no_others(poisoned: LoadedModel,
         assert one.scores == other.scores
 
 
-def test_lack_of_memory_halves_the_chunks(plain: Evaluator, fast: FastEvaluator) -> None:
+def test_lack_of_memory_halves_the_chunks(plain: PlainEvaluator, fast: FastEvaluator) -> None:
     request = EvaluatePlans(random_plans(LAYERS, 7, seed=4), "search", 24)
     expected = evaluations(fast.evaluate_all(request))
     small = FastEvaluator(plain, chunk_tokens=1400)
@@ -266,17 +266,17 @@ def test_free_text_and_changed_logits_go_the_plain_path(tiny_directory: Path, an
     spec = answered.spec
     free = replace(answered, spec=replace(spec, answer=replace(spec.answer, kind="free")))
     request = EvaluatePlans(("RRRRRR",), "search", 6)
-    result = Evaluators(Evaluator(loaded, free), memory_bytes=1 << 28).evaluate(request)
+    result = EvaluationDispatch(PlainEvaluator(loaded, free), memory_bytes=1 << 28).evaluate(request)
     assert "free text" in result.note and evaluations(result)[0].path == "plain"
     with pytest.raises(NotExactError, match=r"evaluation: fast is not exact here.*free text"):
-        Evaluators(Evaluator(loaded, free), memory_bytes=1 << 28).evaluate(replace(request, path="fast"))
+        EvaluationDispatch(PlainEvaluator(loaded, free), memory_bytes=1 << 28).evaluate(replace(request, path="fast"))
     loaded.model.generation_config.repetition_penalty = 1.3
-    result = Evaluators(Evaluator(loaded, answered), memory_bytes=1 << 28).evaluate(request)
+    result = EvaluationDispatch(PlainEvaluator(loaded, answered), memory_bytes=1 << 28).evaluate(request)
     assert "repetition_penalty = 1.3" in result.note
 
 
 def test_paths_are_taken_as_asked(tiny: LoadedModel, answered: Task) -> None:
-    evaluators = Evaluators(Evaluator(tiny, answered), memory_bytes=1 << 28)
+    evaluators = EvaluationDispatch(PlainEvaluator(tiny, answered), memory_bytes=1 << 28)
     paths = {
         path: evaluations(evaluators.evaluate(EvaluatePlans(("RRRRRR",), "search", 6, path=path)))[0].path
         for path in ("auto", "fast", "plain")
@@ -289,7 +289,7 @@ def test_paths_are_taken_as_asked(tiny: LoadedModel, answered: Task) -> None:
 @pytest.mark.parametrize(("dtype", "plans", "samples"), [("float32", 16, 128), ("bfloat16", 8, 32)])
 def test_the_bundled_model_scores_the_same_on_every_sample(dtype: str, plans: int, samples: int, split: str) -> None:
     loaded = load_model(ModelSource("llava-12", device="cpu", dtype=dtype))
-    plain = Evaluator(loaded, load_task(load_spec("easy-vqa")))
+    plain = PlainEvaluator(loaded, load_task(load_spec("easy-vqa")))
     fast = FastEvaluator(plain)
     fast.check(split)
     request = EvaluatePlans(random_plans(12, plans, seed=5, letters="RRRRRRRRFBSS"), split, samples)

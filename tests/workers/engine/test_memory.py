@@ -13,7 +13,7 @@ from test_fast_evaluation import evaluations, random_plans
 
 from workers.compensation.recipe import Recipe
 from workers.engine.fast import FastEvaluator
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.messages import EvaluatePlans
 from workers.models.loading import LoadedModel
 from workers.tasks import Task
@@ -36,7 +36,7 @@ def resident_bytes() -> int:
 def test_a_thousand_evaluations_keep_no_more_than_two_hundred(
     tiny: LoadedModel, small_task: Task, compensation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Evaluator(tiny, replace(small_task, search=small_task.search[:4]), cache_bytes=BUDGET)
+    plain = PlainEvaluator(tiny, replace(small_task, search=small_task.search[:4]), cache_bytes=BUDGET)
     fast = FastEvaluator(plain, memory_bytes=BUDGET, chunk_tokens=512)
     fast.check("search")
     if compensation != "none":  # fits keep states and maps of their own

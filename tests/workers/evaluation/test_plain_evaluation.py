@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from workers.errors import TaskError
-from workers.evaluation.plain import Evaluator, is_out_of_memory
+from workers.evaluation.plain import PlainEvaluator, is_out_of_memory
 from workers.messages import ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime.plan import PlanError, SkipPlan
@@ -70,7 +70,7 @@ def test_answers_equal_one_generate_call_a_sample(
     kept = [layer for layer, letter in enumerate(plan.text) if letter == "R"]
     reference = without_layers(tiny_directory, kept)
     samples = long_answers.search[:24]
-    answers = Evaluator(tiny, long_answers, batch_size=5).answer(plan, samples)
+    answers = PlainEvaluator(tiny, long_answers, batch_size=5).answer(plan, samples)
     expected = {s.id: answer_alone(reference, tiny_directory, long_answers, s) for s in samples}
     assert answers.failed == {}
     assert answers.texts == expected
@@ -78,22 +78,22 @@ def test_answers_equal_one_generate_call_a_sample(
 
 
 def test_scores_follow_the_samples_in_their_order(tiny: LoadedModel, long_answers: Task) -> None:
-    evaluator = Evaluator(tiny, long_answers, batch_size=7)
+    evaluator = PlainEvaluator(tiny, long_answers, batch_size=7)
     samples = long_answers.search[:20]
     texts = evaluator.answer(DENSE, samples).texts
     # Every third sample gets the model's own answer as the right one.
     marked = [replace(s, answers=(texts[s.id] if n % 3 == 0 else "zebra",)) for n, s in enumerate(samples)]
     task = replace(long_answers, search=tuple(marked))
-    result = Evaluator(tiny, task, batch_size=7).evaluate(DENSE, "search", 10)
+    result = PlainEvaluator(tiny, task, batch_size=7).evaluate(DENSE, "search", 10)
     assert result.scores == (1, 0, 0, 1, 0, 0, 1, 0, 0, 1)
     assert result.sample_ids == tuple(sample.id for sample in marked[:10])
-    assert (result.n, result.accuracy, result.plan) == (10, pytest.approx(0.4), "RRRRRR")
+    assert (result.n_samples, result.accuracy, result.plan) == (10, pytest.approx(0.4), "RRRRRR")
     assert result.secondary == {"token_f1": pytest.approx(0.4)}
     assert result.seconds > 0
 
 
 def test_the_same_plan_twice_gives_the_same_result(tiny: LoadedModel, long_answers: Task) -> None:
-    evaluator = Evaluator(tiny, long_answers)
+    evaluator = PlainEvaluator(tiny, long_answers)
     first, other, second = (evaluator.evaluate(plan, "search", 16) for plan in (DENSE, SKIPPING, DENSE))
     assert replace(first, seconds=0) == replace(second, seconds=0)
     assert evaluator.answer(SKIPPING, long_answers.search[:16]) != evaluator.answer(DENSE, long_answers.search[:16])
@@ -101,7 +101,10 @@ def test_the_same_plan_twice_gives_the_same_result(tiny: LoadedModel, long_answe
 
 
 def test_the_input_cache_stays_within_its_bound(tiny: LoadedModel, long_answers: Task) -> None:
-    unbounded, bounded = Evaluator(tiny, long_answers, batch_size=4), Evaluator(tiny, long_answers, batch_size=4)
+    unbounded, bounded = (
+        PlainEvaluator(tiny, long_answers, batch_size=4),
+        PlainEvaluator(tiny, long_answers, batch_size=4),
+    )
     one_batch = next(iter(_cached(unbounded, long_answers)))
     bounded.cache_bytes = int(2.5 * one_batch)
     assert replace(bounded.evaluate(DENSE, "search", 40), seconds=0) == replace(
@@ -110,7 +113,7 @@ def test_the_input_cache_stays_within_its_bound(tiny: LoadedModel, long_answers:
     assert 0 < bounded._cached_bytes <= bounded.cache_bytes < unbounded._cached_bytes
 
 
-def _cached(evaluator: Evaluator, task: Task) -> list[int]:
+def _cached(evaluator: PlainEvaluator, task: Task) -> list[int]:
     evaluator.evaluate(DENSE, "search", 4)
     return [batch.nbytes for batch in evaluator._cache.values()]
 
@@ -119,10 +122,10 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, long_answers
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
     samples = list(long_answers.search[:9])
-    texts = Evaluator(tiny, long_answers).answer(DENSE, samples).texts
+    texts = PlainEvaluator(tiny, long_answers).answer(DENSE, samples).texts
     samples = [replace(sample, answers=(texts[sample.id],)) for sample in samples]
     samples[3] = replace(samples[3], image=ImageFile(str(broken)))
-    result = Evaluator(tiny, replace(long_answers, search=tuple(samples))).evaluate(DENSE, "search")
+    result = PlainEvaluator(tiny, replace(long_answers, search=tuple(samples))).evaluate(DENSE, "search")
     assert list(result.failed_samples) == [samples[3].id]
     assert "broken.png cannot be decoded" in result.failed_samples[samples[3].id]
     assert result.scores == (1, 1, 1, 0, 1, 1, 1, 1, 1)
@@ -135,9 +138,9 @@ def test_nan_logits_fail_the_sample_that_has_them(loaded: LoadedModel, long_answ
         return output
 
     samples = long_answers.search[:5]
-    clean = Evaluator(loaded, long_answers).answer(DENSE, samples)
+    clean = PlainEvaluator(loaded, long_answers).answer(DENSE, samples)
     handle = loaded.model.lm_head.register_forward_hook(poison_third_row)
-    answers = Evaluator(loaded, long_answers).answer(DENSE, samples)
+    answers = PlainEvaluator(loaded, long_answers).answer(DENSE, samples)
     handle.remove()
     assert answers.failed == {samples[2].id: "the logits hold NaN"}
     assert answers.texts == {key: text for key, text in clean.texts.items() if key != samples[2].id}
@@ -154,9 +157,9 @@ def test_out_of_memory_halves_the_batch_for_good(loaded: LoadedModel, long_answe
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     samples = long_answers.search[:16]
-    expected = Evaluator(loaded, long_answers).answer(DENSE, samples)
+    expected = PlainEvaluator(loaded, long_answers).answer(DENSE, samples)
     handle = loaded.model.register_forward_pre_hook(run_out, with_kwargs=True)
-    evaluator = Evaluator(loaded, long_answers, batch_size=8)
+    evaluator = PlainEvaluator(loaded, long_answers, batch_size=8)
     answers = evaluator.answer(DENSE, samples)
     handle.remove()
     if largest == 0:
@@ -178,12 +181,12 @@ def test_other_errors_are_not_taken_for_lack_of_memory(loaded: LoadedModel, long
 
     handle = loaded.model.lm_head.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Evaluator(loaded, long_answers).answer(DENSE, long_answers.search[:2])
+        PlainEvaluator(loaded, long_answers).answer(DENSE, long_answers.search[:2])
     handle.remove()
 
 
 def test_wrong_splits_and_plans_are_refused(tiny: LoadedModel, long_answers: Task) -> None:
-    evaluator = Evaluator(tiny, long_answers)
+    evaluator = PlainEvaluator(tiny, long_answers)
     with pytest.raises(TaskError, match="no split 'test'; there are calibration, search, held_out"):
         evaluator.evaluate(DENSE, "test")
     with pytest.raises(PlanError, match="5 layers"):

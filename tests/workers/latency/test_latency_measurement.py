@@ -68,13 +68,13 @@ def test_a_comparison_shows_what_skipping_the_slow_layer_saves(lopsided: LoadedM
     plan = SkipPlan.parse("RRRSRR")
     comparison = compare_latency(lopsided, small_task, plan, max_seconds=4, precision=0.05, workload=Workload(1, 3))
     assert 1.1 < comparison.speedup_low <= comparison.speedup <= comparison.speedup_high
-    assert comparison.dense_seconds - comparison.plan_seconds > 0.5 * 3 * EXTRA_SECONDS
+    assert comparison.dense_latency_seconds - comparison.latency_seconds > 0.5 * 3 * EXTRA_SECONDS
     assert comparison.pairs >= 10
     # Six layers and five: two tensors each, 2 heads of 12 float32 values, a token for the prompt and all but the last.
     tokens = prepare_request(lopsided, small_task, Workload(1, 3)).prompt_tokens + 2
-    assert comparison.kv_cache_bytes_dense == 6 * 2 * 2 * 12 * 4 * tokens
-    assert comparison.kv_cache_bytes_plan == 5 * 2 * 2 * 12 * 4 * tokens
-    assert comparison.peak_bytes_dense is not None and comparison.peak_bytes_dense >= 0
+    assert comparison.dense_kv_cache_bytes == 6 * 2 * 2 * 12 * 4 * tokens
+    assert comparison.kv_cache_bytes == 5 * 2 * 2 * 12 * 4 * tokens
+    assert comparison.dense_peak_bytes is not None and comparison.dense_peak_bytes >= 0
 
 
 def test_a_comparison_stops_when_precise_enough_or_late(tiny: LoadedModel, small_task: Task) -> None:

@@ -14,7 +14,7 @@ from choice_tasks import as_choices, log_likelihood_by_hand
 
 from workers.compensation.calibration import calibrate
 from workers.errors import TaskError
-from workers.evaluation.plain import Evaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.messages import ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.models.multiple_choice import Choice, Likelihood, chosen_tokens, option_tokens
@@ -40,7 +40,7 @@ def loaded(tiny_directory: Path) -> LoadedModel:
 @pytest.mark.parametrize("plan", PLANS)
 def test_likelihoods_are_those_of_one_call_an_option(tiny: LoadedModel, choices: Task, plan: SkipPlan) -> None:
     samples = choices.search[:12]
-    answers = Evaluator(tiny, choices, batch_size=7).answer(plan, samples)
+    answers = PlainEvaluator(tiny, choices, batch_size=7).answer(plan, samples)
     assert answers.failed == {}
     with apply(tiny.model, plan):
         for sample in samples:
@@ -51,7 +51,7 @@ def test_likelihoods_are_those_of_one_call_an_option(tiny: LoadedModel, choices:
 
 def test_scores_follow_from_the_likelihoods(tiny: LoadedModel, choices: Task) -> None:
     samples = choices.search[:24]
-    result = Evaluator(tiny, choices).evaluate(DENSE, "search", 24)
+    result = PlainEvaluator(tiny, choices).evaluate(DENSE, "search", 24)
     by_sum, by_length = [], []
     for sample in samples:
         totals = [log_likelihood_by_hand(tiny.model, tiny, sample, option) for option in sample.choices]
@@ -65,10 +65,10 @@ def test_scores_follow_from_the_likelihoods(tiny: LoadedModel, choices: Task) ->
 
 
 def test_generation_settings_do_not_matter(loaded: LoadedModel, choices: Task) -> None:
-    expected = Evaluator(loaded, choices).answer(DENSE, choices.search[:6]).likelihoods
+    expected = PlainEvaluator(loaded, choices).answer(DENSE, choices.search[:6]).likelihoods
     loaded.model.generation_config.repetition_penalty = 3.0
     loaded.model.generation_config.min_new_tokens = 2
-    assert Evaluator(loaded, choices).answer(DENSE, choices.search[:6]).likelihoods == expected
+    assert PlainEvaluator(loaded, choices).answer(DENSE, choices.search[:6]).likelihoods == expected
 
 
 def test_the_separator_stands_between_prompt_and_option(tiny: LoadedModel, choices: Task) -> None:
@@ -95,8 +95,8 @@ def test_no_separator_behind_white_space(tmp_path: Path, choices: Task) -> None:
 
 def test_models_without_a_chat_template_choose_too(tmp_path: Path, choices: Task) -> None:
     loaded = load_model(ModelSource(str(tiny_llava.save(tmp_path, chat_template=None)), device="cpu"))
-    answers = Evaluator(loaded, choices, batch_size=5).answer(DENSE, choices.search[:8])
-    alone = Evaluator(loaded, choices, batch_size=5).answer_alone(DENSE, choices.search[:8])
+    answers = PlainEvaluator(loaded, choices, batch_size=5).answer(DENSE, choices.search[:8])
+    alone = PlainEvaluator(loaded, choices, batch_size=5).answer_alone(DENSE, choices.search[:8])
     assert answers.texts == alone.texts and len(answers.texts) == 8
 
 
@@ -128,7 +128,7 @@ def test_ties_are_asked_again_alone(tiny: LoadedModel, choices: Task, monkeypatc
     handle = tiny.model.register_forward_pre_hook(
         lambda module, args, kwargs: asked.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    answers = Evaluator(tiny, choices).answer(DENSE, samples)
+    answers = PlainEvaluator(tiny, choices).answer(DENSE, samples)
     handle.remove()
     assert answers.tied == {each.id for each in samples[1::2]}
     assert asked[0] == 12 and asked.count(1) >= 2 * 3
@@ -138,9 +138,9 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, choices: Tas
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
     samples = list(choices.search[:9])
-    expected = Evaluator(tiny, choices).evaluate(DENSE, "search", 9)
+    expected = PlainEvaluator(tiny, choices).evaluate(DENSE, "search", 9)
     samples[3] = replace(samples[3], image=ImageFile(str(broken)))
-    result = Evaluator(tiny, replace(choices, search=tuple(samples))).evaluate(DENSE, "search")
+    result = PlainEvaluator(tiny, replace(choices, search=tuple(samples))).evaluate(DENSE, "search")
     assert list(result.failed_samples) == [samples[3].id]
     assert "broken.png cannot be decoded" in result.failed_samples[samples[3].id]
     assert result.scores == (*expected.scores[:3], 0.0, *expected.scores[4:])
@@ -148,7 +148,7 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, choices: Tas
 
 def test_nan_fails_the_sample_that_has_it(loaded: LoadedModel, choices: Task) -> None:
     samples = choices.search[:5]
-    clean = Evaluator(loaded, choices).answer(DENSE, samples)
+    clean = PlainEvaluator(loaded, choices).answer(DENSE, samples)
     row = len(samples[0].choices) + 1  # the second sample's second option
 
     def poison(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ def test_nan_fails_the_sample_that_has_it(loaded: LoadedModel, choices: Task) ->
         return output
 
     handle = loaded.model.lm_head.register_forward_hook(poison)
-    answers = Evaluator(loaded, choices).answer(DENSE, samples)
+    answers = PlainEvaluator(loaded, choices).answer(DENSE, samples)
     handle.remove()
     assert answers.failed == {samples[1].id: "the logits hold NaN"}
     assert answers.texts == {key: text for key, text in clean.texts.items() if key != samples[1].id}
@@ -170,9 +170,9 @@ def test_out_of_memory_halves_the_batch(loaded: LoadedModel, choices: Task, larg
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     samples = choices.search[:6]
-    expected = Evaluator(loaded, choices).answer(DENSE, samples)
+    expected = PlainEvaluator(loaded, choices).answer(DENSE, samples)
     handle = loaded.model.register_forward_pre_hook(run_out, with_kwargs=True)
-    answers = Evaluator(loaded, choices, batch_size=8).answer(DENSE, samples)
+    answers = PlainEvaluator(loaded, choices, batch_size=8).answer(DENSE, samples)
     handle.remove()
     if largest:
         assert answers.texts == expected.texts and answers.failed == {}
@@ -186,7 +186,7 @@ def test_an_option_without_tokens(tiny: LoadedModel, choices: Task, monkeypatch:
     spec = replace(choices.spec, answer=replace(choices.spec.answer, separator=""))
     with pytest.raises(TaskError, match="the option '' has no tokens"):
         option_tokens(tiny.processor, spec, sample)
-    answers = Evaluator(tiny, replace(choices, spec=spec)).answer(DENSE, [sample, choices.search[1]])
+    answers = PlainEvaluator(tiny, replace(choices, spec=spec)).answer(DENSE, [sample, choices.search[1]])
     assert list(answers.failed) == [sample.id] and list(answers.texts) == [choices.search[1].id]
 
 
@@ -196,7 +196,7 @@ def test_calibration_feeds_the_option_that_the_dense_model_chooses(tiny: LoadedM
     best = sample.choices[totals.index(max(totals))]
     tokens = tuple(tiny.processor.tokenizer(" " + best)["input_ids"])
     assert chosen_tokens(tiny, choices, sample) == tokens
-    prompt = Evaluator(tiny, choices)._prepare([sample]).inputs
+    prompt = PlainEvaluator(tiny, choices)._prepare([sample]).inputs
     assert prompt is not None
     found = calibrate(tiny, choices, tokens=1)
     assert found.samples[0] == sample.id

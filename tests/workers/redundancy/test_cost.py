@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from workers.models.loading import LoadedModel
-from workers.redundancy.measure import score_layers
+from workers.redundancy.measure import measure_redundancy
 from workers.tasks import Task
 
 LAYERS = 6
@@ -20,7 +20,7 @@ WITHOUT_CAUSAL = ("distance", "cka", "angular", "probes", "attention", "propagat
 @pytest.fixture(autouse=True)
 def checked(tiny: LoadedModel, few: Task) -> None:
     """Whether prefixes can be shared is found out once per model that a worker holds, which is no cost per sample."""
-    score_layers(tiny, replace(few, calibration=few.calibration[:1]), ("propagation",))
+    measure_redundancy(tiny, replace(few, calibration=few.calibration[:1]), ("propagation",))
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def counted(loaded: LoadedModel) -> Iterator[dict[str, int]]:
 
 def test_all_but_the_causal_part_takes_at_most_layers_plus_three_passes(tiny: LoadedModel, few: Task) -> None:
     with counted(tiny) as counts:
-        scores = score_layers(tiny, few, WITHOUT_CAUSAL)
+        scores = measure_redundancy(tiny, few, WITHOUT_CAUSAL)
     passes = counts["layers"] / (scores.samples * LAYERS)
     assert passes <= LAYERS + 3
     assert sum(scores.layer_executions.values()) == counts["layers"]
@@ -61,7 +61,7 @@ def test_all_but_the_causal_part_takes_at_most_layers_plus_three_passes(tiny: Lo
 
 def test_the_causal_part_takes_at_most_three_fifths_of_whole_passes(tiny: LoadedModel, few: Task) -> None:
     with counted(tiny) as counts:
-        scores = score_layers(tiny, few, ("causal",))
+        scores = measure_redundancy(tiny, few, ("causal",))
     # Naive: dense, and every action at every layer from the start; a skipped layer is not run.
     naive = scores.samples * (LAYERS + LAYERS * (LAYERS + LAYERS + LAYERS - 1))
     assert counts["layers"] <= 0.6 * naive
@@ -71,6 +71,6 @@ def test_the_causal_part_takes_at_most_three_fifths_of_whole_passes(tiny: Loaded
 
 def test_states_and_attention_take_a_pass_each(tiny: LoadedModel, few: Task) -> None:
     with counted(tiny) as counts:
-        scores = score_layers(tiny, few, ("distance", "cka", "angular", "probes", "attention"))
+        scores = measure_redundancy(tiny, few, ("distance", "cka", "angular", "probes", "attention"))
     assert counts["layers"] == 2 * scores.samples * LAYERS
     assert scores.forward_passes == {"states": 1.0, "attention": 1.0}

@@ -18,7 +18,7 @@ from workers.redundancy.batches import Batch, token_groups
 from workers.redundancy.collectors import cosine_distance, unbiased_hsic
 from workers.redundancy.interventions import answer_kl
 from workers.redundancy.kinds import GROUPS, HISTOGRAM_EDGES, finish, histogram_quantile
-from workers.redundancy.measure import score_layers
+from workers.redundancy.measure import measure_redundancy
 from workers.redundancy.sums import merge
 from workers.tasks import Task
 from workers.tasks.images import ImageFile
@@ -101,7 +101,7 @@ def test_quantiles_from_a_histogram() -> None:
 
 
 def test_distances_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
-    table = finish(score_layers(tiny, few, ("distance",), batch_size=6))
+    table = finish(measure_redundancy(tiny, few, ("distance",), batch_size=6))
     for group in GROUPS:
         for layer in range(LAYERS):
             pairs = [(p.states[layer][p.groups[group]], p.states[layer + 1][p.groups[group]]) for p in prompts]
@@ -125,7 +125,7 @@ def test_distances_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain
 
 def test_cka_equals_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
     single = replace(few, calibration=few.calibration[:1])  # one prompt: one minibatch, every token in it
-    table = finish(score_layers(tiny, single, ("cka",)))
+    table = finish(measure_redundancy(tiny, single, ("cka",)))
     for group in TOKEN_GROUPS:
         for layer in (0, 4):
             x, y = (prompts[0].states[depth][prompts[0].groups[group]] for depth in (layer, layer + 1))
@@ -140,7 +140,7 @@ def test_cka_equals_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prom
 
 def test_vision_attention_equals_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
     assert tiny.model.config.text_config._attn_implementation == "sdpa"
-    table = finish(score_layers(tiny, few, ("attention",), batch_size=3))
+    table = finish(measure_redundancy(tiny, few, ("attention",), batch_size=3))
     assert tiny.model.config.text_config._attn_implementation == "sdpa"
     for group in ("text", "last"):
         for layer in range(LAYERS):
@@ -152,7 +152,7 @@ def test_vision_attention_equals_numpy(tiny: LoadedModel, few: Task, prompts: li
 
 
 def test_angles_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
-    table = finish(score_layers(tiny, few, ("angular",)))
+    table = finish(measure_redundancy(tiny, few, ("angular",)))
     for start, length in ((0, 1), (5, 1), (1, 3), (0, 6)):
         angles = [
             np.arccos(1 - plain.distance(p.states[start][-1], p.states[start + length][-1])) / np.pi for p in prompts
@@ -164,7 +164,7 @@ def test_angles_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Pr
 
 def test_propagation_and_contribution_equal_whole_passes(tiny: LoadedModel, few: Task) -> None:
     task = replace(few, calibration=few.calibration[:4])
-    table = finish(score_layers(tiny, task, ("propagation", "causal", "withdrawal"), batch_size=3))
+    table = finish(measure_redundancy(tiny, task, ("propagation", "causal", "withdrawal"), batch_size=3))
     dense = [plain.forward(tiny.model, tiny, task, sample) for sample in task.calibration]
     for layer in range(LAYERS):
         gains, changes = [], []
@@ -197,9 +197,9 @@ def test_propagation_and_contribution_equal_whole_passes(tiny: LoadedModel, few:
     assert frozen is not None and frozen.value == pytest.approx(0.0, abs=1e-9)  # nobody reads the last vision states
 
 
-def test_only_so_many_samples_are_scored_as_the_limit_says(tiny: LoadedModel, few: Task) -> None:
-    shards = [score_layers(tiny, few, ("distance",), shard=shard, shards=2, limit=5) for shard in (0, 1)]
-    alone = score_layers(tiny, replace(few, calibration=few.calibration[:5]), ("distance",))
+def test_only_so_many_samples_are_scored_as_asked_for(tiny: LoadedModel, few: Task) -> None:
+    shards = [measure_redundancy(tiny, few, ("distance",), shard=shard, shards=2, n_samples=5) for shard in (0, 1)]
+    alone = measure_redundancy(tiny, replace(few, calibration=few.calibration[:5]), ("distance",))
     assert [each.samples for each in shards] == [3, 2] and alone.samples == 5
     found = finish(merge(shards)).values("cosine_distance", "all")
     assert found == pytest.approx(finish(alone).values("cosine_distance", "all"), rel=1e-5)
@@ -210,11 +210,11 @@ def test_only_so_many_samples_are_scored_as_the_limit_says(tiny: LoadedModel, fe
 
 def test_a_layer_that_writes_into_its_input_is_measured_all_the_same(tiny: LoadedModel, few: Task) -> None:
     kinds = ("distance", "propagation", "causal")
-    expected = finish(score_layers(tiny, few, kinds))
+    expected = finish(measure_redundancy(tiny, few, kinds))
     layer = tiny.model.model.language_model.layers[2]
     # The next layer gets the same state; the tensor that came in does not hold the old one any more.
     handle = layer.register_forward_hook(lambda _, inputs, output: inputs[0].copy_(output))
-    found = finish(score_layers(tiny, few, kinds))
+    found = finish(measure_redundancy(tiny, few, kinds))
     handle.remove()
     for name, group in expected.columns:
         assert found.values(name, group) == pytest.approx(expected.values(name, group), rel=1e-5, abs=1e-9)
@@ -225,17 +225,17 @@ def test_samples_without_a_usable_image_are_not_counted(tiny: LoadedModel, few: 
     first, *rest = few.calibration
     broken = replace(first, image=ImageFile(str(tmp_path / "broken.png")))
     kinds = ("distance", "attention", "probes")
-    some = score_layers(tiny, replace(few, calibration=(broken, *rest)), kinds)
-    without = score_layers(tiny, replace(few, calibration=tuple(rest)), kinds)
+    some = measure_redundancy(tiny, replace(few, calibration=(broken, *rest)), kinds)
+    without = measure_redundancy(tiny, replace(few, calibration=tuple(rest)), kinds)
     assert some.samples == without.samples == len(rest)
     assert finish(some).values("cosine_distance", "all") == pytest.approx(
         finish(without).values("cosine_distance", "all"), rel=1e-5
     )
-    none = score_layers(tiny, replace(few, calibration=(broken,)), kinds)
+    none = measure_redundancy(tiny, replace(few, calibration=(broken,)), kinds)
     with pytest.raises(MeasurementError, match="none of its images"):
         finish(none)
 
 
 def test_an_unknown_kind_is_named(tiny: LoadedModel, few: Task) -> None:
     with pytest.raises(MeasurementError, match=r"no such kind of measurement: wisdom; known are distance"):
-        score_layers(tiny, few, ("wisdom",))
+        measure_redundancy(tiny, few, ("wisdom",))

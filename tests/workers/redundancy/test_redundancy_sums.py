@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from workers.models.loading import LoadedModel
 from workers.redundancy.kinds import KINDS, finish
-from workers.redundancy.measure import score_layers
-from workers.redundancy.sums import KindSums, ShardScores, merge, ratio_means, ratio_sums, sample_sums
+from workers.redundancy.measure import measure_redundancy
+from workers.redundancy.sums import KindSums, RedundancySums, merge, ratio_means, ratio_sums, sample_sums
 from workers.tasks import Task
 
 
@@ -39,15 +39,15 @@ def test_ratio_sums_equal_the_estimator_on_all_samples(shards: list[list[tuple[f
 
 def test_shards_merge_to_the_whole(tiny: LoadedModel, few: Task) -> None:
     kinds = tuple(KINDS)
-    whole = score_layers(tiny, few, kinds, batch_size=1)
-    parts = [score_layers(tiny, few, kinds, shard=shard, shards=3, batch_size=1) for shard in range(3)]
+    whole = measure_redundancy(tiny, few, kinds, batch_size=1)
+    parts = [measure_redundancy(tiny, few, kinds, shard=shard, shards=3, batch_size=1) for shard in range(3)]
     assert all(0 < part.samples < whole.samples for part in parts)
     merged = merge(parts)
     assert merged.samples == whole.samples
     found, expected = finish(merged), finish(whole)
     assert found.columns == expected.columns
     for row in expected.rows:
-        again = found.row(row.name, row.group, row.layer)
+        again = found.row(row.name, row.token_group, row.layer)
         assert again is not None and again.n == row.n
         assert again.value == pytest.approx(row.value, rel=1e-6, abs=1e-9), row
         if row.standard_error is not None:
@@ -57,15 +57,15 @@ def test_shards_merge_to_the_whole(tiny: LoadedModel, few: Task) -> None:
 
 def test_a_reply_does_not_grow_with_the_samples(tiny: LoadedModel, few: Task) -> None:
     kinds = tuple(kind for kind in KINDS if kind != "probes")  # probes keep one state per sample and depth
-    sizes = {len(pickle.dumps(score_layers(tiny, few, kinds, shards=shards))) for shards in (1, 4)}
+    sizes = {len(pickle.dumps(measure_redundancy(tiny, few, kinds, shards=shards))) for shards in (1, 4)}
     assert max(sizes) - min(sizes) < 200
     assert max(sizes) < 200_000
 
 
 def test_merging_refuses_what_does_not_belong_together() -> None:
-    one = ShardScores(2, 1, {"a": KindSums()}, {})
+    one = RedundancySums(2, 1, {"a": KindSums()}, {})
     with pytest.raises(ValueError, match="at least one"):
         merge([])
-    for other in (ShardScores(3, 1, {"a": KindSums()}, {}), ShardScores(2, 1, {"b": KindSums()}, {})):
+    for other in (RedundancySums(3, 1, {"a": KindSums()}, {}), RedundancySums(2, 1, {"b": KindSums()}, {})):
         with pytest.raises(ValueError, match="one model"):
             merge([one, other])
