@@ -28,3 +28,9 @@ class ClusterError(WorkersError):
 
 class MeasurementError(WorkersError):
     """A measurement was asked for that cannot be made, for example an unknown split."""
+
+
+class UnknownNameError(WorkersError, KeyError):
+    """Nothing of this name is registered, or what is cannot be imported."""
+
+    __str__ = WorkersError.__str__  # KeyError's would put the message in quotes

@@ -10,13 +10,14 @@ import typer
 
 from optimizer.cli.plans import AsJson, DeviceOption, MaxDrop, MinSpeedup, ModelOption, TaskOption, caution, find_best
 from optimizer.cli.state import open_database, print_json, print_line
+from optimizer.registries import EXPORT_FORMATS
 
 if TYPE_CHECKING:
     from storage.database import Database
     from storage.records.plans import Plan
 
 
-FORMAT_NAMES = "plan|checkpoint|runtime|mergekit|llama-cpp|openvino|vllm"
+FormatName = Annotated[str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")]
 ModelPath = Annotated[
     str | None, typer.Option("--model-path", help="Where the model is now, if not where it was measured.")
 ]
@@ -34,7 +35,9 @@ def export(
     context: typer.Context,
     output: Annotated[Path, typer.Option("--output", help="Directory to write.", show_default=False)],
     plan_id: Annotated[int | None, typer.Argument(metavar="[PLAN]", help="Id; or pick one as `best` does.")] = None,
-    format_name: Annotated[str, typer.Option("--format", metavar=FORMAT_NAMES, help="What to write.")] = "checkpoint",
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")
+    ] = "checkpoint",
     model: ModelOption = None,
     task: TaskOption = None,
     max_accuracy_drop: MaxDrop = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optimizer.cli.state import global_options, open_database, print_json, print_line
+from optimizer.registries import STRATEGIES
 
 if TYPE_CHECKING:
     from optimizer.cli.screen import Screen
@@ -27,8 +28,7 @@ Strategy = Annotated[
     typer.Option(
         "--strategy",
         metavar="NAME",
-        help="How plans are searched, instead of the job file's search.strategy: surrogate, tpe, nsga2, gp, random, "
-        "skip-it, shortgpt, angular, replaceme, sleb, evopress, shortv, vtw, exhaustive.",
+        help=f"How plans are searched, instead of the job file's search.strategy: {', '.join(STRATEGIES)}.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -7,6 +7,6 @@
 from __future__ import annotations
 
 from .interface import Criterion, Risk
-from .registry import load, names
+from .registry import load
 
-__all__ = ["Criterion", "Risk", "load", "names"]
+__all__ = ["Criterion", "Risk", "load"]

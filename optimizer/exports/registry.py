@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from optimizer.exports import checkpoint, llama_cpp, mergekit, openvino, plan_file, runtime, vllm
 from optimizer.exports.formats import ExportFault, ExportFormat
+from optimizer.registries import EXPORT_FORMATS
+from workers.errors import UnknownNameError
 from workers.runtime import SkipPlan
-from workers.text import did_you_mean
-
-FORMATS: dict[str, ExportFormat] = {
-    module.FORMAT.name: module.FORMAT
-    for module in (plan_file, checkpoint, runtime, mergekit, llama_cpp, openvino, vllm)
-}
 
 
 def find(name: str) -> ExportFormat:
     """The format of this name. Raises ExportFault naming those that are there."""
-    if name not in FORMATS:
-        raise ExportFault(
-            f"--format: {name!r} is unknown; choose one of {', '.join(FORMATS)}{did_you_mean(name, FORMATS)}"
-        )
-    return FORMATS[name]
+    try:
+        found: ExportFormat = EXPORT_FORMATS[name]
+    except UnknownNameError as error:
+        raise ExportFault(f"--format: {error}") from None
+    return found
 
 
 def require_takes(chosen: ExportFormat, plan: SkipPlan, compensation: str) -> None:
@@ -27,7 +22,7 @@ def require_takes(chosen: ExportFormat, plan: SkipPlan, compensation: str) -> No
     reason = chosen.refusal(plan, compensation)
     if reason is None:
         return
-    able = [each.name for each in FORMATS.values() if each.refusal(plan, compensation) is None]
+    able = [each.name for each in EXPORT_FORMATS.values() if each.refusal(plan, compensation) is None]
     raise ExportFault(
         f"--format: {chosen.name} cannot take plan {plan.text}: {reason}; formats that can: {', '.join(able)}"
     )

@@ -7,9 +7,11 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from optimizer import criteria
 from optimizer.errors import UsageFault
+from optimizer.registries import METHODS, STRATEGIES
 from workers.compensation.recipe import NONE, Recipe
 from workers.runtime import PlanError, SkipPlan
 from workers.runtime.plan import Action
@@ -21,24 +23,6 @@ if TYPE_CHECKING:
     ActionName = str
 else:
     ActionName = Literal[tuple(action.label for action in Action if action is not Action.RUN)]
-SAMPLERS = ("surrogate", "tpe", "nsga2", "gp", "random")
-"""Strategies that take seeds and use what earlier jobs found out; the published methods do neither."""
-StrategyName = Literal[
-    "surrogate",
-    "tpe",
-    "nsga2",
-    "gp",
-    "random",
-    "skip-it",
-    "shortgpt",
-    "angular",
-    "replaceme",
-    "sleb",
-    "evopress",
-    "shortv",
-    "vtw",
-    "exhaustive",
-]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
@@ -117,10 +101,11 @@ class SearchSpec(_Section):
     seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="Most seconds of searching; the batch under way ends."
     )
-    strategy: StrategyName = Field(
+    strategy: str = Field(
         default="surrogate",
         description="surrogate: the project's own sampler. tpe, nsga2, gp, random: Optuna's. The others are published "
         "methods (see docs/search.md).",
+        json_schema_extra=lambda schema: schema.update(enum=[*STRATEGIES]),
     )
     seeds: Literal["theory", "random", "none"] = Field(
         default="theory",
@@ -130,9 +115,6 @@ class SearchSpec(_Section):
         default=(),
         description="Plans that are tried before all others, one letter a layer (R run, F freeze, B bypass, S skip); "
         "samplers only.",
-    )
-    measured_pairs: int = Field(
-        default=0, ge=0, le=10_000, description="Pairs of layers measured on the first rung to correct the first plans."
     )
     warm_start: bool = Field(
         default=True, description="Use what earlier jobs found out about this model, on this task and on others."
@@ -161,6 +143,13 @@ class SearchSpec(_Section):
         "can be repeated exactly.",
     )
     finalists: int = Field(default=6, ge=1, le=64, description="Most plans of the front that are verified held-out.")
+
+    @field_validator("strategy")
+    @classmethod
+    def _strategy_is_registered(cls, name: str) -> str:
+        if name not in STRATEGIES:
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{each}'" for each in STRATEGIES)})
+        return name
 
     @field_validator("plans")
     @classmethod
@@ -386,7 +375,7 @@ class JobSpec(_Section):
 
     @model_validator(mode="after")
     def _given_plans_are_of_this_job(self) -> JobSpec:
-        if self.search.plans and self.search.strategy not in SAMPLERS:
+        if self.search.plans and self.search.strategy in METHODS:
             raise ValueError(f"search.plans: strategy {self.search.strategy} tries its own plans only; use a sampler")
         for plan in self.search.plans:
             foreign = sorted(set(plan) - set(self.letters))

@@ -8,7 +8,7 @@ from functools import partial
 
 from optimizer import criteria
 from optimizer.errors import UsageFault
-from optimizer.job.spec import SAMPLERS
+from optimizer.registries import METHODS, STRATEGIES, find
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits
 from optimizer.search.latency import LayerTimes, latency_ratio
@@ -18,7 +18,6 @@ from optimizer.search.rungs import rung_sizes
 from optimizer.search.seeding import with_given, with_seeds
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate, plan_space
-from optimizer.search.strategies.registry import make_strategy
 from optimizer.search.trial import Scores, SearchOutcome, Tried
 from optimizer.stages import kv_cache, warm_start
 from optimizer.stages.cached_evaluation import Evaluator
@@ -67,7 +66,7 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
         problem = _problem(context, profile, table)
         search = Search(
             problem,
-            make_strategy(context.spec.search.strategy, problem, pairs=context.spec.search.measured_pairs),
+            find(STRATEGIES, context.spec.search.strategy, "search.strategy")(problem),
             Budget(context.spec.search, evaluate.elapsed),
             evaluate=evaluate,
             on_tried=lambda tried: context.progress.advance(news=_news(tried)),
@@ -92,7 +91,7 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
         seed=spec.search.seed,
         batch=spec.search.batch,
     )
-    if spec.search.strategy not in SAMPLERS:
+    if spec.search.strategy in METHODS:
         return problem
     chosen = warm_start.choose(context) if spec.search.warm_start else warm_start.WarmStart()
     known = warm_start.known_candidates(context, chosen, space, ratio)

@@ -15,6 +15,7 @@ import numpy as np
 
 from optimizer import criteria
 from optimizer.criteria import Criterion, Risk
+from optimizer.registries import CRITERIA
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.redundancy import measured
 from optimizer.validation.agreement import Agreement
@@ -112,7 +113,7 @@ def validate(
     spec = context.spec
     own = criteria.load(spec.criterion, spec.thresholds)
     if others is None:
-        others = [criteria.load(name) for name in criteria.names() if name != own.name]
+        others = [criteria.load(name) for name in CRITERIA if name != own.name]
     risks, table, left_out = _predict(context, own, others)
     everyone = [each for each in (own, *others) if each.name in risks]
     risks[CONTROL] = scrambled(risks[own.name], spec.search.seed)

@@ -17,8 +17,8 @@ import numpy as np  # noqa: E402
 from planted import problem_of, random_problem  # noqa: E402
 
 from optimizer.job.spec import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.registries import STRATEGIES  # noqa: E402
 from optimizer.search.space import Candidate  # noqa: E402
-from optimizer.search.strategies.registry import make_strategy  # noqa: E402
 from optimizer.search.trial import Tried, tried_of  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
 
@@ -32,7 +32,7 @@ def overhead(layers: int, evaluations: int) -> float:
     planted = random_problem(layers, "RFBS", 1)
     spec = SearchSpec(evaluations=evaluations + 100, rungs=(100,))
     problem = problem_of(planted, "RFBS", spec=spec, constraint=ConstraintSpec(max_accuracy_drop=0.2), seeded=False)
-    strategy = make_strategy("surrogate", problem)
+    strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(layers))
     scores = planted.scores(dense, planted.samples)
 

@@ -31,7 +31,8 @@ FIXTURES = PROJECT / "tests" / "fixtures"
 sys.path.insert(0, str(PROJECT))
 
 from optimizer import criteria  # noqa: E402
-from optimizer.job.spec import SAMPLERS, ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.job.spec import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.registries import SAMPLERS, STRATEGIES  # noqa: E402
 from optimizer.search.budget import Budget  # noqa: E402
 from optimizer.search.constraints import Limits  # noqa: E402
 from optimizer.search.latency import latency_ratio  # noqa: E402
@@ -41,7 +42,6 @@ from optimizer.search.problem import Problem  # noqa: E402
 from optimizer.search.rungs import rung_sizes  # noqa: E402
 from optimizer.search.seeding import with_seeds  # noqa: E402
 from optimizer.search.space import Candidate, PlanSpace  # noqa: E402
-from optimizer.search.strategies.registry import make_strategy  # noqa: E402
 from optimizer.search.trial import Scores, Tried  # noqa: E402
 from workers.redundancy.table import LayerMeasurement, LayerTable  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
@@ -49,7 +49,7 @@ from workers.runtime import SkipPlan  # noqa: E402
 REFERENCE: Point = (1.0, 0.2)
 CHECKPOINTS = (25, 50, 100, 200)
 EVALUATIONS = (60, 200)
-STRATEGIES = (
+COMPARED = (
     ("surrogate", "theory"),
     ("surrogate", "random"),
     ("surrogate", "none"),
@@ -156,7 +156,7 @@ def run(problem: Problem, spec: SearchSpec, evaluate: Any) -> dict[str, Any]:
             steps.append((budget.layer_executions, budget.evaluations, genome, tried.latency_ratio, tried.drop))
 
     started = time.perf_counter()
-    outcome = Search(problem, make_strategy(spec.strategy, problem), budget, evaluate=evaluate, on_tried=note).run()
+    outcome = Search(problem, STRATEGIES[spec.strategy](problem), budget, evaluate=evaluate, on_tried=note).run()
     seconds = time.perf_counter() - started
     return {"steps": steps, "stopped": outcome.stopped_because, "seconds": seconds, "evaluations": budget.evaluations}
 
@@ -183,7 +183,7 @@ def run_all(options: argparse.Namespace) -> None:
     cache = Cache(options.cache)
     for task in options.tasks:
         table, times = load_inputs(options.model, task)
-        for strategy, seeds in STRATEGIES:
+        for strategy, seeds in COMPARED:
             if options.only and strategy not in options.only:
                 continue
             for seed in range(1 if strategy in DETERMINISTIC else options.seeds):
@@ -292,7 +292,7 @@ def report(options: argparse.Namespace) -> None:
         best = hypervolume([(ratio, drop) for _, ratio, drop in true_front], REFERENCE)
         full = recorded.samples * recorded.layers
         limits = [each * full for each in CHECKPOINTS]
-        found = {pair: runs_of(cache, options.model, task, *pair) for pair in STRATEGIES}
+        found = {pair: runs_of(cache, options.model, task, *pair) for pair in COMPARED}
         found = {pair: results for pair, results in found.items() if results}
         heads = [*(f"{each} full" for each in CHECKPOINTS), *(f"{each} plans" for each in EVALUATIONS)]
         on_search = {

@@ -10,6 +10,7 @@ import numpy as np
 
 from optimizer.criteria import Risk
 from optimizer.job.spec import ConstraintSpec, SearchSpec
+from optimizer.registries import STRATEGIES
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits
 from optimizer.search.loop import Search
@@ -17,7 +18,6 @@ from optimizer.search.problem import Problem, Strategy
 from optimizer.search.rungs import rung_sizes
 from optimizer.search.seeding import with_seeds
 from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.strategies.registry import make_strategy
 from optimizer.search.trial import Scores, SearchOutcome
 from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime import SkipPlan
@@ -127,7 +127,7 @@ def search(
     problem = problem_of(planted, letters, spec=spec, constraint=constraint, **own)
     if seeds is not None:
         problem = replace(problem, seeds=tuple(Candidate(SkipPlan.parse(text)) for text in seeds))
-    strategy: Strategy = make_strategy(spec.strategy, problem, pairs=spec.measured_pairs)
+    strategy: Strategy = STRATEGIES[spec.strategy](problem)
     return Search(problem, strategy, Budget(spec, elapsed), evaluate=planted).run()
 
 

@@ -9,7 +9,7 @@ matters only if the answer could still score.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +100,7 @@ class Scorer:
         self,
         spec: TaskSpec,
         decode: Callable[[Sequence[int]], str],
-        metrics: dict[str, Callable[..., float]],
+        metrics: Mapping[str, Callable[..., float]],
         *,
         stable: bool = True,
     ):

@@ -9,9 +9,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+
+from workers.registry import Registry
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -164,24 +163,16 @@ def _vqa_word(word: str) -> str:
     return "" if word in _VQA_ARTICLES else _VQA_NUMBERS.get(word, word)
 
 
-@dataclass(frozen=True)
-class OwnMetric:
-    """A user's metric by entry point, imported when the first answer is scored."""
+def checked(name: str, metric: Metric) -> Metric:
+    """A user's metric, which raises ValueError when a score is no number in [0, 1]."""
 
-    point: EntryPoint
+    def score(prediction: str, answers: Sequence[str]) -> float:
+        found = float(metric(prediction, answers))
+        if not 0.0 <= found <= 1.0:
+            raise ValueError(f"metric {name} gave {found}; a score lies in [0, 1]")
+        return found
 
-    def __call__(self, prediction: str, answers: Sequence[str]) -> float:
-        """The user's score. Raises ValueError when it is no number in [0, 1]."""
-        score = float(_load(self.point)(prediction, answers))
-        if not 0.0 <= score <= 1.0:
-            raise ValueError(f"metric {self.point.name} gave {score}; a score lies in [0, 1]")
-        return score
-
-
-@cache
-def _load(point: EntryPoint) -> Metric:
-    metric: Metric = point.load()
-    return metric
+    return score
 
 
 ChoiceMetric = Callable[[float, str], float]
@@ -207,11 +198,9 @@ CHOICE_METRICS: dict[str, ChoiceMetric] = {
 }
 """Metrics of tasks in which the model chooses: 1 where the right option is worth most, else 0."""
 
-METRICS: dict[str, Metric] = {
-    **{point.name: OwnMetric(point) for point in entry_points(group="skipplan.metrics")},
-    "exact_match": exact_match,
-    "vqa_accuracy": vqa_accuracy,
-    "token_f1": token_f1,
-    "anls": anls,
-}
-"""The metrics a task file may name: the project's, and users' own from the entry point group ``skipplan.metrics``."""
+METRICS: Registry[Metric] = Registry(
+    "skipplan.metrics",
+    {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "token_f1": token_f1, "anls": anls},
+    adapt=checked,
+)
+"""The metrics a task file may name: the project's, and users' own from the entry point group."""

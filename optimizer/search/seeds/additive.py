@@ -1,14 +1,14 @@
 """The additive problem, solved exactly: the least total risk among all plans that are fast enough.
 
 An integer program over layer x action: one 0/1 variable each, at most one action a layer. It is exact only as far as
-risks add up; measured excess harm of pairs can be added, each pair linearised (McCormick, 1976).
+risks add up.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -35,12 +35,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class AdditiveProblem:
-    """Risk and saved share of latency of every single step, excess risk of pairs of steps, and further limits."""
+    """Risk and saved share of latency of every single step, and further limits."""
 
     space: PlanSpace
     risk: Mapping[Step, float]
     saving: Mapping[Step, float]
-    pairs: Mapping[tuple[Step, Step], float] = field(default_factory=dict)
     limits: Sequence[Limit] = ()
 
     def solve(self, ratio: float = math.inf) -> Candidate | None:
@@ -50,8 +49,6 @@ class AdditiveProblem:
         """
         steps = [step for step, risk in self.risk.items() if math.isfinite(risk)]
         number = {step: place for place, step in enumerate(steps)}
-        pairs = [(pair, excess) for pair, excess in self.pairs.items() if pair[0] in number and pair[1] in number]
-        count = len(steps) + len(pairs)
         if not steps:
             return None
         rows: list[tuple[dict[int, float], float, float]] = [
@@ -65,27 +62,21 @@ class AdditiveProblem:
         ]
         skips = {number[step]: 1.0 for step in steps if step[1] in (SKIP, COMPENSATED)}
         rows.append((skips, 0.0, self.space.num_layers - 1.0))
-        for place, ((first, second), excess) in enumerate(pairs, start=len(steps)):
-            a, b = number[first], number[second]
-            if excess > 0:
-                rows.append(({a: 1.0, b: 1.0, place: -1.0}, -np.inf, 1.0))
-            else:
-                rows += [({place: 1.0, a: -1.0}, -np.inf, 0.0), ({place: 1.0, b: -1.0}, -np.inf, 0.0)]
-        matrix = lil_matrix((len(rows), count))
+        matrix = lil_matrix((len(rows), len(steps)))
         for row, (entries, _, _) in enumerate(rows):
             for column, value in entries.items():
                 matrix[row, column] = value
         solution = milp(
-            np.array([self.risk[step] for step in steps] + [excess for _, excess in pairs]),
+            np.array([self.risk[step] for step in steps]),
             constraints=LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [high for _, _, high in rows]),
-            integrality=np.ones(count, dtype=np.int64),
+            integrality=np.ones(len(steps), dtype=np.int64),
             bounds=Bounds(0.0, 1.0),
             options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 0.0},
         )
         if solution.x is None:
             return None
         letters = [RUN] * self.space.num_layers
-        for step, taken in zip(steps, solution.x, strict=False):
+        for step, taken in zip(steps, solution.x, strict=True):
             if taken > 0.5:
                 letters[step[0]] = step[1]
         genome = "".join(letters)

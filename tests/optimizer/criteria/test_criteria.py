@@ -8,9 +8,10 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from optimizer import criteria
-from optimizer.criteria import Risk, registry
+from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.job.spec import JobSpec
+from optimizer.registries import CRITERIA
 from workers.errors import MeasurementError
 from workers.redundancy.table import LayerMeasurement, LayerTable
 
@@ -77,7 +78,7 @@ def test_position_alone() -> None:
     assert criteria.load("early-exit").risk(table()).order("B") == (2, 1, 0)
 
 
-@pytest.mark.parametrize("name", [name for name in registry.BUILT_IN if "entry" not in name and "exit" not in name])
+@pytest.mark.parametrize("name", [name for name in CRITERIA.built_in if "entry" not in name and "exit" not in name])
 def test_what_was_not_measured_is_named(name: str) -> None:
     with pytest.raises(MeasurementError, match="was not measured"):
         criteria.load(name).risk(table())
@@ -93,7 +94,7 @@ def test_a_risk_is_no_negative_and_no_nan() -> None:
 
 
 def test_every_built_in_criterion_loads_and_says_whose_it_is() -> None:
-    for name in registry.BUILT_IN:
+    for name in CRITERIA.built_in:
         loaded = criteria.load(name)
         assert loaded.name == name and loaded.source and set(loaded.published_for) <= set("FBS")
 
@@ -101,7 +102,7 @@ def test_every_built_in_criterion_loads_and_says_whose_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "thresholds", "message"),
     [
-        ("nope", {}, "'nope' is not known; known are skip-it"),
+        ("nope", {}, "'nope' is unknown; choose one of skip-it"),
         ("vtw", {"etta": 1}, "criterion vtw takes eta, not etta"),
         ("cosine", {"eta": 1}, "criterion cosine takes none, not eta"),
         ("vtw", {"eta": 0}, "eta must be above 0"),
@@ -135,20 +136,22 @@ class Mine:
 
 def test_a_users_own_criterion_is_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
-        EntryPoint("mine", f"{__name__}:Mine", registry.GROUP),
-        EntryPoint("lost", "no.such:Thing", registry.GROUP),
+        EntryPoint("mine", f"{__name__}:Mine", CRITERIA.group),
+        EntryPoint("lost", "no.such:Thing", CRITERIA.group),
     ]
 
     def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
         assert group == "skipplan.criteria"
         return [point for point in points if name in (None, point.name)]
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr("workers.registry.entry_points", entry_points)
+    monkeypatch.setattr(CRITERIA, "_found", {})
     assert criteria.load("mine", {"sharpness": 3}).thresholds == {"sharpness": 3}
-    assert criteria.names()[-2:] == ("lost", "mine")
+    assert tuple(CRITERIA)[-2:] == ("lost", "mine")
     with pytest.raises(UsageFault, match=r"'lost' cannot be imported from no\.such:Thing"):
         criteria.load("lost")
     points.append(points[0])
+    CRITERIA._found.clear()
     with pytest.raises(UsageFault, match="several packages"):
         criteria.load("mine")
 

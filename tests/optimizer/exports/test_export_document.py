@@ -16,7 +16,7 @@ from optimizer.exports.card import model_card
 from optimizer.exports.document import PlanDocument, describe, json_schema, read, shared_name
 from optimizer.exports.formats import Guide
 from optimizer.exports.importing import import_plan
-from optimizer.exports.registry import FORMATS
+from optimizer.registries import EXPORT_FORMATS
 from storage.database import Database
 from storage.errors import NotFound
 from storage.records import identities, measurements, plans
@@ -149,7 +149,7 @@ def test_unknown_identities_are_not_found(db: Database):
 def test_nothing_from_elsewhere_can_mark_up_the_card():
     hostile = document("RS", device="cpu | <script>alert(1)</script> [x](http://x)\n# Title")
     hostile = hostile.model_copy(update={"export": EXPORT})
-    text = model_card(hostile, FORMATS["checkpoint"], Guide("", ()))
+    text = model_card(hostile, EXPORT_FORMATS["checkpoint"], Guide("", ()))
     assert "<script>" not in text and "\n# Title" not in text and "[x](" not in text
 
 
@@ -171,7 +171,7 @@ EXPORT = PlanDocument.model_validate_json(
 
 def test_the_card_tells_every_figure_and_what_was_forced_or_imported():
     imported = document("RFBS", origin="imported").model_copy(update={"export": EXPORT})
-    text = model_card(imported, FORMATS["runtime"], Guide("USAGE", ("LIMIT",)))
+    text = model_card(imported, EXPORT_FORMATS["runtime"], Guide("USAGE", ("LIMIT",)))
     for figure in ("0.9000", "0.8700 to 0.9300", "-0.0200", "98.75 %", "1.500", "1.400 to 1.600", "200", "4096"):
         assert figure in text
     assert "imported, not measured" in text and "not of this model" in text

@@ -12,24 +12,20 @@ from export_builders import document
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.cli.export import FORMAT_NAMES
 from optimizer.errors import UsageFault
 from optimizer.exports import llama_cpp, mergekit, registry, vllm
 from optimizer.exports.writing import export_plan
+from optimizer.registries import EXPORT_FORMATS
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 
 PLANS = st.text("RFBS", min_size=1, max_size=24).map(SkipPlan.parse)
 
 
-def test_the_command_line_names_every_format():
-    assert FORMAT_NAMES.split("|") == list(registry.FORMATS)
-
-
 @given(PLANS, st.sampled_from(["none", "linear"]))
 def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, compensation: str):
     taking, refusals = set(), []
-    for chosen in registry.FORMATS.values():
+    for chosen in EXPORT_FORMATS.values():
         try:
             registry.require_takes(chosen, plan, compensation)
             taking.add(chosen.name)

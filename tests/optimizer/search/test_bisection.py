@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from planted import SAMPLES, problem_of, random_problem, search, small
 
 from optimizer.job.spec import ConstraintSpec, SearchSpec
+from optimizer.registries import STRATEGIES
 from optimizer.search.seeding import with_given
 from optimizer.search.space import Candidate
 from optimizer.search.strategies.bisection import Ladder
-from optimizer.search.strategies.registry import make_strategy
 from optimizer.search.trial import paired_drop, tried_of
 from workers.runtime import SkipPlan
 
@@ -54,7 +54,7 @@ def test_the_last_good_plan_of_every_ladder_is_tried(letters: str) -> None:
 def test_ladders_take_their_share_of_the_evaluations_and_no_more() -> None:
     planted = small()
     problem = replace(problem_of(planted, "RFBS", constraint=LIMIT), seeds=(), scouts=3)
-    strategy = make_strategy("surrogate", problem)
+    strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
     scores = planted.scores(dense, SAMPLES)
     strategy.start(tried_of(dense, scores, scores.values, 1.0, SAMPLES))
@@ -71,7 +71,7 @@ def test_ladders_take_their_share_of_the_evaluations_and_no_more() -> None:
 
 def test_given_plans_come_before_ladders() -> None:
     problem = with_given(problem_of(small(), constraint=LIMIT), ["RSRRRRRR"])
-    strategy = make_strategy("surrogate", problem)
+    strategy = STRATEGIES["surrogate"](problem)
     dense = tried_of(
         Candidate(SkipPlan.dense(8)), small().scores(Candidate(SkipPlan.dense(8)), 200), (1.0,) * 200, 1, 200
     )
@@ -91,7 +91,7 @@ def test_what_is_known_is_not_asked_again_and_halves_ladders() -> None:
         tried_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
         for each in by_speed
     )
-    strategy = make_strategy("surrogate", replace(problem, known=known, ladders=(ladder,), seeds=()))
+    strategy = STRATEGIES["surrogate"](replace(problem, known=known, ladders=(ladder,), seeds=()))
     strategy.start(tried_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
     assert not {ask.candidate for ask in strategy.ask(8)} & set(ladder)
 
@@ -105,7 +105,7 @@ def test_seeds_that_are_known_leave_their_places_to_ladders() -> None:
         for each in problem.seeds
     )
     assert known
-    strategy = make_strategy("surrogate", replace(problem, known=known))
+    strategy = STRATEGIES["surrogate"](replace(problem, known=known))
     strategy.start(tried_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
     rungs = {each for ladder in problem.ladders for each in ladder}
     assert {ask.candidate for ask in strategy.ask(2)} <= rungs
@@ -116,7 +116,7 @@ def test_a_failed_plan_counts_as_harmful() -> None:
     problem = replace(
         problem_of(planted, constraint=LIMIT), ladders=(plans("RRSRRRRR", "RRSRSRRR", "RRSRSRSR"),), seeds=()
     )
-    strategy = make_strategy("surrogate", problem)
+    strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
     scores = planted.scores(dense, SAMPLES)
     strategy.start(tried_of(dense, scores, scores.values, 1.0, SAMPLES))

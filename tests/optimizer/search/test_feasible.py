@@ -10,10 +10,10 @@ from planted import problem_of, search, small
 
 from optimizer.criteria import Risk
 from optimizer.job.spec import ConstraintSpec
+from optimizer.registries import STRATEGIES
 from optimizer.search.constraints import Limits
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate, PlanSpace, touched
-from optimizer.search.strategies.registry import make_strategy
 from optimizer.search.trial import tried_of
 from workers.runtime import SkipPlan
 
@@ -110,7 +110,7 @@ def test_what_is_no_plan_of_the_space_becomes_the_nearest_one() -> None:
 def test_repaired_proposals_are_parents_of_later_generations() -> None:
     constraint = ConstraintSpec(max_accuracy_drop=0.5, min_speedup=2.5)
     problem = problem_of(small(), "RFBS", constraint=constraint, seeded=False)
-    strategy = make_strategy("nsga2", problem)
+    strategy = STRATEGIES["nsga2"](problem)
     study = strategy._study
     dense = small().scores(Candidate(SkipPlan.dense(8)), 200)
     strategy.start(tried_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, 200))
@@ -146,7 +146,7 @@ def test_no_sampler_evaluates_what_cannot_meet_the_limits(strategy: str, seeds: 
 @pytest.mark.parametrize("strategy", ["skip-it", "shortgpt", "vtw"])
 def test_published_lists_keep_to_the_limits(strategy: str) -> None:
     problem = problem_of(small(), "RFBS", constraint=ConstraintSpec(min_speedup=1.5), seeded=False)
-    plans = make_strategy(strategy, problem).plans
+    plans = STRATEGIES[strategy](problem).plans
     assert plans and all(problem.ratio(each.plan) * 1.5 <= 1 for each in plans)
 
 

@@ -11,7 +11,7 @@ from planted import problem_of, random_problem, search, small
 
 from optimizer.job.spec import ConstraintSpec, SearchSpec
 from optimizer.search.pareto import hypervolume
-from optimizer.search.strategies.registry import surrogate
+from optimizer.search.strategies.samplers import surrogate_sampler
 from optimizer.search.strategies.study import distributions, genome_of
 from optimizer.search.surrogate.encoding import Encoding
 from optimizer.search.surrogate.gain import Stairs
@@ -149,7 +149,7 @@ def sampler_of(planted, seed=0, **fields):
     problem = problem_of(
         planted, spec=SearchSpec(seed=seed, **fields), constraint=ConstraintSpec(max_accuracy_drop=0.2)
     )
-    return problem, surrogate(problem)
+    return problem, surrogate_sampler(problem)
 
 
 def optimise(seed, trials=30):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from planted import SAMPLES, Planted, problem_of, search, small
 
-from optimizer.job.spec import SAMPLERS, ConstraintSpec, SearchSpec
+from optimizer.job.spec import ConstraintSpec, SearchSpec
+from optimizer.registries import SAMPLERS, STRATEGIES
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits
 from optimizer.search.finalists import choose_finalists
 from optimizer.search.loop import Search
 from optimizer.search.rungs import rung_sizes
 from optimizer.search.space import Candidate
-from optimizer.search.strategies.registry import make_strategy
 from optimizer.search.trial import SearchOutcome, Tried, paired_drop
 from workers.runtime import SkipPlan
 
@@ -111,7 +111,7 @@ def test_compensated_and_plain_plans_are_searched_together():
 
 def test_the_study_gets_the_constraints():
     problem = problem_of(small(), spec=SearchSpec(strategy="tpe"))
-    strategy = make_strategy("tpe", problem)
+    strategy = STRATEGIES["tpe"](problem)
     dense = Tried("R" * LAYERS, 200, 1.0, 0.0, 0.0, 1.0, True)
     strategy.start(dense)
     (ask,) = strategy.ask(1)
@@ -146,7 +146,7 @@ def test_what_earlier_jobs_know_is_used_and_not_evaluated_again():
     planted = small()
     spec = SearchSpec(strategy="surrogate", evaluations=16, rungs=(50,), seed=1)
     problem = replace(problem_of(planted, spec=spec), known=known)
-    outcome = Search(problem, make_strategy("surrogate", problem), Budget(spec, lambda: 0.0), evaluate=planted).run()
+    outcome = Search(problem, STRATEGIES["surrogate"](problem), Budget(spec, lambda: 0.0), evaluate=planted).run()
     complete = {tried.plan for tried in known}
     assert not complete & {plan for plan, _ in planted.asked}
     assert complete <= {tried.plan for tried in outcome.tried} and len(outcome.tried) == 1 + 24 + 16

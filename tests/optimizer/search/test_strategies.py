@@ -8,8 +8,7 @@ from planted import SMALL, Planted, problem_of, search, small
 
 from optimizer.errors import UsageFault
 from optimizer.job.spec import ConstraintSpec
-from optimizer.search.strategies.pairs import _on_measured_scale
-from optimizer.search.strategies.registry import PUBLISHED, make_strategy
+from optimizer.registries import METHODS, STRATEGIES
 from workers.errors import MeasurementError
 from workers.redundancy.table import LayerTable
 
@@ -19,7 +18,7 @@ ORDER = [int(layer) for layer in np.argsort(SMALL, kind="stable")]
 
 def genomes(strategy, planted=None, letters="RFBS", **fields):
     problem = problem_of(planted or small(), letters, seeded=False, **fields)
-    return [problem.space.genome(each) for each in make_strategy(strategy, problem).plans]
+    return [problem.space.genome(each) for each in STRATEGIES[strategy](problem).plans]
 
 
 def taking(layers, letter="S", count=8):
@@ -104,7 +103,7 @@ def test_what_was_not_measured_is_said(strategy):
 
 
 def test_every_published_strategy_ends_and_says_why():
-    for strategy in PUBLISHED:
+    for strategy in METHODS:
         planted = small()
         outcome = (
             search(
@@ -114,19 +113,3 @@ def test_every_published_strategy_ends_and_says_why():
             else search(planted, strategy=strategy, evaluations=40)
         )
         assert outcome.stopped_because and len(planted.asked) == len(set(planted.asked))
-
-
-def test_measured_pairs_correct_the_seeds():
-    # Alone 2, 4 and 6 are the least harmful; 2 and 4 together are fatal.
-    planted = Planted(small().singles, {((2, "S"), (4, "S")): 0.6})
-    outcome = search(planted, strategy="surrogate", measured_pairs=6, evaluations=24, constraint=LOOSE)
-    assert ("RRSRSRRR", 50) in planted.asked and ("RRSRSRRR", 200) not in planted.asked
-    assert len(planted.asked) == len(set(planted.asked))
-    pairs_of_two = [tried.plan for tried in outcome.tried if tried.complete and tried.plan.count("S") == 2]
-    assert pairs_of_two and "RRSRSRRR" not in pairs_of_two
-
-
-def test_measured_harms_set_the_scale_of_predicted_ones():
-    predicted = {(0, "S"): 1.0, (1, "S"): 3.0, (2, "S"): 2.0}
-    measured = {(0, "S"): 0.4, (1, "S"): 0.4}
-    assert _on_measured_scale(predicted, measured) == pytest.approx({(0, "S"): 0.4, (1, "S"): 0.4, (2, "S"): 0.4})

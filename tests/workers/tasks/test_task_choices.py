@@ -13,7 +13,7 @@ from PIL import Image
 
 from workers.errors import TaskError
 from workers.tasks import Sample, load_task, parse_spec
-from workers.tasks.metrics import OwnMetric
+from workers.tasks.metrics import METRICS
 
 SHORT = {"kind": "short", "max_new_tokens": 4}
 CHOICE = {"kind": "choice"}
@@ -144,8 +144,14 @@ def test_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def percent(prediction, answers):\n    return 100.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    metric = OwnMetric(EntryPoint("first-letter", "my_metrics:first_letter", "skipplan.metrics"))
-    assert "my_metrics" not in sys.modules  # imported with the first answer, not before
+    points = [EntryPoint(name, f"my_metrics:{name}", METRICS.group) for name in ("first_letter", "percent")]
+    monkeypatch.setattr(
+        "workers.registry.entry_points", lambda group, name=None: [p for p in points if name in (None, p.name)]
+    )
+    monkeypatch.setattr(METRICS, "_found", {})
+    assert "first_letter" in METRICS and list(METRICS)[-1] == "percent"
+    assert "my_metrics" not in sys.modules  # imported when it is looked up, not before
+    metric = METRICS["first_letter"]
     assert (metric("red", ["rose"]), metric("red", ["blue"])) == (1.0, 0.0)
     with pytest.raises(ValueError, match=r"metric percent gave 100\.0; a score lies in"):
-        OwnMetric(EntryPoint("percent", "my_metrics:percent", "skipplan.metrics"))("red", ["red"])
+        METRICS["percent"]("red", ["red"])

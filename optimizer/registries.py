@@ -1,0 +1,79 @@
+"""The strategies, criteria and export formats that a job or a command can name.
+
+One row adds one. Other packages add theirs through the entry point group, and can check them with the functions of
+``optimizer.testing``. Metrics of tasks are registered in ``workers.tasks.metrics``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from optimizer.errors import UsageFault
+from workers.errors import UnknownNameError
+from workers.registry import Registry
+
+T = TypeVar("T")
+
+_SEARCH = "optimizer.search.strategies"
+SAMPLERS = {
+    "surrogate": f"{_SEARCH}.samplers:surrogate",
+    "tpe": f"{_SEARCH}.samplers:tpe",
+    "nsga2": f"{_SEARCH}.samplers:nsga2",
+    "gp": f"{_SEARCH}.samplers:gp",
+    "random": f"{_SEARCH}.samplers:random",
+}
+METHODS = {
+    "skip-it": f"{_SEARCH}.nested:skip_it",
+    "shortgpt": f"{_SEARCH}.shortgpt:shortgpt",
+    "angular": f"{_SEARCH}.angular:angular",
+    "replaceme": f"{_SEARCH}.replaceme:replaceme",
+    "sleb": f"{_SEARCH}.sleb:Sleb",
+    "evopress": f"{_SEARCH}.evopress:EvoPress",
+    "shortv": f"{_SEARCH}.shortv:shortv",
+    "vtw": f"{_SEARCH}.vtw:vtw",
+    "exhaustive": f"{_SEARCH}.exhaustive:exhaustive",
+}
+"""Published methods: they take neither seeds nor given plans, nor what earlier jobs found out."""
+
+STRATEGIES: Registry[Any] = Registry("skipplan.strategies", SAMPLERS | METHODS)
+"""Functions from an ``optimizer.search.problem.Problem`` to a ``Strategy`` on it."""
+
+CRITERIA: Registry[Any] = Registry(
+    "skipplan.criteria",
+    {
+        "skip-it": "optimizer.criteria.skip_it:SkipIt",
+        "skip-it-static": "optimizer.criteria.skip_it:SkipItStatic",
+        "skip-it-causal": "optimizer.criteria.skip_it:SkipItCausal",
+        "cosine": "optimizer.criteria.cosine:Cosine",
+        "block-influence": "optimizer.criteria.block_influence:BlockInfluence",
+        "linear-redundancy": "optimizer.criteria.linear_redundancy:LinearRedundancy",
+        "angular": "optimizer.criteria.angular:Angular",
+        "layer-contribution": "optimizer.criteria.layer_contribution:LayerContribution",
+        "vtw": "optimizer.criteria.withdrawal:VisualTokenWithdrawal",
+        "late-entry": "optimizer.criteria.position:LateEntry",
+        "early-exit": "optimizer.criteria.position:EarlyExit",
+    },
+)
+"""Classes of ``optimizer.criteria.Criterion``, made with their thresholds as keywords."""
+
+EXPORT_FORMATS: Registry[Any] = Registry(
+    "skipplan.export_formats",
+    {
+        "plan": "optimizer.exports.plan_file:FORMAT",
+        "checkpoint": "optimizer.exports.checkpoint:FORMAT",
+        "runtime": "optimizer.exports.runtime:FORMAT",
+        "mergekit": "optimizer.exports.mergekit:FORMAT",
+        "llama-cpp": "optimizer.exports.llama_cpp:FORMAT",
+        "openvino": "optimizer.exports.openvino:FORMAT",
+        "vllm": "optimizer.exports.vllm:FORMAT",
+    },
+)
+"""Values of ``optimizer.exports.formats.ExportFormat``."""
+
+
+def find(registry: Registry[T], name: str, field: str) -> T:
+    """Look a name up that a user wrote in ``field``. Raises UsageFault where it is not there or cannot be imported."""
+    try:
+        return registry[name]
+    except UnknownNameError as error:
+        raise UsageFault(f"{field}: {error}") from None
