@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 TOKEN_GROUPS = ("vision", "text", "all")
+NO_COMPENSATION = "none"
+"""In place of a recipe's text: the skips of a plan stay plain."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class EvaluatePlans:
     plans: tuple[str, ...]
     split: str
     n_samples: int | None = None
-    compensation: str = "none"
+    compensation: str = NO_COMPENSATION
     start: int = 0
     path: str = "auto"
     artifacts: tuple[Artifact | None, ...] = ()
@@ -189,7 +191,7 @@ class Evaluation:
     secondary: dict[str, float]
     failed_samples: dict[str, str]
     seconds: float
-    compensation: str = "none"
+    compensation: str = NO_COMPENSATION
     kl: tuple[float, ...] | None = None
     """Per sample the mean over the answer's positions of KL(dense || plan), in nats; NaN where a sample failed.
     None where the path does not measure it."""
@@ -236,7 +238,7 @@ class CompareLatency:
     confidence: float = 0.95
     max_seconds: float = 60.0
     seed: int = 0
-    compensation: str = "none"
+    compensation: str = NO_COMPENSATION
     artifact: Artifact | None = None
     """Where the plan's fitted maps lie; without it they are fitted."""
 
@@ -271,7 +273,7 @@ class EvaluateElsewhere:
     plan: str
     task: Task
     n_samples: int | None = None
-    compensation: str = "none"
+    compensation: str = NO_COMPENSATION
     artifact: Artifact | None = None
 
 
@@ -281,7 +283,7 @@ class CompareText:
 
     plan: str
     text: str
-    compensation: str = "none"
+    compensation: str = NO_COMPENSATION
     artifact: Artifact | None = None
 
 

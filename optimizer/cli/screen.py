@@ -25,6 +25,7 @@ from optimizer.job.result import JobResult, layers_by_action
 from optimizer.reports.data import meets_constraint
 from optimizer.stages.progress import Display, State
 from storage.records.plans import Plan
+from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
 
 ACTION_STYLES = {Action.RUN: "green", Action.FREEZE: "cyan", Action.BYPASS: "blue", Action.SKIP: "red"}
@@ -169,7 +170,7 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
         table.add_row(
             f"{'→ ' if marked else ''}{plan.id}",
             coloured(plan.plan),
-            describe_layers(plan.plan) + ("" if plan.compensation == "none" else f" ({plan.compensation})"),
+            describe_layers(plan.plan) + ("" if plan.compensation == NO_COMPENSATION else f" ({plan.compensation})"),
             f"{plan.accuracy:.3f} [{plan.accuracy_low:.3f}, {plan.accuracy_high:.3f}]",
             f"{100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, {100 * plan.difference_high:+.2f}]",
             f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
@@ -203,7 +204,7 @@ def figures(plan: Plan) -> str:
 
 def answer(plan: Plan) -> str:
     """The best plan in a sentence."""
-    compensated = "" if plan.compensation == "none" else ", gaps compensated"
+    compensated = "" if plan.compensation == NO_COMPENSATION else ", gaps compensated"
     return (
         f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {plan.speedup:.2f} times as fast as dense "
         f"({1000 * plan.dense_seconds:.1f} -> {1000 * plan.seconds:.1f} ms a request, {plan.workload}), accuracy "

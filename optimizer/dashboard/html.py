@@ -22,6 +22,7 @@ from storage.errors import NotFound
 from storage.queue import jobs
 from storage.queue.jobs import Job
 from storage.records import overview
+from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action
 
 router = APIRouter(include_in_schema=False)
@@ -61,6 +62,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.globals["formatting"] = formatting
     environment.globals["actions"] = tuple(Action)
+    environment.globals["no_compensation"] = NO_COMPENSATION
     return environment
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from optimizer.errors import UsageFault
 from optimizer.exports.document import PlanDocument
-from workers.messages import ModelSource
+from workers.messages import NO_COMPENSATION, ModelSource
 from workers.runtime import Action, SkipPlan
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
 
 def needs_original_weights(plan: SkipPlan, compensation: str) -> str | None:
     """Refuse plans with compensation maps, for programs that prune the original model's weights themselves."""
-    if compensation != "none":
+    if compensation != NO_COMPENSATION:
         return (
             f"its gaps are compensated ({compensation}), and the tool leaves layers out of the original weights, "
             "which have no maps in them"

@@ -9,7 +9,7 @@ from optimizer.exports.document import PlanDocument
 from optimizer.exports.formats import ExportFault
 from optimizer.exports.target import inside
 from workers.compensation import store
-from workers.messages import Artifact
+from workers.messages import NO_COMPENSATION, Artifact
 
 if TYPE_CHECKING:
     from workers.runtime.folding import Maps
@@ -23,7 +23,7 @@ def needs_maps(plan: PlanDocument) -> bool:
     from workers.runtime import SkipPlan
     from workers.runtime.gaps import gaps
 
-    return plan.compensation != "none" and bool(gaps(SkipPlan.parse(plan.plan)))
+    return plan.compensation != NO_COMPENSATION and bool(gaps(SkipPlan.parse(plan.plan)))
 
 
 def fetch(plan: PlanDocument, artifact: Artifact | None) -> bytes | None:

@@ -16,6 +16,7 @@ from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from storage.records.measurements import Redundancy
 from storage.records.plans import Plan
+from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action
 
 Trace = dict[str, Any]
@@ -138,7 +139,7 @@ def _searched(name: str, tried: Sequence[Tried], colour: str, opacity: float, ma
 
 def _searched_line(each: Tried) -> str:
     given_up = "" if each.complete else "; given up early"
-    added = "" if each.compensation == "none" else f"; {each.compensation}"
+    added = "" if each.compensation == NO_COMPENSATION else f"; {each.compensation}"
     return f"tried: {formatting.tried_line(each)}{given_up}{added}"
 
 
@@ -166,7 +167,7 @@ def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
 
 
 def _verified_line(plan: Plan) -> str:
-    added = "" if plan.compensation == "none" else f"; {plan.compensation}"
+    added = "" if plan.compensation == NO_COMPENSATION else f"; {plan.compensation}"
     return (
         f"plan {plan.id}, held-out: {formatting.points(plan.difference)} "
         f"{formatting.interval(plan.difference_low, plan.difference_high)}, "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from optimizer.reports.data import JobReport, Tried, meets_constraint
 from storage.records.plans import Plan
+from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
 
 NOT_MEASURED = "not measured"
@@ -71,7 +72,7 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
         + f" it scores {best.accuracy:.3f}, the dense model {best.dense_accuracy:.3f}: a difference of "
         f"{points(best.difference)}. The loss is at most {100 * lost:.2f} points "
         f"(upper end of the interval at {percent(level)} confidence); {_limit(report)}.",
-        *((f"Compensation: {best.compensation}.",) if best.compensation != "none" else ()),
+        *((f"Compensation: {best.compensation}.",) if best.compensation != NO_COMPENSATION else ()),
         *_effort(report),
     )
 

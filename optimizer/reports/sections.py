@@ -11,6 +11,7 @@ from optimizer.reports.figures import Chart
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import Agreement, TheoryCheck
 from storage.records.plans import Plan
+from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action
 
 STRIPS_SHOWN = 12
@@ -206,7 +207,7 @@ def strips(report: JobReport) -> Section:
             f"plan {plan.id}" + (", the answer" if report.best is not None and plan.id == report.best.id else ""),
             plan.plan,
             f"{plan.speedup:.2f}x, {formatting.points(plan.difference)}"
-            + ("" if plan.compensation == "none" else f"; {plan.compensation}"),
+            + ("" if plan.compensation == NO_COMPENSATION else f"; {plan.compensation}"),
         )
         for plan in report.plans
     )

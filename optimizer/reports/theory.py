@@ -16,6 +16,7 @@ from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.reports.data import JobReport
 from workers.errors import MeasurementError
+from workers.messages import NO_COMPENSATION
 from workers.redundancy.kinds import INTERVENTIONS
 from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime.plan import Action
@@ -80,7 +81,10 @@ def check(report: JobReport) -> TheoryCheck | None:
     plans = [
         Pair(each.plan, sum(risk.of(layer, letter) for layer, letter in enumerate(each.plan)), 100 * each.drop)
         for each in report.tried
-        if each.complete and each.drop is not None and each.compensation == "none" and _foreseen(risk, each.plan)
+        if each.complete
+        and each.drop is not None
+        and each.compensation == NO_COMPENSATION
+        and _foreseen(risk, each.plan)
     ]
     causal = "causal" in criterion.needs
     return TheoryCheck(criterion.name, Agreement.of(plans), {} if causal else _layer_agreements(table, risk))

@@ -11,10 +11,9 @@ from itertools import product
 from optimizer.errors import UsageFault
 from optimizer.job.spec import JobSpec
 from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
-from workers.messages import WorkerInfo
+from workers.messages import NO_COMPENSATION, WorkerInfo
 from workers.runtime import Action, SkipPlan
 
-NO_COMPENSATION = "none"
 MOST_LISTED = 1 << 17
 """A space of at most so many plans can be gone through one by one."""
 

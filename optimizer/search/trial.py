@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from optimizer.search.pareto import Point, front_indices
-from optimizer.search.space import NO_COMPENSATION, Candidate
+from optimizer.search.space import Candidate
+from workers.messages import NO_COMPENSATION
 from workers.runtime import SkipPlan
 
 OPTIMISM = 1.28

@@ -17,7 +17,15 @@ from optimizer.search.trial import Scores
 from optimizer.stages.context import JobContext
 from storage.queue import stages
 from storage.records import evaluations
-from workers.messages import Artifact, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
+from workers.messages import (
+    NO_COMPENSATION,
+    Artifact,
+    EvaluatePlans,
+    Evaluation,
+    EvaluationFailure,
+    Evaluations,
+    Failure,
+)
 from workers.runtime import SkipPlan
 
 LARGEST_GROUP = 64
@@ -43,7 +51,7 @@ class Evaluator:
         self,
         context: JobContext,
         split: str,
-        compensation: str = evaluations.NO_COMPENSATION,
+        compensation: str = NO_COMPENSATION,
         artifacts: Mapping[str, Artifact] | None = None,
     ) -> None:
         self._context, self._split, self._compensation = context, split, compensation

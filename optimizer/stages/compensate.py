@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from optimizer.search.space import NO_COMPENSATION, Candidate
+from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
 from workers.compensation import store
-from workers.messages import Artifact, Failure, FitCompensation, FittedCompensation, GapShare
+from workers.messages import NO_COMPENSATION, Artifact, Failure, FitCompensation, FittedCompensation, GapShare
 
 
 @dataclass(frozen=True)

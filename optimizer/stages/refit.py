@@ -9,7 +9,7 @@ from optimizer.job.inputs import load_job_task, model_source
 from optimizer.job.spec import JobSpec
 from storage.records.plans import Plan
 from workers.compensation import store
-from workers.messages import Artifact, FitCompensation, ModelSource
+from workers.messages import NO_COMPENSATION, Artifact, FitCompensation, ModelSource
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refit
     same versions, and with as many threads as the worker had. Raises UsageFault when the plan has no maps, or the model
     is another one.
     """
-    if plan.compensation == "none":
+    if plan.compensation == NO_COMPENSATION:
         raise UsageFault(f"plan {plan.id} is not compensated, so there are no maps to fit")
     import torch
 

@@ -21,6 +21,7 @@ from optimizer.verification.statistics import (
     two_sided,
     wilson_interval,
 )
+from workers.messages import NO_COMPENSATION
 from workers.runtime import SkipPlan
 
 
@@ -47,7 +48,7 @@ class Verdict:
     accepted: bool
     """Whether the accuracy part of the constraint is met."""
     secondary: dict[str, float]
-    compensation: str = "none"
+    compensation: str = NO_COMPENSATION
 
     @property
     def candidate(self) -> Candidate:

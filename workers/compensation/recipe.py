@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from workers.errors import WorkersError
+from workers.messages import NO_COMPENSATION
 from workers.runtime.gaps import SCOPES, Scope
 
 Kind = Literal["none", "linear"]
@@ -81,7 +82,7 @@ class Recipe:
         What comes after these three is written only where it is not the default.
         """
         if self.is_none:
-            return "none"
+            return NO_COMPENSATION
         parts = [self.kind, f"ridge={self.ridge!r}", f"weighting={self.weighting}", f"tokens={self.tokens}"]
         if self.bias:
             parts.append("bias=yes")

@@ -15,7 +15,7 @@ from workers.evaluation.plain import PlainEvaluator, is_out_of_memory, scores_of
 from workers.latency.request import device_name
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
-from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
+from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.runtime.descriptor import FamilyDescriptor, validate
 from workers.runtime.folding import Maps, folded
 from workers.runtime.plan import Action, PlanError, SkipPlan
@@ -38,7 +38,6 @@ from .state_cache import StateStore
 from .walk import Walker
 
 DEFAULT_MEMORY_BYTES = 2 << 30
-NOT_COMPENSATED = "none"
 
 
 MOST_CHUNKS, MOST_POSITIONS = 8, 2048
@@ -100,7 +99,7 @@ class FastEvaluator:
         plans, maps, failures = self._readable(request)
         self.walker.tally.by_plan.clear()
         given = any(request.artifacts)  # maps as they were kept are folded into the weights, as in an export
-        self._repair_by(NOT_COMPENSATED if given else request.compensation)
+        self._repair_by(NO_COMPENSATION if given else request.compensation)
         own = {text: each for text, each in maps.items() if each is not None} if given else {}
         asked = Asked(tuple(plans), samples, request.start, own)
         self._score(asked, request.split)
@@ -128,7 +127,7 @@ class FastEvaluator:
         expected = {dense.text: answers, plans[1].text: self.plain.answer(plans[1], chosen)}
         # The model's own answers are the right ones here, so that every one of them is compared token by token.
         own = [replace(s, answers=(expected[dense.text].texts.get(s.id) or "-",)) for s in chosen]
-        self._repair_by(NOT_COMPENSATED)
+        self._repair_by(NO_COMPENSATION)
         if self._size_is_open:
             self._size_is_open = False
             self.chunk_tokens = self._find_size(own)
@@ -190,7 +189,7 @@ class FastEvaluator:
     def _repair_by(self, compensation: str) -> None:
         """Have the trie repair states by the maps of a recipe; states repaired by another's are forgotten."""
         self.walker.repairs = None
-        if compensation == NOT_COMPENSATED:
+        if compensation == NO_COMPENSATION:
             return
         if self._repairs is None or self._repairs.compensation != compensation:
             self.states.clear()

@@ -18,10 +18,11 @@ from optuna.trial import TrialState, create_trial
 
 from optimizer.search.pareto import front_indices
 from optimizer.search.problem import Answer, Ask, Problem
-from optimizer.search.space import NO_COMPENSATION, Candidate, PlanSpace
+from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from optimizer.search.surrogate.moves import Moves
 from optimizer.search.trial import Tried
+from workers.messages import NO_COMPENSATION
 
 DUPLICATES_IN_A_ROW = 4
 """After so many proposals of plans already known, a local move takes the sampler's place for one proposal."""

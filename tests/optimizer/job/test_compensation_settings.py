@@ -11,11 +11,16 @@ from optimizer.errors import UsageFault
 from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
 from optimizer.stages.collateral import Collateral, OtherTask
+from storage.records import evaluations
 from workers.compensation.recipe import Recipe
-from workers.messages import TextDivergence
+from workers.messages import NO_COMPENSATION, TextDivergence
 
 BASE = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
 DEFAULT = "linear ridge=0.001 weighting=answers tokens=16384"
+
+
+def test_the_database_and_the_workers_call_no_compensation_the_same() -> None:
+    assert evaluations.NO_COMPENSATION == NO_COMPENSATION == Recipe().text
 
 
 @pytest.mark.parametrize(
