@@ -343,17 +343,17 @@ def theory_layers(check: TheoryCheck) -> Chart:
             "type": "scatter",
             "mode": "markers",
             "name": Action.of(letter).label,
-            "x": [pair.predicted for pair in agreement.pairs],
-            "y": [pair.measured for pair in agreement.pairs],
+            "x": [pair.predicted for pair in each.pairs],
+            "y": [pair.measured for pair in each.pairs],
             "customdata": [
                 ["", f"{Action.of(letter).label} at layer {pair.label}: predicted risk {pair.predicted:.4g}, "
                  f"measured divergence {pair.measured:.4g} nats"]
-                for pair in agreement.pairs
+                for pair in each.pairs
             ],
             "marker": {"color": COLOURS[letter], "size": 9, "line": {"width": 1, "color": "--text"}},
             "hoverinfo": "none",
         }
-        for letter, agreement in check.layers.items()
+        for letter, each in check.layers.items()
     )  # fmt: skip
     positive = all(pair.predicted > 0 and pair.measured > 0 for found in check.layers.values() for pair in found.pairs)
     layout = {

@@ -9,7 +9,8 @@ from optimizer.reports import figures, formatting, latency
 from optimizer.reports.data import JobReport, Tried, meets_constraint
 from optimizer.reports.figures import Chart
 from optimizer.reports.progress import Step, reference
-from optimizer.reports.theory import Agreement, TheoryCheck
+from optimizer.reports.theory import TheoryCheck
+from optimizer.verification.agreement import Agreement
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action
@@ -281,12 +282,12 @@ def theory(check: TheoryCheck | None) -> Section:
         paragraphs += [
             f"Each dot is a plan scored on the whole search split: what criterion {check.criterion} predicted (the sum "
             "of its layers' risks) against the accuracy that the plan lost.",
-            f"{_correlation(check.plans)} The plans share layers and were chosen by the search, so the true "
+            f"{_correlation(check.plans.agreement)} The plans share layers and were chosen by the search, so the true "
             "uncertainty is larger; `skipplan validate-theory` tests the criterion on held-out data, against chance.",
         ]
         charts.append(PlacedChart(figures.theory(check)))
     if check.layers:
-        found = [f"{Action.of(letter).label}: {_correlation(agreement)}" for letter, agreement in check.layers.items()]
+        found = [f"{Action.of(letter).label}: {_correlation(each.agreement)}" for letter, each in check.layers.items()]
         paragraphs.append(f"Layer by layer, against the divergence that an action alone causes. {' '.join(found)}")
         charts.append(PlacedChart(figures.theory_layers(check), "Layer by layer"))
     return replace(section, paragraphs=tuple(paragraphs), charts=tuple(charts))
@@ -297,7 +298,7 @@ def _correlation(agreement: Agreement) -> str:
         return "Ranks cannot be compared: there are too few pairs, or all came out the same."
     return (
         f"Spearman's rank correlation is {agreement.rho:.2f}, 95 % interval [{agreement.low:.2f}, "
-        f"{agreement.high:.2f}], over {len(agreement.pairs)} pairs."
+        f"{agreement.high:.2f}], over {agreement.pairs} pairs."
     )
 
 

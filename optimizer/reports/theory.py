@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-
-import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from optimizer import criteria
 from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.reports.data import JobReport
+from optimizer.verification.agreement import Agreement
 from workers.errors import MeasurementError
 from workers.messages import NO_COMPENSATION
 from workers.redundancy.kinds import INTERVENTIONS
@@ -23,8 +19,6 @@ from workers.runtime.plan import Action
 
 BEFORE_CRITERIA = "cosine"
 """What jobs went by that name no criterion: the only one there was."""
-FEWEST_PAIRS = 4
-"""With fewer a rank correlation says nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +32,17 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Pairs with Spearman's rank correlation and its interval (95 %)."""
+class Comparison:
+    """Pairs of predicted and measured values, and how well their ranks agree (95 % interval)."""
 
     pairs: tuple[Pair, ...]
-    rho: float | None
-    """None where ranks cannot be compared: too few pairs, or all measured the same."""
-    low: float | None
-    high: float | None
+    agreement: Agreement
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair]) -> Agreement:
+    def of(cls, pairs: Sequence[Pair]) -> Comparison:
         """Correlate; pairs without a finite prediction (a layer that could not be measured) are left out."""
         finite = tuple(pair for pair in pairs if math.isfinite(pair.predicted))
-        rho, low, high = rank_correlation([pair.predicted for pair in finite], [pair.measured for pair in finite])
-        return cls(finite, rho, low, high)
+        return cls(finite, Agreement.of_pairs([each.predicted for each in finite], [each.measured for each in finite]))
 
 
 @dataclass(frozen=True)
@@ -60,9 +50,9 @@ class TheoryCheck:
     """How one criterion's predictions compare with measured harm."""
 
     criterion: str
-    plans: Agreement
+    plans: Comparison
     """Predicted risk of each plan (the sum over its layers) against its loss of accuracy in points."""
-    layers: dict[str, Agreement]
+    layers: dict[str, Comparison]
     """By letter, each layer's risk against the divergence that the action alone causes at it (KL, nats), where that
     was measured and is not itself the prediction."""
 
@@ -87,7 +77,7 @@ def check(report: JobReport) -> TheoryCheck | None:
         and _foreseen(risk, each.plan)
     ]
     causal = "causal" in criterion.needs
-    return TheoryCheck(criterion.name, Agreement.of(plans), {} if causal else _layer_agreements(table, risk))
+    return TheoryCheck(criterion.name, Comparison.of(plans), {} if causal else _layer_agreements(table, risk))
 
 
 def layer_table(report: JobReport) -> LayerTable:
@@ -103,37 +93,12 @@ def _foreseen(risk: Risk, plan: str) -> bool:
     return set(plan) <= {Action.RUN.letter, *risk.risk}
 
 
-def _layer_agreements(table: LayerTable, risk: Risk) -> dict[str, Agreement]:
-    found: dict[str, Agreement] = {}
+def _layer_agreements(table: LayerTable, risk: Risk) -> dict[str, Comparison]:
+    found: dict[str, Comparison] = {}
     for action in INTERVENTIONS:
         letter = action.letter
         rows = [table.row(f"layer_contribution@{action.label}", "last", layer) for layer in range(table.num_layers)]
         pairs = [Pair(str(row.layer), risk.of(row.layer, letter), row.value) for row in rows if row is not None]
         if pairs and letter in risk.risk:
-            found[letter] = Agreement.of(pairs)
+            found[letter] = Comparison.of(pairs)
     return found
-
-
-def rank_correlation(
-    first: Sequence[float], second: Sequence[float]
-) -> tuple[float | None, float | None, float | None]:
-    """Spearman's rho (ties share their mean rank) and its interval of 95 %, taking the pairs as independent.
-
-    None for all three when there are fewer than ``FEWEST_PAIRS`` pairs or one side is constant. Source of the interval:
-    Bonett and Wright (2000), Fisher's transformation with standard error sqrt((1 + rho^2 / 2) / (n - 3)).
-    """
-    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    rho = None if len(x) < FEWEST_PAIRS else _rho(x, y)
-    if rho is None:
-        return None, None, None
-    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
-    half = NormalDist().inv_cdf(0.975) * math.sqrt((1 + rho * rho / 2) / (len(x) - 3))
-    return rho, math.tanh(centre - half), math.tanh(centre + half)
-
-
-def _rho(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
-    ranks_x, ranks_y = rankdata(x), rankdata(y)
-    spread = float(ranks_x.std() * ranks_y.std())
-    if spread == 0.0:
-        return None
-    return float(((ranks_x - ranks_x.mean()) * (ranks_y - ranks_y.mean())).mean() / spread)

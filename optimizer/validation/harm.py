@@ -1,4 +1,4 @@
-"""What actions do to answers: scores and divergences of plans on held-out samples, against dense on the same ones."""
+"""Measure the harm of plans: scores and divergences on held-out samples, against dense on the same ones."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PlanHarm:
-    """A plan against dense on the same held-out samples: accuracy, paired drop with its interval, mean divergence."""
+    """A plan against dense on the same held-out samples; ``difference`` is paired, a loss is negative."""
 
     plan: str
     accuracy: float
-    drop: float
-    drop_low: float
-    drop_high: float
+    difference: float
+    difference_low: float
+    difference_high: float
     kl: float | None
     """Nats, over the answer's tokens; None where the evaluation path does not measure it."""
 
@@ -51,9 +51,9 @@ class Measured:
         return PlanHarm(
             plan,
             float(scores.mean()),
-            float((self.dense - scores).mean()),
-            interval.low,
-            interval.high,
+            float((scores - self.dense).mean()),
+            -interval.high,
+            -interval.low,
             None if divergence is None else float(divergence.mean()),
         )
 

@@ -56,7 +56,7 @@ def validation_figure(report: ValidationReport) -> Figure:
 
 
 def _scatter(axes: Any, action: ActionReport, report: ValidationReport) -> None:
-    harm = action.kl if action.kl is not None else tuple(100 * drop for drop in action.drop)
+    harm = action.kl if action.kl is not None else tuple(-100 * difference for difference in action.difference)
     risk = action.risks[report.criterion]
     axes.scatter(risk, harm, s=14)
     for layer, x, y in zip(action.layers, risk, harm, strict=True):
@@ -68,14 +68,14 @@ def _scatter(axes: Any, action: ActionReport, report: ValidationReport) -> None:
         axes.set_xscale("log")
     elif positive:  # some layers are predicted to do no harm at all
         axes.set_xscale("symlog", linthresh=min(positive))
-    found = action.by_kl.get(report.criterion) or action.by_drop[report.criterion]
+    found = action.by_kl.get(report.criterion) or action.by_accuracy[report.criterion]
     axes.set_title(f"{action.action}: rho {agreement(found)}", fontsize=9)
     axes.set_xlabel(f"risk predicted by {report.criterion}")
-    axes.set_ylabel("measured KL (nats)" if action.kl is not None else "measured drop (points)")
+    axes.set_ylabel("measured KL (nats)" if action.kl is not None else "measured loss (points)")
 
 
 def _intervals(axes: Any, action: ActionReport, report: ValidationReport) -> None:
-    found = action.by_kl or action.by_drop
+    found = action.by_kl or action.by_accuracy
     names = [name for name in found if found[name].rho is not None]
     for place, name in enumerate(names):
         each = found[name]
@@ -87,7 +87,7 @@ def _intervals(axes: Any, action: ActionReport, report: ValidationReport) -> Non
     axes.axvline(0.0, color="black", linewidth=0.6)
     axes.set_xlim(-1.05, 1.05)
     axes.set_xlabel(
-        f"Spearman's rho with {'KL' if action.by_kl else 'accuracy drop'}, {report.confidence:.0%} interval"
+        f"Spearman's rho with {'KL' if action.by_kl else 'loss of accuracy'}, {report.confidence:.0%} interval"
     )
 
 

@@ -1,4 +1,4 @@
-"""The validation report: for every action and criterion, does predicted risk agree with measured harm?
+"""Validate criteria: for every action and criterion, does predicted risk agree with measured harm?
 
 Risks come from the calibration split, harm from the held-out one. The report must be able to fail: each criterion gets
 a verdict from its interval, and the default criterion's risks in a random order stand beside it as a control.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from optimizer.criteria import Criterion, Risk
 from optimizer.registries import CRITERIA
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.redundancy import measured
-from optimizer.validation.agreement import Agreement
 from optimizer.validation.harm import Measured, PlanHarm, measure
+from optimizer.verification.agreement import Agreement
 from workers.errors import MeasurementError
 from workers.redundancy.kinds import KINDS
 from workers.redundancy.table import LayerTable
@@ -31,13 +31,13 @@ RANDOM_SETS = 3
 
 @dataclass(frozen=True)
 class SetHarm:
-    """A set of layers that take one action together, and what that does."""
+    """A set of layers that take one action together, and the harm that does."""
 
     action: str
     kind: str
     """``safe``, ``unsafe``, ``random``, or the name of the published method that chose it."""
     layers: tuple[int, ...]
-    harm: PlanHarm | None
+    harm: PlanHarm | None = None
     """None where the model cannot take the plan, or it could not be evaluated."""
 
 
@@ -60,18 +60,20 @@ class ActionReport:
     action: str
     layers: tuple[int, ...]
     kl: tuple[float, ...] | None
-    drop: tuple[float, ...]
+    difference: tuple[float, ...]
+    """Accuracy less the dense model's; a loss is negative."""
     risks: dict[str, tuple[float, ...]]
     """Per criterion the risk of ``layers``."""
     by_kl: dict[str, Agreement]
-    by_drop: dict[str, Agreement]
+    by_accuracy: dict[str, Agreement]
+    """Per criterion the agreement with divergence, and with the loss of accuracy."""
     called_safe: tuple[int, ...]
     """Layers whose risk the criterion puts at 1 or below, its threshold for safe."""
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Everything that validate-theory found out about one model and task."""
+    """Result of ``validate-theory`` for one model and task."""
 
     model: str
     task: str
@@ -114,18 +116,17 @@ def validate(
     own = criteria.load(spec.criterion, spec.thresholds)
     if others is None:
         others = [criteria.load(name) for name in CRITERIA if name != own.name]
-    risks, table, left_out = _predict(context, own, others)
-    everyone = [each for each in (own, *others) if each.name in risks]
-    risks[CONTROL] = scrambled(risks[own.name], spec.search.seed)
-    allowed = {letter: _allowed(context, letter) for letter in SAVING_LETTERS if _allowed(context, letter)}
+    predicted = _predict(context, own, others)
+    confidence, seed, num_layers = spec.constraint.confidence, spec.search.seed, predicted.table.num_layers
+    predicted.risks[CONTROL] = scrambled(predicted.risks[own.name], seed)
+    allowed = {letter: layers for letter in SAVING_LETTERS if (layers := _allowed(context, letter))}
     if not allowed:
         raise JobFailed("no layer of this model may take any action")
-    size = set_size or max(1, round(table.num_layers / 4))
-    sets = _sets(own, everyone, risks, table, allowed, size, spec.search.seed)
-    singles = [plan_of(table.num_layers, (layer,), letter) for letter in allowed for layer in allowed[letter]]
-    together = [plan_of(table.num_layers, each.layers, each.action) for each in sets]
+    size = set_size or max(1, round(num_layers / 4))
+    sets = _sets(predicted, allowed, size, seed)
+    singles = [plan_of(num_layers, (layer,), letter) for letter in allowed for layer in allowed[letter]]
+    together = [plan_of(num_layers, each.layers, each.action) for each in sets]
     harm = measure(context, [*singles, *together], samples)
-    confidence, seed = spec.constraint.confidence, spec.search.seed
     return ValidationReport(
         model=spec.model.path,
         task=context.task.name,
@@ -139,27 +140,40 @@ def validate(
         confidence=confidence,
         seed=seed,
         settings=context.settings,
-        actions=tuple(
-            _action(letter, allowed[letter], risks, own.name, harm, table.num_layers, confidence, seed)
-            for letter in allowed
-        ),
+        actions=tuple(_action(letter, allowed[letter], predicted, harm, confidence, seed) for letter in allowed),
         sets=tuple(
-            SetHarm(each.action, each.kind, each.layers, harm.harm(plan, confidence, seed))
-            for each, plan in zip(sets, together, strict=True)
+            replace(each, harm=harm.harm(plan, confidence, seed)) for each, plan in zip(sets, together, strict=True)
         ),
-        overlaps=tuple(_overlaps(own.name, everyone, risks, table, allowed, size)),
+        overlaps=tuple(_overlaps(predicted, allowed, size)),
         failed=harm.failed,
-        left_out=left_out,
+        left_out=predicted.left_out,
     )
 
 
-def _predict(
-    context: JobContext, own: Criterion, others: Sequence[Criterion]
-) -> tuple[dict[str, Risk], LayerTable, dict[str, str]]:
-    """Every criterion's risks, the table they are made of, and which of ``others`` cannot be had for this model.
+@dataclass(frozen=True)
+class _Predicted:
+    """Every criterion's risks, and the table they are made of."""
 
-    Raises JobFailed when the job's own criterion cannot.
-    """
+    criteria: tuple[Criterion, ...]
+    """Those that this model gives the measurements for; the job's own first."""
+    risks: dict[str, Risk]
+    table: LayerTable
+    left_out: dict[str, str]
+
+    @property
+    def own(self) -> Risk:
+        return self.risks[self.criteria[0].name]
+
+    def choice(self, criterion: Criterion, letter: str, layers: Sequence[int], size: int) -> tuple[int, ...]:
+        """The layers a published method takes; one that removes a single block takes its best one."""
+        block = getattr(criterion, "best_block", None)
+        if block is not None:
+            return tuple(block(self.table, size))
+        return safest(self.risks[criterion.name], letter, layers, size)
+
+
+def _predict(context: JobContext, own: Criterion, others: Sequence[Criterion]) -> _Predicted:
+    """Measure for all criteria and predict. Raises JobFailed when the job's own criterion cannot be had."""
     common = dict.fromkeys(kind for each in (own, *others) for kind in each.needs if kind in KINDS)
     table = measured(context, tuple(common))  # in as few passes as there can be
     risks: dict[str, Risk] = {}
@@ -172,7 +186,7 @@ def _predict(
             if each is own:
                 raise JobFailed(f"criterion {own.name}: {error}") from None
             left_out[each.name] = str(error)
-    return risks, table, left_out
+    return _Predicted(tuple(each for each in (own, *others) if each.name in risks), risks, table, left_out)
 
 
 def plan_of(num_layers: int, layers: Sequence[int], letter: str) -> str:
@@ -181,7 +195,7 @@ def plan_of(num_layers: int, layers: Sequence[int], letter: str) -> str:
 
 
 def scrambled(risk: Risk, seed: int) -> Risk:
-    """The same risks at other layers: what a criterion is worth whose numbers belong to no layer."""
+    """The same risks at other layers: a criterion whose numbers belong to no layer."""
     generator = np.random.default_rng(seed)
     return Risk(CONTROL, {letter: tuple(generator.permutation(values)) for letter, values in risk.risk.items()})
 
@@ -197,104 +211,66 @@ def _allowed(context: JobContext, letter: str) -> tuple[int, ...]:
     return tuple(layer for layer, letters in enumerate(context.worker.allowed_actions) if letter in letters)
 
 
-@dataclass(frozen=True)
-class _Set:
-    action: str
-    kind: str
-    layers: tuple[int, ...]
-
-
-def _sets(
-    own: Criterion,
-    everyone: Sequence[Criterion],
-    risks: Mapping[str, Risk],
-    table: LayerTable,
-    allowed: Mapping[str, tuple[int, ...]],
-    size: int,
-    seed: int,
-) -> list[_Set]:
+def _sets(predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], size: int, seed: int) -> list[SetHarm]:
     """Per action the safest, the riskiest and random layers, and each published method's choice, all equally large."""
     generator = np.random.default_rng(seed)
-    found: list[_Set] = []
+    found: list[SetHarm] = []
     for letter, layers in allowed.items():
         if len(layers) < 2 * size:
             continue  # the safest and the riskiest must not be the same layers
-        order = [layer for layer in risks[own.name].order(letter) if layer in layers]
-        found.append(_Set(letter, "safe", tuple(sorted(order[:size]))))
-        found.append(_Set(letter, "unsafe", tuple(sorted(order[-size:]))))
+        order = [layer for layer in predicted.own.order(letter) if layer in layers]
+        found.append(SetHarm(letter, "safe", tuple(sorted(order[:size]))))
+        found.append(SetHarm(letter, "unsafe", tuple(sorted(order[-size:]))))
         for _ in range(RANDOM_SETS):
             drawn = generator.choice(np.asarray(layers), size=size, replace=False)
-            found.append(_Set(letter, "random", tuple(sorted(int(layer) for layer in drawn))))
+            found.append(SetHarm(letter, "random", tuple(sorted(int(layer) for layer in drawn))))
         found += [
-            _Set(letter, each.name, _choice(each, risks[each.name], table, letter, layers, size))
-            for each in everyone[1:]
+            SetHarm(letter, each.name, predicted.choice(each, letter, layers, size))
+            for each in predicted.criteria[1:]
             if letter in each.published_for
         ]
     return found
 
 
-def _choice(
-    criterion: Criterion, risk: Risk, table: LayerTable, letter: str, layers: Sequence[int], size: int
-) -> tuple[int, ...]:
-    """The layers a published method takes; one that removes a single block takes its best one."""
-    block = getattr(criterion, "best_block", None)
-    if block is not None:
-        return tuple(block(table, size))
-    return safest(risk, letter, layers, size)
-
-
-def _overlaps(
-    own: str,
-    everyone: Sequence[Criterion],
-    risks: Mapping[str, Risk],
-    table: LayerTable,
-    allowed: Mapping[str, tuple[int, ...]],
-    size: int,
-) -> list[Overlap]:
+def _overlaps(predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], size: int) -> list[Overlap]:
     found = []
-    for each in everyone[1:]:
+    for each in predicted.criteria[1:]:
         for letter in each.published_for:
             layers = allowed.get(letter, ())
             if len(layers) < size:
                 continue
-            theirs = set(_choice(each, risks[each.name], table, letter, layers, size))
-            ours = set(safest(risks[own], letter, layers, size))
+            theirs = set(predicted.choice(each, letter, layers, size))
+            ours = set(safest(predicted.own, letter, layers, size))
             found.append(Overlap(letter, each.name, size, len(ours & theirs), size * size / len(layers)))
     return found
 
 
 def _action(
-    letter: str,
-    layers: tuple[int, ...],
-    risks: Mapping[str, Risk],
-    own: str,
-    harm: Measured,
-    num_layers: int,
-    confidence: float,
-    seed: int,
+    letter: str, layers: tuple[int, ...], predicted: _Predicted, harm: Measured, confidence: float, seed: int
 ) -> ActionReport:
-    plans = {layer: plan_of(num_layers, (layer,), letter) for layer in layers}
+    plans = {layer: plan_of(predicted.table.num_layers, (layer,), letter) for layer in layers}
     there = tuple(layer for layer in layers if plans[layer] in harm.scores)
-    drops = np.array([harm.dense - harm.scores[plans[layer]] for layer in there]).reshape(len(there), len(harm.dense))
+    shape = (len(there), len(harm.dense))
+    differences = np.array([harm.scores[plans[layer]] - harm.dense for layer in there]).reshape(shape)
     with_kl = bool(there) and all(plans[layer] in harm.kl for layer in there)
     divergences = np.array([harm.kl[plans[layer]] for layer in there]) if with_kl else None
-    predicted = {name: tuple(risk.of(layer, letter) for layer in there) for name, risk in risks.items()}
+    risks = {name: tuple(risk.of(layer, letter) for layer in there) for name, risk in predicted.risks.items()}
 
     def agreements(measured_harm: np.ndarray) -> dict[str, Agreement]:
         return {
-            name: Agreement.of(values, measured_harm, harm.images, confidence, seed)
-            for name, values in predicted.items()
+            name: Agreement.over_layers(values, measured_harm, harm.images, confidence, seed)
+            for name, values in risks.items()
         }
 
     return ActionReport(
         action=Action.of(letter).label,
         layers=there,
         kl=None if divergences is None else tuple(divergences.mean(1).tolist()),
-        drop=tuple(drops.mean(1).tolist()),
-        risks=predicted,
+        difference=tuple(differences.mean(1).tolist()),
+        risks=risks,
         by_kl={} if divergences is None else agreements(divergences),
-        by_drop=agreements(drops),
-        called_safe=tuple(layer for layer, risk in zip(there, predicted[own], strict=True) if risk <= 1.0),
+        by_accuracy=agreements(-differences),
+        called_safe=tuple(layer for layer in there if predicted.own.of(layer, letter) <= 1.0),
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from optimizer.criteria import Risk
-from optimizer.validation.agreement import Agreement
 from optimizer.validation.report import ValidationReport
+from optimizer.verification.agreement import Agreement
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
 
@@ -115,15 +115,14 @@ def _correlations(report: ValidationReport) -> Table:
         f"(held out, n = {report.held_out_samples}) over layers, {report.confidence:.0%} interval",
         title_justify="left",
     )
-    for heading in ("action", "criterion", "with KL", "with accuracy drop", "verdict (KL, else accuracy)"):
+    for heading in ("action", "criterion", "with KL", "with loss of accuracy", "verdict (KL, else accuracy)"):
         drawn.add_column(heading)
     for action in report.actions:
         for name in action.risks:
-            by_kl, by_drop = action.by_kl.get(name), action.by_drop[name]
+            by_kl, by_accuracy = action.by_kl.get(name), action.by_accuracy[name]
             style = "bold" if name == report.criterion else None
-            drawn.add_row(
-                action.action, name, agreement(by_kl), agreement(by_drop), (by_kl or by_drop).verdict, style=style
-            )
+            verdict = (by_kl or by_accuracy).verdict
+            drawn.add_row(action.action, name, agreement(by_kl), agreement(by_accuracy), verdict, style=style)
         drawn.add_section()
     return drawn
 
@@ -143,7 +142,7 @@ def _sets(report: ValidationReport) -> Table:
         f"(dense {report.dense_accuracy:.3f})",
         title_justify="left",
     )
-    for heading in ("action", "chosen by", "layers", "accuracy", "drop against dense (points)", "KL"):
+    for heading in ("action", "chosen by", "layers", "accuracy", "difference to dense (points)", "KL"):
         drawn.add_column(heading)
     for each in report.sets:
         name = {"safe": f"{report.criterion}: safest", "unsafe": f"{report.criterion}: riskiest"}.get(
@@ -154,8 +153,9 @@ def _sets(report: ValidationReport) -> Table:
         if each.harm is None:
             drawn.add_row(action, name, layers, "cannot be run", "-", "-")
             continue
-        drop = f"{100 * each.harm.drop:+.1f} [{100 * each.harm.drop_low:+.1f}, {100 * each.harm.drop_high:+.1f}]"
-        drawn.add_row(action, name, layers, f"{each.harm.accuracy:.3f}", drop, number(each.harm.kl))
+        low, high = 100 * each.harm.difference_low, 100 * each.harm.difference_high
+        difference = f"{100 * each.harm.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+        drawn.add_row(action, name, layers, f"{each.harm.accuracy:.3f}", difference, number(each.harm.kl))
     return drawn
 
 

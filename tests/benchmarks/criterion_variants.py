@@ -29,9 +29,9 @@ from optimizer.service.adhoc import adhoc_job
 from optimizer.service.pool import open_pool
 from optimizer.stages.progress import Progress
 from optimizer.stages.redundancy import measured
-from optimizer.validation.agreement import spearman
 from optimizer.validation.harm import Measured, measure
 from optimizer.validation.report import plan_of
+from optimizer.verification.agreement import spearman
 from storage.database import Database
 from workers.redundancy.kinds import KINDS
 from workers.redundancy.table import LayerTable

@@ -22,18 +22,18 @@ def agreement(found: dict[str, Any] | None) -> str:
 def correlations(report: dict[str, Any]) -> list[str]:
     actions = report["actions"]
     lines = ["| criterion | " + " | ".join(f"{each['action']}, KL" for each in actions) + " | "]
-    lines[0] += " | ".join(f"{each['action']}, drop" for each in actions) + " |"
+    lines[0] += " | ".join(f"{each['action']}, accuracy" for each in actions) + " |"
     lines.append("|---" * (1 + 2 * len(actions)) + "|")
     for name in actions[0]["risks"]:
         cells = [agreement(each["by_kl"].get(name)) for each in actions]
-        cells += [agreement(each["by_drop"].get(name)) for each in actions]
+        cells += [agreement(each["by_accuracy"].get(name)) for each in actions]
         shown = f"**{name}**" if name == report["criterion"] else name
         lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return lines
 
 
 def sets(report: dict[str, Any]) -> list[str]:
-    lines = ["| action | chosen by | layers | accuracy | drop (points) | KL |", "|---" * 6 + "|"]
+    lines = ["| action | chosen by | layers | accuracy | difference (points) | KL |", "|---" * 6 + "|"]
     names = {"F": "freeze", "B": "bypass", "S": "skip"}
     for each in report["sets"]:
         harm = each["harm"]
@@ -41,19 +41,19 @@ def sets(report: dict[str, Any]) -> list[str]:
         if harm is None:
             lines.append(f"| {names[each['action']]} | {each['kind']} | {layers} | cannot be run | | |")
             continue
-        drop = f"{100 * harm['drop']:+.1f} [{100 * harm['drop_low']:+.1f}, {100 * harm['drop_high']:+.1f}]"
+        low, high = 100 * harm["difference_low"], 100 * harm["difference_high"]
+        difference = f"{100 * harm['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
         divergence = "-" if harm["kl"] is None else f"{harm['kl']:.2g}"
-        lines.append(
-            f"| {names[each['action']]} | {each['kind']} | {layers} | {harm['accuracy']:.3f} | {drop} | {divergence} |"
-        )
+        cells = (names[each["action"]], each["kind"], layers, f"{harm['accuracy']:.3f}", difference, divergence)
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def behind(report: dict[str, Any]) -> list[str]:
-    """Where the default is not at least as good as published criteria, by rho with KL (else with the drop)."""
+    """Where the default is not at least as good as published criteria, by rho with KL (else with accuracy)."""
     found = []
     for action in report["actions"]:
-        rhos = {name: each["rho"] for name, each in (action["by_kl"] or action["by_drop"]).items()}
+        rhos = {name: each["rho"] for name, each in (action["by_kl"] or action["by_accuracy"]).items()}
         own = rhos.get(report["criterion"])
         for rival in ("block-influence", "angular", "cosine"):
             if own is not None and rhos.get(rival) is not None and rhos[rival] > own:

@@ -200,9 +200,10 @@ def test_rank_correlation_is_scipy_s(db: Database) -> None:
     }
     assert {pair.label: pair.predicted for pair in found.plans.pairs} == pytest.approx(expected)
     drops = [each.drop for each in report.tried if each.complete]
-    assert found.plans.rho == pytest.approx(spearmanr(list(expected.values()), drops).statistic)
-    assert found.plans.low is not None and found.plans.high is not None
-    assert found.plans.low < found.plans.rho < found.plans.high
+    agreement = found.plans.agreement
+    assert agreement.rho == pytest.approx(spearmanr(list(expected.values()), drops).statistic)
+    assert agreement.low is not None and agreement.high is not None
+    assert agreement.low < agreement.rho < agreement.high
 
 
 def test_progress_is_the_hypervolume_after_each_plan(db: Database) -> None:
