@@ -222,10 +222,10 @@ def export(
 ) -> tuple[str, ...]:
     """Write a published plan for another deployment and return notes about what was written.
 
-    Formats: plan, checkpoint, runtime, mergekit, llama-cpp, openvino, vllm. ``model_path`` says where the model is now;
+    Formats: plan, checkpoint, runtime, llama-cpp, openvino, vllm. ``model_path`` says where the model is now;
     ``force`` replaces an existing directory. Raises UsageFault for an unknown format or a plan that it cannot take.
     """
-    from optimizer.exports.published import export_published
+    from optimizer.exports.writing import export_published
     from storage.records import plans as published
 
     if not sys.stderr.isatty():

@@ -59,16 +59,15 @@ CRITERIA: Registry[Any] = Registry(
 EXPORT_FORMATS: Registry[Any] = Registry(
     "skipplan.export_formats",
     {
-        "plan": "optimizer.exports.plan_file:FORMAT",
-        "checkpoint": "optimizer.exports.checkpoint:FORMAT",
-        "runtime": "optimizer.exports.runtime:FORMAT",
-        "mergekit": "optimizer.exports.mergekit:FORMAT",
-        "llama-cpp": "optimizer.exports.llama_cpp:FORMAT",
-        "openvino": "optimizer.exports.openvino:FORMAT",
-        "vllm": "optimizer.exports.vllm:FORMAT",
+        "plan": "optimizer.exports.formats.plan:FORMAT",
+        "checkpoint": "optimizer.exports.formats.checkpoint:FORMAT",
+        "runtime": "optimizer.exports.formats.runtime:FORMAT",
+        "llama-cpp": "optimizer.exports.formats.llama_cpp:FORMAT",
+        "openvino": "optimizer.exports.formats.openvino:FORMAT",
+        "vllm": "optimizer.exports.formats.vllm:FORMAT",
     },
 )
-"""Values of ``optimizer.exports.formats.ExportFormat``."""
+"""Values of ``optimizer.exports.interface.ExportFormat``."""
 
 
 def find(registry: Registry[T], name: str, field: str) -> T:

@@ -31,12 +31,12 @@ def take(
     [bold]Example:[/bold] skipplan import exports/fast/skipplan.json
     """
     from optimizer.exports import document
-    from optimizer.exports.importing import store
+    from optimizer.exports.importing import import_plan
     from optimizer.job.result import plan_json
 
     read = document.read(file)  # before a database is created for nothing
     with open_database(context, create=True) as db:
-        plan = store(db, read, file)
+        plan = import_plan(db, read, file)
     if as_json:
         print_json(plan_json(plan))
     else:
@@ -61,8 +61,8 @@ def verify(
 
     from optimizer.cli.screen import Screen
     from optimizer.exports import document
-    from optimizer.exports.published import moved
     from optimizer.exports.verification import verify_export
+    from optimizer.exports.writing import moved
     from workers.messages import ModelSource
 
     source = ModelSource(document.read(directory).model.name)

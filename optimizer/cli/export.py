@@ -57,7 +57,7 @@ def export(
     skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.01 --output exports/fast
     """
     from optimizer.cli.screen import Screen
-    from optimizer.exports.published import export_published
+    from optimizer.exports.writing import export_published
 
     with open_database(context) as db:
         plan = _chosen(db, plan_id) or find_best(db, model, task, max_accuracy_drop, min_speedup, device)

@@ -27,7 +27,7 @@ def refit(
     The exit code is 1 when they are not. [bold]Example:[/bold] skipplan refit 12
     """
     from optimizer.errors import UsageFault
-    from optimizer.exports.published import moved
+    from optimizer.exports.writing import moved
     from optimizer.job.inputs import model_source
     from optimizer.service.runner import read_spec
     from optimizer.stages import refit as refit_stage

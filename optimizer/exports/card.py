@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from optimizer.exports.document import Interval, PlanDocument
-from optimizer.exports.formats import ExportFormat, Guide
+from optimizer.exports.interface import ExportFormat, Guide
 from workers.runtime import Action, SkipPlan
 
 FILE_NAME = "README.md"

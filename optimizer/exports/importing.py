@@ -5,23 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from optimizer.exports import document, maps
+from optimizer.exports import maps
 from optimizer.exports.document import PlanDocument
 from storage.database import Database
 from storage.records import measurements, plans
 from storage.records.plans import Plan
 
 
-def import_plan(db: Database, path: Path) -> Plan:
-    """Read the document at ``path`` (a file or an export's directory) and store its plan as imported.
-
-    The same plan imported again takes the new figures. Raises UsageFault when the file is no valid plan.
-    """
-    return store(db, document.read(path), path)
-
-
-def store(db: Database, imported: PlanDocument, path: Path) -> Plan:
+def import_plan(db: Database, imported: PlanDocument, path: Path) -> Plan:
     """Store the plan of the document at ``path`` as imported, with model, task and device where they are not known yet.
+
+    The same plan imported again takes the new figures.
 
     The maps of a compensated plan stay where they are, in the directory of the document.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimizer.exports.document import PlanDocument
-from optimizer.exports.formats import ExportFault
+from optimizer.exports.interface import ExportFault
 from optimizer.exports.target import inside
 from workers.compensation import store
 from workers.messages import NO_COMPENSATION, Artifact

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.exports import document, fresh_process, maps, registry
+from optimizer.exports import document, fresh_process, maps
 from optimizer.exports.document import PlanDocument
-from optimizer.exports.formats import ExportFault, ExportFormat, Loadable
+from optimizer.exports.interface import ExportFault, ExportFormat, Loadable
 from optimizer.exports.target import checksum, inside, require_contained
-from optimizer.exports.writing import UNLISTED, check_model
+from optimizer.exports.writing import UNLISTED, check_model, find_format
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 from workers.text import last_line
@@ -124,7 +124,7 @@ def check_files(plan: PlanDocument, directory: Path) -> ExportFormat:
     for name in sorted(present - plan.export.files.keys() - UNLISTED):
         if name.endswith((".py", ".json", ".safetensors", ".sh")):
             raise ExportFault(f"{directory / name} was added after the export was written")
-    return registry.find(plan.export.format)
+    return find_format(plan.export.format)
 
 
 def _count(plan: PlanDocument) -> int:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from optimizer.errors import UsageFault
-from optimizer.exports import card, document, maps, registry
-from optimizer.exports.document import Export, File, PlanDocument
-from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Subject
+from optimizer.exports import card, document, maps
+from optimizer.exports.document import Export, File, PlanDocument, describe
+from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Subject
 from optimizer.exports.target import check_target, checksum, whole_directory
+from optimizer.registries import EXPORT_FORMATS
+from storage.database import Database
+from storage.queue import jobs
+from storage.records import identities
+from storage.records.plans import Plan
+from workers.errors import UnknownNameError
 from workers.messages import Artifact, ModelSource
 from workers.runtime import PlanError, SkipPlan
 
@@ -25,6 +31,39 @@ class Written:
     directory: Path
     document: PlanDocument
     notes: tuple[str, ...]
+
+
+def export_published(
+    db: Database,
+    plan: Plan,
+    format_name: str,
+    output: Path,
+    *,
+    model_path: str | None = None,
+    force: bool = False,
+    force_model: bool = False,
+) -> Written:
+    """Write a published plan with its fitted maps, if it has any. Raises UsageFault as ``export_plan`` does."""
+    document = describe(plan, identities.model(db, plan.model_id), identities.task(db, plan.task_id))
+    artifact = None
+    if plan.artefact is not None and plan.artefact_checksum is not None:
+        artifact = Artifact(plan.artefact, plan.artefact_checksum)
+    source = model_source(db, plan, model_path)
+    return export_plan(document, source, format_name, output, force=force, force_model=force_model, artifact=artifact)
+
+
+def model_source(db: Database, plan: Plan, model_path: str | None = None) -> ModelSource:
+    """The model as the plan's job loaded it, or the one at ``model_path``."""
+    # Of the specification the model alone: whatever else a job of another version says must not stand in the way.
+    stored = {"path": plan.model} if plan.job_id is None else dict(jobs.get(db, plan.job_id).spec["model"])
+    source = ModelSource(**stored | {"allow_pickle": tuple(stored.get("allow_pickle", ()))})
+    return source if model_path is None else moved(source, model_path)
+
+
+def moved(source: ModelSource, model_path: str) -> ModelSource:
+    """The same source at another place: a local path or a hub id."""
+    local = Path(model_path).expanduser()
+    return replace(source, path=str(local.resolve()) if local.exists() else model_path, revision=None)
 
 
 def export_plan(
@@ -45,8 +84,8 @@ def export_plan(
     the plan's. Raises UsageFault for an unknown format, a plan that the format or the model cannot take, a model with
     another fingerprint, or a directory that exists.
     """
-    chosen = registry.find(format_name)
-    registry.require_takes(chosen, SkipPlan.parse(plan.plan), plan.compensation)
+    chosen = find_format(format_name)
+    require_takes(chosen, SkipPlan.parse(plan.plan), plan.compensation)
     check_target(output, force=force)
     content = maps.fetch(plan, artifact)
     subject = _subject(plan, source, chosen, content, force_model=force_model)
@@ -113,3 +152,23 @@ def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -
             "unmeasured, with --force-model"
         )
     return directory, fingerprint
+
+
+def find_format(name: str) -> ExportFormat:
+    """The format of this name. Raises ExportFault naming those that are there."""
+    try:
+        found: ExportFormat = EXPORT_FORMATS[name]
+    except UnknownNameError as error:
+        raise ExportFault(f"--format: {error}") from None
+    return found
+
+
+def require_takes(chosen: ExportFormat, plan: SkipPlan, compensation: str) -> None:
+    """Refuse a plan that the format cannot take. Raises ExportFault with the reason and the formats that can."""
+    reason = chosen.refusal(plan, compensation)
+    if reason is None:
+        return
+    able = [each.name for each in EXPORT_FORMATS.values() if each.refusal(plan, compensation) is None]
+    raise ExportFault(
+        f"--format: {chosen.name} cannot take plan {plan.text}: {reason}; formats that can: {', '.join(able)}"
+    )

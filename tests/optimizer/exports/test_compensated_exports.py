@@ -6,24 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from export_builders import document
-from safetensors.torch import load_file
 
 from optimizer.errors import UsageFault
-from optimizer.exports import mergekit
-from optimizer.exports.document import PlanDocument
+from optimizer.exports.document import PlanDocument, read
 from optimizer.exports.importing import import_plan
 from optimizer.exports.maps import FILE_NAME
 from optimizer.exports.verification import verify_export
 from optimizer.exports.writing import export_plan
 from storage.database import Database
 from workers.compensation import store
-from workers.compensation.artifact import decode
 from workers.compensation.compensator import Compensator
 from workers.messages import Artifact, FitCompensation, ModelSource
 from workers.models.loading import load_model
-from workers.runtime.locate import locate
 from workers.tasks import load_spec, load_task
 
 LINEAR = "linear ridge=0.001 weighting=answers tokens=200"
@@ -82,25 +77,6 @@ def test_weights_without_the_maps_do_not_pass(kept: dict[str, Artifact], model_d
     assert not verify_export(plain.directory, source, samples=2).passed
 
 
-def test_mergekit_gets_the_dense_model_with_the_maps_in_it(
-    kept: dict[str, Artifact], model_directory: Path, compensator: Compensator, tmp_path: Path
-) -> None:
-    written = export_plan(
-        compensated(PLAN, model_directory, kept),
-        ModelSource(str(model_directory)),
-        "mergekit",
-        tmp_path / "merge",
-        artifact=kept[PLAN],
-    )
-    tensors = load_file(written.directory / mergekit.SOURCE / "model.safetensors")
-    maps = decode(store.get(kept[PLAN])).maps
-    for index, layer in enumerate(locate(compensator.loaded.model).layers):
-        weight = layer.mlp.down_proj.weight.detach()
-        (name,) = (name for name in tensors if name.endswith(f"language_model.layers.{index}.mlp.down_proj.weight"))
-        expected = (maps[index].matrix.double().T @ weight.double()).float() if index in maps else weight
-        torch.testing.assert_close(tensors[name], expected, rtol=1e-6, atol=1e-6)
-
-
 def test_a_plan_whose_maps_are_gone_is_refused_by_formats_with_weights(
     kept: dict[str, Artifact], model_directory: Path, tmp_path: Path
 ) -> None:
@@ -120,7 +96,7 @@ def test_an_imported_plan_takes_its_maps_along(
     plan = compensated(PLAN, model_directory, kept)
     directory = export_plan(plan, source, "plan", tmp_path / "plan", artifact=kept[PLAN]).directory
     with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
-        stored = import_plan(database, directory)
+        stored = import_plan(database, read(directory), directory)
     assert stored.compensation == LINEAR and stored.artefact_checksum == kept[PLAN].checksum
     assert stored.artefact is not None and Path(stored.artefact) == (directory / FILE_NAME).resolve()
     again = Artifact(stored.artefact, stored.artefact_checksum)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from optimizer.errors import UsageFault
 from optimizer.exports.card import model_card
 from optimizer.exports.document import PlanDocument, describe, json_schema, read, shared_name
-from optimizer.exports.formats import Guide
 from optimizer.exports.importing import import_plan
+from optimizer.exports.interface import Guide
 from optimizer.registries import EXPORT_FORMATS
 from storage.database import Database
 from storage.errors import NotFound
@@ -125,7 +125,7 @@ def test_directories_of_a_person_are_not_published(name: str, shared: str):
 def test_an_imported_plan_is_found_and_marked(db: Database, tmp_path: Path):
     file = tmp_path / "skipplan.json"
     file.write_text(document("RFBS").to_json())
-    stored = import_plan(db, file)
+    stored = import_plan(db, read(file), file)
     assert stored.origin == "imported" and stored.job_id is None
     assert plans.best(db, "tiny", "easy-vqa") == stored
     again = describe(stored, identities.model(db, stored.model_id), identities.task(db, stored.task_id))
@@ -136,7 +136,7 @@ def test_an_imported_plan_is_found_and_marked(db: Database, tmp_path: Path):
 
     better = original.model_copy(update={"figures": original.figures.model_copy(update={"n": 300})})
     file.write_text(better.to_json())
-    assert import_plan(db, tmp_path).n == 300
+    assert import_plan(db, read(tmp_path), tmp_path).n == 300
     assert len(plans.list_plans(db)) == 1  # the new figures took the place of the old
 
 

@@ -7,14 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from export_builders import document
 from hypothesis import given
 from hypothesis import strategies as st
 
 from optimizer.errors import UsageFault
-from optimizer.exports import llama_cpp, mergekit, registry, vllm
-from optimizer.exports.writing import export_plan
+from optimizer.exports.formats import llama_cpp, vllm
+from optimizer.exports.writing import export_plan, find_format, require_takes
 from optimizer.registries import EXPORT_FORMATS
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
@@ -27,7 +26,7 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
     taking, refusals = set(), []
     for chosen in EXPORT_FORMATS.values():
         try:
-            registry.require_takes(chosen, plan, compensation)
+            require_takes(chosen, plan, compensation)
             taking.add(chosen.name)
         except UsageFault as refusal:
             refusals.append(str(refusal))
@@ -35,7 +34,7 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
     for refusal in refusals:
         assert set(refusal.rpartition("formats that can: ")[2].split(", ")) == taking
     assert "runtime" in taking
-    without_code = {"checkpoint", "mergekit", "openvino", "vllm"}
+    without_code = {"checkpoint", "openvino", "vllm"}
     assert taking & without_code == (set() if plan.needs_vision_tokens else without_code)
     prunable = "S" in plan.text and not plan.needs_vision_tokens and compensation == "none"
     assert ("llama-cpp" in taking) == prunable
@@ -43,40 +42,7 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
 
 def test_an_unknown_format_is_refused():
     with pytest.raises(UsageFault, match="'zip' is unknown; choose one of plan, checkpoint, runtime"):
-        registry.find("zip")
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=40).filter(any))
-def test_mergekit_slices_hold_the_kept_layers_in_order(keep: list[bool]):
-    plan = SkipPlan.skipping(len(keep), [layer for layer, kept in enumerate(keep) if not kept])
-    names = ["lm_head.weight", "t.layers.0.w", "t.layers.1.w", "v.blocks.0.w", "v.blocks.0.list.3.w"]
-    written = mergekit.passthrough(plan, "dense", "t.layers", names)
-    assert written["merge_method"] == "passthrough" and set(written["modules"]) == {"t.layers", "v.blocks", "default"}
-    layers: list[int] = []
-    for piece in written["modules"]["t.layers"]["slices"]:
-        (source,) = piece["sources"]
-        assert source["model"] == "dense"
-        layers += range(*source["layer_range"])
-    assert layers == [layer for layer, kept in enumerate(keep) if kept]
-    assert written["modules"]["v.blocks"] == written["modules"]["default"] == {"models": [{"model": "dense"}]}
-
-
-def test_mergekit_of_a_model_with_one_list_of_layers_needs_no_modules():
-    written = mergekit.passthrough(SkipPlan.parse("RSR"), "dense", "model.layers", ["model.layers.0.w", "lm_head.w"])
-    assert [piece["sources"][0]["layer_range"] for piece in written["slices"]] == [[0, 1], [2, 3]]
-    assert "modules" not in written
-
-
-def test_mergekit_export_names_the_models_own_modules(model_directory: Path, tmp_path: Path):
-    written = export_plan(
-        document("RSRRSR", model_directory), ModelSource(str(model_directory)), "mergekit", tmp_path / "m"
-    )
-    configuration = yaml.safe_load((written.directory / "mergekit.yml").read_text())
-    assert "model.language_model.layers" in configuration["modules"]
-    assert (written.directory / "source" / "model.safetensors").is_file()  # stored under other names than in memory
-    assert {"config.json", "processor_config.json"} <= {
-        f.name for f in (written.directory / "checkpoint-files").iterdir()
-    }
+        find_format("zip")
 
 
 def llama_cpp_export(model_directory: Path, output: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from export_builders import document
 
 from optimizer.errors import UsageFault
-from optimizer.exports.runtime import changed_code, runtime_modules
+from optimizer.exports.formats.runtime import changed_code, runtime_modules
 from optimizer.exports.verification import verify_export
 from optimizer.exports.writing import export_plan
 from workers.messages import ModelSource

@@ -1,4 +1,4 @@
-"""Exports in environments of their own: plain transformers, mergekit, optimum-intel.
+"""Exports in environments of their own: plain transformers, optimum-intel.
 
 Each test needs an environment that a variable names; ``docs/exports.md`` says how they are made.
 """
@@ -12,19 +12,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from export_builders import document
 
-from optimizer.exports.openvino import PYTHON_VARIABLE
+from optimizer.exports.formats.openvino import PYTHON_VARIABLE
 from optimizer.exports.verification import Verification, verify_export
 from optimizer.exports.writing import export_plan
 from workers.messages import ModelSource
 from workers.models.checkpoint import BUNDLED_MODELS
-from workers.models.loading import load_model
 
 pytestmark = pytest.mark.slow
 PLAIN_VARIABLE = "SKIPPLAN_TEST_PLAIN_PYTHON"
-MERGEKIT_VARIABLE = "SKIPPLAN_MERGEKIT"
 SKIPS = "RRRSRRSRRRSR"
 MIXED = "RRFSRBSBRFSR"
 
@@ -64,24 +61,6 @@ def test_torch_and_transformers_alone_run_it(reference: Path, tmp_path: Path, fo
     assert not installed & {"skipplan", "ray", "optuna", "sqlalchemy"}
     found = verified(exported(reference, format_name, plan, tmp_path / "out"), reference, python=python)
     assert found.largest_logit_difference == 0.0
-
-
-def test_mergekit_makes_the_same_tensors(reference: Path, tmp_path: Path):
-    program = environment(MERGEKIT_VARIABLE, "mergekit-yaml of an environment with mergekit 0.1.5")
-    configuration = exported(reference, "mergekit", SKIPS, tmp_path / "mergekit")
-    subprocess.run(
-        [configuration / "merge.sh", tmp_path / "merged"],
-        env=os.environ | {MERGEKIT_VARIABLE: program, "HF_HUB_OFFLINE": "1"},
-        check=True,
-        capture_output=True,
-    )
-    checkpoint = exported(reference, "checkpoint", SKIPS, tmp_path / "checkpoint")
-    ours = load_model(ModelSource(str(checkpoint), device="cpu")).model.state_dict()
-    theirs = load_model(ModelSource(str(tmp_path / "merged"), device="cpu")).model.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
-    verified(configuration, reference)
 
 
 def test_openvino_gives_the_same_answers(reference: Path, tmp_path: Path):

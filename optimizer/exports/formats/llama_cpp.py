@@ -8,19 +8,20 @@ converted from the pruned checkpoint instead.
 from __future__ import annotations
 
 import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimizer.exports.formats import (
+from optimizer.exports.interface import (
     ExportFault,
     ExportFormat,
     Guide,
     Subject,
+    find_program,
     needs_original_weights,
     needs_plain_skips,
 )
-from optimizer.exports.tools import find_program, knows_option
 from workers.runtime import Action, SkipPlan
 
 SCRIPT = "prune.sh"
@@ -108,6 +109,15 @@ def check() -> Sequence[str]:
     if not knows_option(program, OPTION):
         return (f"{program} does not know {OPTION}: update llama.cpp (release b5740 or later)",)
     return (f"{program} knows {OPTION}",)
+
+
+def knows_option(program: str, option: str) -> bool:
+    """Whether the program's help speaks of the option. Raises ExportFault when it cannot be run."""
+    try:
+        done = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ExportFault(f"{program} cannot be run: {error}") from None
+    return option in done.stdout + done.stderr
 
 
 FORMAT = ExportFormat(

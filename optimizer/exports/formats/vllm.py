@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
-from optimizer.exports import checkpoint
-from optimizer.exports.formats import ExportFormat, Guide, Subject, needs_plain_skips
+from optimizer.exports.formats import checkpoint
+from optimizer.exports.interface import ExportFormat, Guide, Subject, needs_plain_skips
 
 SCRIPT = "serve.sh"
 

@@ -17,9 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimizer.exports import checkpoint
-from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
-from optimizer.exports.tools import find_program
+from optimizer.exports.formats import checkpoint
+from optimizer.exports.interface import (
+    ExportFault,
+    ExportFormat,
+    Guide,
+    Loadable,
+    Subject,
+    find_program,
+    needs_plain_skips,
+)
 from workers.text import last_line
 
 PYTHON_VARIABLE = "SKIPPLAN_OPENVINO_PYTHON"

@@ -12,8 +12,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from optimizer.exports import checkpoint
-from optimizer.exports.formats import ExportFault, ExportFormat, Guide, Loadable, Subject, takes_everything
+from optimizer.exports.formats import checkpoint
+from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, takes_everything
 
 CODE_DIRECTORY = "skipplan_runtime"
 MODEL_TYPE_PREFIX = "skipplan_"

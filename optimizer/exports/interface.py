@@ -1,7 +1,9 @@
-"""What an export format is. Each format is a file of its own; ``registry`` lists them."""
+"""Interface of an export format, and what formats have in common."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,3 +113,17 @@ def needs_original_weights(plan: SkipPlan, compensation: str) -> str | None:
 
 class ExportFault(UsageFault):
     """An export that cannot be written or verified; the message says why and what can be done."""
+
+
+def find_program(name: str, variable: str) -> str | None:
+    """The program that the environment variable names, else the one on the PATH, else None.
+
+    Raises ExportFault when the variable names what is no program.
+    """
+    named = os.environ.get(variable)
+    if named:
+        found = shutil.which(Path(named).expanduser())
+        if found is None:
+            raise ExportFault(f"{variable} names {named}, which is no program")
+        return found
+    return shutil.which(name)

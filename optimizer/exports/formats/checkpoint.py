@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optimizer.exports.formats import ExportFormat, Guide, Loadable, Subject, needs_plain_skips
+from optimizer.exports.interface import ExportFormat, Guide, Loadable, Subject, needs_plain_skips
 from workers.runtime import Action, SkipPlan
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optimizer.exports.formats import ExportFormat, Guide, Subject, takes_everything
+from optimizer.exports.interface import ExportFormat, Guide, Subject, takes_everything
 
 
 def write(subject: Subject, directory: Path) -> None:
