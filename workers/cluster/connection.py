@@ -116,7 +116,7 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
     # What a cluster has to say, such as that a worker died, Ray prints to standard output whatever it is told: that is
     # for results, so it becomes an event of the log. There is no public way to have it so.
     ray._private.worker.print_to_stdstream = _log_message
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if settings.address == LOCAL:
             with _own_signal_handlers():

@@ -363,7 +363,7 @@ class WorkerPool:
             holds_gpu=self._allotment.gpus > 0,
             batch_size=self.cluster.batch_size,
         )
-        actor = (
+        actor: Any = (
             ray.remote(self._worker)
             .options(
                 num_cpus=self._allotment.cpus,

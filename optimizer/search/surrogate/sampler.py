@@ -84,7 +84,7 @@ class Seen:
     complete: bool
 
 
-class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # optuna is not typed here
+class SurrogateSampler(BaseSampler):
     """Two costs are minimised: the latency ratio (a known function of the plan) and the drop of accuracy.
 
     Where trials carry the user attributes ``kl``, ``kl_error`` and ``drop_error``, they are used; ``n`` tells trials
