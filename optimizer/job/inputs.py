@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,8 @@ def prepare(spec: JobSpec) -> JobInputs:
 def load_job_task(spec: JobSpec) -> Task:
     """The job's task with the job's split sizes. Raises UsageFault."""
     try:
-        task = load_spec(spec.task)
         sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
-        return load_task(replace(task, splits=replace(task.splits, **sizes)))
+        return load_task(load_spec(spec.task).with_splits(**sizes))
     except TaskError as error:
         raise UsageFault(str(error)) from None
 

@@ -6,20 +6,16 @@ path and says what would be right. Environment variables that override fields ar
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from optimizer.errors import UsageFault
 from optimizer.job.spec import JobSpec
-from workers.text import one_line
+from workers.validation import explain, load_yaml
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "SKIPPLAN_DATABASE": ("database",),
@@ -67,30 +63,12 @@ def load_job(
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """Read a YAML mapping safely (no Python objects, no repeated keys). Raises UsageFault naming the line."""
     try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise UsageFault(f"{source}:{where} not valid YAML: {problem}") from None
+        document = load_yaml(text, source)
+    except ValueError as error:
+        raise UsageFault(str(error)) from None
     if not isinstance(document, dict):
         raise UsageFault(f"{source}: a job file is a mapping of fields such as 'model:' and 'task:'")
     return document
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a key said twice is an error, not the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, refusing repeated keys."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = getattr(key_node, "value", None)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def validate_job(document: dict[str, Any], source: str) -> JobSpec:
@@ -103,10 +81,7 @@ def validate_job(document: dict[str, Any], source: str) -> JobSpec:
                 f"{source}: is a task file, not a job file; skipplan init --model MODEL --task {source} writes a job "
                 "file for it"
             ) from None
-        problems = error.errors(include_url=False)
-        # A misspelt field is reported before the field it left out: it is the likelier mistake.
-        first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-        raise UsageFault(f"{source}: {_explain(first)}") from None
+        raise UsageFault(f"{source}: {explain(error, JobSpec)}") from None
 
 
 def override(document: dict[str, Any], environment: Mapping[str, str], section: str | None = None) -> None:
@@ -145,54 +120,3 @@ def resolve_name(name: str, base: Path) -> str:
     if path.is_absolute() or name.startswith((".", "~")):
         return str((base / path).resolve())
     return str((base / path).resolve()) if (base / path).exists() else name
-
-
-def _explain(problem: ErrorDetails) -> str:
-    """One line for a pydantic problem: dotted field, what is wrong, what would be right."""
-    location = [part for part in problem["loc"] if part not in ("int", "literal['auto']")]
-    field = ".".join(str(part) for part in location) or "job"
-    kind, given = problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        known = _known_fields(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
-        return f"{field}: unknown field; {hint}"
-    if kind == "missing":
-        return f"{field}: missing; {_describe(location)}"
-    if kind == "model_type":
-        return f"{field}: must be a mapping with fields such as {', '.join(_known_fields(location)[:3])}, not {given!r}"
-    if kind == "literal_error" and isinstance(given, str):
-        close = difflib.get_close_matches(given, re.findall(r"'([^']+)'", problem["msg"]), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        return one_line(f"{field}: {_lower(problem['msg'])}, not {given!r}{hint}")
-    message = problem["msg"].removeprefix("Value error, ")
-    if location == []:
-        return one_line(message)
-    return one_line(f"{field}: {_lower(message)}, not {given!r}"[:400])
-
-
-def _lower(message: str) -> str:
-    return (message[:1].lower() + message[1:]).replace("input should", "must")
-
-
-def _known_fields(location: list[int | str]) -> list[str]:
-    section = _section(location)
-    return list(section.model_fields) if section else []
-
-
-def _section(location: list[int | str]) -> type[BaseModel] | None:
-    section: type[BaseModel] = JobSpec
-    for part in location:
-        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
-        candidates = [annotation, *get_args(annotation)]
-        section_type = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section_type is None:
-            return None
-        section = section_type
-    return section
-
-
-def _describe(location: list[int | str]) -> str:
-    section = _section(location[:-1])
-    field = section.model_fields.get(str(location[-1])) if section else None
-    return (field.description if field and field.description else "this field is needed").rstrip(".")

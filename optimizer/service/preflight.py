@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from optimizer.errors import UsageFault
@@ -85,7 +85,7 @@ def _task(spec: JobSpec, source: str) -> TaskSpec:
         task = load_spec(spec.task)
     except TaskError as error:
         raise UsageFault(f"{source}: {error}") from None
-    return replace(task, splits=replace(task.splits, **sizes))
+    return task.with_splits(**sizes)
 
 
 def _model(spec: JobSpec) -> None:

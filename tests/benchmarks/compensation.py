@@ -40,7 +40,6 @@ from workers.runtime import SkipPlan, apply
 from workers.runtime.gaps import gaps
 from workers.runtime.locate import locate
 from workers.tasks import Task, load_spec, load_task
-from workers.tasks.spec import SplitSizes
 
 SETS: dict[int, tuple[tuple[int, ...], ...]] = {
     12: ((4,), (4, 6), (4, 6, 8), (2, 4, 6, 8, 10), (4, 5, 6, 7, 8), (3, 4, 5, 7, 8, 9), (4, 5, 6, 7, 8, 10, 11)),
@@ -295,7 +294,8 @@ def task_of(name: str, images: int | None) -> Task:
     """The task, with its own calibration split or one question about each of so many images."""
     spec = load_spec(name)
     if images is not None:
-        spec = replace(spec, splits=SplitSizes(images, 1500, 3000, unit="samples", calibration_per_image=1))
+        sizes = {"calibration": images, "search": 1500, "held_out": 3000}
+        spec = spec.with_splits(**sizes, unit="samples", calibration_per_image=1)
     return load_task(spec)
 
 

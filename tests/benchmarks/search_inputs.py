@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="float32 where the processor has no bfloat16 instructions")
     options = parser.parse_args()
     spec = load_spec(options.task)
-    splits = replace(spec.splits, calibration=options.calibration, unit="samples")
-    task = load_task(replace(spec, splits=splits))
+    task = load_task(spec.with_splits(calibration=options.calibration, unit="samples"))
     measurer = Measurer.load(
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="strategies to run")
     options = parser.parse_args()
     spec = load_spec(options.task)
-    splits = replace(spec.splits, search=options.samples, held_out=1, unit="samples")
-    task = load_task(replace(spec, splits=splits))
+    task = load_task(spec.with_splits(search=options.samples, held_out=1, unit="samples"))
     measurer = Measurer.load(
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )

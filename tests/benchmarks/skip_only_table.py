@@ -26,7 +26,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -228,8 +228,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     FIXTURES.mkdir(exist_ok=True)
     spec = load_spec(options.task)
-    splits = replace(spec.splits, search=options.search, held_out=options.held_out, unit="samples")
-    task = load_task(replace(spec, splits=splits))
+    task = load_task(spec.with_splits(search=options.search, held_out=options.held_out, unit="samples"))
     loaded = load_model(ModelSource(options.model, device="cpu", dtype=options.dtype))
     packer = Packer(loaded.processor, loaded.model.config.image_seq_length)
     layers = len(loaded.model.model.language_model.layers)

@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a simulated evaluation")
     parser.add_argument("--rounds", type=int, default=20, help="simulated evaluations of each worker")
     options = parser.parse_args()
-    task = load_task(load_spec("easy-vqa").with_sizes(2, SAMPLES, 2))
+    task = load_task(load_spec("easy-vqa").with_splits(calibration=2, search=SAMPLES, held_out=2))
     figures: dict[str, float] = {}
     if not options.simulated_only:
         one, two = (real_rate(workers, task, options.evaluations, options.dtype) for workers in (1, 2))

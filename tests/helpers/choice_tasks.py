@@ -26,8 +26,10 @@ def as_choices(task: Task, *, seed: int = 0, metric: str = "multiple_choice") ->
         generator.shuffle(options)
         return replace(sample, choices=tuple(options))
 
-    spec = replace(
-        task.spec, answer=Answer("choice", 4, "texts"), metric=metric, secondary=("multiple_choice_per_byte",)
+    spec = task.spec.changed(
+        answer=Answer(kind="choice", max_new_tokens=4, options="texts"),
+        metric=metric,
+        secondary=("multiple_choice_per_byte",),
     )
     return replace(
         task,

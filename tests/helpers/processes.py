@@ -65,7 +65,7 @@ def _answered(model: Path) -> list[tuple[str, str, str]]:
     from workers.runtime.plan import SkipPlan
     from workers.tasks import load_spec, load_task
 
-    task = load_task(load_spec(model / TASK).with_sizes(1, 1, SAMPLES - 2))
+    task = load_task(load_spec(model / TASK).with_splits(calibration=1, search=1, held_out=SAMPLES - 2))
     samples = [*task.calibration, *task.search, *task.held_out]
     loaded = load_model(ModelSource(str(model), device="cpu"))
     texts = (

@@ -111,7 +111,7 @@ def test_submit_takes_a_file_or_its_fields(url: str, tmp_path: Path) -> None:
     assert submit(fields, force=True).id != queued.id
     with Database.open(url) as db:
         assert jobs.count(db)["queued"] == 2
-    with pytest.raises(UsageFault, match="job: tsk: unknown field; did you mean 'task'"):
+    with pytest.raises(UsageFault, match="job: tsk: unknown field; did you mean task"):
         submit({"model": {"path": "llava-12"}, "tsk": "scenes"})
 
 

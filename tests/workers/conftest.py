@@ -28,4 +28,4 @@ def tiny(tiny_directory: Path) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def small_task() -> Task:
-    return load_task(load_spec("easy-vqa").with_sizes(calibration=4, search=8, held_out=8))
+    return load_task(load_spec("easy-vqa").with_splits(calibration=4, search=8, held_out=8))

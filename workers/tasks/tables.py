@@ -58,7 +58,7 @@ def read_file_samples(source: FileSource, *, uses_question: bool, options: str |
 
 
 def _image_path(value: Any, source: FileSource, where: str, column: str) -> Path:
-    return Path(source.images) / cell_text(value, where, column)
+    return Path(source.images or ".") / cell_text(value, where, column)
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
@@ -85,9 +85,9 @@ def _read_table(source: FileSource) -> pd.DataFrame:
     if not path.is_file():
         raise TaskError(f"{path}: no such file (source.path)")
     try:
-        if source.format == "csv":
+        if source.table_format == "csv":
             return pd.read_csv(path, dtype=str, keep_default_na=False)
-        if source.format == "jsonl":
+        if source.table_format == "jsonl":
             return _read_jsonl(path)
         return pd.read_parquet(path)
     except ImportError:
@@ -95,4 +95,4 @@ def _read_table(source: FileSource) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise TaskError(f"{path}: is empty") from None
     except (ValueError, OSError) as error:  # pandas and pyarrow parser errors are both of these kinds
-        raise TaskError(f"{path}: not a readable {source.format} file: {one_line(error)}") from None
+        raise TaskError(f"{path}: not a readable {source.table_format} file: {one_line(error)}") from None

@@ -55,7 +55,7 @@ def test_every_command_that_prints_data_takes_json(name: str) -> None:
         (["run", "task.yaml"], "is a task file, not a job file; skipplan init --model MODEL --task task.yaml writes"),
         (["validate", "misspelt-task.yaml"], "did you mean easy-vqa?"),
         (["validate", "misspelt-model.yaml"], "did you mean llava-12?"),
-        (["validate", "misspelt-field.yaml"], "did you mean 'constraint'?"),
+        (["validate", "misspelt-field.yaml"], "did you mean constraint?"),
     ],
 )
 def test_names_are_suggested(

@@ -28,7 +28,7 @@ RECIPES = {PLAN: LINEAR, MIXED: f"{LINEAR} drift=yes scope=projection"}
 
 @pytest.fixture(scope="module")
 def compensator(model_directory: Path) -> Compensator:
-    task = load_task(load_spec("easy-vqa").with_sizes(calibration=4, search=4, held_out=4))
+    task = load_task(load_spec("easy-vqa").with_splits(calibration=4, search=4, held_out=4))
     return Compensator(load_model(ModelSource(str(model_directory), device="cpu")), task)
 
 

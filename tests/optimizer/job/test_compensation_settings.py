@@ -72,7 +72,7 @@ def test_paths_are_made_absolute_and_urls_kept(tmp_path: Path, monkeypatch: pyte
         ("{kind: affine}", "compensation.kind"),
         ("{kind: linear, ridge: 0}", "compensation.ridge"),
         ("{kind: linear, tokens: 0}", "compensation.tokens"),
-        ("{kind: linear, weigthing: rms}", "did you mean 'weighting'"),
+        ("{kind: linear, weigthing: rms}", "did you mean weighting"),
     ],
 )
 def test_mistakes_are_named_by_field(tmp_path: Path, section: str, named: str) -> None:

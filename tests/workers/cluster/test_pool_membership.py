@@ -65,7 +65,7 @@ class Neighbour:
 
 
 def small_task(search: int) -> Task:
-    return load_task(load_spec("easy-vqa").with_sizes(calibration=1, search=search, held_out=1))
+    return load_task(load_spec("easy-vqa").with_splits(calibration=1, search=search, held_out=1))
 
 
 def build(tiny_directory: Path, worker: type = Sleeper, workers: int | None = None) -> WorkerPool:

@@ -47,7 +47,7 @@ ENDLESS = CompareLatency("RRRRRS", Workload(1, 2), precision=0.0, max_seconds=60
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return load_task(load_spec("easy-vqa").with_sizes(calibration=6, search=60, held_out=6))
+    return load_task(load_spec("easy-vqa").with_splits(calibration=6, search=60, held_out=6))
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ from workers.messages import EvaluatePlan, ModelSource
 from workers.cluster.pool import WorkerPool
 from workers.tasks import load_spec, load_task
 
-task = load_task(load_spec("easy-vqa").with_sizes(2, 2, 2))
+task = load_task(load_spec("easy-vqa").with_splits(calibration=2, search=2, held_out=2))
 try:
     with WorkerPool(ClusterSettings(address=sys.argv[1], workers=1), ModelSource(sys.argv[2]), task) as pool:
         print(*(type(result).__name__ for _, result in pool.run([EvaluatePlan("RRRRRR", "search")])))

@@ -200,7 +200,7 @@ def test_generation_settings_that_change_logits_are_no_hindrance(tiny_directory:
 
 
 def test_an_option_without_tokens_is_left_to_the_plain_path(tiny: LoadedModel, choices: Task) -> None:
-    spec = replace(choices.spec, answer=replace(choices.spec.answer, separator=""))
+    spec = choices.spec.changed(answer=choices.spec.answer.changed(separator=""))
     search = (replace(choices.search[0], choices=("red", "")), *choices.search[1:20])
     evaluators = EvaluationDispatch(
         PlainEvaluator(tiny, replace(choices, spec=spec, search=search)), memory_bytes=1 << 28

@@ -80,7 +80,7 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
     tiny: LoadedModel, answered: Task, compensation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Under token F1 every answer can still score, so all are decoded to their end.
-    spec = replace(answered.spec, metric="token_f1", answer=replace(answered.spec.answer, max_new_tokens=5))
+    spec = answered.spec.changed(metric="token_f1", answer=answered.spec.answer.changed(max_new_tokens=5))
     again = [(one, replace(one, id=f"{one.id} again", answers=("red",))) for one in answered.search[:18]]
     task = replace(answered, spec=spec, search=tuple(one for pair in again for one in pair))  # the same words are fed
     request = EvaluatePlans(random_plans(LAYERS, 12, seed=4), "search", 36, compensation=compensation)
@@ -97,7 +97,7 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
 def test_every_word_of_an_open_answer_is_computed_once(
     tiny: LoadedModel, answered: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = replace(answered.spec, metric="token_f1", answer=replace(answered.spec.answer, max_new_tokens=5))
+    spec = answered.spec.changed(metric="token_f1", answer=answered.spec.answer.changed(max_new_tokens=5))
     fast = FastEvaluator(PlainEvaluator(tiny, replace(answered, spec=spec)), chunk_tokens=700)
     fast.check("search")
     monkeypatch.setattr("workers.engine.draft.FREE_TOKENS", 0)  # no word is tried out
@@ -264,7 +264,7 @@ def test_a_plan_that_cannot_be_run_does_not_stop_the_others(fast: FastEvaluator)
 def test_free_text_and_changed_logits_go_the_plain_path(tiny_directory: Path, answered: Task) -> None:
     loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
     spec = answered.spec
-    free = replace(answered, spec=replace(spec, answer=replace(spec.answer, kind="free")))
+    free = replace(answered, spec=spec.changed(answer=spec.answer.changed(kind="free")))
     request = EvaluatePlans(("RRRRRR",), "search", 6)
     result = EvaluationDispatch(PlainEvaluator(loaded, free), memory_bytes=1 << 28).evaluate(request)
     assert "free text" in result.note and evaluations(result)[0].path == "plain"

@@ -59,8 +59,8 @@ def loaded(tiny_directory: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def long_answers(small_task: Task) -> Task:
-    spec = replace(small_task.spec, answer=replace(small_task.spec.answer, max_new_tokens=8))
-    return replace(small_task, spec=replace(spec, secondary=("token_f1",)))
+    spec = small_task.spec.changed(answer=small_task.spec.answer.changed(max_new_tokens=8))
+    return replace(small_task, spec=spec.changed(secondary=("token_f1",)))
 
 
 @pytest.mark.parametrize("plan", [DENSE, SKIPPING])

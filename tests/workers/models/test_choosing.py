@@ -73,8 +73,8 @@ def test_generation_settings_do_not_matter(loaded: LoadedModel, choices: Task) -
 
 def test_the_separator_stands_between_prompt_and_option(tiny: LoadedModel, choices: Task) -> None:
     def tokens(separator: str | None) -> tuple[tuple[int, ...], ...]:
-        answer = replace(choices.spec.answer, separator=separator)
-        return option_tokens(tiny.processor, replace(choices.spec, answer=answer), choices.search[0])
+        answer = choices.spec.answer.changed(separator=separator)
+        return option_tokens(tiny.processor, choices.spec.changed(answer=answer), choices.search[0])
 
     def alone(separator: str) -> tuple[tuple[int, ...], ...]:
         tokenizer = tiny.processor.tokenizer
@@ -183,7 +183,7 @@ def test_out_of_memory_halves_the_batch(loaded: LoadedModel, choices: Task, larg
 
 def test_an_option_without_tokens(tiny: LoadedModel, choices: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = replace(choices.search[0], choices=("red", ""))
-    spec = replace(choices.spec, answer=replace(choices.spec.answer, separator=""))
+    spec = choices.spec.changed(answer=choices.spec.answer.changed(separator=""))
     with pytest.raises(TaskError, match="the option '' has no tokens"):
         option_tokens(tiny.processor, spec, sample)
     answers = PlainEvaluator(tiny, replace(choices, spec=spec)).answer(DENSE, [sample, choices.search[1]])

@@ -118,9 +118,19 @@ def test_options_that_cannot_be_chosen_among(tmp_path: Path, options: list[str],
             "metric exact_match cannot score choice answers; allowed: mult",
         ),
         (SHORT, "multiple_choice", {}, "metric multiple_choice cannot score short answers; allowed: "),
-        (CHOICE | {"options": "numbers"}, "multiple_choice", {"choices": "options"}, "none of texts, letters"),
-        (CHOICE | {"separator": 3}, "multiple_choice", {"choices": "options"}, r"answer\.separator: must be a text"),
-        (SHORT | {"separator": " "}, "exact_match", {}, "unknown field separator"),
+        (
+            CHOICE | {"options": "numbers"},
+            "multiple_choice",
+            {"choices": "options"},
+            "must be 'texts' or 'letters', not 'numb",
+        ),
+        (
+            CHOICE | {"separator": 3},
+            "multiple_choice",
+            {"choices": "options"},
+            r"answer\.separator: must be a valid string",
+        ),
+        (SHORT | {"separator": " "}, "exact_match", {}, "answer: options and separator are for kind choice"),
     ],
 )
 def test_choice_fields(

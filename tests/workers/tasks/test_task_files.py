@@ -160,20 +160,39 @@ def test_a_corrupt_image_is_no_error_before_it_is_opened(write: Write, tmp_path:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("name", None, r"task\.name: is missing"),
-        ("metric", "accuracy", r"task\.metric: 'accuracy' is none of exact_match, vqa_accuracy, token_f1"),
-        ("source.kind", "s3", r"task\.source\.kind: 's3' is none of easy-vqa, scenes, file, hub"),
-        ("source.path", "data.xlsx", r"task\.source\.path: .* none of \.csv, \.jsonl, \.parquet"),
-        ("splits.search", 0, r"task\.splits\.search: must be a whole number of at least 1, not 0"),
-        ("splits.search", True, r"task\.splits\.search: must be a whole number"),
-        ("splits.unit", "rows", r"task\.splits\.unit: 'rows' is none of images, samples"),
-        ("answer.kind", "long", r"task\.answer\.kind: 'long' is none of short, free"),
-        ("answer", 3, r"task\.answer: must be a mapping of fields, not int '3'"),
-        ("prompt", "{query}", r"task\.prompt: unknown placeholder \{query\}; allowed: \{question\}"),
-        ("prompt", "{question", r"task\.prompt: .*a literal brace is written twice"),
-        ("promt", "x", r"task: unknown field promt; allowed here: .*prompt"),
-        ("secondary", ["f1"], r"task\.secondary: must be a list of"),
-        ("plain_prompt", "{prompt}", r"task\.plain_prompt: must contain \{image\}, \{prompt\}"),
+        ("name", None, r"task: name: missing"),
+        (
+            "metric",
+            "accuracy",
+            r"task: metric: must be one of 'exact_match', 'vqa_accuracy'.*, not 'accuracy'; did you mean",
+        ),
+        ("source.kind", "s3", r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'file', 'hub', not 's3'"),
+        ("source.path", "data.xlsx", r"task: source: .*data\.xlsx \(path\) is none of \.csv, \.jsonl, \.parquet"),
+        ("splits.search", 0, r"task: splits\.search: must be greater than or equal to 1, not 0"),
+        ("splits.search", True, r"task: splits\.search: must be a valid integer, not True"),
+        ("splits.unit", "rows", r"task: splits\.unit: must be 'images' or 'samples', not 'rows'"),
+        ("answer.kind", "long", r"task: answer\.kind: must be 'short', 'free' or 'choice', not 'long'"),
+        ("answer", 3, r"task: answer: must be a mapping with fields such as kind, max_new_tokens, options, not 3"),
+        ("prompt", "{query}", r"task: prompt: unknown placeholder \{query\}; allowed: \{question\}"),
+        ("prompt", "{question", r"task: prompt: .*a literal brace is written twice"),
+        ("promt", "x", r"task: promt: unknown field; did you mean prompt\?"),
+        (
+            "secondary",
+            ["token"],
+            r"task: secondary\.0: must be one of 'exact_match', .*, not 'token'; did you mean token_f1\?",
+        ),
+        ("source.kind", None, r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'file', 'hub', not None"),
+        ("source.path", None, r"task: source\.path: missing"),
+        ("source.pth", "x", r"task: source\.pth: unknown field; did you mean path\?"),
+        ("source.columns", {"imag": "x"}, r"task: source\.columns\.imag: unknown field; did you mean image\?"),
+        (
+            "source.columns",
+            [],
+            r"task: source\.columns: must be a mapping with fields such as image, ",
+        ),
+        ("name", " ", r"task: name: must be a text that is not empty, not ' '"),
+        ("secondary", "token_f1", r"task: secondary: must be a list, not 'token_f1'"),
+        ("plain_prompt", "{prompt}", r"task: plain_prompt: must contain \{image\}, \{prompt\}"),
     ],
 )
 def test_bad_fields_are_named(path: str, value: Any, message: str) -> None:
@@ -191,6 +210,22 @@ def test_a_task_that_is_not_there_names_the_bundled_ones(tmp_path: Path) -> None
     bad.write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(TaskError, match="not valid YAML"):
         load_spec(bad)
+
+
+def test_a_field_that_is_said_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text("name: a\nname: b\n")
+    with pytest.raises(TaskError, match=r"task\.yaml: line 2, column 1: not valid YAML: 'name' is given twice"):
+        load_spec(path)
+
+
+def test_a_field_that_is_null_counts_as_absent() -> None:
+    assert parse_spec(SPEC | {"description": None, "splits": SPEC["splits"] | {"seed": None}}) == parse_spec(SPEC)
+
+
+def test_what_identifies_a_task_stays() -> None:
+    assert load_task("scenes").definition_hash.startswith("3b7337f265cbff08")
+    assert load_task("easy-vqa").definition_hash.startswith("67d5a4109add8d8c")
 
 
 def test_bundled_tasks_parse() -> None:
