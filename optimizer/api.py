@@ -57,8 +57,7 @@ def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Jo
     and ``optimizer.stages.context.JobFailed`` when the job cannot be done.
     """
     from optimizer.job.inputs import prepare
-    from optimizer.service import runner
-    from optimizer.service.pool import open_pool
+    from optimizer.service.runner import run_job
     from optimizer.stages.progress import Progress
     from storage.database import Database
     from storage.queue import jobs
@@ -67,13 +66,7 @@ def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Jo
     inputs = prepare(spec)
     with Database.open(spec.database) as db:
         known = None if force else jobs.find_finished(db, inputs.spec_hash)
-        if known is not None:
-            return known
-        with open_pool(inputs) as pool:
-            queued, _ = runner.submit(db, inputs, anew=force)
-            claimed = runner.claim_this(db, queued, runner.new_owner())
-            runner.process(db, claimed, inputs, pool, Progress())
-        return jobs.get(db, claimed.id)
+        return known or run_job(db, inputs, Progress(), anew=force)
 
 
 def best(

@@ -30,7 +30,7 @@ def refit(
     from optimizer.exports.writing import moved
     from optimizer.job.inputs import model_source
     from optimizer.service.runner import read_spec
-    from optimizer.stages import refit as refit_stage
+    from optimizer.stages import compensate
     from storage.queue import jobs
     from storage.records import plans
 
@@ -40,7 +40,7 @@ def refit(
             raise UsageFault(f"plan {plan_id} was imported: the job that its maps were fitted by is not known here")
         spec = read_spec(jobs.get(db, plan.job_id))
     source = None if model_path is None else moved(model_source(spec), model_path)
-    found = refit_stage.refit(plan, spec, source)
+    found = compensate.refit(plan, spec, source)
     if as_json:
         print_json({"plan": plan.id, "artifact": found.artifact.location, "same": found.same})
     else:

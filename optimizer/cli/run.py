@@ -13,9 +13,7 @@ from optimizer.registries import STRATEGIES
 
 if TYPE_CHECKING:
     from optimizer.cli.screen import Screen
-    from optimizer.job.inputs import JobInputs
     from storage.database import Database
-    from storage.queue.jobs import Job
 
 JobFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Job file (YAML).", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Run anew even if this specification has a result already.")]
@@ -58,7 +56,10 @@ def run(
     from optimizer.cli.screen import Screen
     from optimizer.job.inputs import prepare
     from optimizer.job.loading import load_job
+    from optimizer.service.runner import run_job
+    from optimizer.stages.progress import Progress
     from storage.database import Database
+    from storage.queue import jobs
 
     logging = start_logging(log_format)
     screen = Screen(quiet=as_json or logging)  # lines of the log would break a live display
@@ -66,36 +67,13 @@ def run(
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
     with Database.open(spec.database) as db:
-        job = None if force else _finished(db, inputs)
+        job = None if force else jobs.find_finished(db, inputs.spec_hash)
         if job is not None:
             screen.say(f"job {job.id} had this specification and is done; its result (--force runs it anew):")
         else:
-            job = _process(db, inputs, screen, force)
+            with screen.live() as display:
+                job = run_job(db, inputs, Progress(display), anew=force)
         return _print_result(db, job.id, screen, as_json)
-
-
-def _finished(db: Database, inputs: JobInputs) -> Job | None:
-    from storage.queue import jobs
-
-    return jobs.find_finished(db, inputs.spec_hash)
-
-
-def _process(db: Database, inputs: JobInputs, screen: Screen, force: bool) -> Job:
-    """Start the workers first: a job that cannot begin leaves no trace in the database."""
-    from optimizer.service import runner
-    from optimizer.service.pool import hints, open_pool
-    from optimizer.service.preflight import too_few_to_prove
-    from optimizer.stages.progress import Progress
-
-    with screen.status("starting the workers") as status, open_pool(inputs) as pool:
-        job, _ = runner.submit(db, inputs, anew=force)
-        job = runner.claim_this(db, job, runner.new_owner(), screen.say)
-        status.stop()
-        for hint in (*too_few_to_prove(inputs.spec, inputs.task), *hints(pool)):
-            screen.say(f"note: {hint}")
-        with screen.live(f"job {job.id}, {pool.size} workers on {pool.info[0].device}") as display:
-            runner.process(db, job, inputs, pool, Progress(display))
-    return job
 
 
 def _print_result(db: Database, job_id: int, screen: Screen, as_json: bool) -> int:

@@ -61,14 +61,10 @@ class Screen:
             status.stop()
 
     @contextmanager
-    def live(self, title: str) -> Iterator[Display]:
-        """A live display of a job's stages."""
-        with LiveStages(self._errors, title, enabled=not self._quiet and self._errors.is_terminal) as display:
+    def live(self) -> Iterator[Display]:
+        """Display a job's stages while they run."""
+        with LiveStages(self._errors, enabled=not self._quiet and self._errors.is_terminal) as display:
             yield display
-
-    def notes(self) -> Display:
-        """A display that only says what should stay."""
-        return Notes(self)
 
     def result(self, result: JobResult) -> None:
         """The final table of a job, and its answer in words."""
@@ -95,25 +91,11 @@ class Screen:
         self._out.print(table)
 
 
-class Notes:
-    """Shows what should stay, and no live state."""
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-
-    def update(self, state: State) -> None:
-        """Show nothing."""
-
-    def note(self, text: str) -> None:
-        """Show a line."""
-        self._screen.say(text)
-
-
 class LiveStages:
     """One progress bar per stage, the running one with its latest news."""
 
-    def __init__(self, console: Console, title: str, *, enabled: bool) -> None:
-        self._console, self._title, self._enabled = console, title, enabled
+    def __init__(self, console: Console, *, enabled: bool) -> None:
+        self._enabled = enabled
         self._bars: dict[str, TaskID] = {}
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
@@ -128,8 +110,6 @@ class LiveStages:
         )
 
     def __enter__(self) -> LiveStages:
-        if self._enabled:
-            self._console.print(self._title, markup=False)
         self._progress.start()
         return self
 

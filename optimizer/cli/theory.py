@@ -121,11 +121,10 @@ def validate_theory(
 
 @contextmanager
 def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobContext, Screen]]:
-    """Workers and a job of its own for one command."""
+    """Start workers and a job of its own for one command."""
     from optimizer.cli.screen import Screen
     from optimizer.job.inputs import prepare
     from optimizer.service.adhoc import adhoc_job
-    from optimizer.service.pool import hints, open_pool
     from optimizer.stages.progress import Progress
     from storage.database import Database
 
@@ -134,17 +133,10 @@ def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobC
         inputs = prepare(spec)
     with (
         Database.open(spec.database) as db,
-        screen.status("starting the workers") as status,
-        open_pool(inputs) as pool,
+        screen.live() as display,
+        adhoc_job(db, inputs, Progress(display), purpose) as job,
     ):
-        status.stop()
-        for hint in hints(pool):
-            screen.say(f"note: {hint}")
-        with (
-            screen.live(f"{purpose}, {pool.size} workers on {pool.info[0].device}") as display,
-            adhoc_job(db, inputs, pool, Progress(display), purpose) as job,
-        ):
-            yield job, screen
+        yield job, screen
 
 
 def _write(path: Path | None, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The workers of a job: starting them, and keeping them for a next job that needs just the same."""
+"""Start the workers of a job, or reuse those of the job before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from optimizer.job.inputs import JobInputs, model_source, task_hash
 from optimizer.job.loading import ENVIRONMENT
 from optimizer.search.space import plan_space
 from optimizer.service.logs import log
+from optimizer.stages.progress import Progress
 from workers.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ LOCAL = "local"
 
 
 def cluster_settings(inputs: JobInputs) -> ClusterSettings:
-    """Where the job's workers run, as the workers' room understands it."""
+    """Translate ``cluster`` of the job file into the settings of a worker pool."""
     from workers.cluster.connection import ClusterSettings
 
     cluster = inputs.spec.cluster
@@ -39,18 +40,32 @@ def cluster_settings(inputs: JobInputs) -> ClusterSettings:
 
 
 @contextmanager
-def open_pool(inputs: JobInputs) -> Iterator[WorkerPool]:
-    """Workers that hold the job's model and task, checked against what the job asks of the model.
+def open_pool(inputs: JobInputs, progress: Progress) -> Iterator[WorkerPool]:
+    """Start workers that hold the job's model and task, and stop them in the end.
 
     Raises UsageFault when the model cannot be loaded or lacks what the job names, ClusterError when the cluster
     cannot be used.
     """
+    progress.begin("start workers")
     pool = _start(inputs)
     try:
-        plan_space(inputs.spec, pool.info[0])
+        check_plan_space(inputs, pool)
+        for hint in hints(pool):
+            progress.note(f"note: {hint}")
+        progress.note(f"{pool.size} workers on {pool.info[0].device}")
         yield pool
     finally:
         pool.close()
+
+
+def check_plan_space(inputs: JobInputs, pool: WorkerPool) -> None:
+    """Raise UsageFault when the job protects a layer that the model lacks, or none of its layers has a choice."""
+    plan_space(inputs.spec, pool.info[0])
+
+
+def hints(pool: WorkerPool) -> list[str]:
+    """List what would make the workers faster, each once."""
+    return sorted({info.hint for info in pool.info if info.hint})
 
 
 def _start(inputs: JobInputs) -> WorkerPool:
@@ -63,14 +78,9 @@ def _start(inputs: JobInputs) -> WorkerPool:
     return pool
 
 
-def hints(pool: WorkerPool) -> list[str]:
-    """What would make the workers faster, each thing once."""
-    return sorted({info.hint for info in pool.info if info.hint})
-
-
 @contextmanager
 def _without_database_url() -> Iterator[None]:
-    """Ray's processes take over the environment they are started from; the database's password is not for them."""
+    """Hide the database URL from Ray: its processes inherit our environment, and the URL may hold a password."""
     names = [name for name, field in ENVIRONMENT.items() if field == ("database",)]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -80,10 +90,10 @@ def _without_database_url() -> Iterator[None]:
 
 
 class PoolCache:
-    """At most one pool, kept from job to job while nothing that its workers depend on differs but the task.
+    """Cache one worker pool between jobs. It serves the next job if that needs the same model and worker settings.
 
-    Only pools on this machine are kept: elsewhere they would hold other people's resources while nothing is to do,
-    and the files of a model could change unseen.
+    Only pools on this machine are kept: elsewhere an idle pool would hold other people's resources, and the files of a
+    model could change unseen.
     """
 
     def __init__(self) -> None:
@@ -98,9 +108,9 @@ class PoolCache:
         self.close()
 
     def get(self, inputs: JobInputs) -> WorkerPool:
-        """Workers for the job: those that are there if they fit, else new ones.
+        """Return the cached workers, with the job's task, where they fit the job, else new ones.
 
-        Raises as :func:`open_pool`.
+        Raises UsageFault and ClusterError as :func:`open_pool`.
         """
         pool = self._pool
         if pool is not None and self._fits(pool, inputs):
@@ -113,11 +123,10 @@ class PoolCache:
             self.close()
         if self._pool is None:
             self._pool = _start(inputs)
-        plan_space(inputs.spec, self._pool.info[0])
+        check_plan_space(inputs, self._pool)
         return self._pool
 
     def close(self) -> None:
-        """Stop the workers, if there are any."""
         if self._pool is not None:
             pool, self._pool = self._pool, None
             pool.close()

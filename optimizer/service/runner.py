@@ -1,4 +1,4 @@
-"""From a queued job to its final state: claim it, keep its lease alive, run the pipeline, say how it ended."""
+"""Run jobs: claim one, keep its lease alive, run its stages, and record how it ended."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from dataclasses import asdict
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from optimizer.errors import Interrupted, LeaseLost, UsageFault
+from optimizer.errors import Interrupted, LeaseLost, UsageFault, explain
 from optimizer.job.inputs import JobInputs
 from optimizer.job.loading import override, validate_job
 from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
 from optimizer.service import logs
+from optimizer.service.pool import open_pool
+from optimizer.service.preflight import too_few_to_prove
 from optimizer.stages import pipeline
-from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.context import JobContext
 from optimizer.stages.progress import Progress
 from optimizer.stages.publish import Published
 from storage import errors as storage_errors
@@ -72,7 +74,7 @@ def read_spec(job: Job) -> JobSpec:
 def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] = lambda text: None) -> Job:
     """Claim a given job, waiting for the lease of an owner that died. Raises UsageFault when somebody is running it."""
     seen = job.lease_expires_at
-    told = False
+    noted = False
     while True:
         claimed = jobs.claim(db, owner, LEASE_SECONDS, job.id)
         if claimed is not None:
@@ -83,28 +85,43 @@ def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] =
         if now.lease_expires_at is not None and seen is not None and now.lease_expires_at > seen:
             raise UsageFault(f"job {job.id} of the same specification is being run by {now.owner}; wait for it")
         seen = now.lease_expires_at
-        if not told:
+        if not noted:
             note(f"job {job.id} was last run by {now.owner}; waiting for a sign of life or the end of its lease")
-            told = True
+            noted = True
         time.sleep(POLL_SECONDS)
+
+
+def run_job(db: Database, inputs: JobInputs, progress: Progress, *, anew: bool) -> Job:
+    """Queue a job and run it in this process; return it as it ended.
+
+    The workers start first: a job that cannot begin leaves no trace in the database. Raises UsageFault when the model
+    cannot be loaded or the job is being run elsewhere, and what :func:`process` raises.
+    """
+    for note in too_few_to_prove(inputs.spec, inputs.task):
+        progress.note(f"note: {note}")
+    with open_pool(inputs, progress) as pool:
+        queued, _ = submit(db, inputs, anew=anew)
+        job = claim_this(db, queued, new_owner(), progress.note)
+        progress.note(f"job {job.id}")
+        process(db, job, progress, lambda: (inputs, pool))
+    return jobs.get(db, job.id)
 
 
 def process(
     db: Database,
     job: Job,
-    inputs: JobInputs,
-    pool: WorkerPool,
     progress: Progress,
+    start: Callable[[], tuple[JobInputs, WorkerPool]],
     lease_seconds: float = LEASE_SECONDS,
 ) -> Published:
-    """Run a claimed job to its final state.
+    """Run a claimed job to its final state; ``start`` gives its inputs and workers while the lease is kept.
 
-    An interrupted job goes back to the queue. So does one whose cluster or database failed, to be taken again after a
-    while; but the attempt counts unless it got somewhere. Raises Interrupted, JobFailed, LeaseLost, ClusterError,
-    DatabaseError.
+    Raises Interrupted, LeaseLost, ClusterError, DatabaseError, and a Fault or WorkersError for a job that cannot be
+    done.
     """
     with logs.of_job(job.id):
-        published = _run_pipeline(JobContext(db, job, inputs, pool, progress), lease_seconds)
+        with attempt(db, job, progress, lease_seconds):
+            published = pipeline.run(JobContext(db, job, *start(), progress))
         if published.best is None:
             jobs.infeasible(db, job, published.reason)
             logs.log("job_infeasible", reason=published.reason)
@@ -114,32 +131,43 @@ def process(
     return published
 
 
-def _run_pipeline(context: JobContext, lease_seconds: float) -> Published:
-    db, job = context.db, context.job
+@contextmanager
+def attempt(
+    db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS, *, resumable: bool = True
+) -> Iterator[None]:
+    """Keep a claimed job's lease while it is worked on, and record why an attempt ended early.
+
+    A resumable job goes back to the queue when it is interrupted. So does one whose cluster or database failed, to be
+    taken again after a while; but the attempt counts unless it got somewhere. Raises Interrupted, LeaseLost, and what
+    the work raises.
+    """
     try:
-        with Heartbeat(db, job, context.progress, lease_seconds), stop_signals():
-            return pipeline.run(context)
+        with Heartbeat(db, job, progress, lease_seconds), stop_signals():
+            yield
     except KeyboardInterrupt:
-        quietly(lambda: jobs.release(db, job, "interrupted"))
+        quietly(lambda: (jobs.release if resumable else jobs.fail)(db, job, "interrupted"))
         logs.log("job_interrupted")
         raise Interrupted(
             f"interrupted; job {job.id} is back in the queue and goes on where it was when the job file is run again"
+            if resumable
+            else "interrupted; what was measured is kept, run the command again to go on"
         ) from None
     except storage_errors.LeaseLost as error:
         logs.log("job_taken_away", reason=one_line(error))
         raise LeaseLost(str(error)) from None
-    except (ClusterError, storage_errors.DatabaseError) as error:
-        put_back(db, job, one_line(error))
-        raise
     except BaseException as error:
-        reason = one_line(error) if isinstance(error, JobFailed) else f"{type(error).__name__}: {one_line(error)}"
-        quietly(lambda: jobs.fail(db, job, reason))
-        logs.log("job_failed", reason=reason)
+        known = explain(error)
+        reason = f"{type(error).__name__}: {one_line(error)}" if known is None else known[1]
+        if resumable and isinstance(error, ClusterError | storage_errors.DatabaseError):
+            put_back(db, job, reason)
+        else:
+            quietly(lambda: jobs.fail(db, job, reason))
+            logs.log("job_failed", reason=reason)
         raise
 
 
 def put_back(db: Database, job: Job, reason: str) -> None:
-    """Let a job wait whose surroundings failed; the longer, the more often that happened."""
+    """Queue a job again after its cluster or database failed, with a pause that doubles from failure to failure."""
     with suppress(storage_errors.StorageError):  # what made the attempt end is what is reported
         before = attempts.retries_in_a_row(db, job.id)
         wait = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**before)
@@ -148,7 +176,7 @@ def put_back(db: Database, job: Job, reason: str) -> None:
 
 
 def quietly(action: Callable[[], object]) -> None:
-    """Do what can still be done for a job; what made it end is what is reported."""
+    """Record a job's end where the database still takes it; what made it end is what is reported."""
     with suppress(storage_errors.StorageError):
         action()
 

@@ -1,4 +1,4 @@
-"""The service: claim queued jobs and run them, one after another, until stopped."""
+"""Serve the queue: claim jobs and run them, one after another, until stopped."""
 
 from __future__ import annotations
 
@@ -6,22 +6,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from optimizer.errors import Interrupted, LeaseLost, UsageFault
+from optimizer.errors import Fault, Interrupted
 from optimizer.job.inputs import JobInputs, prepare
 from optimizer.service import logs
 from optimizer.service.pool import PoolCache
-from optimizer.service.runner import (
-    LEASE_SECONDS,
-    POLL_SECONDS,
-    Heartbeat,
-    new_owner,
-    process,
-    put_back,
-    quietly,
-    read_spec,
-    stop_signals,
-)
-from optimizer.stages.context import JobFailed
+from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, process, read_spec, stop_signals
 from optimizer.stages.progress import Progress, State
 from storage import errors as storage_errors
 from storage.database import Database
@@ -39,28 +28,26 @@ IDLE_SECONDS = 30.0
 OUTAGE_SECONDS = 10.0
 """Between two tries to reach a database that was there before."""
 
-LONGEST_REST_SECONDS = 300.0
+LONGEST_PAUSE_SECONDS = 300.0
 
 
 class LoggedNotes:
-    """Tells the log what a job finds worth saying, and each stage as it begins."""
+    """Log a job's notes, and each stage as it begins; the database has the progress within a stage."""
 
     def __init__(self) -> None:
         self._stage = ""
 
     def update(self, state: State) -> None:
-        """Say that a stage begins; how far it is stands in the database."""
         if state.stage != self._stage:
             self._stage = state.stage
             logs.log("stage", stage=state.stage, total=state.total)
 
     def note(self, text: str) -> None:
-        """Say what should stay."""
         logs.log("note", text=text)
 
 
 class Server:
-    """One serving process. ``run`` returns the number of jobs that it took."""
+    """Run queued jobs in this process, with workers that are kept between jobs."""
 
     def __init__(
         self, db: Database, *, progress: Callable[[Job], Progress], lease_seconds: float = LEASE_SECONDS
@@ -71,22 +58,25 @@ class Server:
         self._failures_in_a_row = 0
 
     def run(self, *, once: bool) -> int:
-        """Serve until stopped; with ``once`` until no job is queued. Raises Interrupted."""
+        """Serve until stopped, with ``once`` until no job is queued; return the number of jobs taken.
+
+        Raises Interrupted.
+        """
         logs.log("serving", owner=self._owner, database=self._db.safe_url)
         idle_since = time.monotonic()
         try:
-            with stop_signals(), PoolCache() as held:
+            with stop_signals(), PoolCache() as pools:
                 while True:
                     job = self._claim()
                     if job is not None:
                         self._done += 1
-                        self._serve(job, held)
+                        self._serve(job, pools)
                         idle_since = time.monotonic()
                         continue
                     if once and self._nothing_queued():
                         return self._done
                     if time.monotonic() - idle_since > IDLE_SECONDS:
-                        held.close()
+                        pools.close()
                     time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped after {self._done} jobs") from None
@@ -94,7 +84,7 @@ class Server:
             logs.log("stopped_serving", jobs=self._done)
 
     def _claim(self) -> Job | None:
-        """The next job. A database that cannot be reached is waited for: the service is there to stay."""
+        """Claim the next job, or wait and return None while the database cannot be reached."""
         try:
             return jobs.claim(self._db, self._owner, self._lease_seconds)
         except storage_errors.DatabaseError as error:
@@ -105,54 +95,34 @@ class Server:
     def _nothing_queued(self) -> bool:
         return jobs.count(self._db)["queued"] == 0
 
-    def _serve(self, job: Job, held: PoolCache) -> None:
-        """One claimed job; neither what is wrong with it nor what happens around it ends the service."""
+    def _serve(self, job: Job, pools: PoolCache) -> None:
+        """Run one claimed job. Neither an error of the job nor one of the cluster or database ends the service."""
         with logs.of_job(job.id):
             logs.log("job_claimed", attempt=job.attempt, model=job.spec["model"]["path"], task=job.spec["task"])
-            progress = self._progress(job)
             try:
-                prepared = self._prepare(job, held, progress)
-                if prepared is not None:
-                    process(self._db, job, *prepared, progress, self._lease_seconds)
+                process(self._db, job, self._progress(job), lambda: _start(job, pools), self._lease_seconds)
                 self._failures_in_a_row = 0
-            except (JobFailed, LeaseLost):
-                self._failures_in_a_row = 0  # the job's own end, which is on record
-            except ClusterError:
-                held.close()
-                self._rest()
-            except storage_errors.DatabaseError:
-                self._rest()
             except Interrupted:
                 raise KeyboardInterrupt from None
+            except ClusterError:
+                pools.close()
+                self._back_off()
+            except storage_errors.DatabaseError:
+                self._back_off()
+            except (Fault, WorkersError):
+                self._failures_in_a_row = 0  # the job's own end, which is on record
             except Exception as error:
                 # A defect of ours: it is on the job's record, and must not keep other jobs from being run.
                 logs.log("unexpected", reason=f"{type(error).__name__}: {one_line(error)}")
 
-    def _prepare(self, job: Job, held: PoolCache, progress: Progress) -> tuple[JobInputs, WorkerPool] | None:
-        """The job's inputs and workers; None when the job cannot be done, which is recorded."""
-        try:
-            with Heartbeat(self._db, job, progress, self._lease_seconds):
-                inputs = prepare(read_spec(job))
-                return inputs, held.get(inputs)
-        except ClusterError as error:
-            put_back(self._db, job, one_line(error))
-            raise
-        except (UsageFault, WorkersError) as error:
-            reason = one_line(error)
-            quietly(lambda: jobs.fail(self._db, job, reason))
-            logs.log("job_failed", reason=reason)
-            return None
-        except KeyboardInterrupt:
-            quietly(lambda: jobs.release(self._db, job, "interrupted"))
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            quietly(lambda: jobs.fail(self._db, job, reason))
-            raise
-
-    def _rest(self) -> None:
-        """After the surroundings failed, do not run through the whole queue with them."""
-        pause = min(LONGEST_REST_SECONDS, POLL_SECONDS * 2**self._failures_in_a_row)
+    def _back_off(self) -> None:
+        """Pause twice as long after each cluster or database failure, so that one outage does not fail the queue."""
+        pause = min(LONGEST_PAUSE_SECONDS, POLL_SECONDS * 2**self._failures_in_a_row)
         self._failures_in_a_row += 1
         logs.log("resting", seconds=pause)
         time.sleep(pause)
+
+
+def _start(job: Job, pools: PoolCache) -> tuple[JobInputs, WorkerPool]:
+    inputs = prepare(read_spec(job))
+    return inputs, pools.get(inputs)

@@ -1,31 +1,25 @@
-"""Plans to scores: what is known is read from the database, the rest is asked of the workers and persisted at once.
+"""Score candidates: read known evaluations from the database, ask the workers for the rest, and store it at once.
 
-Plans asked for together go to the workers in groups, neighbours by their text, because a worker shares work between
-plans that begin alike. A plan that was scored on a shorter prefix of the split before is only run on the samples that
+Plans of one recipe go to the workers in groups, neighbours by their text, because a worker shares work between plans
+that begin alike. A plan that was scored on a shorter prefix of the split before is only run on the samples that
 the longer one adds.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import fsum
 
 from optimizer.job.inputs import split_hash
+from optimizer.search.space import Candidate
 from optimizer.search.trial import Scores
 from optimizer.stages.context import JobContext
 from storage.queue import stages
 from storage.records import evaluations
-from workers.messages import (
-    NO_COMPENSATION,
-    Artifact,
-    EvaluatePlans,
-    Evaluation,
-    EvaluationFailure,
-    Evaluations,
-    Failure,
-)
+from workers.messages import Artifact, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
 from workers.runtime import SkipPlan
 
 LARGEST_GROUP = 64
@@ -34,37 +28,37 @@ LARGEST_GROUP = 64
 
 @dataclass(frozen=True)
 class _Missing:
-    """A plan to be run on the samples from ``start`` on, up to the prefix ``size``."""
+    """A candidate to be run on the samples from ``start`` on, up to the prefix of ``n_samples``."""
 
-    plan: SkipPlan
+    candidate: Candidate
     start: int
-    size: int
+    n_samples: int
 
 
-class Evaluator:
-    """Scores plans on prefixes of one split under one compensation.
+class CachedEvaluation:
+    """Score candidates on prefixes of one split. No plan is run twice on the same samples, not even by another job.
 
-    No plan is run twice on the same samples, not even by another job.
+    ``maps`` gives the artifacts of candidates whose fitted maps are kept; other compensated candidates are scored with
+    maps that the workers fit. ``seconds_counter`` names the job's counter of the seconds spent, if they are counted.
     """
 
     def __init__(
         self,
         context: JobContext,
         split: str,
-        compensation: str = NO_COMPENSATION,
-        artifacts: Mapping[str, Artifact] | None = None,
+        maps: Mapping[Candidate, Artifact] | None = None,
+        *,
+        seconds_counter: str | None = None,
     ) -> None:
-        self._context, self._split, self._compensation = context, split, compensation
-        self._artifacts = artifacts or {}
-        self._samples = len(context.task.split(split))
+        self._context, self._split, self._maps = context, split, maps or {}
+        self._whole_split = len(context.task.split(split))
         self._hash = split_hash(context.task, split)
-        self._own = {
-            (each.plan, each.rung): each
-            for each in evaluations.for_job(context.db, context.job.id, split)
-            if self._is_own(each)
-        }
+        self._own: dict[Candidate, dict[int, evaluations.Evaluation]] = {}
+        for each in evaluations.for_job(context.db, context.job.id, split):
+            if self._has_same_maps(each):
+                self._own.setdefault(_candidate(each), {})[each.rung] = each
         self._known = {
-            (each.plan, each.n): each.id
+            (_candidate(each), each.n): each.id
             for each in evaluations.known(
                 context.db,
                 model_id=context.model_id,
@@ -72,27 +66,50 @@ class Evaluator:
                 split_hash=self._hash,
                 settings=context.settings,
             )
-            if self._is_own(each)
+            if self._has_same_maps(each)
         }
         self._noted: set[str] = set()
-        self.secondary: dict[str, dict[str, float]] = {}
-        """Secondary metrics of the plans scored so far, by plan, on the largest prefix."""
-        self.ran = 0
-        """Plans that workers were asked for; the others were known."""
+        self.secondary: dict[Candidate, dict[str, float]] = {}
+        """Secondary metrics of the candidates scored so far, on the largest prefix."""
+        self._ran = False
+        """Whether workers were asked for anything; until then all was known."""
+        self._seconds_counter = seconds_counter
+        self._before = stages.counters(context.db, context.job.id).get(seconds_counter or "", 0.0)
+        self._spent = 0.0
+        self._last: float | None = None
 
-    def __call__(self, requests: Sequence[tuple[SkipPlan, int]]) -> Iterator[tuple[SkipPlan, Scores]]:
-        """Yield each plan with its scores on so many samples, in any order; each is persisted before it is yielded."""
-        missing: list[_Missing] = []
-        for plan, size in requests:
-            stored = self._recall(plan.text, size)
-            if stored is None:
-                missing.append(_Missing(plan, self._longest_prefix(plan.text, size), size))
-            else:
-                yield plan, self._scores(stored)
-        self.ran += len(missing)
-        yield from self._run(self._groups(missing))
+    def __call__(self, requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
+        """Yield each candidate with its scores on so many samples, in any order; scores are stored before."""
+        started = time.monotonic()
+        by_recipe: dict[str, list[tuple[Candidate, int]]] = {}
+        for candidate, n_samples in requests:
+            by_recipe.setdefault(candidate.compensation, []).append((candidate, n_samples))
+        for group in by_recipe.values():
+            missing: list[_Missing] = []
+            for candidate, n_samples in group:
+                stored = self._recall(candidate, n_samples)
+                if stored is None:
+                    missing.append(_Missing(candidate, self._longest_prefix(candidate, n_samples), n_samples))
+                else:
+                    yield candidate, self._scores(stored)
+            self._ran = self._ran or bool(missing)
+            yield from self._run(self._groups(missing))
+        self._count_seconds(started)
 
-    def _run(self, groups: Sequence[Sequence[_Missing]]) -> Iterator[tuple[SkipPlan, Scores]]:
+    def elapsed(self) -> float:
+        """Return the seconds spent over all attempts; 0 while a resumed job only reads what it evaluated before."""
+        return 0.0 if self._last is None else self._before + self._spent
+
+    def _count_seconds(self, started: float) -> None:
+        """Count the time since the last request that ran anything, the time of proposing included."""
+        if not self._ran or self._seconds_counter is None:
+            return
+        now = time.monotonic()
+        seconds = now - (started if self._last is None else self._last)
+        self._spent, self._last = self._spent + seconds, now
+        stages.add_counters(self._context.db, self._context.job, {self._seconds_counter: seconds})
+
+    def _run(self, groups: Sequence[Sequence[_Missing]]) -> Iterator[tuple[Candidate, Scores]]:
         again: list[_Missing] = []
         for index, result in self._context.pool.run([self._message(group) for group in groups]):
             group = groups[index]
@@ -100,7 +117,7 @@ class Evaluator:
                 again += group  # one of them may have killed the worker: ask for each alone
                 continue
             for each, scored in zip(group, self._each(result, len(group)), strict=True):
-                yield each.plan, self._scores(self._store(each, scored))
+                yield each.candidate, self._scores(self._store(each, scored))
         if again:
             yield from self._run([[each] for each in again])
 
@@ -116,8 +133,8 @@ class Evaluator:
     def _groups(self, missing: Sequence[_Missing]) -> list[list[_Missing]]:
         """Neighbours by text together, the same samples in one request, about as many requests as workers."""
         groups: list[list[_Missing]] = []
-        ordered = sorted(missing, key=lambda each: (each.start, each.size, each.plan.text))
-        for _, same in groupby(ordered, key=lambda each: (each.start, each.size)):
+        ordered = sorted(missing, key=lambda each: (each.start, each.n_samples, each.candidate.plan.text))
+        for _, same in groupby(ordered, key=lambda each: (each.start, each.n_samples)):
             plans = list(same)
             count = max(min(self._context.pool.size, len(plans)), -(-len(plans) // LARGEST_GROUP))
             cuts = [len(plans) * number // count for number in range(count + 1)]
@@ -126,69 +143,66 @@ class Evaluator:
 
     def _message(self, group: Sequence[_Missing]) -> EvaluatePlans:
         first = group[0]
+        maps = tuple(self._maps.get(each.candidate) for each in group)
         return EvaluatePlans(
-            plans=tuple(each.plan.text for each in group),
+            plans=tuple(each.candidate.plan.text for each in group),
             split=self._split,
-            n_samples=None if first.size == self._samples else first.size,
-            compensation=self._compensation,
+            n_samples=None if first.n_samples == self._whole_split else first.n_samples,
+            compensation=first.candidate.compensation,
             start=first.start,
             path=self._context.spec.evaluation,
-            artifacts=tuple(self._artifacts.get(each.plan.text) for each in group) if self._artifacts else (),
+            artifacts=maps if any(maps) else (),
         )
 
-    def _is_own(self, each: evaluations.Evaluation) -> bool:
-        """Whether an evaluation has the same compensation, and where maps are given, those."""
-        given = self._artifacts.get(each.plan)
-        same_maps = given is None or each.artefact_checksum == given.checksum
-        return each.compensation == self._compensation and same_maps
+    def _has_same_maps(self, each: evaluations.Evaluation) -> bool:
+        """Whether an evaluation was made with the maps that are given for its candidate, if any are."""
+        given = self._maps.get(_candidate(each))
+        return given is None or each.artefact_checksum == given.checksum
 
-    def _longest_prefix(self, plan: str, size: int) -> int:
-        """The largest smaller prefix that the plan has scores on; zero when there is none."""
-        rungs = [n for (text, n), known in self._own.items() if text == plan and n < size and known.failure is None]
-        return max(rungs, default=0)
+    def _longest_prefix(self, candidate: Candidate, n_samples: int) -> int:
+        """Return the largest smaller prefix that the candidate has scores on; zero when there is none."""
+        own = self._own.get(candidate, {})
+        return max((n for n, each in own.items() if n < n_samples and each.failure is None), default=0)
 
-    def _recall(self, plan: str, size: int) -> evaluations.Evaluation | None:
-        """The evaluation if this or another job has it. The prefix size serves as the number of the rung."""
-        own = self._own.get((plan, size))
-        if own is not None:
-            return own
-        known = self._known.get((plan, size))
-        if known is None:
-            return None
-        self._own[plan, size] = evaluations.reuse(self._context.db, self._context.job, known, size)
-        return self._own[plan, size]
+    def _recall(self, candidate: Candidate, n_samples: int) -> evaluations.Evaluation | None:
+        """Return the evaluation if this or another job has it. The prefix size serves as the number of the rung."""
+        own = self._own.setdefault(candidate, {})
+        known = self._known.get((candidate, n_samples))
+        if n_samples not in own and known is not None:
+            own[n_samples] = evaluations.reuse(self._context.db, self._context.job, known, n_samples)
+        return own.get(n_samples)
 
     def _store(self, each: _Missing, result: Evaluation | EvaluationFailure | Failure) -> evaluations.Evaluation:
-        context, plan = self._context, each.plan.text
+        context, candidate = self._context, each.candidate
         if not isinstance(result, Evaluation):
             return evaluations.record_failure(
                 context.db,
                 context.job,
                 model_id=context.model_id,
                 task_id=context.task_id,
-                plan=plan,
+                plan=candidate.plan.text,
                 split=self._split,
                 split_hash=self._hash,
-                rung=each.size,
+                rung=each.n_samples,
                 reason=result.reason,
-                compensation=self._compensation,
+                compensation=candidate.compensation,
                 settings=context.settings,
             )
-        kept = self._artifacts.get(plan)
-        whole = result if each.start == 0 else _joined(self._own[plan, each.start], result)
+        kept = self._maps.get(candidate)
+        whole = result if each.start == 0 else _joined(self._own[candidate][each.start], result)
         stored = evaluations.record(
             context.db,
             context.job,
             model_id=context.model_id,
             task_id=context.task_id,
-            plan=plan,
+            plan=candidate.plan.text,
             split=self._split,
             split_hash=self._hash,
-            rung=each.size,
+            rung=each.n_samples,
             sample_scores=whole.scores,
             seconds=result.seconds,
             secondary=whole.secondary,
-            compensation=self._compensation,
+            compensation=candidate.compensation,
             settings=context.settings,
             kl=whole.kl,
             layer_executions=result.layer_executions,
@@ -196,12 +210,12 @@ class Evaluator:
             artefact=None if kept is None else kept.location,
             artefact_checksum=None if kept is None else kept.checksum,
         )
-        self._own[plan, each.size] = stored
+        self._own[candidate][each.n_samples] = stored
         self._count(result)
         return stored
 
     def _count(self, result: Evaluation) -> None:
-        """What was run, in the job's counters; failed samples and near ties are told."""
+        """Add what was run to the job's counters, and note failed samples."""
         context = self._context
         increments = {
             "evaluations": 1.0,
@@ -224,8 +238,12 @@ class Evaluator:
 
     def _scores(self, stored: evaluations.Evaluation) -> Scores:
         if stored.failure is None:
-            self.secondary[stored.plan] = dict(stored.secondary)
+            self.secondary[_candidate(stored)] = dict(stored.secondary)
         return Scores(stored.scores, stored.failure, stored.kl)
+
+
+def _candidate(each: evaluations.Evaluation) -> Candidate:
+    return Candidate(SkipPlan.parse(each.plan), each.compensation)
 
 
 def _joined(before: evaluations.Evaluation, result: Evaluation) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Beside verification: what the finalists do to other tasks and to general text, for plans are fitted to one task."""
+"""Stage 6: measure what the finalists do to other tasks and to general text, since plans are fitted to one task."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ from typing import Any
 
 from optimizer.errors import UsageFault
 from optimizer.search.space import Candidate
-from optimizer.stages import compensate
 from optimizer.stages.context import JobContext
-from optimizer.verification.judgement import Verdict
+from optimizer.stages.verify import Finalist
 from workers.errors import TaskError
-from workers.messages import (
-    Artifact,
-    CompareText,
-    EvaluateElsewhere,
-    Evaluation,
-    Failure,
-    Reply,
-    Request,
-    TextDivergence,
-)
+from workers.messages import Artifact, CompareText, EvaluateElsewhere, Evaluation, TextDivergence
 from workers.runtime import SkipPlan
 from workers.tasks import Task, load_task
 
@@ -38,7 +28,7 @@ class OtherTask:
 
 @dataclass(frozen=True)
 class Collateral:
-    """What a plan does beside its task; what could not be measured is left out."""
+    """A plan's effect beside its task; what could not be measured is left out."""
 
     tasks: dict[str, OtherTask] = field(default_factory=dict)
     text: TextDivergence | None = None
@@ -50,27 +40,26 @@ class Collateral:
         return max(drops, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored with the plan."""
         return {**asdict(self), "largest_drop": self.largest_drop}
 
 
-def run(context: JobContext, verdicts: tuple[Verdict, ...]) -> dict[Candidate, Collateral]:
+def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, Collateral]:
     """Measure what the job asks for beside its task, for every verified plan, or read it back."""
     spec = context.spec.collateral
     if not spec.tasks and spec.text is None:
         return {}
-    context.progress.begin("collateral", len(verdicts))
+    context.progress.begin("collateral", len(finalists))
     tasks = [load_other(name) for name in spec.tasks]
     found = {}
-    for verdict in verdicts:
-        measure = partial(_measure, context, verdict.candidate, tasks)
-        found[verdict.candidate] = context.once(f"collateral {verdict.candidate}", Collateral, measure)
+    for finalist in finalists:
+        measure = partial(_measure, context, finalist, tasks)
+        found[finalist.candidate] = context.once(f"collateral {finalist.candidate}", Collateral, measure)
         context.progress.advance()
     return found
 
 
 def load_other(name: str) -> Task:
-    """Another task of the model. Raises UsageFault."""
+    """Load another task of the model. Raises UsageFault."""
     try:
         return load_task(name)
     except TaskError as error:
@@ -78,16 +67,15 @@ def load_other(name: str) -> Task:
 
 
 def read_text(path: str) -> str:
-    """The general text. Raises UsageFault."""
+    """Read the general text. Raises UsageFault."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageFault(f"collateral.text: {path} cannot be read as UTF-8 text ({error})") from None
 
 
-def _measure(context: JobContext, candidate: Candidate, tasks: list[Task]) -> Collateral:
-    kept = compensate.run(context, [candidate]).get(candidate)
-    artifact = None if kept is None else kept.artifact
+def _measure(context: JobContext, finalist: Finalist, tasks: list[Task]) -> Collateral:
+    candidate, artifact = finalist.candidate, finalist.artifact
     others: dict[str, OtherTask] = {}
     for task in tasks:
         result, dense = _evaluate(context, candidate, artifact, task), _dense(context, task)
@@ -110,7 +98,7 @@ def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | No
     request = EvaluateElsewhere(
         candidate.plan.text, task, context.spec.collateral.samples, candidate.compensation, artifact
     )
-    reply = _ask(context, request, f"{candidate} on {task.name}")
+    reply = context.ask_one(request, f"{candidate} on {task.name}")
     return reply if isinstance(reply, Evaluation) else None
 
 
@@ -119,13 +107,5 @@ def _compare_text(context: JobContext, candidate: Candidate, artifact: Artifact 
     if path is None:
         return None
     request = CompareText(candidate.plan.text, read_text(path), candidate.compensation, artifact)
-    reply = _ask(context, request, f"{candidate} on general text")
+    reply = context.ask_one(request, f"{candidate} on general text")
     return reply if isinstance(reply, TextDivergence) else None
-
-
-def _ask(context: JobContext, request: Request, what: str) -> Reply | None:
-    ((_, result),) = context.pool.run([request])
-    if isinstance(result, Failure):
-        context.progress.note(f"{what} could not be measured: {result.reason}")
-        return None
-    return result

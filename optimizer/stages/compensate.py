@@ -1,20 +1,32 @@
-"""Between search and verification: the finalists' maps are fitted for keeping, and named by checksum from then on."""
+"""Fit the maps of compensated finalists and keep them; from then on a checksum names them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from optimizer.errors import UsageFault
+from optimizer.job.inputs import load_job_task, model_source
+from optimizer.job.spec import JobSpec
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
+from storage.records.plans import Plan
 from workers.compensation import store
-from workers.messages import NO_COMPENSATION, Artifact, Failure, FitCompensation, FittedCompensation, GapShare
+from workers.messages import (
+    NO_COMPENSATION,
+    Artifact,
+    Failure,
+    FitCompensation,
+    FittedCompensation,
+    GapShare,
+    ModelSource,
+)
 
 
 @dataclass(frozen=True)
 class KeptMaps:
-    """Where a finalist's maps lie, and how well they fit on the calibration split."""
+    """A finalist's maps: their artifact, and how well they fit on the calibration split."""
 
     artifact: Artifact
     gaps: tuple[GapShare, ...]
@@ -24,7 +36,7 @@ class KeptMaps:
 
 
 def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, KeptMaps]:
-    """The maps of the compensated finalists, each kept as it comes, or read back; one that cannot be fitted is told.
+    """Fit the maps of the compensated finalists, or read them back; a finalist that cannot be fitted is left out.
 
     Raises :class:`~workers.compensation.recipe.CompensationError` when the artifact store cannot be written.
     """
@@ -38,11 +50,6 @@ def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, 
     return kept
 
 
-def artifacts(kept: Mapping[Candidate, KeptMaps], compensation: str) -> dict[str, Artifact]:
-    """By plan, where the maps of one recipe lie."""
-    return {each.plan.text: own.artifact for each, own in kept.items() if each.compensation == compensation}
-
-
 def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
     ((_, result),) = context.pool.run([FitCompensation(candidate.plan.text, candidate.compensation)])
     if isinstance(result, Failure):
@@ -51,3 +58,38 @@ def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
     assert isinstance(result, FittedCompensation)
     artifact = store.put(context.spec.artifacts, result.content)
     return KeptMaps(artifact, result.gaps, result.tokens, result.samples, result.seconds)
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """Maps that were fitted again, and whether they equal those that the plan was verified with, bit by bit."""
+
+    artifact: Artifact
+    same: bool
+
+
+def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refitted:
+    """Fit the maps of ``plan`` once more as its job's worker did, and keep them in the job's artifact store.
+
+    ``source`` says where the model is now, if it moved. The same bits come only on the same kind of machine, with the
+    same versions, and with as many threads as the worker had. Raises UsageFault when the plan has no maps, or the model
+    is another one.
+    """
+    if plan.compensation == NO_COMPENSATION:
+        raise UsageFault(f"plan {plan.id} is not compensated, so there are no maps to fit")
+    import torch
+
+    from workers.compensation.compensator import Compensator
+    from workers.models.loading import load_model
+
+    torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
+    task = load_job_task(spec)
+    loaded = load_model(source or model_source(spec))
+    if loaded.fingerprint != plan.fingerprint:
+        raise UsageFault(
+            f"model {loaded.name} has fingerprint {loaded.fingerprint[:12]}, plan {plan.id} was fitted on "
+            f"{plan.fingerprint[:12]}; name the right one with --model-path"
+        )
+    fitted = Compensator(loaded, task).answer(FitCompensation(plan.plan, plan.compensation))
+    artifact = store.put(spec.artifacts, fitted.content)
+    return Refitted(artifact, artifact.checksum == plan.artefact_checksum)

@@ -1,4 +1,4 @@
-"""What every stage works with: the claimed job, its inputs, the workers, the database."""
+"""The context that every stage works in: the claimed job, its inputs, the workers, the database."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from optimizer.errors import Fault
 from optimizer.job.inputs import JobInputs, task_hash
 from optimizer.job.spec import JobSpec
+from optimizer.search.space import PlanSpace, plan_space
 from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import stages
@@ -54,6 +55,11 @@ class JobContext:
     def worker(self) -> WorkerInfo:
         """What the first worker says about the model; all workers hold the same one."""
         return self.pool.info[0]
+
+    @cached_property
+    def space(self) -> PlanSpace:
+        """The candidates that the job may propose. Raises UsageFault when none is left."""
+        return plan_space(self.spec, self.worker)
 
     @property
     def workload(self) -> Workload:
@@ -100,9 +106,9 @@ class JobContext:
         return f"{how} device={device} {versions}".strip()
 
     def once(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
-        """What the stage produced, of type ``kind``: read back if an earlier attempt finished it, else computed."""
+        """Read back what an earlier attempt stored of a stage, of type ``kind``; else compute and store it."""
         adapter: TypeAdapter[T] = TypeAdapter(kind)
-        recorded = stages.stages(self.db, self.job.id).get(stage)
+        recorded = stages.get(self.db, self.job.id, stage)
         if recorded is not None:
             return adapter.validate_python(recorded.payload["value"])
         value = compute()
@@ -115,6 +121,14 @@ class JobContext:
             if isinstance(result, Failure):
                 raise JobFailed(f"{type(result.request).__name__} failed: {result.reason}")
             yield index, result
+
+    def ask_one(self, request: Request, subject: str) -> Reply | None:
+        """Send one request and return its reply; None for one that failed, which is noted."""
+        ((_, result),) = self.pool.run([request])
+        if isinstance(result, Failure):
+            self.progress.note(f"{subject} could not be measured: {result.reason}")
+            return None
+        return result
 
 
 def workload_name(workload: Workload) -> str:

@@ -5,41 +5,35 @@ from __future__ import annotations
 from functools import partial
 
 from optimizer.search.space import Candidate
-from optimizer.stages import compensate
 from optimizer.stages.context import JobContext
-from optimizer.verification.judgement import Verdict
-from workers.messages import CompareLatency, Failure, LatencyComparison
+from optimizer.stages.verify import Finalist
+from workers.messages import CompareLatency, LatencyComparison
 
 
-def run(context: JobContext, verdicts: tuple[Verdict, ...]) -> dict[Candidate, LatencyComparison]:
-    """Measured speed-up by candidate, each persisted as it comes, or read back."""
-    context.progress.begin("measure latency", len(verdicts))
+def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, LatencyComparison]:
+    """Measure each finalist's speed-up, or read it back; one that cannot be measured is left out."""
+    context.progress.begin("measure latency", len(finalists))
     measured: dict[Candidate, LatencyComparison] = {}
-    for verdict in verdicts:
-        candidate = verdict.candidate
-        compare = partial(_compare, context, candidate)
-        comparison = context.once(f"measure {candidate}", LatencyComparison | None, compare)
+    for finalist in finalists:
+        name, compare = str(finalist.candidate), partial(_compare, context, finalist)
+        comparison = context.once(f"measure {name}", LatencyComparison | None, compare)
         if comparison is not None:
-            measured[candidate] = comparison
-            context.progress.advance(news=f"{candidate} {comparison.speedup:.2f}x")
+            measured[finalist.candidate] = comparison
+            context.progress.advance(news=f"{name} {comparison.speedup:.2f}x")
     return measured
 
 
-def _compare(context: JobContext, candidate: Candidate) -> LatencyComparison | None:
-    kept = compensate.run(context, [candidate]).get(candidate)
+def _compare(context: JobContext, finalist: Finalist) -> LatencyComparison | None:
     request = CompareLatency(
-        candidate.plan.text,
+        finalist.candidate.plan.text,
         workload=context.workload,
         precision=context.spec.latency_precision,
         confidence=context.spec.constraint.confidence,
         max_seconds=context.spec.latency_seconds,
         seed=context.spec.search.seed,
-        compensation=candidate.compensation,
-        artifact=None if kept is None else kept.artifact,
+        compensation=finalist.candidate.compensation,
+        artifact=finalist.artifact,
     )
-    ((_, result),) = context.pool.run([request])
-    if isinstance(result, Failure):
-        context.progress.note(f"latency of plan {candidate} could not be measured: {result.reason}")
-        return None
-    assert isinstance(result, LatencyComparison)
+    result = context.ask_one(request, f"latency of plan {finalist.candidate}")
+    assert result is None or isinstance(result, LatencyComparison)
     return result

@@ -1,11 +1,17 @@
-"""Stage 1: measure how long every layer takes under every action, on this device and workload."""
+"""Stage 1: measure the seconds, and where needed the KV-cache bytes, of every layer under every action."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from optimizer.search.latency import LayerCounts, LayerTimes
-from optimizer.stages.context import JobContext
+from optimizer.stages.context import JobContext, JobFailed
 from storage.records import measurements
-from workers.messages import LatencyProfile, ProfileLatency
+from workers.messages import CompareLatency, Failure, LatencyComparison, LatencyProfile, ProfileLatency
+from workers.runtime import Action, SkipPlan
+
+CACHE_SECONDS = 1.0
+"""Time for the comparison that gives cache sizes; its latencies are not used."""
 
 
 def run(context: JobContext) -> LayerTimes:
@@ -41,3 +47,41 @@ def _measure(context: JobContext) -> LatencyProfile:
         ),
     )
     return profile
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """KV-cache bytes of one layer at the end of a request: of all tokens, and of text alone."""
+
+    run: float
+    bypass: float
+
+    def of(self, plan: SkipPlan) -> float:
+        """Predict the bytes of a plan's cache: a frozen layer keeps all keys and values, a skipped one none."""
+        bypassed = sum(action.row.hides_vision for action in plan)
+        return bypassed * self.bypass + (len(plan.kept) - bypassed) * self.run
+
+
+def cache_sizes(context: JobContext) -> CacheSizes:
+    """Measure the sizes by a dense and a bypassing request, or read them back. Raises JobFailed where that fails."""
+    return context.once("cache sizes", CacheSizes, lambda: _measure_cache(context))
+
+
+def _measure_cache(context: JobContext) -> CacheSizes:
+    info = context.worker
+    hiding = [action for action in Action if action.row.hides_vision]
+    plan = SkipPlan(
+        tuple(
+            next((action for action in hiding if action.letter in allowed), Action.RUN)
+            for allowed in info.allowed_actions
+        )
+    )
+    request = CompareLatency(plan.text, workload=context.workload, max_seconds=CACHE_SECONDS)
+    ((_, result),) = context.pool.run([request])
+    if isinstance(result, Failure):
+        raise JobFailed(f"the size of the KV cache could not be measured: {result.reason}")
+    assert isinstance(result, LatencyComparison)
+    run = result.dense_kv_cache_bytes / info.num_layers
+    bypassed = sum(action.row.hides_vision for action in plan)
+    saved = result.dense_kv_cache_bytes - result.kv_cache_bytes
+    return CacheSizes(run, run - saved / bypassed if bypassed else run)

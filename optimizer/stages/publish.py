@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 from optimizer.job.spec import ConstraintSpec
 from optimizer.search.space import Candidate, touched
-from optimizer.stages import compensate
 from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext
+from optimizer.stages.verify import Finalist
 from optimizer.verification.judgement import Verdict
 from storage.records import measurements, plans
 from storage.records.plans import PlanFigures
@@ -30,10 +30,10 @@ class Published:
     """Why no plan is the answer; empty when one is."""
 
 
-def run(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured, beside: Beside) -> Published:
+def run(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured, beside: Beside) -> Published:
     """Publish every verified and measured plan, whether it meets the job's constraint or not."""
     context.progress.begin("publish", 1)
-    published = context.once("publish", Published, lambda: _publish(context, verdicts, measured, beside))
+    published = context.once("publish", Published, lambda: _publish(context, finalists, measured, beside))
     context.progress.advance()
     return published
 
@@ -43,10 +43,9 @@ def none(context: JobContext, reason: str) -> Published:
     return context.once("publish", Published, lambda: Published((), None, reason))
 
 
-def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measured, beside: Beside) -> Published:
+def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured, beside: Beside) -> Published:
     constraint = context.spec.constraint
-    complete = [(verdict, measured[verdict.candidate]) for verdict in verdicts if verdict.candidate in measured]
-    kept = compensate.run(context, [verdict.candidate for verdict, _ in complete])
+    complete = [(each, measured[each.candidate]) for each in finalists if each.candidate in measured]
     if not complete:
         return Published((), None, "no plan that the search tried could meet the constraint")
     device_id = measurements.ensure_device(context.db, name=complete[0][1].device)
@@ -58,19 +57,19 @@ def _publish(context: JobContext, verdicts: tuple[Verdict, ...], measured: Measu
         device_id=device_id,
         workload=context.workload_name,
         figures=[
-            figures(verdict, latency, constraint, kept.get(verdict.candidate), beside.get(verdict.candidate))
-            for verdict, latency in complete
+            figures(finalist, latency, constraint, beside.get(finalist.candidate)) for finalist, latency in complete
         ],
     )
     feasible = [
         row
-        for row, (verdict, latency) in zip(rows, complete, strict=True)
-        if verdict.accepted and fast_enough(latency, constraint)
+        for row, (finalist, latency) in zip(rows, complete, strict=True)
+        if finalist.verdict.accepted and fast_enough(latency, constraint)
     ]
     best = max(feasible, key=lambda row: (row.speedup, row.accuracy), default=None)
+    plan_ids = tuple(row.id for row in rows)
     if best is not None:
-        return Published(tuple(row.id for row in rows), best.id, "")
-    return Published(tuple(row.id for row in rows), None, _why_none(complete, constraint))
+        return Published(plan_ids, best.id, "")
+    return Published(plan_ids, None, _why_none([(each.verdict, latency) for each, latency in complete], constraint))
 
 
 def _why_none(complete: Sequence[tuple[Verdict, LatencyComparison]], constraint: ConstraintSpec) -> str:
@@ -104,13 +103,10 @@ def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
 
 
 def figures(
-    verdict: Verdict,
-    latency: LatencyComparison,
-    constraint: ConstraintSpec,
-    kept: compensate.KeptMaps | None = None,
-    beside: Collateral | None = None,
+    finalist: Finalist, latency: LatencyComparison, constraint: ConstraintSpec, beside: Collateral | None = None
 ) -> PlanFigures:
-    """The published figures of a plan. Differences are accuracies less dense's, so a loss is negative."""
+    """Put the published figures of a plan together. Differences are accuracies less dense's, so a loss is negative."""
+    verdict, kept = finalist.verdict, finalist.maps
     fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
     return PlanFigures(
         plan=verdict.plan,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.stages.cached_evaluation import Evaluator
+from optimizer.search.space import Candidate
+from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.verification.statistics import bootstrap_drop, two_sided
 from workers.runtime import SkipPlan
@@ -69,7 +70,9 @@ def measure(context: JobContext, plans: Sequence[str], samples: int, split: str 
     scores: dict[str, Floats] = {}
     divergences: dict[str, Floats] = {}
     failed: dict[str, str] = {}
-    for plan, result in Evaluator(context, split)([(SkipPlan.parse(text), samples) for text in wanted]):
+    evaluate = CachedEvaluation(context, split)
+    for candidate, result in evaluate([(Candidate(SkipPlan.parse(text)), samples) for text in wanted]):
+        plan = candidate.plan
         context.progress.advance()
         if result.failure is not None:
             failed[plan.text] = result.failure

@@ -40,6 +40,13 @@ def record_stage(session: Session, job: Job, stage: str, payload: Mapping[str, A
 
 
 @reads
+def get(session: Session, job_id: int, stage: str) -> Stage | None:
+    """Read what one stage of a job produced; None when it has not finished."""
+    row = session.get(JobStageRow, (job_id, stage))
+    return None if row is None else Stage(row.stage, row.payload, row.attempt, row.recorded_at)
+
+
+@reads
 def stages(session: Session, job_id: int) -> dict[str, Stage]:
     """The stages that a job has finished, by name, in the order in which they were recorded."""
     rows = session.scalars(

@@ -26,7 +26,6 @@ from optimizer.criteria.skip_it import later_attention, vision_attention
 from optimizer.job.inputs import prepare
 from optimizer.job.loading import load_job
 from optimizer.service.adhoc import adhoc_job
-from optimizer.service.pool import open_pool
 from optimizer.stages.progress import Progress
 from optimizer.stages.redundancy import measured
 from optimizer.validation.harm import Measured, measure
@@ -152,8 +151,7 @@ def collect(file: Path, splits: Sequence[str]) -> Found:
     inputs = prepare(spec)
     with (
         Database.open(spec.database) as db,
-        open_pool(inputs) as pool,
-        adhoc_job(db, inputs, pool, Progress(), "criterion-variants") as context,
+        adhoc_job(db, inputs, Progress(), "criterion-variants") as context,
     ):
         table = measured(context, tuple(kind for kind in KINDS if kind != "withdrawal"))
         allowed = tuple(context.worker.allowed_actions)

@@ -42,7 +42,7 @@ def run(db: Database, job: jobs.Job, monkeypatch: pytest.MonkeyPatch, outcome: o
         return outcome
 
     monkeypatch.setattr(pipeline, "run", end)
-    return runner.process(db, job, None, None, Progress())  # type: ignore[arg-type]
+    return runner.process(db, job, Progress(), lambda: (None, None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
