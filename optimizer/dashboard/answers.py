@@ -8,8 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimizer.job.result import layers_by_action
-from optimizer.reports.data import meets_constraint
-from optimizer.reports.specification import Specification
+from optimizer.reports.data import Specification, meets_constraint
 from storage.queue.events import Event
 from storage.queue.jobs import Job
 from storage.records.plans import Plan as StoredPlan

@@ -1,15 +1,16 @@
-"""Two jobs side by side: what each was asked, what each found, their fronts and searches on common axes."""
+"""Write a page that compares two jobs: limits, results, fronts and searches on common axes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from optimizer.reports import figures, formatting, progress, sections
+from optimizer.reports.chart import SERIES, Chart, axis
 from optimizer.reports.data import JobReport, collect, meets_constraint
-from optimizer.reports.figures import SERIES, Chart
 from optimizer.reports.html import Page, render
-from optimizer.reports.sections import PlacedChart, Section, Table
+from optimizer.reports.sections import Section, Table
 from storage.database import Database
 from storage.records.plans import Plan
 
@@ -41,19 +42,16 @@ def comparison_page(db: Database, first: JobReport, second: JobReport) -> Page:
     )
 
 
-def _same(first: JobReport, second: JobReport) -> bool:
+def _comparable(first: JobReport, second: JobReport) -> bool:
     """Whether both jobs scored the same model on the same search samples."""
-    return first.ids is not None and first.ids == second.ids and _search_split(first) == _search_split(second)
-
-
-def _search_split(report: JobReport) -> str | None:
-    return report.split_hashes.get("search")
+    splits = [report.split_hashes.get("search") for report in (first, second)]
+    return first.ids is not None and first.ids == second.ids and splits[0] == splits[1]
 
 
 def _comparability(first: JobReport, second: JobReport) -> str:
     if first.ids is None or second.ids is None:
         return "At least one of these jobs has not loaded its model yet; there is little to compare."
-    if not _same(first, second):
+    if not _comparable(first, second):
         return (
             "These jobs differ in their model, their task or its samples: compare what is relative to each one's own "
             "dense model, not accuracies."
@@ -89,27 +87,19 @@ def _column(report: JobReport) -> list[tuple[str, str]]:
 
 
 def _best(best: Plan | None) -> list[tuple[str, str]]:
-    names = (
-        "best plan",
-        "speed-up, measured",
-        "difference, points",
-        "accuracy",
-        "a request",
-        "KV cache",
-        "compensation",
-    )
-    if best is None:
-        return [(name, "none") for name in names]
-    figures = (
-        formatting.layers(best.plan),
-        f"{best.speedup:.2f} [{best.speedup_low:.2f}, {best.speedup_high:.2f}]",
-        f"{formatting.signed(best.difference)} {formatting.interval(best.difference_low, best.difference_high)}",
-        f"{best.accuracy:.3f} (dense {best.dense_accuracy:.3f}, n = {best.n:,})",
-        f"{formatting.milliseconds(best.seconds)} (dense {formatting.milliseconds(best.dense_seconds)})",
-        formatting.share(best.kv_cache_bytes, best.dense_kv_cache_bytes),
-        best.compensation,
-    )
-    return list(zip(names, figures, strict=True))
+    def shown(value: Callable[[Plan], str]) -> str:
+        return "none" if best is None else value(best)
+
+    milliseconds = formatting.milliseconds
+    return [
+        ("best plan", shown(lambda plan: formatting.layers(plan.plan))),
+        ("speed-up, measured", shown(formatting.speedup)),
+        ("difference, points", shown(formatting.difference)),
+        ("accuracy", shown(lambda plan: f"{plan.accuracy:.3f} (dense {plan.dense_accuracy:.3f}, n = {plan.n:,})")),
+        ("a request", shown(lambda p: f"{milliseconds(p.seconds)} (dense {milliseconds(p.dense_seconds)})")),
+        ("KV cache", shown(lambda plan: formatting.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes))),
+        ("compensation", shown(lambda plan: plan.compensation)),
+    ]
 
 
 def _fronts(first: JobReport, second: JobReport) -> Section:
@@ -124,17 +114,10 @@ def _fronts(first: JobReport, second: JobReport) -> Section:
         ]
     if not traces:
         return replace(section, paragraphs=("Neither job has verified a plan.",))
-    layout = {
-        "xaxis": {"title": {"text": "speed-up (dense = 1)"}},
-        "yaxis": {"title": {"text": "difference to dense, points"}},
-        "hovermode": "closest",
-    }
+    layout = {"xaxis": axis("speed-up (dense = 1)"), "yaxis": axis("difference to dense, points")}
     chart = Chart("front", tuple(traces), layout, 440, "Verified plans of both jobs with their intervals.")
-    return replace(
-        section,
-        paragraphs=("Plans verified on held-out samples, with intervals; hollow ones break a limit of their own job.",),
-        charts=(PlacedChart(chart),),
-    )
+    text = "Plans verified on held-out samples, with intervals; hollow ones break a limit of their own job."
+    return replace(section, paragraphs=(text,), charts=(chart,))
 
 
 def _in_colour(trace: dict[str, Any], colour: str, name: str) -> dict[str, Any]:
@@ -158,7 +141,7 @@ def _strips(first: JobReport, second: JobReport) -> Section:
 
 def _searches(db: Database, first: JobReport, second: JobReport) -> Section:
     section = Section("progress", "Search", "Both searches")
-    if not _same(first, second):
+    if not _comparable(first, second):
         return replace(section, paragraphs=("The searches cannot be compared: model, task or samples differ.",))
     corner = progress.reference(first)
     again = collect(db, second.job.id, profile=first.profile) if first.profile is not None else second
@@ -166,5 +149,4 @@ def _searches(db: Database, first: JobReport, second: JobReport) -> Section:
         (f"job {report.job.id} ({report.spec.strategy})", progress.steps(report.tried, corner))
         for report in (first, again)
     ]
-    told = sections.progress(first, curves)
-    return replace(told, title=section.title)
+    return replace(sections.progress(first, curves), title=section.title)

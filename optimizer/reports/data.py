@@ -1,17 +1,17 @@
-"""What a report shows, read from the database alone; nothing is measured, estimated or filled in here.
+"""Read a job's report from the database alone; nothing is measured, estimated or filled in here.
 
-Accuracies and drops are shares in [0, 1], times are seconds, a speed-up is dense time / plan time. What a job did not
-measure (an older version, a stage not reached) is ``None`` or empty, and shown as "not measured".
+Accuracies are shares in [0, 1], times are seconds, a speed-up is dense time / plan time. Figures that a job did not
+measure (an older version, a stage not reached) are ``None`` or empty, and shown as "not measured".
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from optimizer.job.result import JobResult, load_result
-from optimizer.reports.specification import Specification
 from optimizer.search.latency import ratio_of_text
 from optimizer.search.space import touched
 from storage.database import Database
@@ -27,31 +27,74 @@ from workers.runtime.plan import SkipPlan
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A plan that the search scored, on the largest prefix of the search split that it reached."""
+class Specification:
+    """Parts of a stored job's specification that reports name, whatever its version: a field that is absent is None."""
+
+    model: str
+    revision: str | None
+    task: str
+    limits: dict[str, float] = field(default_factory=dict)
+    """The constraint's numbers by field, those that were set."""
+    search: dict[str, Any] = field(default_factory=dict)
+    criterion: str | None = None
+    """None for jobs of before criteria had names."""
+    thresholds: dict[str, float] | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Specification:
+        """Read ``jobs.spec``."""
+        model = _section(stored, "model")
+        limits = {
+            name: float(value)
+            for name, value in _section(stored, "constraint").items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        return cls(
+            model=str(model.get("path", "unknown model")),
+            revision=model.get("revision"),
+            task=str(stored.get("task", "unknown task")),
+            limits=limits,
+            search=_section(stored, "search"),
+            criterion=stored.get("criterion"),
+            thresholds=stored.get("thresholds"),
+        )
+
+    @property
+    def max_accuracy_drop(self) -> float | None:
+        """Largest loss of accuracy as a share; None where the job set no limit."""
+        return self.limits.get("max_accuracy_drop")
+
+    @property
+    def strategy(self) -> str:
+        """The search in a few words: its strategy (formerly the sampler) and seed."""
+        name = self.search.get("strategy") or self.search.get("sampler") or "search"
+        seed = self.search.get("seed")
+        return str(name) if seed is None else f"{name}, seed {seed}"
+
+
+def _section(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = stored.get(name)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class TrialSummary:
+    """A trial of the search without its errors: a plan's figures on the largest prefix of the split that it reached."""
 
     order: int
     """Position among the plans tried, from 1; the dense model is no plan and not counted."""
     plan: str
     compensation: str
-    n: int
+    n_samples: int
     accuracy: float
-    drop: float | None
-    """Accuracy of the dense model on the same samples less this plan's; None where dense was not scored."""
+    difference: float | None
+    """Accuracy less the dense model's on the same samples; None where dense was not scored."""
     complete: bool
     """Whether it was scored on the whole search split; otherwise the search gave it up earlier."""
     predicted_speedup: float | None
     """By the additive latency profile; None where there is none for these actions. Never a measured figure."""
     within: bool
     """Whether it meets the job's constraint as far as the search could see (no intervals)."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A plan that could not be scored, and why."""
-
-    plan: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -66,11 +109,11 @@ class JobReport:
     result: JobResult
     profile: JobProfile | None
     redundancy: tuple[Redundancy, ...]
-    tried: tuple[Tried, ...]
-    failed: tuple[Failed, ...]
+    tried: tuple[TrialSummary, ...]
+    failed: tuple[tuple[str, str], ...]
+    """Plans that could not be scored, and why."""
     search_samples: int | None
     """Size of the search split as scored."""
-    dense_search_accuracy: float | None
     evaluations: int
     """Rows of scores that this job wrote, dense and partial ones included."""
     reused: int
@@ -88,17 +131,14 @@ class JobReport:
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """The published plans, the fastest first."""
         return self.result.plans
 
     @property
     def best(self) -> Plan | None:
-        """The plan that is the job's answer."""
         return self.result.best
 
     @property
     def model_name(self) -> str:
-        """Last part of the model's name."""
         return short_name(self.spec.model)
 
     @property
@@ -106,10 +146,9 @@ class JobReport:
         """The task's name; the last part of its file while no worker has loaded it."""
         return self.task.name if self.task is not None else short_name(self.spec.task).removesuffix(".yaml")
 
-    @property
-    def num_layers(self) -> int | None:
-        """Decoder layers of the model."""
-        return None if self.model is None else self.model.num_layers
+    def is_answer(self, plan: Plan) -> bool:
+        """Whether this is the plan that the job ended with."""
+        return self.best is not None and plan.id == self.best.id
 
 
 def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> JobReport:
@@ -122,7 +161,7 @@ def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> 
     rows = overview.evaluations(db, job_id)
     profile = profile or overview.latency_profile(db, job_id)
     ids = _ids(rows, profile)
-    scored = Scored.of(db, rows, profile, spec)
+    tried, samples = _trials(db, rows, profile, spec)
     return JobReport(
         job=result.job,
         spec=spec,
@@ -131,10 +170,9 @@ def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> 
         result=result,
         profile=profile,
         redundancy=() if ids is None else tuple(overview.redundancy(db, job_id, *ids)),
-        tried=scored.tried,
-        failed=tuple(Failed(row.plan, row.failure) for row in rows if row.failure is not None),
-        search_samples=scored.samples,
-        dense_search_accuracy=scored.dense_accuracy,
+        tried=tried,
+        failed=tuple((row.plan, row.failure) for row in rows if row.failure is not None),
+        search_samples=samples,
         evaluations=sum(row.failure is None for row in rows),
         reused=sum(row.reused_from is not None for row in rows),
         layer_executions=sum(row.layer_executions for row in rows if row.reused_from is None),
@@ -153,51 +191,39 @@ def _ids(rows: list[EvaluationSummary], profile: JobProfile | None) -> tuple[int
     return (rows[0].model_id, rows[0].task_id) if rows else None
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What the search of a job scored."""
-
-    tried: tuple[Tried, ...]
-    samples: int | None
-    dense_accuracy: float | None
-
-    @classmethod
-    def of(cls, db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: Specification) -> Scored:
-        """Each plan on the largest prefix it reached, in the order in which plans were first scored."""
-        search = [row for row in rows if row.split == "search" and row.failure is None]
-        if not search:
-            return cls((), None, None)
-        largest: dict[tuple[str, str], EvaluationSummary] = {}
-        for row in search:
-            known = largest.setdefault((row.plan, row.compensation), row)
-            if row.n > known.n:
-                largest[row.plan, row.compensation] = row
-        dense = next((row for row in largest.values() if SkipPlan.parse(row.plan).is_dense), None)
-        samples = max(row.n for row in search) if dense is None else dense.n
-        dense_means = _prefix_means(() if dense is None else overview.sample_scores(db, dense.id))
-        dense_ms = None if profile is None else 1000 * profile.dense_seconds
-        tried: list[Tried] = []
-        for row in largest.values():
-            if row is dense or row.accuracy is None:
-                continue
-            drop = dense_means[row.n] - row.accuracy if row.n < len(dense_means) else None
-            speedup = _predicted_speedup(profile, row.plan)
-            complete = row.n >= samples
-            tried.append(
-                Tried(
-                    order=len(tried) + 1,
-                    plan=row.plan,
-                    compensation=row.compensation,
-                    n=row.n,
-                    accuracy=row.accuracy,
-                    drop=drop,
-                    complete=complete,
-                    predicted_speedup=speedup,
-                    within=complete
-                    and _within(spec.limits, row.accuracy, drop, speedup, dense_ms, touched(SkipPlan.parse(row.plan))),
-                )
-            )
-        return cls(tuple(tried), samples, None if dense is None else dense.accuracy)
+def _trials(
+    db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: Specification
+) -> tuple[tuple[TrialSummary, ...], int | None]:
+    """Each plan on the largest prefix it reached, in the order first scored; and the size of the search split."""
+    search = [row for row in rows if row.split == "search" and row.failure is None]
+    if not search:
+        return (), None
+    largest: dict[tuple[str, str], EvaluationSummary] = {}
+    for row in search:
+        known = largest.setdefault((row.plan, row.compensation), row)
+        if row.n > known.n:
+            largest[row.plan, row.compensation] = row
+    dense = next((row for row in largest.values() if SkipPlan.parse(row.plan).is_dense), None)
+    samples = max(row.n for row in search) if dense is None else dense.n
+    dense_means = _prefix_means(() if dense is None else overview.sample_scores(db, dense.id))
+    dense_ms = None if profile is None else 1000 * profile.dense_seconds
+    tried: list[TrialSummary] = []
+    for row in largest.values():
+        if row is dense or row.accuracy is None:
+            continue
+        trial = TrialSummary(
+            order=len(tried) + 1,
+            plan=row.plan,
+            compensation=row.compensation,
+            n_samples=row.n,
+            accuracy=row.accuracy,
+            difference=row.accuracy - dense_means[row.n] if row.n < len(dense_means) else None,
+            complete=row.n >= samples,
+            predicted_speedup=_predicted_speedup(profile, row.plan),
+            within=False,
+        )
+        tried.append(replace(trial, within=trial.complete and _within(spec.limits, trial, dense_ms)))
+    return tuple(tried), samples
 
 
 def _prefix_means(scores: tuple[float, ...]) -> list[float]:
@@ -213,18 +239,15 @@ def _prefix_means(scores: tuple[float, ...]) -> list[float]:
     return [math.nan, *(math.fsum(scores[:count]) / count for count in range(1, len(scores) + 1))]
 
 
-def _within(
-    limits: Mapping[str, float],
-    accuracy: float,
-    drop: float | None,
-    speedup: float | None,
-    dense_ms: float | None,
-    layers: int,
-) -> bool:
+def _within(limits: Mapping[str, float], trial: TrialSummary, dense_ms: float | None) -> bool:
     """Whether the limits that a search can judge by are met; the size of the KV cache is measured later."""
-    milliseconds = None if speedup is None or dense_ms is None else dense_ms / speedup
-    at_most = {"max_accuracy_drop": drop, "max_latency_ms": milliseconds, "max_layers_touched": float(layers)}
-    at_least = {"min_accuracy": accuracy, "min_speedup": speedup}
+    speedup, difference = trial.predicted_speedup, trial.difference
+    at_most = {
+        "max_accuracy_drop": None if difference is None else -difference,
+        "max_latency_ms": None if speedup is None or dense_ms is None else dense_ms / speedup,
+        "max_layers_touched": float(touched(SkipPlan.parse(trial.plan))),
+    }
+    at_least = {"min_accuracy": trial.accuracy, "min_speedup": speedup}
     return all(
         value is not None and value <= limits[name] for name, value in at_most.items() if name in limits
     ) and all(value is not None and value >= limits[name] for name, value in at_least.items() if name in limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from optimizer.reports.data import JobReport, Tried, meets_constraint
+from optimizer.reports.data import JobReport, TrialSummary, meets_constraint
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
@@ -135,11 +135,11 @@ def constraint(report: JobReport) -> list[str]:
     return [tell(limits[name]) for name, tell in told.items() if name in limits] or ["none"]
 
 
-def tried_line(each: Tried) -> str:
+def tried_line(each: TrialSummary) -> str:
     """One line about a plan as the search saw it."""
-    drop = "dense was not scored" if each.drop is None else f"{points(-each.drop)} to dense"
+    difference = "dense was not scored" if each.difference is None else f"{points(each.difference)} to dense"
     speed = "" if each.predicted_speedup is None else f", predicted {each.predicted_speedup:.2f}x"
-    return f"{drop} on {each.n} search samples{speed}"
+    return f"{difference} on {each.n_samples} search samples{speed}"
 
 
 def points(value: float) -> str:
@@ -155,6 +155,31 @@ def signed(value: float) -> str:
 def interval(low: float, high: float) -> str:
     """Two shares in signed points: ``"[-0.27, +0.22]"``."""
     return f"[{signed(low)}, {signed(high)}]"
+
+
+def span(value: float, low: float, high: float, digits: int = 2) -> str:
+    """A figure with its interval: ``"1.52 [1.48, 1.56]"``."""
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def accuracy(plan: Plan) -> str:
+    """A plan's accuracy as a share, with its interval."""
+    return span(plan.accuracy, plan.accuracy_low, plan.accuracy_high, 3)
+
+
+def difference(plan: Plan) -> str:
+    """A plan's difference to dense in points, with its interval."""
+    return f"{signed(plan.difference)} {interval(plan.difference_low, plan.difference_high)}"
+
+
+def speedup(plan: Plan) -> str:
+    """A plan's measured speed-up, with its interval."""
+    return span(plan.speedup, plan.speedup_low, plan.speedup_high)
+
+
+def compensated(plan: Plan | TrialSummary) -> str:
+    """The compensation of a plan as an addition to a line; empty for plain skips."""
+    return "" if plan.compensation == NO_COMPENSATION else f"; {plan.compensation}"
 
 
 def limit(share: float) -> str:

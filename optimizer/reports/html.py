@@ -108,7 +108,7 @@ def facts(report: JobReport) -> tuple[Fact, ...]:
 
 def render(page: Page, *, scripts: str | None = None) -> str:
     """The page as HTML: one file with everything in it, or with its scripts and style at the path ``scripts``."""
-    charts = [placed.chart.to_json() for section in page.sections for placed in section.charts]
+    charts = [chart.to_json() for section in page.sections for chart in section.charts]
     source = files("optimizer.reports") / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["marked"] = marked

@@ -1,10 +1,10 @@
-"""Where the time of a request goes: the charts of the latency profile and of the published plans."""
+"""Draw where the time of a request goes: by the latency profile, and as measured of the published plans."""
 
 from __future__ import annotations
 
 from optimizer.reports import formatting
+from optimizer.reports.chart import COLOURS, Chart, Point, axis, bars, dots
 from optimizer.reports.data import JobReport
-from optimizer.reports.figures import COLOURS, Chart, Trace
 from storage.records.overview import JobProfile
 from workers.runtime.plan import Action
 
@@ -16,104 +16,56 @@ def breakdown(report: JobReport) -> Chart | None:
     profile = report.profile
     if profile is None:
         return None
-    plans = [("dense", RUN * len(profile.layer_seconds[RUN])), *((f"plan {p.id}", p.plan) for p in report.plans)]
-    names = [name for name, _ in plans]
-    traces: list[Trace] = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": f"layers that {Action.of(letter).label}",
-            "y": names,
-            "x": [1000 * spent(profile, plan, letter) for _, plan in plans],
-            "customdata": [
-                [
-                    plan,
-                    f"{name}: {1000 * spent(profile, plan, letter):.1f} ms in layers that {Action.of(letter).label}",
-                ]
-                for name, plan in plans
-            ],
-            "marker": {"color": COLOURS[letter]},
-            "hoverinfo": "none",
-        }
-        for letter in profile.layer_seconds
-        if any(letter in plan for _, plan in plans) and any(spent(profile, plan, letter) > 0 for _, plan in plans)
-    ]
+    plans = {"dense": RUN * len(profile.layer_seconds[RUN])} | {f"plan {p.id}": p.plan for p in report.plans}
+    traces = []
+    for letter in profile.layer_seconds:
+        action = f"layers that {Action.of(letter).label}"
+        taken = {name: 1000 * spent(profile, plan, letter) for name, plan in plans.items()}
+        if any(taken.values()):
+            points = [Point(ms, name, f"{name}: {ms:.1f} ms in {action}", plans[name]) for name, ms in taken.items()]
+            traces.append(bars(action, points, COLOURS[letter], orientation="h"))
     rest = 1000 * outside_layers(profile)
-    traces.append(
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": "outside the layers",
-            "y": names,
-            "x": [rest] * len(plans),
-            "customdata": [["", f"{name}: {rest:.1f} ms outside the decoder layers"] for name in names],
-            "marker": {"color": "--muted"},
-            "hoverinfo": "none",
-        }
-    )
-    traces.append(_measured(report))
-    return Chart(
-        "latency",
-        tuple(traces),
-        {
-            "barmode": "stack",
-            "xaxis": {"title": {"text": "milliseconds a request"}},
-            "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
-            "hovermode": "closest",
-        },
-        190 + 34 * len(plans),
-        "Milliseconds of a request by what the layers do, for dense and each published plan.",
-    )
-
-
-def _measured(report: JobReport) -> Trace:
-    plans = report.plans
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "measured",
-        "y": [f"plan {plan.id}" for plan in plans],
-        "x": [1000 * plan.seconds for plan in plans],
-        "customdata": [
-            [plan.plan, f"plan {plan.id}: measured {formatting.milliseconds(plan.seconds)}, dense beside it "
-             f"{formatting.milliseconds(plan.dense_seconds)}"]
-            for plan in plans
-        ],
-        "marker": {"color": "--text", "size": 10, "symbol": "diamond-open", "line": {"width": 2}},
-        "hoverinfo": "none",
-    }  # fmt: skip
+    points = [Point(rest, name, f"{name}: {rest:.1f} ms outside the decoder layers") for name in plans]
+    traces.append(bars("outside the layers", points, "--muted", orientation="h"))
+    measured = [
+        Point(
+            1000 * plan.seconds,
+            f"plan {plan.id}",
+            f"plan {plan.id}: measured {formatting.milliseconds(plan.seconds)}, dense beside it "
+            f"{formatting.milliseconds(plan.dense_seconds)}",
+            plan.plan,
+        )
+        for plan in report.plans
+    ]
+    traces.append(dots("measured", measured, "--text", 10, symbol="diamond-open", line={"width": 2}))
+    layout = {
+        "barmode": "stack",
+        "xaxis": axis("milliseconds a request"),
+        "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
+    }
+    description = "Milliseconds of a request by what the layers do, for dense and each published plan."
+    return Chart("latency", tuple(traces), layout, 190 + 34 * len(plans), description)
 
 
 def layers(profile: JobProfile) -> Chart:
     """Milliseconds of every layer under every action that was profiled."""
-    return Chart(
-        "layers",
-        tuple(
-            {
-                "type": "bar",
-                "name": Action.of(letter).label,
-                "x": list(range(len(seconds))),
-                "y": [1000 * each for each in seconds],
-                "customdata": [
-                    ["", f"layer {layer}, {Action.of(letter).label}: {1000 * each:.3f} ms"]
-                    for layer, each in enumerate(seconds)
-                ],
-                "marker": {"color": COLOURS[letter]},
-                "hoverinfo": "none",
-            }
-            for letter, seconds in profile.layer_seconds.items()
-            if any(seconds)
-        ),
-        {
-            "barmode": "group",
-            "xaxis": {"title": {"text": "decoder layer"}, "showgrid": False},
-            "yaxis": {"title": {"text": "milliseconds"}, "rangemode": "tozero"},
-            "hovermode": "closest",
-            "showlegend": True,
-        },
-        320,
-        "Milliseconds of every decoder layer under every action.",
-    )
+    traces = []
+    for letter, seconds in profile.layer_seconds.items():
+        action = Action.of(letter).label
+        if any(seconds):
+            points = [
+                Point(layer, 1000 * each, f"layer {layer}, {action}: {1000 * each:.3f} ms")
+                for layer, each in enumerate(seconds)
+            ]
+            traces.append(bars(action, points, COLOURS[letter]))
+    layout = {
+        "barmode": "group",
+        "xaxis": axis("decoder layer", showgrid=False),
+        "yaxis": axis("milliseconds", rangemode="tozero"),
+        "showlegend": True,
+    }
+    description = "Milliseconds of every decoder layer under every action."
+    return Chart("layers", tuple(traces), layout, 320, description, "Layer by layer")
 
 
 def spent(profile: JobProfile, plan: str, letter: str) -> float:

@@ -1,24 +1,24 @@
-"""The report's charts as pictures for print, drawn by matplotlib from the same data as the page's."""
+"""Draw the report's charts as pictures for print, by matplotlib from the same data as the page's."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import UsageFault
 from optimizer.reports import figures, formatting, latency, sections, theory
+from optimizer.reports.chart import COLOURS, Chart, Trace
 from optimizer.reports.data import JobReport, collect
-from optimizer.reports.figures import Chart, Trace
 from optimizer.reports.html import search_curves
 from storage.database import Database
 from workers.runtime.plan import LETTERS, Action
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
 
 WIDTH_INCHES = 8.0
 DOTS_PER_INCH = 200
@@ -27,21 +27,36 @@ MARKERS = {"circle": "o", "diamond": "D", "diamond-open": "D", "cross": "P"}
 
 def write_picture(db: Database, job_id: int, name: str) -> bytes:
     """One of a job's charts as PNG. Raises NotFound, or UsageFault when there is nothing to draw or no matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageFault("pictures need matplotlib: pip install 'skipplan[figures]'") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
+    figure_class({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     report = collect(db, job_id)
+    groups = sections.strips(report).strips
     if name == "plans":
-        return _drawn(lambda part: strips(part, report), 0.8 + 0.3 * max(1, len(_strip_rows(report))))
+        rows = [row for group in groups for row in group.rows]
+        return _drawn([(0.8 + 0.3 * max(1, len(rows)), lambda part: strips(part, rows))])
     chart = _chart(db, report, name)
     if chart is None:
         raise UsageFault(f"job {job_id}: {name} was {formatting.NOT_MEASURED}, so there is nothing to draw")
     if name == "front" and report.plans:
-        return _front_with_strips(chart, report)
-    return _drawn(lambda part: draw(part, chart), chart.height / 100)
+
+        def titled(part: SubFigure) -> None:
+            part.suptitle(f"{report.model_name} on {report.task_name}", x=0.02, ha="left", fontweight="bold")
+            draw(part, chart)
+
+        below = 0.9 + 0.25 * len(report.plans)
+        return _drawn([(4.3, titled), (below, lambda part: strips(part, groups[0].rows))])
+    return _drawn([(chart.height / 100, lambda part: draw(part, chart))])
+
+
+def figure_class(style: Any) -> type[Figure]:
+    """Load matplotlib with a style, without a display. Raises UsageFault where it is not installed."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageFault("pictures need matplotlib: pip install 'skipplan[figures]'") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(style)
+    return Figure
 
 
 def _chart(db: Database, report: JobReport, name: str) -> Chart | None:
@@ -57,34 +72,22 @@ def _chart(db: Database, report: JobReport, name: str) -> Chart | None:
     return latency.breakdown(report)
 
 
-def _drawn(draw_on: Callable[[SubFigure], None], height: float) -> bytes:
+def _drawn(parts: Sequence[tuple[float, Callable[[SubFigure], None]]]) -> bytes:
+    """Draw parts, each with its height in inches, under each other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-    draw_on(figure.subfigures(squeeze=False)[0][0])
-    return _png(figure)
-
-
-def _front_with_strips(chart: Chart, report: JobReport) -> bytes:
-    from matplotlib.figure import Figure
-
-    below = 0.9 + 0.25 * len(report.plans)
-    figure = Figure(figsize=(WIDTH_INCHES, 4.3 + below), layout="constrained")
-    (upper,), (lower,) = figure.subfigures(2, squeeze=False, height_ratios=(4.3, below))
-    upper.suptitle(f"{report.model_name} on {report.task_name}", x=0.02, ha="left", fontweight="bold")
-    draw(upper, chart)
-    strips(lower, report, verified_only=True)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
+    heights = [height for height, _ in parts]
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
+    places = figure.subfigures(len(parts), squeeze=False, height_ratios=heights)
+    for (place,), (_, draw_on) in zip(places, parts, strict=True):
+        draw_on(place)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": "skipplan"})
     return buffer.getvalue()
 
 
 def draw(part: SubFigure, chart: Chart) -> None:
-    """Every trace of a chart, with its axes and legend."""
+    """Draw every trace of a chart, with its axes and legend."""
     axes = part.add_subplot()
     stacked: dict[Any, float] = {}
     bars = [trace for trace in chart.traces if trace["type"] == "bar"]
@@ -175,35 +178,26 @@ def _heat_map(axes: Axes, trace: Trace) -> None:
     axes.set_xticks(range(len(trace["x"])), [str(layer) for layer in trace["x"]])
 
 
-def _strip_rows(report: JobReport) -> list[sections.StripRow]:
-    return [row for group in sections.strips(report).strips for row in group.rows]
-
-
-def strips(part: SubFigure, report: JobReport, *, verified_only: bool = False) -> None:
-    """Plans as rows of coloured cells, one a layer."""
+def strips(part: SubFigure, rows: Sequence[sections.StripRow]) -> None:
+    """Draw plans as rows of coloured cells, one a layer."""
     from matplotlib.patches import Patch, Rectangle
 
     axes = part.add_subplot()
-    groups = sections.strips(report).strips
-    rows = [row for group in (groups[:1] if verified_only else groups) for row in group.rows]
     for number, row in enumerate(rows):
         for layer, letter in enumerate(row.plan):
-            axes.add_patch(
-                Rectangle((layer, number + 0.12), 0.92, 0.76, color=colour(figures.COLOURS[letter]), linewidth=0)
-            )
+            place = (layer, number + 0.12)
+            axes.add_patch(Rectangle(place, 0.92, 0.76, color=colour(COLOURS[letter]), linewidth=0))
     layers = max((len(row.plan) for row in rows), default=1)
     axes.set_xlim(0, layers)
     axes.set_ylim(len(rows), 0)
     axes.set_yticks([number + 0.5 for number in range(len(rows))], [f"{row.label}  {row.text}" for row in rows])
-    step = 1 if layers <= 16 else 5
-    axes.set_xticks(
-        [layer + 0.46 for layer in range(0, layers, step)], [str(layer) for layer in range(0, layers, step)]
-    )
+    marked = range(0, layers, 1 if layers <= 16 else 5)
+    axes.set_xticks([layer + 0.46 for layer in marked], [str(layer) for layer in marked])
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
     used = [letter for letter in LETTERS if any(letter in row.plan for row in rows)]
-    handles = [Patch(color=colour(figures.COLOURS[letter]), label=Action.of(letter).label) for letter in used]
+    handles = [Patch(color=colour(COLOURS[letter]), label=Action.of(letter).label) for letter in used]
     axes.set_xlabel("decoder layer")
     part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
 

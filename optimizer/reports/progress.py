@@ -1,14 +1,14 @@
-"""How far the search had come after each plan: the share of the useful region that its plans cover."""
+"""Measure the progress of a search: the share of the useful region that its plans cover, after each plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optimizer.reports.data import JobReport, Tried
+from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.search.pareto import Point, front_indices, hypervolume
 
-DROP_WITHOUT_LIMIT = 0.1
+LOSS_WITHOUT_LIMIT = 0.1
 """Height of the region for a job that sets no limit to the loss, or a limit of 0: ten points."""
 
 
@@ -22,23 +22,23 @@ class Step:
 
 
 def reference(report: JobReport) -> Point:
-    """The corner of the region: the dense model's time (ratio 1) and the largest drop that the job allows."""
-    return 1.0, report.spec.max_accuracy_drop or DROP_WITHOUT_LIMIT
+    """The corner of the region: the dense model's time (ratio 1) and the largest loss that the job allows."""
+    return 1.0, report.spec.max_accuracy_drop or LOSS_WITHOUT_LIMIT
 
 
-def steps(tried: Sequence[Tried], corner: Point) -> tuple[Step, ...]:
+def steps(tried: Sequence[TrialSummary], corner: Point) -> tuple[Step, ...]:
     """The plans that raised the hypervolume, in the order of the search, and its state at the end.
 
-    The hypervolume is that of predicted latency ratio and accuracy drop on the whole search split, within the region
-    below ``corner``, as a share of the region; a gain over dense counts as no drop.
+    The hypervolume is that of predicted latency ratio and accuracy loss on the whole search split, within the region
+    below ``corner``, as a share of the region; a gain over dense counts as no loss.
     """
     found: list[Step] = []
     front: list[Point] = []
     area = corner[0] * corner[1]
     for each in tried:
-        if not each.complete or each.drop is None or each.predicted_speedup is None:
+        if not each.complete or each.difference is None or each.predicted_speedup is None:
             continue
-        point = (1.0 / each.predicted_speedup, max(0.0, each.drop))
+        point = (1.0 / each.predicted_speedup, max(0.0, -each.difference))
         if point[0] >= corner[0] or point[1] >= corner[1] or any(_covers(other, point) for other in front):
             continue
         points = [*front, point]

@@ -23,10 +23,10 @@ def section(report: JobReport) -> Section:
         (f"{event.at:%Y-%m-%d %H:%M:%S}", str(event.attempt), event.kind.replace("_", " "), event.message)
         for event in report.events
     )
-    failures = tuple((each.plan, each.reason) for each in report.failed)
     tables = [Table("Versions, hashes and seeds", ("what", "value"), tuple(rows), open=True)]
-    if failures:
-        tables.append(Table(f"Plans that could not be scored ({len(failures)})", ("plan", "reason"), failures))
+    if report.failed:
+        title = f"Plans that could not be scored ({len(report.failed)})"
+        tables.append(Table(title, ("plan", "reason"), report.failed))
     tables.append(Table(f"History ({len(history)})", ("when, UTC", "attempt", "what", "detail"), history, (1,)))
     specification = yaml.safe_dump(report.job.spec, sort_keys=False, allow_unicode=True)
     return Section(

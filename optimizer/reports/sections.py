@@ -1,21 +1,26 @@
-"""The parts of a report's page as plain values: paragraphs, strips, charts and tables, in the order they are read."""
+"""Lay out the parts of a report's page as plain values: paragraphs, strips, charts and tables, in reading order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Generic, TypeVar
 
 from optimizer.reports import figures, formatting, latency
-from optimizer.reports.data import JobReport, Tried, meets_constraint
-from optimizer.reports.figures import Chart
+from optimizer.reports.chart import Chart
+from optimizer.reports.data import JobReport, TrialSummary, meets_constraint
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from optimizer.verification.agreement import Agreement
+from storage.records.measurements import Redundancy
 from storage.records.plans import Plan
-from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action
 
 STRIPS_SHOWN = 12
+TRIALS_SHOWN = 100
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,19 @@ class StripRow:
 
 @dataclass(frozen=True)
 class Strips:
-    """Plans under each other."""
+    """A group of plans drawn under each other."""
 
     title: str
     rows: tuple[StripRow, ...]
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """A table's column: its heading, the cell of a row, and whether it is aligned to the right as numbers are."""
+
+    heading: str
+    cell: Callable[[Row], str]
+    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,29 +65,15 @@ class Table:
     chosen: tuple[int, ...] = ()
     open: bool = False
 
-
-@dataclass(frozen=True)
-class PlacedChart:
-    """A chart with its heading; ``scale`` asks for the colour scale under a heat map."""
-
-    chart: Chart
-    title: str = ""
-    scale: bool = False
-
-    @property
-    def name(self) -> str:
-        """The chart's name, unique on the page."""
-        return self.chart.name
-
-    @property
-    def height(self) -> int:
-        """Pixels."""
-        return self.chart.height
-
-    @property
-    def description(self) -> str:
-        """What the chart shows, in a sentence."""
-        return self.chart.description
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Row], columns: Sequence[Column[Row]]) -> Table:
+        """Fill a table column by column."""
+        return cls(
+            title,
+            tuple(column.heading for column in columns),
+            tuple(tuple(column.cell(row) for column in columns) for row in rows),
+            tuple(place for place, column in enumerate(columns) if column.number),
+        )
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,65 @@ class Section:
     paragraphs: tuple[str, ...] = ()
     legend: tuple[tuple[str, str, str], ...] = ()
     strips: tuple[Strips, ...] = ()
-    charts: tuple[PlacedChart, ...] = ()
+    charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
     texts: tuple[tuple[str, str], ...] = ()
 
 
+_JUDGEMENTS = {None: "not judged", True: "yes", False: "no"}
+
+_PLAN_COLUMNS: tuple[Column[Plan], ...] = (
+    Column("plan", lambda plan: str(plan.id)),
+    Column("layers", lambda plan: formatting.layers(plan.plan)),
+    Column("accuracy, held-out", formatting.accuracy, number=True),
+    Column("difference, points", formatting.difference, number=True),
+    Column("speed-up, measured", formatting.speedup, number=True),
+    Column("a request", lambda plan: formatting.milliseconds(plan.seconds), number=True),
+    Column("KV cache", lambda plan: formatting.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes), number=True),
+    Column("compensation", lambda plan: plan.compensation),
+    Column("within the limits", lambda plan: _JUDGEMENTS[meets_constraint(plan)]),
+)
+
+_TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (
+    Column("plan", lambda each: each.plan),
+    Column(
+        "difference, points",
+        lambda each: "" if each.difference is None else formatting.signed(each.difference),
+        number=True,
+    ),
+    Column("accuracy, search split", lambda each: f"{each.accuracy:.3f}", number=True),
+    Column("samples", lambda each: str(each.n_samples), number=True),
+    Column(
+        "speed-up, predicted",
+        lambda each: "" if each.predicted_speedup is None else f"{each.predicted_speedup:.2f}",
+        number=True,
+    ),
+    Column("within the limits", lambda each: "yes" if each.within else "no"),
+    Column("tried as number", lambda each: str(each.order), number=True),
+)
+
+_MEASUREMENT_COLUMNS: tuple[Column[Redundancy], ...] = (
+    Column("measure", lambda each: figures.row_name(each.name, each.token_group)),
+    Column("layer", lambda each: str(each.layer), number=True),
+    Column("value", lambda each: f"{each.value:.6g}", number=True),
+    Column(
+        "standard error",
+        lambda each: "" if each.standard_error is None else f"{each.standard_error:.2g}",
+        number=True,
+    ),
+    Column("n", lambda each: f"{each.n:,}", number=True),
+)
+
+_STEP_COLUMNS: tuple[Column[tuple[str, Step]], ...] = (
+    Column("search", lambda row: row[0]),
+    Column("plans tried", lambda row: str(row[1].plans), number=True),
+    Column("covered, %", lambda row: f"{100 * row[1].covered:.2f}", number=True),
+    Column("plan", lambda row: row[1].plan),
+)
+
+
 def front(report: JobReport) -> Section:
-    """The Pareto front."""
+    """Show the Pareto front."""
     chart = figures.front(report)
     section = Section("front", "Front", "What was tried, and the front")
     if chart is None:
@@ -104,125 +156,54 @@ def front(report: JobReport) -> Section:
         "given up early. Point at a plan, or tap it, to see its layers.",
         f"Limits of the job: {'; '.join(formatting.constraint(report))}.",
     ]
-    limit = report.spec.max_accuracy_drop
-    if limit is not None:
+    if report.spec.max_accuracy_drop is not None:
         paragraphs[1] += " The dotted line is the allowed loss; a verified plan's whole interval has to lie above it."
     below = _below(report, chart)
     if below:
         paragraphs.append(
             f"{formatting.count(below)} of the dots lie below the range shown; the table holds the best of them."
         )
-    return replace(
-        section,
-        paragraphs=tuple(paragraphs),
-        charts=(PlacedChart(chart),),
-        tables=(plans_table(report), tried_table(report.tried)),
-    )
+    tables = (_plans_table(report), _trials_table(report.tried))
+    return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
 
 
 def _below(report: JobReport, chart: Chart) -> int:
     shown = chart.layout["yaxis"]["range"]
-    return 0 if shown is None else sum(each.drop is not None and -100 * each.drop < shown[0] for each in report.tried)
+    differences = [each.difference for each in report.tried if each.difference is not None]
+    return 0 if shown is None else sum(100 * difference < shown[0] for difference in differences)
 
 
-def plans_table(report: JobReport, *, unfolded: bool = False) -> Table:
-    """The published plans with every figure that was verified or measured."""
-    rows = tuple(
-        (
-            str(plan.id),
-            formatting.layers(plan.plan),
-            f"{plan.accuracy:.3f} [{plan.accuracy_low:.3f}, {plan.accuracy_high:.3f}]",
-            f"{formatting.signed(plan.difference)} {formatting.interval(plan.difference_low, plan.difference_high)}",
-            f"{plan.speedup:.2f} [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
-            formatting.milliseconds(plan.seconds),
-            formatting.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes),
-            plan.compensation,
-            _judgement(plan),
-        )
-        for plan in report.plans
-    )
-    chosen = tuple(
-        row for row, plan in enumerate(report.plans) if report.best is not None and plan.id == report.best.id
-    )
-    return Table(
-        f"Verified plans ({len(rows)})",
-        (
-            "plan",
-            "layers",
-            "accuracy, held-out",
-            "difference, points",
-            "speed-up, measured",
-            "a request",
-            "KV cache",
-            "compensation",
-            "within the limits",
-        ),
-        rows,
-        numbers=(2, 3, 4, 5, 6),
-        chosen=chosen,
-        open=unfolded,
-    )
+def _plans_table(report: JobReport) -> Table:
+    chosen = tuple(row for row, plan in enumerate(report.plans) if report.is_answer(plan))
+    return replace(Table.of(f"Verified plans ({len(report.plans)})", report.plans, _PLAN_COLUMNS), chosen=chosen)
 
 
-def _judgement(plan: Plan) -> str:
-    judged = meets_constraint(plan)
-    return "not judged" if judged is None else "yes" if judged else "no"
-
-
-def tried_table(tried: Sequence[Tried], most: int = 100) -> Table:
+def _trials_table(tried: Sequence[TrialSummary]) -> Table:
     """The plans tried, the best of them first: within the limits, then by predicted speed-up."""
     ordered = sorted(tried, key=lambda each: (not each.within, not each.complete, -(each.predicted_speedup or 0.0)))
-    rows = tuple(
-        (
-            each.plan,
-            "" if each.drop is None else formatting.signed(-each.drop),
-            f"{each.accuracy:.3f}",
-            str(each.n),
-            "" if each.predicted_speedup is None else f"{each.predicted_speedup:.2f}",
-            "yes" if each.within else "no",
-            str(each.order),
-        )
-        for each in ordered[:most]
-    )
-    shown = f"the first {most} of {len(tried):,}" if len(tried) > most else f"{len(tried)}"
-    return Table(
-        f"Plans tried ({shown})",
-        (
-            "plan",
-            "difference, points",
-            "accuracy, search split",
-            "samples",
-            "speed-up, predicted",
-            "within the limits",
-            "tried as number",
-        ),
-        rows,
-        numbers=(1, 2, 3, 4, 6),
-    )
+    shown = f"the first {TRIALS_SHOWN} of {len(tried):,}" if len(tried) > TRIALS_SHOWN else f"{len(tried)}"
+    return Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], _TRIAL_COLUMNS)
 
 
 def strips(report: JobReport) -> Section:
-    """Every published plan as a strip, and the tried plans at the edge of the search."""
+    """Show every published plan as a strip, and the tried plans at the edge of the search."""
     published = tuple(
         StripRow(
-            f"plan {plan.id}" + (", the answer" if report.best is not None and plan.id == report.best.id else ""),
+            f"plan {plan.id}" + (", the answer" if report.is_answer(plan) else ""),
             plan.plan,
-            f"{plan.speedup:.2f}x, {formatting.points(plan.difference)}"
-            + ("" if plan.compensation == NO_COMPENSATION else f"; {plan.compensation}"),
+            f"{plan.speedup:.2f}x, {formatting.points(plan.difference)}{formatting.compensated(plan)}",
         )
         for plan in report.plans
     )
-    best = sorted((each for each in report.tried if each.within), key=lambda each: -(each.predicted_speedup or 0.0))[
-        :STRIPS_SHOWN
-    ]
+    best = sorted((each for each in report.tried if each.within), key=lambda each: -(each.predicted_speedup or 0.0))
     searched = tuple(
         StripRow(
             f"try {each.order}",
             each.plan,
             (f"{each.predicted_speedup:.2f}x predicted, " if each.predicted_speedup else "")
-            + ("" if each.drop is None else formatting.points(-each.drop)),
+            + ("" if each.difference is None else formatting.points(each.difference)),
         )
-        for each in best
+        for each in best[:STRIPS_SHOWN]
     )
     groups = []
     if published:
@@ -241,38 +222,21 @@ def strips(report: JobReport) -> Section:
 
 
 def redundancy(report: JobReport) -> Section:
-    """The heat map of the calibration statistics."""
+    """Show the heat map of the calibration statistics."""
     section = Section("redundancy", "Redundancy", "What looked redundant")
     chart = figures.redundancy(report.redundancy)
     if chart is None:
         return replace(section, paragraphs=(f"Redundancy: {formatting.NOT_MEASURED}.",))
-    rows = tuple(
-        (
-            figures.row_name(each.name, each.token_group),
-            str(each.layer),
-            f"{each.value:.6g}",
-            "" if each.standard_error is None else f"{each.standard_error:.2g}",
-            f"{each.n:,}",
-        )
-        for each in report.redundancy
+    text = (
+        "Statistics of every layer on the calibration split, vision and text tokens apart. Rows have different "
+        "units, so each is coloured from its own lowest to its own highest value: compare within a row."
     )
-    return replace(
-        section,
-        paragraphs=(
-            "Statistics of every layer on the calibration split, vision and text tokens apart. Rows have different "
-            "units, so each is coloured from its own lowest to its own highest value: compare within a row.",
-        ),
-        charts=(PlacedChart(chart, scale=True),),
-        tables=(
-            Table(
-                f"Measurements ({len(rows)})", ("measure", "layer", "value", "standard error", "n"), rows, (1, 2, 3, 4)
-            ),
-        ),
-    )
+    table = Table.of(f"Measurements ({len(report.redundancy)})", report.redundancy, _MEASUREMENT_COLUMNS)
+    return replace(section, paragraphs=(text,), charts=(chart,), tables=(table,))
 
 
 def theory(check: TheoryCheck | None) -> Section:
-    """Predicted risk against measured harm."""
+    """Compare predicted risk with measured harm."""
     section = Section("theory", "Theory", "Did the criterion foresee the harm?")
     if check is None or not (check.plans.pairs or check.layers):
         return replace(section, paragraphs=(f"Predicted risk against harm: {formatting.NOT_MEASURED}.",))
@@ -285,11 +249,11 @@ def theory(check: TheoryCheck | None) -> Section:
             f"{_correlation(check.plans.agreement)} The plans share layers and were chosen by the search, so the true "
             "uncertainty is larger; `skipplan validate-theory` tests the criterion on held-out data, against chance.",
         ]
-        charts.append(PlacedChart(figures.theory(check)))
+        charts.append(figures.theory(check))
     if check.layers:
         found = [f"{Action.of(letter).label}: {_correlation(each.agreement)}" for letter, each in check.layers.items()]
         paragraphs.append(f"Layer by layer, against the divergence that an action alone causes. {' '.join(found)}")
-        charts.append(PlacedChart(figures.theory_layers(check), "Layer by layer"))
+        charts.append(figures.theory_layers(check))
     return replace(section, paragraphs=tuple(paragraphs), charts=tuple(charts))
 
 
@@ -303,7 +267,7 @@ def _correlation(agreement: Agreement) -> str:
 
 
 def progress(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) -> Section:
-    """Hypervolume over budget, this job's and other strategies' of the same model and task."""
+    """Show hypervolume over budget, of this job and of other strategies on the same model and task."""
     section = Section("progress", "Search", "How the search went")
     chart = figures.progress(curves, report)
     if chart is None:
@@ -319,52 +283,33 @@ def progress(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
             "Other jobs of this database on the same model and task are drawn beside it, scored with this job's "
             "latency profile and limits."
         )
-    rows = tuple(
-        (name, str(step.plans), f"{100 * step.covered:.2f}", step.plan) for name, found in curves for step in found
-    )
-    return replace(
-        section,
-        paragraphs=tuple(paragraphs),
-        charts=(PlacedChart(chart),),
-        tables=(
-            Table(
-                f"Plans that widened the front ({len(rows)})",
-                ("search", "plans tried", "covered, %", "plan"),
-                rows,
-                (1, 2),
-            ),
-        ),
-    )
+    rows = [(name, step) for name, found in curves for step in found]
+    table = Table.of(f"Plans that widened the front ({len(rows)})", rows, _STEP_COLUMNS)
+    return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=(table,))
 
 
 def breakdown(report: JobReport) -> Section:
-    """Where the time goes."""
+    """Show where the time of a request goes."""
     section = Section("latency", "Latency", "Where the time goes")
     chart = latency.breakdown(report)
     if chart is None or report.profile is None:
         return replace(section, paragraphs=(f"Latency profile: {formatting.NOT_MEASURED}.",))
     profile = report.profile
-    return replace(
-        section,
-        paragraphs=(
-            f"{profile.device}; {profile.workload}; prompts of {profile.prompt_tokens} tokens; a dense request takes "
-            f"{formatting.milliseconds(profile.dense_seconds)}. Bars are what the profile of single layers adds up to "
-            f"(median error {formatting.percent(profile.relative_error)} on random plans), diamonds what was "
-            "measured of the whole request, in alternating pairs with dense; the machine may have run faster or slower "
-            "by then.",
-        ),
-        charts=(PlacedChart(chart), PlacedChart(latency.layers(profile), "Layer by layer")),
-        tables=(_layer_table(report),),
+    text = (
+        f"{profile.device}; {profile.workload}; prompts of {profile.prompt_tokens} tokens; a dense request takes "
+        f"{formatting.milliseconds(profile.dense_seconds)}. Bars are what the profile of single layers adds up to "
+        f"(median error {formatting.percent(profile.relative_error)} on random plans), diamonds what was "
+        "measured of the whole request, in alternating pairs with dense; the machine may have run faster or slower "
+        "by then."
     )
+    columns = [Column[int]("layer", str, number=True)] + [
+        Column(f"{Action.of(letter).label}, ms", partial(_layer_milliseconds, seconds), number=True)
+        for letter, seconds in profile.layer_seconds.items()
+    ]
+    layers = range(len(profile.layer_seconds[Action.RUN.letter]))
+    table = Table.of("Milliseconds of every layer", layers, columns)
+    return replace(section, paragraphs=(text,), charts=(chart, latency.layers(profile)), tables=(table,))
 
 
-def _layer_table(report: JobReport) -> Table:
-    assert report.profile is not None
-    seconds = report.profile.layer_seconds
-    letters = list(seconds)
-    rows = tuple(
-        (str(layer), *(f"{1000 * seconds[letter][layer]:.3f}" for letter in letters))
-        for layer in range(len(seconds[Action.RUN.letter]))
-    )
-    names = tuple(f"{Action.of(letter).label}, ms" for letter in letters)
-    return Table("Milliseconds of every layer", ("layer", *names), rows, tuple(range(1 + len(letters))))
+def _layer_milliseconds(seconds: Sequence[float], layer: int) -> str:
+    return f"{1000 * seconds[layer]:.3f}"

@@ -1,4 +1,4 @@
-"""Whether the criterion foresaw the harm: predicted risk of the plans tried against the loss that was measured."""
+"""Compare the criterion's predicted risk of the plans tried with the loss that was measured."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime.plan import Action
 
 BEFORE_CRITERIA = "cosine"
-"""What jobs went by that name no criterion: the only one there was."""
+"""Criterion of jobs that name none: the only one there was."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What was predicted (risk, no unit) and what was measured (points of accuracy, or nats of divergence)."""
+    """A predicted risk (no unit) and the measured harm (points of accuracy lost, or nats of divergence)."""
 
     label: str
     """The plan's text, or the layer's number."""
@@ -61,7 +61,11 @@ def check(report: JobReport) -> TheoryCheck | None:
     """Compare; None where the criterion's measurements are not stored."""
     if report.model is None:
         return None
-    table = layer_table(report)
+    rows = [
+        LayerMeasurement(each.name, each.token_group, each.layer, each.value, each.standard_error, each.n)
+        for each in report.redundancy
+    ]
+    table = LayerTable(report.model.num_layers, tuple(rows))
     name = report.spec.criterion or BEFORE_CRITERIA
     try:
         criterion = criteria.load(name, report.spec.thresholds)
@@ -69,31 +73,22 @@ def check(report: JobReport) -> TheoryCheck | None:
     except (MeasurementError, UsageFault):
         return None
     plans = [
-        Pair(each.plan, sum(risk.of(layer, letter) for layer, letter in enumerate(each.plan)), 100 * each.drop)
+        Pair(
+            each.plan,
+            sum(risk.of(layer, letter) for layer, letter in enumerate(each.plan)),
+            0.0 - 100 * each.difference,  # no loss is 0.00, not -0.00
+        )
         for each in report.tried
         if each.complete
-        and each.drop is not None
+        and each.difference is not None
         and each.compensation == NO_COMPENSATION
-        and _foreseen(risk, each.plan)
+        and set(each.plan) <= {Action.RUN.letter, *risk.risk}
     ]
     causal = "causal" in criterion.needs
-    return TheoryCheck(criterion.name, Comparison.of(plans), {} if causal else _layer_agreements(table, risk))
+    return TheoryCheck(criterion.name, Comparison.of(plans), {} if causal else _by_layer(table, risk))
 
 
-def layer_table(report: JobReport) -> LayerTable:
-    """The stored measurements as criteria read them."""
-    rows = tuple(
-        LayerMeasurement(each.name, each.token_group, each.layer, each.value, each.standard_error, each.n)
-        for each in report.redundancy
-    )
-    return LayerTable(report.num_layers or 0, rows)
-
-
-def _foreseen(risk: Risk, plan: str) -> bool:
-    return set(plan) <= {Action.RUN.letter, *risk.risk}
-
-
-def _layer_agreements(table: LayerTable, risk: Risk) -> dict[str, Comparison]:
+def _by_layer(table: LayerTable, risk: Risk) -> dict[str, Comparison]:
     found: dict[str, Comparison] = {}
     for action in INTERVENTIONS:
         letter = action.letter

@@ -1,4 +1,4 @@
-"""Pictures of measurements and of the validation report, drawn by matplotlib (extra ``figures``)."""
+"""Draw measurements and the validation report by matplotlib (extra ``figures``)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
+from optimizer.reports.picture import figure_class
 from optimizer.validation.report import ActionReport, ValidationReport
 from optimizer.validation.tables import agreement, layer_columns
 from workers.redundancy.table import LayerTable
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
+STYLE = {"font.size": 9, "svg.fonttype": "none"}
 
 
 def check_picture(path: Path) -> None:
     """Refuse before any work is done what could not be drawn after it. Raises UsageFault."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageFault(f"{path}: pictures are drawn as {', '.join(SUFFIXES)}")
-    _figure_class()
+    figure_class(STYLE)
 
 
 def heat_map(table: LayerTable, risk: Risk, title: str) -> Figure:
@@ -33,7 +35,7 @@ def heat_map(table: LayerTable, risk: Risk, title: str) -> Figure:
     rows = [*layer_columns(table), *((f"risk {Action.of(key).label}", values) for key, values in risk.risk.items())]
     finite = np.array([[value if math.isfinite(value) else np.nan for value in values] for _, values in rows])
     largest = np.nanmax(np.abs(finite), axis=1, keepdims=True, initial=1e-12, where=~np.isnan(finite))
-    figure = _figure_class()(figsize=(3.2 + 0.42 * table.num_layers, 1.3 + 0.33 * len(rows)), layout="constrained")
+    figure = figure_class(STYLE)(figsize=(3.2 + 0.42 * table.num_layers, 1.3 + 0.33 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     drawn = axes.imshow(finite / largest, cmap="magma_r", vmin=0.0, vmax=1.0, aspect="auto")
     axes.set_xticks(range(table.num_layers), [str(layer) for layer in range(table.num_layers)])
@@ -47,7 +49,7 @@ def heat_map(table: LayerTable, risk: Risk, title: str) -> Figure:
 
 def validation_figure(report: ValidationReport) -> Figure:
     """For every action the criterion's predicted risk against measured harm, and every criterion's rank correlation."""
-    figure = _figure_class()(figsize=(4.6 * len(report.actions), 8.2), layout="constrained")
+    figure = figure_class(STYLE)(figsize=(4.6 * len(report.actions), 8.2), layout="constrained")
     for column, action in enumerate(report.actions):
         _scatter(figure.add_subplot(2, len(report.actions), column + 1), action, report)
         _intervals(figure.add_subplot(2, len(report.actions), len(report.actions) + column + 1), action, report)
@@ -56,7 +58,7 @@ def validation_figure(report: ValidationReport) -> Figure:
 
 
 def _scatter(axes: Any, action: ActionReport, report: ValidationReport) -> None:
-    harm = action.kl if action.kl is not None else tuple(-100 * difference for difference in action.difference)
+    harm = action.kl if action.kl is not None else tuple(0.0 - 100 * difference for difference in action.difference)
     risk = action.risks[report.criterion]
     axes.scatter(risk, harm, s=14)
     for layer, x, y in zip(action.layers, risk, harm, strict=True):
@@ -89,13 +91,3 @@ def _intervals(axes: Any, action: ActionReport, report: ValidationReport) -> Non
     axes.set_xlabel(
         f"Spearman's rho with {'KL' if action.by_kl else 'loss of accuracy'}, {report.confidence:.0%} interval"
     )
-
-
-def _figure_class() -> type[Figure]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UsageFault("pictures need matplotlib: pip install 'skipplan[figures]'") from None
-    matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "none"})
-    return Figure

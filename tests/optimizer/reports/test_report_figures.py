@@ -199,9 +199,9 @@ def test_rank_correlation_is_scipy_s(db: Database) -> None:
         if each.complete
     }
     assert {pair.label: pair.predicted for pair in found.plans.pairs} == pytest.approx(expected)
-    drops = [each.drop for each in report.tried if each.complete]
+    losses = [-each.difference for each in report.tried if each.complete and each.difference is not None]
     agreement = found.plans.agreement
-    assert agreement.rho == pytest.approx(spearmanr(list(expected.values()), drops).statistic)
+    assert agreement.rho == pytest.approx(spearmanr(list(expected.values()), losses).statistic)
     assert agreement.low is not None and agreement.high is not None
     assert agreement.low < agreement.rho < agreement.high
 
@@ -213,9 +213,9 @@ def test_progress_is_the_hypervolume_after_each_plan(db: Database) -> None:
     assert corner == (1.0, 0.05)
     for step in steps:
         points = [
-            (1 / each.predicted_speedup, max(0.0, each.drop))
+            (1 / each.predicted_speedup, max(0.0, -each.difference))
             for each in report.tried
-            if each.order <= step.plans and each.complete and each.drop is not None and each.predicted_speedup
+            if each.order <= step.plans and each.complete and each.difference is not None and each.predicted_speedup
         ]
         assert step.covered == pytest.approx(hypervolume(points, corner) / 0.05)
     assert [step.plans for step in steps] == sorted(step.plans for step in steps)
