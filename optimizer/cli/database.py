@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from optimizer.cli.plans import AsJson
-from optimizer.cli.state import open_database, print_json, print_line
+from optimizer.cli.options import AsJson, database_url, open_database, print_either
 
 app = typer.Typer(no_args_is_help=True, help="The database's schema.")
 
@@ -16,19 +15,12 @@ def upgrade(context: typer.Context, as_json: AsJson = False) -> int:
 
     [bold]Example:[/bold] skipplan --database postgresql://user:password@host/skipplan db upgrade
     """
-    import os
-
-    from optimizer.cli.state import global_options
-    from optimizer.job.spec import DEFAULT_DATABASE
     from storage import migration
     from storage.database import Database
 
-    url = global_options(context).database or os.environ.get("SKIPPLAN_DATABASE") or DEFAULT_DATABASE
-    with Database.open(url, migrate=True) as db:
-        if as_json:
-            print_json({"database": db.safe_url, "schema": migration.current(db.engine)})
-        else:
-            print_line(f"{db.safe_url} has schema {migration.current(db.engine)}")
+    with Database.open(database_url(context), migrate=True) as db:
+        schema = migration.current(db.engine)
+        print_either(as_json, {"database": db.safe_url, "schema": schema}, [f"{db.safe_url} has schema {schema}"])
     return 0
 
 
@@ -41,10 +33,8 @@ def current(context: typer.Context, as_json: AsJson = False) -> int:
     from storage import migration
 
     with open_database(context, check_schema=False) as db:
-        if as_json:
-            print_json({"database": db.safe_url, "schema": migration.current(db.engine)})
-        else:
-            print_line(migration.current(db.engine) or "none")
+        schema = migration.current(db.engine)
+        print_either(as_json, {"database": db.safe_url, "schema": schema}, [schema or "none"])
     return 0
 
 
@@ -59,10 +49,8 @@ def check(context: typer.Context, as_json: AsJson = False) -> int:
 
     with open_database(context, check_schema=False) as db:
         differences = migration.check(db.engine)
-        if as_json:
-            print_json({"database": db.safe_url, "differences": differences})
+        same = [] if differences else [f"{db.safe_url} is as this version writes it"]
+        print_either(as_json, {"database": db.safe_url, "differences": differences}, same)
         if differences:
             raise ClusterOrDatabaseFault(f"{db.safe_url}: {'; '.join(differences)}")
-        if not as_json:
-            print_line(f"{db.safe_url} is as this version writes it")
     return 0

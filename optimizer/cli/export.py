@@ -1,50 +1,50 @@
-"""``skipplan export``: write a published plan for other deployments."""
+"""``skipplan export``, ``verify-export``, ``import`` and ``export-study``: what leaves the database, and returns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.cli.plans import AsJson, DeviceOption, MaxDrop, MinSpeedup, ModelOption, TaskOption, caution, find_best
-from optimizer.cli.state import open_database, print_json, print_line
+from optimizer.cli.options import (
+    AsJson,
+    DeviceOption,
+    Force,
+    ForceModel,
+    JobNumber,
+    MaxDrop,
+    MinSpeedup,
+    ModelOption,
+    ModelPath,
+    TaskOption,
+    open_database,
+    print_either,
+)
+from optimizer.cli.plans import caution, find_best
 from optimizer.registries import EXPORT_FORMATS
 
 if TYPE_CHECKING:
-    from storage.database import Database
-    from storage.records.plans import Plan
+    from optimizer.exports.verification import Verification
 
+app = typer.Typer()
 
 FormatName = Annotated[str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")]
-ModelPath = Annotated[
-    str | None, typer.Option("--model-path", help="Where the model is now, if not where it was measured.")
-]
-ForceModel = Annotated[
-    bool, typer.Option("--force-model", help="Take a model with another fingerprint than the plan's.")
-]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command()(export)
-
-
+@app.command()
 def export(
     context: typer.Context,
     output: Annotated[Path, typer.Option("--output", help="Directory to write.", show_default=False)],
     plan_id: Annotated[int | None, typer.Argument(metavar="[PLAN]", help="Id; or pick one as `best` does.")] = None,
-    format_name: Annotated[
-        str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")
-    ] = "checkpoint",
+    format_name: FormatName = "checkpoint",
     model: ModelOption = None,
     task: TaskOption = None,
     max_accuracy_drop: MaxDrop = None,
     min_speedup: MinSpeedup = None,
     device: DeviceOption = None,
     model_path: ModelPath = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    force: Force = False,
     force_model: ForceModel = False,
     as_json: AsJson = False,
 ) -> int:
@@ -56,33 +56,125 @@ def export(
 
     skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.01 --output exports/fast
     """
-    from optimizer.cli.screen import Screen
+    from optimizer.cli.screen import Screen, figures
     from optimizer.exports.writing import export_published
+    from storage.records import plans
 
     with open_database(context) as db:
-        plan = _chosen(db, plan_id) or find_best(db, model, task, max_accuracy_drop, min_speedup, device)
+        plan = (
+            plans.get(db, plan_id)
+            if plan_id is not None
+            else find_best(db, model, task, max_accuracy_drop, min_speedup, device)
+        )
         with Screen(quiet=as_json).status(f"writing plan {plan.id} as {format_name}"):
             written = export_published(
                 db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
             )
-    if as_json:
-        print_json({"plan": plan.id, "format": format_name, "output": str(output), "notes": notes(plan, written.notes)})
-    else:
-        from optimizer.cli.screen import figures
-
-        print_line(f"plan {plan.id} ({plan.plan}) written to {output}: {figures(plan)}")
-        for note in notes(plan, written.notes):
-            print_line(f"note: {note}")
+    refused = caution(plan)
+    notes = [*([refused] if refused else []), *written.notes]
+    print_either(
+        as_json,
+        {"plan": plan.id, "format": format_name, "output": str(output), "notes": notes},
+        [f"plan {plan.id} ({plan.plan}) written to {output}: {figures(plan)}", *(f"note: {note}" for note in notes)],
+    )
     return 0
 
 
-def notes(plan: Plan, of_format: Sequence[str]) -> list[str]:
-    """What is to be known about an export; first of all that the plan was refused, if it was."""
-    refused = caution(plan)
-    return [*([refused] if refused else []), *of_format]
+@app.command("import")
+def take(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A skipplan.json, or the directory of an export.")],
+    as_json: AsJson = False,
+) -> int:
+    """Take a plan over from another database; its figures are marked as imported.
+
+    [bold]Example:[/bold] skipplan import exports/fast/skipplan.json
+    """
+    from optimizer.exports import document
+    from optimizer.exports.importing import import_plan
+    from optimizer.job.result import plan_json
+
+    read = document.read(file)  # before a database is created for nothing
+    with open_database(context, create=True) as db:
+        plan = import_plan(db, read, file)
+    print_either(as_json, plan_json(plan), [f"plan {plan.id} ({plan.plan}) of {plan.model} on {plan.task} imported"])
+    return 0
 
 
-def _chosen(db: Database, plan_id: int | None) -> Plan | None:
-    from storage.records import plans
+@app.command("verify-export")
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
+    task: Annotated[str | None, typer.Option("--task", help="Task file, if the task is not bundled.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="How many held-out samples to ask.")] = 8,
+    python: Annotated[str | None, typer.Option("--python", help="Interpreter that loads the export.")] = None,
+    model_path: ModelPath = None,
+    force_model: ForceModel = False,
+    as_json: AsJson = False,
+) -> int:
+    """Load an export in a fresh process and compare its logits and answers with the live model.
 
-    return None if plan_id is None else plans.get(db, plan_id)
+    The exit code is 1 when they differ. [bold]Example:[/bold] skipplan verify-export exports/fast
+    """
+    from dataclasses import asdict
+
+    from optimizer.cli.screen import Screen
+    from optimizer.exports import document
+    from optimizer.exports.verification import verify_export
+    from optimizer.exports.writing import moved
+    from workers.messages import ModelSource
+
+    source = ModelSource(document.read(directory).model.name)
+    if model_path is not None:
+        source = moved(source, model_path)
+    with Screen(quiet=as_json).status("loading the export in a fresh process, and the live model"):
+        found = verify_export(directory, source, task=task, samples=samples, python=python, force_model=force_model)
+    print_either(as_json, asdict(found) | {"passed": found.passed}, _lines(found))
+    return 0 if found.passed else 1
+
+
+def _lines(found: Verification) -> list[str]:
+    lines = [f"{found.files} files are as they were written"]
+    if found.loaded:
+        where = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+        same = len(found.answers) - len(found.differing)
+        lines += [
+            f"loaded as {found.model_class} by {where}, without this project",
+            f"{same} of {len(found.answers)} answers equal; logits differ by at most "
+            f"{found.largest_logit_difference:.2e} of the largest (allowed {found.tolerance:.0e})",
+        ]
+        lines += [
+            f"{sample}: live {pair[0]!r}, export {pair[1]!r}"
+            for sample, pair in found.answers.items()
+            if sample in found.differing
+        ]
+    else:
+        lines.append(f"format {found.format} holds no model to load")
+    return [*lines, *(f"note: {note}" for note in found.notes), "passed" if found.passed else "FAILED"]
+
+
+@app.command("export-study")
+def export_study(
+    context: typer.Context,
+    job: JobNumber,
+    storage: Annotated[
+        str, typer.Option(metavar="URL", help="Optuna storage, for example sqlite:///study.db.", show_default=False)
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the study; by default the job's number.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write what a job tried as an Optuna study.
+
+    [bold]Example:[/bold] skipplan export-study 3 --storage sqlite:///study.db; optuna-dashboard sqlite:///study.db
+    """
+    from dataclasses import asdict
+
+    from optimizer.exports.optuna_study import export_study as write
+
+    with open_database(context) as db:
+        written = write(db, job, storage, name)
+    print_either(
+        as_json,
+        asdict(written),
+        [f"study {written.name!r}: {written.trials} trials, {written.complete} of them complete"],
+    )
+    return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optimizer.cli.state import open_database, print_json, print_line
+from optimizer.cli.options import AsJson, JobNumber, open_database, print_json, print_line
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The queue: what is waiting, running and done.")
 
-JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Number of the job.", show_default=False)]
 JobNumbers = Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 WATCH_SECONDS = 1.0
 EXIT_CODES = {"succeeded": 0, "infeasible": 3, "failed": 1, "cancelled": 1}

@@ -6,28 +6,13 @@ import os
 import re
 import sys
 from importlib import metadata
+from itertools import islice
 from typing import Annotated
 
 import typer
 
-from optimizer.cli import (
-    dashboard,
-    database,
-    doctor,
-    exchange,
-    export,
-    init,
-    jobs,
-    plans,
-    reference,
-    refit,
-    report,
-    run,
-    study,
-    theory,
-    validate,
-)
-from optimizer.cli.state import GlobalOptions
+from optimizer.cli import database, export, jobs, plans, report, run, setup, theory
+from optimizer.cli.options import GlobalOptions
 
 app = typer.Typer(
     name="skipplan",
@@ -65,51 +50,45 @@ def options(
     context.obj = GlobalOptions(database=database_url, debug=debug)
 
 
-run.register(app)
-plans.register(app)
-export.register(app)
-refit.register(app)
-exchange.register(app)
+for module in (run, plans, export, report, setup, theory):
+    app.add_typer(module.app)
 app.add_typer(jobs.app, name="jobs")
-report.register(app)
-dashboard.register(app)
-init.register(app)
-validate.register(app)
-doctor.register(app)
-study.register(app)
-theory.register(app)
 app.add_typer(database.app, name="db")
-app.add_typer(reference.app, name="reference")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its code."""
-    if arguments is None:
-        _keep_password_from_process_list()
+    """Run the command line and exit with its code.
+
+    A database URL that holds a password is not left among the arguments: everybody on the machine can read those of a
+    process, and Ray keeps them with the cluster's jobs. The command begins anew with the URL in the environment.
+    """
     given = sys.argv[1:] if arguments is None else arguments
+    program, command = _split(given)
+    url = next((each.removeprefix("--database=") for each in reversed(program) if "://" in each), "")
+    if arguments is None and re.search(r"://[^/]*:[^/]*@|password=", url):
+        interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]
+        rest = [*(each for each in program if each == "--debug"), *command]
+        os.execve(sys.executable, [sys.executable, *interpreter, *rest], {**os.environ, "SKIPPLAN_DATABASE": url})
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: nobody would see them move
-    raise SystemExit(_run(_global_options_first(given)))
+    raise SystemExit(_run([*program, *command]))
 
 
-def _keep_password_from_process_list() -> None:
-    """Begin anew with a database URL that holds a password in the environment instead of among the arguments.
-
-    Everybody on the machine can read a process's arguments, and Ray keeps them with the cluster's jobs.
-    """
-    given = sys.orig_argv[1:]
-    for position, argument in enumerate(given):
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Part the program's own options, which may stand anywhere before a ``--``, from the command's arguments."""
+    program: list[str] = []
+    command: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
         if argument == "--":
-            return
-        url = argument.removeprefix("--database=")
-        taken = 1
-        if argument == "--database" and position + 1 < len(given):
-            url, taken = given[position + 1], 2
-        elif url == argument:
-            continue
-        if re.search(r"://[^/]*:[^/]*@|password=", url):
-            rest = [*given[:position], *given[position + taken :]]
-            os.execve(sys.executable, [sys.executable, *rest], {**os.environ, "SKIPPLAN_DATABASE": url})
+            command += [argument, *waiting]
+        elif argument == "--database":
+            program += [argument, *islice(waiting, 1)]
+        elif argument == "--debug" or argument.startswith("--database="):
+            program.append(argument)
+        else:
+            command.append(argument)
+    return program, command
 
 
 def _run(arguments: list[str]) -> int:
@@ -166,27 +145,6 @@ def _suggested(message: str) -> str:
 def _report(code: int, message: str) -> int:
     sys.stderr.write(f"skipplan: {message}\n")
     return code
-
-
-def _global_options_first(arguments: list[str]) -> list[str]:
-    """Let ``--debug`` and ``--database URL`` stand anywhere on the line."""
-    first: list[str] = []
-    rest: list[str] = []
-    position = 0
-    while position < len(arguments):
-        argument = arguments[position]
-        if argument == "--":
-            rest += arguments[position:]
-            break
-        if argument == "--debug" or argument.startswith("--database="):
-            first.append(argument)
-        elif argument == "--database":
-            first += arguments[position : position + 2]
-            position += 1
-        else:
-            rest.append(argument)
-        position += 1
-    return first + rest
 
 
 if __name__ == "__main__":

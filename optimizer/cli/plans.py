@@ -1,4 +1,4 @@
-"""``skipplan best`` and ``plans``: ask the database for published plans."""
+"""``skipplan best``, ``plans`` and ``refit``: published plans, and the maps of one fitted again."""
 
 from __future__ import annotations
 
@@ -7,53 +7,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optimizer.cli.state import open_database, print_json
+from optimizer.cli.options import (
+    AsJson,
+    DeviceOption,
+    MaxCollateralDrop,
+    MaxDrop,
+    MaxTextKl,
+    MinSpeedup,
+    ModelOption,
+    ModelPath,
+    TaskOption,
+    open_database,
+    print_either,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from storage.database import Database
     from storage.records.plans import Plan
 
 
+app = typer.Typer()
+
+
 class SortKey(StrEnum):
-    """What ``plans`` can be sorted by."""
+    """The orders of ``skipplan plans``."""
 
     speedup = "speedup"
     accuracy = "accuracy"
     seconds = "seconds"
     drop = "drop"
     newest = "newest"
-
-
-ModelOption = Annotated[str | None, typer.Option("--model", help="Name, path, hub id or fingerprint.")]
-TaskOption = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
-MaxDrop = Annotated[
-    float | None,
-    typer.Option(
-        "--max-accuracy-drop", min=0.0, max=1.0, help="Largest loss, as a share, by the upper end of its interval."
-    ),
-]
-MinSpeedup = Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Smallest measured speed-up.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
-MaxCollateralDrop = Annotated[
-    float | None,
-    typer.Option(
-        "--max-collateral-drop",
-        min=-1.0,
-        max=1.0,
-        help="Largest loss on other tasks, as a share; only plans that were measured on some.",
-    ),
-]
-MaxTextKl = Annotated[
-    float | None,
-    typer.Option("--max-text-kl", min=0.0, help="Largest divergence on general text, in nats a token."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command()(best)
-    app.command(name="plans")(list_plans)
 
 
 def find_best(
@@ -108,6 +92,7 @@ def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | 
     return keeps_tasks and keeps_text
 
 
+@app.command()
 def best(
     context: typer.Context,
     model: ModelOption = None,
@@ -140,6 +125,7 @@ def best(
     return 0
 
 
+@app.command("plans")
 def list_plans(
     context: typer.Context,
     model: ModelOption = None,
@@ -178,3 +164,42 @@ def list_plans(
 
         Screen(quiet=False).plans(found)
     return 0
+
+
+@app.command()
+def refit(
+    context: typer.Context,
+    plan_id: Annotated[int, typer.Argument(metavar="PLAN", help="Id of a compensated plan.")],
+    model_path: ModelPath = None,
+    as_json: AsJson = False,
+) -> int:
+    """Fit a compensated plan's maps again, keep them, and say whether they are the same bit by bit.
+
+    The exit code is 1 when they are not. [bold]Example:[/bold] skipplan refit 12
+    """
+    from optimizer.errors import UsageFault
+    from optimizer.exports.writing import moved
+    from optimizer.job.inputs import model_source
+    from optimizer.service.runner import read_spec
+    from optimizer.stages import compensate
+    from storage.queue import jobs
+    from storage.records import plans
+
+    with open_database(context) as db:
+        plan = plans.get(db, plan_id)
+        if plan.job_id is None:
+            raise UsageFault(f"plan {plan_id} was imported: the job that its maps were fitted by is not known here")
+        spec = read_spec(jobs.get(db, plan.job_id))
+    source = None if model_path is None else moved(model_source(spec), model_path)
+    found = compensate.refit(plan, spec, source)
+    recorded = (plan.artefact_checksum or "none")[:12]
+    verdict = "the same bits as recorded" if found.same else f"not the bits recorded ({recorded})"
+    print_either(
+        as_json,
+        {"plan": plan.id, "artifact": found.artifact.location, "same": found.same},
+        [
+            f"maps of plan {plan.id} written to {found.artifact.location}",
+            f"checksum {found.artifact.checksum[:12]}: {verdict}",
+        ],
+    )
+    return 0 if found.same else 1

@@ -1,22 +1,24 @@
-"""``skipplan report``: a job as a page to read or a picture to print."""
+"""``skipplan report`` and ``dashboard``: jobs as a page to read, a picture to print, or in a browser."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.cli.plans import AsJson
-from optimizer.cli.state import open_database, print_json, print_line
+from optimizer.cli.options import AsJson, Force, open_database, print_either, write_file
 
 if TYPE_CHECKING:
     from storage.database import Database
 
+app = typer.Typer()
+
 
 class ReportFormat(StrEnum):
-    """What a report can be written as."""
+    """The kinds of file that a report can be."""
 
     html = "html"
     png = "png"
@@ -33,11 +35,7 @@ class FigureName(StrEnum):
     latency = "latency"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command()(report)
-
-
+@app.command()
 def report(
     context: typer.Context,
     job: Annotated[int | None, typer.Argument(metavar="[JOB]", help="Id of the job; the latest if absent.")] = None,
@@ -51,7 +49,7 @@ def report(
     compare: Annotated[
         tuple[int, int] | None, typer.Option("--compare", metavar="JOB JOB", help="Two jobs side by side.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> int:
     """Write what a job found: summary, front, plans, redundancy, theory, search, latency, provenance.
@@ -78,15 +76,9 @@ def report(
         if target.exists() and output is not None and not force:
             raise UsageFault(f"{target}: exists already; --force replaces it")
         content = _content(db, chosen, format_name, figure)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    except OSError as error:
-        raise UsageFault(f"{target}: cannot be written: {error.strerror}") from None
-    if as_json:
-        print_json({"jobs": list(chosen), "format": format_name.value, "output": str(target), "bytes": len(content)})
-    else:
-        print_line(f"{target} written ({len(content) / 1e6:.1f} MB)")
+    write_file(target, content)
+    found = {"jobs": list(chosen), "format": format_name.value, "output": str(target), "bytes": len(content)}
+    print_either(as_json, found, [f"{target} written ({len(content) / 1e6:.1f} MB)"])
     return 0
 
 
@@ -113,3 +105,44 @@ def _latest(db: Database) -> int:
     if not found:
         raise UsageFault("there is no job in the database yet; run one with: skipplan run CONFIG")
     return found[0].id
+
+
+@app.command()
+def dashboard(
+    context: typer.Context,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; a token is needed beyond loopback.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8765,
+) -> int:
+    """Show jobs with live progress, plans, models, tasks and reports in a browser, until stopped. Read-only.
+
+    Listens on this machine alone unless told otherwise; then SKIPPLAN_DASHBOARD_TOKEN has to hold a token, which
+    browsers are asked for and API clients send as a bearer token. The JSON API is described in /openapi.json.
+
+    [bold]Example:[/bold] skipplan dashboard --port 8080
+    """
+    from optimizer.dashboard.access import check_token
+    from optimizer.errors import UsageFault
+
+    token = os.environ.get("SKIPPLAN_DASHBOARD_TOKEN") or None
+    check_token(host, token)
+    with open_database(context) as db:
+        import socket
+
+        import uvicorn
+
+        from optimizer.dashboard.app import create_app
+
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host.strip("[]"), port))
+            except OSError as error:
+                raise UsageFault(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
+            where = f"[{host.strip('[]')}]" if ":" in host else host
+            typer.echo(f"dashboard of {db.safe_url} at http://{where}:{port}/ (Ctrl-C stops it)", err=True)
+            settings = uvicorn.Config(create_app(db, host=host, token=token), log_level="warning", access_log=False)
+            uvicorn.Server(settings).run(sockets=[listener])
+    return 0

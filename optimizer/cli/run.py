@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.cli.state import global_options, open_database, print_json, print_line
+from optimizer.cli.options import AsJson, JobFile, global_options, open_database, print_either, print_json
 from optimizer.registries import STRATEGIES
 
 if TYPE_CHECKING:
     from optimizer.cli.screen import Screen
     from storage.database import Database
 
-JobFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Job file (YAML).", show_default=False)]
+app = typer.Typer()
+
 Force = Annotated[bool, typer.Option("--force", help="Run anew even if this specification has a result already.")]
 LogFormat = Annotated[
     str | None,
@@ -29,16 +29,9 @@ Strategy = Annotated[
         help=f"How plans are searched, instead of the job file's search.strategy: {', '.join(STRATEGIES)}.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command()(run)
-    app.command()(submit)
-    app.command()(serve)
-
-
+@app.command()
 def run(
     context: typer.Context,
     config: JobFile,
@@ -90,6 +83,7 @@ def _print_result(db: Database, job_id: int, screen: Screen, as_json: bool) -> i
     return 0
 
 
+@app.command()
 def submit(
     context: typer.Context,
     config: JobFile,
@@ -116,15 +110,12 @@ def submit(
     inputs = prepare(spec)
     with Database.open(spec.database) as db:
         job, new = runner.submit(db, inputs, anew=force)
-    if as_json:
-        print_json({"job": job.id, "state": job.state, "new": new})
-    elif new:
-        print_line(f"job {job.id} queued")
-    else:
-        print_line(f"job {job.id} has this specification already and is {job.state} (--force queues it anew)")
+    known = f"job {job.id} has this specification already and is {job.state} (--force queues it anew)"
+    print_either(as_json, {"job": job.id, "state": job.state, "new": new}, [f"job {job.id} queued" if new else known])
     return 0
 
 
+@app.command()
 def serve(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Stop when the queue is empty.")] = False,

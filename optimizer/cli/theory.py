@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.cli.run import AsJson, JobFile
-from optimizer.cli.state import global_options, print_json
+from optimizer.cli.options import AsJson, JobFile, global_options, print_json, write_file
 
 if TYPE_CHECKING:
     from optimizer.cli.screen import Screen
     from optimizer.job.spec import JobSpec
     from optimizer.stages.context import JobContext
 
+app = typer.Typer()
+
 Output = Annotated[Path | None, typer.Option("--output", help="Also write the JSON document to this file.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw to this file (.png, .svg or .pdf).")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command()(score)
-    app.command("validate-theory")(validate_theory)
-
-
+@app.command()
 def score(
     context: typer.Context,
     config: JobFile,
@@ -60,8 +56,10 @@ def score(
         table = measured(job, kinds)
     risk = criterion.risk(table)
     document = {"model": spec.model.path, "task": job.task.name, **tables.measurements_json(table, risk)}
-    _write(output, json.dumps(document, indent=2) + "\n")
-    _write(csv, tables.measurements_csv(table))
+    if output is not None:
+        write_file(output, json.dumps(document, indent=2) + "\n")
+    if csv is not None:
+        write_file(csv, tables.measurements_csv(table))
     if plot is not None:
         pictures.heat_map(table, risk, f"{spec.model.path} on {job.task.name}").savefig(plot)
     if as_json:
@@ -71,6 +69,7 @@ def score(
     return 0
 
 
+@app.command()
 def validate_theory(
     context: typer.Context,
     config: JobFile,
@@ -104,7 +103,8 @@ def validate_theory(
         if samples is not None and samples > there:
             raise UsageFault(f"--samples: {samples} is more than the {there} samples of the held-out split")
         report = validate(job, samples=samples or there, set_size=set_size)
-    _write(output, json.dumps(report.to_json(), indent=2) + "\n")
+    if output is not None:
+        write_file(output, json.dumps(report.to_json(), indent=2) + "\n")
     if plot is not None:
         pictures.validation_figure(report).savefig(plot)
     if as_json:
@@ -137,15 +137,3 @@ def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobC
         adhoc_job(db, inputs, Progress(display), purpose) as job,
     ):
         yield job, screen
-
-
-def _write(path: Path | None, text: str) -> None:
-    """Raises UsageFault when the file cannot be written."""
-    from optimizer.errors import UsageFault
-
-    if path is None:
-        return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageFault(f"{path}: cannot be written ({error.strerror})") from None

