@@ -9,7 +9,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 PROJECT = Path(__file__).resolve().parents[2]
-LINK = re.compile(r"\]\((?:\.\./)+((?:configs|tests|README|CHANGELOG|LICENSE)[^)#\s]*)(#[^)\s]*)?\)")
+OUTSIDE = "configs|tests|README|CHANGELOG|CONTRIBUTING|SECURITY|LICENSE"
+LINK = re.compile(rf"\]\((?:\.\./)+((?:{OUTSIDE})[^)#\s]*)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
