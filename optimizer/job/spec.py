@@ -180,14 +180,11 @@ class CompensationSpec(_Section):
         allow_inf_nan=False,
         description="Pull of the maps towards the plain skip, relative to the mean square of what they act on.",
     )
-    weighting: Literal["uniform", "rms", "groups", "answers", "gain"] = Field(
+    weighting: Literal["uniform", "answers"] = Field(
         default="answers", description="How much a calibration token counts (see docs/compensation.md)."
     )
     tokens: int = Field(
         default=16384, ge=1, le=10_000_000, description="Calibration tokens that maps are fitted on, in whole samples."
-    )
-    bias: bool = Field(
-        default=False, description="Fit a constant beside each map; the model's projections must have a bias."
     )
     source: Literal["pruned", "dense"] = Field(
         default="pruned",
@@ -212,14 +209,7 @@ class CompensationSpec(_Section):
     def recipe(self) -> Recipe:
         """How maps are fitted; also where ``kind`` asks for none."""
         return Recipe(
-            "linear",
-            self.ridge,
-            self.weighting,
-            self.tokens,
-            self.bias,
-            self.source,
-            drift=self.drift,
-            scope=self.scope,
+            "linear", self.ridge, self.weighting, self.tokens, self.source, drift=self.drift, scope=self.scope
         )
 
     @property

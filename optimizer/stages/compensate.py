@@ -90,6 +90,6 @@ def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refit
             f"model {loaded.name} has fingerprint {loaded.fingerprint[:12]}, plan {plan.id} was fitted on "
             f"{plan.fingerprint[:12]}; name the right one with --model-path"
         )
-    fitted = Compensator(loaded, task).answer(FitCompensation(plan.plan, plan.compensation))
+    fitted = Compensator(loaded, task).fit(FitCompensation(plan.plan, plan.compensation))
     artifact = store.put(spec.artifacts, fitted.content)
     return Refitted(artifact, artifact.checksum == plan.artefact_checksum)

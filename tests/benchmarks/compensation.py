@@ -28,12 +28,12 @@ from scipy.stats import spearmanr
 from optimizer.search.seeds.runs import best_structures
 from optimizer.search.space import PlanSpace
 from workers.compensation.calibration import Calibration
-from workers.compensation.fit import fit
 from workers.compensation.linear_redundancy import linear_redundancy
 from workers.compensation.recipe import Recipe
-from workers.compensation.weighting import weigher
+from workers.compensation.shared import SharedFits
 from workers.engine.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
+from workers.layerwise.decoder import Decoder
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
@@ -55,11 +55,8 @@ SETS: dict[int, tuple[tuple[int, ...], ...]] = {
 """By number of layers: the sets that are skipped where none are named."""
 
 VARIANTS = (
-    "weighting=rms",
     "weighting=uniform",
-    "weighting=groups",
     "weighting=answers",
-    "weighting=gain",
     "source=dense",
     "ridge=0.1",
     "ridge=0.01",
@@ -175,7 +172,7 @@ def fit_time(bench: Bench, plans: Sequence[SkipPlan]) -> Any:
                 owner(*batch.args, **batch.kwargs)
 
     def fit_alone(plan: SkipPlan) -> None:
-        fit(bench.loaded.model, calibration, plan, recipe, weigher(recipe.weighting, calibration, lambda _: (1.0, 1.0)))
+        SharedFits(Decoder(bench.loaded.model), calibration, recipe).fit(plan)
 
     rows = []
     for plan in plans:

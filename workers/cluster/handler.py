@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 import transformers
 
-from workers.compensation.collateral import text_divergence
 from workers.device import lock as device_lock
 from workers.device.bfloat16 import slow_arithmetic
 from workers.engine.dispatch import EvaluationDispatch
 from workers.errors import ModelError
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.text_divergence import text_divergence
 from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
 from workers.messages import (
@@ -133,9 +133,9 @@ class Measurer:
                 maps = self.evaluator.compensator.maps(plan, request.compensation, request.artifact)
                 return text_divergence(loaded, plan, maps, request.text)
             case MeasureLinearRedundancy():
-                return self.evaluator.compensator.redundancy(request)
+                return self.evaluator.compensator.linear_redundancy(request)
             case FitCompensation():
-                return self.evaluator.compensator.answer(request)
+                return self.evaluator.compensator.fit(request)
             case MeasureRedundancy():
                 return measure_redundancy(
                     loaded,

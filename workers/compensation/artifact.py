@@ -1,14 +1,13 @@
 """Fitted maps as safetensors bytes: equal maps give equal bytes, so that a checksum tells whether a re-fit is the same.
 
 The file holds ``layers.K.matrix`` float32, which is applied from the right to the MLP's output of layer K (``[hidden,
-hidden]``) or, with ``scope=projection``, to what its last projection is given (``[width, hidden]``); ``layers.K.bias``
-``[hidden]`` where there is one; and as metadata one JSON text with sorted keys: what was fitted, on what, and how well.
+hidden]``) or, with ``scope=projection``, to what its last projection is given (``[width, hidden]``).
+Metadata: one JSON text with sorted keys that says what was fitted, on what, and how well.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,6 @@ from .recipe import CompensationError, Recipe
 
 FORMAT = 1
 KEY = "skipplan"
-_NAME = re.compile(r"layers\.(\d+)\.(matrix|bias)")
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,8 @@ class Provenance:
 
 def encode(fitted: Fitted, provenance: Provenance) -> bytes:
     """The maps of a fit as a safetensors file."""
-    tensors = {}
-    for layer, own in fitted.maps.items():
-        tensors[f"layers.{layer}.matrix"] = own.matrix.contiguous()
-        if own.bias is not None:
-            tensors[f"layers.{layer}.bias"] = own.bias.contiguous()
-    told = {
+    tensors = {f"layers.{layer}.matrix": own.matrix.contiguous() for layer, own in fitted.maps.items()}
+    record = {
         "format": FORMAT,
         "plan": fitted.plan,
         "compensation": fitted.compensation,
@@ -69,7 +63,7 @@ def encode(fitted: Fitted, provenance: Provenance) -> bytes:
             for gap in fitted.gaps
         ],
     }
-    return save(tensors, metadata={KEY: json.dumps(told, sort_keys=True)})
+    return save(tensors, metadata={KEY: json.dumps(record, sort_keys=True)})
 
 
 @dataclass(frozen=True)
@@ -88,38 +82,31 @@ def decode(content: bytes, *, plan: str | None = None) -> Decoded:
     Raises :class:`CompensationError` when it is no such file, or not that of ``plan``.
     """
     try:
-        tensors, told = load(content), _metadata(content)
-        own_plan, compensation = str(told["plan"]), str(told["compensation"])
+        tensors, record = load(content), _metadata(content)
+        own_plan, compensation = str(record["plan"]), str(record["compensation"])
         recipe = Recipe.parse(compensation)
         open_gaps = {gap.layer: gap.end for gap in gaps(SkipPlan.parse(own_plan), drift=recipe.drift)}
-        shares = {int(gap["layer"]): float(gap["share"]) for gap in told["gaps"]}
+        shares = {int(gap["layer"]): float(gap["share"]) for gap in record["gaps"]}
     except (SafetensorError, ValueError, KeyError, TypeError, PlanError) as error:
         raise CompensationError(f"compensation maps cannot be read: {one_line(error)}") from None
-    if told.get("format") != FORMAT:
-        raise CompensationError(f"compensation maps of format {told.get('format')!r} cannot be read, expected {FORMAT}")
+    if record.get("format") != FORMAT:
+        raise CompensationError(
+            f"compensation maps of format {record.get('format')!r} cannot be read, expected {FORMAT}"
+        )
     if plan is not None and own_plan != plan:
         raise CompensationError(f"the compensation maps are those of plan {own_plan}, not of {plan}")
-    names = {match.group(0) for name in tensors if (match := _NAME.fullmatch(name))}
-    matrices = {int(name.split(".")[1]) for name in names if name.endswith("matrix")}
-    if names != tensors.keys() or not matrices == open_gaps.keys() == shares.keys():
+    if tensors.keys() != {f"layers.{layer}.matrix" for layer in open_gaps} or open_gaps.keys() != shares.keys():
         raise CompensationError(f"the compensation maps do not hold one map for every gap of plan {own_plan}")
     maps = {
-        layer: GapMap(
-            layer,
-            end,
-            tensors[f"layers.{layer}.matrix"],
-            tensors.get(f"layers.{layer}.bias"),
-            shares[layer],
-            recipe.scope,
-        )
+        layer: GapMap(layer, end, tensors[f"layers.{layer}.matrix"], shares[layer], recipe.scope)
         for layer, end in open_gaps.items()
     }
-    return Decoded(own_plan, compensation, maps, told)
+    return Decoded(own_plan, compensation, maps, record)
 
 
 def _metadata(content: bytes) -> dict[str, Any]:
     length = int.from_bytes(content[:8], "little")
-    told = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
-    if not isinstance(told, dict):
+    record = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+    if not isinstance(record, dict):
         raise ValueError("their metadata is no JSON object")
-    return told
+    return record

@@ -1,10 +1,9 @@
-"""What a worker does about compensations: calibrate once, fit plans as they come, and keep what was fitted."""
+"""Fit the maps of plans on one task's calibration split: calibrate once, and keep what was fitted."""
 
 from __future__ import annotations
 
 import platform
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +27,9 @@ from . import store
 from .artifact import Provenance, decode, encode
 from .calibration import Calibration, calibrate
 from .fit import Fitted, fit
-from .gain import propagation_gains
 from .linear_redundancy import linear_redundancy, tokens_for
 from .recipe import CompensationError, Recipe
 from .shared import SharedFits
-from .weighting import Weigh, weigher
 
 KEPT_PLANS = 64
 """Fitted plans, and read artifacts, that are kept."""
@@ -42,14 +39,13 @@ class Compensator:
     """Fits the maps of plans of one model on one task's calibration split.
 
     Equal plans give equal maps: where the family's layers can be called one at a time, plans share what they begin
-    with; otherwise each plan is fitted by itself.
+    with; otherwise each plan is fitted by itself, with a pass for every gap.
     """
 
     def __init__(self, loaded: LoadedModel, task: Task) -> None:
         self.loaded, self.task = loaded, task
-        self._calibrations: OrderedDict[tuple[int, int], Calibration] = OrderedDict()
-        self._fits: dict[str, Callable[[SkipPlan], Fitted]] = {}
-        self._shared: dict[str, SharedFits] = {}
+        self._calibration: tuple[tuple[int, int], Calibration] | None = None
+        self._shared: SharedFits | None = None
         self._fitted: OrderedDict[tuple[str, str], Fitted] = OrderedDict()
         self._read: OrderedDict[str, Maps] = OrderedDict()
 
@@ -58,10 +54,11 @@ class Compensator:
 
         Raises :class:`CompensationError` when they cannot be fitted or read.
         """
-        if Recipe.parse(compensation).is_none:
+        recipe = Recipe.parse(compensation)
+        if recipe.is_none:
             return None
         if artifact is None:
-            return self.fitted(plan, Recipe.parse(compensation)).maps
+            return self.fitted(plan, recipe).maps
         if artifact.checksum not in self._read:
             self._read[artifact.checksum] = decode(store.get(artifact), plan=plan.text).maps
             _forget_oldest(self._read, KEPT_PLANS)
@@ -71,12 +68,12 @@ class Compensator:
         """The fit of a plan, from memory where it is known."""
         key = (plan.text, recipe.text)
         if key not in self._fitted:
-            self._fitted[key] = self._fit_of(recipe)(plan)
+            self._fitted[key] = self._fit(plan, recipe)
             _forget_oldest(self._fitted, KEPT_PLANS)
         self._fitted.move_to_end(key)
         return self._fitted[key]
 
-    def answer(self, request: FitCompensation) -> FittedCompensation:
+    def fit(self, request: FitCompensation) -> FittedCompensation:
         """Fit a plan's maps for keeping: the file's content, and how well they fit."""
         recipe = Recipe.parse(request.compensation)
         if recipe.is_none:
@@ -100,7 +97,7 @@ class Compensator:
             seconds=fitted.seconds,
         )
 
-    def redundancy(self, request: MeasureLinearRedundancy) -> LinearRedundancy:
+    def linear_redundancy(self, request: MeasureLinearRedundancy) -> LinearRedundancy:
         """The linear redundancy of the dense model's layers."""
         width = int(self.loaded.model.config.get_text_config(decoder=True).hidden_size)
         calibration = calibrate(self.loaded, self.task, tokens=tokens_for(width))
@@ -110,12 +107,10 @@ class Compensator:
     def calibration(self, recipe: Recipe) -> Calibration:
         """The calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""
         key = (recipe.tokens, recipe.seed)
-        if key not in self._calibrations:
-            self._calibrations.clear()
-            self._fits.clear()
-            self._shared.clear()
-            self._calibrations[key] = calibrate(self.loaded, self.task, tokens=recipe.tokens, seed=recipe.seed)
-        return self._calibrations[key]
+        if self._calibration is None or self._calibration[0] != key:
+            self._calibration = self._shared = None  # before the next one is made: both would not fit beside each other
+            self._calibration = key, calibrate(self.loaded, self.task, tokens=recipe.tokens, seed=recipe.seed)
+        return self._calibration[1]
 
     def shared(self, recipe: Recipe) -> SharedFits:
         """Fits whose maps are shared by plans that begin alike.
@@ -123,23 +118,16 @@ class Compensator:
         Raises NotExactError when the family's layers cannot be called one at a time.
         """
         calibration = self.calibration(recipe)
-        if recipe.text not in self._shared:
-            weigh = self._weigh(recipe, calibration)
-            self._shared = {recipe.text: SharedFits(Decoder(self.loaded.model), calibration, recipe, weigh)}
-        return self._shared[recipe.text]
+        if self._shared is None or self._shared.recipe != recipe:
+            self._shared = SharedFits(Decoder(self.loaded.model), calibration, recipe)
+        return self._shared
 
-    def _fit_of(self, recipe: Recipe) -> Callable[[SkipPlan], Fitted]:
-        calibration = self.calibration(recipe)
-        if recipe.text not in self._fits:
-            try:
-                self._fits = {recipe.text: self.shared(recipe).fit}
-            except NotExactError:
-                model, weigh = self.loaded.model, self._weigh(recipe, calibration)
-                self._fits = {recipe.text: lambda plan: fit(model, calibration, plan, recipe, weigh)}
-        return self._fits[recipe.text]
-
-    def _weigh(self, recipe: Recipe, calibration: Calibration) -> Weigh:
-        return weigher(recipe.weighting, calibration, propagation_gains(self.loaded, calibration))
+    def _fit(self, plan: SkipPlan, recipe: Recipe) -> Fitted:
+        try:
+            shared = self.shared(recipe)
+        except NotExactError:
+            return fit(self.loaded.model, self.calibration(recipe), plan, recipe)
+        return shared.fit(plan)
 
     def _settings(self) -> str:
         config = self.loaded.model.config.get_text_config(decoder=True)

@@ -12,7 +12,7 @@ from workers.messages import NO_COMPENSATION
 from workers.runtime.gaps import SCOPES, Scope
 
 Kind = Literal["none", "linear"]
-Weighting = Literal["uniform", "rms", "groups", "answers", "gain"]
+Weighting = Literal["uniform", "answers"]
 Source = Literal["pruned", "dense"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -36,14 +36,11 @@ class Recipe:
     ridge: float = 1e-3
     """Pull of the maps towards the identity, relative to the mean squared entry of the projection's output."""
     weighting: Weighting = "answers"
-    """What a token's squared error is divided by or multiplied with: ``uniform`` nothing; ``rms`` divided by the
-    target's mean square; ``groups`` so too, with vision and text tokens weighing the same in total; ``answers`` so too,
-    with vision tokens, the prompt's text and the tokens from which the answer is read weighing the same in total;
-    ``gain`` divided as in ``rms``, times how much an error on the token's group changes the answer's distribution."""
+    """How much a token's squared error counts: ``uniform`` the same for all; ``answers`` divided by the target's mean
+    square, with vision tokens, the prompt's text and the tokens from which the answer is read weighing the same in
+    total."""
     tokens: int = 16384
     """Calibration tokens: whole samples, one an image first, until this many are reached."""
-    bias: bool = False
-    """Whether a constant is fitted beside each map; the projections must have a bias to hold it."""
     source: Source = "pruned"
     """Whose states the maps are fitted on: the pruned and so far compensated model's, or the dense model's (ReplaceMe,
     arXiv 2505.02819)."""
@@ -84,8 +81,6 @@ class Recipe:
         if self.is_none:
             return NO_COMPENSATION
         parts = [self.kind, f"ridge={self.ridge!r}", f"weighting={self.weighting}", f"tokens={self.tokens}"]
-        if self.bias:
-            parts.append("bias=yes")
         if self.source != "pruned":
             parts.append(f"source={self.source}")
         if self.seed:
@@ -137,7 +132,6 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "ridge": float,
     "weighting": str,
     "tokens": int,
-    "bias": _yes_or_no,
     "source": str,
     "seed": int,
     "drift": _yes_or_no,

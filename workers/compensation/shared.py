@@ -26,21 +26,9 @@ from workers.runtime.plan import Action, SkipPlan
 from workers.runtime.token_rows import TokenSplit
 
 from .calibration import Calibration
-from .fit import (
-    Change,
-    Fitted,
-    FittedGap,
-    Halt,
-    change_of,
-    changed_state,
-    gap_map,
-    gap_sums,
-    on_all_tokens,
-    require_holds,
-)
+from .fit import Fitted, FittedGap, GapStates, change_of, changed_state, fit_gap, on_all_tokens, require_holds
 from .recipe import Recipe
-from .sums import solve
-from .weighting import Weigh
+from .weighting import weigher
 
 LEAST_STATES_BUDGET = 1 << 30
 STATES_SHARE = 8
@@ -65,12 +53,12 @@ class _Executed:
 class _FittedMap:
     own: GapMap
     quality: FittedGap
-    change: Change
+    change: Tensor
     """What the map does to states, where these lie."""
 
     @property
     def nbytes(self) -> int:
-        return self.own.matrix.nbytes + self.change.matrix.nbytes
+        return self.own.matrix.nbytes + self.change.nbytes
 
 
 class SharedFits:
@@ -81,9 +69,10 @@ class SharedFits:
     """
 
     def __init__(
-        self, decoder: Decoder, calibration: Calibration, recipe: Recipe, weigh: Weigh, *, budget: int | None = None
+        self, decoder: Decoder, calibration: Calibration, recipe: Recipe, *, budget: int | None = None
     ) -> None:
-        self._decoder, self._calibration, self.recipe, self._weigh = decoder, calibration, recipe, weigh
+        self._decoder, self._calibration, self.recipe = decoder, calibration, recipe
+        self._weigh = weigher(recipe.weighting, calibration)
         self._budget = budget or max(LEAST_STATES_BUDGET, memory_bytes(calibration.device) // STATES_SHARE)
         self._held, self._held_maps = 0, 0
         self._states: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
@@ -112,8 +101,8 @@ class SharedFits:
             seconds=time.perf_counter() - started,
         )
 
-    def change(self, prefix: str) -> Change:
-        """What is done to the state behind the layer before the gap that ends the plan's beginning ``prefix``."""
+    def change(self, prefix: str) -> Tensor:
+        """The change of the map of the gap that ends the plan's beginning ``prefix``, ``[hidden or width, hidden]``."""
         return self._map(prefix).change
 
     def share(self, layer: int) -> float:
@@ -125,17 +114,13 @@ class SharedFits:
             self._maps.move_to_end(prefix)
             return self._maps[prefix]
         layer = len(prefix.rstrip(SKIP)) - 1
-        gap, share = Gap(layer, len(prefix) - 1), self._calibration.require(layer)
+        self._calibration.require(layer)
         require_holds(self._decoder.stack, layer, self.recipe)
         with torch.inference_mode():
             before = self._executed(prefix[: layer + 1] if self.recipe.source == "pruned" else RUN * (layer + 1))
-            halts = [Halt(m, x.flatten(0, 1)) for m, x in zip(before.acted_on, before.hidden, strict=True)]
-            sums = gap_sums(halts, self._calibration.batches, gap, self._weigh)
-            solution = solve(sums, ridge=self.recipe.ridge, bias=self.recipe.bias)
-        own = gap_map(gap, solution, share, self.recipe.scope)
-        quality = FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained)
-        change = change_of(own, self._calibration.device)
-        fitted = self._maps[prefix] = _FittedMap(own, quality, change)
+            states = [GapStates(m, x.flatten(0, 1)) for m, x in zip(before.acted_on, before.hidden, strict=True)]
+            own, quality = fit_gap(states, self._calibration, Gap(layer, len(prefix) - 1), self.recipe, self._weigh)
+        fitted = self._maps[prefix] = _FittedMap(own, quality, change_of(own, self._calibration.device))
         self._held_maps += fitted.nbytes
         while self._held_maps > MAPS_BUDGET and len(self._maps) > 1:
             _, dropped = self._maps.popitem(last=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import tempfile
-from pathlib import Path
+import uuid
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from workers.messages import Artifact
 from workers.text import first_line
@@ -21,39 +21,33 @@ def checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def is_url(location: str) -> bool:
-    """Whether a store or an artifact is named by an fsspec URL such as ``s3://bucket/maps``."""
-    return "://" in location
-
-
 def put(store: str, content: bytes) -> Artifact:
-    """Write ``content`` into the store and say where it lies; what is there already is not written again.
+    """Write ``content`` into the store and say where it lies; a file that is there already is not written again.
 
     Raises :class:`CompensationError` when the store cannot be written.
     """
     digest = checksum(content)
-    location = f"{store.rstrip('/')}/{digest}{SUFFIX}"
     try:
-        if is_url(store):
-            _put_url(location, content)
-        else:
-            location = str(Path(location).expanduser().resolve())
-            _put_file(Path(location), content)
+        files, directory = url_to_fs(store)
+        path = f"{directory.rstrip('/')}/{digest}{SUFFIX}"
+        files.makedirs(directory, exist_ok=True)
+        if not isinstance(files, LocalFileSystem):  # object stores show a file when it is complete
+            files.pipe_file(path, content)
+            return Artifact(f"{store.rstrip('/')}/{digest}{SUFFIX}", digest)
+        if not files.isfile(path) or checksum(files.cat_file(path)) != digest:
+            unfinished = f"{path}.{uuid.uuid4().hex}"
+            files.pipe_file(unfinished, content)
+            files.mv(unfinished, path)
     except (OSError, ValueError, ImportError) as error:
         raise CompensationError(f"artifact store {store}: cannot be written: {first_line(error)}") from None
-    return Artifact(location, digest)
+    return Artifact(path, digest)
 
 
 def get(artifact: Artifact) -> bytes:
     """Read an artifact back. Raises :class:`CompensationError` when it is missing or not what was written."""
     try:
-        if is_url(artifact.location):
-            import fsspec
-
-            with fsspec.open(artifact.location, "rb") as stream:
-                content: bytes = stream.read()
-        else:
-            content = Path(artifact.location).read_bytes()
+        files, path = url_to_fs(artifact.location)
+        content: bytes = files.cat_file(path)
     except (OSError, ValueError, ImportError) as error:
         raise CompensationError(
             f"compensation maps {artifact.location}: cannot be read: {first_line(error)}; "
@@ -65,29 +59,3 @@ def get(artifact: Artifact) -> bytes:
             f"recorded {artifact.checksum[:12]}); `skipplan refit` makes them again from the record"
         )
     return content
-
-
-def _put_file(path: Path, content: bytes) -> None:
-    if path.is_file() and checksum(path.read_bytes()) == path.name.removesuffix(SUFFIX):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)  # mkstemp makes it private
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
-
-
-def _put_url(location: str, content: bytes) -> None:
-    import fsspec
-
-    files, path = fsspec.core.url_to_fs(location)
-    files.makedirs(files._parent(path), exist_ok=True)
-    files.pipe_file(path, content)

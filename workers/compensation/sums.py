@@ -28,16 +28,10 @@ class GapSums:
     """M^T W M ``[hidden, hidden]``."""
     cross: Tensor
     """M^T W R ``[hidden, hidden]``."""
-    output: Tensor
-    """Sum of w M ``[hidden]``."""
-    residual: Tensor
-    """Sum of w R ``[hidden]``."""
-    weight: Tensor
-    """Sum of w, a scalar; so are the two below."""
     residual_energy: Tensor
-    """Sum of w |R|^2."""
+    """Sum of w |R|^2, a scalar."""
     target_energy: Tensor
-    """Sum of w |H|^2."""
+    """Sum of w |H|^2, a scalar."""
     tokens: int
 
     @classmethod
@@ -60,9 +54,6 @@ class GapSums:
         return cls(
             gram=(factor @ m.to(products)).double(),
             cross=(factor @ r.to(products)).double(),
-            output=weighted.sum(0),
-            residual=(r * w).sum(0),
-            weight=w.sum(),
             residual_energy=(r.square() * w).sum(),
             target_energy=(target.double().square() * w).sum(),
             tokens=len(m),
@@ -78,9 +69,6 @@ class GapSums:
             total = cls(
                 gram=total.gram + part.gram,
                 cross=total.cross + part.cross,
-                output=total.output + part.output,
-                residual=total.residual + part.residual,
-                weight=total.weight + part.weight,
                 residual_energy=total.residual_energy + part.residual_energy,
                 target_energy=total.target_energy + part.target_energy,
                 tokens=total.tokens + part.tokens,
@@ -95,23 +83,19 @@ class GapSums:
 
 @dataclass(frozen=True)
 class Solution:
-    """The best map of one gap: T - I ``[hidden, hidden]`` and a constant ``[hidden]`` or None, in float64."""
+    """The best map of one gap: T - I ``[hidden, hidden]`` in float64."""
 
     change: Tensor
-    bias: Tensor | None
     unexplained: float
     """The share of H's energy that the map leaves unexplained on the tokens it was fitted on."""
 
 
-def solve(sums: GapSums, *, ridge: float, bias: bool = False) -> Solution:
+def solve(sums: GapSums, *, ridge: float) -> Solution:
     """Solve one gap by Cholesky in float64. ``ridge`` is relative to the mean diagonal entry of M^T W M.
 
     Raises :class:`CompensationError` when the states hold NaN or infinities, or the layer adds nothing.
     """
     gram, cross = sums.gram, sums.cross
-    if bias:
-        gram = gram - torch.outer(sums.output, sums.output) / sums.weight
-        cross = cross - torch.outer(sums.output, sums.residual) / sums.weight
     pull = ridge * gram.diagonal().mean()
     regular = gram + pull * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(regular)
@@ -119,8 +103,4 @@ def solve(sums: GapSums, *, ridge: float, bias: bool = False) -> Solution:
         raise CompensationError("a map cannot be fitted: the calibration states are zero, infinite or not numbers")
     change = torch.cholesky_solve(cross, factor)
     left = sums.residual_energy - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
-    constant = None
-    if bias:
-        constant = (sums.residual - sums.output @ change) / sums.weight
-        left = left - sums.residual.square().sum() / sums.weight
-    return Solution(change, constant, max(0.0, float(left / sums.target_energy)))
+    return Solution(change, max(0.0, float(left / sums.target_energy)))

@@ -39,17 +39,15 @@ class FoldingError(PlanError):
 class GapMap:
     """The map that repairs one gap: what the MLP of layer ``layer`` adds instead of M.
 
-    With scope ``output`` that is M ``matrix`` + ``bias``, ``matrix`` being ``[hidden, hidden]``; with ``projection`` it
-    is M + A ``matrix`` + ``bias``, A being the input of the MLP's last projection and ``matrix`` ``[width, hidden]``.
-    ``bias`` is ``[hidden]`` or None. ``end`` is the last layer of the run of skipped layers behind ``layer``. ``share``
-    is the factor with which M enters the residual stream (1 in most families); folding does not need it, applying the
-    map to states does.
+    With scope ``output`` that is M ``matrix``, ``matrix`` being ``[hidden, hidden]``; with ``projection`` it is M + A
+    ``matrix``, A being the input of the MLP's last projection and ``matrix`` ``[width, hidden]``. ``end`` is the last
+    layer of the run of skipped layers behind ``layer``. ``share`` is the factor with which M enters the residual stream
+    (1 in most families); folding does not need it, applying the map to states does.
     """
 
     layer: int
     end: int
     matrix: Tensor
-    bias: Tensor | None = None
     share: float = 1.0
     scope: Scope = "output"
 
@@ -168,21 +166,13 @@ def folded(stack: DecoderStack, plan: SkipPlan, maps: Maps) -> Iterator[None]:
 
 
 def fold_site_map(edits: Edits, site: FoldSite, own: GapMap) -> None:
-    """Put one map into the weights of a site. Raises :class:`FoldingError` when they cannot hold its bias."""
-    if own.bias is not None:
-        require_bias(site, own.layer)
+    """Put one map into the weights of a site. Raises :class:`FoldingError` when they cannot hold it."""
     if own.scope == "projection":
         require_projection(site, own.layer)
     for projection in site.projections:
         _replace(edits, projection.module, projection.weight, folded_weight(projection, own))
         if projection.bias is not None:
             _replace(edits, projection.module, projection.bias, _folded_bias(projection, own))
-
-
-def require_bias(site: FoldSite, index: int) -> None:
-    """Raise :class:`FoldingError` unless the site is one projection that has a bias to hold a constant."""
-    if len(site.projections) != 1 or site.projections[0].experts or site.projections[0].bias is None:
-        raise FoldingError(f"layer {index} cannot hold a map with a bias: its MLP's last projection has none")
 
 
 def require_projection(site: FoldSite, index: int) -> Projection:
@@ -212,8 +202,6 @@ def _folded_bias(projection: Projection, own: GapMap) -> Tensor:
     result = bias.double()
     if own.scope == "output":
         result = result + result @ own.change.to(bias.device)
-    if own.bias is not None:
-        result = result + own.bias.to(bias.device).double()
     return result.to(bias.dtype)
 
 

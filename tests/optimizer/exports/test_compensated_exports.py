@@ -35,7 +35,7 @@ def compensator(model_directory: Path) -> Compensator:
 @pytest.fixture(scope="module")
 def kept(compensator: Compensator, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     place = str(tmp_path_factory.mktemp("maps"))
-    fits = {plan: compensator.answer(FitCompensation(plan, recipe)) for plan, recipe in RECIPES.items()}
+    fits = {plan: compensator.fit(FitCompensation(plan, recipe)) for plan, recipe in RECIPES.items()}
     return {plan: store.put(place, own.content) for plan, own in fits.items()}
 
 

@@ -30,13 +30,13 @@ def test_the_database_and_the_workers_call_no_compensation_the_same() -> None:
         ({"kind": "none", "tokens": 5}, ("none",)),
         ({"kind": "linear"}, (DEFAULT,)),
         ({"kind": "linear", "scope": "projection"}, (f"{DEFAULT} scope=projection",)),
-        ({"kind": "both", "ridge": 0.01, "weighting": "groups", "tokens": 64}, None),
+        ({"kind": "both", "ridge": 0.01, "weighting": "uniform", "tokens": 64}, None),
     ],
 )
 def test_candidates_have_the_compensations_that_the_job_names(section: dict, choices: tuple | None) -> None:
     spec = JobSpec.model_validate({**BASE, "compensation": section})
     if choices is None:
-        choices = ("none", "linear ridge=0.01 weighting=groups tokens=64")
+        choices = ("none", "linear ridge=0.01 weighting=uniform tokens=64")
     assert spec.compensation.choices == choices
     for text in choices:
         assert Recipe.parse(text).text == text
@@ -72,7 +72,7 @@ def test_paths_are_made_absolute_and_urls_kept(tmp_path: Path, monkeypatch: pyte
         ("{kind: affine}", "compensation.kind"),
         ("{kind: linear, ridge: 0}", "compensation.ridge"),
         ("{kind: linear, tokens: 0}", "compensation.tokens"),
-        ("{kind: linear, weigthing: rms}", "did you mean weighting"),
+        ("{kind: linear, weigthing: uniform}", "did you mean weighting"),
     ],
 )
 def test_mistakes_are_named_by_field(tmp_path: Path, section: str, named: str) -> None:

@@ -58,7 +58,7 @@ def test_kept_maps_are_read_back_and_folded(
     evaluators: EvaluationDispatch, tiny: LoadedModel, tmp_path: Path, recipe: str, places: list[tuple[int, int]]
 ) -> None:
     compensator = evaluators.plain.compensator
-    kept = compensator.answer(FitCompensation("RSRSSR", recipe))
+    kept = compensator.fit(FitCompensation("RSRSSR", recipe))
     artifact = store.put(str(tmp_path), kept.content)
     decoded = decode(store.get(artifact), plan="RSRSSR")
     fitted = compensator.fitted(SkipPlan.parse("RSRSSR"), Recipe.parse(recipe))
@@ -80,21 +80,25 @@ def test_kept_maps_are_read_back_and_folded(
 def test_equal_fits_make_equal_files(evaluators: EvaluationDispatch, tiny: LoadedModel, small_task: Task) -> None:
     request = FitCompensation("RSRSSR", LINEAR)
     again = PlainEvaluator(tiny, small_task, batch_size=2).compensator
-    assert evaluators.plain.compensator.answer(request).content == again.answer(request).content
+    assert evaluators.plain.compensator.fit(request).content == again.fit(request).content
 
 
-def test_a_plan_that_cannot_be_compensated_fails_alone(evaluators: EvaluationDispatch) -> None:
-    text = LINEAR + " bias=yes"
+def test_a_plan_that_cannot_be_compensated_fails_alone(
+    evaluators: EvaluationDispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = LINEAR.replace("0.001", "0.01")
+    calibration = evaluators.plain.compensator.calibration(Recipe.parse(text))
+    monkeypatch.setitem(calibration.refusals, 1, "layer 1 cannot hold a map")
     for path in ("fast", "plain"):
-        found = evaluators.evaluate(EvaluatePlans(("RSRRRR", "RRRRRR"), "search", compensation=text, path=path))
+        found = evaluators.evaluate(EvaluatePlans(("RRSSRS", "RRRRRR"), "search", compensation=text, path=path))
         refused, dense = found.results
-        assert isinstance(refused, EvaluationFailure) and "map with a bias" in refused.reason
+        assert isinstance(refused, EvaluationFailure) and "layer 1 cannot hold a map" in refused.reason
         assert isinstance(dense, Evaluation)
 
 
 def test_maps_of_another_plan_or_damaged_ones_are_refused(evaluators: EvaluationDispatch, tmp_path: Path) -> None:
     compensator = evaluators.plain.compensator
-    kept = compensator.answer(FitCompensation("RSRSSR", LINEAR))
+    kept = compensator.fit(FitCompensation("RSRSSR", LINEAR))
     artifact = store.put(str(tmp_path), kept.content)
     with pytest.raises(CompensationError, match="those of plan RSRSSR, not of RSRRRR"):
         decode(store.get(artifact), plan="RSRRRR")
@@ -111,7 +115,7 @@ def test_maps_of_another_plan_or_damaged_ones_are_refused(evaluators: Evaluation
 
 
 def test_a_store_may_be_a_url(evaluators: EvaluationDispatch) -> None:
-    kept = evaluators.plain.compensator.answer(FitCompensation("RSRRRR", LINEAR))
+    kept = evaluators.plain.compensator.fit(FitCompensation("RSRRRR", LINEAR))
     artifact = store.put("memory://maps/here", kept.content)
     assert artifact.location.startswith("memory://maps/here/") and store.get(artifact) == kept.content
     with pytest.raises(CompensationError, match="cannot be written"):
@@ -122,4 +126,4 @@ def test_no_maps_are_fitted_where_none_are_asked_for(evaluators: EvaluationDispa
     compensator = evaluators.plain.compensator
     assert compensator.maps(SkipPlan.parse("RSRRRR"), "none") is None
     with pytest.raises(CompensationError, match="no maps to fit"):
-        compensator.answer(FitCompensation("RSRRRR", "none"))
+        compensator.fit(FitCompensation("RSRRRR", "none"))

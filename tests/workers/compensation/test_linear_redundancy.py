@@ -9,7 +9,7 @@ from workers.compensation.calibration import calibrate
 from workers.compensation.fit import fit
 from workers.compensation.linear_redundancy import linear_redundancy, tokens_for
 from workers.compensation.recipe import Recipe
-from workers.compensation.weighting import weigher
+from workers.compensation.weighting import inverse_mean_square
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan
 from workers.runtime.locate import locate
@@ -46,12 +46,14 @@ def test_shares_are_the_residuals_of_numpys_least_squares(tiny: LoadedModel, sma
         )
 
 
-def test_the_first_gap_of_a_plan_leaves_what_was_predicted(tiny: LoadedModel, small_task: Task) -> None:
+def test_the_first_gap_of_a_plan_leaves_what_was_predicted(
+    tiny: LoadedModel, small_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calibration = calibrate(tiny, small_task, tokens=400)
     shares = {(each.layer, each.end): each.unexplained for each in linear_redundancy(tiny, calibration, ridge=1e-3)}
     recipe = Recipe.parse("linear")
-    weigh = weigher("rms", calibration, lambda layer: (1.0, 1.0))
-    (gap,) = fit(tiny.model, calibration, SkipPlan.parse("RRSSRR"), recipe, weigh).gaps
+    monkeypatch.setattr("workers.compensation.fit.weigher", lambda *_: lambda _, target: inverse_mean_square(target))
+    (gap,) = fit(tiny.model, calibration, SkipPlan.parse("RRSSRR"), recipe).gaps
     assert gap.unexplained == pytest.approx(shares[1, 3], rel=1e-4)
 
 

@@ -11,7 +11,6 @@ from workers.compensation.calibration import Calibration, calibrate
 from workers.compensation.fit import fit
 from workers.compensation.recipe import Recipe
 from workers.compensation.shared import SharedFits
-from workers.compensation.weighting import weigher
 from workers.layerwise.decoder import Decoder
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan
@@ -24,18 +23,17 @@ def calibration(tiny: LoadedModel, small_task: Task) -> Calibration:
 
 
 def shared(tiny: LoadedModel, calibration: Calibration, recipe: Recipe, **options: int) -> SharedFits:
-    weigh = weigher(recipe.weighting, calibration, lambda layer: (1.0, 1.0))
-    return SharedFits(Decoder(tiny.model), calibration, recipe, weigh, **options)
+    return SharedFits(Decoder(tiny.model), calibration, recipe, **options)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "linear",
-        "linear source=dense weighting=groups",
+        "linear source=dense weighting=uniform",
         "linear drift=yes",
         "linear scope=projection",
-        "linear drift=yes scope=projection weighting=rms",
+        "linear drift=yes scope=projection weighting=uniform",
     ],
 )
 @pytest.mark.parametrize("budget", [1 << 30, 1])
@@ -44,10 +42,9 @@ def test_the_maps_are_those_of_each_plan_alone(
 ) -> None:
     recipe, generator = Recipe.parse(text), random.Random(text)
     fits = shared(tiny, calibration, recipe, budget=budget)
-    weigh = weigher(recipe.weighting, calibration, lambda layer: (1.0, 1.0))
     for _ in range(12):
         plan = SkipPlan.parse("".join(generator.choice("RRSSFB") for _ in range(5)) + "R")
-        expected, found = fit(tiny.model, calibration, plan, recipe, weigh), fits.fit(plan)
+        expected, found = fit(tiny.model, calibration, plan, recipe), fits.fit(plan)
         assert found.maps.keys() == expected.maps.keys() and found.gaps == expected.gaps
         for layer, own in expected.maps.items():
             assert torch.equal(found.maps[layer].matrix, own.matrix), (plan.text, layer)

@@ -23,14 +23,13 @@ HIDDEN = 32
 PLAN = SkipPlan.parse("SRSSRS")
 
 
-def random_maps(plan: SkipPlan, size: float = 0.3, hidden: int = HIDDEN, bias: bool = False) -> dict[int, GapMap]:
+def random_maps(plan: SkipPlan, size: float = 0.3, hidden: int = HIDDEN) -> dict[int, GapMap]:
     generator = torch.Generator().manual_seed(1)
     return {
         gap.layer: GapMap(
             gap.layer,
             gap.end,
             torch.eye(hidden) + size * torch.randn(hidden, hidden, generator=generator) / hidden**0.5,
-            torch.randn(hidden, generator=generator) if bias else None,
         )
         for gap in gaps(plan)
     }
@@ -44,8 +43,7 @@ class ExplicitMaps:
 
     def __enter__(self) -> None:
         for layer, own in self._maps.items():
-            bias = 0 if own.bias is None else own.bias
-            hook = lambda module, args, output, own=own, bias=bias: output @ own.matrix + bias  # noqa: E731
+            hook = lambda module, args, output, own=own: output @ own.matrix  # noqa: E731
             self._handles.append(self._mlps[layer].register_forward_hook(hook))
 
     def __exit__(self, *_: object) -> None:
@@ -81,17 +79,15 @@ def test_folded_maps_give_the_logits_of_explicit_ones() -> None:
         assert (logits(MODEL) - folded).abs().max() > 0.1  # the maps do change the model
 
 
-def test_a_map_and_its_bias_are_folded_where_the_projection_has_one() -> None:
+def test_a_map_is_folded_into_the_projections_bias_too() -> None:
     model = build_model(mlp_bias=True)
     with torch.no_grad():
         for layer in locate(model).layers:
             layer.mlp.down_proj.bias.normal_()
-    maps = random_maps(PLAN, bias=True)
+    maps = random_maps(PLAN)
     with apply(model, PLAN, maps):
         folded = logits(model)
     torch.testing.assert_close(folded, explicit_logits(model, PLAN, maps), rtol=1e-4, atol=1e-4)
-    with pytest.raises(FoldingError, match="layer 1 cannot hold a map with a bias"), apply(MODEL, PLAN, maps):
-        pass
 
 
 def test_the_identity_is_the_plain_skip_bitwise() -> None:

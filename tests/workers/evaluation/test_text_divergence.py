@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.compensation.collateral import WINDOW, text_divergence
 from workers.errors import MeasurementError
+from workers.evaluation.text_divergence import WINDOW, text_divergence
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, apply
 
