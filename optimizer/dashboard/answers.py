@@ -12,6 +12,7 @@ from optimizer.reports.data import Specification, meets_constraint
 from storage.queue.events import Event
 from storage.queue.jobs import Job
 from storage.records.plans import Plan as StoredPlan
+from workers.runtime.plan import LEGEND
 
 State = Literal["queued", "running", "succeeded", "infeasible", "failed", "cancelled"]
 
@@ -67,7 +68,7 @@ class Plan(Answer):
     task: str
     device: str
     workload: str
-    plan: str = Field(description="One letter a layer: R run, F freeze, B bypass, S skip.")
+    plan: str = Field(description=f"One letter a layer: {LEGEND}.")
     layers: dict[str, list[int]] = Field(description="Layers that do other than run, by action.")
     compensation: str
     origin: str = Field(description="measured here, or imported.")

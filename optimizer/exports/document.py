@@ -26,7 +26,7 @@ from optimizer.errors import UsageFault
 from optimizer.search.space import touched
 from storage.records.identities import ModelIdentity, TaskIdentity
 from storage.records.plans import Plan, PlanFigures
-from workers.runtime.plan import SkipPlan
+from workers.runtime.plan import LEGEND, LETTERS, SkipPlan
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "skipplan.json"
@@ -43,7 +43,7 @@ def _no_truth_value(value: Any) -> Any:
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{6,128}$")]
 Checksum = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Letters = Annotated[str, StringConstraints(pattern=r"^[RFBS]+$", max_length=4096)]
+Letters = Annotated[str, StringConstraints(pattern=f"^[{LETTERS}]+$", max_length=4096)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -146,7 +146,7 @@ class PlanDocument(Part):
     model_config = ConfigDict(title="skipplan plan")
 
     schema_version: Annotated[Literal[1], BeforeValidator(_no_truth_value)]
-    plan: Letters = Field(description="One letter per decoder layer: R run, F freeze, B bypass, S skip")
+    plan: Letters = Field(description=f"One letter per decoder layer: {LEGEND}")
     compensation: Name = Field(description="'none', or how the gaps of skipped layers are compensated")
     maps_sha256: Checksum | None = Field(
         default=None, description="Of the fitted maps' file, compensation/maps.safetensors; null without compensation"

@@ -14,7 +14,7 @@ from optimizer.errors import UsageFault
 from optimizer.registries import METHODS, STRATEGIES
 from workers.compensation.recipe import NONE, Recipe
 from workers.runtime import PlanError, SkipPlan
-from workers.runtime.plan import Action
+from workers.runtime.plan import LEGEND, Action
 
 DEFAULT_DATABASE = "sqlite:///skipplan.db"
 DEFAULT_ARTIFACTS = "skipplan-artifacts"
@@ -113,8 +113,7 @@ class SearchSpec(_Section):
     )
     plans: tuple[str, ...] = Field(
         default=(),
-        description="Plans that are tried before all others, one letter a layer (R run, F freeze, B bypass, S skip); "
-        "samplers only.",
+        description=f"Plans that are tried before all others, one letter a layer ({LEGEND}); samplers only.",
     )
     warm_start: bool = Field(
         default=True, description="Use what earlier jobs found out about this model, on this task and on others."

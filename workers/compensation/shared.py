@@ -22,7 +22,7 @@ from workers.device.memory import memory_bytes
 from workers.layerwise.decoder import Decoder, Recording
 from workers.runtime.folding import GapMap, acted_on, fold_site
 from workers.runtime.gaps import Gap, gaps
-from workers.runtime.plan import Action, SkipPlan
+from workers.runtime.plan import REMOVING_LETTERS, Action, SkipPlan
 from workers.runtime.token_rows import TokenSplit
 
 from .calibration import Calibration
@@ -37,7 +37,7 @@ MAPS_BUDGET = 4 << 30
 """Bytes of maps that are kept. All plans of one request are walked together, so theirs should fit."""
 
 
-RUN, SKIP = Action.RUN.letter, Action.SKIP.letter
+RUN = Action.RUN.letter
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class SharedFits:
         if prefix in self._maps:
             self._maps.move_to_end(prefix)
             return self._maps[prefix]
-        layer = len(prefix.rstrip(SKIP)) - 1
+        layer = len(prefix.rstrip(REMOVING_LETTERS)) - 1
         self._calibration.require(layer)
         require_holds(self._decoder.stack, layer, self.recipe)
         with torch.inference_mode():
@@ -131,13 +131,14 @@ class SharedFits:
 
     def _entering(self, prefix: str) -> tuple[Tensor, ...]:
         """The states that the layer behind ``prefix`` is given."""
-        executed = prefix.rstrip(SKIP)
+        executed = prefix.rstrip(REMOVING_LETTERS)
         if not executed:  # layers skipped at the very bottom stay plain skips
             return tuple(recording.hidden for recording in self._recordings)
         if prefix in self._states:
             self._states.move_to_end(prefix)
             return self._states[prefix]
-        if executed == prefix and not (self.recipe.drift and SKIP in executed.lstrip(SKIP)):
+        gap_below = any(letter in executed.lstrip(REMOVING_LETTERS) for letter in REMOVING_LETTERS)
+        if executed == prefix and not (self.recipe.drift and gap_below):
             states = tuple(hidden for hidden, _ in self._run(prefix, watching=False))
         else:
             before, change = self._executed(executed), self.change(prefix)

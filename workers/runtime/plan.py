@@ -96,6 +96,9 @@ _BY_LETTER = {action.letter: action for action in Action}
 LETTERS = "".join(_BY_LETTER)
 SAVING_LETTERS = LETTERS.replace(Action.RUN.letter, "")
 """Letters of the actions that save work: all but run."""
+REMOVING_LETTERS = "".join(action.letter for action in Action if action.row.removes_layer)
+LEGEND = ", ".join(f"{action.letter} {action.label}" for action in Action)
+"""``"R run, F freeze, ..."``, to explain the text of plans."""
 
 
 @total_ordering

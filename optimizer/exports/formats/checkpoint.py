@@ -18,8 +18,8 @@ def write(subject: Subject, directory: Path) -> None:
 
 
 def removal_of(plan: SkipPlan) -> SkipPlan:
-    """The plan with its skips alone."""
-    return SkipPlan.skipping(len(plan), plan.layers(Action.SKIP))
+    """The plan with nothing but its removed layers."""
+    return SkipPlan(tuple(action if action.row.removes_layer else Action.RUN for action in plan))
 
 
 def remainder_of(plan: SkipPlan) -> SkipPlan:

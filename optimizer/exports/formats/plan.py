@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optimizer.exports.interface import ExportFormat, Guide, Subject, takes_everything
+from workers.runtime.plan import LEGEND
 
 
 def write(subject: Subject, directory: Path) -> None:
@@ -15,7 +16,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
     """How the file is used."""
     return Guide(
         usage="Take the plan into another database with `skipplan import skipplan.json`, or read the file: its `plan` "
-        "has one letter per decoder layer (R run, F freeze, B bypass, S skip).",
+        f"has one letter per decoder layer ({LEGEND}).",
         limits=("It holds no weights: the plan is for the model with this fingerprint only.",),
     )
 
