@@ -1,4 +1,4 @@
-"""What a job needs before anything is stored or started: its task's data and its model's files, checked and hashed."""
+"""Load, check and hash what a job needs before anything is stored or started: its tasks' data, its model's files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ from workers.messages import ModelSource
 from workers.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint_checkpoint
 from workers.tasks import Sample, Task, load_spec, load_task
 from workers.tasks.images import ImageFile
+from workers.tasks.spec import TaskSpec
 from workers.tasks.splits import SPLITS
 
 
 @dataclass(frozen=True)
 class JobInputs:
-    """A job whose inputs were found usable, and the hash under which an equal job is found again."""
+    """A job whose inputs were found usable, loaded once for all of its stages."""
 
     spec: JobSpec
     task: Task
     spec_hash: str
+    """An equal job is found again by it: hash of the specification, the tasks' data, the text and the model."""
     fingerprint: str
     """The model's fingerprint; empty when its files are on a cluster's nodes only."""
+    other_tasks: tuple[Task, ...] = ()
+    """Tasks of ``collateral.tasks``."""
+    other_text: str | None = None
+    """Contents of ``collateral.text``."""
 
 
 def prepare(spec: JobSpec) -> JobInputs:
-    """Load the task, open every image it needs, look at the model's files.
+    """Load the tasks, open every image of the job's own, look at the model's files.
 
     Raises UsageFault naming the file, field, column, row or image.
     """
@@ -40,31 +46,45 @@ def prepare(spec: JobSpec) -> JobInputs:
     check_rungs(spec, task)
     check_images(task)
     fingerprint = model_fingerprint(spec)
-    others = {f"collateral {number}": each for number, each in enumerate(collateral_hashes(spec))}
-    return JobInputs(spec, task, spec.digest(task=task_hash(task), model=fingerprint, **others), fingerprint)
-
-
-def load_job_task(spec: JobSpec) -> Task:
-    """The job's task with the job's split sizes. Raises UsageFault."""
     try:
-        sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
-        return load_task(load_spec(spec.task).with_splits(**sizes))
+        tasks = tuple(load_task(name) for name in spec.collateral.tasks)
+    except TaskError as error:
+        raise UsageFault(f"collateral.tasks: {error}") from None
+    hashes = [task_hash(each) for each in tasks]
+    text = None
+    if spec.collateral.text is not None:
+        text, text_hash = _read_text(Path(spec.collateral.text))
+        hashes.append(text_hash)
+    others = {f"collateral {number}": each for number, each in enumerate(hashes)}
+    spec_hash = spec.digest(task=task_hash(task), model=fingerprint, **others)
+    return JobInputs(spec, task, spec_hash, fingerprint, tasks, text)
+
+
+def task_of(spec: JobSpec) -> TaskSpec:
+    """Read the job's task file, with the job's split sizes. Raises UsageFault."""
+    sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
+    try:
+        return load_spec(spec.task).with_splits(**sizes)
     except TaskError as error:
         raise UsageFault(str(error)) from None
 
 
-def collateral_hashes(spec: JobSpec) -> list[str]:
-    """Hashes of the other tasks and of the general text that the job measures its plans on. Raises UsageFault."""
+def load_job_task(spec: JobSpec) -> Task:
+    """Load the data of the job's task, with the job's split sizes. Raises UsageFault."""
     try:
-        hashes = [task_hash(load_task(name)) for name in spec.collateral.tasks]
+        return load_task(task_of(spec))
     except TaskError as error:
-        raise UsageFault(f"collateral.tasks: {error}") from None
-    if spec.collateral.text is not None:
-        try:
-            hashes.append(hashlib.sha256(Path(spec.collateral.text).read_bytes()).hexdigest())
-        except OSError as error:
-            raise UsageFault(f"collateral.text: {spec.collateral.text} cannot be read: {error.strerror}") from None
-    return hashes
+        raise UsageFault(str(error)) from None
+
+
+def _read_text(path: Path) -> tuple[str, str]:
+    """Read a UTF-8 text file and hash its bytes. Raises UsageFault."""
+    try:
+        return path.read_text(encoding="utf-8"), hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageFault(f"collateral.text: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageFault(f"collateral.text: {path} cannot be read as UTF-8 text ({error})") from None
 
 
 def check_rungs(spec: JobSpec, task: Task) -> None:
@@ -97,29 +117,34 @@ def _image_problem(sample: Sample) -> str | None:
 
 
 def model_source(spec: JobSpec) -> ModelSource:
-    """The job's model as the workers understand it."""
+    """Translate ``model`` of the job file for the workers."""
     return ModelSource(**spec.model.model_dump())
 
 
-def model_fingerprint(spec: JobSpec) -> str:
-    """Fingerprint of the model's files; empty when they are on a cluster's nodes only. Raises UsageFault."""
-    if spec.cluster.address != "local":
-        return ""
+def find_model(spec: JobSpec) -> Path:
+    """Find the directory of the job's model, with all the files that it needs. Raises UsageFault."""
     try:
         directory = find_checkpoint(model_source(spec))
         check_checkpoint(directory, spec.model.allow_pickle)
-        return fingerprint_checkpoint(directory, spec.model.allow_pickle)
     except ModelError as error:
         raise UsageFault(str(error)) from None
+    return directory
+
+
+def model_fingerprint(spec: JobSpec) -> str:
+    """Hash the model's files; empty when they are on a cluster's nodes only. Raises UsageFault."""
+    if spec.cluster.address != "local":
+        return ""
+    return fingerprint_checkpoint(find_model(spec), spec.model.allow_pickle)
 
 
 def task_hash(task: Task) -> str:
-    """Hash of everything that a score on this task depends on: data, prompt, answers, metric."""
+    """Hash everything that a score on this task depends on: data, prompt, answers, metric."""
     return _hash([task.data_hash, task.definition_hash, task.split_hash])
 
 
 def split_hash(task: Task, split: str) -> str:
-    """Hash of one split's samples in order, with how they are asked and scored."""
+    """Hash one split's samples in order, with how they are asked and scored."""
     return _hash([task.definition_hash, *_sample_lines(task.split(split))])
 
 

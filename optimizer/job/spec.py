@@ -289,6 +289,29 @@ class ClusterSpec(_Section):
         return workers
 
 
+DETERMINES_RESULT = {
+    "model",
+    "task",
+    "actions",
+    "criterion",
+    "thresholds",
+    "redundancy_samples",
+    "constraint",
+    "protect",
+    "search",
+    "compensation",
+    "collateral",
+    "splits",
+    "workload",
+    "evaluation",
+    "latency_precision",
+    "latency_seconds",
+}
+"""Fields that count when jobs are compared, each with everything in it."""
+ONLY_WHERE_AND_WHEN = {"cluster", "priority", "attempts", "database", "artifacts"}
+"""Fields that do not: where and when a job runs, and where its results lie. Every field is in one of the two sets."""
+
+
 class JobSpec(_Section):
     """Everything a job file says. Relative paths in a file are relative to that file."""
 
@@ -388,10 +411,10 @@ class JobSpec(_Section):
         return "".join(action.letter for action in Action if action is Action.RUN or action.label in self.actions)
 
     def canonical(self) -> dict[str, Any]:
-        """What determines the result, as plain JSON values: where and when it runs and where it is stored left out."""
-        return self.model_dump(mode="json", exclude={"database", "artifacts", "cluster", "priority", "attempts"})
+        """Dump the fields of ``DETERMINES_RESULT`` as plain JSON values."""
+        return self.model_dump(mode="json", include=DETERMINES_RESULT)
 
     def digest(self, **inputs: str) -> str:
-        """Hash of :meth:`canonical` and of the contents of its inputs (task data, model), for finding equal jobs."""
+        """Hash :meth:`canonical` and the contents of the job's inputs (task data, model), to find equal jobs."""
         text = json.dumps({"spec": self.canonical(), "inputs": inputs}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

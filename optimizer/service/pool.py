@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from optimizer.job.inputs import JobInputs, model_source, task_hash
@@ -98,14 +97,6 @@ class PoolCache:
 
     def __init__(self) -> None:
         self._pool: WorkerPool | None = None
-
-    def __enter__(self) -> PoolCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def get(self, inputs: JobInputs) -> WorkerPool:
         """Return the cached workers, with the job's task, where they fit the job, else new ones.

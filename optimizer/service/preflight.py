@@ -1,4 +1,4 @@
-"""Looking a job file over without a network and without starting anything: what is good, what cannot be seen here."""
+"""Validate a job file offline, without starting workers; report what passed and what could not be checked."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optimizer.errors import UsageFault
-from optimizer.job.inputs import check_images, check_rungs, load_job_task, model_source
+from optimizer.job.inputs import check_images, check_rungs, find_model, load_job_task, task_of
 from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
 from optimizer.verification.judgement import least_provable_drop
-from workers.errors import ModelError, TaskError
-from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models, check_checkpoint, find_checkpoint
-from workers.tasks import Task, load_spec
-from workers.tasks.spec import HubSource, TaskSpec
+from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
+from workers.tasks import Task
+from workers.tasks.spec import HubSource
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,10 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) 
     Nothing is downloaded. Raises UsageFault naming the file and the field, column, row, image or model file.
     """
     spec = load_job(path, environment=environment)
-    task = _task(spec, str(path))
+    try:
+        task = task_of(spec)
+    except UsageFault as fault:
+        raise UsageFault(f"{path}: {fault}") from None
     good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
     notes: list[str] = []
     if isinstance(task.source, HubSource):
@@ -51,7 +53,7 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) 
         good.append(f"data of task {task.name}: {sizes}, every image opens")
         notes += too_few_to_prove(spec, data)
     if is_local(spec.model.path):
-        _model(spec)
+        find_model(spec)
         good.append(f"model {spec.model.path}: configuration and weight files")
     else:
         unknown.append(f"model {spec.model.path}: its files are on the hub")
@@ -77,19 +79,3 @@ def is_local(model: str) -> bool:
     """Whether a model is a directory here, bundled, or built already."""
     built = model in BUILT_MODELS and built_directory(model).is_dir()
     return built or model in bundled_models() or Path(model).expanduser().exists() or model.count("/") != 1
-
-
-def _task(spec: JobSpec, source: str) -> TaskSpec:
-    sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
-    try:
-        task = load_spec(spec.task)
-    except TaskError as error:
-        raise UsageFault(f"{source}: {error}") from None
-    return task.with_splits(**sizes)
-
-
-def _model(spec: JobSpec) -> None:
-    try:
-        check_checkpoint(find_checkpoint(model_source(spec)), spec.model.allow_pickle)
-    except ModelError as error:
-        raise UsageFault(str(error)) from None

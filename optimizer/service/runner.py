@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import Interrupted, LeaseLost, UsageFault, explain
@@ -44,12 +44,12 @@ LONGEST_RETRY_SECONDS = 300.0
 
 
 def new_owner() -> str:
-    """A name for this process that no other process has or had."""
+    """Name this process as no other process is or was named."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 def stored_spec(spec: JobSpec) -> dict[str, Any]:
-    """A job's specification as the database keeps it: without the database's own URL, which may hold a password."""
+    """Dump a job's specification for the database, without its URL, which may hold a password."""
     return spec.model_dump(mode="json", exclude={"database"})
 
 
@@ -62,7 +62,7 @@ def submit(db: Database, inputs: JobInputs, *, anew: bool) -> tuple[Job, bool]:
 
 
 def read_spec(job: Job) -> JobSpec:
-    """The specification of a stored job, on the cluster that this process's environment names, if it does.
+    """Read a stored job's specification, on the cluster that this process's environment names, if it does.
 
     Raises UsageFault when this version cannot read it.
     """
@@ -142,7 +142,7 @@ def attempt(
     the work raises.
     """
     try:
-        with Heartbeat(db, job, progress, lease_seconds), stop_signals():
+        with heartbeat(db, job, progress, lease_seconds), stop_signals():
             yield
     except KeyboardInterrupt:
         quietly(lambda: (jobs.release if resumable else jobs.fail)(db, job, "interrupted"))
@@ -181,32 +181,27 @@ def quietly(action: Callable[[], object]) -> None:
         action()
 
 
-class Heartbeat:
-    """A thread that extends the job's lease and stores its progress; when the lease is lost, writes are refused."""
+@contextmanager
+def heartbeat(db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]:
+    """Extend the job's lease and store its progress, from a thread; when the lease is lost, writes are refused."""
+    stop = threading.Event()
 
-    def __init__(self, db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS) -> None:
-        self._db, self._job, self._progress, self._lease_seconds = db, job, progress, lease_seconds
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"heartbeat of job {job.id}", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self._lease_seconds / HEARTBEATS_PER_LEASE):
+    def beat() -> None:
+        while not stop.wait(lease_seconds / HEARTBEATS_PER_LEASE):
             try:
-                jobs.heartbeat(self._db, self._job, self._lease_seconds, asdict(self._progress.state))
+                jobs.heartbeat(db, job, lease_seconds, asdict(progress.state))
             except storage_errors.LeaseLost:
                 return  # the job's own next write meets the same error and ends it
             except storage_errors.DatabaseError:
                 continue  # the next beat may get through while the lease still holds
+
+    thread = threading.Thread(target=beat, name=f"heartbeat of job {job.id}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @contextmanager

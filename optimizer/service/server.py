@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from optimizer.errors import Fault, Interrupted
@@ -65,7 +66,7 @@ class Server:
         logs.log("serving", owner=self._owner, database=self._db.safe_url)
         idle_since = time.monotonic()
         try:
-            with stop_signals(), PoolCache() as pools:
+            with stop_signals(), closing(PoolCache()) as pools:
                 while True:
                     job = self._claim()
                     if job is not None:

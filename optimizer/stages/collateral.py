@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from optimizer.errors import UsageFault
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
 from optimizer.stages.verify import Finalist
-from workers.errors import TaskError
 from workers.messages import Artifact, CompareText, EvaluateElsewhere, Evaluation, TextDivergence
 from workers.runtime import SkipPlan
-from workers.tasks import Task, load_task
+from workers.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -45,39 +42,21 @@ class Collateral:
 
 def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, Collateral]:
     """Measure what the job asks for beside its task, for every verified plan, or read it back."""
-    spec = context.spec.collateral
-    if not spec.tasks and spec.text is None:
+    if not context.inputs.other_tasks and context.inputs.other_text is None:
         return {}
     context.progress.begin("collateral", len(finalists))
-    tasks = [load_other(name) for name in spec.tasks]
     found = {}
     for finalist in finalists:
-        measure = partial(_measure, context, finalist, tasks)
+        measure = partial(_measure, context, finalist)
         found[finalist.candidate] = context.once(f"collateral {finalist.candidate}", Collateral, measure)
         context.progress.advance()
     return found
 
 
-def load_other(name: str) -> Task:
-    """Load another task of the model. Raises UsageFault."""
-    try:
-        return load_task(name)
-    except TaskError as error:
-        raise UsageFault(f"collateral.tasks: {error}") from None
-
-
-def read_text(path: str) -> str:
-    """Read the general text. Raises UsageFault."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageFault(f"collateral.text: {path} cannot be read as UTF-8 text ({error})") from None
-
-
-def _measure(context: JobContext, finalist: Finalist, tasks: list[Task]) -> Collateral:
+def _measure(context: JobContext, finalist: Finalist) -> Collateral:
     candidate, artifact = finalist.candidate, finalist.artifact
     others: dict[str, OtherTask] = {}
-    for task in tasks:
+    for task in context.inputs.other_tasks:
         result, dense = _evaluate(context, candidate, artifact, task), _dense(context, task)
         if result is not None and dense is not None:
             others[task.name] = OtherTask(result.n_samples, result.accuracy, dense)
@@ -103,9 +82,9 @@ def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | No
 
 
 def _compare_text(context: JobContext, candidate: Candidate, artifact: Artifact | None) -> TextDivergence | None:
-    path = context.spec.collateral.text
-    if path is None:
+    text = context.inputs.other_text
+    if text is None:
         return None
-    request = CompareText(candidate.plan.text, read_text(path), candidate.compensation, artifact)
+    request = CompareText(candidate.plan.text, text, candidate.compensation, artifact)
     reply = context.ask_one(request, f"{candidate} on general text")
     return reply if isinstance(reply, TextDivergence) else None

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from optimizer.errors import UsageFault
 from optimizer.job.loading import ENVIRONMENT, load_job, parse_yaml, validate_job
-from optimizer.job.spec import JobSpec
+from optimizer.job.spec import DETERMINES_RESULT, ONLY_WHERE_AND_WHEN, JobSpec
 
 PROJECT = Path(__file__).resolve().parents[3]
 MINIMAL = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
@@ -70,6 +70,11 @@ def test_option_wins_over_environment_wins_over_file(tmp_path: Path):
     spec = job(tmp_path, text, environment=environment)
     assert (spec.database, spec.cluster.workers) == ("sqlite:///environment.db", 3)
     assert job(tmp_path, text, environment=environment, database="sqlite:///o.db").database == "sqlite:///o.db"
+
+
+def test_every_field_either_counts_in_the_digest_or_does_not():
+    assert JobSpec.model_fields.keys() == DETERMINES_RESULT | ONLY_WHERE_AND_WHEN
+    assert not DETERMINES_RESULT & ONLY_WHERE_AND_WHEN
 
 
 def test_digest_is_of_what_determines_the_result(tmp_path: Path):

@@ -115,7 +115,7 @@ def test_heartbeat_extends_the_lease_and_stores_progress(db, monkeypatch):
     progress = Progress()
     progress.begin("search", 10)
     progress.advance(3, "RRS")
-    with runner.Heartbeat(db, job, progress):
+    with runner.heartbeat(db, job, progress):
         deadline = time.monotonic() + 10
         while not jobs.get(db, job.id).progress and time.monotonic() < deadline:
             time.sleep(0.02)
