@@ -70,7 +70,7 @@ def _figures(first: JobReport, second: JobReport) -> Table:
 
 def _column(report: JobReport) -> list[tuple[str, str]]:
     kept = sum(meets_constraint(plan) is True for plan in report.plans)
-    complete = sum(each.complete for each in report.tried)
+    complete = sum(each.complete for each in report.trials)
     profile = report.profile
     return [
         ("state", report.job.state),
@@ -81,7 +81,7 @@ def _column(report: JobReport) -> list[tuple[str, str]]:
         ("limits", "; ".join(formatting.constraint(report))),
         ("search", report.spec.strategy),
         *_best(report.best),
-        ("plans tried", f"{len(report.tried):,}, {complete:,} on the whole search split"),
+        ("plans tried", f"{len(report.trials):,}, {complete:,} on the whole search split"),
         ("plans verified", f"{len(report.plans)}, {kept} within the limits"),
     ]
 
@@ -146,7 +146,7 @@ def _searches(db: Database, first: JobReport, second: JobReport) -> Section:
     corner = progress.reference(first)
     again = collect(db, second.job.id, profile=first.profile) if first.profile is not None else second
     curves = [
-        (f"job {report.job.id} ({report.spec.strategy})", progress.steps(report.tried, corner))
+        (f"job {report.job.id} ({report.spec.strategy})", progress.steps(report.trials, corner))
         for report in (first, again)
     ]
     return replace(sections.progress(first, curves), title=section.title)

@@ -42,7 +42,7 @@ class Specification:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Specification:
-        """Read ``jobs.spec``."""
+        """Read the specification that a job was stored with."""
         model = _section(stored, "model")
         limits = {
             name: float(value)
@@ -109,7 +109,7 @@ class JobReport:
     result: JobResult
     profile: JobProfile | None
     redundancy: tuple[Redundancy, ...]
-    tried: tuple[TrialSummary, ...]
+    trials: tuple[TrialSummary, ...]
     failed: tuple[tuple[str, str], ...]
     """Plans that could not be scored, and why."""
     search_samples: int | None
@@ -160,8 +160,8 @@ def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> 
     spec = Specification.of(result.job.spec)
     rows = overview.evaluations(db, job_id)
     profile = profile or overview.latency_profile(db, job_id)
-    ids = _ids(rows, profile)
-    tried, samples = _trials(db, rows, profile, spec)
+    ids = next(((each.model_id, each.task_id) for each in (profile, *rows) if each is not None), None)
+    trials, samples = _trials(db, rows, profile, spec)
     return JobReport(
         job=result.job,
         spec=spec,
@@ -170,7 +170,7 @@ def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> 
         result=result,
         profile=profile,
         redundancy=() if ids is None else tuple(overview.redundancy(db, job_id, *ids)),
-        tried=tried,
+        trials=trials,
         failed=tuple((row.plan, row.failure) for row in rows if row.failure is not None),
         search_samples=samples,
         evaluations=sum(row.failure is None for row in rows),
@@ -183,12 +183,6 @@ def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> 
         events=tuple(events.for_job(db, job_id)),
         ids=ids,
     )
-
-
-def _ids(rows: list[EvaluationSummary], profile: JobProfile | None) -> tuple[int, int] | None:
-    if profile is not None:
-        return profile.model_id, profile.task_id
-    return (rows[0].model_id, rows[0].task_id) if rows else None
 
 
 def _trials(
@@ -207,12 +201,12 @@ def _trials(
     samples = max(row.n for row in search) if dense is None else dense.n
     dense_means = _prefix_means(() if dense is None else overview.sample_scores(db, dense.id))
     dense_ms = None if profile is None else 1000 * profile.dense_seconds
-    tried: list[TrialSummary] = []
+    trials: list[TrialSummary] = []
     for row in largest.values():
         if row is dense or row.accuracy is None:
             continue
         trial = TrialSummary(
-            order=len(tried) + 1,
+            order=len(trials) + 1,
             plan=row.plan,
             compensation=row.compensation,
             n_samples=row.n,
@@ -222,8 +216,8 @@ def _trials(
             predicted_speedup=_predicted_speedup(profile, row.plan),
             within=False,
         )
-        tried.append(replace(trial, within=trial.complete and _within(spec.limits, trial, dense_ms)))
-    return tuple(tried), samples
+        trials.append(replace(trial, within=trial.complete and _within(spec.limits, trial, dense_ms)))
+    return tuple(trials), samples
 
 
 def _prefix_means(scores: tuple[float, ...]) -> list[float]:

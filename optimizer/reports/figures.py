@@ -22,7 +22,7 @@ def front(report: JobReport) -> Chart | None:
     """Speed-up against the difference of accuracy to dense: verified plans with intervals, tried ones as points."""
     placed = [
         (each, each.predicted_speedup, 100 * each.difference)
-        for each in report.tried
+        for each in report.trials
         if each.difference is not None and each.predicted_speedup is not None
     ]
     if not placed and not report.plans:
@@ -33,7 +33,7 @@ def front(report: JobReport) -> Chart | None:
         placed = [placed[place] for place in thinned([(x, y) for _, x, y in placed], speeds, points)]
 
     def tried(name: str, within: bool, colour: str, opacity: float) -> Trace:
-        drawn = (Point(x, y, _tried_line(each), each.plan) for each, x, y in placed if each.within is within)
+        drawn = (Point(x, y, _trial_line(each), each.plan) for each, x, y in placed if each.within is within)
         return dots(name, drawn, colour, 5 if many else 7, opacity=opacity, symbol="circle")
 
     kept = [plan for plan in report.plans if meets_constraint(plan) is not False]
@@ -72,7 +72,7 @@ def visible(report: JobReport) -> tuple[list[float], list[float]] | None:
     speeds = [1.0, *(plan.speedup_high for plan in report.plans)]
     speeds += [
         each.predicted_speedup
-        for each in report.tried
+        for each in report.trials
         if each.predicted_speedup is not None and each.difference is not None and 100 * each.difference >= bottom
     ]
     low, high = min(speeds), max(speeds)
@@ -80,9 +80,9 @@ def visible(report: JobReport) -> tuple[list[float], list[float]] | None:
     return [low - margin, high + margin], [bottom, top]
 
 
-def _tried_line(each: TrialSummary) -> str:
+def _trial_line(each: TrialSummary) -> str:
     given_up = "" if each.complete else "; given up early"
-    return f"tried: {formatting.tried_line(each)}{given_up}{formatting.compensated(each)}"
+    return f"tried: {formatting.trial_line(each)}{given_up}{formatting.compensated(each)}"
 
 
 def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:

@@ -24,7 +24,7 @@ class Summary:
 
 
 def summary(report: JobReport) -> Summary:
-    """What was found, what it costs and how sure that is; every number is the database's, rounded."""
+    """Say the result, its cost and how sure that is; every number is the database's, rounded."""
     if report.best is not None:
         return Summary(_answer(report, report.best), _qualifications(report, report.best), "good")
     if report.job.state == "infeasible":
@@ -78,10 +78,10 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
 
 
 def _effort(report: JobReport) -> tuple[str, ...]:
-    if not report.tried and not report.failed:
+    if not report.trials and not report.failed:
         return ()
-    complete = sum(each.complete for each in report.tried)
-    text = f"Search: {_plural(len(report.tried) + len(report.failed), 'plan')} tried, {count(complete)} of them on "
+    complete = sum(each.complete for each in report.trials)
+    text = f"Search: {_plural(len(report.trials) + len(report.failed), 'plan')} tried, {count(complete)} of them on "
     text += f"the whole search split of {count(report.search_samples or 0)} samples"
     text += f"; {count(len(report.failed))} could not be scored" if report.failed else ""
     stopped = report.result.search["stopped_because"]
@@ -135,7 +135,7 @@ def constraint(report: JobReport) -> list[str]:
     return [tell(limits[name]) for name, tell in told.items() if name in limits] or ["none"]
 
 
-def tried_line(each: TrialSummary) -> str:
+def trial_line(each: TrialSummary) -> str:
     """One line about a plan as the search saw it."""
     difference = "dense was not scored" if each.difference is None else f"{points(each.difference)} to dense"
     speed = "" if each.predicted_speedup is None else f", predicted {each.predicted_speedup:.2f}x"

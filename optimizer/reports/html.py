@@ -55,13 +55,13 @@ def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step
     The others' plans are given this job's latency profile, so that all curves measure the same.
     """
     corner = progress.reference(report)
-    curves = [(f"this job ({report.spec.strategy})", progress.steps(report.tried, corner))]
+    curves = [(f"this job ({report.spec.strategy})", progress.steps(report.trials, corner))]
     if report.ids is None or report.profile is None:
         return curves
     for other_id in overview.jobs_like(db, report.job.id, *report.ids):
         other = collect(db, other_id, profile=report.profile)
         if other.split_hashes.get("search") == report.split_hashes.get("search"):
-            curves.append((f"job {other_id} ({other.spec.strategy})", progress.steps(other.tried, corner)))
+            curves.append((f"job {other_id} ({other.spec.strategy})", progress.steps(other.trials, corner)))
     return curves
 
 

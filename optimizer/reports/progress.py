@@ -26,7 +26,7 @@ def reference(report: JobReport) -> Point:
     return 1.0, report.spec.max_accuracy_drop or LOSS_WITHOUT_LIMIT
 
 
-def steps(tried: Sequence[TrialSummary], corner: Point) -> tuple[Step, ...]:
+def steps(trials: Sequence[TrialSummary], corner: Point) -> tuple[Step, ...]:
     """The plans that raised the hypervolume, in the order of the search, and its state at the end.
 
     The hypervolume is that of predicted latency ratio and accuracy loss on the whole search split, within the region
@@ -35,7 +35,7 @@ def steps(tried: Sequence[TrialSummary], corner: Point) -> tuple[Step, ...]:
     found: list[Step] = []
     front: list[Point] = []
     area = corner[0] * corner[1]
-    for each in tried:
+    for each in trials:
         if not each.complete or each.difference is None or each.predicted_speedup is None:
             continue
         point = (1.0 / each.predicted_speedup, max(0.0, -each.difference))
@@ -44,8 +44,8 @@ def steps(tried: Sequence[TrialSummary], corner: Point) -> tuple[Step, ...]:
         points = [*front, point]
         front = [points[index] for index in front_indices(points)]
         found.append(Step(each.order, hypervolume(front, corner) / area, each.plan))
-    if tried and found and found[-1].plans < len(tried):
-        found.append(Step(len(tried), found[-1].covered, found[-1].plan))
+    if found and found[-1].plans < len(trials):
+        found.append(Step(len(trials), found[-1].covered, found[-1].plan))
     return tuple(found)
 
 

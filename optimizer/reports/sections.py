@@ -163,13 +163,13 @@ def front(report: JobReport) -> Section:
         paragraphs.append(
             f"{formatting.count(below)} of the dots lie below the range shown; the table holds the best of them."
         )
-    tables = (_plans_table(report), _trials_table(report.tried))
+    tables = (_plans_table(report), _trials_table(report.trials))
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
 
 
 def _below(report: JobReport, chart: Chart) -> int:
     shown = chart.layout["yaxis"]["range"]
-    differences = [each.difference for each in report.tried if each.difference is not None]
+    differences = [each.difference for each in report.trials if each.difference is not None]
     return 0 if shown is None else sum(100 * difference < shown[0] for difference in differences)
 
 
@@ -195,7 +195,7 @@ def strips(report: JobReport) -> Section:
         )
         for plan in report.plans
     )
-    best = sorted((each for each in report.tried if each.within), key=lambda each: -(each.predicted_speedup or 0.0))
+    best = sorted((each for each in report.trials if each.within), key=lambda each: -(each.predicted_speedup or 0.0))
     searched = tuple(
         StripRow(
             f"try {each.order}",

@@ -61,11 +61,7 @@ def check(report: JobReport) -> TheoryCheck | None:
     """Compare; None where the criterion's measurements are not stored."""
     if report.model is None:
         return None
-    rows = [
-        LayerMeasurement(each.name, each.token_group, each.layer, each.value, each.standard_error, each.n)
-        for each in report.redundancy
-    ]
-    table = LayerTable(report.model.num_layers, tuple(rows))
+    table = LayerTable(report.model.num_layers, tuple(LayerMeasurement(**vars(each)) for each in report.redundancy))
     name = report.spec.criterion or BEFORE_CRITERIA
     try:
         criterion = criteria.load(name, report.spec.thresholds)
@@ -78,7 +74,7 @@ def check(report: JobReport) -> TheoryCheck | None:
             sum(risk.of(layer, letter) for layer, letter in enumerate(each.plan)),
             0.0 - 100 * each.difference,  # no loss is 0.00, not -0.00
         )
-        for each in report.tried
+        for each in report.trials
         if each.complete
         and each.difference is not None
         and each.compensation == NO_COMPENSATION

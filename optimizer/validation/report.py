@@ -95,9 +95,7 @@ class ValidationReport:
     """Criteria that read what this model does not give, and why."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; numbers that are none are null."""
-        found: dict[str, Any] = _finite(asdict(self))
-        return found
+        return {name: finite(value) for name, value in asdict(self).items()}
 
 
 def validate(
@@ -274,11 +272,10 @@ def _action(
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values for JSON: numbers that are not finite are None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
+        return {str(key): finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value

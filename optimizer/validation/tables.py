@@ -1,4 +1,4 @@
-"""The validation report and the table of measurements as a person reads them."""
+"""Format the validation report and the table of measurements as tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import csv
 import io
 import math
 from collections.abc import Iterator
+from dataclasses import asdict, astuple, fields
 from typing import Any
 
 from rich.table import Table
 
 from optimizer.criteria import Risk
-from optimizer.validation.report import ValidationReport
+from optimizer.validation.report import ValidationReport, finite
 from optimizer.verification.agreement import Agreement
-from workers.redundancy.table import LayerTable
+from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime.plan import Action
 
 LAYER_COLUMNS = (
@@ -50,8 +51,7 @@ def layers_table(table: LayerTable, risk: Risk) -> Table:
     """One row a layer: what was measured, and the risk that the criterion predicts for each action."""
     columns = layer_columns(table)
     drawn = Table(title=f"Layers, and the risk that {risk.criterion} predicts", title_justify="left")
-    drawn.add_column("layer", justify="right")
-    for heading, _ in columns:
+    for heading in ("layer", *(heading for heading, _ in columns)):
         drawn.add_column(heading, justify="right")
     for letter in risk.risk:
         drawn.add_column(f"risk {Action.of(letter).label}", justify="right", style="bold")
@@ -73,21 +73,8 @@ def measurements_json(table: LayerTable, risk: Risk) -> dict[str, Any]:
     return {
         "criterion": risk.criterion,
         "layers": table.num_layers,
-        "risk": {
-            Action.of(letter).label: [value if math.isfinite(value) else None for value in values]
-            for letter, values in risk.risk.items()
-        },
-        "measurements": [
-            {
-                "name": row.name,
-                "token_group": row.token_group,
-                "layer": row.layer,
-                "value": row.value,
-                "standard_error": row.standard_error,
-                "n": row.n,
-            }
-            for row in table.rows
-        ],
+        "risk": {Action.of(letter).label: finite(values) for letter, values in risk.risk.items()},
+        "measurements": [asdict(row) for row in table.rows],
     }
 
 
@@ -95,10 +82,8 @@ def measurements_csv(table: LayerTable) -> str:
     """Every measurement, one a line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "token_group", "layer", "value", "standard_error", "n"])
-    for row in table.rows:
-        error = "" if row.standard_error is None else row.standard_error
-        writer.writerow([row.name, row.token_group, row.layer, row.value, error, row.n])
+    writer.writerow([field.name for field in fields(LayerMeasurement)])
+    writer.writerows(astuple(row) for row in table.rows)
     return text.getvalue()
 
 
@@ -110,13 +95,12 @@ def validation_tables(report: ValidationReport) -> Iterator[Table]:
 
 
 def _correlations(report: ValidationReport) -> Table:
-    drawn = Table(
-        title=f"Spearman's rho of predicted risk (calibration, n = {report.calibration_samples}) with measured harm "
-        f"(held out, n = {report.held_out_samples}) over layers, {report.confidence:.0%} interval",
-        title_justify="left",
+    title = (
+        f"Spearman's rho of predicted risk (calibration, n = {report.calibration_samples}) with measured harm "
+        f"(held out, n = {report.held_out_samples}) over layers, {report.confidence:.0%} interval"
     )
-    for heading in ("action", "criterion", "with KL", "with loss of accuracy", "verdict (KL, else accuracy)"):
-        drawn.add_column(heading)
+    headings = ("action", "criterion", "with KL", "with loss of accuracy", "verdict (KL, else accuracy)")
+    drawn = Table(*headings, title=title, title_justify="left")
     for action in report.actions:
         for name in action.risks:
             by_kl, by_accuracy = action.by_kl.get(name), action.by_accuracy[name]
@@ -137,13 +121,12 @@ def agreement(found: Agreement | None) -> str:
 
 
 def _sets(report: ValidationReport) -> Table:
-    drawn = Table(
-        title=f"{report.set_size} layers at once, chosen on calibration samples, tried on held-out ones "
-        f"(dense {report.dense_accuracy:.3f})",
-        title_justify="left",
+    title = (
+        f"{report.set_size} layers at once, chosen on calibration samples, tried on held-out ones "
+        f"(dense {report.dense_accuracy:.3f})"
     )
-    for heading in ("action", "chosen by", "layers", "accuracy", "difference to dense (points)", "KL"):
-        drawn.add_column(heading)
+    headings = ("action", "chosen by", "layers", "accuracy", "difference to dense (points)", "KL")
+    drawn = Table(*headings, title=title, title_justify="left")
     for each in report.sets:
         name = {"safe": f"{report.criterion}: safest", "unsafe": f"{report.criterion}: riskiest"}.get(
             each.kind, each.kind
@@ -160,12 +143,8 @@ def _sets(report: ValidationReport) -> Table:
 
 
 def _overlaps(report: ValidationReport) -> Table:
-    drawn = Table(
-        title=f"Of the layers a published method takes, how many are among the safest of {report.criterion}",
-        title_justify="left",
-    )
-    for heading in ("action", "method", "shared", "by chance"):
-        drawn.add_column(heading)
+    title = f"Of the layers a published method takes, how many are among the safest of {report.criterion}"
+    drawn = Table("action", "method", "shared", "by chance", title=title, title_justify="left")
     for each in report.overlaps:
         drawn.add_row(
             Action.of(each.action).label, each.method, f"{each.shared} of {each.size}", f"{each.expected:.1f}"

@@ -195,11 +195,11 @@ def test_rank_correlation_is_scipy_s(db: Database) -> None:
     risk = [0.01 * (layer + 1) + 0.05 for layer in range(LAYERS)]  # the larger of the vision and the text distance
     expected = {
         each.plan: sum(risk[layer] for layer, letter in enumerate(each.plan) if letter == "S")
-        for each in report.tried
+        for each in report.trials
         if each.complete
     }
     assert {pair.label: pair.predicted for pair in found.plans.pairs} == pytest.approx(expected)
-    losses = [-each.difference for each in report.tried if each.complete and each.difference is not None]
+    losses = [-each.difference for each in report.trials if each.complete and each.difference is not None]
     agreement = found.plans.agreement
     assert agreement.rho == pytest.approx(spearmanr(list(expected.values()), losses).statistic)
     assert agreement.low is not None and agreement.high is not None
@@ -209,17 +209,17 @@ def test_rank_correlation_is_scipy_s(db: Database) -> None:
 def test_progress_is_the_hypervolume_after_each_plan(db: Database) -> None:
     report = collect(db, finished_job(db))
     corner = progress.reference(report)
-    steps = progress.steps(report.tried, corner)
+    steps = progress.steps(report.trials, corner)
     assert corner == (1.0, 0.05)
     for step in steps:
         points = [
             (1 / each.predicted_speedup, max(0.0, -each.difference))
-            for each in report.tried
+            for each in report.trials
             if each.order <= step.plans and each.complete and each.difference is not None and each.predicted_speedup
         ]
         assert step.covered == pytest.approx(hypervolume(points, corner) / 0.05)
     assert [step.plans for step in steps] == sorted(step.plans for step in steps)
-    assert steps[-1].plans == len(report.tried)
+    assert steps[-1].plans == len(report.trials)
 
 
 def test_latency_bars_add_up_to_the_profile(db: Database, page: Page) -> None:
