@@ -80,7 +80,7 @@ def best(
     device: str | None = None,
     database: str | None = None,
 ) -> Plan | None:
-    """The fastest published plan of a model on a task within limits; None where the dense model is the answer.
+    """Find the fastest published plan of a model on a task within limits; None where the dense model is the answer.
 
     ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
     the upper end of the loss's interval, ``max_latency`` is in seconds a request of the job's workload.
@@ -112,7 +112,7 @@ def plans(
     limit: int | None = None,
     database: str | None = None,
 ) -> pd.DataFrame:
-    """Published plans, best first by ``sort``: one row a plan, indexed by its id; no rows where none meets the limits.
+    """List published plans, best first by ``sort``: one row a plan within the limits, indexed by its id.
 
     Columns: what was verified and measured (``accuracy``, ``difference``, ``speedup``, each with ``_low`` and
     ``_high``; ``seconds``, ``kv_cache_bytes``, ...), and ``plan``, ``compensation``, ``model``, ``task``, ``device``,
@@ -144,7 +144,7 @@ def plans(
 
 
 def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:
-    """What a job scored, in the order of its evaluations: one row a plan and rung, indexed by the evaluation's id.
+    """List what a job scored, in the order of its evaluations: one row a plan and rung, indexed by the evaluation's id.
 
     Columns: ``plan``, ``compensation``, ``split``, ``n`` (samples), ``accuracy`` (NaN for a failure), ``seconds`` of
     worker time, ``failure``, ``reused_from``, ``layer_executions``. Search accuracies steer; they are no result.
@@ -165,7 +165,7 @@ def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:
 
 
 def redundancy(job_id: int, *, database: str | None = None) -> pd.DataFrame:
-    """What was measured of every layer on the calibration split: one row a measure, token group and layer.
+    """List the redundancy of every layer on the calibration split: one row a measure, token group and layer.
 
     Columns: ``name``, ``token_group`` (vision, text, all, last), ``layer`` (from 0), ``value``, ``standard_error`` (NaN
     where there is none), ``n`` (tokens or samples). No rows where nothing was measured. Definitions and sources stand
@@ -243,7 +243,7 @@ def _spec(job: JobFile, database: str | None) -> JobSpec:
 
 @contextmanager
 def _open(database: str | None) -> Iterator[Database]:
-    """The database, which must be there."""
+    """Open the database, which must be there."""
     from optimizer.job.spec import DEFAULT_DATABASE
     from storage.database import Database
 

@@ -1,4 +1,4 @@
-"""Faults a user can meet, each with the exit code it ends the command with.
+"""Faults that a user can meet, each with its exit code.
 
 A fault's message is one line that names what is wrong and what would be right; the command line prints it without a
 traceback. Anything else that escapes is a defect of ours and ends with exit code 1.
@@ -47,7 +47,7 @@ class Interrupted(Fault):
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """Exit code and one line for an error that a user can act on, or None for a defect of ours."""
+    """Give exit code and one line for an error that a user can act on, or None for a defect of ours."""
     from storage import errors as storage
     from workers import errors as workers
     from workers.runtime import PlanError

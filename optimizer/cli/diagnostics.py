@@ -1,4 +1,4 @@
-"""Is this installation fit to run jobs? Versions, devices, bundled files, cluster, database; each check on its own."""
+"""Check whether this installation can run jobs: versions, devices, bundled files, cluster, database."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_FREE_BYTES = 2_000_000_000
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at; ``advice`` says what to do about a problem."""
+    """The result of one check; ``advice`` says what to do about a problem."""
 
     area: str
     state: State
@@ -42,7 +42,7 @@ def examine(database_url: str, cluster_address: str) -> Iterator[Finding]:
 
 
 def _guarded(area: str, look: Callable[[], Finding], advice: str) -> Finding:
-    """What looking found; an error that a user can act on becomes a problem."""
+    """Run one check; an error that a user can act on becomes a problem."""
     try:
         return look()
     except Exception as error:
@@ -52,7 +52,7 @@ def _guarded(area: str, look: Callable[[], Finding], advice: str) -> Finding:
 
 
 def _requirements() -> Iterator[tuple[Requirement, str]]:
-    """What the project needs, each with the extra it belongs to (``""`` for none)."""
+    """List the project's requirements, each with the extra it belongs to (``""`` for none)."""
     for line in metadata.requires("skipplan") or []:
         requirement = Requirement(line)
         extra = str(requirement.marker).split("==")[-1].strip(" \"'") if "extra" in str(requirement.marker) else ""
@@ -77,7 +77,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """Optional parts, by what they are for; their absence is no problem."""
+    """Check the optional dependencies, named by their use; their absence is no problem."""
     for module, extra, use in (
         ("psycopg", "postgres", "PostgreSQL databases"),
         ("datasets", "hub", "tasks from the Hugging Face hub"),
@@ -154,8 +154,8 @@ def _database(url: str) -> Finding:
         return Finding("database", "note", f"{hide_password(parsed)} is not there yet; the first job creates it")
     with Database.open(url, create=False) as db:
         counted = {state: number for state, number in jobs.count(db).items() if number}
-        told = ", ".join(f"{number} {state}" for state, number in counted.items()) or "no jobs yet"
-        return Finding("database", "ok", f"{db.safe_url}: {told}")
+        states = ", ".join(f"{number} {state}" for state, number in counted.items()) or "no jobs yet"
+        return Finding("database", "ok", f"{db.safe_url}: {states}")
 
 
 def _cluster(address: str) -> Finding:

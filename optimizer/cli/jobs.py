@@ -1,4 +1,4 @@
-"""``skipplan jobs``: what is queued, running and done, and what a user may do about it."""
+"""``skipplan jobs``: list, show, watch, cancel, resume and remove the jobs of the queue."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def remove(context: typer.Context, job: JobNumbers) -> int:
 
 
 def _counters(job: Job, counters: dict[str, float]) -> dict[str, float]:
-    """A job's running sums, with how often it was begun again."""
+    """Add to a job's counters how often it was begun."""
     return counters | {"attempts": float(job.attempt)}
 
 

@@ -50,7 +50,10 @@ def find_best(
     max_collateral_drop: float | None = None,
     max_text_kl: float | None = None,
 ) -> Plan:
-    """The plan to use. Raises UsageFault when model or task is not named, NoFeasiblePlan when none meets the limits."""
+    """Find the fastest plan within limits.
+
+    Raises UsageFault when model or task is not named, NoFeasiblePlan when no plan meets the limits.
+    """
     from optimizer.errors import NoFeasiblePlan, UsageFault
     from storage.records import plans
 
@@ -75,7 +78,7 @@ def find_best(
 
 
 def caution(plan: Plan) -> str | None:
-    """What to know before a plan is used that its own job refused."""
+    """Warn of a plan that its own job refused; None where there is nothing to warn of."""
     from optimizer.reports.data import meets_constraint
 
     if meets_constraint(plan) is not False:
@@ -84,7 +87,7 @@ def caution(plan: Plan) -> str | None:
 
 
 def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
-    """Whether a plan was measured beside its task, and keeps to the limits there."""
+    """Tell whether a plan was measured beside its task, and keeps to the limits there."""
     beside = plan.secondary.get("collateral") or {}
     drop, text = beside.get("largest_drop"), beside.get("text") or {}
     keeps_tasks = max_collateral_drop is None or (drop is not None and drop <= max_collateral_drop)
@@ -104,7 +107,7 @@ def best(
     max_text_kl: MaxTextKl = None,
     as_json: AsJson = False,
 ) -> int:
-    """The fastest published plan of a model on a task within limits.
+    """Show the fastest published plan of a model on a task within limits.
 
     [bold]Example:[/bold] skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.02
     """

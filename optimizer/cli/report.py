@@ -97,7 +97,7 @@ def _content(db: Database, jobs: tuple[int, ...], format_name: ReportFormat, fig
 
 
 def _latest(db: Database) -> int:
-    """The job submitted last. Raises UsageFault when there is none."""
+    """Find the job submitted last. Raises UsageFault when there is none."""
     from optimizer.errors import UsageFault
     from storage.queue import jobs
 
@@ -117,7 +117,7 @@ def dashboard(
 ) -> int:
     """Show jobs with live progress, plans, models, tasks and reports in a browser, until stopped. Read-only.
 
-    Listens on this machine alone unless told otherwise; then SKIPPLAN_DASHBOARD_TOKEN has to hold a token, which
+    Listens on this machine alone unless --host says otherwise; then SKIPPLAN_DASHBOARD_TOKEN has to hold a token, which
     browsers are asked for and API clients send as a bearer token. The JSON API is described in /openapi.json.
 
     [bold]Example:[/bold] skipplan dashboard --port 8080

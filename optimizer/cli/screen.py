@@ -1,4 +1,4 @@
-"""What a person sees: live progress on standard error, results on standard output."""
+"""Show people live progress on standard error, and results on standard output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ACTION_STYLES = {Action.RUN: "green", Action.FREEZE: "cyan", Action.BYPASS: "blu
 
 
 class Screen:
-    """Progress goes to standard error and only to a terminal; results go to standard output as they are."""
+    """Prints progress to standard error if that is a terminal, and results to standard output."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -41,17 +41,17 @@ class Screen:
         self._out = Console(highlight=False, width=width)
 
     def say(self, text: str) -> None:
-        """Say something about the course of things; nothing when quiet or without a terminal."""
+        """Print a remark to a terminal; nothing when quiet or without one."""
         if not self._quiet and self._errors.is_terminal:
             self._errors.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """Say on standard error what must not be missed, with or without a terminal."""
+        """Print a warning to standard error, with or without a terminal."""
         self._errors.print(f"skipplan: {text}", markup=False, soft_wrap=True)
 
     @contextmanager
     def status(self, text: str) -> Iterator[Status]:
-        """A spinner while something of unknown length happens."""
+        """Show a spinner while something of unknown length happens."""
         status = Status(text, console=self._errors)
         if not self._quiet and self._errors.is_terminal:
             status.start()
@@ -67,7 +67,7 @@ class Screen:
             yield display
 
     def result(self, result: JobResult) -> None:
-        """The final table of a job, and its answer in words."""
+        """Print the table of a finished job's plans, and the best one in a sentence."""
         title = f"Job {result.job.id}: {result.job.state}"
         if not result.search["stopped_because"]:  # it ended before the search, as when no plan can meet the constraint
             self._out.print(title, markup=False)
@@ -83,16 +83,14 @@ class Screen:
             self._out.print(answer(result.best), markup=False, style="bold")
 
     def plans(self, found: list[Plan]) -> None:
-        """A list of published plans."""
         self._out.print(plans_table(tuple(found), best=None, title=None))
 
     def table(self, table: Table) -> None:
-        """Any table."""
         self._out.print(table)
 
 
 class LiveStages:
-    """One progress bar per stage, the running one with its latest news."""
+    """Show one progress bar per stage, the running one with its latest news."""
 
     def __init__(self, console: Console, *, enabled: bool) -> None:
         self._enabled = enabled
@@ -117,7 +115,7 @@ class LiveStages:
         self._progress.stop()
 
     def update(self, state: State) -> None:
-        """Show the stage's bar; earlier stages stay as finished."""
+        """Advance the stage's bar; earlier stages stay as finished."""
         if state.stage not in self._bars:
             for bar in self._bars.values():
                 done = self._progress.tasks[bar].completed
@@ -132,7 +130,7 @@ class LiveStages:
 
 
 def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None) -> Table:
-    """Published plans, one a row."""
+    """Lay published plans out as a table, one a row."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for name, justify in (
         ("id", "right"),
@@ -162,7 +160,7 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
 
 
 def coloured(plan: str) -> Text:
-    """A plan's letters in colours."""
+    """Colour a plan's letters by action."""
     text = Text()
     for action in SkipPlan.parse(plan):
         text.append(action.letter, style=ACTION_STYLES[action])
@@ -170,12 +168,12 @@ def coloured(plan: str) -> Text:
 
 
 def describe_layers(plan: str) -> str:
-    """The layers that do other than run, for example ``"skip 2 3 7"``."""
+    """List the layers that do other than run, for example ``"skip 2 3 7"``."""
     return "; ".join(f"{name} {' '.join(map(str, layers))}" for name, layers in layers_by_action(plan).items())
 
 
 def figures(plan: Plan) -> str:
-    """What a plan costs and gains, in a few words."""
+    """Summarize a plan's accuracy and speed in half a sentence."""
     return (
         f"accuracy {plan.accuracy:.3f}, {100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, "
         f"{100 * plan.difference_high:+.2f}] points to dense, {plan.speedup:.2f} times as fast"
@@ -183,7 +181,7 @@ def figures(plan: Plan) -> str:
 
 
 def answer(plan: Plan) -> str:
-    """The best plan in a sentence."""
+    """Describe the best plan in a sentence."""
     compensated = "" if plan.compensation == NO_COMPENSATION else ", gaps compensated"
     return (
         f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {plan.speedup:.2f} times as fast as dense "

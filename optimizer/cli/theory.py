@@ -1,4 +1,4 @@
-"""``skipplan score`` and ``validate-theory``: what is measured about the layers, and whether it predicts harm."""
+"""``skipplan score`` and ``validate-theory``: measure the layers, and test whether that predicts harm."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def validate_theory(
     """Hold every criterion to measured harm: risks from calibration, accuracy and divergence from held-out samples.
 
     For each action: rank correlation over layers, sets of layers that should be safe and unsafe, overlap with what
-    published methods take. A criterion that does not predict harm is told so.
+    published methods take. A criterion that does not predict harm is marked.
 
     [bold]Example:[/bold] skipplan validate-theory configs/quickstart.yaml --samples 256 --plot theory.png
     """

@@ -1,4 +1,4 @@
-"""Reading a job file: YAML, environment variables and paths become a :class:`JobSpec`, mistakes become one line.
+"""Read a job file: YAML, environment variables and paths become a :class:`JobSpec`, mistakes become one line.
 
 Unknown keys, wrong types and impossible values end in one :class:`UsageFault` line that names the field by its dotted
 path and says what would be right. Environment variables that override fields are listed in ``ENVIRONMENT``.
@@ -115,7 +115,7 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
 
 
 def resolve_name(name: str, base: Path) -> str:
-    """A path relative to ``base`` made absolute; a name that no file there has stays as it is."""
+    """Make a path relative to ``base`` absolute; a name that no file there has stays as it is."""
     path = Path(name).expanduser()
     if path.is_absolute() or name.startswith((".", "~")):
         return str((base / path).resolve())

@@ -1,4 +1,4 @@
-"""A job's result as it is shown: read back from the database, so that what is printed is what is stored."""
+"""Read a job's result back from the database, so that the printed figures are the stored ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class JobResult:
     best: Plan | None
     """The plan that meets the job's constraint at the largest measured speed-up."""
     search: dict[str, Any]
-    """What the search said when it ended: number of plans tried, failures, why it stopped."""
+    """Number of plans that the search tried, of failures among them, and why it stopped."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -55,7 +55,7 @@ def load_result(db: Database, job_id: int) -> JobResult:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """A published plan as plain JSON values, with its layers spelt out."""
+    """Dump a published plan as plain JSON values, with its layers by action."""
     values = asdict(plan)
     values["published_at"] = plan.published_at.isoformat()
     values["layers"] = layers_by_action(plan.plan)
@@ -63,7 +63,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def layers_by_action(text: str) -> dict[str, list[int]]:
-    """Layers that do other than run, by the action's name."""
+    """Group the layers that do other than run by the action's name."""
     plan = SkipPlan.parse(text)
     actions = [action for action in Action if action is not Action.RUN and plan.layers(action)]
     return {action.label: list(plan.layers(action)) for action in actions}

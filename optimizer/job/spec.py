@@ -1,4 +1,4 @@
-"""The job specification: what a job file may say, with every default. ``optimizer.job.loading`` reads one."""
+"""The job specification: every field of a job file, with its default. ``optimizer.job.loading`` reads one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
-    """A part of the job file: frozen, and nothing in it that is not documented here."""
+    """A section of the job file: frozen, and without fields that are not documented here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -66,7 +66,7 @@ class ModelSpec(_Section):
 
 
 class ConstraintSpec(_Section):
-    """What a plan must keep to be an answer; accuracies are judged on the held-out split."""
+    """Limits that a plan must meet to be an answer; accuracies are judged on the held-out split."""
 
     max_accuracy_drop: Share | None = Field(
         default=0.01,
@@ -167,11 +167,11 @@ class SearchSpec(_Section):
 
 
 class CompensationSpec(_Section):
-    """Whether the gaps of skipped layers are repaired by fitted maps that are folded into the weights before them."""
+    """Compensation of skipped layers by fitted maps that are folded into the weights before the gaps."""
 
     kind: Literal["none", "linear", "both"] = Field(
         default="none",
-        description="none: plain skips. linear: every gap is repaired by a linear map. both: the search has either.",
+        description="none: plain skips. linear: every gap is compensated by a linear map. both: the search has either.",
     )
     ridge: float = Field(
         default=1e-3,
@@ -195,7 +195,7 @@ class CompensationSpec(_Section):
     scope: Literal["output", "projection"] = Field(
         default="output",
         description="output: a map acts on what the MLP adds. projection: the MLP's whole last projection is fitted "
-        "anew, which can repair more.",
+        "anew, which can compensate more.",
     )
 
     @model_validator(mode="after")
@@ -213,13 +213,13 @@ class CompensationSpec(_Section):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The compensations that candidates may have, as texts."""
+        """List the compensations that candidates may have, as texts."""
         by_kind = {"none": (NONE.text,), "linear": (self.recipe.text,), "both": (NONE.text, self.recipe.text)}
         return by_kind[self.kind]
 
 
 class CollateralSpec(_Section):
-    """What is measured beside the job's task: plans, and compensations above all, are fitted to that task alone."""
+    """Measurements beside the job's task, since plans, and compensations above all, are fitted to that task alone."""
 
     tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="Names or files of other tasks that verified plans are scored on."
@@ -245,7 +245,7 @@ class SplitSpec(_Section):
 
 
 class WorkloadSpec(_Section):
-    """The serving situation that latency is measured for."""
+    """The serving workload that latency is measured for."""
 
     batch_size: int = Field(default=1, ge=1, le=4096, description="Prompts per request.")
     new_tokens: int = Field(default=4, ge=1, le=65536, description="Tokens generated per prompt.")

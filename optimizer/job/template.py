@@ -1,4 +1,4 @@
-"""The job file that ``skipplan init`` writes: as few fields as will do, each with what it means for this model."""
+"""The minimal job file written by ``skipplan init``, with a comment per field."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EMULATED_DTYPE = "much faster: this CPU emulates the checkpoint's bfloat16"
 
 @dataclass(frozen=True)
 class FirstJob:
-    """A job file's text, and what was found out for it."""
+    """A job file's text, with the model's number of layers and its actions."""
 
     text: str
     layers: int
@@ -34,7 +34,7 @@ class FirstJob:
 
 
 def describe(model: str, task: str, directory: Path) -> FirstJob:
-    """The text of a job file in ``directory`` for a model and a task, after looking at both.
+    """Write the text of a job file in ``directory`` for a model and a task, after looking at both.
 
     Raises UsageFault when the model's configuration or the task cannot be read.
     """
@@ -101,7 +101,7 @@ latency_seconds: 60         # at most, for each plan that is verified; less is s
 
 
 def _refused(found: Outline) -> list[str]:
-    """A line for every action that some layers may not take."""
+    """Say for every action which layers may not take it."""
     return [
         f"{action}: not at {len(layers)} of {found.num_layers} layers ({next(iter(layers.values()))})"
         for action, layers in found.refusals.items()
@@ -113,10 +113,10 @@ def _reasons(found: Outline, actions: Sequence[str]) -> str:
 
 
 def _scalar(text: str) -> str:
-    """A text as YAML writes it on one line."""
+    """Quote a text as YAML does, on one line."""
     return yaml.safe_dump(text, width=10_000, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
 
 
 def _plain(text: str) -> str:
-    """A name that cannot leave its comment."""
+    """Fold a name so that it cannot leave its comment."""
     return " ".join(text.split())

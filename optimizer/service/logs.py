@@ -1,4 +1,4 @@
-"""Structured logs: one line per event on standard error, as text or as JSON.
+"""Write structured logs: one line per event on standard error, as text or as JSON.
 
 An event is a log record whose message is its name; its fields travel in ``extra={"fields": {...}}``. Whatever the
 record says, passwords of URLs are taken out before a line is written.
@@ -21,7 +21,7 @@ from workers.text import one_line
 Format = Literal["text", "json"]
 FORMATS: tuple[Format, ...] = ("text", "json")
 ENVIRONMENT = "SKIPPLAN_LOG"
-ROOMS = ("optimizer", "storage", "workers")
+PACKAGES = ("optimizer", "storage", "workers")
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ _AMONG_OPTIONS = re.compile(r"(?P<start>\b(?:password|sslpassword|passfile|sslke
 
 
 def log(event: str, **fields: Any) -> None:
-    """One event of the service; the job it works on is added."""
+    """Log one event, with the job that is worked on."""
     logger.info(event, extra={"fields": fields})
 
 
 @contextmanager
 def of_job(job_id: int) -> Iterator[None]:
-    """Events inside carry the job's number."""
+    """Mark the events inside with the job's number."""
     token = _job.set(job_id)
     try:
         yield
@@ -49,19 +49,19 @@ def of_job(job_id: int) -> Iterator[None]:
 
 
 def hide_passwords(text: str) -> str:
-    """A text without the passwords of the URLs in it."""
+    """Take the passwords of URLs out of a text."""
     return _AMONG_OPTIONS.sub(r"\g<start>***", _IN_AUTHORITY.sub(r"\g<start>:***@", text))
 
 
 def configure(form: Format | None, stream: TextIO | None = None) -> None:
-    """Write the events of all rooms to ``stream`` (standard error) in this format; nowhere when it is None."""
+    """Write the events of all packages to ``stream`` (standard error) in this format; nowhere when it is None."""
     handler: logging.Handler = logging.NullHandler()
     if form is not None:
         handler = logging.StreamHandler(stream or sys.stderr)
         handler.setFormatter(JsonLines() if form == "json" else TextLines())
         handler.addFilter(_add_job)
-    for room in ROOMS:
-        root = logging.getLogger(room)
+    for package in PACKAGES:
+        root = logging.getLogger(package)
         root.handlers, root.propagate = [handler], False
         root.setLevel(logging.INFO)
 
@@ -77,10 +77,9 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: ``time`` (UTC), ``level``, ``event``, ``job`` where there is one, and the fields."""
+    """Format records as one JSON object a line: ``time`` (UTC), ``level``, ``event``, ``job`` if any, fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": moment, "level": record.levelname.lower(), "event": _one_line(record.getMessage())}
         fields = {name: _hidden(value) for name, value in _fields(record).items()}
@@ -88,10 +87,9 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """The same for people: time, event, ``name=value`` for each field."""
+    """Format records for people: time, event, ``name=value`` for each field."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
         moment = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%d %H:%M:%S")
         pairs = [f"{name}={_shown(_hidden(value))}" for name, value in _fields(record).items()]
         return " ".join([moment, _one_line(record.getMessage()), *pairs])

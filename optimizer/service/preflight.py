@@ -18,17 +18,17 @@ from workers.tasks.spec import HubSource
 
 @dataclass(frozen=True)
 class Checked:
-    """A job file that is usable as far as could be seen here."""
+    """The result for a job file that is usable as far as could be checked offline."""
 
     file: str
     model: str
     task: str
     checked: tuple[str, ...]
-    """What was looked at and found good."""
+    """Parts that were checked and are good."""
     unchecked: tuple[str, ...]
-    """What only the job itself can find out, with the reason."""
+    """Parts that only the job itself can check, with the reason."""
     notes: tuple[str, ...] = ()
-    """What is allowed, and will probably not do what was meant."""
+    """Settings that are allowed, but will probably not do what was meant."""
 
 
 def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) -> Checked:
@@ -61,7 +61,7 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) 
 
 
 def too_few_to_prove(spec: JobSpec, task: Task) -> list[str]:
-    """A line where so few held-out samples cannot prove the allowed loss even of a plan that changes no answer."""
+    """Warn where the held-out samples are too few to prove the allowed loss even of a plan that changes no answer."""
     allowed = spec.constraint.max_accuracy_drop
     if allowed is None:
         return []
@@ -76,6 +76,6 @@ def too_few_to_prove(spec: JobSpec, task: Task) -> list[str]:
 
 
 def is_local(model: str) -> bool:
-    """Whether a model is a directory here, bundled, or built already."""
+    """Tell whether a model is a directory here, bundled, or built already."""
     built = model in BUILT_MODELS and built_directory(model).is_dir()
     return built or model in bundled_models() or Path(model).expanduser().exists() or model.count("/") != 1

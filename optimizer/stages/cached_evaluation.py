@@ -72,7 +72,7 @@ class CachedEvaluation:
         self.secondary: dict[Candidate, dict[str, float]] = {}
         """Secondary metrics of the candidates scored so far, on the largest prefix."""
         self._ran = False
-        """Whether workers were asked for anything; until then all was known."""
+        """Whether anything was sent to the workers; until then all was known."""
         self._seconds_counter = seconds_counter
         self._before = stages.counters(context.db, context.job.id).get(seconds_counter or "", 0.0)
         self._spent = 0.0
@@ -155,7 +155,7 @@ class CachedEvaluation:
         )
 
     def _has_same_maps(self, each: evaluations.Evaluation) -> bool:
-        """Whether an evaluation was made with the maps that are given for its candidate, if any are."""
+        """Tell whether an evaluation was made with the maps given for its candidate, if any are."""
         given = self._maps.get(_candidate(each))
         return given is None or each.artefact_checksum == given.checksum
 
@@ -247,7 +247,7 @@ def _candidate(each: evaluations.Evaluation) -> Candidate:
 
 
 def _joined(before: evaluations.Evaluation, result: Evaluation) -> Evaluation:
-    """The evaluation of a whole prefix: its beginning from an earlier rung, its end from ``result``."""
+    """Join an earlier rung's evaluation and ``result``, which continues it, to that of the whole prefix."""
     n = before.n + result.n_samples
     return replace(
         result,

@@ -43,17 +43,15 @@ class JobContext:
 
     @property
     def spec(self) -> JobSpec:
-        """The job's specification."""
         return self.inputs.spec
 
     @property
     def task(self) -> Task:
-        """The job's task."""
         return self.inputs.task
 
     @cached_property
     def worker(self) -> WorkerInfo:
-        """What the first worker says about the model; all workers hold the same one."""
+        """The first worker's description of the model; all workers hold the same one."""
         return self.pool.info[0]
 
     @cached_property
@@ -63,7 +61,7 @@ class JobContext:
 
     @property
     def workload(self) -> Workload:
-        """The serving situation that latency is measured for."""
+        """The serving workload that latency is measured for."""
         return Workload(self.spec.workload.batch_size, self.spec.workload.new_tokens)
 
     @property
@@ -73,7 +71,7 @@ class JobContext:
 
     @cached_property
     def model_id(self) -> int:
-        """The model's row."""
+        """The id of the model's row."""
         return measurements.ensure_model(
             self.db,
             name=self.spec.model.path,
@@ -86,7 +84,7 @@ class JobContext:
 
     @cached_property
     def task_id(self) -> int:
-        """The task's row."""
+        """The id of the task's row."""
         return measurements.ensure_task(
             self.db,
             name=self.task.name,
@@ -99,7 +97,7 @@ class JobContext:
 
     @cached_property
     def settings(self) -> str:
-        """What else a score depends on; evaluations of other jobs are only reused under the same settings."""
+        """Settings that scores depend on; evaluations of other jobs are only reused under the same ones."""
         device = "cpu" if "thread" in self.worker.device else self.worker.device
         versions = " ".join(f"{name}={version}" for name, version in sorted(self.worker.versions.items()))
         how = f"dtype={self.worker.dtype} attention={self.spec.model.attention} evaluation={self.spec.evaluation}"
@@ -132,5 +130,5 @@ class JobContext:
 
 
 def workload_name(workload: Workload) -> str:
-    """Canonical text of a workload, for example ``"batch 1, 4 new tokens"``."""
+    """Name a workload canonically, for example ``"batch 1, 4 new tokens"``."""
     return f"batch {workload.batch_size}, {workload.new_tokens} new tokens"

@@ -39,7 +39,6 @@ class Progress:
 
     @property
     def state(self) -> State:
-        """The state now."""
         with self._lock:
             return self._state
 

@@ -73,7 +73,7 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
 
 
 def _why_none(complete: Sequence[tuple[Verdict, LatencyComparison]], constraint: ConstraintSpec) -> str:
-    """Why no plan is the answer, and how near the nearest came."""
+    """Explain why no plan is the answer, and how near the nearest came."""
     accurate = sum(verdict.accepted for verdict, _ in complete)
     fast = sum(fast_enough(latency, constraint) for _, latency in complete)
     reason = (
@@ -91,7 +91,7 @@ def _why_none(complete: Sequence[tuple[Verdict, LatencyComparison]], constraint:
 
 
 def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
-    """Whether what was measured is within the constraint; a plan must at least surely be faster than dense.
+    """Tell whether measured latency and cache are within the constraint; a plan must at least surely beat dense.
 
     The speed-up is judged by the lower end of its interval, milliseconds by the median request.
     """

@@ -40,7 +40,7 @@ def run(context: JobContext) -> LayerTable:
 
 
 def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
-    """The table of at least these kinds of measurement; what is not stored yet is measured and stored.
+    """Return a table of at least these kinds of measurement; missing ones are measured and stored.
 
     Raises JobFailed when a kind cannot be measured.
     """
@@ -95,20 +95,20 @@ def _measure_linear(context: JobContext) -> Sequence[LayerMeasurement]:
 
 
 def measured_samples(context: JobContext) -> int:
-    """Calibration samples that redundancy is measured on."""
+    """Count the calibration samples that redundancy is measured on."""
     return min(context.spec.redundancy_samples or len(context.task.calibration), len(context.task.calibration))
 
 
 def measurement_key(context: JobContext) -> str:
-    """Hash of the calibration samples and of what else a measurement depends on: dtype, attention, device, versions."""
-    told = f"{split_hash(context.task, 'calibration')} {context.settings}"
+    """Hash the calibration samples and what else a measurement depends on: dtype, attention, device, versions."""
+    text = f"{split_hash(context.task, 'calibration')} {context.settings}"
     if measured_samples(context) < len(context.task.calibration):
-        told += f" first {measured_samples(context)}"
-    return hashlib.sha256(told.encode()).hexdigest()
+        text += f" first {measured_samples(context)}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stored(context: JobContext) -> tuple[LayerTable, frozenset[str]]:
-    """What is in the database of this model on these samples, and which kinds are completely there."""
+    """Read the stored measurements of this model on these samples, and which kinds are complete."""
     rows = measurements.redundancy(
         context.db,
         model_id=context.model_id,

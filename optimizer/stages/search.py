@@ -38,7 +38,7 @@ def run(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOu
 
 
 def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
-    """The job's constraints, with what predicts a plan's latency and cache."""
+    """Combine the job's constraints with the predictors of a plan's latency and cache."""
     spec = context.spec.constraint
     measured = context.spec.search.latency == "measured"
     cache = None if spec.max_kv_cache_bytes is None else cache_sizes(context).of
@@ -46,7 +46,7 @@ def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
 
 
 def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:
-    """Why no plan at all can meet the job's constraint, as far as latency and cache tell; None where one may.
+    """Explain why no plan can meet the job's limits on latency and cache; None where one may.
 
     Given plans are tried whatever is predicted of them.
     """

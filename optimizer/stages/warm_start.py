@@ -1,4 +1,4 @@
-"""What a search takes over from earlier jobs: evaluations of the same model on the same samples, and plans of others.
+"""Warm-start a search from earlier jobs: evaluations of the model on the same samples, and plans of other tasks.
 
 The choice is persisted before the first proposal, so that a resumed search is replayed with the same knowledge
 whatever other jobs have found out meanwhile.
@@ -29,7 +29,7 @@ class WarmStart:
 
 
 def choose(context: JobContext) -> WarmStart:
-    """What to take over, read back where an earlier attempt of the job chose it."""
+    """Choose what to take over, or read the choice of an earlier attempt back."""
     return context.once("warm start", WarmStart, lambda: _choose(context))
 
 
@@ -61,7 +61,7 @@ def _known(context: JobContext) -> list[evaluations.Evaluation]:
 
 
 def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, ratio: Ratio) -> tuple[Tried, ...]:
-    """The evaluations taken over, as the search sees them; none where dense is not among them to compare with."""
+    """Turn the evaluations taken over into trials; none where dense is not among them to compare with."""
     wanted = frozenset(chosen.evaluations)
     taken = [each for each in _known(context) if each.id in wanted]
     dense = SkipPlan.dense(space.num_layers)
@@ -80,6 +80,6 @@ def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, r
 
 
 def plans_of_other_tasks(chosen: WarmStart, space: PlanSpace) -> tuple[Candidate, ...]:
-    """Candidates of this space that did well on other tasks."""
+    """List the candidates of this space that did well on other tasks."""
     found = [Candidate(SkipPlan.parse(plan), compensation) for plan, compensation in chosen.plans]
     return tuple(candidate for candidate in found if candidate in space)
