@@ -1,7 +1,8 @@
-"""Frozen values between the driver and the workers.
+"""Requests to workers and their replies: frozen values, in the order loading, evaluation, latency, redundancy, maps.
 
 A request says what to measure, a reply holds what was measured. Everything here pickles small and imports nothing
-heavy, so that the driver and the command line can use it without torch.
+heavy, so that the driver and the command line can use it without torch. Plans are given by their text, times are in
+seconds, memory is in bytes, accuracies and scores lie in [0, 1].
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 TOKEN_GROUPS = ("vision", "text", "all")
+DEFAULT_BATCH_SIZE = 32
+"""Samples that are evaluated together; a batch that does not fit into memory is halved."""
+
 NO_COMPENSATION = "none"
 """In place of a recipe's text: the skips of a plan stay plain."""
 
 
+# Loading ------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from and how it is loaded.
+    """Name a model and how it is loaded.
 
     ``path`` is a directory, the name of a bundled reference model, or a hub id. ``device`` is ``"auto"`` (a GPU if
     the worker holds one, else the CPU), ``"cpu"`` or ``"cuda"``. ``dtype`` is a torch dtype name or ``"auto"`` (the
@@ -43,34 +50,26 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How a worker computes: its number, threads, whether it holds a GPU, batch size and memory of evaluations."""
+    """Set a worker's number, its threads, whether it holds a GPU, and the batch size and memory of evaluations."""
 
     worker: int
     threads: int = 1
     holds_gpu: bool = False
-    batch_size: int = 32
+    batch_size: int = DEFAULT_BATCH_SIZE
     memory_bytes: int = 2 << 30
     """Kept between layer executions of an evaluation: prompts, masks, hidden states."""
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The serving situation that latency is measured for: prompts of the task itself, ``batch_size`` at a time."""
-
-    batch_size: int = 1
-    new_tokens: int = 4
-
-
-@dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker says about itself and the model it holds, once it is ready."""
+    """Describe a worker that is ready, and the model it holds."""
 
     worker: int
     node: str
     device: str
     threads: int
     model_family: str
-    model_fingerprint: str
+    fingerprint: str
     num_layers: int
     allowed_actions: tuple[str, ...]
     """Per layer the letters of the actions it may take, for example ``"RS"``."""
@@ -79,7 +78,139 @@ class WorkerInfo:
     process: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     hint: str = ""
-    """What would make this worker faster, in one line; empty where nothing is known."""
+    """One-line performance hint; empty if there is none."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Name a file of fitted maps, which is too large for the database: a path or an fsspec URL, and its SHA-256."""
+
+    location: str
+    checksum: str
+
+
+# Evaluation ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluatePlans:
+    """Score plans on samples ``start`` up to ``n_samples`` (all to the end when ``None``) of a split.
+
+    ``compensation`` is ``"none"`` or the text of a recipe; it holds for all plans. ``path`` is ``"plain"`` (one plan
+    after another through ``generate``), ``"fast"`` (work is shared; an error where that is not exact), or ``"auto"``.
+    ``artifacts`` gives per plan where its fitted maps lie; without it they are fitted.
+    """
+
+    plans: tuple[str, ...]
+    split: str
+    n_samples: int | None = None
+    compensation: str = NO_COMPENSATION
+    start: int = 0
+    path: str = "auto"
+    artifacts: tuple[Artifact | None, ...] = ()
+
+    def artifact_of(self, plan: str) -> Artifact | None:
+        """Return where the maps of one of the plans lie."""
+        return dict(zip(self.plans, self.artifacts, strict=False)).get(plan)
+
+
+@dataclass(frozen=True)
+class EvaluateElsewhere:
+    """Score a plan on the first ``n_samples`` held-out samples of another task, with its own maps, never new ones."""
+
+    plan: str
+    task: Task
+    n_samples: int | None = None
+    compensation: str = NO_COMPENSATION
+    artifact: Artifact | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-sample scores of one plan, in the split's order; failed samples are listed, and score 0.
+
+    A layer execution is one decoder layer run over one sample's prompt (a frozen or bypassed layer counts as one):
+    the dense model over n samples takes n * layers. ``layer_executions_saved`` are those that sharing work with other
+    plans made unnecessary, so that executions + saved = n * (layers that the plan does not skip).
+    """
+
+    plan: str
+    split: str
+    sample_ids: tuple[str, ...]
+    scores: tuple[float, ...]
+    secondary: dict[str, float]
+    """Mean score under each secondary metric."""
+    failed_samples: dict[str, str]
+    """Reasons by sample id."""
+    seconds: float
+    """Time that the evaluation took."""
+    compensation: str = NO_COMPENSATION
+    kl: tuple[float, ...] | None = None
+    """Per sample the mean over the answer's positions of KL(dense || plan), in nats; NaN where a sample failed.
+    None where the path does not measure it."""
+    layer_executions: int = 0
+    layer_executions_saved: int = 0
+    path: str = "plain"
+    near_ties: int = 0
+    """Samples whose score hung on two logits closer than rounding and were therefore decided by the plain path."""
+
+    @property
+    def n_samples(self) -> int:
+        """Number of scored samples."""
+        return len(self.scores)
+
+    @property
+    def accuracy(self) -> float:
+        """Mean score in [0, 1]."""
+        return sum(self.scores) / len(self.scores) if self.scores else float("nan")
+
+
+@dataclass(frozen=True)
+class EvaluationFailure:
+    """Reason why one plan of an :class:`EvaluatePlans` has no scores."""
+
+    plan: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """One entry per plan of an :class:`EvaluatePlans`, in its order; ``note`` says why the fast path was not taken."""
+
+    results: tuple[Evaluation | EvaluationFailure, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CompareText:
+    """Compare a plan's next-token distributions on general text with the dense model's."""
+
+    plan: str
+    text: str
+    compensation: str = NO_COMPENSATION
+    artifact: Artifact | None = None
+
+
+@dataclass(frozen=True)
+class TextDivergence:
+    """Mean over ``tokens`` predicted tokens, in nats: KL(dense || plan), and the negative log-likelihoods."""
+
+    plan: str
+    tokens: int
+    kl: float
+    dense_loss: float
+    plan_loss: float
+
+
+# Latency ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The serving situation that latency is measured for: prompts of the task itself, ``batch_size`` at a time."""
+
+    batch_size: int = 1
+    new_tokens: int = 4
 
 
 @dataclass(frozen=True)
@@ -124,113 +255,12 @@ class LatencyProfile:
 
 
 @dataclass(frozen=True)
-class MeasureRedundancy:
-    """Measure ``kinds`` over ``samples[:n_samples][shard::shards]`` of the calibration split (None: all).
-
-    ``kinds`` are names of ``workers.redundancy.kinds.KINDS``.
-    """
-
-    kinds: tuple[str, ...]
-    shard: int
-    shards: int
-    n_samples: int | None = None
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """Where something too large for the database lies (a path or an fsspec URL), and its SHA-256."""
-
-    location: str
-    checksum: str
-
-
-@dataclass(frozen=True)
-class EvaluatePlan:
-    """Score a plan on the first ``n_samples`` samples of a split (all of them when ``None``)."""
-
-    plan: str
-    split: str
-    n_samples: int | None = None
-
-
-@dataclass(frozen=True)
-class EvaluatePlans:
-    """Score plans on samples ``start`` up to ``n_samples`` (all to the end when ``None``) of a split.
-
-    ``compensation`` is ``"none"`` or the text of a recipe; it holds for all plans. ``path`` is ``"plain"`` (one plan
-    after another through ``generate``), ``"fast"`` (work is shared; an error where that is not exact), or ``"auto"``.
-    ``artifacts`` gives per plan where its fitted maps lie; without it they are fitted.
-    """
-
-    plans: tuple[str, ...]
-    split: str
-    n_samples: int | None = None
-    compensation: str = NO_COMPENSATION
-    start: int = 0
-    path: str = "auto"
-    artifacts: tuple[Artifact | None, ...] = ()
-
-    def artifact_of(self, plan: str) -> Artifact | None:
-        """Where the maps of one of the plans lie."""
-        return dict(zip(self.plans, self.artifacts, strict=False)).get(plan)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Per-sample scores of one plan, in the split's order; failed samples are listed, and score 0.
-
-    A layer execution is one decoder layer run over one sample's prompt (a frozen or bypassed layer counts as one):
-    the dense model over n samples takes n * layers. ``layer_executions_saved`` are those that sharing work with other
-    plans made unnecessary, so that executions + saved = n * (layers that the plan does not skip).
-    """
-
-    plan: str
-    split: str
-    sample_ids: tuple[str, ...]
-    scores: tuple[float, ...]
-    secondary: dict[str, float]
-    failed_samples: dict[str, str]
-    seconds: float
-    compensation: str = NO_COMPENSATION
-    kl: tuple[float, ...] | None = None
-    """Per sample the mean over the answer's positions of KL(dense || plan), in nats; NaN where a sample failed.
-    None where the path does not measure it."""
-    layer_executions: int = 0
-    layer_executions_saved: int = 0
-    path: str = "plain"
-    near_ties: int = 0
-    """Samples whose score hung on two logits closer than rounding and were therefore decided by the plain path."""
-
-    @property
-    def n_samples(self) -> int:
-        """Number of scored samples."""
-        return len(self.scores)
-
-    @property
-    def accuracy(self) -> float:
-        """Mean score in [0, 1]."""
-        return sum(self.scores) / len(self.scores) if self.scores else float("nan")
-
-
-@dataclass(frozen=True)
-class EvaluationFailure:
-    """Why one plan of an :class:`EvaluatePlans` has no scores."""
-
-    plan: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Evaluations:
-    """One entry per plan of an :class:`EvaluatePlans`, in its order; ``note`` says why the fast path was not taken."""
-
-    results: tuple[Evaluation | EvaluationFailure, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class CompareLatency:
-    """Time a plan against dense in interleaved, order-alternating pairs until the ratio's interval is narrow enough."""
+    """Time a plan against dense in interleaved, order-alternating pairs until the ratio's interval is narrow enough.
+
+    ``precision`` is that width relative to the ratio, ``confidence`` the interval's level, ``max_seconds`` the most
+    time it may take. Without an ``artifact`` the plan's maps are fitted.
+    """
 
     plan: str
     workload: Workload = Workload()
@@ -240,92 +270,6 @@ class CompareLatency:
     seed: int = 0
     compensation: str = NO_COMPENSATION
     artifact: Artifact | None = None
-    """Where the plan's fitted maps lie; without it they are fitted."""
-
-
-@dataclass(frozen=True)
-class FitCompensation:
-    """Fit the maps of a plan's gaps on the calibration split."""
-
-    plan: str
-    compensation: str
-
-
-@dataclass(frozen=True)
-class GapShare:
-    """Shares of the dense model's state behind a gap (energy, calibration tokens) that are left unexplained.
-
-    The gap lies behind ``layer`` and ends with the skipped layer ``end``.
-    """
-
-    layer: int
-    end: int
-    plain_share: float
-    """By the plain skip, the gaps below being compensated."""
-    unexplained: float
-    """With the best map."""
-
-
-@dataclass(frozen=True)
-class EvaluateElsewhere:
-    """Score a plan on the first ``n_samples`` held-out samples of another task, with its own maps, never new ones."""
-
-    plan: str
-    task: Task
-    n_samples: int | None = None
-    compensation: str = NO_COMPENSATION
-    artifact: Artifact | None = None
-
-
-@dataclass(frozen=True)
-class CompareText:
-    """Compare a plan's next-token distributions on general text with the dense model's."""
-
-    plan: str
-    text: str
-    compensation: str = NO_COMPENSATION
-    artifact: Artifact | None = None
-
-
-@dataclass(frozen=True)
-class TextDivergence:
-    """Mean over ``tokens`` predicted tokens, in nats: KL(dense || plan), and the negative log-likelihoods."""
-
-    plan: str
-    tokens: int
-    kl: float
-    dense_loss: float
-    plan_loss: float
-
-
-@dataclass(frozen=True)
-class MeasureLinearRedundancy:
-    """Measure the linear redundancy of all pairs of layers on the calibration split."""
-
-    ridge: float = 1e-3
-
-
-@dataclass(frozen=True)
-class LinearRedundancy:
-    """What is left unexplained, by kept layer and last skipped layer, measured on so many tokens."""
-
-    shares: tuple[GapShare, ...]
-    tokens: int
-    refusals: dict[int, str]
-    """By layer, why it cannot hold a map."""
-
-
-@dataclass(frozen=True)
-class FittedCompensation:
-    """A plan's fitted maps as the content of a safetensors file, and how well they fit."""
-
-    plan: str
-    compensation: str
-    content: bytes
-    gaps: tuple[GapShare, ...]
-    tokens: int
-    samples: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -348,9 +292,25 @@ class LatencyComparison:
     peak_bytes: int | None = None
 
 
+# Redundancy ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeasureRedundancy:
+    """Measure ``kinds`` over ``samples[:n_samples][shard::shards]`` of the calibration split (None: all).
+
+    ``kinds`` are names of ``workers.redundancy.kinds.KINDS``.
+    """
+
+    kinds: tuple[str, ...]
+    shard: int
+    shards: int
+    n_samples: int | None = None
+
+
 @dataclass(frozen=True)
 class KindSums:
-    """What one shard found out about one kind of measurement.
+    """Sums of one kind of measurement over one shard.
 
     ``added`` arrays are summed when shards are merged, ``gathered`` ones laid end to end along their first axis (a row
     per sample; only states of single tokens are small enough for that). ``refused`` says why a layer has none.
@@ -363,7 +323,7 @@ class KindSums:
 
 @dataclass(frozen=True)
 class RedundancySums:
-    """What a worker replies: the sums of every kind over its share of the calibration split, and what they cost."""
+    """Sums of every kind over one shard of the calibration split, and the layer executions they cost."""
 
     num_layers: int
     samples: int
@@ -374,31 +334,88 @@ class RedundancySums:
 
     @property
     def forward_passes(self) -> dict[str, float]:
-        """Forward passes per sample, by pass: layer executions over what one dense pass of all samples takes."""
+        """Forward passes per sample, by pass: layer executions over those of one dense pass of all samples."""
         whole = max(1, self.samples * self.num_layers)
         return {name: executions / whole for name, executions in self.layer_executions.items()}
 
 
+# Compensation -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FitCompensation:
+    """Fit the maps of a plan's gaps on the calibration split; ``compensation`` is the text of a recipe."""
+
+    plan: str
+    compensation: str
+
+
+@dataclass(frozen=True)
+class GapShare:
+    """Shares of the dense model's state behind a gap (energy, calibration tokens) that are left unexplained.
+
+    The gap lies behind ``layer`` and ends with the skipped layer ``end``.
+    """
+
+    layer: int
+    end: int
+    plain_share: float
+    """By the plain skip, the gaps below being compensated."""
+    unexplained: float
+    """With the best map."""
+
+
+@dataclass(frozen=True)
+class FittedCompensation:
+    """A plan's fitted maps as the content of a safetensors file, how well they fit, and the time that fitting took."""
+
+    plan: str
+    compensation: str
+    content: bytes
+    gaps: tuple[GapShare, ...]
+    tokens: int
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MeasureLinearRedundancy:
+    """Measure the linear redundancy of all pairs of layers on the calibration split; ``ridge`` as in a recipe."""
+
+    ridge: float = 1e-3
+
+
+@dataclass(frozen=True)
+class LinearRedundancy:
+    """Unexplained shares by kept layer and last skipped layer, and the number of calibration tokens behind them."""
+
+    shares: tuple[GapShare, ...]
+    tokens: int
+    refusals: dict[int, str]
+    """By layer, why it cannot hold a map."""
+
+
+Timing = ProfileLatency | CompareLatency
+"""Requests that measure time: no other worker may use the device meanwhile."""
+
 Request = (
-    ProfileLatency
-    | MeasureRedundancy
-    | EvaluatePlan
+    Timing
     | EvaluatePlans
-    | CompareLatency
-    | FitCompensation
-    | MeasureLinearRedundancy
     | EvaluateElsewhere
     | CompareText
+    | MeasureRedundancy
+    | FitCompensation
+    | MeasureLinearRedundancy
 )
 Reply = (
-    LatencyProfile
-    | RedundancySums
+    Evaluations
     | Evaluation
-    | Evaluations
+    | TextDivergence
+    | LatencyProfile
     | LatencyComparison
+    | RedundancySums
     | FittedCompensation
     | LinearRedundancy
-    | TextDivergence
 )
 
 

@@ -76,7 +76,7 @@ class JobContext:
             self.db,
             name=self.spec.model.path,
             revision=self.spec.model.revision,
-            fingerprint=self.worker.model_fingerprint,
+            fingerprint=self.worker.fingerprint,
             family=self.worker.model_family,
             num_layers=self.worker.num_layers,
             parameters=self.worker.parameters,

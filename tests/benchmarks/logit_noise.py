@@ -17,9 +17,9 @@ from evaluation_engine import brood, run, upper
 from torch import Tensor
 
 from workers.engine.fast import FastEvaluator
-from workers.evaluation.plain import DEFAULT_BATCH_SIZE, PlainEvaluator
+from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.trie import build_trie
-from workers.messages import ModelSource
+from workers.messages import DEFAULT_BATCH_SIZE, ModelSource
 from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel, load_model
 from workers.models.prompts import to_device

@@ -17,7 +17,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
-from workers.cluster.handler import Measurer  # noqa: E402
+from workers.cluster.handler import Handler  # noqa: E402
 from workers.messages import (  # noqa: E402
     MeasureRedundancy,
     ModelSource,
@@ -42,11 +42,11 @@ def main() -> None:
     options = parser.parse_args()
     spec = load_spec(options.task)
     task = load_task(spec.with_splits(calibration=options.calibration, unit="samples"))
-    measurer = Measurer.load(
+    handler = Handler.load(
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )
-    table = finish(measurer.handle(MeasureRedundancy(tuple(options.kinds), 0, 1)))
-    profile = measurer.handle(ProfileLatency(actions="RFBS", repeats=20, workload=Workload(1, 4)))
+    table = finish(handler.handle(MeasureRedundancy(tuple(options.kinds), 0, 1)))
+    profile = handler.handle(ProfileLatency(actions="RFBS", repeats=20, workload=Workload(1, 4)))
     path = PROJECT / "tests" / "fixtures" / f"search_inputs_{options.name or options.model}_{options.task}.json"
     rows = [[row.name, row.token_group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
     times = {

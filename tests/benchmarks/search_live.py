@@ -22,7 +22,7 @@ from optimizer.job.spec import SearchSpec
 from optimizer.search.pareto import hypervolume
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores
-from workers.cluster.handler import Measurer
+from workers.cluster.handler import Handler
 from workers.messages import EvaluatePlans, Evaluation, ModelSource, WorkerSettings
 from workers.tasks import load_spec, load_task
 
@@ -47,8 +47,8 @@ EVALUATIONS = (15, 30, 60)
 class Live:
     """Evaluates plans on a worker, or reads them from the cache."""
 
-    def __init__(self, measurer: Measurer, path: Path, samples: int) -> None:
-        self._measurer, self._path, self._samples = measurer, path, samples
+    def __init__(self, handler: Handler, path: Path, samples: int) -> None:
+        self._measurer, self._path, self._samples = handler, path, samples
         self._known: dict[str, dict[str, Any]] = {}
         if path.exists():
             self._known = {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
@@ -90,12 +90,12 @@ def main() -> None:
     options = parser.parse_args()
     spec = load_spec(options.task)
     task = load_task(spec.with_splits(search=options.samples, held_out=1, unit="samples"))
-    measurer = Measurer.load(
+    handler = Handler.load(
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )
     table, times = load_inputs(options.model, options.task)
-    space = PlanSpace(measurer.info.allowed_actions, table.num_layers)
-    evaluate, cache = Live(measurer, options.cache, options.samples), Cache(options.runs)
+    space = PlanSpace(handler.info.allowed_actions, table.num_layers)
+    evaluate, cache = Live(handler, options.cache, options.samples), Cache(options.runs)
     for strategy, seeds in STRATEGIES:
         if options.only and strategy not in options.only:
             continue

@@ -10,24 +10,24 @@ from optimizer.stages.context import JobContext
 from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import jobs
-from workers.cluster.handler import Measurer
+from workers.cluster.handler import Handler
 from workers.messages import ModelSource, Reply, Request, WorkerSettings
 from workers.tasks import Task
 
 
 class OneWorker:
     def __init__(self, model: str, task: Task) -> None:
-        self.measurer = Measurer.load(
+        self.handler = Handler.load(
             ModelSource(model, device="cpu", dtype="float32"), task, WorkerSettings(0, batch_size=8)
         )
-        self.info = (self.measurer.info,)
+        self.info = (self.handler.info,)
         self.size = 1
         self.requests: list[Request] = []
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
         for number, request in enumerate(requests):
             self.requests.append(request)
-            yield number, self.measurer.handle(request)
+            yield number, self.handler.handle(request)
 
     def take_retries(self) -> int:
         return 0

@@ -8,15 +8,15 @@ from workers.messages import ModelSource, Reply, Request, WorkerInfo, WorkerSett
 from workers.tasks import Task
 
 if TYPE_CHECKING:
-    from .handler import Measurer
+    from .handler import Handler
 
 
 class Worker:
-    """Holds one model and one task; loads when told to, then answers one request at a time."""
+    """Gives a Ray actor's life to a :class:`Handler`: placed on a node first, loaded on demand, then asked."""
 
     def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
         self._source, self._task, self._settings = model, task, settings
-        self._measurer: Measurer | None = None
+        self._handler: Handler | None = None
 
     def place(self) -> None:
         """Answer, which an actor does once Ray has found it a node and started its process."""
@@ -25,22 +25,22 @@ class Worker:
         """Load the model. Raises ModelError when that is not possible."""
         from transformers.utils import logging as transformers_logging
 
-        from .handler import Measurer
+        from .handler import Handler
 
         transformers_logging.disable_progress_bar()
-        self._measurer = Measurer.load(self._source, self._task, self._settings)
-        return self._measurer.info
+        self._handler = Handler.load(self._source, self._task, self._settings)
+        return self._handler.info
 
     def change_task(self, task: Task) -> WorkerInfo:
         """Keep the model, and answer requests about another task from now on."""
-        if self._measurer is None:
-            raise RuntimeError("setup() must be called before the task can be changed")
-        self._task = task
-        self._measurer = self._measurer.with_task(task)
-        return self._measurer.info
+        self._handler = self._ready().with_task(task)
+        return self._handler.info
 
     def handle(self, request: Request) -> Reply:
-        """Do what a request says. Raises what went wrong; the worker lives on."""
-        if self._measurer is None:
+        """Answer a request, or raise its error; the worker lives on."""
+        return self._ready().handle(request)
+
+    def _ready(self) -> Handler:
+        if self._handler is None:
             raise RuntimeError("setup() must be called before the first request")
-        return self._measurer.handle(request)
+        return self._handler

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import ray
 
 from workers.errors import ClusterError
+from workers.messages import DEFAULT_BATCH_SIZE
 from workers.text import first_line, last_line, one_line
 
 from .telemetry import log
@@ -47,7 +48,7 @@ class ClusterSettings:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
     memory_per_worker: float | None = None
-    batch_size: int = 32
+    batch_size: int = DEFAULT_BATCH_SIZE
     max_attempts: int = 2
     connect_timeout_seconds: float = 30.0
     load_timeout_seconds: float = 900.0

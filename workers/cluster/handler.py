@@ -1,10 +1,11 @@
-"""What a worker does: hold one model and one task, and answer requests one after another."""
+"""Answer requests about one loaded model and one task, one after another."""
 
 from __future__ import annotations
 
 import os
 import platform
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,9 +23,7 @@ from workers.messages import (
     CompareLatency,
     CompareText,
     EvaluateElsewhere,
-    EvaluatePlan,
     EvaluatePlans,
-    Evaluation,
     FitCompensation,
     MeasureLinearRedundancy,
     MeasureRedundancy,
@@ -32,6 +31,7 @@ from workers.messages import (
     ProfileLatency,
     Reply,
     Request,
+    Timing,
     WorkerInfo,
     WorkerSettings,
 )
@@ -42,20 +42,9 @@ from workers.runtime.families import describe
 from workers.runtime.plan import LETTERS, SkipPlan
 from workers.tasks import Task
 
-Computation = (
-    EvaluatePlan
-    | EvaluatePlans
-    | MeasureRedundancy
-    | FitCompensation
-    | MeasureLinearRedundancy
-    | EvaluateElsewhere
-    | CompareText
-)
-"""Requests that measure no time."""
 
-
-class Measurer:
-    """Answers requests about one loaded model and one task."""
+class Handler:
+    """Answers requests with one model and one task; the work of each is in a package of its own."""
 
     def __init__(self, loaded: LoadedModel, task: Task, settings: WorkerSettings) -> None:
         self.loaded, self.task, self.settings = loaded, task, settings
@@ -64,7 +53,7 @@ class Measurer:
         self.evaluators = EvaluationDispatch(self.evaluator, memory_bytes=settings.memory_bytes)
 
     @classmethod
-    def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Measurer:
+    def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Handler:
         """Set torch's threads and load the model.
 
         Raises:
@@ -77,20 +66,20 @@ class Measurer:
         except UnsupportedFamilyError as error:
             raise ModelError(f"model {source.path}: {error}") from None
 
-    def with_task(self, task: Task) -> Measurer:
-        """The same model, another task; nothing that was computed for the old task is kept."""
-        return Measurer(self.loaded, task, self.settings)
+    def with_task(self, task: Task) -> Handler:
+        """Return a handler of the same model and another task; nothing computed for the old task is kept."""
+        return Handler(self.loaded, task, self.settings)
 
     @property
     def info(self) -> WorkerInfo:
-        """What this worker is, and what model it holds."""
+        """Describe this worker and its model."""
         return WorkerInfo(
             worker=self.settings.worker,
             node=socket.gethostname(),
             device=device_name(self.loaded.device),
             threads=torch.get_num_threads(),
             model_family=self.descriptor.family,
-            model_fingerprint=self.loaded.fingerprint,
+            fingerprint=self.loaded.fingerprint,
             num_layers=self.descriptor.num_layers,
             allowed_actions=tuple(
                 "".join(sorted((action.letter for action in allowed), key=LETTERS.index))
@@ -108,34 +97,24 @@ class Measurer:
         )
 
     def handle(self, request: Request) -> Reply:
-        """Do what a request says.
+        """Answer a request. What measures time takes the device for itself; everything else shares it.
 
         Raises:
             WorkersError: the request asks for something that is not there.
             PlanError: the model cannot take the plan.
         """
-        if isinstance(request, ProfileLatency | CompareLatency):
-            return self._time(request)
-        with device_lock.computing(self.loaded.device):
-            return self._compute(request)
+        with nullcontext() if isinstance(request, Timing) else device_lock.computing(self.loaded.device):
+            return self._answer(request)
 
-    def _compute(self, request: Computation) -> Reply:
-        loaded, task = self.loaded, self.task
+    def _answer(self, request: Request) -> Reply:
+        loaded, task, compensator = self.loaded, self.task, self.evaluator.compensator
         match request:
-            case EvaluatePlan():
-                return self.evaluator.evaluate(SkipPlan.parse(request.plan), request.split, request.n_samples)
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
-            case EvaluateElsewhere():
-                return self._elsewhere(request)
-            case CompareText():
-                plan = SkipPlan.parse(request.plan)
-                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artifact)
-                return text_divergence(loaded, plan, maps, request.text)
-            case MeasureLinearRedundancy():
-                return self.evaluator.compensator.linear_redundancy(request)
             case FitCompensation():
-                return self.evaluator.compensator.fit(request)
+                return compensator.fit(request)
+            case MeasureLinearRedundancy():
+                return compensator.linear_redundancy(request)
             case MeasureRedundancy():
                 return measure_redundancy(
                     loaded,
@@ -146,26 +125,20 @@ class Measurer:
                     n_samples=request.n_samples,
                     batch_size=self.evaluator.batch_size,
                 )
-
-    def _elsewhere(self, request: EvaluateElsewhere) -> Evaluation:
-        """A plan on another task: with the maps that were fitted on this one."""
-        plan = SkipPlan.parse(request.plan)
-        maps = self.evaluator.compensator.maps(plan, request.compensation, request.artifact)
-        other = PlainEvaluator(self.loaded, request.task, batch_size=self.settings.batch_size)
-        return replace(
-            other.evaluate(plan, "held_out", request.n_samples, maps=maps), compensation=request.compensation
-        )
-
-    def _time(self, request: ProfileLatency | CompareLatency) -> Reply:
-        loaded, task = self.loaded, self.task
-        match request:
             case ProfileLatency():
                 return profile_latency(
                     loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload
                 )
+        plan = SkipPlan.parse(request.plan)
+        maps = compensator.maps(plan, request.compensation, request.artifact)
+        match request:
+            case EvaluateElsewhere():
+                other = PlainEvaluator(loaded, request.task, batch_size=self.settings.batch_size)
+                found = other.evaluate(plan, "held_out", request.n_samples, maps=maps)
+                return replace(found, compensation=request.compensation)
+            case CompareText():
+                return text_divergence(loaded, plan, maps, request.text)
             case CompareLatency():
-                plan = SkipPlan.parse(request.plan)
-                maps = self.evaluator.compensator.maps(plan, request.compensation, request.artifact)
                 return compare_latency(
                     loaded,
                     task,

@@ -20,12 +20,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from workers.errors import ClusterError, WorkersError
 from workers.messages import (
-    CompareLatency,
     Failure,
     ModelSource,
-    ProfileLatency,
     Reply,
     Request,
+    Timing,
     WorkerInfo,
     WorkerSettings,
 )
@@ -37,9 +36,6 @@ from .actor import Worker
 from .connection import LOCAL, UNLIMITED, ClusterSettings, HeadWatch, allot, connect, disconnect, room
 from .slots import Slot, Ticket, describe_death
 from .telemetry import Telemetry, log
-
-EXCLUSIVE = (ProfileLatency, CompareLatency)
-"""Requests during which no other worker may run: they measure time."""
 
 FAILED_STARTS = 3
 """Replacements of one worker that may fail in a row before it is given up."""
@@ -166,8 +162,7 @@ class WorkerPool:
             raise RuntimeError("the task of a pool can only be changed while it is idle")
         self.task, self._task_reference = task, ray.put(task)
         for slot in self._slots:
-            slot.stage, slot.reference = "loading", slot.actor.change_task.remote(self._task_reference)
-            slot.deadline = time.monotonic() + self.cluster.load_timeout_seconds
+            slot.load(slot.actor.change_task.remote(self._task_reference), self.cluster.load_timeout_seconds)
         while any(slot.reference is not None for slot in self._slots):
             self._wait(None)
             self._replace_overdue()
@@ -227,16 +222,13 @@ class WorkerPool:
     def _dispatch(self) -> None:
         while self._queue:
             busy = [slot for slot in self._slots if slot.reference is not None]
-            exclusive = isinstance(self._queue[0].request, EXCLUSIVE)
-            if (exclusive and busy) or len(busy) == len(self._slots):
-                return
-            if any(slot.ticket is not None and isinstance(slot.ticket.request, EXCLUSIVE) for slot in busy):
+            alone = isinstance(self._queue[0].request, Timing) or any(slot.measures_time for slot in busy)
+            if (alone and busy) or len(busy) == len(self._slots):
                 return
             slot = next(slot for slot in self._slots if slot.reference is None)
             slot.ticket = self._queue.popleft()
             slot.ticket.attempts += 1
-            slot.reference = slot.actor.handle.remote(slot.ticket.request)
-            slot.deadline = time.monotonic() + self.cluster.request_timeout_seconds
+            slot.call(slot.actor.handle.remote(slot.ticket.request), self.cluster.request_timeout_seconds)
 
     def _wait(self, give_up: float | None) -> None:
         flying = {slot.reference: slot for slot in self._slots if slot.reference is not None}
@@ -267,12 +259,11 @@ class WorkerPool:
     def _returned(self, slot: Slot, value: Any) -> None:
         slot.reference = None
         if slot.stage == "placing":
-            slot.stage, slot.reference = "loading", slot.actor.setup.remote()
-            slot.deadline = time.monotonic() + self.cluster.load_timeout_seconds
+            slot.load(slot.actor.setup.remote(), self.cluster.load_timeout_seconds)
         elif slot.ticket is None:
             self._ready(slot, value)
         else:
-            self._telemetry.answered(type(slot.ticket.request).__name__, "done")
+            self._telemetry.answered(slot.ticket.kind, "done")
             self._finished.append((slot.ticket.number, value))
             slot.ticket = None
 
@@ -296,7 +287,7 @@ class WorkerPool:
         elif ticket.attempts >= self.cluster.max_attempts:
             self._fail(ticket, reason)
         else:
-            self._telemetry.retried(type(ticket.request).__name__, reason)
+            self._telemetry.retried(ticket.kind, reason)
             self._queue.appendleft(ticket)
         if slot.failed_starts < FAILED_STARTS:
             self._slots[self._slots.index(slot)] = self._new_slot(slot.number, slot.failed_starts)
@@ -314,9 +305,8 @@ class WorkerPool:
             raise ClusterError(f"no worker is left; the last one failed: {reason}")
 
     def _fail(self, ticket: Ticket, reason: str) -> None:
-        kind = type(ticket.request).__name__
-        self._telemetry.answered(kind, "failed")
-        log("request_failed", kind=kind, attempts=ticket.attempts, reason=reason)
+        self._telemetry.answered(ticket.kind, "failed")
+        log("request_failed", kind=ticket.kind, attempts=ticket.attempts, reason=reason)
         self._finished.append((ticket.number, Failure(ticket.request, reason, ticket.attempts)))
 
     def _replace_overdue(self) -> None:
@@ -408,11 +398,11 @@ class WorkerPool:
         self._returned(slot, value)
 
     def _ready(self, slot: Slot, info: WorkerInfo) -> None:
-        self._fingerprint = self._fingerprint or info.model_fingerprint
-        if info.model_fingerprint != self._fingerprint:
+        self._fingerprint = self._fingerprint or info.fingerprint
+        if info.fingerprint != self._fingerprint:
             raise ClusterError(
                 f"worker {info.worker} on {info.node} holds another model than the others (fingerprint "
-                f"{info.model_fingerprint[:12]}, not {self._fingerprint[:12]}): {self.model.path} differs between nodes"
+                f"{info.fingerprint[:12]}, not {self._fingerprint[:12]}): {self.model.path} differs between nodes"
             )
         slot.info, slot.failed_starts, slot.stage = info, 0, "ready"
         ready = len(self.info)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.exceptions import RayError
 
-from workers.messages import Request, WorkerInfo
+from workers.messages import Request, Timing, WorkerInfo
+from workers.text import first_line, last_line
 
 
 @dataclass
@@ -17,6 +19,11 @@ class Ticket:
     number: int
     request: Request
     attempts: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The request's type by name, for logs and metrics."""
+        return type(self.request).__name__
 
 
 @dataclass
@@ -36,10 +43,24 @@ class Slot:
     info: WorkerInfo | None = None
     failed_starts: int = 0
 
+    @property
+    def measures_time(self) -> bool:
+        """Whether the request in flight allows no other beside it."""
+        return self.ticket is not None and isinstance(self.ticket.request, Timing)
+
+    def call(self, reference: Any, seconds: float) -> None:
+        """Wait for a call's result, for so many seconds at most."""
+        self.reference, self.deadline = reference, time.monotonic() + seconds
+
+    def load(self, reference: Any, seconds: float) -> None:
+        """Wait for a call that loads the model or a task."""
+        self.stage = "loading"
+        self.call(reference, seconds)
+
 
 def describe_death(error: RayError) -> str:
     """Say why an actor is gone; what its start raised stands in the last line of Ray's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and "creation task" in lines[0]:
-        return lines[-1]
+    first, last = first_line(error), last_line(str(error), "")
+    if first != last and "creation task" in first:
+        return last
     return f"the worker's process died ({type(error).__name__}): killed, crashed, or out of memory"

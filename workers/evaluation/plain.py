@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 
 from workers.compensation.compensator import Compensator
 from workers.compensation.recipe import CompensationError
-from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
+from workers.messages import DEFAULT_BATCH_SIZE, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.multiple_choice import Choice, Likelihood, join, one_by_one, option_likelihoods
@@ -30,7 +30,6 @@ from workers.tasks import Sample, Task, TaskSpec
 from workers.tasks.metrics import METRICS
 from workers.text import describe_error
 
-DEFAULT_BATCH_SIZE = 32
 DEFAULT_CACHE_BYTES = 1 << 30
 
 

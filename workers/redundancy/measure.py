@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.errors import MeasurementError
-from workers.evaluation.plain import DEFAULT_BATCH_SIZE
-from workers.messages import KindSums, RedundancySums
+from workers.messages import DEFAULT_BATCH_SIZE, KindSums, RedundancySums
 from workers.models.loading import LoadedModel
 from workers.runtime.families import describe
 from workers.runtime.locate import locate

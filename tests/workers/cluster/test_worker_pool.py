@@ -24,8 +24,9 @@ from workers.errors import ClusterError, ModelError, TaskError
 from workers.evaluation.plain import PlainEvaluator
 from workers.messages import (
     CompareLatency,
-    EvaluatePlan,
-    Evaluation,
+    EvaluatePlans,
+    EvaluationFailure,
+    Evaluations,
     Failure,
     LatencyComparison,
     LatencyProfile,
@@ -57,6 +58,10 @@ def pool(ray_cluster: None, tiny_directory: Path, task: Task) -> Iterator[Worker
     assert ray.is_initialized()  # the pool leaves a connection alone that it did not make
 
 
+def evaluate(plan: str, split: str, n_samples: int | None = None) -> EvaluatePlans:
+    return EvaluatePlans((plan,), split, n_samples, path="plain")
+
+
 def kill_holder(pool: WorkerPool, killed: set[int], patience: float = 300.0) -> None:
     """SIGKILL the worker that holds the running request, once it is ready and has not been killed already."""
     end = time.monotonic() + patience
@@ -77,17 +82,17 @@ def refill(pool: WorkerPool) -> None:
 def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel, task: Task) -> None:
     assert [info.worker for info in pool.info] == [0, 1]
     assert len({info.process for info in pool.info} | {os.getpid()}) == 3
-    assert {info.model_fingerprint for info in pool.info} == {tiny.fingerprint}
+    assert {info.fingerprint for info in pool.info} == {tiny.fingerprint}
     assert pool.info[0].allowed_actions == ("RFBS",) * 6
     assert (pool.info[0].threads, pool.info[0].dtype, pool.info[0].num_layers) == (1, "float32", 6)
     plans = ["RRRRRR", "RSRRRR", "RRSSRR", "FFFRRR"]
-    results = dict(pool.run([EvaluatePlan(plan, "search", 24) for plan in plans]))
+    results = dict(pool.run([evaluate(plan, "search", 24) for plan in plans]))
     here = PlainEvaluator(tiny, task)
     for index, plan in enumerate(plans):
         expected = here.evaluate(SkipPlan.parse(plan), "search", 24)
         found = results[index]
-        assert isinstance(found, Evaluation)
-        assert replace(found, seconds=0) == replace(expected, seconds=0)
+        assert isinstance(found, Evaluations)
+        assert [replace(each, seconds=0) for each in found.results] == [replace(expected, seconds=0)]
 
 
 def test_shards_and_timings_in_one_run(pool: WorkerPool, task: Task) -> None:
@@ -108,7 +113,7 @@ def test_shards_and_timings_in_one_run(pool: WorkerPool, task: Task) -> None:
 def test_timing_requests_run_alone(pool: WorkerPool) -> None:
     """While one runs, none other is handed out, and it waits for those that run."""
     order = []
-    evaluation = EvaluatePlan("RRRRRR", "search", 64)
+    evaluation = evaluate("RRRRRR", "search", 64)
     timing = CompareLatency("RSRRRR", Workload(1, 2), precision=0.0, max_seconds=0.5)
     for number, result in pool.run([evaluation, timing, evaluation, evaluation]):
         assert not isinstance(result, Failure)
@@ -118,7 +123,7 @@ def test_timing_requests_run_alone(pool: WorkerPool) -> None:
 
 def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: WorkerPool) -> None:
     before = {info.process for info in pool.info}
-    numbers = [pool.submit(EvaluatePlan(plan, "search")) for plan in ("RRRRRR", "RRRRSR", "RRRSRR")]
+    numbers = [pool.submit(evaluate(plan, "search")) for plan in ("RRRRRR", "RRRRSR", "RRRSRR")]
     kill_holder(pool, set())
     results = {}
     while pool.pending:
@@ -126,7 +131,7 @@ def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: Worker
         assert done is not None
         results[done[0]] = done[1]
     assert sorted(results) == sorted(numbers)
-    assert all(isinstance(result, Evaluation) for result in results.values())
+    assert all(isinstance(result, Evaluations) for result in results.values())
     refill(pool)
     assert len(pool.info) == 2 and len({info.process for info in pool.info} - before) == 1
 
@@ -138,7 +143,7 @@ def test_what_ray_says_about_a_death_is_logged_and_not_printed(
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.INFO, logger.name):
-            pool.submit(EvaluatePlan("RRRRRR", "search"))
+            pool.submit(evaluate("RRRRRR", "search"))
             kill_holder(pool, set())
             assert pool.next_done() is not None
             deadline = time.monotonic() + 300
@@ -164,17 +169,17 @@ def test_a_request_that_keeps_killing_its_worker_is_given_up(pool: WorkerPool) -
     assert result[0] == number and isinstance(result[1], Failure)
     assert result[1].request == ENDLESS and result[1].attempts == 2
     assert "process died" in result[1].reason
-    assert [type(done) for _, done in pool.run([EvaluatePlan("RRRRRR", "search", 4)])] == [Evaluation]
+    assert [type(done) for _, done in pool.run([evaluate("RRRRRR", "search", 4)])] == [Evaluations]
 
 
 def test_an_error_in_a_request_is_its_failure_alone(pool: WorkerPool) -> None:
     requests = [
-        EvaluatePlan("RRR", "search", 2),
-        EvaluatePlan("RRRRRR", "test", 2),
-        EvaluatePlan("RRRRRR", "search", 2),
+        CompareLatency("RRR", Workload(1, 2)),
+        evaluate("RRRRRR", "test", 2),
+        evaluate("RRRRRR", "search", 2),
     ]
     results = dict(pool.run(requests))
-    assert isinstance(results[2], Evaluation)
+    assert isinstance(results[2], Evaluations) and not isinstance(results[2].results[0], EvaluationFailure)
     reasons = [result.reason for result in (results[0], results[1]) if isinstance(result, Failure)]
     assert reasons[0].startswith("PlanError: the plan has 3 layers")
     assert "no split 'test'" in reasons[1]
@@ -183,7 +188,7 @@ def test_an_error_in_a_request_is_its_failure_alone(pool: WorkerPool) -> None:
 
 def test_nothing_pending_and_nothing_finished_in_time(pool: WorkerPool) -> None:
     assert pool.next_done() is None
-    number = pool.submit(EvaluatePlan("RRRRRR", "search"))
+    number = pool.submit(evaluate("RRRRRR", "search"))
     assert pool.next_done(timeout=0.01) is None and pool.pending == 1
     done = pool.next_done()
     assert done is not None and done[0] == number and pool.pending == 0
@@ -196,8 +201,8 @@ def test_a_request_that_takes_too_long_is_given_up(ray_cluster: None, tiny_direc
         ((_, result),) = pool.run([ENDLESS])
         assert isinstance(result, Failure) and "longer than 2 s to answer" in result.reason
         pool.cluster = SETTINGS  # how long the next answer takes depends on what else the machine does
-        ((_, result),) = pool.run([EvaluatePlan("RRRRRR", "search", 2)])
-        assert isinstance(result, Evaluation)
+        ((_, result),) = pool.run([evaluate("RRRRRR", "search", 2)])
+        assert isinstance(result, Evaluations)
         assert pool.info[0].process != first
     with pytest.raises(ProcessLookupError):  # a worker given up is stopped, not left running
         wait_for_end(first)
@@ -283,14 +288,14 @@ DRIVER = """
 import sys
 from workers.cluster.connection import ClusterSettings
 from workers.errors import ClusterError
-from workers.messages import EvaluatePlan, ModelSource
+from workers.messages import EvaluatePlans, ModelSource
 from workers.cluster.pool import WorkerPool
 from workers.tasks import load_spec, load_task
 
 task = load_task(load_spec("easy-vqa").with_splits(calibration=2, search=2, held_out=2))
 try:
     with WorkerPool(ClusterSettings(address=sys.argv[1], workers=1), ModelSource(sys.argv[2]), task) as pool:
-        print(*(type(result).__name__ for _, result in pool.run([EvaluatePlan("RRRRRR", "search")])))
+        print(*(type(result).__name__ for _, result in pool.run([EvaluatePlans(("RRRRRR",), "search")])))
 except ClusterError as error:
     print(error)
 """
@@ -340,7 +345,7 @@ def test_a_running_cluster_is_joined_with_its_token_only(tiny_directory: Path, t
         def drive(environment: dict[str, str]) -> str:
             return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
-        assert drive(token) == "Evaluation"
+        assert drive(token) == "Evaluations"
         assert "asks for a token; set RAY_AUTH_MODE=token" in drive(plain | {"RAY_AUTH_MODE": "disabled"})
     finally:
         head.terminate()

@@ -193,7 +193,7 @@ def test_a_family_the_runtime_does_not_understand_is_a_model_error(
 
     monkeypatch.setattr(handler, "describe", refuse)
     with pytest.raises(ModelError, match=f"model {tiny_directory}: no list of decoder layers was found"):
-        handler.Measurer.load(ModelSource(str(tiny_directory), device="cpu"), small_task, WorkerSettings(0))
+        handler.Handler.load(ModelSource(str(tiny_directory), device="cpu"), small_task, WorkerSettings(0))
 
 
 def test_bad_settings_are_named(tiny_directory: Path) -> None:
