@@ -1,4 +1,4 @@
-"""A pool of model-holding workers that outlives any one of them.
+"""Keep a pool of workers that hold a model, and outlive any one of them.
 
 One request is in flight per worker, handed out in order. A worker that dies or takes too long is replaced and its
 request given to another one, up to a number of attempts; then the request comes back as a Failure. Requests that
@@ -55,7 +55,7 @@ Result = Reply | Failure
 
 
 class WorkerPool:
-    """Workers that hold one model and one task.
+    """Runs requests on workers that hold one model and one task.
 
     Use as a context manager, or call :meth:`start` and :meth:`close`. ``task`` is a bundled task's name, the path of a
     task file, a spec, or a loaded task. ``worker`` is the class whose instances answer the requests.
@@ -79,7 +79,8 @@ class WorkerPool:
         self._finished: deque[tuple[int, Result]] = deque()
         self._tickets = 0
         self._owns_connection = False
-        self._fingerprint = ""
+        self.fingerprint = ""
+        """The fingerprint of the model that the workers hold, once the first is ready."""
         self._next_look = 0.0
         self._no_new_workers_before = 0.0
 
@@ -136,11 +137,6 @@ class WorkerPool:
     def size(self) -> int:
         """Number of workers, those being replaced included."""
         return len(self._slots)
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the model that the workers hold."""
-        return self._fingerprint
 
     @property
     def idle(self) -> bool:
@@ -347,23 +343,11 @@ class WorkerPool:
     # Workers ----------------------------------------------------------------------------------------------------
 
     def _new_slot(self, number: int, failed_starts: int = 0) -> Slot:
-        settings = WorkerSettings(
-            worker=number,
-            threads=self.cluster.threads,
-            holds_gpu=self._allotment.gpus > 0,
-            batch_size=self.cluster.batch_size,
-        )
-        actor: Any = (
-            ray.remote(self._worker)
-            .options(
-                num_cpus=self._allotment.cpus,
-                num_gpus=self._allotment.gpus,
-                memory=self._allotment.memory or None,
-                max_restarts=0,
-                max_task_retries=0,
-            )
-            .remote(self.model, self._task_reference, settings)
-        )
+        cluster, each = self.cluster, self._allotment
+        settings = WorkerSettings(number, cluster.threads, holds_gpu=each.gpus > 0, batch_size=cluster.batch_size)
+        resources = {"num_cpus": each.cpus, "num_gpus": each.gpus, "memory": each.memory or None}
+        shell: Any = ray.remote(self._worker).options(**resources, max_restarts=0, max_task_retries=0)
+        actor = shell.remote(self.model, self._task_reference, settings)
         deadline = time.monotonic() + PLACING_SECONDS
         return Slot(number, actor, actor.place.remote(), deadline, failed_starts=failed_starts)
 
@@ -398,11 +382,11 @@ class WorkerPool:
         self._returned(slot, value)
 
     def _ready(self, slot: Slot, info: WorkerInfo) -> None:
-        self._fingerprint = self._fingerprint or info.fingerprint
-        if info.fingerprint != self._fingerprint:
+        self.fingerprint = self.fingerprint or info.fingerprint
+        if info.fingerprint != self.fingerprint:
             raise ClusterError(
                 f"worker {info.worker} on {info.node} holds another model than the others (fingerprint "
-                f"{info.fingerprint[:12]}, not {self._fingerprint[:12]}): {self.model.path} differs between nodes"
+                f"{info.fingerprint[:12]}, not {self.fingerprint[:12]}): {self.model.path} differs between nodes"
             )
         slot.info, slot.failed_starts, slot.stage = info, 0, "ready"
         ready = len(self.info)
