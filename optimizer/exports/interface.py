@@ -23,7 +23,7 @@ Loader = Literal["transformers", "transformers-remote-code", "openvino"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a plan and, for formats that need it, the model it belongs to."""
+    """A plan to export and, for formats that need it, the model it belongs to."""
 
     document: PlanDocument
     source: ModelSource
@@ -50,7 +50,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Guide:
-    """What the model card says about a format, as Markdown."""
+    """Sections of the model card about a format, as Markdown."""
 
     usage: str
     limits: Sequence[str]

@@ -29,7 +29,7 @@ METRICS = ("predicted latency as a share of dense", "accuracy drop on the search
 
 @dataclass(frozen=True)
 class ExportedStudy:
-    """What was written: the study's name and how many trials it has."""
+    """A written study: its name and how many trials it has."""
 
     name: str
     trials: int
@@ -86,7 +86,7 @@ def _trials(db: Database, job_id: int, spec: JobSpec) -> Iterator[FrozenTrial]:
 
 
 def _layer_times(db: Database, dense: Evaluation, spec: JobSpec) -> LayerTimes:
-    """What predicted latency in the job's search."""
+    """Read the profile that predicted latency in the job's search."""
     profile = overview.latency_profile(db, dense.job_id) if spec.search.latency == "measured" else None
     return profile if profile is not None else LayerCounts.of(len(dense.plan), LETTERS)
 

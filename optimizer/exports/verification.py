@@ -37,7 +37,7 @@ TIMEOUT_SECONDS = 3600
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. ``answers`` pairs the live model's answer with the export's, by sample."""
+    """Outcome of a verification. ``answers`` pairs the live model's answer with the export's, by sample."""
 
     format: str
     plan: str

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from workers.layerwise.hooks import Hooks, hidden_of, with_hidden
 from workers.runtime.applied import AppliedPlan
 from workers.runtime.folding import (
+    ActedOn,
     FoldingError,
     GapMap,
-    OutputSum,
-    ProjectionInput,
     acted_on,
     fold_site,
     require_projection,
@@ -189,7 +188,7 @@ class _Passes:
             raise CompensationError(f"layer {layer} did not run once in every forward pass, so no map can be fitted")
         return self._found
 
-    def _behind(self, layer: int, watched: OutputSum | ProjectionInput, output: Any) -> Any:
+    def _behind(self, layer: int, watched: ActedOn, output: Any) -> Any:
         """Behind a layer before a gap: put its map in place, or end the pass where it has none yet."""
         state = hidden_of(output)
         rows = on_all_tokens(watched.take(), state, self._batch.vision) * self._shares[layer]

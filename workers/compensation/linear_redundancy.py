@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers.messages import GapShare
 from workers.models.loading import LoadedModel
-from workers.runtime.folding import OutputSum, fold_site
+from workers.runtime.folding import ActedOn, fold_site
 from workers.runtime.locate import locate
 
 from .calibration import Calibration
@@ -48,7 +48,7 @@ def _outputs(loaded: LoadedModel, calibration: Calibration) -> dict[int, list[Te
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in sites}
     for batch in calibration.batches:
         with ExitStack() as entered, torch.inference_mode():
-            watched = {layer: entered.enter_context(OutputSum(site)) for layer, site in sites.items()}
+            watched = {layer: entered.enter_context(ActedOn(site.outputs)) for layer, site in sites.items()}
             stack.owner(*batch.args, **batch.kwargs)
             for layer, each in watched.items():
                 outputs[layer].append(each.take()[batch.kept] * calibration.shares[layer])

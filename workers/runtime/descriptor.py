@@ -1,4 +1,4 @@
-"""What a model's decoder layers may do, as a value; and the check of a plan against it. Needs no torch."""
+"""Describe what a model's decoder layers may do, and check plans against it. Needs no torch."""
 
 from __future__ import annotations
 

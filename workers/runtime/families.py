@@ -20,7 +20,7 @@ from .vision_tokens import takes_vision
 
 @dataclass(frozen=True)
 class Family:
-    """What one family adds to what inspection finds."""
+    """Facts about one family that inspection cannot find."""
 
     names: LayerNames = field(default_factory=LayerNames)
     loop_uses: frozenset[str] = frozenset()

@@ -4,11 +4,13 @@ With M what a layer's MLP adds to the residual stream, a map T changes that to M
 projections alone, their weights can hold T (W' = T^T W where the weight is [hidden, width]), at no cost at run time.
 Where it is one projection of A [width], a change D of that projection adds A D (W' = W + D^T): every T is such a D,
 and most D are no T.
+
+Shapes: ``hidden`` is the width of the residual stream, ``width`` that of A, ``rows`` are the tokens of all samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +55,7 @@ class GapMap:
 
     @property
     def change(self) -> Tensor:
-        """What is added to M, by what the map acts on: ``[hidden or width, hidden]``, float64."""
+        """The change of M, by what the map acts on: ``[hidden or width, hidden]``, float64."""
         matrix = self.matrix.double()
         return matrix if self.scope == "projection" else _minus_identity(matrix, matrix.device)
 
@@ -156,7 +158,7 @@ def fold(edits: Edits, stack: DecoderStack, plan: SkipPlan, maps: Maps) -> None:
 
 @contextmanager
 def folded(stack: DecoderStack, plan: SkipPlan, maps: Maps) -> Iterator[None]:
-    """While in here, the maps are in the weights of a model whose layers are all there."""
+    """Hold the maps in the weights of a model whose layers are all there."""
     edits = Edits()
     try:
         fold(edits, stack, plan, maps)
@@ -219,54 +221,38 @@ def _replace(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
 # Proof that a layer is residual + linear projection ------------------------------------------------------------------
 
 
-class ProjectionInput:
-    """Collects A, what a site's one projection is given, while a layer runs."""
+class ActedOn:
+    """Collects what a map acts on while a layer runs: M, the sum of some modules' outputs, or A, one module's input."""
 
-    def __init__(self, projection: Projection) -> None:
-        self._projection = projection
-        self._found: list[Tensor] = []
-
-    def __enter__(self) -> ProjectionInput:
-        self._handle = self._projection.module.register_forward_pre_hook(
-            lambda module, args: self._found.append(args[0])
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def take(self) -> Tensor:
-        """A of the run that just ended, ``[rows, width]``. Raises RuntimeError when the projection did not run once."""
-        found, self._found = self._found, []
-        if len(found) != 1:
-            raise RuntimeError(f"the last projection of an MLP ran {len(found)} times")
-        return found[0].reshape(-1, found[0].shape[-1])
-
-
-class OutputSum:
-    """Collects M, the sum of a site's outputs, while a layer runs."""
-
-    def __init__(self, site: FoldSite) -> None:
-        self._site = site
+    def __init__(self, modules: Sequence[nn.Module], *, inputs: bool = False) -> None:
+        self._modules, self._inputs = tuple(modules), inputs
         self._found: list[Tensor] = []
         self._handles: list[Any] = []
 
-    def __enter__(self) -> OutputSum:
-        self._handles = [module.register_forward_hook(self._note) for module in self._site.outputs]
+    def __enter__(self) -> ActedOn:
+        for module in self._modules:
+            if self._inputs:
+                handle = module.register_forward_pre_hook(lambda module, args: self._note(args))
+            else:
+                handle = module.register_forward_hook(lambda module, args, output: self._note(output))
+            self._handles.append(handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
 
-    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._found.append(output[0] if isinstance(output, tuple) else output)
+    def _note(self, seen: Any) -> None:
+        self._found.append(seen[0] if isinstance(seen, tuple) else seen)
 
     def take(self) -> Tensor:
-        """M of the run that just ended, ``[rows, hidden]``. Raises RuntimeError when a part of the MLP did not run."""
+        """M ``[rows, hidden]`` or A ``[rows, width]`` of the run that just ended.
+
+        Raises RuntimeError when a module did not run exactly once.
+        """
         found, self._found = self._found, []
-        if len(found) != len(self._site.outputs):
-            raise RuntimeError(f"{len(found)} of {len(self._site.outputs)} parts of an MLP ran")
+        if len(found) != len(self._modules):
+            raise RuntimeError(f"{len(found)} runs of the {len(self._modules)} parts of an MLP were seen")
         parts = [part.reshape(-1, part.shape[-1]) for part in found]
         total = parts[0]
         for part in parts[1:]:
@@ -274,9 +260,11 @@ class OutputSum:
         return total
 
 
-def acted_on(site: FoldSite, scope: Scope, index: int) -> OutputSum | ProjectionInput:
-    """Collects what a map of this scope acts on. Raises :class:`FoldingError` where the layer cannot hold one."""
-    return OutputSum(site) if scope == "output" else ProjectionInput(require_projection(site, index))
+def acted_on(site: FoldSite, scope: Scope, index: int) -> ActedOn:
+    """Collect what a map of this scope acts on. Raises :class:`FoldingError` where the layer cannot hold one."""
+    if scope == "output":
+        return ActedOn(site.outputs)
+    return ActedOn([require_projection(site, index).module], inputs=True)
 
 
 def added_share(index: int, site: FoldSite, run: Callable[[], Tensor], *, seed: int = 0) -> float:
@@ -286,7 +274,7 @@ def added_share(index: int, site: FoldSite, run: Callable[[], Tensor], *, seed: 
     output must change by s M (T - I), the same s for all tokens and dimensions. Raises :class:`FoldingError` when it
     does not: the block normalises or gates M, or other weights make it too.
     """
-    with OutputSum(site) as watched:
+    with ActedOn(site.outputs) as watched:
         plain = run()
         output = watched.take().float()
     if plain.dim() != 3 or output.numel() != plain.numel():

@@ -38,11 +38,6 @@ class DecoderStack:
         config: Any = self.model.config
         return str(config.model_type)
 
-    @property
-    def parameters_of_forward(self) -> dict[str, inspect.Parameter]:
-        """Named arguments of the decoder layer's forward."""
-        return forward_parameters(self.layers[0])
-
 
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Named arguments of a module class's forward, without ``self``."""

@@ -28,7 +28,7 @@ COUNTS_ROWS = re.compile(
 
 @dataclass(frozen=True)
 class LoopFacts:
-    """What the loop over the decoder layers does besides handing hidden states on."""
+    """Facts about a loop over the decoder layers: all it does besides handing hidden states on."""
 
     found: bool
     positions: frozenset[str] = frozenset()

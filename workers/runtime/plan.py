@@ -15,7 +15,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class ActionRow:
-    """All that is known of an action. A new action is one more row of :class:`Action`, and its code in ``applied``."""
+    """Facts about an action. A new action is one more row of :class:`Action`, and its code in ``applied``."""
 
     letter: str
     """In the text of plans."""
@@ -36,7 +36,7 @@ class ActionRow:
 
 
 class Action(Enum):
-    """What happens at one decoder layer; the value is the letter in the plan's text."""
+    """A decoder layer runs, or saves work in one of these ways; the value is the letter in the plan's text."""
 
     RUN = ActionRow(
         letter="R",

@@ -55,7 +55,7 @@ def _rebuild(stack: DecoderStack, config: Any) -> nn.ModuleList:
 
 
 def _differences(own: nn.Module, other: nn.Module) -> Iterator[str]:
-    """What two decoder layers differ in: modules, plain attributes, shapes of weights."""
+    """List differences of two decoder layers: modules, plain attributes, shapes of weights."""
     modules, others = dict(own.named_modules()), dict(other.named_modules())
     for name in modules.keys() ^ others.keys():
         yield f"{name} exists in one of them only"

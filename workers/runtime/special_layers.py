@@ -1,4 +1,4 @@
-"""What single families need beyond the tables: injected features, shared keys, per-layer embeddings."""
+"""Handle what single families have beyond the tables: injected features, shared keys, per-layer embeddings."""
 
 from __future__ import annotations
 

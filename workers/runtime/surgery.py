@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ def save_pruned(
     """Write ``model`` without the layers that ``plan`` skips as an ordinary checkpoint; the model stays as it was.
 
     Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
-    of the live model while it is saved, so no second copy of it is held. The directory appears complete or not at
-    all. ``original_names`` names the tensors as the family's published checkpoints do; otherwise they have their
+    of the live model while it is saved, so no second copy of it is held. A failed save leaves no directory.
+    ``original_names`` names the tensors as the family's published checkpoints do; otherwise they have their
     names in memory, which is what model code outside transformers loads. ``compensation`` holds the maps of the plan's
     gaps, which are folded into the written weights. Raises :class:`PlanError` for plans with
     other actions than run and skip, and ``FileExistsError`` when the directory exists and is not empty. A pruned
@@ -48,8 +47,6 @@ def save_pruned(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")
     applied = AppliedPlan(model, plan)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     edits = Edits()
     try:
         if compensation is not None:
@@ -58,16 +55,12 @@ def save_pruned(
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)
         model.save_pretrained(  # type: ignore[operator]
-            staging, max_shard_size=max_shard_size, save_original_format=original_names
+            target, max_shard_size=max_shard_size, save_original_format=original_names
         )
         if processor is not None:
-            processor.save_pretrained(staging)
-        staging.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            target.rmdir()
-        staging.rename(target)
+            processor.save_pretrained(target)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
         raise
     finally:
         edits.undo()

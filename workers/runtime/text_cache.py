@@ -2,6 +2,9 @@
 
 A bypassed layer stores keys and values of text only, yet must report the full length: transformers reads the length
 of the whole cache, and with it positions and mask sizes, from one of its layers.
+
+Shapes: ``batch`` samples, ``rows`` of a call that are given to the layer (text tokens, padding included), ``stored``
+tokens kept per sample, ``heads`` of keys and values of ``size`` each. A ``1`` for the batch broadcasts.
 """
 
 from __future__ import annotations
@@ -169,7 +172,6 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
     # What generation does to a cache ------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget everything."""
         super().reset()
         self.length, self.columns, self._incoming, self._padded = 0, None, None, False
 

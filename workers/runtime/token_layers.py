@@ -1,6 +1,9 @@
 """The forward of a frozen or bypassed decoder layer: text rows go through the layer, vision rows keep their state.
 
 The layer's own forward is called on gathered rows, so that norms, gates, experts and residuals need no code of ours.
+
+Shapes: ``batch`` samples of ``tokens`` each, of which ``rows`` are gathered (the text or the vision tokens of a sample,
+padded to the longest); ``hidden`` is the width of the residual stream, ``heads`` of ``size`` are those of attention.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ UNTOUCHED = ("shared_kv_states",)
 
 
 class TokenLayer:
-    """What is called in place of one decoder layer's forward while a plan freezes or bypasses it."""
+    """Forward of one decoder layer that a plan freezes or bypasses."""
 
     def __init__(
         self, layer: nn.Module, layer_idx: int, action: Action, tokens: VisionTokens, *, mask_may_be_none: bool
@@ -123,7 +126,7 @@ class TokenLayer:
         raise RuntimeError(f"decoder layer {self._layer_idx} handed no keys to the cache: it cannot be frozen")
 
     def _causal_mask(self, rows: TokenRows, cache: Cache | None) -> Tensor:
-        """What attention does without a mask, for some of the queries: ``[batch or 1, 1, rows, keys]``."""
+        """Make the mask that attention without a mask stands for, for some queries: ``[batch or 1, 1, rows, keys]``."""
         length, offset, start = rows.length, 0, 0
         if cache is not None and len(cache.layers) > self._layer_idx and not self._shares_keys:
             length, offset = cache.get_mask_sizes(rows.length, self._layer_idx)

@@ -2,6 +2,8 @@
 
 Samples of a batch may have different numbers of text tokens. Their rows then form a rectangle that is padded by
 repeating a row; padding is never written back, and attention masks it out as a key.
+
+Shapes: ``batch`` samples of ``length`` tokens each, of which ``rows`` are gathered.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def command(directory: Path, location: str) -> str:
 
 
 def needed_overrides(directory: Path) -> dict[str, object]:
-    """What vLLM must be told because ``config.json`` does not say it.
+    """Find what ``config.json`` does not tell vLLM.
 
     vLLM chooses its model class by ``architectures``; configurations of models that were never saved by transformers'
     ``save_pretrained`` may lack it.
