@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from optimizer.job.spec import SearchSpec
+from optimizer.job.sections import SearchSpec
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from optimizer.job.spec import ConstraintSpec
+from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import touched
 from optimizer.search.trial import Tried
 from workers.runtime import SkipPlan

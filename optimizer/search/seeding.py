@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from optimizer.errors import UsageFault
-from optimizer.job.spec import SearchSpec
+from optimizer.job.sections import SearchSpec
 from optimizer.search.problem import Problem
 from optimizer.search.seeds.nested import nested_sets
 from optimizer.search.seeds.runs import unexplained_shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from optimizer.job.spec import ConstraintSpec
+from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import Candidate, touched
 from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext

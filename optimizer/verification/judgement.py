@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from optimizer.job.spec import ConstraintSpec
+from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import Candidate
 from optimizer.verification.statistics import (
     Interval,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from search_strategies import CHECKPOINTS, REFERENCE, SAMPLERS, Cache, load_inputs, print_table, problem_of, run, shares
 
-from optimizer.job.spec import SearchSpec
+from optimizer.job.sections import SearchSpec
 from optimizer.search.pareto import hypervolume
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores

@@ -16,7 +16,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "helpers")]
 import numpy as np  # noqa: E402
 from planted import problem_of, random_problem  # noqa: E402
 
-from optimizer.job.spec import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.job.sections import ConstraintSpec, SearchSpec  # noqa: E402
 from optimizer.registries import STRATEGIES  # noqa: E402
 from optimizer.search.space import Candidate  # noqa: E402
 from optimizer.search.trial import Tried, tried_of  # noqa: E402

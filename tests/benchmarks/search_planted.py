@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 from planted import problem_of, random_problem, risk_of  # noqa: E402
 from search_strategies import REFERENCE, run, shares  # noqa: E402
 
-from optimizer.job.spec import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.job.sections import ConstraintSpec, SearchSpec  # noqa: E402
 from optimizer.search.pareto import hypervolume  # noqa: E402
 from optimizer.search.seeding import with_seeds  # noqa: E402
 

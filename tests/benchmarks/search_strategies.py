@@ -31,7 +31,7 @@ FIXTURES = PROJECT / "tests" / "fixtures"
 sys.path.insert(0, str(PROJECT))
 
 from optimizer import criteria  # noqa: E402
-from optimizer.job.spec import ConstraintSpec, SearchSpec  # noqa: E402
+from optimizer.job.sections import ConstraintSpec, SearchSpec  # noqa: E402
 from optimizer.registries import SAMPLERS, STRATEGIES  # noqa: E402
 from optimizer.search.budget import Budget  # noqa: E402
 from optimizer.search.constraints import Limits  # noqa: E402

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from optimizer.criteria import Risk
-from optimizer.job.spec import ConstraintSpec, SearchSpec
+from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import STRATEGIES
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits

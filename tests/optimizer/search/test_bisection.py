@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import SAMPLES, problem_of, random_problem, search, small
 
-from optimizer.job.spec import ConstraintSpec, SearchSpec
+from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import STRATEGIES
 from optimizer.search.seeding import with_given
 from optimizer.search.space import Candidate

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planted import problem_of, search, small
 
 from optimizer.criteria import Risk
-from optimizer.job.spec import ConstraintSpec
+from optimizer.job.sections import ConstraintSpec
 from optimizer.registries import STRATEGIES
 from optimizer.search.constraints import Limits
 from optimizer.search.seeds.feasible import FeasiblePlans

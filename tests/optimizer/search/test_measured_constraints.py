@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimizer.job.spec import ConstraintSpec
+from optimizer.job.sections import ConstraintSpec
 from optimizer.stages.publish import fast_enough
 from workers.messages import LatencyComparison, Workload
 

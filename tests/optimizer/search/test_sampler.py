@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import problem_of, random_problem, search, small
 
-from optimizer.job.spec import ConstraintSpec, SearchSpec
+from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.search.pareto import hypervolume
 from optimizer.search.strategies.samplers import surrogate_sampler
 from optimizer.search.strategies.study import distributions, genome_of

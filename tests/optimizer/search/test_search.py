@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from planted import SAMPLES, Planted, problem_of, search, small
 
-from optimizer.job.spec import ConstraintSpec, SearchSpec
+from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import SAMPLERS, STRATEGIES
 from optimizer.search.budget import Budget
 from optimizer.search.constraints import Limits

@@ -11,7 +11,8 @@ from planted import SMALL, problem_of, small
 
 from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
-from optimizer.job.spec import ConstraintSpec, JobSpec, SearchSpec
+from optimizer.job.sections import ConstraintSpec, SearchSpec
+from optimizer.job.spec import JobSpec
 from optimizer.search.constraints import Limits
 from optimizer.search.seeding import with_given, with_seeds
 from optimizer.search.seeds.additive import AdditiveProblem, budgets, savings, spread_order

@@ -7,7 +7,7 @@ import pytest
 from planted import SMALL, Planted, problem_of, search, small
 
 from optimizer.errors import UsageFault
-from optimizer.job.spec import ConstraintSpec
+from optimizer.job.sections import ConstraintSpec
 from optimizer.registries import METHODS, STRATEGIES
 from workers.errors import MeasurementError
 from workers.redundancy.table import LayerTable

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from optimizer.job.spec import ConstraintSpec
+from optimizer.job.sections import ConstraintSpec
 from optimizer.verification.judgement import judge
 
 
