@@ -23,15 +23,15 @@ SAMPLERS = {
     "random": f"{_SEARCH}.samplers:random",
 }
 METHODS = {
-    "skip-it": f"{_SEARCH}.nested:skip_it",
-    "shortgpt": f"{_SEARCH}.shortgpt:shortgpt",
-    "angular": f"{_SEARCH}.angular:angular",
-    "replaceme": f"{_SEARCH}.replaceme:replaceme",
+    "skip-it": f"{_SEARCH}.published:skip_it",
+    "shortgpt": f"{_SEARCH}.published:shortgpt",
+    "angular": f"{_SEARCH}.published:angular",
+    "replaceme": f"{_SEARCH}.published:replaceme",
     "sleb": f"{_SEARCH}.sleb:Sleb",
     "evopress": f"{_SEARCH}.evopress:EvoPress",
-    "shortv": f"{_SEARCH}.shortv:shortv",
-    "vtw": f"{_SEARCH}.vtw:vtw",
-    "exhaustive": f"{_SEARCH}.exhaustive:exhaustive",
+    "shortv": f"{_SEARCH}.published:shortv",
+    "vtw": f"{_SEARCH}.published:vtw",
+    "exhaustive": f"{_SEARCH}.published:exhaustive",
 }
 """Published methods: they take neither seeds nor given plans, nor what earlier jobs found out."""
 

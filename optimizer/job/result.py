@@ -41,13 +41,13 @@ def load_result(db: Database, job_id: int) -> JobResult:
     recorded = stages.stages(db, job_id)
     published = plans.for_job(db, job_id)
     best_id = recorded["publish"].payload["value"]["best"] if "publish" in recorded else None
-    outcome = recorded["search"].payload["value"] if "search" in recorded else {"tried": [], "failed": {}}
+    outcome = recorded["search"].payload["value"] if "search" in recorded else {"trials": [], "failed": {}}
     return JobResult(
         job=jobs.get(db, job_id),
         plans=tuple(published),
         best=next((plan for plan in published if plan.id == best_id), None),
         search={
-            "plans_tried": max(0, len(outcome["tried"]) - 1),
+            "plans_tried": max(0, len(outcome["trials"]) - 1),
             "plans_failed": len(outcome["failed"]),
             "stopped_because": outcome.get("stopped_because", ""),
         },

@@ -1,16 +1,26 @@
-"""When a search ends: what it may spend, and when going on is not worth it."""
+"""The sizes of a search's rungs, and when the search ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from optimizer.job.sections import SearchSpec
 
 
+def rung_sizes(rungs: Sequence[int] | None, n_samples: int) -> tuple[int, ...]:
+    """Return the prefix sizes of the search split, the last one the whole split.
+
+    The prefixes hold the same samples for every candidate; by default they are a quarter of the split, then all of it.
+    """
+    sizes = rungs if rungs is not None else (math.ceil(n_samples / 4),)
+    return (*(size for size in sizes if size < n_samples), n_samples)
+
+
 @dataclass
 class Budget:
-    """Counts what a search spends and says why it must stop.
+    """Count what a search spends, and say why it must stop.
 
     Layer executions are counted as if every candidate was evaluated alone (new samples times layers that run), so
     that the count depends neither on which candidates shared work nor on what was known before.
@@ -35,7 +45,7 @@ class Budget:
         return None
 
     def left(self) -> int:
-        """Evaluations that are left."""
+        """Number of evaluations left."""
         return self.spec.evaluations - self.evaluations
 
     def quiet(self, expected_gain: float | None) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import touched
-from optimizer.search.trial import Tried
+from optimizer.search.trial import OPTIMISM, Trial
 from workers.runtime import SkipPlan
 
 
@@ -16,7 +16,7 @@ class Limits:
     """A job's constraints with what is needed to predict a plan's side of them before it is evaluated."""
 
     spec: ConstraintSpec
-    dense_seconds: float | None = None
+    dense_latency_seconds: float | None = None
     """Predicted latency is the ratio times this; None where no profile is at hand."""
     kv_cache_bytes: Callable[[SkipPlan], float] | None = None
 
@@ -25,21 +25,21 @@ class Limits:
         values: dict[str, float] = {}
         if self.spec.min_speedup is not None:
             values["min_speedup"] = ratio * self.spec.min_speedup - 1.0
-        if self.spec.max_latency_ms is not None and self.dense_seconds is not None:
-            values["max_latency_ms"] = 1000.0 * ratio * self.dense_seconds / self.spec.max_latency_ms - 1.0
+        if self.spec.max_latency_ms is not None and self.dense_latency_seconds is not None:
+            values["max_latency_ms"] = 1000.0 * ratio * self.dense_latency_seconds / self.spec.max_latency_ms - 1.0
         if self.spec.max_kv_cache_bytes is not None and self.kv_cache_bytes is not None:
             values["max_kv_cache_bytes"] = self.kv_cache_bytes(plan) / self.spec.max_kv_cache_bytes - 1.0
         if self.spec.max_layers_touched is not None:
             values["max_layers_touched"] = float(touched(plan) - self.spec.max_layers_touched)
         return values
 
-    def values(self, tried: Tried) -> dict[str, float]:
+    def values(self, trial: Trial) -> dict[str, float]:
         """All constraints, by name, as the search's samples show them."""
-        values = self.known(SkipPlan.parse(tried.plan), tried.latency_ratio)
+        values = self.known(SkipPlan.parse(trial.plan), trial.latency_ratio)
         if self.spec.max_accuracy_drop is not None:
-            values["max_accuracy_drop"] = tried.drop - self.spec.max_accuracy_drop
+            values["max_accuracy_drop"] = -trial.difference - self.spec.max_accuracy_drop
         if self.spec.min_accuracy is not None:
-            values["min_accuracy"] = self.spec.min_accuracy - tried.accuracy
+            values["min_accuracy"] = self.spec.min_accuracy - trial.accuracy
         return values
 
     def possible(self, plan: SkipPlan, ratio: float) -> bool:
@@ -56,11 +56,27 @@ class Limits:
             return f"no plan can meet max_latency_ms {asked:g}: the fastest is predicted to take {best:.4g} ms"
         return f"no plan can meet {name} {asked:g}: the smallest possible is {best:.0f}"
 
-    def largest_drop(self, dense_accuracy: float) -> float:
-        """The largest drop that both accuracy constraints leave; 1 where there is none."""
-        limits = [1.0]
+    def least_difference(self, dense_accuracy: float) -> float:
+        """The least difference to dense that both accuracy constraints allow; -1 where there is none."""
+        limits = [-1.0]
         if self.spec.max_accuracy_drop is not None:
-            limits.append(self.spec.max_accuracy_drop)
+            limits.append(-self.spec.max_accuracy_drop)
         if self.spec.min_accuracy is not None:
-            limits.append(dense_accuracy - self.spec.min_accuracy)
-        return min(limits)
+            limits.append(self.spec.min_accuracy - dense_accuracy)
+        return max(limits)
+
+    def promising(self, trial: Trial, front: Sequence[Trial], dense_accuracy: float) -> bool:
+        """Whether a candidate could meet the constraints and be on the front once more samples were seen.
+
+        Both are judged from the optimistic end of its difference's interval: a plan is given up only where the
+        samples speak against it.
+        """
+        if trial.optimistic_difference < self.least_difference(dense_accuracy):
+            return False
+        if not self.possible(SkipPlan.parse(trial.plan), trial.latency_ratio):
+            return False
+        return not any(
+            other.latency_ratio <= trial.latency_ratio
+            and other.difference - OPTIMISM * other.difference_error > trial.optimistic_difference
+            for other in front
+        )

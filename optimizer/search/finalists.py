@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from optimizer.search.constraints import Limits
 from optimizer.search.pareto import Point, front_indices
 from optimizer.search.space import Candidate
-from optimizer.search.trial import SearchOutcome, Tried
+from optimizer.search.trial import SearchOutcome, Trial
 from workers.runtime import SkipPlan
 
 
 def choose_finalists(outcome: SearchOutcome, limits: Limits, count: int) -> tuple[Candidate, ...]:
-    """At most ``count`` candidates to verify: spread over the front from fastest to most careful, then runners-up.
+    """Choose at most ``count`` candidates to verify: of the front, from fastest to most careful, then runners-up.
 
     The dense plan, plans predicted to be no faster than it, and plans that could meet the constraint only against
     the evidence of the search are left out. Runners-up fill the places that a short front leaves, since its few plans
@@ -20,42 +20,42 @@ def choose_finalists(outcome: SearchOutcome, limits: Limits, count: int) -> tupl
     fastest of them: so runners-up are spread over the front of latency and divergence (KL), which tells careful plans
     from lucky ones. Without divergences they are the front without the plans chosen already.
     """
-    largest = limits.largest_drop(outcome.dense_accuracy)
+    least = limits.least_difference(outcome.dense_accuracy)
     eligible = [
-        tried
-        for tried in outcome.tried
-        if tried.complete
-        and tried.latency_ratio < 1.0
-        and limits.possible(SkipPlan.parse(tried.plan), tried.latency_ratio)
-        and tried.optimistic_drop <= largest
+        trial
+        for trial in outcome.trials
+        if trial.complete
+        and trial.latency_ratio < 1.0
+        and limits.possible(SkipPlan.parse(trial.plan), trial.latency_ratio)
+        and trial.optimistic_difference >= least
     ]
-    front = _front(eligible, [tried.costs for tried in eligible])
-    chosen = _spread(front, count, largest)
-    eligible = [tried for tried in eligible if tried not in front]
+    front = _front(eligible, [trial.costs for trial in eligible])
+    chosen = _spread(front, count, least)
+    eligible = [trial for trial in eligible if trial not in front]
     while eligible and len(chosen) < count:
-        divergences = [tried.kl for tried in eligible if tried.kl is not None]
+        divergences = [trial.kl for trial in eligible if trial.kl is not None]
         if len(divergences) == len(eligible):
-            costs = [(tried.latency_ratio, kl) for tried, kl in zip(eligible, divergences, strict=True)]
+            costs = [(trial.latency_ratio, kl) for trial, kl in zip(eligible, divergences, strict=True)]
         else:
-            costs = [tried.costs for tried in eligible]
+            costs = [trial.costs for trial in eligible]
         front = _front(eligible, costs)
         chosen += _evenly(front, count - len(chosen))
-        eligible = [tried for tried in eligible if tried not in front]
-    return tuple(tried.candidate for tried in chosen)
+        eligible = [trial for trial in eligible if trial not in front]
+    return tuple(trial.candidate for trial in chosen)
 
 
-def _front(tried: Sequence[Tried], costs: Sequence[Point]) -> list[Tried]:
-    return [tried[index] for index in front_indices(costs)]
+def _front(trials: Sequence[Trial], costs: Sequence[Point]) -> list[Trial]:
+    return [trials[index] for index in front_indices(costs)]
 
 
-def _spread(front: Sequence[Tried], count: int, limit: float) -> list[Tried]:
+def _spread(front: Sequence[Trial], count: int, least: float) -> list[Trial]:
     """At most ``count`` members of a front that is ordered by latency; a single one keeps to the limit if any does."""
     if count == 1 and front:
-        return [next((tried for tried in front if tried.drop <= limit), front[0])]
+        return [next((trial for trial in front if trial.difference >= least), front[0])]
     return _evenly(front, count)
 
 
-def _evenly(front: Sequence[Tried], count: int) -> list[Tried]:
+def _evenly(front: Sequence[Trial], count: int) -> list[Trial]:
     """At most ``count`` members at even steps with both ends; of one, the middle."""
     if len(front) <= count:
         return list(front)

@@ -1,4 +1,4 @@
-"""The search loop: a strategy asks for candidates, the rungs sort out the hopeless ones, the strategy is told.
+"""Ask/tell loop with successive rungs: candidates that fail an early rung are dropped.
 
 Everything is decided from paired differences to the dense model on the same samples. A candidate is never evaluated
 twice on the same rung: what a strategy asks for again is answered from memory.
@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from optimizer.search.budget import Budget
-from optimizer.search.pareto import front_indices
 from optimizer.search.problem import Ask, Problem, Strategy
-from optimizer.search.rungs import promising
 from optimizer.search.space import Candidate
-from optimizer.search.trial import Evaluate, Scores, SearchOutcome, Tried, tried_of
+from optimizer.search.trial import Evaluate, Scores, SearchOutcome, Trial, front_of, trial_of
 from workers.runtime import SkipPlan
 
 MOST_IDLE_BATCHES = 50
-"""A strategy that asks so often in a row for what is known only has nothing to add."""
+"""Batches in a row that hold nothing new, after which a strategy is taken to have nothing to add."""
 
 
 class Search:
-    """One job's search over candidates.
+    """Run one job's search over candidates.
 
     ``run`` is deterministic for equal evaluations, whatever their order of arrival, unless a time budget ends it.
     """
@@ -33,14 +31,14 @@ class Search:
         budget: Budget,
         *,
         evaluate: Evaluate,
-        on_tried: Callable[[Tried], None] = lambda tried: None,
+        on_trial: Callable[[Trial], None] = lambda trial: None,
     ) -> None:
         self._problem, self._strategy, self._budget = problem, strategy, budget
-        self._evaluate, self._on_tried = evaluate, on_tried
+        self._evaluate, self._on_trial = evaluate, on_trial
         self._dense: tuple[float, ...] = ()
         self._dense_accuracy = 1.0
-        self._tried: dict[Candidate, Tried] = {tried.candidate: tried for tried in problem.known}
-        self._on_rung: dict[tuple[Candidate, int], Tried] = {(t.candidate, t.n): t for t in problem.known}
+        self._trials: dict[Candidate, Trial] = {trial.candidate: trial for trial in problem.known}
+        self._on_rung = {(trial.candidate, trial.n_samples): trial for trial in problem.known}
         self._failed: dict[Candidate, str] = {}
 
     def run(self) -> SearchOutcome:
@@ -54,13 +52,13 @@ class Search:
             raise RuntimeError(f"the dense model cannot be evaluated: {scores.failure}")
         self._dense = scores.values
         self._record(dense, scores)
-        self._dense_accuracy = self._tried[dense].accuracy
-        self._strategy.start(self._tried[dense])
+        self._dense_accuracy = self._trials[dense].accuracy
+        self._strategy.start(self._trials[dense])
         stopped = self._batches()
         return SearchOutcome(
             dense_accuracy=self._dense_accuracy,
-            samples=self._problem.rungs[-1],
-            tried=tuple(self._tried.values()),
+            n_samples=self._problem.rungs[-1],
+            trials=tuple(self._trials.values()),
             failed={str(candidate): reason for candidate, reason in self._failed.items()},
             stopped_because=stopped,
             layer_executions=self._budget.layer_executions,
@@ -76,50 +74,53 @@ class Search:
             if not asked:
                 return self._strategy.done
             before = len(self._on_rung)
-            self._strategy.tell([(each.candidate, self._answer(each)) for each in self._climb(asked)])
+            self._climb(asked)
+            self._strategy.tell([(each.candidate, self._answer(each)) for each in asked])
             idle = idle + 1 if len(self._on_rung) == before else 0
             reason = self._budget.quiet(self._strategy.expected_gain)
             if reason is not None:
                 return reason
         return "the strategy asked for nothing new"
 
-    def _answer(self, ask: Ask) -> Tried | None:
-        """What is told about an ask: the rung it named, else the largest one reached; None for a failure."""
-        if ask.samples is not None:
-            return self._on_rung.get((ask.candidate, ask.samples))
-        return None if ask.candidate in self._failed else self._tried[ask.candidate]
+    def _answer(self, ask: Ask) -> Trial | None:
+        """The trial on the rung that was named, else on the largest one reached; None for a failure."""
+        if ask.n_samples is not None:
+            return self._on_rung.get((ask.candidate, ask.n_samples))
+        return None if ask.candidate in self._failed else self._trials[ask.candidate]
 
-    def _climb(self, asked: Sequence[Ask]) -> Sequence[Ask]:
+    def _climb(self, asked: Sequence[Ask]) -> None:
         """Evaluate a batch rung by rung; each rung's survivors are chosen from the same state for all."""
         self._budget.evaluations += sum(
-            ask.candidate not in self._tried and ask.candidate not in self._failed for ask in asked
+            ask.candidate not in self._trials and ask.candidate not in self._failed for ask in asked
         )
         climbing = list(asked)
-        for size in self._problem.rungs:
-            here = [ask for ask in climbing if ask.samples is None or ask.samples >= size]
-            self._run([ask.candidate for ask in here if not self._knows(ask, size)], size)
-            front = self._front()
-            climbing = [ask for ask in here if ask.candidate not in self._failed and self._goes_on(ask, size, front)]
+        for n_samples in self._problem.rungs:
+            here = [ask for ask in climbing if ask.n_samples is None or ask.n_samples >= n_samples]
+            self._run([ask.candidate for ask in here if not self._knows(ask, n_samples)], n_samples)
+            front = front_of(self._trials.values())
+            climbing = [
+                ask for ask in here if ask.candidate not in self._failed and self._goes_on(ask, n_samples, front)
+            ]
         for ask in asked:
-            if ask.candidate in self._tried:
-                self._on_tried(self._tried[ask.candidate])
-        return asked
+            if ask.candidate in self._trials:
+                self._on_trial(self._trials[ask.candidate])
 
-    def _knows(self, ask: Ask, size: int) -> bool:
+    def _knows(self, ask: Ask, n_samples: int) -> bool:
         """Whether nothing is to be run on this rung; a strategy that names its rung wants that rung's figures."""
-        if (ask.candidate, size) in self._on_rung:
+        if (ask.candidate, n_samples) in self._on_rung:
             return True
-        return ask.samples != size and ask.candidate in self._tried and self._tried[ask.candidate].n > size
+        known = self._trials.get(ask.candidate)
+        return ask.n_samples != n_samples and known is not None and known.n_samples > n_samples
 
-    def _goes_on(self, ask: Ask, size: int, front: Sequence[Tried]) -> bool:
-        if ask.samples is not None:
-            return ask.samples > size
-        tried = self._on_rung.get((ask.candidate, size), self._tried[ask.candidate])
-        return promising(tried, front, self._problem.limits, self._dense_accuracy)
+    def _goes_on(self, ask: Ask, n_samples: int, front: Sequence[Trial]) -> bool:
+        if ask.n_samples is not None:
+            return ask.n_samples > n_samples
+        trial = self._on_rung.get((ask.candidate, n_samples), self._trials[ask.candidate])
+        return self._problem.limits.promising(trial, front, self._dense_accuracy)
 
-    def _run(self, candidates: Sequence[Candidate], size: int) -> None:
+    def _run(self, candidates: Sequence[Candidate], n_samples: int) -> None:
         wanted = list(dict.fromkeys(candidate for candidate in candidates if candidate not in self._failed))
-        results = dict(self._evaluate([(candidate, size) for candidate in wanted])) if wanted else {}
+        results = dict(self._evaluate([(candidate, n_samples) for candidate in wanted])) if wanted else {}
         for candidate in wanted:  # in the order asked, not in the order of arrival
             scores = results[candidate]
             if scores.failure is not None:
@@ -128,15 +129,10 @@ class Search:
                 self._record(candidate, scores)
 
     def _record(self, candidate: Candidate, scores: Scores) -> None:
-        problem = self._problem
-        ratio = problem.ratio(candidate.plan)
-        tried = tried_of(candidate, scores, self._dense, ratio, problem.rungs[-1])
-        seen = self._tried[candidate].n if candidate in self._tried else 0
-        self._budget.layer_executions += max(0, tried.n - seen) * len(candidate.plan.kept)
-        self._on_rung[candidate, tried.n] = tried
-        if tried.n >= seen:
-            self._tried[candidate] = tried
-
-    def _front(self) -> tuple[Tried, ...]:
-        complete = [tried for tried in self._tried.values() if tried.complete]
-        return tuple(complete[index] for index in front_indices([tried.costs for tried in complete]))
+        ratio = self._problem.ratio(candidate.plan)
+        trial = trial_of(candidate, scores, self._dense, ratio, self._problem.rungs[-1])
+        seen = self._trials[candidate].n_samples if candidate in self._trials else 0
+        self._budget.layer_executions += max(0, trial.n_samples - seen) * len(candidate.plan.kept)
+        self._on_rung[candidate, trial.n_samples] = trial
+        if trial.n_samples >= seen:
+            self._trials[candidate] = trial

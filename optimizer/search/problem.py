@@ -1,4 +1,4 @@
-"""What a strategy is given, what it asks for, and what it is told."""
+"""A search problem, and the protocol of the strategies that solve it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optimizer.search.constraints import Limits
 from optimizer.search.latency import Ratio
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.trial import Tried
+from optimizer.search.trial import Trial
 from workers.redundancy.table import LayerTable
 
 
@@ -33,15 +33,15 @@ class Problem:
     seed: int = 0
     batch: int = 8
     seeds: tuple[Candidate, ...] = ()
-    """Where to begin, the most informative first."""
+    """Candidates to begin with, the most informative first."""
     reserve: tuple[Candidate, ...] = ()
-    """Further seeds: proposed only when the model of the strategy thinks well of them."""
-    ladders: tuple[tuple[Candidate, ...], ...] = ()
-    """Families of plans, of each of which the last good one is looked for before the search proper."""
-    scouts: int = 0
-    """Evaluations that this may take."""
-    known: tuple[Tried, ...] = field(default=(), repr=False)
-    """What earlier jobs found out about this model on these samples; never evaluated again."""
+    """Further seeds, proposed only when the strategy's model predicts a gain."""
+    families: tuple[tuple[Candidate, ...], ...] = ()
+    """Nested plans, each family from careful to fast; the last good plan of each is searched by bisection."""
+    bisections: int = 0
+    """Most evaluations of bisection."""
+    known: tuple[Trial, ...] = field(default=(), repr=False)
+    """Trials of earlier jobs on the same model and samples; never evaluated again."""
 
     @cached_property
     def feasible(self) -> FeasiblePlans:
@@ -60,23 +60,39 @@ class Problem:
 
 @dataclass(frozen=True)
 class Ask:
-    """A candidate to evaluate: on growing rungs while it is promising, or on exactly ``samples`` of them."""
+    """A candidate to evaluate: on growing rungs while it is promising, or on exactly ``n_samples`` samples."""
 
     candidate: Candidate
-    samples: int | None = None
+    n_samples: int | None = None
     """One of the problem's rungs."""
 
 
-Answer = tuple[Candidate, Tried | None]
-"""A candidate and what was seen of it; None where its evaluation failed."""
+Answer = tuple[Candidate, Trial | None]
+"""A candidate and its trial; None where its evaluation failed."""
 
 
 class Strategy(Protocol):
-    """Decides what to evaluate next. Deterministic: equal answers in equal order give equal questions."""
+    """Decide what to evaluate next.
+
+    A strategy is registered by name as a function from a :class:`Problem` to a strategy (``optimizer.registries``,
+    or the entry point group ``skipplan.strategies``); that function raises UsageFault or MeasurementError when the
+    problem lacks an action or a measurement it needs. ``optimizer.testing.check_strategy`` checks what follows.
+
+    Life cycle. The loop calls ``start`` once, with the dense model's trial. Then it calls ``ask`` and ``tell`` in
+    turn: every ``ask`` that returns something is followed by one ``tell``, which answers each :class:`Ask` in the
+    order asked. The search ends when the budget is spent or ``ask`` returns nothing; ``done`` is read then.
+
+    A strategy may ask for any candidate of the problem's space. It should not ask for one that ``Problem.possible``
+    rejects, since such a candidate ends on the first rung. Candidates asked for again cost no evaluation, and are
+    answered from memory; a strategy that asks for nothing new for many batches in a row is stopped.
+
+    A strategy is deterministic: for an equal problem (its ``seed`` included), equal answers in equal order give equal
+    questions. An interrupted search is resumed by asking again, so randomness must come from ``Problem.seed`` alone.
+    """
 
     @property
     def done(self) -> str:
-        """Why there is nothing more to ask for."""
+        """Why there is nothing more to ask for; shown to the user as the reason why the search stopped."""
         ...
 
     @property
@@ -84,16 +100,16 @@ class Strategy(Protocol):
         """Share by which the last batch was expected to raise the front's hypervolume; None where not predicted."""
         ...
 
-    def start(self, dense: Tried) -> None:
-        """Begin; ``dense`` is the dense model's own figures."""
+    def start(self, dense: Trial) -> None:
+        """Take in the dense model's own trial, before the first ``ask``."""
         ...
 
     def ask(self, count: int) -> Sequence[Ask]:
-        """What to evaluate next, at most ``count`` new candidates; empty ends the search."""
+        """Return what to evaluate next, at most ``count`` new candidates; nothing ends the search."""
         ...
 
     def tell(self, answers: Sequence[Answer]) -> None:
-        """The answers to the last question, in the order asked."""
+        """Take in the answers to the last ``ask``, in the order asked."""
         ...
 
 
@@ -108,18 +124,15 @@ class PlanList:
         self._queue = list(self.plans)
         self.done = f"all {len(self.plans)} plans of {name} were tried"
 
-    def start(self, dense: Tried) -> None:
-        """Nothing to prepare."""
+    def start(self, dense: Trial) -> None: ...
 
     def ask(self, count: int) -> Sequence[Ask]:
-        """The next plans of the list."""
         batch, self._queue = self._queue[:count], self._queue[count:]
         return [Ask(candidate) for candidate in batch]
 
-    def tell(self, answers: Sequence[Answer]) -> None:
-        """What came out changes nothing."""
+    def tell(self, answers: Sequence[Answer]) -> None: ...
 
 
-def better_first(tried: Tried) -> tuple[float, float]:
-    """Sort key for candidates of equal cost: KL to dense where it is known (a finer measure), then the drop."""
-    return (tried.drop if tried.kl is None else tried.kl, tried.drop)
+def better_first(trial: Trial) -> tuple[float, float]:
+    """Sort key for candidates of equal cost: KL to dense where it is known (a finer measure), then the loss."""
+    return (-trial.difference if trial.kl is None else trial.kl, -trial.difference)

@@ -12,13 +12,13 @@ from optimizer.search.seeds.nested import nested_sets
 from optimizer.search.seeds.runs import unexplained_shares
 from optimizer.search.seeds.theory import Seeds, random_seeds, theory_seeds
 from optimizer.search.space import Candidate
-from optimizer.search.strategies.published import published_ladders
-from optimizer.search.trial import Tried
+from optimizer.search.strategies.published import published_families
+from optimizer.search.trial import Trial
 from workers.runtime import SkipPlan
 
 
 def with_seeds(
-    problem: Problem, spec: SearchSpec, known: Sequence[Tried] = (), elsewhere: Sequence[Candidate] = ()
+    problem: Problem, spec: SearchSpec, known: Sequence[Trial] = (), elsewhere: Sequence[Candidate] = ()
 ) -> Problem:
     """The problem with its seeds; ``known`` are earlier jobs' evaluations, ``elsewhere`` good plans of other tasks.
 
@@ -35,8 +35,8 @@ def with_seeds(
             problem,
             seeds=tuple(dict.fromkeys(first)),
             reserve=tuple(dict.fromkeys([*elsewhere, *seeds.reserve])),
-            ladders=seeds.ladders,
-            scouts=spec.evaluations // 2,
+            families=seeds.families,
+            bisections=spec.evaluations // 2,
             known=tuple(known),
         )
     most = max(1, spec.evaluations // 2)
@@ -65,8 +65,8 @@ def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
     return replace(problem, seeds=tuple(dict.fromkeys([*given, *problem.seeds])))
 
 
-def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:
-    """What the surrogate begins with: a quarter of a batch at random, or less where much is known, and ladders."""
+def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Trial]) -> Seeds:
+    """The surrogate's seeds: a quarter of a batch at random, or less where much is known, and families to bisect."""
     if spec.seeds == "random":
         return random_seeds(problem.feasible, problem.batch, problem.seed)
     theory = theory_seeds(
@@ -74,7 +74,7 @@ def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Tried]) -> Seeds:
         problem.risk,
         problem.feasible,
         unexplained=unexplained_shares(problem.table),
-        published=published_ladders(problem),
+        published=published_families(problem),
     )
     # A surrogate that has only seen what the theory holds safe cannot tell where it errs.
     others = random_seeds(problem.feasible, problem.batch, problem.seed).first

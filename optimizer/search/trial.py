@@ -1,9 +1,9 @@
-"""What a search sees of a candidate, and what it found."""
+"""One evaluated candidate of a search, and the outcome of the search."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from optimizer.search.pareto import Point, front_indices
@@ -12,7 +12,7 @@ from workers.messages import NO_COMPENSATION
 from workers.runtime import SkipPlan
 
 OPTIMISM = 1.28
-"""Standard errors by which a plan's drop is taken smaller than seen before it is given up (one-sided 90 %)."""
+"""Standard errors by which a plan's difference is taken better than seen before it is given up (one-sided 90 %)."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,16 @@ Evaluate = Callable[[Sequence[tuple[Candidate, int]]], Iterator[tuple[Candidate,
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A candidate as the search saw it, on the largest prefix it reached."""
+class Trial:
+    """A candidate as the search saw it, on the largest prefix of the search split that it reached."""
 
     plan: str
-    n: int
+    n_samples: int
     accuracy: float
-    drop: float
-    drop_error: float
+    difference: float
+    """Accuracy minus that of the dense model on the same samples: a loss is negative."""
+    difference_error: float
+    """Standard error of the difference."""
     latency_ratio: float
     complete: bool
     """Whether it was evaluated on the whole search split."""
@@ -45,73 +47,81 @@ class Tried:
     kl: float | None = None
     """Mean KL(dense || plan) over the samples, None where it was not measured."""
     kl_error: float | None = None
-    """Its standard error."""
+    """Standard error of the KL."""
     from_earlier: bool = False
     """Whether an earlier job evaluated it and this one only took it over."""
 
     @property
     def candidate(self) -> Candidate:
-        """The candidate itself."""
+        """The plan with its compensation."""
         return Candidate(SkipPlan.parse(self.plan), self.compensation)
 
     @property
-    def optimistic_drop(self) -> float:
-        """The smallest drop that the samples seen leave plausible."""
-        return self.drop - OPTIMISM * self.drop_error
+    def optimistic_difference(self) -> float:
+        """The largest difference that the samples seen leave plausible."""
+        return self.difference + OPTIMISM * self.difference_error
 
     @property
     def costs(self) -> Point:
-        """Latency ratio and accuracy drop, both to be small."""
-        return (self.latency_ratio, self.drop)
+        """Latency ratio and loss of accuracy, both to be minimised."""
+        return (self.latency_ratio, -self.difference)
 
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What the search found: every candidate it tried, the failures, and the front of the completely evaluated."""
+    """Every candidate that a search evaluated, the failures, and why it stopped."""
 
     dense_accuracy: float
-    samples: int
-    tried: tuple[Tried, ...]
+    n_samples: int
+    trials: tuple[Trial, ...]
     failed: dict[str, str] = field(default_factory=dict)
     stopped_because: str = ""
     layer_executions: int = 0
-    """What the budget counts: samples times the layers that run, each candidate as if evaluated alone."""
+    """As the budget counts them: samples times the layers that run, each candidate as if evaluated alone."""
 
-    def front(self) -> tuple[Tried, ...]:
-        """Completely evaluated candidates that no other dominates, the fastest first."""
-        complete = [tried for tried in self.tried if tried.complete]
-        return tuple(complete[index] for index in front_indices([tried.costs for tried in complete]))
+    def front(self) -> tuple[Trial, ...]:
+        """The front of the trials."""
+        return front_of(self.trials)
 
 
-def tried_of(candidate: Candidate, scores: Scores, dense: Sequence[float], ratio: float, samples: int) -> Tried:
-    """A candidate's figures from its scores and those of the dense model on (at least) the same samples."""
+def front_of(trials: Iterable[Trial]) -> tuple[Trial, ...]:
+    """Return the complete trials that no other complete one dominates, the fastest first."""
+    complete = [trial for trial in trials if trial.complete]
+    return tuple(complete[index] for index in front_indices([trial.costs for trial in complete]))
+
+
+def trial_of(candidate: Candidate, scores: Scores, dense: Sequence[float], ratio: float, n_samples: int) -> Trial:
+    """Compute a candidate's figures from its scores and those of the dense model on (at least) the same samples.
+
+    ``ratio`` is its predicted latency as a share of dense, ``n_samples`` the size of the search split.
+    """
     n = len(scores.values)
-    drop, error = paired_drop(dense[:n], scores.values)
+    difference, error = paired_difference(dense[:n], scores.values)
     kl, kl_error = _mean_and_error(scores.kl)
-    return Tried(
+    return Trial(
         plan=candidate.plan.text,
         compensation=candidate.compensation,
-        n=n,
+        n_samples=n,
         accuracy=math.fsum(scores.values) / n,
-        drop=drop,
-        drop_error=0.0 if candidate.is_dense else error,
+        difference=difference,
+        difference_error=0.0 if candidate.is_dense else error,
         latency_ratio=ratio,
-        complete=n == samples,
+        complete=n == n_samples,
         kl=kl,
         kl_error=kl_error,
     )
 
 
-def paired_drop(dense: Sequence[float], plan: Sequence[float]) -> tuple[float, float]:
-    """Accuracy drop of ``plan`` against ``dense`` on the same samples, and its standard error.
+def paired_difference(dense: Sequence[float], plan: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of ``plan`` minus ``dense`` over the same samples, and its standard error.
 
     The error counts one more lost and one more gained sample than seen, so that it is never zero.
     """
-    differences = [d - p for d, p in zip(dense, plan, strict=True)]
+    differences = [p - d for d, p in zip(dense, plan, strict=True)]
     n = len(differences)
-    drop = math.fsum(differences) / n
+    mean = math.fsum(differences) / n
     squares = math.fsum(difference**2 for difference in differences) + 2.0
-    return drop, math.sqrt(max(0.0, squares / (n + 2) - drop**2) / (n + 2))
+    return mean, math.sqrt(max(0.0, squares / (n + 2) - mean**2) / (n + 2))
 
 
 def _mean_and_error(values: Sequence[float] | None) -> tuple[float | None, float | None]:

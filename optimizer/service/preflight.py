@@ -10,7 +10,7 @@ from optimizer.errors import UsageFault
 from optimizer.job.inputs import check_images, check_rungs, find_model, load_job_task, task_of
 from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
-from optimizer.verification.judgement import least_provable_drop
+from optimizer.verification.verdict import least_provable_drop
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
 from workers.tasks import Task
 from workers.tasks.spec import HubSource

@@ -10,7 +10,7 @@ from optimizer.search.space import Candidate, touched
 from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext
 from optimizer.stages.verify import Finalist
-from optimizer.verification.judgement import Verdict
+from optimizer.verification.verdict import Verdict
 from storage.records import measurements, plans
 from storage.records.plans import PlanFigures
 from workers.messages import LatencyComparison
@@ -77,13 +77,13 @@ def _why_none(complete: Sequence[tuple[Verdict, LatencyComparison]], constraint:
     accurate = sum(verdict.accepted for verdict, _ in complete)
     fast = sum(fast_enough(latency, constraint) for _, latency in complete)
     reason = (
-        f"no plan meets the constraint: of {len(complete)} verified on {complete[0][0].n} held-out samples, {accurate} "
-        f"surely keep the accuracy and {fast} are surely fast enough"
+        f"no plan meets the constraint: of {len(complete)} verified on {complete[0][0].n_samples} held-out samples, "
+        f"{accurate} surely keep the accuracy and {fast} are surely fast enough"
     )
     if not accurate:
-        nearest = min((verdict for verdict, _ in complete), key=lambda verdict: verdict.drop_high)
-        loss = f"{round(-100 * nearest.drop, 2) + 0.0:+.2f} points to dense, {-100 * nearest.drop_high:+.2f} at worst"
-        return f"{reason}; the nearest, {nearest.plan}, is at {loss}"
+        nearest = max((verdict for verdict, _ in complete), key=lambda verdict: verdict.difference_low)
+        difference, low = round(100 * nearest.difference, 2) + 0.0, 100 * nearest.difference_low
+        return f"{reason}; the nearest, {nearest.plan}, is at {difference:+.2f} points to dense, {low:+.2f} at worst"
     if not fast:
         quickest, latency = max(complete, key=lambda each: each[1].speedup_low)
         return f"{reason}; the fastest, {quickest.plan}, is {latency.speedup_low:.2f} times as fast at worst"
@@ -113,14 +113,14 @@ def figures(
         compensation=verdict.compensation,
         artefact=None if kept is None else kept.artifact.location,
         artefact_checksum=None if kept is None else kept.artifact.checksum,
-        n=verdict.n,
+        n=verdict.n_samples,
         accuracy=verdict.accuracy,
         accuracy_low=verdict.accuracy_low,
         accuracy_high=verdict.accuracy_high,
         dense_accuracy=verdict.dense_accuracy,
-        difference=-verdict.drop,
-        difference_low=-verdict.drop_high,
-        difference_high=-verdict.drop_low,
+        difference=verdict.difference,
+        difference_low=verdict.difference_low,
+        difference_high=verdict.difference_high,
         confidence=verdict.confidence,
         dense_seconds=latency.dense_latency_seconds,
         seconds=latency.latency_seconds,
@@ -133,7 +133,7 @@ def figures(
         secondary={
             "metrics": verdict.secondary,
             "images": verdict.images,
-            "difference_confidence": verdict.drop_confidence,
+            "difference_confidence": verdict.difference_confidence,
             "mcnemar_p": verdict.mcnemar_p,
             "meets_constraint": verdict.accepted and fast_enough(latency, constraint),
             "latency_pairs": latency.pairs,

@@ -7,15 +7,14 @@ from functools import partial
 from optimizer import criteria
 from optimizer.errors import UsageFault
 from optimizer.registries import METHODS, STRATEGIES, find
-from optimizer.search.budget import Budget
+from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
 from optimizer.search.latency import LayerTimes, latency_ratio
 from optimizer.search.loop import Search
 from optimizer.search.problem import Problem
-from optimizer.search.rungs import rung_sizes
 from optimizer.search.seeding import with_given, with_seeds
 from optimizer.search.seeds.feasible import FeasiblePlans
-from optimizer.search.trial import SearchOutcome, Tried
+from optimizer.search.trial import SearchOutcome, Trial
 from optimizer.stages import warm_start
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
@@ -65,7 +64,7 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
             find(STRATEGIES, context.spec.search.strategy, "search.strategy")(problem),
             Budget(context.spec.search, evaluate.elapsed),
             evaluate=evaluate,
-            on_tried=lambda tried: context.progress.advance(news=_news(tried)),
+            on_trial=lambda trial: context.progress.advance(news=_news(trial)),
         )
         outcome = search.run()
     except (RuntimeError, MeasurementError, UsageFault) as error:
@@ -95,5 +94,5 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
     return with_given(seeded, spec.search.plans)
 
 
-def _news(tried: Tried) -> str:
-    return f"{tried.candidate} drop {100 * tried.drop:+.1f} points on {tried.n} samples"
+def _news(trial: Trial) -> str:
+    return f"{trial.candidate} {100 * trial.difference:+.1f} points to dense on {trial.n_samples} samples"

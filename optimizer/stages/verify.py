@@ -14,7 +14,7 @@ from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.compensate import KeptMaps
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.search import limits_of
-from optimizer.verification.judgement import Verdict, judge
+from optimizer.verification.verdict import Verdict, verify
 from workers.messages import Artifact
 from workers.runtime import SkipPlan
 
@@ -65,7 +65,7 @@ def _verify(
         else:
             context.progress.note(f"plan {candidate} could not be verified: {result.failure}")
     verified = {str(each): each for each in finalists if each in scores}
-    verdicts = judge(
+    verdicts = verify(
         scores[dense],
         {name: scores[each] for name, each in verified.items()},
         [sample.image_key for sample in context.task.held_out],

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from optimizer.job.inputs import split_hash
 from optimizer.search.latency import Ratio
 from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.trial import Scores, Tried, tried_of
+from optimizer.search.trial import Scores, Trial, trial_of
 from optimizer.stages.context import JobContext
 from storage.records import evaluations, plans
 from workers.runtime import SkipPlan
@@ -60,7 +60,7 @@ def _known(context: JobContext) -> list[evaluations.Evaluation]:
     )
 
 
-def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, ratio: Ratio) -> tuple[Tried, ...]:
+def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, ratio: Ratio) -> tuple[Trial, ...]:
     """Turn the evaluations taken over into trials; none where dense is not among them to compare with."""
     wanted = frozenset(chosen.evaluations)
     taken = [each for each in _known(context) if each.id in wanted]
@@ -74,8 +74,8 @@ def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, r
         candidate = Candidate(SkipPlan.parse(each.plan), each.compensation)
         if candidate in space and not candidate.is_dense:
             scores = Scores(each.scores, kl=each.kl)
-            tried = tried_of(candidate, scores, reference.scores, ratio(candidate.plan), samples)
-            found.append(replace(tried, from_earlier=True))
+            trial = trial_of(candidate, scores, reference.scores, ratio(candidate.plan), samples)
+            found.append(replace(trial, from_earlier=True))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from optimizer.search.space import Candidate
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.verification.statistics import bootstrap_drop, two_sided
+from optimizer.verification.statistics import bootstrap_difference, difference_interval
 from workers.runtime import SkipPlan
 
 Floats = NDArray[np.float64]
@@ -46,15 +46,15 @@ class Measured:
         scores = self.scores.get(plan)
         if scores is None:
             return None
-        drops = bootstrap_drop(self.dense.tolist(), scores.tolist(), self.images, seed=seed)
-        interval = two_sided(drops, confidence)
+        differences = bootstrap_difference(self.dense.tolist(), scores.tolist(), self.images, seed=seed)
+        interval = difference_interval(differences, confidence)
         divergence = self.kl.get(plan)
         return PlanHarm(
             plan,
             float(scores.mean()),
             float((scores - self.dense).mean()),
-            -interval.high,
-            -interval.low,
+            interval.low,
+            interval.high,
             None if divergence is None else float(divergence.mean()),
         )
 

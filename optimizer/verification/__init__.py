@@ -1,1 +1,1 @@
-"""Held-out judgement of plans and the statistics behind it."""
+"""Held-out verification of plans, and the statistics behind it."""

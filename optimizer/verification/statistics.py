@@ -64,10 +64,10 @@ def _group_totals(values: Sequence[float], groups: Sequence[str]) -> tuple[NDArr
     return totals, np.bincount(index, minlength=len(position)).astype(np.float64)
 
 
-def bootstrap_drop(
+def bootstrap_difference(
     dense: Sequence[float], plan: Sequence[float], groups: Sequence[str], *, seed: int, resamples: int = RESAMPLES
 ) -> NDArray[np.float64]:
-    """Bootstrap distribution of the paired accuracy drop ``mean(dense) - mean(plan)``, sorted; [resamples].
+    """Draw the bootstrap distribution of the paired difference ``mean(plan) - mean(dense)``, sorted; [resamples].
 
     ``groups`` names each sample's image; whole images are drawn with replacement. Two images of one question each
     are added, one lost and one gained, so that a plan which agreed on every sample still gets an interval of the
@@ -75,22 +75,29 @@ def bootstrap_drop(
     """
     if len(dense) != len(plan) or len(dense) == 0:
         raise ValueError(f"the same samples are needed for both, not {len(dense)} and {len(plan)}")
-    totals, sizes = _group_totals([d - p for d, p in zip(dense, plan, strict=True)], groups)
-    totals = np.concatenate([totals, [1.0, -1.0]])
+    losses, sizes = _group_totals([d - p for d, p in zip(dense, plan, strict=True)], groups)
+    losses = np.concatenate([losses, [1.0, -1.0]])
     sizes = np.concatenate([sizes, [1.0, 1.0]])
     # Images with the same loss and number of questions are interchangeable, so their kinds are drawn, not they.
-    kinds, counts = np.unique(np.stack([totals, sizes]), axis=1, return_counts=True)
+    kinds, counts = np.unique(np.stack([losses, sizes]), axis=1, return_counts=True)
     generator = np.random.default_rng(seed)
-    drops = np.empty(resamples)
+    drawn = np.empty(resamples)
     for start in range(0, resamples, 500):  # in pieces: all resamples at once may not fit into memory
         rows = min(500, resamples - start)
-        weights = generator.multinomial(len(totals), counts / len(totals), size=rows)
-        drops[start : start + rows] = (weights @ kinds[0]) / (weights @ kinds[1])
-    return np.sort(drops)
+        weights = generator.multinomial(len(losses), counts / len(losses), size=rows)
+        drawn[start : start + rows] = (weights @ kinds[0]) / (weights @ kinds[1])
+    return -np.sort(drawn)[::-1]
+
+
+def difference_interval(differences: NDArray[np.float64], confidence: float) -> Interval:
+    """Return the central ``confidence`` share of a distribution of :func:`bootstrap_difference`."""
+    # Quantiles of the losses, with the sign turned: interpolation rounds differently from the other side.
+    losses = two_sided(-differences[::-1], confidence)
+    return Interval(-losses.high, -losses.low)
 
 
 def two_sided(distribution: NDArray[np.float64], confidence: float) -> Interval:
-    """The central ``confidence`` share of a bootstrap distribution."""
+    """Return the central ``confidence`` share of a bootstrap distribution."""
     tail = (1 - confidence) / 2
     return Interval(float(np.quantile(distribution, tail)), float(np.quantile(distribution, 1 - tail)))
 

@@ -19,7 +19,7 @@ from planted import problem_of, random_problem  # noqa: E402
 from optimizer.job.sections import ConstraintSpec, SearchSpec  # noqa: E402
 from optimizer.registries import STRATEGIES  # noqa: E402
 from optimizer.search.space import Candidate  # noqa: E402
-from optimizer.search.trial import Tried, tried_of  # noqa: E402
+from optimizer.search.trial import Trial, trial_of  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
 
 CASES = ((30, 200, 50.0), (30, 1000, 50.0), (80, 1000, 250.0))
@@ -36,9 +36,9 @@ def overhead(layers: int, evaluations: int) -> float:
     dense = Candidate(SkipPlan.dense(layers))
     scores = planted.scores(dense, planted.samples)
 
-    def seen(candidate: Candidate) -> Tried:
+    def seen(candidate: Candidate) -> Trial:
         figures = planted.scores(candidate, planted.samples)
-        return tried_of(candidate, figures, scores.values, problem.ratio(candidate.plan), planted.samples)
+        return trial_of(candidate, figures, scores.values, problem.ratio(candidate.plan), planted.samples)
 
     random = np.random.default_rng(0)
     strategy.start(seen(dense))

@@ -33,16 +33,15 @@ sys.path.insert(0, str(PROJECT))
 from optimizer import criteria  # noqa: E402
 from optimizer.job.sections import ConstraintSpec, SearchSpec  # noqa: E402
 from optimizer.registries import SAMPLERS, STRATEGIES  # noqa: E402
-from optimizer.search.budget import Budget  # noqa: E402
+from optimizer.search.budget import Budget, rung_sizes  # noqa: E402
 from optimizer.search.constraints import Limits  # noqa: E402
 from optimizer.search.latency import latency_ratio  # noqa: E402
 from optimizer.search.loop import Search  # noqa: E402
 from optimizer.search.pareto import Point, front_indices, hypervolume  # noqa: E402
 from optimizer.search.problem import Problem  # noqa: E402
-from optimizer.search.rungs import rung_sizes  # noqa: E402
 from optimizer.search.seeding import with_seeds  # noqa: E402
 from optimizer.search.space import Candidate, PlanSpace  # noqa: E402
-from optimizer.search.trial import Scores, Tried  # noqa: E402
+from optimizer.search.trial import Scores, Trial  # noqa: E402
 from workers.redundancy.table import LayerMeasurement, LayerTable  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
 
@@ -150,13 +149,13 @@ def run(problem: Problem, spec: SearchSpec, evaluate: Any) -> dict[str, Any]:
     budget = Budget(spec, lambda: 0.0)
     steps: list[tuple[int, int, str, float, float]] = []
 
-    def note(tried: Tried) -> None:
-        if tried.complete:
-            genome = problem.space.genome(tried.candidate)
-            steps.append((budget.layer_executions, budget.evaluations, genome, tried.latency_ratio, tried.drop))
+    def note(trial: Trial) -> None:
+        if trial.complete:
+            genome = problem.space.genome(trial.candidate)
+            steps.append((budget.layer_executions, budget.evaluations, genome, *trial.costs))
 
     started = time.perf_counter()
-    outcome = Search(problem, STRATEGIES[spec.strategy](problem), budget, evaluate=evaluate, on_tried=note).run()
+    outcome = Search(problem, STRATEGIES[spec.strategy](problem), budget, evaluate=evaluate, on_trial=note).run()
     seconds = time.perf_counter() - started
     return {"steps": steps, "stopped": outcome.stopped_because, "seconds": seconds, "evaluations": budget.evaluations}
 

@@ -11,11 +11,10 @@ import numpy as np
 from optimizer.criteria import Risk
 from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import STRATEGIES
-from optimizer.search.budget import Budget
+from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
 from optimizer.search.loop import Search
 from optimizer.search.problem import Problem, Strategy
-from optimizer.search.rungs import rung_sizes
 from optimizer.search.seeding import with_seeds
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores, SearchOutcome
@@ -90,7 +89,7 @@ def problem_of(
     cost = {"R": 0.0, "F": 0.4, "B": 0.5, "S": 1.0}
     problem = Problem(
         space=space,
-        limits=Limits(constraint or ConstraintSpec(max_accuracy_drop=0.05), dense_seconds=0.1),
+        limits=Limits(constraint or ConstraintSpec(max_accuracy_drop=0.05), dense_latency_seconds=0.1),
         ratio=lambda plan: 1 - sum(cost[action.letter] for action in plan) / (planted.layers + 2),
         rungs=rung_sizes(spec.rungs, planted.samples),
         risk=risk_of(planted.singles, planted.layers),

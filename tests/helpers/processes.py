@@ -261,7 +261,7 @@ def front(db: Database, job: int) -> list[tuple[str, float, float]]:
     from optimizer.search.trial import SearchOutcome
 
     outcome = TypeAdapter(SearchOutcome).validate_python(stages.stages(db, job)["search"].payload["value"])
-    return [(each.plan, each.latency_ratio, each.drop) for each in outcome.front()]
+    return [(each.plan, each.latency_ratio, each.difference) for each in outcome.front()]
 
 
 def measured(db: Database, job: int) -> dict[tuple[str, str, int], tuple[float, ...]]:

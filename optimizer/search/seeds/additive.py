@@ -1,4 +1,4 @@
-"""The additive problem, solved exactly: the least total risk among all plans that are fast enough.
+"""Solve the additive problem exactly: the least total risk among all plans that are fast enough.
 
 An integer program over layer x action: one 0/1 variable each, at most one action a layer. It is exact only as far as
 risks add up.
@@ -43,7 +43,7 @@ class AdditiveProblem:
     limits: Sequence[Limit] = ()
 
     def solve(self, ratio: float = math.inf) -> Candidate | None:
-        """The plan of least risk within the limits whose latency is at most ``ratio`` of dense; None if there is none.
+        """Return the plan of least risk within the limits whose latency is at most ``ratio`` of dense, if there is one.
 
         Steps of infinite risk are never taken.
         """
@@ -82,8 +82,8 @@ class AdditiveProblem:
         genome = "".join(letters)
         return self.space.candidate(genome) if self.space.allows(genome) else None
 
-    def ladder(self, ratios: Sequence[float]) -> tuple[Candidate, ...]:
-        """The solutions for several latency budgets, equal ones once, in the order of the budgets."""
+    def solutions(self, ratios: Sequence[float]) -> tuple[Candidate, ...]:
+        """Return the solutions for several latency budgets, equal ones once, in the order of the budgets."""
         found = (self.solve(ratio) for ratio in ratios)
         return tuple(dict.fromkeys(candidate for candidate in found if candidate is not None))
 

@@ -11,22 +11,22 @@ from workers.runtime.plan import SAVING_LETTERS
 
 
 def nested_sets(space: PlanSpace, risk: Risk, limit: int | None = None) -> tuple[Candidate, ...]:
-    """Plans that apply an action to the 1, 2, 3, ... least risky layers, at most ``limit`` of them.
+    """Return plans that apply an action to the 1, 2, 3, ... least risky layers, at most ``limit`` of them.
 
     Short sets of every action come before long ones, so that a tight limit still tries each action. A compensated
     skip is an action of its own, in the order of the plain one.
     """
-    by_size = zip_longest(*nested_ladders(space, risk))
+    by_size = zip_longest(*nested_families(space, risk))
     seeds = dict.fromkeys(each for size in by_size for each in size if each is not None)
     return tuple(seeds)[:limit]
 
 
-def nested_ladders(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...], ...]:
-    """The nested sets action by action, each from one layer to as many as may be touched."""
+def nested_families(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...], ...]:
+    """Return the nested sets action by action, each from one layer to as many as may be touched."""
     letters = [
         letter for letter in SAVING_LETTERS + COMPENSATED if any(letter in allowed for allowed in space.genome_letters)
     ]
-    ladders = []
+    families = []
     for letter in letters:
         order = risk.order(SKIP if letter == COMPENSATED and letter not in risk.risk else letter)
         layers = [layer for layer in order if letter in space.genome_letters[layer]]
@@ -34,5 +34,5 @@ def nested_ladders(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...],
             "".join(letter if layer in layers[:size] else RUN for layer in range(space.num_layers))
             for size in range(1, min(len(layers), space.max_touched) + 1)
         ]
-        ladders.append(tuple(space.candidate(genome) for genome in genomes if space.allows(genome)))
-    return tuple(ladders)
+        families.append(tuple(space.candidate(genome) for genome in genomes if space.allows(genome)))
+    return tuple(families)

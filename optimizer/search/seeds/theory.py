@@ -1,4 +1,4 @@
-"""The seeds of a job, put together: some are evaluated first, the rest wait until the search thinks well of them."""
+"""Assemble the seeds of a job: some are evaluated first, the rest when the surrogate predicts a gain."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from optimizer.criteria import Risk
 from optimizer.search.seeds.additive import AdditiveProblem, Step, budgets, savings, spread_order, steps_of
 from optimizer.search.seeds.feasible import FeasiblePlans
-from optimizer.search.seeds.nested import nested_ladders, nested_sets
+from optimizer.search.seeds.nested import nested_families, nested_sets
 from optimizer.search.seeds.runs import Unexplained, best_structures
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 
 COMPENSATION_GAIN = 0.15
 """Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
-LADDER = 16
+BUDGETS = 16
 """Latency budgets that the additive problem is solved for."""
 
 
@@ -27,12 +27,12 @@ LADDER = 16
 class Seeds:
     """``first`` are evaluated at once, the most informative first; ``reserve`` only when they look promising.
 
-    ``ladders`` are families of plans, of each of which the last good one is looked for.
+    ``families`` are nested plans, of each of which the last good one is searched by bisection.
     """
 
     first: tuple[Candidate, ...] = ()
     reserve: tuple[Candidate, ...] = ()
-    ladders: tuple[tuple[Candidate, ...], ...] = ()
+    families: tuple[tuple[Candidate, ...], ...] = ()
 
 
 def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
@@ -78,13 +78,13 @@ def theory_seeds(
     solutions: list[Sequence[Candidate]] = []
     for part in space.parts:
         problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
-        solutions.append(problem.ladder(budgets(saving, LADDER)))
+        solutions.append(problem.solutions(budgets(saving, BUDGETS)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]
-    families_of_plans = [*solutions, by_size, *nested_ladders(space, risk), *published]
-    ladders = [tuple(each for each in plans if each in feasible) for plans in families_of_plans]
+    families = [*solutions, by_size, *nested_families(space, risk), *published]
+    possible = [tuple(each for each in plans if each in feasible) for plans in families]
     mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
     reserve = tuple(each for each in dict.fromkeys(mixed) if each in feasible)
-    return Seeds((), reserve, tuple(ladder for ladder in ladders if ladder))
+    return Seeds((), reserve, tuple(family for family in possible if family))
 
 
 def random_seeds(feasible: FeasiblePlans, count: int, seed: int) -> Seeds:

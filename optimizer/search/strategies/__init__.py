@@ -1,1 +1,1 @@
-"""Ways to search: the project's own sampler, Optuna's, and the published methods, each in its own file."""
+"""Strategies of a search: samplers, published methods, and bisection of nested families before a sampler."""

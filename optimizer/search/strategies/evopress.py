@@ -1,4 +1,6 @@
-"""EvoPress (Sieberling et al., arXiv 2410.14649): swap mutations that keep the budget, survivors on more samples.
+"""EvoPress: swap mutations that keep the number of removed layers, survivors on more samples.
+
+Source: Sieberling et al., arXiv 2410.14649.
 
 The paper searches one compression level at a time: offspring of the one parent exchange removed and kept layers, many
 are judged by their KL to dense on few samples and the survivors on more; the best becomes the parent (which takes
@@ -15,16 +17,16 @@ import numpy as np
 from optimizer.search.problem import Answer, Ask, Problem, better_first
 from optimizer.search.seeds.additive import spread_order
 from optimizer.search.space import Candidate
-from optimizer.search.strategies.needs import need_plain_skips
-from optimizer.search.strategies.nested import applied
+from optimizer.search.strategies.published import applied, need_plain_skips
 from optimizer.search.surrogate.encoding import SKIP
-from optimizer.search.trial import Tried
+from optimizer.search.trial import Trial
 
 OFFSPRING = 16
 SURVIVORS = 3
 MOST_SWAPS = 3
 LEVELS = 8
-FAILED_THROWS = 20
+ATTEMPTS = 20
+"""Mutations drawn for each offspring wanted, until enough new ones were found."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Level:
 
 
 class EvoPress:
-    """Generations of the levels in turn."""
+    """Evolve every level in turn, one generation at a time."""
 
     expected_gain: float | None = None
     done = "no level has a mutation left to try"
@@ -50,15 +52,15 @@ class EvoPress:
         sizes = sorted({max(1, round(most * (step + 1) / (LEVELS + 1))) for step in range(LEVELS)})
         self._levels = [Level(sizes[place]) for place in spread_order(len(sizes))]
         self._turn = 0
-        self._stage = 0
+        self._survivors: list[Candidate] = []
+        """Of the generation under way; empty while its offspring are evaluated."""
         self._seen: set[Candidate] = set()
 
-    def start(self, dense: Tried) -> None:
-        """Nothing to prepare."""
+    def start(self, dense: Trial) -> None: ...
 
     def ask(self, count: int) -> Sequence[Ask]:
-        """A generation's offspring on the first rung; its survivors and the parent on all samples."""
-        if self._stage == 1:
+        """Return a generation's offspring on the first rung, or its survivors and the parent on all samples."""
+        if self._survivors:
             return [Ask(candidate, self._rungs[-1]) for candidate in self._survivors]
         for _ in range(len(self._levels)):
             level = self._levels[self._turn % len(self._levels)]
@@ -69,23 +71,22 @@ class EvoPress:
         return []
 
     def tell(self, answers: Sequence[Answer]) -> None:
-        """Select: first who goes on, then who becomes the parent."""
+        """Select the survivors, or the next parent."""
         level = self._levels[self._turn % len(self._levels)]
-        ranked = sorted((tried for _, tried in answers if tried is not None), key=better_first)
-        if self._stage == 0 and ranked:
-            best = [tried.candidate for tried in ranked[:SURVIVORS]]
+        ranked = sorted((trial for _, trial in answers if trial is not None), key=better_first)
+        if ranked and not self._survivors:
+            best = [trial.candidate for trial in ranked[:SURVIVORS]]
             parent = [] if level.parent is None else [applied(self._space, level.parent, SKIP)]
             self._survivors = list(dict.fromkeys([*best, *parent]))
-            self._stage = 1
             return
         if ranked:
             level.parent = tuple(layer for layer, letter in enumerate(ranked[0].plan) if letter == SKIP)
-        self._stage = 0
+        self._survivors = []
         self._turn += 1
 
     def _offspring(self, level: Level) -> list[Candidate]:
         found: dict[Candidate, None] = {}
-        for _ in range(OFFSPRING * FAILED_THROWS):
+        for _ in range(OFFSPRING * ATTEMPTS):
             if len(found) == OFFSPRING:
                 break
             candidate = applied(self._space, self._mutated(level), SKIP)

@@ -1,31 +1,139 @@
-"""The plans of the published methods that need nothing but measurements, as seeds for the other strategies."""
+"""Published methods whose plans follow from measurements alone, and what their problems must offer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
+from optimizer import criteria
+from optimizer.criteria.angular import Angular
 from optimizer.errors import UsageFault
 from optimizer.search.problem import PlanList, Problem
-from optimizer.search.space import Candidate
-from optimizer.search.strategies.angular import angular
-from optimizer.search.strategies.replaceme import replaceme
-from optimizer.search.strategies.shortgpt import shortgpt
-from optimizer.search.strategies.shortv import shortv
-from optimizer.search.strategies.vtw import vtw
+from optimizer.search.seeds.nested import nested_sets
+from optimizer.search.space import MOST_LISTED, Candidate, PlanSpace, touched
+from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from workers.errors import MeasurementError
-
-ONE_SHOT: tuple[Callable[[Problem], PlanList], ...] = (shortgpt, angular, shortv, vtw, replaceme)
+from workers.runtime import Action
 
 KINDS = {"shortgpt": ("distance",), "angular": ("angular",), "replaceme": ("angular",), "shortv": ("causal",)}
-"""Kinds of measurement that a strategy reads beside the job's criterion."""
+"""Kinds of measurement that a method reads beside the job's criterion."""
 
 
-def published_ladders(problem: Problem) -> tuple[tuple[Candidate, ...], ...]:
-    """The plans of every published method that the job's actions and measurements allow, method by method."""
+def skip_it(problem: Problem) -> PlanList:
+    """Apply every action to the 1, 2, 3, ... layers that the job's criterion holds safest.
+
+    Source of the criterion: Hartman et al., arXiv 2509.25584; how it becomes a risk stands in docs/theory.md.
+    """
+    return PlanList(nested_sets(problem.space, problem.risk), problem, "skip-it")
+
+
+def shortgpt(problem: Problem) -> PlanList:
+    """Remove the layers of least Block Influence, for every number of layers.
+
+    Source: Men et al., "ShortGPT", arXiv 2403.03853.
+    """
+    need_plain_skips(problem, "shortgpt")
+    return _least_risky(problem, "shortgpt", "block-influence", SKIP)
+
+
+def shortv(problem: Problem) -> PlanList:
+    """Freeze vision tokens at the layers of least contribution (KL), for every number of layers.
+
+    Source: Yuan et al., "ShortV", arXiv 2504.00502.
+    """
+    _need_action(problem, "shortv", Action.FREEZE)
+    return _least_risky(problem, "shortv", "layer-contribution", Action.FREEZE.letter)
+
+
+def angular(problem: Problem) -> PlanList:
+    """Remove the n consecutive layers over which the last token's state turns least, for every n.
+
+    Source: Gromov et al., arXiv 2403.17887.
+    """
+    need_plain_skips(problem, "angular")
+    _need_blocks(problem, "angular")
+    blocks = [Angular().best_block(problem.table, length) for length in range(1, problem.space.num_layers)]
+    return PlanList([applied(problem.space, block, SKIP) for block in blocks], problem, "angular")
+
+
+def replaceme(problem: Problem) -> PlanList:
+    """Replace the n consecutive layers whose input and output are closest by a map folded into the weights.
+
+    The map itself is fitted when a plan is evaluated (see docs/compensation.md). Source: Shopkhoev et al.,
+    "ReplaceMe", arXiv 2505.02819.
+    """
+    _need_action(problem, "replaceme", Action.SKIP)
+    if problem.space.recipe is None:
+        raise UsageFault("search.strategy: replaceme compensates what it skips (compensation: linear or both)")
+    _need_blocks(problem, "replaceme")
+    layers, plans = problem.space.num_layers, []
+    for length in range(1, layers - 1):
+        # A block at the very bottom has no layer before it that could hold the map; the next one up takes its place.
+        start = max(1, Angular().best_block(problem.table, length).start)
+        plans.append(applied(problem.space, range(start, min(layers, start + length)), COMPENSATED))
+    return PlanList(plans, problem, "replaceme")
+
+
+def vtw(problem: Problem) -> PlanList:
+    """Withdraw the vision tokens for good from one layer on: the last, the last but one, and so on.
+
+    The paper picks the smallest such layer whose mean divergence stays under a threshold; every layer is one setting
+    of it. Source: Lin et al., "VTW", arXiv 2405.05803.
+    """
+    _need_action(problem, "vtw", Action.BYPASS)
+    layers, letter = problem.space.num_layers, Action.BYPASS.letter
+    plans = [applied(problem.space, range(first, layers), letter) for first in range(layers - 1, -1, -1)]
+    return PlanList(plans, problem, "vtw")
+
+
+def exhaustive(problem: Problem) -> PlanList:
+    """Try the whole space, plans that touch few layers first. Raises UsageFault where it is too large to be listed."""
+    space = problem.space
+    if not space.is_listed:
+        raise UsageFault(
+            f"search.strategy: exhaustive would try {space.size * len(space.compensations):.3g} plans; at most "
+            f"{MOST_LISTED} are possible (protect layers, or allow fewer actions)"
+        )
+    plans = sorted(space.enumerate(), key=lambda candidate: (touched(candidate.plan), candidate))
+    return PlanList(plans, problem, "the space")
+
+
+def published_families(problem: Problem) -> tuple[tuple[Candidate, ...], ...]:
+    """Return the plans of every published method that the job's actions and measurements allow, method by method."""
     found = []
-    for method in ONE_SHOT:
+    for method in (shortgpt, angular, shortv, vtw, replaceme):
         try:
             found.append(method(problem).plans)
         except (UsageFault, MeasurementError):
             continue  # the job lacks the action, or its criterion did not need the measurement
     return tuple(found)
+
+
+def applied(space: PlanSpace, layers: Iterable[int], letter: str) -> Candidate:
+    """The plan that takes one action (or ``C``, a compensated skip) at the given layers."""
+    chosen = set(layers)
+    return space.candidate("".join(letter if layer in chosen else RUN for layer in range(space.num_layers)))
+
+
+def need_plain_skips(problem: Problem, strategy: str) -> None:
+    """Raises UsageFault when the job has no skips without compensation."""
+    _need_action(problem, strategy, Action.SKIP)
+    if not any(SKIP in own for own in problem.space.genome_letters):
+        raise UsageFault(f"search.strategy: {strategy} skips without compensation (compensation: none or both)")
+
+
+def _need_action(problem: Problem, strategy: str, action: Action) -> None:
+    if not any(action.letter in own for own in problem.space.letters):
+        raise UsageFault(f"search.strategy: {strategy} needs the action {action.label} (actions: [{action.label}])")
+
+
+def _need_blocks(problem: Problem, strategy: str) -> None:
+    if not problem.table.has("angular_distance@1", "last"):
+        raise MeasurementError(f"{strategy} needs the angular distances of blocks of layers, which were not measured")
+
+
+def _least_risky(problem: Problem, strategy: str, criterion: str, letter: str) -> PlanList:
+    """Plans that take one action, without compensation, at the 1, 2, 3, ... layers that a criterion holds safest."""
+    risk = criteria.load(criterion).risk(problem.table)
+    order = [layer for layer in risk.order(letter) if letter in problem.space.letters[layer]]
+    plans = [applied(problem.space, order[:size], letter) for size in range(1, len(order) + 1)]
+    return PlanList(plans, problem, strategy)

@@ -10,7 +10,7 @@ import optuna
 from optimizer.search.problem import Problem, Strategy
 from optimizer.search.seeds.runs import unexplained_shares
 from optimizer.search.seeds.theory import with_compensated
-from optimizer.search.strategies.bisection import Scouting
+from optimizer.search.strategies.bisection import Bisection
 from optimizer.search.strategies.study import StudyStrategy, distributions, genome_of, parameters
 from optimizer.search.surrogate.sampler import Settings, Space, SurrogateSampler
 
@@ -61,7 +61,7 @@ def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> Sur
     return SurrogateSampler(
         view,
         with_compensated(problem.risk, unexplained_shares(problem.table)).risk,
-        problem.limits.largest_drop(1.0),
+        -problem.limits.least_difference(1.0),
         seed=problem.seed,
         batch=problem.batch,
         reserve=[space.genome(candidate) for candidate in problem.reserve if candidate in space],
@@ -71,7 +71,7 @@ def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> Sur
 
 def _asking(sampler: optuna.samplers.BaseSampler, problem: Problem) -> Strategy:
     study = StudyStrategy(problem, sampler)
-    return Scouting(problem, study) if problem.ladders else study
+    return Bisection(problem, study) if problem.families else study
 
 
 def _startup(problem: Problem) -> int:

@@ -1,7 +1,8 @@
-"""SLEB (Song et al., arXiv 2402.09025): remove the layer whose removal hurts least, measured anew after every removal.
+"""SLEB: remove the layer whose removal hurts least, measured anew after every removal.
 
-The paper measures the loss on calibration data; here it is the KL to dense (the drop where KL is not measured) on the
-first rung. The winner of a round is then evaluated on all samples.
+The paper measures the loss on calibration data; here it is the KL to dense (the loss of accuracy where KL is not
+measured) on the first rung. The winner of a round is then evaluated on all samples. Source: Song et al., arXiv
+2402.09025.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from collections.abc import Sequence
 
 from optimizer.search.problem import Answer, Ask, Problem, better_first
 from optimizer.search.space import Candidate
-from optimizer.search.strategies.needs import need_plain_skips
-from optimizer.search.strategies.nested import applied
+from optimizer.search.strategies.published import applied, need_plain_skips
 from optimizer.search.surrogate.encoding import SKIP
-from optimizer.search.trial import Tried
+from optimizer.search.trial import Trial
 
 
 class Sleb:
-    """Greedy elimination down to the last layer that may go."""
+    """Remove layers greedily, down to the last one that may go."""
 
     expected_gain: float | None = None
 
@@ -25,15 +25,14 @@ class Sleb:
         need_plain_skips(problem, "sleb")
         self._space, self._first_rung = problem.space, problem.rungs[0]
         self._removed: tuple[int, ...] = ()
-        self._round: list[Tried] = []
+        self._round: list[Trial] = []
         self._queue = self._candidates()
         self.done = "sleb has removed every layer that may go"
 
-    def start(self, dense: Tried) -> None:
-        """Nothing to prepare."""
+    def start(self, dense: Trial) -> None: ...
 
     def ask(self, count: int) -> Sequence[Ask]:
-        """The rest of the round on the first rung, or the round's winner on all samples."""
+        """Return the rest of the round on the first rung, or the round's winner on all samples."""
         if not self._queue and self._round:
             best = min(self._round, key=better_first)
             self._removed = tuple(layer for layer, letter in enumerate(best.plan) if letter == SKIP)
@@ -43,8 +42,7 @@ class Sleb:
         return [Ask(candidate, self._first_rung) for candidate in batch]
 
     def tell(self, answers: Sequence[Answer]) -> None:
-        """Collect the round's figures."""
-        self._round += [tried for candidate, tried in answers if tried is not None and self._is_next(candidate)]
+        self._round += [trial for candidate, trial in answers if trial is not None and self._is_next(candidate)]
 
     def _is_next(self, candidate: Candidate) -> bool:
         return candidate.plan.text.count(SKIP) == len(self._removed) + 1

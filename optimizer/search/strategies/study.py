@@ -1,4 +1,4 @@
-"""Strategies that ask an Optuna sampler: an Optuna study in memory that never proposes a candidate twice.
+"""A strategy that asks an Optuna sampler: a study in memory that never proposes a candidate twice.
 
 The study holds no truth: results come from the evaluations in the database, and a resumed job rebuilds the study by
 replaying them in the same order.
@@ -16,12 +16,11 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
-from optimizer.search.pareto import front_indices
 from optimizer.search.problem import Answer, Ask, Problem
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from optimizer.search.surrogate.moves import Moves
-from optimizer.search.trial import Tried
+from optimizer.search.trial import Trial, front_of
 from workers.messages import NO_COMPENSATION
 
 DUPLICATES_IN_A_ROW = 4
@@ -30,7 +29,7 @@ COMPENSATION = "compensation"
 
 
 class StudyStrategy:
-    """Asks an Optuna sampler for candidates that were never asked for before, after the problem's own seeds."""
+    """Ask an Optuna sampler for candidates that were never asked for before, after the problem's own seeds."""
 
     def __init__(self, problem: Problem, sampler: optuna.samplers.BaseSampler) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -43,44 +42,41 @@ class StudyStrategy:
             self._study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         self._running: dict[Candidate, optuna.trial.Trial] = {}
         self._known: set[Candidate] = set()
-        self._complete: list[Tried] = []
+        self._trials: list[Trial] = []
 
     @property
     def done(self) -> str:
-        """Why there is nothing more to ask for."""
         listed = self._problem.space.is_listed
         return "every possible plan was tried" if listed else "no further plan within the limits was found"
 
     @property
     def expected_gain(self) -> float | None:
-        """What the sampler says, if it says anything."""
         gain: float | None = getattr(self._sampler, "expected_gain", None)
         return gain
 
-    def start(self, dense: Tried) -> None:
-        """Enter the dense model and what earlier jobs found out as finished trials."""
-        for tried in (dense, *self._problem.known):
-            self._known.add(tried.candidate)
-            if tried.candidate not in self._problem.space:
+    def start(self, dense: Trial) -> None:
+        """Enter the dense model and the trials of earlier jobs as finished trials."""
+        for known in (dense, *self._problem.known):
+            self._known.add(known.candidate)
+            if known.candidate not in self._problem.space:
                 continue
             self._study.add_trial(
                 create_trial(
-                    params=self._parameters(tried.candidate),
+                    params=self._parameters(known.candidate),
                     distributions=self._distributions,
-                    values=list(tried.costs),
-                    user_attrs=attributes(tried),
-                    constraints=self._problem.limits.values(tried),
+                    values=list(known.costs),
+                    user_attrs=attributes(known),
+                    constraints=self._problem.limits.values(known),
                 )
             )
-            if tried.complete:
-                self._complete.append(tried)
+            self._trials.append(known)
 
     def begin_with(self, seeds: Sequence[Candidate]) -> None:
         """Put seeds before those that still wait."""
         self._queue.extendleft(reversed(seeds))
 
     def ask(self, count: int) -> Sequence[Ask]:
-        """At most ``count`` candidates that are new; fewer when the space holds no other."""
+        """Return at most ``count`` candidates that are new; fewer when the space holds no other."""
         batch: list[Ask] = []
         while len(batch) < count:
             candidate = self._next()
@@ -91,18 +87,17 @@ class StudyStrategy:
 
     def tell(self, answers: Sequence[Answer]) -> None:
         """Tell the study costs and constraints; a failed evaluation is a failed trial."""
-        for candidate, tried in answers:
-            trial = self._running.pop(candidate)
-            if tried is None:
-                self._study.tell(trial, state=TrialState.FAIL)
+        for candidate, trial in answers:
+            running = self._running.pop(candidate)
+            if trial is None:
+                self._study.tell(running, state=TrialState.FAIL)
                 continue
-            for name, value in self._problem.limits.values(tried).items():
-                trial.set_constraint(name, value)
-            for name, figure in attributes(tried).items():
-                trial.set_user_attr(name, figure)
-            self._study.tell(trial, tried.costs)
-            if tried.complete:
-                self._complete.append(tried)
+            for name, value in self._problem.limits.values(trial).items():
+                running.set_constraint(name, value)
+            for name, figure in attributes(trial).items():
+                running.set_user_attr(name, figure)
+            self._study.tell(running, trial.costs)
+            self._trials.append(trial)
 
     def _next(self) -> Candidate | None:
         while self._queue:
@@ -120,7 +115,7 @@ class StudyStrategy:
             else:
                 self._study.tell(trial, state=TrialState.FAIL)
                 return self._start(nearest)
-        fallback = self._local_move() or self._thrown() or self._first_unknown()
+        fallback = self._local_move() or self._drawn() or self._first_unknown()
         return None if fallback is None else self._start(fallback)
 
     def _start(self, candidate: Candidate) -> Candidate:
@@ -143,10 +138,10 @@ class StudyStrategy:
         return self._problem.space.candidate(genome_of(self._problem.space, params))
 
     def _local_move(self) -> Candidate | None:
-        """A new plan that differs from one of the front in one or two layers, if a few throws find one."""
+        """A new plan that differs from one of the front in one or two layers, if a few attempts find one."""
         space = self._problem.space
         moves = Moves(space.genome_letters, space.allows, self._random)
-        front = [self._complete[index] for index in front_indices([tried.costs for tried in self._complete])]
+        front = front_of(self._trials)
         for _ in range(100):
             parent = space.genome(front[int(self._random.integers(len(front)))].candidate)
             genome = moves.change(parent, int(self._random.integers(1, 3)))
@@ -155,8 +150,8 @@ class StudyStrategy:
                 return candidate
         return None
 
-    def _thrown(self) -> Candidate | None:
-        """A new random plan within the limits, if a few throws find one."""
+    def _drawn(self) -> Candidate | None:
+        """A new random plan within the limits, if a few attempts find one."""
         for _ in range(DUPLICATES_IN_A_ROW):
             candidate = self._problem.feasible.draw(self._random)
             if candidate is not None and candidate not in self._known:
@@ -172,7 +167,7 @@ class StudyStrategy:
 
 
 def distributions(space: PlanSpace) -> dict[str, BaseDistribution]:
-    """One categorical parameter per layer that has a choice, and one for the compensation where there are two."""
+    """Optuna's parameters: one per layer that has a choice, and one for the compensation where there are two."""
     found: dict[str, BaseDistribution] = {
         _name(layer): CategoricalDistribution(tuple(space.letters[layer])) for layer in space.free_layers
     }
@@ -182,7 +177,7 @@ def distributions(space: PlanSpace) -> dict[str, BaseDistribution]:
 
 
 def parameters(space: PlanSpace, candidate: Candidate) -> dict[str, str]:
-    """A candidate as Optuna's parameters."""
+    """Write a candidate as Optuna's parameters."""
     params = {_name(layer): candidate.plan[layer].letter for layer in space.free_layers}
     if len(space.compensations) > 1:
         params[COMPENSATION] = candidate.compensation
@@ -190,15 +185,16 @@ def parameters(space: PlanSpace, candidate: Candidate) -> dict[str, str]:
 
 
 def genome_of(space: PlanSpace, params: Mapping[str, Any]) -> str:
-    """The genome of Optuna's parameters."""
+    """Read a genome from Optuna's parameters."""
     text = "".join(params.get(_name(layer), RUN) for layer in range(space.num_layers))
     compensated = params.get(COMPENSATION, space.compensations[0]) != NO_COMPENSATION
     return text.replace(SKIP, COMPENSATED) if compensated else text
 
 
-def attributes(tried: Tried) -> dict[str, Any]:
-    """What a sampler may want to know beside the costs."""
-    return {"n": tried.n, "drop_error": tried.drop_error, "kl": tried.kl, "kl_error": tried.kl_error}
+def attributes(trial: Trial) -> dict[str, Any]:
+    """User attributes of Optuna's trial: what a sampler may want to know beside the costs."""
+    names = ("n_samples", "difference_error", "kl", "kl_error")
+    return {name: getattr(trial, name) for name in names}
 
 
 def _name(layer: int) -> str:

@@ -29,7 +29,7 @@ class Moves:
                         yield changed
 
     def exchange(self, text: str) -> str | None:
-        """One touched layer runs again and another one takes its action, if the throw gives an allowed text."""
+        """One touched layer runs again and another one takes its action, if that gives an allowed text."""
         touched = [layer for layer in self._free if text[layer] != RUN]
         if not touched:
             return None

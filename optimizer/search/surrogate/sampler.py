@@ -2,8 +2,8 @@
 
 A surrogate over single and pair terms of (layer, action), with a mean built on the criterion's risk, is fitted to all
 finished trials. Candidates come from the front by single changes, exchanges and crossings, and from seeds held in
-reserve, all of them near plans known to do. Every proposal of a batch is the best of a draw of its own (damped Thompson
-sampling), by the hypervolume that it would add; latency is known beforehand and needs no model.
+reserve, all of them near plans known to meet the limit. Every proposal of a batch is the best of a draw of its own
+(damped Thompson sampling), by the hypervolume that it would add; latency is known beforehand and needs no model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from optimizer.search.pareto import Point, front_indices
+from optimizer.search.pareto import Point, front_indices, hypervolume
 from optimizer.search.surrogate.encoding import RUN, Encoding
-from optimizer.search.surrogate.gain import Stairs
 from optimizer.search.surrogate.model import Design
 from optimizer.search.surrogate.moves import Moves
-from optimizer.search.surrogate.signal import START, Draws, DropModel, Observations
+from optimizer.search.surrogate.signal import START, Draws, LossModel, Observations, Stairs
 from optimizer.search.surrogate.trust import TrustRegion
 
 Floats = NDArray[np.float64]
 
 MARGIN = 0.02
-"""A drop that is larger than the job allows by no more than this is still worth something: it may be noise."""
+"""A loss that is larger than the job allows by no more than this is still worth something: it may be noise."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Settings:
     """Factors of the draws' distance from the posterior mean: a batch's draws go from careful to curious."""
     parents: int = 12
     """Plans of the front (and the next-best layers behind it) that moves start from."""
-    thrown: int = 1
-    """Proposals of a batch that are drawn at random from the better part of the pool."""
+    at_random: int = 1
+    """Proposals of a batch that are drawn uniformly from the better part of the pool."""
     better: float = 0.25
     """That part of the pool."""
     pool: int = 500
@@ -72,50 +71,50 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One finished trial."""
+class Observation:
+    """One finished trial of Optuna's, its values as costs."""
 
     genome: str
     ratio: float
-    drop: float
-    drop_error: float
+    loss: float
+    loss_error: float
     kl: float
     kl_error: float
     complete: bool
 
 
 class SurrogateSampler(BaseSampler):
-    """Two costs are minimised: the latency ratio (a known function of the plan) and the drop of accuracy.
+    """Minimise two costs: the latency ratio (a known function of the plan) and the loss of accuracy.
 
-    Where trials carry the user attributes ``kl``, ``kl_error`` and ``drop_error``, they are used; ``n`` tells trials
-    that were stopped early (on fewer samples than the most seen) from complete ones.
+    Where trials carry the user attributes ``kl``, ``kl_error`` and ``difference_error``, they are used; ``n_samples``
+    tells trials that were stopped early (on fewer samples than the most seen) from complete ones.
     """
 
     def __init__(
         self,
         space: Space,
         risk: Mapping[str, Sequence[float]],
-        largest_drop: float,
+        largest_loss: float,
         *,
         seed: int,
         batch: int = 8,
         reserve: Sequence[str] = (),
         settings: Settings | None = None,
     ) -> None:
-        """``risk[letter][layer]`` is the criterion's; ``largest_drop`` is what the job's constraint leaves."""
+        """``risk[letter][layer]`` is the criterion's; ``largest_loss`` is what the job's constraint leaves."""
         self._space, self._settings, self._batch = space, settings or Settings(), batch
         self._random = np.random.default_rng([seed, 0])
         self._encoding = Encoding(space.letters)
         self._moves = Moves(space.letters, space.allows, self._random)
         self._risk = self._unit_risk(risk)
-        self._reference = (1.0, largest_drop + MARGIN)
+        self._reference = (1.0, largest_loss + MARGIN)
         self._reserve = list(dict.fromkeys(reserve))
         self._trust = TrustRegion(len(space.letters))
         self._last_batch: tuple[str, ...] = ()
         self._queue: deque[str] = deque()
         self._foreseen: dict[str, tuple[float, bool]] = {}
         self._scales, self._fitted_on = START, 0
-        self._seen: dict[int, tuple[Seen, float]] = {}
+        self._seen: dict[int, tuple[Observation, float]] = {}
         self._genomes: dict[int, str] = {}
         self.expected_gain: float | None = None
 
@@ -160,27 +159,27 @@ class SurrogateSampler(BaseSampler):
 
     # Reading trials ----------------------------------------------------------------------------------------------
 
-    def _read(self, trials: Sequence[FrozenTrial]) -> list[Seen]:
+    def _read(self, trials: Sequence[FrozenTrial]) -> list[Observation]:
         """Finished trials, those of equal plans once (the latest)."""
         for trial in trials:
             if trial.state is TrialState.COMPLETE and trial.number not in self._seen:
                 genome = self._space.from_params(trial.params)
                 attributes = trial.user_attrs
-                ratio, drop = trial.values
+                ratio, loss = trial.values
                 kl, error = attributes.get("kl"), attributes.get("kl_error")
-                seen = Seen(
+                seen = Observation(
                     genome,
                     float(ratio),
-                    float(drop),
-                    float(attributes.get("drop_error") or 1e-3),
+                    float(loss),
+                    float(attributes.get("difference_error") or 1e-3),
                     np.nan if kl is None else float(kl),
                     0.0 if error is None else float(error),
                     True,
                 )
-                self._seen[trial.number] = (seen, float(attributes.get("n") or np.inf))
+                self._seen[trial.number] = (seen, float(attributes.get("n_samples") or np.inf))
         most = max((samples for _, samples in self._seen.values()), default=0.0)
         latest = {
-            seen.genome: seen if samples == most else Seen(**(vars(seen) | {"complete": False}))
+            seen.genome: seen if samples == most else Observation(**(vars(seen) | {"complete": False}))
             for seen, samples in self._seen.values()
         }
         return list(latest.values())
@@ -194,40 +193,40 @@ class SurrogateSampler(BaseSampler):
 
     # Proposing ---------------------------------------------------------------------------------------------------
 
-    def _propose(self, seen: list[Seen], taken: set[str]) -> list[str]:
+    def _propose(self, seen: list[Observation], taken: set[str]) -> list[str]:
         good = self._good(seen)
         came = [each.genome in good for each in seen if each.genome in self._last_batch]
         if came:
             self._trust.learn(came)
             self._last_batch = ()
-        front = self._front(seen)
-        stairs = Stairs([(each.ratio, each.drop) for each in front], self._reference)
+        points = [(each.ratio, each.loss) for each in self._front(seen)]
+        stairs = Stairs(points, self._reference)
         new = self._first_pool(self._parents(seen), taken)
         pool = self._trust.nearest(new, good)
         if not pool:
             return []
         if len(seen) < 3:
-            thrown_first = [pool[int(index)] for index in self._random.permutation(len(pool))[: self._batch]]
-            self._last_batch += tuple(thrown_first)
-            return thrown_first
+            first = [pool[int(index)] for index in self._random.permutation(len(pool))[: self._batch]]
+            self._last_batch += tuple(first)
+            return first
         draws = self._draws(seen)
-        drops = draws(self._design(pool))
-        chosen, gains = self._choose(pool, drops, stairs, self._settings.finalists)
+        losses = draws(self._design(pool))
+        chosen, gains = self._choose(pool, losses, stairs, self._settings.finalists)
         moved = self._trust.within(self._second_pool([pool[index] for index in chosen], taken | set(pool)), good)
         if moved:
-            drops = np.hstack([drops, draws(self._design(moved))])
+            losses = np.hstack([losses, draws(self._design(moved))])
         pool += moved
-        thrown = min(self._settings.thrown, self._batch - 1)
-        chosen, gains = self._choose(pool, drops, stairs, self._batch - thrown)
-        volume = sum(self._volume(front))
+        at_random = min(self._settings.at_random, self._batch - 1)
+        chosen, gains = self._choose(pool, losses, stairs, self._batch - at_random)
+        volume = hypervolume(points, self._reference)
         self.expected_gain = float(np.mean(gains)) / volume if volume > 0 else None
         rest = [index for index in range(len(pool)) if index not in set(chosen)]
-        chosen += self._thrown(rest, pool, drops[0], stairs)[:thrown]
+        chosen += self._better_part(rest, pool, losses[0], stairs)[:at_random]
         batch = [pool[index] for index in chosen]
         self._last_batch += tuple(batch)
         return batch
 
-    def _thrown(self, rest: Sequence[int], pool: Sequence[str], mean: Floats, stairs: Stairs) -> list[int]:
+    def _better_part(self, rest: Sequence[int], pool: Sequence[str], mean: Floats, stairs: Stairs) -> list[int]:
         """Plain evolution: members of the better part of the pool in random order, whatever the draws say."""
         if not rest:
             return []
@@ -235,28 +234,20 @@ class SurrogateSampler(BaseSampler):
         better = np.argsort(above, kind="stable")[: max(1, int(self._settings.better * len(rest)))]
         return [rest[int(place)] for place in self._random.permutation(better)]
 
-    def _volume(self, front: Sequence[Seen]) -> list[float]:
-        ceiling, areas = self._reference[1], []
-        for each in sorted(front, key=lambda one: one.ratio):
-            if each.ratio < self._reference[0] and each.drop < ceiling:
-                areas.append((self._reference[0] - each.ratio) * (ceiling - each.drop))
-                ceiling = each.drop
-        return areas
-
-    def _front(self, seen: Sequence[Seen]) -> list[Seen]:
+    def _front(self, seen: Sequence[Observation]) -> list[Observation]:
         complete = [each for each in seen if each.complete and self._possible(each.genome)]
-        return [complete[index] for index in front_indices([(each.ratio, each.drop) for each in complete])]
+        return [complete[index] for index in front_indices([(each.ratio, each.loss) for each in complete])]
 
-    def _good(self, seen: Sequence[Seen]) -> list[str]:
-        """Dense, and the plans that do on all samples, or nearly."""
+    def _good(self, seen: Sequence[Observation]) -> list[str]:
+        """Dense, and the plans that meet the limit on all samples, or nearly."""
         dense = RUN * len(self._space.letters)
-        doing = (each.genome for each in seen if each.complete and each.drop <= self._reference[1])
-        return list(dict.fromkeys([dense, *doing]))
+        meeting = (each.genome for each in seen if each.complete and each.loss <= self._reference[1])
+        return list(dict.fromkeys([dense, *meeting]))
 
-    def _parents(self, seen: Sequence[Seen]) -> list[str]:
+    def _parents(self, seen: Sequence[Observation]) -> list[str]:
         """The front, then what would be the front without it, until there are enough."""
         rest = [
-            each for each in seen if each.complete and each.drop <= self._reference[1] and self._possible(each.genome)
+            each for each in seen if each.complete and each.loss <= self._reference[1] and self._possible(each.genome)
         ]
         parents: list[str] = []
         while rest and len(parents) < self._settings.parents:
@@ -266,32 +257,32 @@ class SurrogateSampler(BaseSampler):
         return parents
 
     @staticmethod
-    def _costs(seen: Seen) -> Point:
-        """Equal drops are told apart by their KL: the plan closer to dense has more room left."""
-        return (seen.ratio, seen.drop + (0.0 if np.isnan(seen.kl) else 1e-3 * min(1.0, seen.kl)))
+    def _costs(seen: Observation) -> Point:
+        """Equal losses are told apart by their KL: the plan closer to dense has more room left."""
+        return (seen.ratio, seen.loss + (0.0 if np.isnan(seen.kl) else 1e-3 * min(1.0, seen.kl)))
 
     def _first_pool(self, parents: Sequence[str], taken: set[str]) -> list[str]:
         """New candidates around the parents and from the reserve, each once, in a fixed order."""
         pool: dict[str, None] = dict.fromkeys(genome for genome in self._reserve if genome not in taken)
-        starts = parents or self._thrown_starts()
+        starts = parents or self._drawn_starts()
         near = [genome for parent in starts for genome in self._moves.neighbours(parent)]
         for index in self._random.permutation(len(near))[: self._settings.pool // 2]:
             pool.setdefault(near[int(index)])
         for _ in range(self._settings.pool // 2 if starts else 0):
-            genome = self._throw(starts)
+            genome = self._moved(starts)
             if genome is not None:
                 pool.setdefault(genome)
         return [genome for genome in pool if genome not in taken and self._possible(genome)]
 
-    def _thrown_starts(self) -> list[str]:
+    def _drawn_starts(self) -> list[str]:
         """Where no plan is known to start from: dense, or if that is beyond the constraints, plans within them."""
         dense = RUN * len(self._space.letters)
         if self._possible(dense):
             return [dense]
-        thrown = [self._space.draw(self._random) for _ in range(self._settings.parents)]
-        return [genome for genome in thrown if genome is not None]
+        drawn = [self._space.draw(self._random) for _ in range(self._settings.parents)]
+        return [genome for genome in drawn if genome is not None]
 
-    def _throw(self, parents: Sequence[str]) -> str | None:
+    def _moved(self, parents: Sequence[str]) -> str | None:
         first = parents[int(self._random.integers(len(parents)))]
         kind = self._random.random()
         if kind < 0.5:
@@ -313,33 +304,33 @@ class SurrogateSampler(BaseSampler):
         new = [genome for genome in near if genome not in known and self._possible(genome)]
         return [new[int(index)] for index in sorted(self._random.permutation(len(new))[: self._settings.pool])]
 
-    def _draws(self, seen: Sequence[Seen]) -> Draws:
+    def _draws(self, seen: Sequence[Observation]) -> Draws:
         kept = self._nearest(seen)
-        dense = Seen(RUN * len(self._space.letters), 1.0, 0.0, 1e-4, 0.0, 1e-6, True)
+        dense = Observation(RUN * len(self._space.letters), 1.0, 0.0, 1e-4, 0.0, 1e-6, True)
         if not any(each.genome == dense.genome for each in kept):
             kept = [dense, *kept]
         kl = np.array([each.kl for each in kept])
         observations = Observations(
             self._design([each.genome for each in kept]),
-            np.array([each.drop for each in kept]),
-            np.array([max(1e-4, each.drop_error) for each in kept]),
+            np.array([each.loss for each in kept]),
+            np.array([max(1e-4, each.loss_error) for each in kept]),
             kl,
             np.array([each.kl_error for each in kept]),
         )
         refit = len(kept) >= 1.15 * self._fitted_on or len(kept) < 60
-        model = DropModel(self._encoding, observations, self._scales, rounds=2 if refit else 0)
+        model = LossModel(self._encoding, observations, self._scales, rounds=2 if refit else 0)
         if refit:
             self._scales, self._fitted_on = model.scales, len(kept)
         damping = np.geomspace(self._settings.least_damping, self._settings.most_damping, self._batch)
         return model.draws(damping, self._random)
 
-    def _nearest(self, seen: Sequence[Seen]) -> list[Seen]:
+    def _nearest(self, seen: Sequence[Observation]) -> list[Observation]:
         """All trials, or where there are too many the ones closest to the front and the latest."""
         most = self._settings.most_observations
         if len(seen) <= most:
             return list(seen)
-        stairs = Stairs([(each.ratio, each.drop) for each in self._front(seen)], self._reference)
-        above = stairs.excess(np.array([each.ratio for each in seen]), np.array([each.drop for each in seen]))
+        stairs = Stairs([(each.ratio, each.loss) for each in self._front(seen)], self._reference)
+        above = stairs.excess(np.array([each.ratio for each in seen]), np.array([each.loss for each in seen]))
         order = np.argsort(above, kind="stable")
         kept = set(order[: most * 3 // 4].tolist()) | set(range(len(seen) - most // 4, len(seen)))
         return [seen[index] for index in sorted(kept)]
@@ -354,10 +345,10 @@ class SurrogateSampler(BaseSampler):
         """Indices of the most promising candidates, one per draw in turn, and the gain each expects."""
         ratios = np.array([self._ratio(genome) for genome in pool])
         # Nothing is taken to be more accurate than the most accurate plan seen: below that lies noise.
-        drops = np.maximum(drawn[1:], stairs.lowest)
-        gains = stairs.gain(ratios, drops)
+        losses = np.maximum(drawn[1:], stairs.lowest)
+        gains = stairs.gain(ratios, losses)
         # Where no gain is in sight, what lies least above the front is closest to one.
-        scores = np.where(gains > 0, gains, -1.0 - stairs.excess(ratios, drops))
+        scores = np.where(gains > 0, gains, -1.0 - stairs.excess(ratios, losses))
         order = np.argsort(-scores, axis=1, kind="stable")
         chosen: dict[int, float] = {}
         expected = gains.mean(axis=0)

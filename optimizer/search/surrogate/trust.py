@@ -1,9 +1,9 @@
-"""How far from known good plans to go: the trust region of TuRBO on plans, its radius a number of layers.
+"""Trust region of TuRBO on plans: how many layers a proposal may differ from a known good plan.
 
-Many layers with several actions leave a surrogate ignorant of most of the space, and what it knows nothing of looks
-promising to some draw. So proposals stay within a radius of plans that were seen to do; it grows after batches of
-which many do, and shrinks after batches of which few do (Eriksson et al., arXiv 1910.01465; on categories with the
-Hamming distance Wan et al., arXiv 2102.07188).
+Far from the data the posterior is wide, so some Thompson draw is always optimistic there. Proposals are restricted to a
+Hamming ball around plans known to meet the accuracy limit. Its radius grows after batches of which many meet the limit,
+and shrinks after batches of which few do (Eriksson et al., arXiv 1910.01465; on categories Wan et al., arXiv
+2102.07188).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from optimizer.search.surrogate.encoding import COMPENSATED, SKIP
 from workers.runtime.plan import LETTERS
 
 FEW, MANY = 0.25, 0.5
-"""Shares of a batch that do, below and from which the radius changes."""
+"""Shares of a batch that meet the limit, below and from which the radius changes."""
 
 
 class TrustRegion:
-    """Plans (genomes) that differ from a good one in at most ``radius`` layers."""
+    """Keep to plans (genomes) that differ from a good one in at most ``radius`` layers."""
 
     def __init__(self, layers: int, radius: int = 2) -> None:
         self._layers, self.radius = layers, radius
 
     def learn(self, good: Sequence[bool]) -> None:
-        """Take in of each proposal of the last batch whether it does."""
+        """Adapt the radius to whether each proposal of the last batch met the limit."""
         share = sum(good) / len(good)
         if share < FEW:
             self.radius = max(1, self.radius - 1)

@@ -1,4 +1,4 @@
-"""Halving ladders of plans: the last good one of each is found, in few evaluations."""
+"""Halving families of plans: the last good one of each is found, in few evaluations."""
 
 from dataclasses import replace
 from math import ceil, log2
@@ -12,8 +12,8 @@ from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import STRATEGIES
 from optimizer.search.seeding import with_given
 from optimizer.search.space import Candidate
-from optimizer.search.strategies.bisection import Ladder
-from optimizer.search.trial import paired_drop, tried_of
+from optimizer.search.strategies.bisection import Family
+from optimizer.search.trial import paired_difference, trial_of
 from workers.runtime import SkipPlan
 
 LIMIT = ConstraintSpec(max_accuracy_drop=0.1)
@@ -27,52 +27,52 @@ def plans(*texts: str) -> tuple[Candidate, ...]:
 def test_halving_finds_the_last_good_plan(size_and_good: tuple[int, int]) -> None:
     size, good = size_and_good
     names = list(range(size))
-    ladder, asked = Ladder(names), []  # type: ignore[arg-type]  # numbers stand for plans
-    while (middle := ladder.next) is not None:
+    family, asked = Family(names), []  # type: ignore[arg-type]  # numbers stand for plans
+    while (middle := family.next) is not None:
         asked.append(middle)
-        ladder.tell(middle < good)
+        family.narrow(middle < good)
     assert len(asked) == len(set(asked)) <= ceil(log2(size + 1) / log2(4 / 3)) + 1
     assert good == 0 or good - 1 in asked, "the last good plan itself was evaluated"
     assert good == size or good in asked, "and the one behind it"
 
 
 @pytest.mark.parametrize("letters", ["RS", "RFBS"])
-def test_the_last_good_plan_of_every_ladder_is_tried(letters: str) -> None:
+def test_the_last_good_plan_of_every_family_is_tried(letters: str) -> None:
     planted = small()
     problem = problem_of(planted, letters, constraint=LIMIT)
     outcome = search(planted, letters, strategy="surrogate", evaluations=100, constraint=LIMIT, rungs=None)
-    tried = {each.candidate for each in outcome.tried}
+    tried = {each.candidate for each in outcome.trials}
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES).values
-    assert len(problem.ladders) > 3
-    for ladder in problem.ladders:
-        by_speed = sorted(ladder, key=lambda candidate: -problem.ratio(candidate.plan))
-        good = [paired_drop(dense, planted.scores(each, SAMPLES).values)[0] <= 0.1 for each in by_speed]
+    assert len(problem.families) > 3
+    for family in problem.families:
+        by_speed = sorted(family, key=lambda candidate: -problem.ratio(candidate.plan))
+        good = [paired_difference(dense, planted.scores(each, SAMPLES).values)[0] >= -0.1 for each in by_speed]
         if good == sorted(good, reverse=True) and any(good):
             assert by_speed[sum(good) - 1] in tried
 
 
-def test_ladders_take_their_share_of_the_evaluations_and_no_more() -> None:
+def test_families_take_their_share_of_the_evaluations_and_no_more() -> None:
     planted = small()
-    problem = replace(problem_of(planted, "RFBS", constraint=LIMIT), seeds=(), scouts=3)
+    problem = replace(problem_of(planted, "RFBS", constraint=LIMIT), seeds=(), bisections=3)
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
     scores = planted.scores(dense, SAMPLES)
-    strategy.start(tried_of(dense, scores, scores.values, 1.0, SAMPLES))
-    of_ladders = {plan for ladder in problem.ladders for plan in ladder}
+    strategy.start(trial_of(dense, scores, scores.values, 1.0, SAMPLES))
+    of_families = {plan for family in problem.families for plan in family}
     first = [ask.candidate for ask in strategy.ask(8)]
-    assert len(first) == 3 and set(first) <= of_ladders
+    assert len(first) == 3 and set(first) <= of_families
     assert strategy.expected_gain is None
     strategy.tell(
-        [(each, tried_of(each, planted.scores(each, SAMPLES), scores.values, 0.5, SAMPLES)) for each in first]
+        [(each, trial_of(each, planted.scores(each, SAMPLES), scores.values, 0.5, SAMPLES)) for each in first]
     )
     assert len(strategy.ask(8)) == 8
     assert strategy.expected_gain is not None
 
 
-def test_given_plans_come_before_ladders() -> None:
+def test_given_plans_come_before_families() -> None:
     problem = with_given(problem_of(small(), constraint=LIMIT), ["RSRRRRRR"])
     strategy = STRATEGIES["surrogate"](problem)
-    dense = tried_of(
+    dense = trial_of(
         Candidate(SkipPlan.dense(8)), small().scores(Candidate(SkipPlan.dense(8)), 200), (1.0,) * 200, 1, 200
     )
     strategy.start(dense)
@@ -81,52 +81,52 @@ def test_given_plans_come_before_ladders() -> None:
     assert len(asked) == len(set(asked)) > len(problem.seeds)
 
 
-def test_what_is_known_is_not_asked_again_and_halves_ladders() -> None:
+def test_what_is_known_is_not_asked_again_and_halves_families() -> None:
     planted = small()
     problem = problem_of(planted, constraint=LIMIT)
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES)
-    (ladder, *_) = problem.ladders
-    by_speed = sorted(ladder, key=lambda candidate: -problem.ratio(candidate.plan))
+    (family, *_) = problem.families
+    by_speed = sorted(family, key=lambda candidate: -problem.ratio(candidate.plan))
     known = tuple(
-        tried_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
+        trial_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
         for each in by_speed
     )
-    strategy = STRATEGIES["surrogate"](replace(problem, known=known, ladders=(ladder,), seeds=()))
-    strategy.start(tried_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
-    assert not {ask.candidate for ask in strategy.ask(8)} & set(ladder)
+    strategy = STRATEGIES["surrogate"](replace(problem, known=known, families=(family,), seeds=()))
+    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
+    assert not {ask.candidate for ask in strategy.ask(8)} & set(family)
 
 
-def test_seeds_that_are_known_leave_their_places_to_ladders() -> None:
+def test_seeds_that_are_known_leave_their_places_to_families() -> None:
     planted = small()
     problem = problem_of(planted, constraint=LIMIT)
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES)
     known = tuple(
-        tried_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
+        trial_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
         for each in problem.seeds
     )
     assert known
     strategy = STRATEGIES["surrogate"](replace(problem, known=known))
-    strategy.start(tried_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
-    rungs = {each for ladder in problem.ladders for each in ladder}
+    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
+    rungs = {each for family in problem.families for each in family}
     assert {ask.candidate for ask in strategy.ask(2)} <= rungs
 
 
 def test_a_failed_plan_counts_as_harmful() -> None:
     planted = small()
     problem = replace(
-        problem_of(planted, constraint=LIMIT), ladders=(plans("RRSRRRRR", "RRSRSRRR", "RRSRSRSR"),), seeds=()
+        problem_of(planted, constraint=LIMIT), families=(plans("RRSRRRRR", "RRSRSRRR", "RRSRSRSR"),), seeds=()
     )
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
     scores = planted.scores(dense, SAMPLES)
-    strategy.start(tried_of(dense, scores, scores.values, 1.0, SAMPLES))
+    strategy.start(trial_of(dense, scores, scores.values, 1.0, SAMPLES))
     (middle,) = (ask.candidate for ask in strategy.ask(1))
     assert middle.plan.text == "RRSRRRRR"
     strategy.tell([(middle, None)])
-    assert not {ask.candidate for ask in strategy.ask(8)} & set(problem.ladders[0]), "what comes behind it is worse"
+    assert not {ask.candidate for ask in strategy.ask(8)} & set(problem.families[0]), "what comes behind it is worse"
 
 
-def test_a_search_with_ladders_does_not_depend_on_the_order_of_arrival() -> None:
+def test_a_search_with_families_does_not_depend_on_the_order_of_arrival() -> None:
     first, second = (
         search(replace(random_problem(12, "RFBS", 3), order=order), "RFBS", strategy="surrogate", evaluations=40)
         for order in (1, 2)
@@ -134,6 +134,6 @@ def test_a_search_with_ladders_does_not_depend_on_the_order_of_arrival() -> None
     assert first == second
 
 
-def test_random_and_no_seeds_have_no_ladders() -> None:
+def test_random_and_no_seeds_have_no_families() -> None:
     for seeds in ("random", "none"):
-        assert problem_of(small(), spec=SearchSpec(seeds=seeds)).ladders == ()
+        assert problem_of(small(), spec=SearchSpec(seeds=seeds)).families == ()

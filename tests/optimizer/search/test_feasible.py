@@ -14,7 +14,7 @@ from optimizer.registries import STRATEGIES
 from optimizer.search.constraints import Limits
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate, PlanSpace, touched
-from optimizer.search.trial import tried_of
+from optimizer.search.trial import trial_of
 from workers.runtime import SkipPlan
 
 SAMPLERS = ("surrogate", "tpe", "nsga2", "random")
@@ -113,11 +113,11 @@ def test_repaired_proposals_are_parents_of_later_generations() -> None:
     strategy = STRATEGIES["nsga2"](problem)
     study = strategy._study
     dense = small().scores(Candidate(SkipPlan.dense(8)), 200)
-    strategy.start(tried_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, 200))
+    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, 200))
     for _ in range(10):
         asked = [ask.candidate for ask in strategy.ask(8)]
         answers = [(each, small().scores(each, 200)) for each in asked]
-        strategy.tell([(c, tried_of(c, s, dense.values, problem.ratio(c.plan), 200)) for c, s in answers])
+        strategy.tell([(c, trial_of(c, s, dense.values, problem.ratio(c.plan), 200)) for c, s in answers])
     key = study.sampler._get_generation_key()
     assert max(trial.system_attrs.get(key, -1) for trial in study.get_trials(deepcopy=False)) >= 3
 
@@ -138,7 +138,7 @@ def test_no_sampler_evaluates_what_cannot_meet_the_limits(strategy: str, seeds: 
     outcome = search(
         planted, "RFS", strategy=strategy, seeds=seeds, constraint=constraint, max_touched=5, evaluations=40
     )
-    tried = [each for each in outcome.tried if not SkipPlan.parse(each.plan).is_dense]
+    tried = [each for each in outcome.trials if not SkipPlan.parse(each.plan).is_dense]
     assert len(tried) == 40
     assert all(each.latency_ratio * 1.66 <= 1 and touched(SkipPlan.parse(each.plan)) <= 5 for each in tried)
 
@@ -155,5 +155,5 @@ def test_ends_when_all_plans_within_the_limits_are_tried(strategy: str) -> None:
     # Of eight layers that only skip, six or more must go, and not all: 28 + 8 plans.
     constraint = ConstraintSpec(max_accuracy_drop=1.0, min_speedup=2.5)
     outcome = search(small(), strategy=strategy, constraint=constraint, evaluations=200)
-    assert len(outcome.tried) == 1 + 28 + 8
+    assert len(outcome.trials) == 1 + 28 + 8
     assert outcome.stopped_because == "every possible plan was tried"

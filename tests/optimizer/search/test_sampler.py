@@ -14,10 +14,9 @@ from optimizer.search.pareto import hypervolume
 from optimizer.search.strategies.samplers import surrogate_sampler
 from optimizer.search.strategies.study import distributions, genome_of
 from optimizer.search.surrogate.encoding import Encoding
-from optimizer.search.surrogate.gain import Stairs
 from optimizer.search.surrogate.model import Design, Scales, Surrogate, Terms
 from optimizer.search.surrogate.moves import Moves
-from optimizer.search.surrogate.signal import DropModel, Observations
+from optimizer.search.surrogate.signal import LossModel, Observations, Stairs
 
 ENCODING = Encoding(("RS", "RFS", "RS", "RFS", "R", "RS"))
 
@@ -116,14 +115,14 @@ def test_excess_is_negative_exactly_for_points_that_extend_the_front():
 
 
 def test_kl_tells_plans_of_equal_accuracy_apart():
-    """All drops seen are zero except of large KL; the model must still expect harm where KL grows."""
+    """All losses seen are zero except of large KL; the model must still expect harm where KL grows."""
     random = np.random.default_rng(0)
     texts = random_texts(random, 40)
     design = design_of(texts)
     kl = (0.1 * design.rows.sum(1)) ** 2
-    drop = np.where(kl > 0.15, 0.3, 0.0)
+    loss = np.where(kl > 0.15, 0.3, 0.0)
     error = np.full(40, 0.02)
-    model = DropModel(ENCODING, Observations(design, drop, error, kl, 0.05 * kl + 1e-4), rounds=2)
+    model = LossModel(ENCODING, Observations(design, loss, error, kl, 0.05 * kl + 1e-4), rounds=2)
     predicted = model.draws(np.ones(1), random)(design_of(["SSSSRS", "SRRRRR"]))[0]
     assert predicted[0] > 0.15 and abs(predicted[1]) < 0.05
 
@@ -213,6 +212,6 @@ def test_finds_more_than_random_search_on_fresh_instances(cubed):
                 rungs=(100,),
                 constraint=ConstraintSpec(max_accuracy_drop=0.2),
             )
-            volumes.append(hypervolume([tried.costs for tried in outcome.tried if tried.complete], (1.0, 0.2)))
+            volumes.append(hypervolume([trial.costs for trial in outcome.trials if trial.complete], (1.0, 0.2)))
         ahead.append(volumes[0] - volumes[1])
     assert min(ahead) > 0

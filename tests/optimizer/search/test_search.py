@@ -8,13 +8,12 @@ from planted import SAMPLES, Planted, problem_of, search, small
 
 from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import SAMPLERS, STRATEGIES
-from optimizer.search.budget import Budget
+from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
 from optimizer.search.finalists import choose_finalists
 from optimizer.search.loop import Search
-from optimizer.search.rungs import rung_sizes
 from optimizer.search.space import Candidate
-from optimizer.search.trial import SearchOutcome, Tried, paired_drop
+from optimizer.search.trial import SearchOutcome, Trial, paired_difference
 from workers.runtime import SkipPlan
 
 LAYERS = 8
@@ -25,15 +24,15 @@ def test_finds_the_plan_of_all_harmless_layers_and_evaluates_nothing_twice(strat
     planted = small()
     outcome = search(planted, strategy=strategy, evaluations=60 if strategy == "surrogate" else 120)
     assert len(planted.asked) == len(set(planted.asked))
-    harmless = [tried for tried in outcome.front() if tried.drop == 0 and tried.plan.count("S") == 3]
-    assert [tried.plan for tried in harmless] == ["RRSRSRSR"]
+    harmless = [trial for trial in outcome.front() if trial.difference == 0 and trial.plan.count("S") == 3]
+    assert [trial.plan for trial in harmless] == ["RRSRSRSR"]
 
 
 @pytest.mark.parametrize("strategy", SAMPLERS)
 def test_evaluations_are_as_many_as_asked_for_and_none_twice(strategy):
     planted = small()
     outcome = search(planted, strategy=strategy, evaluations=12)
-    assert len(planted.asked) == len(set(planted.asked)) and len(outcome.tried) == 13
+    assert len(planted.asked) == len(set(planted.asked)) and len(outcome.trials) == 13
     assert outcome.stopped_because == "the budget of 12 evaluations is spent"
 
 
@@ -41,7 +40,7 @@ def test_evaluations_are_as_many_as_asked_for_and_none_twice(strategy):
 def test_same_seed_same_search_whatever_the_order_of_arrival(strategy):
     first, second = (search(small(order=order), strategy=strategy, seeds="none", evaluations=24) for order in (1, 2))
     assert first == second
-    assert first.tried != search(small(), strategy=strategy, seeds="none", evaluations=24, seed=1).tried
+    assert first.trials != search(small(), strategy=strategy, seeds="none", evaluations=24, seed=1).trials
 
 
 def test_seeds_come_first_in_order():
@@ -55,8 +54,8 @@ def test_hopeless_plans_end_on_the_first_rung():
     outcome = search(planted, first=["SSSSSSSR", "RRSRRRRR"], evaluations=2)
     assert ("RRSRRRRR", SAMPLES) in planted.asked
     assert ("SSSSSSSR", SAMPLES) not in planted.asked
-    by_plan = {tried.plan: tried for tried in outcome.tried}
-    assert not by_plan["SSSSSSSR"].complete and by_plan["SSSSSSSR"].n == 50
+    by_plan = {trial.plan: trial for trial in outcome.trials}
+    assert not by_plan["SSSSSSSR"].complete and by_plan["SSSSSSSR"].n_samples == 50
     assert by_plan["RRSRRRRR"].complete
 
 
@@ -71,7 +70,7 @@ def test_plans_that_cannot_meet_a_known_constraint_end_on_the_first_rung():
 def test_a_failed_plan_is_recorded_and_the_search_goes_on(strategy):
     outcome = search(small(fail="RRSRRRRR"), first=["RRSRRRRR"], evaluations=10, strategy=strategy)
     assert outcome.failed == {"RRSRRRRR": "worker died twice"}
-    assert len(outcome.tried) == 10  # nine others and dense
+    assert len(outcome.trials) == 10  # nine others and dense
 
 
 def test_dense_that_fails_ends_the_search():
@@ -82,20 +81,20 @@ def test_dense_that_fails_ends_the_search():
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe"])
 def test_stops_when_every_plan_was_tried_and_says_so(strategy):
     outcome = search(small(), evaluations=10_000, max_touched=1, strategy=strategy)
-    assert len(outcome.tried) == 1 + LAYERS
+    assert len(outcome.trials) == 1 + LAYERS
     assert outcome.stopped_because == "every possible plan was tried"
 
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe", "evopress", "sleb"])
 def test_never_touches_more_layers_than_allowed(strategy):
     outcome = search(small(), max_touched=2, evaluations=30, strategy=strategy)
-    assert max(tried.plan.count("S") for tried in outcome.tried) == 2
+    assert max(trial.plan.count("S") for trial in outcome.trials) == 2
 
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe"])
 def test_all_actions_can_be_proposed(strategy):
     outcome = search(small(), "RFBS", evaluations=40, strategy=strategy)
-    assert set("".join(tried.plan for tried in outcome.tried)) == set("RFBS")
+    assert set("".join(trial.plan for trial in outcome.trials)) == set("RFBS")
 
 
 def test_compensated_and_plain_plans_are_searched_together():
@@ -103,19 +102,19 @@ def test_compensated_and_plain_plans_are_searched_together():
     planted = Planted(harm, layers=LAYERS)
     outcome = search(planted, strategy="surrogate", compensations=("none", "linear x"), evaluations=50)
     assert len(planted.asked) == len(set(planted.asked))
-    assert {tried.compensation for tried in outcome.tried} == {"none", "linear x"}
+    assert {trial.compensation for trial in outcome.trials} == {"none", "linear x"}
     fastest = outcome.front()[0]
     assert fastest.compensation == "linear x" and fastest.plan.count("S") >= 4
-    assert all(tried.plan[0] == "R" for tried in outcome.tried if tried.compensation != "none")
+    assert all(trial.plan[0] == "R" for trial in outcome.trials if trial.compensation != "none")
 
 
 def test_the_study_gets_the_constraints():
     problem = problem_of(small(), spec=SearchSpec(strategy="tpe"))
     strategy = STRATEGIES["tpe"](problem)
-    dense = Tried("R" * LAYERS, 200, 1.0, 0.0, 0.0, 1.0, True)
+    dense = Trial("R" * LAYERS, 200, 1.0, 0.0, 0.0, 1.0, True)
     strategy.start(dense)
     (ask,) = strategy.ask(1)
-    seen = Tried(ask.candidate.plan.text, 200, 0.8, 0.2, 0.01, 0.9, True)
+    seen = Trial(ask.candidate.plan.text, 200, 0.8, -0.2, 0.01, 0.9, True)
     strategy.tell([(ask.candidate, seen)])
     trial = strategy._study.trials[-1]
     assert trial.constraints == {"max_accuracy_drop": pytest.approx(0.15)} and trial.values == [0.9, 0.2]
@@ -134,22 +133,22 @@ def test_layer_executions_count_new_samples_times_layers_that_run():
 def test_ends_by_time_and_by_small_gain():
     clock = iter(range(1000))
     timed = search(small(), seconds=5.0, elapsed=lambda: float(next(clock)))
-    assert timed.stopped_because == "the budget of 5 seconds is spent" and len(timed.tried) == 1 + 5 * 8
+    assert timed.stopped_because == "the budget of 5 seconds is spent" and len(timed.trials) == 1 + 5 * 8
     quiet = search(small(), strategy="surrogate", evaluations=240, min_gain=0.002, patience=3)
     assert "expected gain of the front's hypervolume stayed under 0.2 % for 3 batches" in quiet.stopped_because
-    assert len(quiet.tried) < 200
+    assert len(quiet.trials) < 200
 
 
 def test_what_earlier_jobs_know_is_used_and_not_evaluated_again():
     first = search(small(), strategy="surrogate", evaluations=24)
-    known = tuple(tried for tried in first.tried if tried.plan != "R" * LAYERS)
+    known = tuple(trial for trial in first.trials if trial.plan != "R" * LAYERS)
     planted = small()
     spec = SearchSpec(strategy="surrogate", evaluations=16, rungs=(50,), seed=1)
     problem = replace(problem_of(planted, spec=spec), known=known)
     outcome = Search(problem, STRATEGIES["surrogate"](problem), Budget(spec, lambda: 0.0), evaluate=planted).run()
-    complete = {tried.plan for tried in known}
+    complete = {trial.plan for trial in known}
     assert not complete & {plan for plan, _ in planted.asked}
-    assert complete <= {tried.plan for tried in outcome.tried} and len(outcome.tried) == 1 + 24 + 16
+    assert complete <= {trial.plan for trial in outcome.trials} and len(outcome.trials) == 1 + 24 + 16
 
 
 def test_rungs_end_with_the_whole_split():
@@ -158,19 +157,19 @@ def test_rungs_end_with_the_whole_split():
     assert rung_sizes((300,), 256) == (256,)
 
 
-def test_paired_drop_and_its_error():
-    drop, error = paired_drop([1, 1, 1, 0] * 25, [1, 1, 0, 0] * 25)
-    assert drop == 0.25
+def test_paired_difference_and_its_error():
+    difference, error = paired_difference([1, 1, 1, 0] * 25, [1, 1, 0, 0] * 25)
+    assert difference == -0.25
     assert error == pytest.approx(np.sqrt(0.25 * 0.75 / 100), rel=0.1)
-    assert paired_drop([1.0] * 10, [1.0] * 10)[1] > 0
+    assert paired_difference([1.0] * 10, [1.0] * 10)[1] > 0
 
 
 def plan(count):
     return "S" * count + "R" * (10 - count)
 
 
-def tried(layers, ratio, drop, complete=True):
-    return Tried(plan(layers), 200, 1 - drop, drop, 0.005, ratio, complete)
+def trial_at(layers, ratio, loss, complete=True):
+    return Trial(plan(layers), 200, 1 - loss, -loss, 0.005, ratio, complete)
 
 
 def finalists(outcome, count, **constraint):
@@ -178,9 +177,9 @@ def finalists(outcome, count, **constraint):
 
 
 def test_finalists_are_spread_over_the_part_of_the_front_that_could_pass():
-    ladder = [tried(i + 1, 0.9 - 0.1 * i, 0.01 * i) for i in range(8)]
-    dense = tried(0, 1.0, -0.1)
-    outcome = SearchOutcome(1.0, 200, (dense, *ladder, tried(9, 0.01, 0.0, complete=False)))
+    family = [trial_at(i + 1, 0.9 - 0.1 * i, 0.01 * i) for i in range(8)]
+    dense = trial_at(0, 1.0, -0.1)
+    outcome = SearchOutcome(1.0, 200, (dense, *family, trial_at(9, 0.01, 0.0, complete=False)))
     chosen = finalists(outcome, 3, max_accuracy_drop=0.045)
     assert chosen in ([plan(6), plan(3), plan(1)], [plan(6), plan(4), plan(1)])
     assert finalists(outcome, 1, max_accuracy_drop=0.045) == [plan(5)]
@@ -190,7 +189,7 @@ def test_finalists_are_spread_over_the_part_of_the_front_that_could_pass():
 
 
 def test_runners_up_fill_the_places_that_a_short_front_leaves():
-    figures = (tried(7, 0.3, 0.0), tried(6, 0.4, 0.0), tried(5, 0.5, 0.0), tried(4, 0.6, 0.3))
+    figures = (trial_at(7, 0.3, 0.0), trial_at(6, 0.4, 0.0), trial_at(5, 0.5, 0.0), trial_at(4, 0.6, 0.3))
     outcome = SearchOutcome(1.0, 200, figures)
     assert finalists(outcome, 2, max_accuracy_drop=0.05) == [plan(7), plan(6)]
     assert finalists(outcome, 9, max_accuracy_drop=0.05) == [plan(7), plan(6), plan(5)]
@@ -199,7 +198,7 @@ def test_runners_up_fill_the_places_that_a_short_front_leaves():
 def test_runners_up_are_spread_from_fast_to_careful_by_their_divergence():
     # No plan loses anything on the search split; the divergence alone tells the careful ones, and one is dominated.
     kls = {7: 0.4, 6: 0.3, 5: 0.2, 4: 0.25, 3: 0.01, 2: 0.001, 1: 0.0001}
-    figures = tuple(replace(tried(layers, 1 - 0.1 * layers, 0.0), kl=kl) for layers, kl in kls.items())
+    figures = tuple(replace(trial_at(layers, 1 - 0.1 * layers, 0.0), kl=kl) for layers, kl in kls.items())
     outcome = SearchOutcome(1.0, 200, figures)
     assert finalists(outcome, 4, max_accuracy_drop=0.05) == [plan(7), plan(6), plan(3), plan(1)]
     assert finalists(outcome, 2, max_accuracy_drop=0.05) == [plan(7), plan(3)]
@@ -210,8 +209,8 @@ def test_constraints_are_numbers_met_at_zero():
     spec = ConstraintSpec(
         max_accuracy_drop=0.1, min_accuracy=0.7, min_speedup=2.0, max_latency_ms=40, max_kv_cache_bytes=50
     )
-    limits = Limits(spec, dense_seconds=0.1, kv_cache_bytes=lambda plan: 10.0 * len(plan.kept))
-    values = limits.values(Tried("SSSSSRRRRR", 10, 0.8, 0.2, 0.0, 0.5, True))
+    limits = Limits(spec, dense_latency_seconds=0.1, kv_cache_bytes=lambda plan: 10.0 * len(plan.kept))
+    values = limits.values(Trial("SSSSSRRRRR", 10, 0.8, -0.2, 0.0, 0.5, True))
     assert values == pytest.approx(
         {
             "max_accuracy_drop": 0.1,
@@ -221,7 +220,7 @@ def test_constraints_are_numbers_met_at_zero():
             "max_kv_cache_bytes": 0.0,
         }
     )
-    assert limits.largest_drop(0.75) == pytest.approx(0.05)
+    assert limits.least_difference(0.75) == pytest.approx(-0.05)
 
 
 def test_a_plan_without_any_layer_is_never_proposed():
@@ -229,6 +228,6 @@ def test_a_plan_without_any_layer_is_never_proposed():
     outcome = search(
         planted, strategy="random", evaluations=255, constraint=ConstraintSpec(max_accuracy_drop=None), seeds="none"
     )
-    assert len(outcome.tried) == 255 and outcome.stopped_because == "every possible plan was tried"
+    assert len(outcome.trials) == 255 and outcome.stopped_because == "every possible plan was tried"
     assert "S" * LAYERS not in {plan for plan, _ in planted.asked}
     assert Candidate(SkipPlan.parse("S" * LAYERS)) not in problem_of(small()).space

@@ -114,7 +114,7 @@ def test_steps_of_infinite_risk_are_never_taken():
     assert texts([problem.solve(0.7)]) == ["RS"] and problem.solve(0.6) is None
 
 
-def test_ladder_covers_the_latencies_middle_first():
+def test_solutions_cover_the_latencies_middle_first():
     problem = problem_of(small())
     saving = savings(problem.space, problem.ratio)
     assert saving == pytest.approx({(layer, "S"): 0.1 for layer in range(8)})
@@ -158,7 +158,7 @@ def test_shares_are_read_from_the_table_of_measurements():
     assert unexplained_shares(LayerTable(4, rows)) == {(1, 3): 0.25}
 
 
-def test_seeds_of_the_sampler_come_from_ladder_nested_sets_and_papers():
+def test_seeds_of_the_sampler_come_from_solutions_nested_sets_and_papers():
     planted = small()
     problem = with_seeds(problem_of(planted, seeded=False), SearchSpec())
     assert 0 < len(problem.seeds) <= problem.batch

@@ -68,9 +68,9 @@ def test_evopress_keeps_the_budget_and_gets_better():
     planted = small()
     outcome = search(planted, strategy="evopress", constraint=LOOSE, evaluations=220)
     assert len(planted.asked) == len(set(planted.asked))
-    complete = {tried.plan for tried in outcome.tried if tried.complete}
+    complete = {trial.plan for trial in outcome.trials if trial.complete}
     assert taking(ORDER[:3]) in complete and taking(ORDER[:1]) in complete
-    assert len(complete) < len(outcome.tried) / 2  # the others ended on the first rung
+    assert len(complete) < len(outcome.trials) / 2  # the others ended on the first rung
 
 
 def test_exhaustive_tries_every_plan_few_touched_layers_first():

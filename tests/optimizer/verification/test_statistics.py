@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimizer.verification.statistics import (
-    bootstrap_drop,
+    bootstrap_difference,
+    difference_interval,
     effective_sample_size,
     holm_confidences,
     mcnemar_exact,
-    two_sided,
     wilson_interval,
 )
 
@@ -74,17 +74,18 @@ def test_bootstrap_matches_the_clustered_standard_error():
     bad = np.repeat(rng.random(300) < 0.1, 4)
     dense = np.ones(1200)
     plan = np.where(bad, 0.0, 1.0)
-    drops = bootstrap_drop(dense, plan, groups, seed=0)
+    differences = bootstrap_difference(dense, plan, groups, seed=0)
     share = bad.mean()
-    assert drops.mean() == pytest.approx(share, abs=0.002)
-    assert drops.std() == pytest.approx(math.sqrt(share * (1 - share) / 300), rel=0.1)
+    assert differences.mean() == pytest.approx(-share, abs=0.002)
+    assert differences.std() == pytest.approx(math.sqrt(share * (1 - share) / 300), rel=0.1)
 
 
 def test_bootstrap_of_agreement_is_as_wide_as_the_rule_of_three():
     n = 1500
-    drops = bootstrap_drop([1.0] * n, [1.0] * n, [str(i // 10) for i in range(n)], seed=0)
-    assert 2 / n <= two_sided(drops, 0.95).high <= 5 / n
-    assert -5 / n <= two_sided(drops, 0.95).low <= -2 / n
+    differences = bootstrap_difference([1.0] * n, [1.0] * n, [str(i // 10) for i in range(n)], seed=0)
+    interval = difference_interval(differences, 0.95)
+    assert 2 / n <= interval.high <= 5 / n
+    assert -5 / n <= interval.low <= -2 / n
 
 
 def test_bootstrap_interval_covers_at_its_confidence():
@@ -95,12 +96,12 @@ def test_bootstrap_interval_covers_at_its_confidence():
         image_effect = np.repeat(rng.normal(0, 0.7, 80), 3)
         lost = rng.normal(size=240) + image_effect < -1.6
         gained = rng.normal(size=240) + image_effect > 2.2
-        drops = bootstrap_drop(
+        differences = bootstrap_difference(
             np.where(gained, 0.0, 1.0), np.where(lost & ~gained, 0.0, 1.0), groups, seed=trial, resamples=1000
         )
         scale = math.sqrt(1 + 0.49)
-        truth = _normal(-1.6 / scale) - _normal(-2.2 / scale)
-        interval = two_sided(drops, 0.9)
+        truth = _normal(-2.2 / scale) - _normal(-1.6 / scale)
+        interval = difference_interval(differences, 0.9)
         covered += interval.low <= truth <= interval.high
     assert 0.82 <= covered / 200 <= 0.97
 
@@ -111,12 +112,12 @@ def _normal(z):
 
 def test_bootstrap_is_deterministic_and_refuses_other_samples():
     dense, plan, groups = [1.0, 1.0, 0.0], [1.0, 0.0, 0.0], ["a", "a", "b"]
-    first = bootstrap_drop(dense, plan, groups, seed=3, resamples=100)
-    assert (first == bootstrap_drop(dense, plan, groups, seed=3, resamples=100)).all()
+    first = bootstrap_difference(dense, plan, groups, seed=3, resamples=100)
+    assert (first == bootstrap_difference(dense, plan, groups, seed=3, resamples=100)).all()
     with pytest.raises(ValueError, match="same samples"):
-        bootstrap_drop(dense, plan[:2], groups, seed=3)
+        bootstrap_difference(dense, plan[:2], groups, seed=3)
     with pytest.raises(ValueError, match="group names"):
-        bootstrap_drop(dense, plan, groups[:2], seed=3)
+        bootstrap_difference(dense, plan, groups[:2], seed=3)
 
 
 def test_holm_gives_the_strictest_level_to_the_strongest_evidence():

@@ -1,0 +1,140 @@
+"""Verify plans held-out: is a plan's difference to dense provably within the constraint?
+
+Dense and plan answer the same held-out questions; the difference is resampled by image. With several finalists the
+confidence of each interval is corrected (Holm), so that all accepted plans together hold at the job's confidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from optimizer.job.sections import ConstraintSpec
+from optimizer.search.space import Candidate
+from optimizer.verification.statistics import (
+    Interval,
+    bootstrap_difference,
+    difference_interval,
+    effective_sample_size,
+    holm_confidences,
+    mcnemar_exact,
+    wilson_interval,
+)
+from workers.messages import NO_COMPENSATION
+from workers.runtime import SkipPlan
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A plan's held-out figures. Accuracies and differences (plan minus dense, a loss is negative) are shares."""
+
+    plan: str
+    n_samples: int
+    images: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    dense_accuracy: float
+    difference: float
+    difference_low: float
+    """The lower end of the difference's interval is what the constraint is judged on."""
+    difference_high: float
+    confidence: float
+    """Of the accuracy's interval, and of all finalists' verdicts together."""
+    difference_confidence: float
+    """Of this difference's two-sided interval, after Holm's correction for the number of finalists."""
+    mcnemar_p: float
+    accepted: bool
+    """Whether the accuracy part of the constraint is met."""
+    secondary: dict[str, float]
+    compensation: str = NO_COMPENSATION
+
+    @property
+    def candidate(self) -> Candidate:
+        """The plan with its compensation."""
+        return Candidate(SkipPlan.parse(self.plan), self.compensation)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Interval of a difference at its Holm level, and whether it lies within the constraint."""
+
+    interval: Interval
+    confidence: float
+    within: bool
+
+
+def verify(
+    dense: Sequence[float],
+    finalists: Mapping[str, Sequence[float]],
+    groups: Sequence[str],
+    constraint: ConstraintSpec,
+    *,
+    seed: int,
+    secondary: Mapping[str, Mapping[str, float]] | None = None,
+) -> tuple[Verdict, ...]:
+    """Verify every finalist against dense on the same samples, given per-sample scores in [0, 1].
+
+    ``groups`` names each sample's image. Raises ValueError when the scores do not belong to the same samples.
+    """
+    bounds = _bounds(dense, finalists, groups, constraint, seed)
+    verdicts = []
+    for plan, scores in finalists.items():
+        n, bound = len(scores), bounds[plan]
+        accuracy, dense_accuracy = math.fsum(scores) / n, math.fsum(dense) / n
+        interval = wilson_interval(accuracy, effective_sample_size(scores, groups), constraint.confidence)
+        accurate = constraint.min_accuracy is None or interval.low >= constraint.min_accuracy
+        verdicts.append(
+            Verdict(
+                plan=plan,
+                n_samples=n,
+                images=len(set(groups)),
+                accuracy=accuracy,
+                accuracy_low=interval.low,
+                accuracy_high=interval.high,
+                dense_accuracy=dense_accuracy,
+                difference=accuracy - dense_accuracy,
+                difference_low=bound.interval.low,
+                difference_high=bound.interval.high,
+                confidence=constraint.confidence,
+                difference_confidence=bound.confidence,
+                mcnemar_p=mcnemar_exact(dense, scores),
+                accepted=bound.within and accurate,
+                secondary=dict((secondary or {}).get(plan, {})),
+            )
+        )
+    return tuple(verdicts)
+
+
+def least_provable_drop(groups: Sequence[str], constraint: ConstraintSpec, finalists: int, *, seed: int) -> float:
+    """Return the largest loss that a plan which answers every sample as dense does may still have, as a share.
+
+    It is taken at the level of the first of ``finalists`` in Holm's line, so where it exceeds the allowed drop no plan
+    can be accepted that is not better than dense. ``groups`` names each held-out sample's image.
+    """
+    right = [1.0] * len(groups)
+    level = holm_confidences([0.0] * finalists, constraint.confidence)[0]
+    return -difference_interval(bootstrap_difference(right, right, groups, seed=seed), level).low
+
+
+def _bounds(
+    dense: Sequence[float],
+    finalists: Mapping[str, Sequence[float]],
+    groups: Sequence[str],
+    constraint: ConstraintSpec,
+    seed: int,
+) -> dict[str, _Bound]:
+    differences = {plan: bootstrap_difference(dense, scores, groups, seed=seed) for plan, scores in finalists.items()}
+    least = -1.0 if constraint.max_accuracy_drop is None else -constraint.max_accuracy_drop
+    # Evidence for "the loss exceeds the limit": the share of resamples in which it does. Equal shares (several of
+    # zero) are put in order by how far their distributions lie from the limit.
+    evidence = [float((drawn < least).mean()) - 1e-6 * float(drawn.mean()) for drawn in differences.values()]
+    levels = dict(zip(differences, holm_confidences(evidence, constraint.confidence), strict=True))
+    bounds: dict[str, _Bound] = {}
+    line_ended = False
+    for plan in sorted(differences, key=lambda plan: -levels[plan]):  # the strictest level first
+        interval = difference_interval(differences[plan], levels[plan])
+        line_ended = line_ended or interval.low < least  # the first that fails rejects all later ones too (Holm)
+        bounds[plan] = _Bound(interval, levels[plan], not line_ended)
+    return bounds
