@@ -82,7 +82,7 @@ def test_the_pages_show_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("exprt 7", "no command 'exprt'"),
         ("jobs wach 7", "no command 'wach'"),
@@ -90,7 +90,7 @@ def test_the_pages_show_commands() -> None:
         ("doctor 7", "takes no argument"),
     ],
 )
-def test_a_wrong_command_is_found(line: str, told: str) -> None:
+def test_a_wrong_command_is_found(line: str, expected: str) -> None:
     found = problem(line.split())
     assert found is not None
-    assert told in found
+    assert expected in found
