@@ -12,7 +12,7 @@ from optimizer.errors import UsageFault
 from optimizer.job.loading import resolve_name
 from workers.errors import ModelError, TaskError
 from workers.messages import ModelSource
-from workers.models.describe import Outline, outline
+from workers.models.describe import ModelDescription, describe_model
 from workers.runtime.plan import Action
 from workers.tasks import load_spec
 from workers.tasks.spec import TaskSpec
@@ -39,7 +39,7 @@ def describe(model: str, task: str, directory: Path) -> FirstJob:
     Raises UsageFault when the model's configuration or the task cannot be read.
     """
     try:
-        found = outline(ModelSource(resolve_name(model, directory)))
+        found = describe_model(ModelSource(resolve_name(model, directory)))
         spec = load_spec(resolve_name(task, directory))
     except (ModelError, TaskError) as error:
         raise UsageFault(str(error)) from None
@@ -49,7 +49,7 @@ def describe(model: str, task: str, directory: Path) -> FirstJob:
     return FirstJob(_text(model, task, found, spec, actions), found.num_layers, actions)
 
 
-def _text(model: str, task: str, found: Outline, spec: TaskSpec, actions: Sequence[str]) -> str:
+def _text(model: str, task: str, found: ModelDescription, spec: TaskSpec, actions: Sequence[str]) -> str:
     evaluations = max(FEWEST_EVALUATIONS, EVALUATIONS_PER_LAYER * found.num_layers)
     splits, unit = spec.splits, spec.splits.unit
     others = [action for action in actions if action != "skip"]
@@ -100,7 +100,7 @@ latency_seconds: 60         # at most, for each plan that is verified; less is s
 """
 
 
-def _refused(found: Outline) -> list[str]:
+def _refused(found: ModelDescription) -> list[str]:
     """Say for every action which layers may not take it."""
     return [
         f"{action}: not at {len(layers)} of {found.num_layers} layers ({next(iter(layers.values()))})"
@@ -108,7 +108,7 @@ def _refused(found: Outline) -> list[str]:
     ]
 
 
-def _reasons(found: Outline, actions: Sequence[str]) -> str:
+def _reasons(found: ModelDescription, actions: Sequence[str]) -> str:
     return "; ".join(f"{action}: {next(iter(found.refusals[action].values()))}" for action in actions)
 
 

@@ -61,7 +61,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
     from workers.latency.measure import _letters
     from workers.layerwise.decoder import Decoder
     from workers.layerwise.trie import steps_of
-    from workers.models.describe import Outline
+    from workers.models.describe import ModelDescription
     from workers.redundancy import kinds
     from workers.redundancy.table import LayerMeasurement, LayerTable
     from workers.runtime import SkipPlan, apply, describe, save_pruned
@@ -131,7 +131,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
         "profiled letters": lambda: _letters("RD"),
         "trie of steps": lambda: f"D: {[str(step) for step in steps_of(SkipPlan.parse('RDR'))]}",
         "gaps": lambda: f"D: {Recipe.parse('linear')} {len(steps_of(SkipPlan.parse('RDR'), repairs=True))} steps",
-        "layers that may": lambda: f"dim: {Outline('f', 2, 1, {}).layers_for('dim')}",
+        "layers that may": lambda: f"dim: {ModelDescription('f', 2, 1, {}).layers_for('dim')}",
         "description": lambda: sorted(action.label for action in describe(model).allowed[0]),
         "layer-wise decoder": lambda: f"D {sorted(a.letter for a in Decoder(model)._gathering[0])}",
         "live model": run,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from workers.reference.data import (
+from reference_training.data import (
     CAPTION_PROMPT,
     CAPTION_PROMPTS,
     EasyVqaImage,

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from workers.reference.data import CAPTION_PROMPT, easy_vqa_images
+from reference_training.data import CAPTION_PROMPT, easy_vqa_images
 from workers.tasks.scenes import FIRST_EVALUATION_INDEX, scene
 
 _NORMAL_QUANTILE = 1.959963984540054

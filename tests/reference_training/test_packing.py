@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from workers.reference.data import CAPTION_PROMPTS, EasyVqaImage, easy_vqa_images
-from workers.reference.model import Architecture, build_model
-from workers.reference.tokenizer import build_processor, task_text, train_tokenizer
+from reference_training.data import CAPTION_PROMPTS, EasyVqaImage, easy_vqa_images
+from reference_training.model import Architecture, build_model
+from reference_training.tokenizer import build_processor, task_text, train_tokenizer
 from workers.tasks.scenes import scene
 
 from .packing import Packer, answer_scores, answers_right, packed_losses

@@ -9,8 +9,7 @@ from PIL import Image
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from workers.models.checkpoint import BUNDLED_MODELS
-from workers.reference.data import (
+from reference_training.data import (
     EASY_VQA_SHAPES,
     EasyVqaImage,
     YesNoQuestions,
@@ -18,7 +17,8 @@ from workers.reference.data import (
     easy_vqa_training_images,
     open_images,
 )
-from workers.reference.model import Architecture, build_model
+from reference_training.model import Architecture, build_model
+from workers.models.checkpoint import BUNDLED_MODELS
 from workers.tasks.scenes import COLOURS, scene
 
 from .batches import easy_batches

@@ -24,14 +24,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from workers.reference.data import (
+from reference_training.data import (
     EasyVqaImage,
     easy_vqa_development_images,
     easy_vqa_training_images,
     training_scenes,
 )
-from workers.reference.model import Architecture, build_model
-from workers.reference.tokenizer import build_processor, task_text, train_tokenizer
+from reference_training.model import Architecture, build_model
+from reference_training.tokenizer import build_processor, task_text, train_tokenizer
 
 from .batches import FIRST_DEVELOPMENT_SCENE, DevelopmentSet, development_sets, easy_batches, scene_batches
 from .optimisation import Optimiser, Schedule

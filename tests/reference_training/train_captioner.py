@@ -1,6 +1,6 @@
 """Train a third model that nothing is tuned on: `python -m reference_training.train_captioner --output DIRECTORY`.
 
-A LLaVA of another family and shape than the shipped ones (`workers.reference.model.CAPTIONER`), taught to caption
+A LLaVA of another family and shape than the shipped ones (`reference_training.model.CAPTIONER`), taught to caption
 scenes behind the bundled model's vision tower, which stays as it is. Backbone and projector start from random weights.
 It is trained where it is needed rather than shipped: to see whether what holds for the reference models holds
 elsewhere.
@@ -22,9 +22,9 @@ import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
+from reference_training.data import CAPTION_PROMPT, read_pixels, training_scenes
+from reference_training.model import CAPTIONER, build_model
 from workers.models.checkpoint import BUNDLED_MODELS
-from workers.reference.data import CAPTION_PROMPT, read_pixels, training_scenes
-from workers.reference.model import CAPTIONER, build_model
 
 from .batches import FIRST_DEVELOPMENT_SCENE, DevelopmentSet, scene_batches
 from .optimisation import Optimiser, Schedule

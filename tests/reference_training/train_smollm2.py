@@ -23,12 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from reference_training.data import EasyVqaImage, easy_vqa_development_images, easy_vqa_training_images
 from workers.models.checkpoint import BUNDLED_MODELS
 from workers.reference.build import place_eyes, read_language
-from workers.reference.data import EasyVqaImage, easy_vqa_development_images, easy_vqa_training_images
 from workers.reference.language import LanguageModel
-from workers.reference.model import Architecture
-from workers.reference.smollm2 import Eyes, join, smollm2_processor
+from workers.reference.smollm2 import Eyes, VisionArchitecture, join, smollm2_processor
 
 from .batches import DevelopmentSet, easy_batches
 from .optimisation import Optimiser, Schedule
@@ -72,7 +71,7 @@ class Trainee:
     eyes: Eyes
 
 
-def make_trainee(language: LanguageModel, architecture: Architecture, seed: int) -> Trainee:
+def make_trainee(language: LanguageModel, architecture: VisionArchitecture, seed: int) -> Trainee:
     """Join the language model and the bundled tower with a random projector; only those two take gradients."""
     model = join(language, architecture, seed)
     model.requires_grad_(False)
@@ -156,7 +155,7 @@ def _save_state(optimiser: Optimiser, file: Path) -> None:
 
 def train_eyes(language: LanguageModel, output: Path, seed: int) -> None:
     """Both stages, each from its saved result where there is one."""
-    architecture = Architecture()
+    architecture = VisionArchitecture()
     trainee = make_trainee(language, architecture, seed)
     words_file = output / "words.safetensors"
     if not words_file.exists():

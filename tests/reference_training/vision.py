@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionModel
 
-from workers.reference.data import (
+from reference_training.data import (
     EASY_VQA_SHAPES,
     PIXEL_CENTRE,
     EasyVqaImage,
@@ -24,8 +24,8 @@ from workers.reference.data import (
     read_pixels,
     training_scenes,
 )
-from workers.reference.model import Architecture, vision_config
-from workers.reference.tokenizer import PATCH_SIZE
+from reference_training.model import Architecture
+from workers.reference.smollm2 import PATCH_SIZE, vision_config
 from workers.tasks.scenes import COLOURS, IMAGE_SIZE, Scene, Shape
 
 from .optimisation import Optimiser, Schedule

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from workers.reference.data import EASY_VQA_SHAPES, EasyVqaImage
-from workers.reference.smollm2 import Eyes
-from workers.reference.tokenizer import PATCH_SIZE
+from reference_training.data import EASY_VQA_SHAPES, EasyVqaImage
+from workers.reference.smollm2 import PATCH_SIZE, Eyes
 from workers.tasks.scenes import COLOURS, IMAGE_SIZE
 
 from .optimisation import Optimiser, Schedule

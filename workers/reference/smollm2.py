@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPVisionConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -14,9 +17,10 @@ from transformers import (
 )
 
 from workers.reference.language import LanguageModel
-from workers.reference.model import Architecture, vision_config
-from workers.reference.tokenizer import PATCH_SIZE
 from workers.tasks.scenes import IMAGE_SIZE
+
+PATCH_SIZE = 8
+"""Width and height of a vision patch in pixels."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -31,6 +35,34 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nAnswer:' }}{% endif %}"
 )
 """SmolLM2's own turns without its system message; the answer follows "Answer:" with a space, then `<|im_end|>`."""
+
+
+@dataclass(frozen=True)
+class VisionArchitecture:
+    """Sizes of the vision tower; the defaults are the shipped ones."""
+
+    vision_width: int = 128
+    vision_layers: int = 6
+    vision_heads: int = 4
+    vision_inner: int = 512
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens of an image: one for each patch."""
+        return (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+
+def vision_config(architecture: VisionArchitecture) -> CLIPVisionConfig:
+    """Return the configuration of the vision tower alone."""
+    return CLIPVisionConfig(
+        hidden_size=architecture.vision_width,
+        intermediate_size=architecture.vision_inner,
+        num_hidden_layers=architecture.vision_layers,
+        num_attention_heads=architecture.vision_heads,
+        projection_dim=architecture.vision_width,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
 
 
 class Eyes(nn.Module):
@@ -64,7 +96,7 @@ def smollm2_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def join(language: LanguageModel, architecture: Architecture, seed: int = 0) -> LlavaForConditionalGeneration:
+def join(language: LanguageModel, architecture: VisionArchitecture, seed: int = 0) -> LlavaForConditionalGeneration:
     """A LLaVA whose backbone is the language model; tower and projector are random, in bfloat16 like the backbone."""
     text = language.model.config
     config = LlavaConfig(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,13 +24,7 @@ class ImageFile:
 
     def open(self) -> Image:
         """Decode the image as RGB. Raises ImageError naming the file."""
-        from PIL import Image
-
-        try:
-            with Image.open(Path(self.path)) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f"image {self.path} cannot be decoded: {one_line(error)}") from None
+        return _decode(Path(self.path), f"image {self.path} cannot be decoded")
 
 
 @dataclass(frozen=True)
@@ -58,17 +54,9 @@ class HubImage:
 
     def open(self) -> Image:
         """Decode the image as RGB. Raises ImageError naming dataset and row."""
-        import io
-
-        from PIL import Image
-
         stored = _hub_images(self.dataset, self.subset, self.split, self.revision, self.column)[self.row][self.column]
-        try:
-            source: Any = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else stored["path"]
-            with Image.open(source) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f"dataset {self.dataset}, row {self.row}: cannot decode: {one_line(error)}") from None
+        source = stored["path"] if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
+        return _decode(source, f"dataset {self.dataset}, row {self.row}: cannot decode")
 
 
 @lru_cache(maxsize=4)
@@ -77,6 +65,27 @@ def _hub_images(dataset: str, subset: str | None, split: str, revision: str | No
 
 
 ImageReference = ImageFile | SceneImage | HubImage
+
+
+def _decode(source: Any, problem: str) -> Image:
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{problem}: {one_line(error)}") from None
+
+
+def hash_image(path: Path, where: str) -> str:
+    """Return the SHA-256 of an image file's content. Raises TaskError if it is missing."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise TaskError(f"{where}: image {path} does not exist") from None
+    except OSError as error:
+        raise TaskError(f"{where}: image {path} cannot be read: {error.strerror}") from None
 
 
 def load_undecoded(dataset: str, subset: str | None, split: str, revision: str | None, column: str) -> Any:

@@ -7,17 +7,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from workers.errors import TaskError
 
-from .images import ImageFile, SceneImage
+from .images import ImageFile, SceneImage, hash_image
 from .metrics import VQA_MINIMUM_ANSWERS
-from .rows import image_key
 from .samples import Sample
-from .spec import EasyVqaSource, FileSource, HubSource, ScenesSource, SplitSizes, TaskSpec, load_spec
+from .spec import EasyVqaSource, FileSource, ScenesSource, SplitSizes, TaskSpec, load_spec
 from .splits import SPLITS, Region, make_splits
-from .tables import read_file_samples
+from .tables import read_file, read_hub
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def load_task(task: str | Path | TaskSpec) -> Task:
     """
     spec = task if isinstance(task, TaskSpec) else load_spec(task)
     regions = _read(spec)
-    if "vqa_accuracy" in (spec.metric, *spec.secondary):
+    if "vqa_accuracy" in spec.metrics:
         _require_annotators(regions, spec)
     splits = make_splits(regions, spec.splits, spec.name)
     return Task(
@@ -79,13 +77,8 @@ def _read(spec: TaskSpec) -> list[Region]:
         return _read_easy_vqa()
     if isinstance(source, ScenesSource):
         return _read_scenes(source.seed, spec.splits)
-    how: dict[str, Any] = {"uses_question": spec.uses_question, "options": spec.answer.options}
-    if isinstance(source, FileSource):
-        return [Region(SPLITS, tuple(read_file_samples(source, **how)))]
-    assert isinstance(source, HubSource)
-    from .hub import read_hub_samples
-
-    return [Region(SPLITS, tuple(read_hub_samples(source, **how)))]
+    rows = read_file(spec, source) if isinstance(source, FileSource) else read_hub(spec, source)
+    return [Region(SPLITS, tuple(rows))]
 
 
 def _read_easy_vqa() -> list[Region]:
@@ -98,7 +91,7 @@ def _read_easy_vqa() -> list[Region]:
     }
     samples: dict[str, tuple[Sample, ...]] = {}
     for part, (paths, (questions, answers, images)) in parts.items():
-        keys = {number: image_key(Path(path), f"easy-vqa {part} image {number}") for number, path in paths.items()}
+        keys = {number: hash_image(Path(path), f"easy-vqa {part} image {number}") for number, path in paths.items()}
         samples[part] = tuple(
             Sample(f"{part}-{image}-{number}", ImageFile(paths[image]), keys[image], question, (answer,))
             for number, (question, answer, image) in enumerate(zip(questions, answers, images, strict=True))

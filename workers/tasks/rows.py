@@ -1,96 +1,101 @@
-"""Rows of a table of questions: the question, its answers and options, whatever kind of file it is in."""
+"""Rows of a table of questions become samples, whatever kind of file the table is in."""
 
 from __future__ import annotations
 
-import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from workers.errors import TaskError
 
-from .spec import Columns
+from .images import ImageReference
+from .samples import Sample
+from .spec import Columns, TaskSpec
 
 FEWEST_OPTIONS = 2
 
+ImageOf = Callable[[Any, int, str], tuple[ImageReference, str]]
+"""Finds the image of a row from its cell, the row's number and its place: where it is, and the hash of its content."""
 
-def needed_columns(columns: Columns, *, uses_question: bool) -> list[str]:
-    """The columns that a table must have."""
-    return [
-        columns.image,
-        columns.answers,
-        *([columns.question] if uses_question else []),
-        *([columns.choices] if columns.choices else []),
-    ]
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it was read: its name in errors, its columns, its rows, and the number of the first of them."""
+
+    name: str
+    columns: Collection[str]
+    rows: Iterable[Mapping[Any, Any]]
+    first: int
+
+
+def read_rows(spec: TaskSpec, columns: Columns, table: Table, image_of: ImageOf, separator: str | None) -> list[Sample]:
+    """Read every row as a sample. Raises TaskError naming the table, and the column or the row."""
+    needed = [columns.image, columns.answers, *([columns.question] if spec.uses_question else [])]
+    for column in (*needed, *([columns.choices] if columns.choices else [])):
+        if column not in table.columns:
+            present = ", ".join(map(str, table.columns))
+            raise TaskError(f"{table.name}: no column {column!r}; it has {present} (source.columns maps the names)")
+    samples = []
+    for number, row in enumerate(table.rows, start=table.first):
+        where = f"{table.name}, row {number}"
+        image, key = image_of(row[columns.image], number, where)
+        question = cell_text(row[columns.question], where, columns.question) if spec.uses_question else ""
+        if columns.choices is None:
+            asked = Asked(question, _answers(row[columns.answers], separator, where, columns.answers))
+        else:
+            texts = _answers(row[columns.choices], separator, where, columns.choices, what="option", blanks=True)
+            place = _place(row[columns.answers], texts, columns, where, spec.answer.options)
+            asked = _with_options(question, texts, place, spec.answer.options)
+        samples.append(Sample(f"row-{number}", image, key, asked.text, asked.answers, asked.choices))
+    return samples
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a row asks: the question's text, the accepted answers, and the options that the model chooses among."""
+    """The question of a row, its accepted answers, and the options that the model chooses among."""
 
     text: str
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
 
 
-def asked(
-    row: Mapping[Any, Any],
-    columns: Columns,
-    separator: str | None,
-    where: str,
-    *,
-    uses_question: bool,
-    options: str | None = None,
-) -> Asked:
-    """Read a row. Where it has options, they follow the question, one a line, and the answer is a letter.
-
-    With ``options="texts"`` the question stands alone, and the answer is the right option's text.
-    """
-    question = cell_text(row[columns.question], where, columns.question) if uses_question else ""
-    if columns.choices is None:
-        return Asked(question, cell_answers(row[columns.answers], separator, where, columns.answers))
-    texts = cell_answers(row[columns.choices], separator, where, columns.choices, what="option", blanks=True)
-    if options is not None and len(set(texts)) < FEWEST_OPTIONS:
+def _place(value: Any, texts: tuple[str, ...], columns: Columns, where: str, options: str | None) -> int:
+    """Return the place of the right option among ``texts``, from 0."""
+    different = len(set(texts))
+    if options is not None and different < FEWEST_OPTIONS:
         raise TaskError(
-            f"{where}: column {columns.choices!r} has {len(set(texts))} different option, "
+            f"{where}: column {columns.choices!r} has {different} different option, "
             f"a choice needs at least {FEWEST_OPTIONS}"
         )
     if options != "texts" and len(texts) > len(string.ascii_uppercase):
         raise TaskError(f"{where}: column {columns.choices!r} has {len(texts)} options, more than there are letters")
-    place = str(row[columns.answers]).strip()
+    place = str(value).strip()
     if not place.isdigit() or int(place) >= len(texts):
         raise TaskError(
             f"{where}: column {columns.answers!r} must be the place of an option, 0 to {len(texts) - 1}, not {place!r}"
         )
+    return int(place)
+
+
+def _with_options(question: str, texts: tuple[str, ...], place: int, options: str | None) -> Asked:
+    """Let the options follow the question, one a line, with a letter as the answer; ``"texts"`` leaves them out."""
     if options == "texts":
-        return Asked(question, (texts[int(place)],), tuple(dict.fromkeys(texts)))
+        return Asked(question, (texts[place],), tuple(dict.fromkeys(texts)))
     letters = tuple(string.ascii_uppercase[: len(texts)])
     lettered = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
     text = "\n".join([question, *lettered] if question else lettered)
-    return Asked(text, (letters[int(place)],), letters if options == "letters" else ())
-
-
-def image_key(path: Path, where: str) -> str:
-    """Hash an image file's content. Raises TaskError if it is missing."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise TaskError(f"{where}: image {path} does not exist") from None
-    except OSError as error:
-        raise TaskError(f"{where}: image {path} cannot be read: {error.strerror}") from None
+    return Asked(text, (letters[place],), letters if options == "letters" else ())
 
 
 def cell_text(value: Any, where: str, column: str) -> str:
     """Return a cell's text. Raises TaskError if it holds none."""
-    if is_blank(value):
+    if _is_blank(value):
         raise TaskError(f"{where}: column {column!r} is empty")
     return str(value).strip()
 
 
-def cell_answers(
+def _answers(
     value: Any, separator: str | None, where: str, column: str, what: str = "answer", *, blanks: bool = False
 ) -> tuple[str, ...]:
     """Return the accepted answers in a cell: a list, or a text that ``separator`` may split.
@@ -106,7 +111,7 @@ def cell_answers(
         parts = [part.get("answer") if isinstance(part, Mapping) else part for part in value]
     else:
         parts = [value]
-    answers = tuple(str(part).strip() for part in parts if not is_blank(part))
+    answers = tuple(str(part).strip() for part in parts if not _is_blank(part))
     if not answers:
         raise TaskError(f"{where}: column {column!r} has no {what}")
     if blanks and len(answers) < len(parts):
@@ -114,6 +119,6 @@ def cell_answers(
     return answers
 
 
-def is_blank(value: Any) -> bool:
+def _is_blank(value: Any) -> bool:
     """Whether a cell is missing, NaN, or white space."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference_training import train_smollm2
+from reference_training.data import EASY_VQA_SHAPES, easy_vqa_training_images
 from reference_training.packing import Packer
 from reference_training.recipe import Training
 from reference_training.words import WordTraining, train_words, word_targets
@@ -20,7 +21,6 @@ from workers.errors import ModelError
 from workers.messages import ModelSource
 from workers.models.checkpoint import BUILT_MODELS, built_directory, find_checkpoint, hash_weights
 from workers.reference import build
-from workers.reference.data import EASY_VQA_SHAPES, easy_vqa_training_images
 from workers.reference.language import (
     BEGIN,
     END,
@@ -32,11 +32,10 @@ from workers.reference.language import (
     to_bfloat16,
     with_image_token,
 )
-from workers.reference.model import Architecture
-from workers.reference.smollm2 import Eyes, join, smollm2_processor
+from workers.reference.smollm2 import Eyes, VisionArchitecture, join, smollm2_processor
 from workers.tasks.scenes import COLOURS, scene
 
-TINY = Architecture(vision_width=16, vision_layers=1, vision_heads=2, vision_inner=16)
+TINY = VisionArchitecture(vision_width=16, vision_layers=1, vision_heads=2, vision_inner=16)
 QUESTION = "is there a red shape?"
 
 

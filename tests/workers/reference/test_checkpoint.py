@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_training.data import CAPTION_PROMPTS
 from reference_training.evaluate import Accuracy, easy_vqa_questions, main, measure, scene_questions
 from reference_training.packing import Packer
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from workers.reference.data import CAPTION_PROMPTS
 from workers.tasks.scenes import scene
 
 CHECKPOINT = Path(__file__).parents[3] / "configs" / "reference" / "llava-12"

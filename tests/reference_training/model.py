@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from transformers import (
-    CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
@@ -16,18 +15,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from workers.reference.tokenizer import IMAGE, LONGEST_TEXT, PATCH_SIZE
-from workers.tasks.scenes import IMAGE_SIZE
+from reference_training.tokenizer import IMAGE, LONGEST_TEXT
+from workers.reference.smollm2 import VisionArchitecture, vision_config
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(VisionArchitecture):
     """Sizes of the two transformers; the defaults are the shipped model's."""
 
-    vision_width: int = 128
-    vision_layers: int = 6
-    vision_heads: int = 4
-    vision_inner: int = 512
     backbone: type[PretrainedConfig] = LlamaConfig
     text_width: int = 192
     text_layers: int = 12
@@ -36,29 +31,11 @@ class Architecture:
     """As many as heads where absent."""
     text_inner: int = 512
 
-    @property
-    def vision_tokens(self) -> int:
-        """Vision tokens of an image: one for each patch."""
-        return (IMAGE_SIZE // PATCH_SIZE) ** 2
-
 
 CAPTIONER = Architecture(
     backbone=Qwen2Config, text_width=128, text_layers=16, text_heads=4, text_key_value_heads=2, text_inner=384
 )
 """Another family, deeper and narrower than the shipped model: what claims about criteria are tried on last."""
-
-
-def vision_config(architecture: Architecture) -> CLIPVisionConfig:
-    """Configuration of the vision tower alone."""
-    return CLIPVisionConfig(
-        hidden_size=architecture.vision_width,
-        intermediate_size=architecture.vision_inner,
-        num_hidden_layers=architecture.vision_layers,
-        num_attention_heads=architecture.vision_heads,
-        projection_dim=architecture.vision_width,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
 
 
 def build_model(

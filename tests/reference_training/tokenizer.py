@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from workers.reference.data import CAPTION_PROMPTS, EasyVqaImage
+from reference_training.data import CAPTION_PROMPTS, EasyVqaImage
+from workers.reference.smollm2 import PATCH_SIZE
 from workers.tasks.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES
-
-PATCH_SIZE = 8
-"""Width and height of a vision patch in pixels."""
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<bos>", "<eos>", "<image>"
 
