@@ -24,7 +24,7 @@ import torch
 
 from workers.engine.fast import FastEvaluator
 from workers.evaluation.plain import PlainEvaluator
-from workers.layerwise.trie import build_trie, executions
+from workers.layerwise.trie import Execute, build_trie
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
 from workers.models.loading import load_model
 from workers.runtime.plan import Action, SkipPlan
@@ -94,7 +94,8 @@ def compare(
         for plan, result in slow.results.items()
     }
     needed = sum(len(plan.kept) for plan in plans) * samples
-    theory = executions(build_trie(plans)) * samples
+    edges = sum(isinstance(node.step, Execute) for node in build_trie(plans).walk() if node.path)
+    theory = edges * samples
     ties = statistics.mean(result.near_ties for result in quick.results.values())
     print(
         f"{name}: {len(plans)} plans, {samples} samples\n"
@@ -136,11 +137,11 @@ def main() -> None:
     started = time.perf_counter()
     split = arguments.split
     fast.check(split)
-    checked = {id(part) for part in fast.parts.kept}
+    checked = {id(part) for part in fast.chunks.kept}
     layers = fast.decoder.num_layers
     dense = SkipPlan.dense(layers)
     own = run(fast, [dense], split, arguments.samples).results[dense.text]
-    chunks = [chunk for part in fast.parts.kept if id(part) not in checked for chunk in part.chunks]
+    chunks = [chunk for part in fast.chunks.kept if id(part) not in checked for chunk in part.chunks]
     tokens = sum(chunk.tokens for chunk in chunks)
     print(
         f"{loaded.name}: {layers} layers, {task.name} ({split}), {loaded.model.dtype}, {torch.get_num_threads()} "

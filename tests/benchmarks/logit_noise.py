@@ -45,7 +45,7 @@ def batched(loaded: LoadedModel, task: Task, plan: SkipPlan, samples: list[Sampl
 def packed(fast: FastEvaluator, plan: SkipPlan, samples: list[Sample]) -> Tensor:
     found: dict[int, Tensor] = {}
     with torch.inference_mode():
-        for part in fast.parts.of("search", samples, 0, fast.chunk_tokens):
+        for part in fast.chunks.of("search", samples, 0, fast.chunk_tokens):
             for chunk in part.chunks:
                 ((_, states),) = fast.walker.ends(build_trie([plan]), chunk)
                 logits = fast.decoder.logits(states)

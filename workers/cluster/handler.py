@@ -139,14 +139,4 @@ class Handler:
             case CompareText():
                 return text_divergence(loaded, plan, maps, request.text)
             case CompareLatency():
-                return compare_latency(
-                    loaded,
-                    task,
-                    plan,
-                    workload=request.workload,
-                    precision=request.precision,
-                    confidence=request.confidence,
-                    max_seconds=request.max_seconds,
-                    seed=request.seed,
-                    maps=maps,
-                )
+                return compare_latency(loaded, task, request, maps)

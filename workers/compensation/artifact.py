@@ -28,7 +28,7 @@ KEY = "skipplan"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What maps were fitted on: with the plan and the recipe, all that a re-fit needs to give the same bits."""
+    """Circumstances of a fit: with the plan and the recipe, all that a re-fit needs to give the same bits."""
 
     model_fingerprint: str
     task: str
@@ -68,7 +68,7 @@ def encode(fitted: Fitted, provenance: Provenance) -> bytes:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a file of maps holds."""
+    """The content of a file of maps."""
 
     plan: str
     compensation: str

@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
+from workers.layerwise.hooks import Hooks, hidden_of
 from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.multiple_choice import chosen_tokens
@@ -267,11 +269,8 @@ def _dense_pass(
     device = loaded.device
     places = kept.to(device)
 
-    def note_call(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append((args, dict(kwargs)))
-
     def note_state(index: int, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
+        state = hidden_of(output)
         if state.dim() != 3 or state.shape[:2] != vision.shape:
             raise CompensationError(
                 f"the decoder's states are {list(state.shape)} where prompts are {list(vision.shape)}: maps need one "
@@ -279,19 +278,14 @@ def _dense_pass(
             )
         states[index] = state.reshape(-1, state.shape[-1])[places].clone()
 
-    handles = [stack.owner.register_forward_pre_hook(note_call, with_kwargs=True)]
-    for index, layer in enumerate(stack.layers):
-        hook = lambda module, args, output, index=index: note_state(index, output)  # noqa: E731
-        handles.append(layer.register_forward_hook(hook))
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
         options["logits_to_keep"] = 1
-    try:
-        with torch.inference_mode():
-            loaded.model(**to_device(inputs, device, loaded.model.dtype), **options)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Hooks() as hooks, torch.inference_mode():
+        hooks.before(stack.owner, lambda args, kwargs: calls.append((args, dict(kwargs))))
+        for index, layer in enumerate(stack.layers):
+            hooks.after(layer, partial(note_state, index))
+        loaded.model(**to_device(inputs, device, loaded.model.dtype), **options)
     if len(calls) != 1:
         raise CompensationError(f"the decoder ran {len(calls)} times in one forward pass, which maps do not allow for")
     args, kwargs = calls[0]
@@ -327,9 +321,7 @@ class _Prover:
             return
 
         def run() -> Tensor:
-            output = layer.forward(*args, **kwargs)
-            state: Tensor = output[0] if isinstance(output, tuple) else output
-            return state
+            return hidden_of(layer.forward(*args, **kwargs))
 
         self._busy = True
         try:

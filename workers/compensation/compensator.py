@@ -14,7 +14,6 @@ from workers.messages import (
     Artifact,
     FitCompensation,
     FittedCompensation,
-    GapShare,
     LinearRedundancy,
     MeasureLinearRedundancy,
 )
@@ -91,7 +90,7 @@ class Compensator:
             plan=fitted.plan,
             compensation=fitted.compensation,
             content=encode(fitted, provenance),
-            gaps=tuple(GapShare(g.layer, g.end, g.plain_share, g.unexplained) for g in fitted.gaps),
+            gaps=fitted.gaps,
             tokens=calibration.kept,
             samples=len(calibration.samples),
             seconds=fitted.seconds,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.layerwise.hooks import Hooks, hidden_of, with_hidden
+from workers.messages import GapShare
 from workers.runtime.applied import AppliedPlan
 from workers.runtime.folding import (
     ActedOn,
@@ -40,25 +41,13 @@ from .weighting import Weigh, weigher
 
 
 @dataclass(frozen=True)
-class FittedGap:
-    """How well a gap's map fits: shares of the target's energy left unexplained on the calibration tokens."""
-
-    layer: int
-    end: int
-    plain_share: float
-    """By the plain skip of this gap, those below it being compensated."""
-    unexplained: float
-    """By the best map."""
-
-
-@dataclass(frozen=True)
 class Fitted:
     """The maps of a plan, and how well they fit."""
 
     plan: str
     compensation: str
     maps: dict[int, GapMap]
-    gaps: tuple[FittedGap, ...]
+    gaps: tuple[GapShare, ...]
     tokens: int
     seconds: float
 
@@ -88,7 +77,7 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
         require_holds(stack, gap.layer, recipe)
     weigh = weigher(recipe.weighting, calibration)
     maps: dict[int, GapMap] = {}
-    found: list[FittedGap] = []
+    found: list[GapShare] = []
     applied = AppliedPlan(model, plan if recipe.source == "pruned" else SkipPlan.dense(len(plan)))
     with _Passes(stack, applied, calibration.batches, shares, recipe.scope) if open_gaps else nullcontext() as passes:
         for gap in open_gaps:
@@ -102,7 +91,7 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
 
 def fit_gap(
     states: Sequence[GapStates], calibration: Calibration, gap: Gap, recipe: Recipe, weigh: Weigh
-) -> tuple[GapMap, FittedGap]:
+) -> tuple[GapMap, GapShare]:
     """Fit one gap's map on the states of all batches; the map is kept in float32 on the CPU."""
     parts = []
     for own, batch in zip(states, calibration.batches, strict=True):
@@ -112,7 +101,7 @@ def fit_gap(
     sums = GapSums.merge(parts)
     solution = solve(sums, ridge=recipe.ridge)
     fitted = _gap_map(gap, solution, calibration.require(gap.layer), recipe.scope)
-    return fitted, FittedGap(gap.layer, gap.end, sums.plain_share, solution.unexplained)
+    return fitted, GapShare(gap.layer, gap.end, sums.plain_share, solution.unexplained)
 
 
 def change_of(own: GapMap, device: torch.device) -> Tensor:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from workers.device.memory import memory_bytes
 from workers.layerwise.decoder import Decoder, Recording
+from workers.messages import GapShare
 from workers.runtime.folding import GapMap, acted_on, fold_site
 from workers.runtime.gaps import Gap, gaps
 from workers.runtime.plan import REMOVING_LETTERS, Action, SkipPlan
 from workers.runtime.token_rows import TokenSplit
 
 from .calibration import Calibration
-from .fit import Fitted, FittedGap, GapStates, change_of, changed_state, fit_gap, on_all_tokens, require_holds
+from .fit import Fitted, GapStates, change_of, changed_state, fit_gap, on_all_tokens, require_holds
 from .recipe import Recipe
 from .weighting import weigher
 
@@ -52,7 +53,7 @@ class _Executed:
 @dataclass(frozen=True)
 class _FittedMap:
     own: GapMap
-    quality: FittedGap
+    quality: GapShare
     change: Tensor
     """What the map does to states, where these lie."""
 
@@ -147,9 +148,9 @@ class SharedFits:
         return states
 
     def _executed(self, prefix: str) -> _Executed:
-        """What the layer that ends ``prefix`` gives. The last one is kept, for its map and repaired states.
+        """Run the layer that ends ``prefix``. The last result is kept, for its map and mapped states.
 
-        Only repaired states are kept for longer, since what maps act on can be several times as wide.
+        Only mapped states are kept for longer, since what maps act on can be several times as wide.
         """
         if self._last is None or self._last.prefix != prefix:
             hidden, acted_on = zip(*self._run(prefix, watching=True), strict=True)

@@ -1,4 +1,4 @@
-"""Compensation inside the trie of plans: maps in place of the repairs between a kept layer and what runs next.
+"""Apply fitted maps inside the trie of plans, between a kept layer and what runs next.
 
 A map depends on what was executed before it, as does a node of the trie, so plans that begin alike share it. The
 calibration tokens take the same path, in batches of their own, and their states are kept between requests.
@@ -9,15 +9,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from workers.layerwise.decoder import Decoder, LayerOutput, NotExactError, Watch
-from workers.layerwise.trie import Repair
+from workers.layerwise.trie import ApplyMap
 from workers.runtime.folding import FoldingError, fold_site, require_projection
 
 from .fit import changed_state
 from .shared import SharedFits
 
 
-class TrieRepairs:
-    """The maps of one recipe as the repairs of :mod:`workers.engine.state_map`.
+class TrieMaps:
+    """The maps of one recipe, as :class:`workers.engine.walk.StateMaps` describes them.
 
     Raises:
         NotExactError: M is the sum of several modules' outputs.
@@ -45,14 +45,14 @@ class TrieRepairs:
 
     @property
     def drift(self) -> bool:
-        """Whether kept layers above the first gap are repaired too."""
+        """Whether kept layers above the first gap have maps too."""
         return self._fits.recipe.drift
 
     def watch(self, layer: nn.Module) -> Watch:
         """The MLP's output, or what its last projection is given."""
         return self._watches[id(layer)]
 
-    def transform(self, step: Repair, output: LayerOutput) -> Tensor:
+    def transform(self, step: ApplyMap, output: LayerOutput) -> Tensor:
         """The state ``[rows, tokens, hidden]`` with the map in place."""
         assert output.watched is not None
         change = self._fits.change(step.prefix)

@@ -1,8 +1,8 @@
-"""What one teacher-forced pass says about a greedy answer.
+"""Grade greedy answers from one teacher-forced pass.
 
-Feed a guess of the answer behind the prompt. Where the most likely token equals the guess at every position up to and
-including the end token, greedy decoding would have given exactly the guess. At the first position where it does not,
-greedy decoding has given the guess up to there and then another token: what comes after that is not known yet, and
+Feed a draft of the answer behind the prompt. Where the most likely token equals the draft at every position up to and
+including the end token, greedy decoding would have given exactly the draft. At the first position where it does not,
+greedy decoding has given the draft up to there and then another token: what comes after that is not known yet, and
 matters only if the answer could still score.
 """
 
@@ -11,15 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
+from workers.layerwise.decoder import NotExactError
 from workers.models.ties import tie_bound
 from workers.tasks import Sample, TaskSpec
 from workers.tasks.metrics import can_still_score
 
-from .draft import Guess
+from .draft import Draft
 
 _FIRST_WORD = re.compile(r"^(\s*\w*).*", re.DOTALL)
 MOST_RIVALS = 8
@@ -27,10 +30,10 @@ MOST_RIVALS = 8
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is known of a greedy answer: its tokens so far, whether it ended, and what ties could have made of it.
+class GreedyAnswer:
+    """A greedy answer as far as it is known: its tokens, whether it ended, and what ties could have made of it.
 
-    ``rivals`` are other beginnings, each the guess up to a tie and the other token; None where they are too many.
+    ``rivals`` are other beginnings, each the draft up to a tie and the other token; None where they are too many.
     """
 
     tokens: tuple[int, ...]
@@ -40,15 +43,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Per answer position the most likely token, whether there is NaN, and where others are tied, with which tokens."""
+class GreedyTokens:
+    """Most likely token per answer position, whether there is NaN, and which tokens are tied with it."""
 
     best: list[int]
     nan: list[bool]
     rivals: dict[int, tuple[int, ...]]
 
     @classmethod
-    def of(cls, logits: Tensor, dtype: torch.dtype) -> Choices:
+    def of(cls, logits: Tensor, dtype: torch.dtype) -> GreedyTokens:
         """From logits ``[positions, vocabulary]``."""
         top, tokens = logits.topk(2, dim=-1)
         bound = tie_bound(top[:, 0], dtype)
@@ -60,40 +63,40 @@ class Choices:
             rivals[position] = tuple(token for token in near if token != best[position])
         return cls(best, top[:, 0].isnan().tolist(), rivals)
 
-    def at(self, positions: Sequence[int]) -> Choices:
-        """Those of some positions, in their order."""
+    def at(self, positions: Sequence[int]) -> GreedyTokens:
+        """Select some positions, in their order."""
         rivals = {number: self.rivals[place] for number, place in enumerate(positions) if place in self.rivals}
-        return Choices([self.best[place] for place in positions], [self.nan[place] for place in positions], rivals)
+        return GreedyTokens([self.best[place] for place in positions], [self.nan[place] for place in positions], rivals)
 
 
-def judge(choices: Choices, span: tuple[int, int], guess: Guess, ends: frozenset[int]) -> Verdict:
-    """Follow greedy decoding along the guess as far as it goes; the span begins behind what is known of the answer."""
+def grade_answer(likely: GreedyTokens, span: tuple[int, int], draft: Draft, ends: frozenset[int]) -> GreedyAnswer:
+    """Follow greedy decoding along the draft as far as it goes; the span begins behind what is known of the answer."""
     first, last = span
     rivals: list[tuple[int, ...]] = []
-    for step, position in enumerate(range(first, last), start=guess.known):
-        if choices.nan[position]:
-            return Verdict((), True, not_a_number=True)
-        before, token = guess.complete[:step], choices.best[position]
-        rivals += [(*before, other) for other in choices.rivals.get(position, ())]
+    for step, position in enumerate(range(first, last), start=draft.known):
+        if likely.nan[position]:
+            return GreedyAnswer((), True, not_a_number=True)
+        before, token = draft.tokens[:step], likely.best[position]
+        rivals += [(*before, other) for other in likely.rivals.get(position, ())]
         known = tuple(rivals) if len(rivals) <= MOST_RIVALS else None
         if token in ends:
-            return Verdict(before, True, known)
-        if step >= len(guess.complete) or token != guess.complete[step] or step + 1 == guess.limit:
+            return GreedyAnswer(before, True, known)
+        if step >= len(draft.tokens) or token != draft.tokens[step] or step + 1 == draft.limit:
             tokens = (*before, token)
-            return Verdict(tokens, len(tokens) == guess.limit, known)
-    raise AssertionError("the last position gives the end token or a token beyond the guess")
+            return GreedyAnswer(tokens, len(tokens) == draft.limit, known)
+    raise AssertionError("the last position gives the end token or a token beyond the draft")
 
 
-def furthest(verdicts: Sequence[Verdict]) -> Verdict:
-    """What several guesses of one answer tell together: they agree as far as each goes."""
-    return max(verdicts, key=lambda verdict: (verdict.not_a_number, verdict.ended, len(verdict.tokens)))
+def furthest(answers: Sequence[GreedyAnswer]) -> GreedyAnswer:
+    """Pick the answer of several drafts that goes furthest: they agree as far as each goes."""
+    return max(answers, key=lambda answer: (answer.not_a_number, answer.ended, len(answer.tokens)))
 
 
-class Scorer:
-    """Scores verdicts under a task's metric and secondary metrics.
+class AnswerScorer:
+    """Score greedy answers under a task's metric and secondary metrics.
 
-    ``stable`` tells that more tokens leave the text of those before them as it is: a tokenizer that cleans up spaces
-    removes some in front of what comes later, so that only the first word is certain.
+    With ``stable`` more tokens leave the text of those before them as it is. A tokenizer that cleans up spaces removes
+    some in front of what comes later, so that only the first word is certain.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Scorer:
         self._texts: dict[tuple[int, ...], str] = {}
 
     def text(self, tokens: tuple[int, ...]) -> str:
-        """What the tokens say, as the plain path decodes them."""
+        """Decode tokens as the plain path does."""
         if tokens not in self._texts:
             if len(self._texts) > 10_000:
                 self._texts.clear()
@@ -133,17 +136,19 @@ class Scorer:
             text = _FIRST_WORD.sub(r"\1", text)
         return not any(can_still_score(name, text, sample.answers) for name in self._names)
 
-    def settled(self, sample: Sample, verdict: Verdict, limit: int, ends: frozenset[int]) -> tuple[float, ...] | None:
+    def settled(
+        self, sample: Sample, answer: GreedyAnswer, limit: int, ends: frozenset[int]
+    ) -> tuple[float, ...] | None:
         """The scores, if they are certain: None where the answer goes on and may score, or where a tie matters.
 
         A tie does not matter where the answer scores nothing whichever way it went.
         """
-        own = self._known(sample, verdict.tokens, verdict.ended)
-        if own is None or verdict.rivals == ():
+        own = self._known(sample, answer.tokens, answer.ended)
+        if own is None or answer.rivals == ():
             return own
-        if verdict.rivals is None or own != self.nothing:
+        if answer.rivals is None or own != self.nothing:
             return None
-        for rival in verdict.rivals:
+        for rival in answer.rivals:
             ended = rival[-1] in ends
             other = self._known(sample, rival[:-1] if ended else rival, ended or len(rival) == limit)
             if other != self.nothing:
@@ -151,12 +156,47 @@ class Scorer:
         return own
 
     def _known(self, sample: Sample, tokens: tuple[int, ...], ended: bool) -> tuple[float, ...] | None:
-        """What an answer scores that ended, or begins, with these tokens; None where that is open."""
+        """Scores of an answer that ended, or begins, with these tokens; None where that is open."""
         if ended:
             return self.scores(sample, tokens)
         return self.nothing if self.hopeless(sample, tokens) else None
 
     @property
     def nothing(self) -> tuple[float, ...]:
-        """All zero."""
+        """The scores of a wrong answer."""
         return (0.0,) * len(self._names)
+
+
+UNTOUCHED_LOGITS: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "sequence_bias": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False, True),
+    "watermarking_config": (),
+    "stop_strings": (),
+    "max_time": (),
+}
+"""Generation settings, and the values under which greedy decoding takes the most likely token until the end."""
+
+
+def require_plain_decoding(model: Any) -> None:
+    """Raise NotExactError where generation does more than take the most likely token."""
+    config = model.generation_config
+    for name, harmless in UNTOUCHED_LOGITS.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in harmless:
+            raise NotExactError(f"its generation settings change logits ({name} = {value!r})")
+    if type(model).generate is not GenerationMixin.generate:
+        raise NotExactError("it generates by a method of its own")

@@ -1,4 +1,4 @@
-"""The samples of a split as packed chunks, made once and kept within a budget."""
+"""Pack the samples of a split into chunks, once, and keep them within a memory budget."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from workers.layerwise.decoder import Decoder
 from workers.tasks import Sample
 
-from .draft import Guess
+from .draft import Draft
 from .packing import Chunk, Packer, cut, make_rows
 from .prompts import ImagePrompts, PromptReader
 
 
 @dataclass
-class Part:
-    """Consecutive samples of a split (places ``first`` up to ``last``): their chunks, and those that failed."""
+class SampleChunks:
+    """Chunks of consecutive samples of a split (places ``first`` up to ``last``), and the samples that failed."""
 
     first: int
     last: int
@@ -25,39 +25,39 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tensors."""
+        """Memory of the tensors, in bytes."""
         return sum(chunk.nbytes_of_everything for chunk in self.chunks)
 
 
-class Parts:
-    """Makes and keeps parts; those used longest ago are dropped when the budget is full, and made again when needed."""
+class ChunkCache:
+    """Make and keep chunks; those used longest ago are dropped when the budget is full, and made again when needed."""
 
     def __init__(
         self,
         decoder: Decoder,
         reader: PromptReader,
         packer: Packer,
-        guesses: Callable[[Sample], Sequence[Guess]],
+        drafts: Callable[[Sample], Sequence[Draft]],
         *,
         budget: int,
     ) -> None:
-        self._decoder, self._reader, self._packer, self._guesses = decoder, reader, packer, guesses
+        self._decoder, self._reader, self._packer, self._drafts = decoder, reader, packer, drafts
         self.budget = budget
-        self._kept: OrderedDict[tuple[str, int, int], Part] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, int], SampleChunks] = OrderedDict()
         self._bounds: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
 
     @property
-    def kept(self) -> tuple[Part, ...]:
-        """What is kept now."""
+    def kept(self) -> tuple[SampleChunks, ...]:
+        """Chunks that are kept now, least recently used first."""
         return tuple(self._kept.values())
 
     @property
     def nbytes(self) -> int:
-        """Memory of what is kept."""
+        """Memory of what is kept, in bytes."""
         return sum(part.nbytes for part in self._kept.values())
 
-    def of(self, split: str, samples: Sequence[Sample], start: int, tokens: int) -> Iterator[Part]:
-        """The parts of ``samples``, which stand in the split from place ``start`` on, in chunks of ``tokens``."""
+    def of(self, split: str, samples: Sequence[Sample], start: int, tokens: int) -> Iterator[SampleChunks]:
+        """Pack ``samples``, which stand in the split from place ``start`` on, in chunks of at most ``tokens``."""
         whole = (split, start, start + len(samples))
         known = self._bounds.get(whole)
         if known is not None:
@@ -73,7 +73,7 @@ class Parts:
             yield part
         self._bounds[whole] = bounds
 
-    def _part(self, split: str, samples: Sequence[Sample], first: int, tokens: int) -> Part:
+    def _part(self, split: str, samples: Sequence[Sample], first: int, tokens: int) -> SampleChunks:
         """The part that begins with the first of ``samples``; it ends where its share of the budget does."""
         for (kept_split, kept_first, kept_last), part in self._kept.items():
             if (kept_split, kept_first) == (split, first) and kept_last - first <= len(samples):
@@ -88,19 +88,19 @@ class Parts:
             size += images[-1].nbytes if images else 0
             if size > self.budget // 4:
                 break
-        guesses = {first + number: self._guesses(sample) for number, sample in enumerate(samples[: last - first])}
-        rows = make_rows(images, guesses.__getitem__)
+        drafts = {first + number: self._drafts(sample) for number, sample in enumerate(samples[: last - first])}
+        rows = make_rows(images, drafts.__getitem__)
         chunks = tuple(
             self._packer.chunk((split, first, last, tokens, number), group)
             for number, group in enumerate(cut(rows, tokens))
         )
-        part = Part(first, last, chunks, failed)
+        part = SampleChunks(first, last, chunks, failed)
         self._kept[split, first, last] = part
         while self.nbytes > self.budget and len(self._kept) > 1:
             self._kept.popitem(last=False)
         return part
 
-    def halve(self, part: Part, chunk: Chunk) -> tuple[Chunk, ...]:
+    def halve(self, part: SampleChunks, chunk: Chunk) -> tuple[Chunk, ...]:
         """Put two chunks of half the rows in the place of one; none, where it has one row only."""
         if len(chunk.rows) == 1:
             return ()

@@ -1,9 +1,9 @@
-"""Answers that go another way than guessed and could still score: what a plan answered is fed behind its questions.
+"""Continue greedy decoding for answers that left the draft but may still be correct, reusing cached keys and values.
 
 What was fed before stands where it stood, so that its keys and values at every layer serve the new tokens as well:
-those of the questions, which plans that begin alike share, and those of words that an earlier pass has fed. The new
-tokens alone go through the layers. It is greedy decoding for all of a chunk's open answers at once, a word of them in
-every pass, or several where a guess of how they go on is right.
+those of the questions, which plans that begin alike share, and those of tokens that an earlier pass has fed. The new
+tokens alone go through the layers. All of a chunk's open answers are decoded at once, by a token in every pass, or by
+several where a draft of how an answer goes on is right.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from workers.layerwise.decoder import Keys
 from workers.runtime.token_rows import TokenRows
 
-from .draft import Guess
+from .draft import Draft
 from .packing import Branch, Chunk, Context, Packer, Row
 
-Guesses = Mapping[int, Sequence[Guess]]
+Drafts = Mapping[int, Sequence[Draft]]
 """By place of the sample in the split, how its open answer may go on."""
 
 Answer = tuple[int, tuple[int, ...]]
@@ -30,24 +30,24 @@ Answer = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Extension:
-    """Some rows of some chunks with more words behind their questions, of which the ``new`` ones are computed.
+class Continuation:
+    """Some rows of some chunks with more tokens behind their questions, of which the ``new`` ones are computed.
 
-    ``parts`` are those chunks, each with the numbers of its rows. ``positions`` are where the model says what comes
+    ``sources`` are those chunks, each with the numbers of its rows. ``positions`` are where the model says what comes
     next, each of them once; ``reading`` goes through them branch by branch: ``spans`` gives for each of ``branches``
     the first of its readings and one past the last. Places are those of tokens in the flattened rows.
     """
 
     context: Context
-    """Of all words of the rows."""
-    parts: tuple[tuple[Chunk, Tensor], ...]
+    """Of all tokens of the rows."""
+    sources: tuple[tuple[Chunk, Tensor], ...]
     new: TokenRows
     fed: Mapping[Answer, int]
-    """Numbers of the words behind the questions, by the answers that end with them."""
+    """Numbers of the tokens behind the questions, by the answers that end with them."""
     fed_places: Tensor
     """Their places."""
     carried: tuple[Tensor, Tensor]
-    """Places of the words that the pass before has fed already, and their numbers there."""
+    """Places of the tokens that the pass before has fed already, and their numbers there."""
     branches: tuple[Branch, ...]
     positions: Tensor
     """Among the new tokens, ``[positions]``."""
@@ -55,27 +55,27 @@ class Extension:
     spans: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, packer: Packer, chunks: Sequence[Chunk], guesses: Guesses, before: Extension | None) -> Extension:
-        """Extend the rows that hold open answers by ``guesses``; ``before`` is the pass before, if there was one."""
-        rows, parts = _rows(chunks, guesses)
-        extended = packer.chunk(("extension",), [Row(row.image, (*row.branches, *more)) for row, more in rows])
+    def of(cls, packer: Packer, chunks: Sequence[Chunk], drafts: Drafts, before: Continuation | None) -> Continuation:
+        """Extend the rows that hold open answers by ``drafts``; ``before`` is the pass before, if there was one."""
+        rows, sources = _rows(chunks, drafts)
+        extended = packer.chunk(("continuation",), [Row(row.image, (*row.branches, *more)) for row, more in rows])
         height, width = extended.context.hidden.shape[:2]
         places = (extended.answer_rows * width + extended.answer_columns).tolist()
         own = [
             (branch, places[first:last])
             for branch, (first, last) in zip(extended.samples, extended.spans, strict=True)
-            if branch.guess.known
+            if branch.draft.known
         ]
-        read = [at[branch.guess.known :] for branch, at in own]
+        read = [at[branch.draft.known :] for branch, at in own]
         asked = {place: number for number, place in enumerate(dict.fromkeys(chain.from_iterable(read)))}
         fed = {
-            (branch.sample, branch.guess.fed[:length]): place
+            (branch.sample, branch.draft.fed[:length]): place
             for branch, at in own
             for length, place in enumerate(at)
             if place % width >= rows[place // width][0].length
         }
         earlier = {} if before is None else before.fed
-        # What is asked for is computed, even where another guess has fed the same word before.
+        # What is asked for is computed, even where another draft has fed the same token before.
         carried = {place: earlier[answer] for answer, place in fed.items() if answer in earlier and place not in asked}
         device = extended.context.hidden.device
         computed = torch.zeros(height * width, dtype=torch.bool)
@@ -85,7 +85,7 @@ class Extension:
         number_of = dict(zip(new.target.tolist(), new.source.tolist(), strict=True))
         return cls(
             context=extended.context,
-            parts=tuple((chunk, torch.tensor(numbers, device=device)) for chunk, numbers in parts.items()),
+            sources=tuple((chunk, torch.tensor(numbers, device=device)) for chunk, numbers in sources.items()),
             new=new,
             fed={answer: number for number, answer in enumerate(fed)},
             fed_places=torch.tensor([*fed.values()], device=device, dtype=torch.long),
@@ -101,23 +101,23 @@ class Extension:
 
     @property
     def hidden(self) -> Tensor:
-        """What the first layer is given, ``[rows, new tokens, hidden]``."""
+        """The first layer's input, ``[rows, new tokens, hidden]``."""
         return self.new.take(self.context.hidden, token_dim=1, batch_dim=0)
 
-    def known(self, of_parts: Sequence[Keys], before: Keys | None) -> Keys:
-        """What a layer's attention sees of the rows, ``[places, heads, size]`` each, zero for the new tokens.
+    def known(self, of_chunks: Sequence[Keys], before: Keys | None) -> Keys:
+        """Keys and values of all tokens of the rows, ``[places, heads, size]`` each, zero for the new ones.
 
-        ``of_parts`` are the parts' own keys and values, ``before`` (``[words, heads, size]`` each) those that
+        ``of_chunks`` are the chunks' own keys and values, ``before`` (``[tokens, heads, size]`` each) those that
         :meth:`kept` gave in the pass before.
         """
-        keys = self._known([each.keys for each in of_parts], None if before is None else before.keys)
-        return Keys(keys, self._known([each.values for each in of_parts], None if before is None else before.values))
+        keys = self._known([each.keys for each in of_chunks], None if before is None else before.keys)
+        return Keys(keys, self._known([each.values for each in of_chunks], None if before is None else before.values))
 
-    def _known(self, of_parts: Sequence[Tensor], before: Tensor | None) -> Tensor:
-        heads, size = of_parts[0].shape[1], of_parts[0].shape[3]
-        known = of_parts[0].new_zeros(self.new.batch, self.new.length, heads, size)
+    def _known(self, of_chunks: Sequence[Tensor], before: Tensor | None) -> Tensor:
+        heads, size = of_chunks[0].shape[1], of_chunks[0].shape[3]
+        known = of_chunks[0].new_zeros(self.new.batch, self.new.length, heads, size)
         first = 0
-        for (_, rows), states in zip(self.parts, of_parts, strict=True):
+        for (_, rows), states in zip(self.sources, of_chunks, strict=True):
             width = min(self.new.length, states.shape[2])
             known[first : first + len(rows), :width] = states[rows, :, :width].transpose(1, 2)
             first += len(rows)
@@ -128,7 +128,7 @@ class Extension:
         return known
 
     def kept(self, seen: Keys) -> Keys:
-        """What of a layer's keys and values (``[places, heads, size]`` each) another pass may use."""
+        """Select what another pass may use of a layer's keys and values, ``[places, heads, size]`` each."""
         return Keys(seen.keys[self.fed_places], seen.values[self.fed_places])
 
     def answers_in(self, states: Tensor) -> Tensor:
@@ -136,22 +136,22 @@ class Extension:
         return states.flatten(0, 1)[self.positions]
 
 
-def _rows(chunks: Sequence[Chunk], guesses: Guesses) -> tuple[list[tuple[Row, list[Branch]]], dict[Chunk, list[int]]]:
+def _rows(chunks: Sequence[Chunk], drafts: Drafts) -> tuple[list[tuple[Row, list[Branch]]], dict[Chunk, list[int]]]:
     """The rows that hold open answers, each with the branches that it gets, and their numbers in the chunks.
 
     A row with more to be answered than others is there several times, so that little of the rest is padding.
     """
     found = [
-        (chunk, number, [branch for branch in row.branches if branch.sample in guesses])
+        (chunk, number, [branch for branch in row.branches if branch.sample in drafts])
         for chunk in chunks
         for number, row in enumerate(chunk.rows)
     ]
-    most = math.ceil(len(guesses) / sum(bool(asked) for _, _, asked in found))
+    most = math.ceil(len(drafts) / sum(bool(asked) for _, _, asked in found))
     rows: list[tuple[Row, list[Branch]]] = []
     numbers: dict[Chunk, list[int]] = {}
     for chunk, number, asked in found:
         for first in range(0, len(asked), most):
             numbers.setdefault(chunk, []).append(number)
-            more = [replace(b, guess=guess) for b in asked[first : first + most] for guess in guesses[b.sample]]
+            more = [replace(b, draft=draft) for b in asked[first : first + most] for draft in drafts[b.sample]]
             rows.append((chunk.rows[number], more))
     return rows, numbers

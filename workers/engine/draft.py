@@ -1,4 +1,4 @@
-"""Guessing the tokens of an answer before the model gives it: which text, and how the model would spell it."""
+"""Draft the tokens of an answer before the model gives it: which text, and how the model would spell it."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Spelling = Callable[[str], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Guess:
+class Draft:
     """The tokens that an answer is expected to have, without the end token, at most ``limit`` of them.
 
-    ``fed`` are those that are fed behind the prompt: a last one that the length limit ends tells nothing any more.
+    ``fed`` are those that are fed behind the prompt: a last one that the length limit ends decides nothing any more.
     """
 
-    complete: tuple[int, ...]
+    tokens: tuple[int, ...]
     limit: int
     known: int = 0
     """Tokens at the beginning that were answered already: what is asked is how the answer goes on behind them."""
 
     @property
     def fed(self) -> tuple[int, ...]:
-        """Tokens to feed."""
-        return self.complete[: self.limit - 1]
+        """Tokens to feed behind the prompt."""
+        return self.tokens[: self.limit - 1]
 
 
-class Guesser:
-    """Guesses the tokens of the accepted answer given most often.
+class Drafter:
+    """Draft the tokens of the accepted answer given most often.
 
-    A wrong guess costs time, never correctness. The same word has several spellings in tokens (with a space in front,
+    A wrong draft costs time, never correctness. The same text has several spellings in tokens (with a space in front,
     for one), of which a model uses one: it is learned from answers that the model gave.
     """
 
@@ -54,31 +54,31 @@ class Guesser:
         self._endings: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
 
     def learn(self, text: str, tokens: Sequence[int]) -> None:
-        """Take note that the model spelled ``text`` so (``tokens`` without the end token)."""
+        """Record that the model spelled ``text`` so (``tokens`` without the end token)."""
         self._given.setdefault(text, tuple(tokens))
         for number, spelling in enumerate(self._spellings):
             self._votes[number] += spelling(text) == tuple(tokens)
 
-    def forced(self, sample: Sample) -> Guess:
-        """The guess for a sample."""
+    def forced(self, sample: Sample) -> Draft:
+        """The draft for a sample."""
         (text, _), *_ = Counter(answer.strip() for answer in sample.answers if answer.strip()).most_common(1)
         tokens = self._given.get(text)
         if tokens is None:
             best = max(range(len(self._spellings)), key=lambda number: (self._votes[number], -number))
             tokens = self._spellings[best](text)
-        return Guess(tokens[: self.limit], self.limit)
+        return Draft(tokens[: self.limit], self.limit)
 
     def remember(self, tokens: tuple[int, ...]) -> None:
-        """Take note of an answer that some plan gave to its end: plans that go wrong often go wrong alike."""
+        """Remember an answer that some plan gave to its end: plans that go wrong often go wrong alike."""
         if len(self._endings) > MOST_BEGINNINGS:
             self._endings.clear()
         for known in range(1, len(tokens)):
             self._endings.setdefault(tokens[:known], Counter())[tokens] += 1
 
-    def going_on(self, answers: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[Guess, ...]]:
-        """Guesses for answers that begin so: as most answers with that beginning went on.
+    def continuations(self, answers: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[Draft, ...]]:
+        """Drafts for answers that begin so: as most answers with that beginning went on.
 
-        A right guess saves a pass and a wrong one costs its tokens: those most likely right are taken, as many as make
+        A right draft saves a pass and a wrong one costs its tokens: those most likely right are taken, as many as make
         a pass little longer.
         """
         room = FREE_TOKENS - len(answers)
@@ -86,16 +86,16 @@ class Guesser:
         for sample, known in answers.items() if room > 0 else ():
             endings = self._endings.get(known, Counter())
             likely += [(times / endings.total(), sample, ending) for ending, times in endings.items()]
-        chosen: dict[int, tuple[Guess, ...]] = dict.fromkeys(answers, ())
+        chosen: dict[int, tuple[Draft, ...]] = dict.fromkeys(answers, ())
         for share, sample, ending in sorted(likely, key=lambda each: -each[0]):
-            guess = Guess(ending, self.limit, known=len(answers[sample]))
-            room -= len(guess.fed) - guess.known
+            draft = Draft(ending, self.limit, known=len(answers[sample]))
+            room -= len(draft.fed) - draft.known
             if room < 0 or share <= RARE:
                 break
-            chosen[sample] += (guess,)
+            chosen[sample] += (draft,)
         return {
-            sample: guesses or (Guess(answers[sample], self.limit, known=len(answers[sample])),)
-            for sample, guesses in chosen.items()
+            sample: drafts or (Draft(answers[sample], self.limit, known=len(answers[sample])),)
+            for sample, drafts in chosen.items()
         }
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from workers.compensation.recipe import CompensationError, Recipe
-from workers.compensation.trie_maps import TrieRepairs
+from workers.compensation.trie_maps import TrieMaps
 from workers.evaluation.plain import PlainEvaluator, is_out_of_memory, scores_of
 from workers.latency.request import device_name
 from workers.layerwise.decoder import Decoder, NotExactError
@@ -24,17 +24,14 @@ from workers.tasks.metrics import METRICS
 from workers.text import describe_error
 
 from . import sizing
-from .answers import Scorer
-from .chunks import Part, Parts
+from .answers import AnswerScorer, require_plain_decoding
+from .chunks import ChunkCache, SampleChunks
 from .divergence import DenseAnswers
-from .draft import Guesser
-from .options import option_guesses
+from .draft import Drafter
 from .packing import Chunk, Packer
-from .plain_decoding import require_plain_decoding
 from .prompts import PromptReader
-from .requests import Asked
-from .scoring import Judge
-from .state_cache import StateStore
+from .scoring import Asked, PlanScorer, option_drafts
+from .state_cache import StateCache
 from .walk import Walker
 
 DEFAULT_MEMORY_BYTES = 2 << 30
@@ -49,7 +46,7 @@ CHECKED_SAMPLES = 12
 
 
 class FastEvaluator:
-    """Evaluates many plans of one model on one task, sharing what they have in common.
+    """Evaluate many plans of one model on one task, sharing what they have in common.
 
     ``memory_bytes`` bounds what is kept between layer executions: prompts, masks, hidden states. ``chunk_tokens`` is
     the size of the chunks to begin with, by default what :meth:`check` finds; halved for good when memory runs out.
@@ -71,20 +68,20 @@ class FastEvaluator:
         self._size_is_open = chunk_tokens is None
         self._memory, self._most_chunks = memory_bytes, MOST_CHUNKS
         spec, tokenizer = self.task.spec, self.loaded.processor.tokenizer
-        self.guesser = Guesser(tokenizer, spec.answer.max_new_tokens)
-        self._scorer = Scorer(
+        self.drafter = Drafter(tokenizer, spec.answer.max_new_tokens)
+        self._scorer = AnswerScorer(
             spec,
             lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
             METRICS,
             stable=not getattr(tokenizer, "clean_up_tokenization_spaces", False),
         )
-        guesses = option_guesses(self.loaded, spec) if spec.is_choice else lambda sample: (self.guesser.forced(sample),)
+        drafts = option_drafts(self.loaded, spec) if spec.is_choice else lambda sample: (self.drafter.forced(sample),)
         reader = PromptReader(self.loaded, self.task, self.decoder)
         self._packer = Packer(self.decoder, self.loaded.device)
-        self._judge = Judge(spec, self.decoder, self._packer, self.guesser, self._scorer, self.loaded)
-        self.parts = Parts(self.decoder, reader, self._packer, guesses, budget=memory_bytes // 2)
-        self.states = StateStore(memory_bytes // 2)
-        self._repairs: TrieRepairs | None = None
+        self._plan_scorer = PlanScorer(spec, self.decoder, self._packer, self.drafter, self._scorer, self.loaded)
+        self.chunks = ChunkCache(self.decoder, reader, self._packer, drafts, budget=memory_bytes // 2)
+        self.states = StateCache(memory_bytes // 2)
+        self._trie_maps: TrieMaps | None = None
         self.walker = Walker(self.decoder, self.states)
 
     def evaluate_all(self, request: EvaluatePlans) -> Evaluations:
@@ -99,7 +96,7 @@ class FastEvaluator:
         plans, maps, failures = self._readable(request)
         self.walker.tally.by_plan.clear()
         given = any(request.artifacts)  # maps as they were kept are folded into the weights, as in an export
-        self._repair_by(NO_COMPENSATION if given else request.compensation)
+        self._use_maps_of(NO_COMPENSATION if given else request.compensation)
         own = {text: each for text, each in maps.items() if each is not None} if given else {}
         asked = Asked(tuple(plans), samples, request.start, own)
         self._score(asked, request.split)
@@ -122,12 +119,12 @@ class FastEvaluator:
         answers = self.plain.answer(dense, chosen)
         for sample in chosen:
             if sample.id in answers.tokens:
-                self.guesser.learn(answers.texts[sample.id], answers.tokens[sample.id])
+                self.drafter.learn(answers.texts[sample.id], answers.tokens[sample.id])
         plans = (dense, _mixed(self.decoder.descriptor))
         expected = {dense.text: answers, plans[1].text: self.plain.answer(plans[1], chosen)}
         # The model's own answers are the right ones here, so that every one of them is compared token by token.
         own = [replace(s, answers=(expected[dense.text].texts.get(s.id) or "-",)) for s in chosen]
-        self._repair_by(NO_COMPENSATION)
+        self._use_maps_of(NO_COMPENSATION)
         if self._size_is_open:
             self._size_is_open = False
             self.chunk_tokens = self._find_size(own)
@@ -155,7 +152,7 @@ class FastEvaluator:
     def _find_size(self, samples: Sequence[Sample]) -> int:
         """How many tokens go through a layer together, by running the first layer on the samples' prompts, repeated."""
         with torch.inference_mode():
-            part = next(iter(self.parts.of("size", samples, 0, self.chunk_tokens)))
+            part = next(iter(self.chunks.of("size", samples, 0, self.chunk_tokens)))
             rows = [row for chunk in part.chunks for row in chunk.rows]
             if not rows:
                 return self.chunk_tokens
@@ -186,24 +183,24 @@ class FastEvaluator:
                 failures[text] = EvaluationFailure(text, describe_error(error, PlanError))
         return plans, maps, failures
 
-    def _repair_by(self, compensation: str) -> None:
-        """Have the trie repair states by the maps of a recipe; states repaired by another's are forgotten."""
-        self.walker.repairs = None
+    def _use_maps_of(self, compensation: str) -> None:
+        """Map states by a recipe's maps from now on; states that other maps made are forgotten."""
+        self.walker.maps = None
         if compensation == NO_COMPENSATION:
             return
-        if self._repairs is None or self._repairs.compensation != compensation:
+        if self._trie_maps is None or self._trie_maps.compensation != compensation:
             self.states.clear()
-            self._repairs = TrieRepairs(self.decoder, self.plain.compensator.shared(Recipe.parse(compensation)))
-        self.walker.repairs = self._repairs
+            self._trie_maps = TrieMaps(self.decoder, self.plain.compensator.shared(Recipe.parse(compensation)))
+        self.walker.maps = self._trie_maps
 
     def _score(self, asked: Asked, split: str) -> None:
         with torch.inference_mode():
-            for part in self.parts.of(split, asked.samples, asked.start, self.chunk_tokens):
+            for part in self.chunks.of(split, asked.samples, asked.start, self.chunk_tokens):
                 for outcome in asked.outcomes.values():
                     outcome.failed.update(part.failed)
                 waiting = list(part.chunks)
                 while waiting:
-                    self.states.budget = max(0, self._memory - self.parts.nbytes)
+                    self.states.budget = max(0, self._memory - self.chunks.nbytes)
                     group = self._group(waiting)
                     if self._fits(group, asked):
                         waiting = waiting[len(group) :]
@@ -232,14 +229,14 @@ class FastEvaluator:
                 if chunk.dense is None:
                     ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
                     chunk.dense = DenseAnswers.of(self.decoder.logits(states))
-            self.states.budget = max(0, self._memory - self.parts.nbytes)  # which what is kept of dense is part of
+            self.states.budget = max(0, self._memory - self.chunks.nbytes)  # which what is kept of dense is part of
             shared = [plan for plan in asked.plans if plan.text not in asked.folded]
-            self._judge.score(self.walker, shared, chunks, asked)
+            self._plan_scorer.score(self.walker, shared, chunks, asked)
             for plan in asked.plans:
                 if plan.text in asked.folded:  # other weights: no state is shared with other plans
-                    alone = Walker(self.decoder, StateStore(self.states.budget), self.walker.tally)
+                    alone = Walker(self.decoder, StateCache(self.states.budget), self.walker.tally)
                     with folded(self.decoder.stack, plan, asked.folded[plan.text]):
-                        self._judge.score(alone, [plan], chunks, asked)
+                        self._plan_scorer.score(alone, [plan], chunks, asked)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -251,12 +248,12 @@ class FastEvaluator:
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _halve(self, part: Part, chunk: Chunk, asked: Asked) -> tuple[Chunk, ...]:
+    def _halve(self, part: SampleChunks, chunk: Chunk, asked: Asked) -> tuple[Chunk, ...]:
         """Two halves of a chunk that memory is too short for; the questions of a single row are asked one by one."""
         self._make_room()
         self.chunk_tokens = max(1, min(self.chunk_tokens, chunk.tokens // 2))
         sizing.remember(self._device, self.chunk_tokens)
-        halves = self.parts.halve(part, chunk)
+        halves = self.chunks.halve(part, chunk)
         if not halves:
             for outcome in asked.outcomes.values():
                 outcome.unfinished.update(branch.sample for branch in chunk.samples)

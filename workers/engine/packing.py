@@ -1,8 +1,13 @@
-"""Packed sequences: the questions about an image as a tree of words behind one copy of it.
+"""Pack the questions about an image into one row: a tree of tokens behind one copy of the prompt's beginning.
 
-Questions, each with the answer that is forced on it, share the words that they begin with. A word sees the prefix and
-the words before it in its own question, and its position is its place there, so every question is computed exactly as
+Questions, each with the draft that is fed behind it, share the tokens that they begin with. A token sees the prefix and
+the tokens before it in its own question, and its position is its place there, so every question is computed exactly as
 it would be alone. Rows of similar length make a chunk, so that little of it is padding.
+
+Shapes: *rows* are the packed sequences of a chunk, *tokens* the places of a row with its padding, *positions* the
+answer positions of all rows in the order of their branches, *hidden* the model's width. A row holds one image's prefix
+(``ImagePrompts.prefix``) and its *branches*: a sample's question with one draft. Integer places count from 0 within a
+row; a *node* is a token of the tree, numbered from 0 behind the prefix.
 """
 
 from __future__ import annotations
@@ -21,60 +26,60 @@ from workers.layerwise.decoder import SLIDING, Decoder
 from workers.runtime.token_rows import TokenRows, TokenSplit
 
 from .divergence import DenseAnswers
-from .draft import Guess
+from .draft import Draft
 from .prompts import ImagePrompts
 
 LONGEST_BRANCHES = 512
-"""Words of questions in one row; more of them make another row, since attention grows with the square."""
+"""Tokens of questions in one row; more of them make another row, since attention grows with the square."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A sample's words after the prefix: its question, and the answer that is forced on it."""
+    """A sample's tokens after the prefix: its question, and the draft that is fed behind it."""
 
     sample: int
     question: tuple[int, ...]
-    guess: Guess
+    draft: Draft
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """All of them."""
-        return (*self.question, *self.guess.fed)
+        """Question and draft."""
+        return (*self.question, *self.draft.fed)
 
 
 @dataclass(frozen=True)
-class WordTree:
+class TokenTree:
     """Token sequences whose common beginnings are held once.
 
-    ``words[i]`` is the token at node i and ``parents[i]`` the node before it (-1: none), which has a smaller number;
+    ``tokens[i]`` is the token at node i and ``parents[i]`` the node before it (-1: none), which has a smaller number;
     ``paths`` gives every sequence's nodes.
     """
 
-    words: tuple[int, ...]
+    tokens: tuple[int, ...]
     parents: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]]) -> WordTree:
-        """Build the tree."""
+    def of(cls, sequences: Sequence[Sequence[int]]) -> TokenTree:
+        """Build the tree of sequences of token ids."""
         nodes: dict[tuple[int, int], int] = {}
-        words: list[int] = []
+        tokens: list[int] = []
         parents: list[int] = []
         paths = []
         for sequence in sequences:
             node, path = -1, []
-            for word in sequence:
-                if (node, word) not in nodes:
-                    nodes[node, word] = len(words)
-                    words.append(word)
+            for token in sequence:
+                if (node, token) not in nodes:
+                    nodes[node, token] = len(tokens)
+                    tokens.append(token)
                     parents.append(node)
-                node = nodes[node, word]
+                node = nodes[node, token]
                 path.append(node)
             paths.append(tuple(path))
-        return cls(tuple(words), tuple(parents), tuple(paths))
+        return cls(tuple(tokens), tuple(parents), tuple(paths))
 
     def depths(self) -> list[int]:
-        """How many words stand before each node's."""
+        """Tokens that stand before each node's."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
@@ -82,7 +87,7 @@ class WordTree:
 
     def sees(self) -> Tensor:
         """Which nodes each node sees, bool ``[nodes, nodes]``: itself and those before it in its sequences."""
-        seen = torch.eye(len(self.words), dtype=torch.bool)
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
                 seen[node] |= seen[parent]
@@ -97,28 +102,28 @@ class Row:
     branches: tuple[Branch, ...]
 
     @cached_property
-    def tree(self) -> WordTree:
-        """The words behind the prefix."""
-        return WordTree.of([branch.tokens for branch in self.branches])
+    def tree(self) -> TokenTree:
+        """The tokens behind the prefix."""
+        return TokenTree.of([branch.tokens for branch in self.branches])
 
     @property
     def length(self) -> int:
-        """Tokens."""
-        return len(self.image.prefix) + len(self.tree.words)
+        """Tokens of the row, padding left out."""
+        return len(self.image.prefix) + len(self.tree.tokens)
 
 
 @dataclass
 class Context:
-    """What layers are given beside hidden states, for one geometry of packed rows."""
+    """Layer arguments beside hidden states, for one geometry of packed rows."""
 
     arguments: tuple[dict[str, Any], ...]
-    """Per layer."""
+    """Per layer, by name."""
     hidden: Tensor
-    """What the first layer is given, ``[rows, tokens, hidden]``."""
+    """The first layer's input, ``[rows, tokens, hidden]``."""
     vision: TokenSplit | None
     """Text rows and vision rows."""
     real: Tensor
-    """What is no padding, bool ``[rows, tokens]``."""
+    """Tokens that are no padding, bool ``[rows, tokens]``."""
     is_vision: Tensor
     """bool ``[rows, tokens]``."""
     masks_without_vision: dict[int, Tensor] = field(default_factory=dict)
@@ -159,17 +164,12 @@ class Chunk:
 
     @cached_property
     def asked(self) -> int:
-        """Samples; one with several options has several branches."""
+        """Number of samples; one with several options has several branches."""
         return len({branch.sample for branch in self.samples})
 
     @property
-    def padding(self) -> int:
-        """Tokens that are padding."""
-        return int((~self.context.real).sum())
-
-    @property
     def nbytes(self) -> int:
-        """Memory of one state."""
+        """Memory of one hidden state of the chunk, in bytes."""
         return self.context.hidden.nbytes
 
     @property
@@ -181,8 +181,8 @@ class Chunk:
         return sum(tensors.values()) + sum(images.values()) + (self.dense.nbytes if self.dense else 0)
 
 
-def make_rows(images: Sequence[ImagePrompts], guesses: Callable[[int], Sequence[Guess]]) -> list[Row]:
-    """Pack the questions of each image; ``guesses`` gives the answers to force on the sample at a place.
+def make_rows(images: Sequence[ImagePrompts], drafts: Callable[[int], Sequence[Draft]]) -> list[Row]:
+    """Pack the questions of each image; ``drafts`` gives the drafts for the sample at a place.
 
     Those of one sample stay in one row.
     """
@@ -191,8 +191,8 @@ def make_rows(images: Sequence[ImagePrompts], guesses: Callable[[int], Sequence[
         pending: list[Branch] = []
         length = 0
         for sample, question in zip(image.samples, image.questions, strict=True):
-            branches = [Branch(sample, question, guess) for guess in guesses(sample)]
-            size = len(question) + sum(len(branch.guess.fed) for branch in branches)
+            branches = [Branch(sample, question, draft) for draft in drafts(sample)]
+            size = len(question) + sum(len(branch.draft.fed) for branch in branches)
             if pending and length + size > LONGEST_BRANCHES:
                 rows.append(Row(image, tuple(pending)))
                 pending, length = [], 0
@@ -248,7 +248,7 @@ class Packer:
     def _lay_out(self, row: Row, width: int) -> _LaidOut:
         image, tree, device = row.image, row.tree, self._device
         shared, own = len(image.prefix), row.length
-        words = self._decoder.embed(torch.tensor(tree.words, device=device))
+        own_tokens = self._decoder.embed(torch.tensor(tree.tokens, device=device))
         depths = torch.tensor(tree.depths(), device=device)
         positions = image.positions.new_zeros((*image.positions.shape[:-1], width))
         positions[..., :shared] = image.positions
@@ -261,7 +261,7 @@ class Packer:
         seen[shared:own, :shared] = True
         seen[shared:own, shared:own] = tree.sees().to(device)
         return _LaidOut(
-            embeddings=functional.pad(torch.cat((image.prefix.to(device), words)), (0, 0, 0, width - own)),
+            embeddings=functional.pad(torch.cat((image.prefix.to(device), own_tokens)), (0, 0, 0, width - own)),
             positions=positions,
             places=places,
             seen=seen,

@@ -2,7 +2,7 @@
 
 The vision tower, the projector and the placement of their features are the model's own: one call per image, stopped
 before the first decoder layer, gives the embeddings of the first question's prompt. The other questions share its
-beginning up to where their tokens part, and add words, which the embedding table gives.
+beginning up to where their tokens part, and add tokens, which the embedding table gives.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ImagePrompts:
 
 
 class PromptReader:
-    """Reads samples into :class:`ImagePrompts`."""
+    """Read samples into :class:`ImagePrompts`."""
 
     def __init__(self, loaded: LoadedModel, task: Task, decoder: Decoder) -> None:
         self._loaded, self._task, self._decoder = loaded, task, decoder
@@ -90,7 +90,7 @@ class PromptReader:
 def shared_prompts(
     decoder: Decoder, inputs: Mapping[str, Any], prompts: Sequence[Sequence[int]], places: tuple[int, ...]
 ) -> ImagePrompts:
-    """What ``prompts`` (token ids) about one image share; ``inputs`` are the model's inputs for the first of them.
+    """Find what ``prompts`` (token ids) about one image share; ``inputs`` are the model's inputs for the first of them.
 
     Raises:
         NotExactError: they cannot be packed.
@@ -112,7 +112,7 @@ def shared_prompts(
         raise NotExactError("questions stand before the image in its prompts, so they share no image")
     embeddings = recording.owner["inputs_embeds"][0]
     if not torch.equal(embeddings[shared:], decoder.embed(ids[shared:].to(embeddings.device))):
-        raise NotExactError("its words are not embedded by the table alone")
+        raise NotExactError("its tokens are not embedded by the table alone")
     positions = recording.owner.get("position_ids")
     if positions is None:
         positions = torch.arange(len(ids), device=embeddings.device)[None]
@@ -136,7 +136,7 @@ def _pattern(decoder: Decoder, layers: Sequence[dict[str, Any]], shared: int, le
             seen = _seen(layers[number].get(decoder.mask_name), causal)
             break
     if not torch.equal(seen[shared:], causal[shared:]):
-        raise NotExactError("words of its prompts do not see exactly what is before them")
+        raise NotExactError("tokens of its prompts do not see exactly what is before them")
     return seen[:shared, :shared].clone()
 
 

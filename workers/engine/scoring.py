@@ -1,35 +1,79 @@
-"""What is read at the ends of plans: scores, divergences, and how answers that are open go on.
+"""Score plans from their final-layer states, and continue decoding the answers that are not yet decided.
 
-Chunks are walked beside each other. What stands at a plan's end is few tokens in each of them, and matrix products of
-few tokens are slow: logits are taken, and open answers decoded on, for all of them at once.
+Chunks are walked beside each other. A plan's end holds few tokens in each of them, and matrix products of few tokens
+are slow: logits are taken, and open answers decoded on, for all of them at once. Where the task is to choose, each
+option is a branch behind its question, and all of one question stand in the same row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
-from workers.layerwise.decoder import Decoder, Keys
+from workers.errors import TaskError
+from workers.layerwise.decoder import Decoder, Keys, NotExactError
 from workers.layerwise.trie import build_trie
 from workers.models.loading import LoadedModel
+from workers.models.multiple_choice import Choice, Likelihood, option_tokens, token_likelihoods
 from workers.models.ties import end_tokens
+from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
-from workers.tasks import TaskSpec
+from workers.tasks import Sample, TaskSpec
 
-from .answers import Choices, Scorer, Verdict, furthest, judge
-from .continuation import Extension
-from .draft import Guesser
-from .options import Worth, mean_divergence
+from .answers import AnswerScorer, GreedyAnswer, GreedyTokens, furthest, grade_answer
+from .continuation import Continuation
+from .draft import Draft, Drafter
 from .packing import Branch, Chunk, Packer
-from .requests import Asked, Outcome
 from .walk import Walker
 
 Spans = Sequence[tuple[int, int]]
 
 
-class Judge:
+@dataclass
+class Outcome:
+    """Partial results of one plan, by the samples' places in the split."""
+
+    scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    kl: dict[int, float] = field(default_factory=dict)
+    alone: set[int] = field(default_factory=set)
+    """Samples that the plain path decides by themselves: two logits were too close, or NaN may have come from a
+    neighbour in the packed sequence."""
+    unfinished: set[int] = field(default_factory=set)
+    """Samples that memory is too short for: the plain path generates them."""
+    failed: dict[str, str] = field(default_factory=dict)
+    tied: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Plans to be scored on consecutive samples of a split, the first of which stands at place ``start``."""
+
+    plans: tuple[SkipPlan, ...]
+    samples: Sequence[Sample]
+    start: int = 0
+    folded: Mapping[str, Maps] = field(default_factory=dict)
+    """By plan, maps that are folded into the weights while it is run, as in an export."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """By plan."""
+
+    def __post_init__(self) -> None:
+        self.outcomes.update({plan.text: Outcome() for plan in self.plans})
+
+    def sample(self, place: int) -> Sample:
+        """The sample at a place of the split."""
+        return self.samples[place - self.start]
+
+    def of(self, places: Sequence[int]) -> list[Sample]:
+        """The samples at places of the split."""
+        return [self.sample(place) for place in places]
+
+
+class PlanScorer:
     """Scores plans on packed samples."""
 
     def __init__(
@@ -37,18 +81,18 @@ class Judge:
         spec: TaskSpec,
         decoder: Decoder,
         packer: Packer,
-        guesser: Guesser,
-        scorer: Scorer,
+        drafter: Drafter,
+        scorer: AnswerScorer,
         loaded: LoadedModel,
     ) -> None:
         self._spec, self._decoder, self._packer = spec, decoder, packer
-        self._guesser, self._scorer = guesser, scorer
+        self._drafter, self._scorer = drafter, scorer
         self._dtype, self._ends = loaded.model.dtype, end_tokens(loaded.model)
 
     def score(self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], asked: Asked) -> None:
-        """Take note in ``asked`` of what chunks (whose dense answers are known) score under plans."""
-        repairs = walker.repairs
-        trie = build_trie(plans, repairs=repairs is not None, drift=repairs is not None and repairs.drift)
+        """Record in ``asked`` what chunks, whose dense answers are known, score under plans."""
+        maps = walker.maps
+        trie = build_trie(plans, maps=maps is not None, drift=maps is not None and maps.drift)
         branches = [branch for chunk in chunks for branch in chunk.samples]
         sizes = [len(chunk.answer_rows) for chunk in chunks]
         spans = [
@@ -62,48 +106,108 @@ class Judge:
             for chunk, own in zip(chunks, torch.split(logits, sizes), strict=True):
                 assert chunk.dense is not None
                 divergence = mean_divergence(chunk, chunk.dense.divergence(own))
-                worth = Worth.of(chunk, own, self._dtype) if self._spec.is_choice else None
+                options = OptionLikelihoods.of(chunk, own, self._dtype) if self._spec.is_choice else None
                 for plan in node.plans:
                     asked.outcomes[plan].kl.update(divergence)
-                    if worth is not None:
-                        worth.judge(self._spec, asked, asked.outcomes[plan])
+                    if options is not None:
+                        options.grade(self._spec, asked, asked.outcomes[plan])
             if self._spec.is_choice:
                 continue
-            choices = Choices.of(logits, self._dtype)
+            tokens = GreedyTokens.of(logits, self._dtype)
             for plan in node.plans:
                 outcome = asked.outcomes[plan]
-                still_open = self._settle(branches, spans, choices, asked, outcome)
+                still_open = self._settle(branches, spans, tokens, asked, outcome)
                 walker.keeps_keys = bool(still_open)  # plans that follow each other are alike
-                extension: Extension | None = None
+                continuation: Continuation | None = None
                 fed: list[Keys] = []
                 while still_open:
-                    guesses = self._guesser.going_on(still_open)
-                    extension = Extension.of(self._packer, chunks, guesses, extension)
-                    states, fed = walker.extended(node, extension, fed)
-                    more = Choices.of(self._decoder.logits(states), self._dtype).at(extension.reading)
-                    still_open = self._settle(extension.branches, extension.spans, more, asked, outcome)
+                    drafts = self._drafter.continuations(still_open)
+                    continuation = Continuation.of(self._packer, chunks, drafts, continuation)
+                    states, fed = walker.continued(node, continuation, fed)
+                    more = GreedyTokens.of(self._decoder.logits(states), self._dtype).at(continuation.reading)
+                    still_open = self._settle(continuation.branches, continuation.spans, more, asked, outcome)
         walker.forget_keys()
 
     def _settle(
-        self, branches: Sequence[Branch], spans: Spans, choices: Choices, asked: Asked, outcome: Outcome
+        self, branches: Sequence[Branch], spans: Spans, tokens: GreedyTokens, asked: Asked, outcome: Outcome
     ) -> dict[int, tuple[int, ...]]:
-        """Take note of what is known of the branches' answers now; gives those that are open still, as far as known."""
-        verdicts: dict[int, list[Verdict]] = {}
+        """Record the answers that are decided now; return those that are still open, as far as they are known."""
+        answers: dict[int, list[GreedyAnswer]] = {}
         for branch, span in zip(branches, spans, strict=True):
-            verdicts.setdefault(branch.sample, []).append(judge(choices, span, branch.guess, self._ends))
+            answers.setdefault(branch.sample, []).append(grade_answer(tokens, span, branch.draft, self._ends))
         still_open = {}
-        for place, each in verdicts.items():
-            verdict = furthest(each)
-            if verdict.ended:
-                self._guesser.remember(verdict.tokens)
-            scores = self._scorer.settled(asked.sample(place), verdict, self._guesser.limit, self._ends)
-            if verdict.not_a_number:
+        for place, each in answers.items():
+            answer = furthest(each)
+            if answer.ended:
+                self._drafter.remember(answer.tokens)
+            scores = self._scorer.settled(asked.sample(place), answer, self._drafter.limit, self._ends)
+            if answer.not_a_number:
                 outcome.alone.add(place)
             elif scores is not None:
                 outcome.scores[place] = scores
-            elif verdict.rivals != ():
+            elif answer.rivals != ():
                 outcome.tied.add(place)
                 outcome.alone.add(place)
             else:
-                still_open[place] = verdict.tokens
+                still_open[place] = answer.tokens
         return still_open
+
+
+# Options ------------------------------------------------------------------------------------------------------------
+
+
+def option_drafts(loaded: LoadedModel, spec: TaskSpec) -> Callable[[Sample], tuple[Draft, ...]]:
+    """Drafts of a sample: each of its options up to its last token, which need not be fed to be scored."""
+
+    def draft(sample: Sample) -> tuple[Draft, ...]:
+        try:
+            return tuple(Draft(tokens, len(tokens)) for tokens in option_tokens(loaded.processor, spec, sample))
+        except TaskError as error:
+            raise NotExactError(str(error)) from None
+
+    return draft
+
+
+@dataclass(frozen=True)
+class OptionLikelihoods:
+    """Log-likelihoods of the options in a chunk under a plan, by place of the sample."""
+
+    likelihoods: dict[int, tuple[Likelihood, ...]]
+
+    @classmethod
+    def of(cls, chunk: Chunk, logits: Tensor, dtype: torch.dtype) -> OptionLikelihoods:
+        """From logits ``[answer positions, vocabulary]`` of a model in ``dtype``."""
+        tokens = [token for branch in chunk.samples for token in branch.draft.tokens]
+        each = token_likelihoods(logits, tokens, dtype)
+        found: dict[int, tuple[Likelihood, ...]] = {}
+        for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True):
+            own = sum(each[first:last], start=Likelihood(0.0, 0.0))
+            found[branch.sample] = (*found.get(branch.sample, ()), own)
+        return cls(found)
+
+    def grade(self, spec: TaskSpec, asked: Asked, outcome: Outcome) -> None:
+        """Record what the samples score in ``outcome``."""
+        for place, likelihoods in self.likelihoods.items():
+            sample = asked.sample(place)
+            if any(math.isnan(each.total) for each in likelihoods):
+                outcome.alone.add(place)
+                continue
+            choices = [Choice.of(name, sample.choices, likelihoods) for name in spec.metrics]
+            if any(choice.is_open(sample) for choice in choices):
+                outcome.tied.add(place)
+                outcome.alone.add(place)
+            else:
+                outcome.scores[place] = tuple(choice.score(sample) for choice in choices)
+
+
+def mean_divergence(chunk: Chunk, divergence: Tensor) -> dict[int, float]:
+    """By place of the sample, the mean of ``divergence`` ``[answer positions]`` over those of all its options.
+
+    A position that several options share counts once.
+    """
+    found: dict[int, dict[tuple[int, int], float]] = {}
+    places = list(zip(chunk.answer_rows.tolist(), chunk.answer_columns.tolist(), strict=True))
+    values = divergence.tolist()
+    for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True):
+        found.setdefault(branch.sample, {}).update(zip(places[first:last], values[first:last], strict=True))
+    return {place: sum(own.values()) / len(own) for place, own in found.items()}

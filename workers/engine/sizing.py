@@ -19,7 +19,7 @@ GAIN = 0.9
 
 @dataclass(frozen=True)
 class Device:
-    """What a size holds for."""
+    """Model and device that a size holds for."""
 
     model: str
     """Fingerprint of the model."""

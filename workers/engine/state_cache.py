@@ -1,4 +1,4 @@
-"""What is known at the nodes of the trie, within a memory budget."""
+"""Cache hidden states, keys and values at the nodes of the trie within a memory budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Kept = LayerOutput | Keys
 """A state behind a layer, or what a layer's attention sees."""
 
 
-class StateStore:
+class StateCache:
     """States by chunk and path, at most ``budget`` bytes of them.
 
     Those where several plans part are kept longest, then those used last. What is dropped is computed again when it
@@ -21,7 +21,6 @@ class StateStore:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.nbytes = 0
-        self.peak = 0
         self._plain: OrderedDict[Hashable, Kept] = OrderedDict()
         self._branching: OrderedDict[Hashable, Kept] = OrderedDict()
 
@@ -43,7 +42,6 @@ class StateStore:
             self._evict()
         (self._branching if branching else self._plain)[key] = state
         self.nbytes += size
-        self.peak = max(self.peak, self.nbytes)
 
     def drop(self, key: Hashable) -> None:
         """Forget a state, if it is there."""
@@ -53,7 +51,7 @@ class StateStore:
                 self.nbytes -= state.nbytes
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all states."""
         self._plain.clear()
         self._branching.clear()
         self.nbytes = 0

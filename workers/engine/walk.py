@@ -1,46 +1,77 @@
-"""Walking the trie: hidden states at its nodes, and the answer positions' final states at the plans' ends.
+"""Walk the trie: compute hidden states at its nodes, and the answer positions' final states at the plans' ends.
 
-The walk goes depth first, one chunk after another, so that only the states of one branch have to be alive; the store
+The walk goes depth first, one chunk after another, so that only the states of one branch have to be alive; the cache
 keeps as many more as its budget holds, for plans that are asked for later.
+
+Shapes: a chunk's state is ``[rows, tokens, hidden]``, its answer positions' ``[positions, hidden]``
+(:mod:`workers.engine.packing`); keys and values are ``[rows, heads, tokens, size]`` each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from workers.layerwise.decoder import Decoder, Keys, LayerOutput, Watch
-from workers.layerwise.trie import Execute, Node, Repair, Step
+from workers.layerwise.trie import ApplyMap, Execute, Node, Step
 from workers.runtime.plan import Action
 
-from .continuation import Extension
+from .continuation import Continuation
 from .packing import Chunk, Context
-from .state_cache import StateStore
-from .state_map import Repairs
+from .state_cache import StateCache
 
 
 @dataclass
 class Tally:
-    """Layer executions so far, in samples: each is one decoder layer over one sample's prompt."""
+    """Layer layer_executions so far, in samples: each is one decoder layer over one sample's prompt."""
 
     executions: int = 0
     by_plan: dict[str, int] = field(default_factory=dict)
 
 
-class Walker:
-    """Computes states of chunks at nodes of a trie."""
+class StateMaps(Protocol):
+    """Map the state behind a run of skipped layers (implemented by :mod:`workers.compensation.trie_maps`).
 
-    def __init__(self, decoder: Decoder, states: StateStore, tally: Tally | None = None) -> None:
+    With k the kept layer before the run, its output is H = Y + M, where M is what its MLP added and Y the rest of the
+    residual stream. A map gives the state that the next executed layer (or the final norm) is given, for example
+    Y + M T, from what is watched in layer k. The walk takes care of everything else:
+
+    - ``ApplyMap`` steps stand in the path of every plan with a run of skips behind a kept layer, at the end of the run,
+      so a mapped state is shared by all plans that begin with the same text, and by no other. With ``drift`` they also
+      stand behind every kept layer above.
+    - The layer before the run also gives what ``watch`` names (``LayerOutput.watched``). In rows that do not go through
+      the layer (frozen and bypassed vision tokens) it is 0.
+    - Layers before the first kept one are skipped as they are: no layer stands before them.
+    """
+
+    @property
+    def drift(self) -> bool:
+        """Whether the state behind every kept layer above the first gap is mapped too."""
+        ...
+
+    def watch(self, layer: nn.Module) -> Watch:
+        """Name the module of a decoder layer whose input or output the map behind it acts on."""
+        ...
+
+    def transform(self, step: ApplyMap, output: LayerOutput) -> Tensor:
+        """The mapped state ``[rows, tokens, hidden]`` of any chunk; must treat every row (token) by itself."""
+        ...
+
+
+class Walker:
+    """Compute states of chunks at nodes of a trie."""
+
+    def __init__(self, decoder: Decoder, states: StateCache, tally: Tally | None = None) -> None:
         self._decoder, self._states = decoder, states
-        self.repairs: Repairs | None = None
-        """What repair steps do; states kept for other repairs are to be forgotten when this changes."""
+        self.maps: StateMaps | None = None
+        """What ``ApplyMap`` steps do; forget the states kept for other maps when this changes."""
         self.tally = tally or Tally()
         self._charged = ""
         self.keeps_keys = False
-        """Whether layers' keys and values are kept as they are executed, for extensions that are likely to come."""
+        """Whether layers' keys and values are kept as they are executed, for continuations that are likely to come."""
         self._with_keys: set[tuple[tuple[object, ...], tuple[Step, ...]]] = set()
 
     def ends(self, node: Node, chunk: Chunk) -> Iterator[tuple[Node, Tensor]]:
@@ -58,16 +89,16 @@ class Walker:
     # States ---------------------------------------------------------------------------------------------------------
 
     def state(self, node: Node, chunk: Chunk) -> LayerOutput:
-        """The state of all rows at a node, from the store or computed from the nearest ancestor's."""
+        """The state of all rows at a node, from the cache or computed from the nearest ancestor's."""
         if node.parent is None:
             return LayerOutput(chunk.context.hidden)
         key = self._key(node, chunk)
         known = self._states.get(key)
-        if isinstance(known, LayerOutput) and (known.watched is not None or not node.reached_by_repair):
+        if isinstance(known, LayerOutput) and (known.watched is not None or not node.map_follows):
             return known
         before = self.state(node.parent, chunk)
-        if isinstance(node.step, Repair):
-            output = LayerOutput(self._repair(node, before))
+        if isinstance(node.step, ApplyMap):
+            output = LayerOutput(self._mapped(node, before))
         else:
             output = self._execute(node, chunk, before.hidden)
         self._states.put(key, output, branching=node.branching)
@@ -91,10 +122,10 @@ class Walker:
 
     def _watch(self, node: Node) -> Watch | None:
         step = node.step
-        if not node.reached_by_repair or not isinstance(step, Execute):
+        if not node.map_follows or not isinstance(step, Execute):
             return None
-        assert self.repairs is not None
-        return self.repairs.watch(self._decoder.layers[step.layer])
+        assert self.maps is not None
+        return self.maps.watch(self._decoder.layers[step.layer])
 
     def _count(self, chunk: Chunk, node: Node) -> None:
         samples = chunk.asked
@@ -114,9 +145,9 @@ class Walker:
         if known is not None or node.children:
             return self.state(node, chunk).hidden
         step = node.step
-        if isinstance(step, Repair):
+        if isinstance(step, ApplyMap):
             before = self._answer_output(node.parent, chunk)
-            return self._repair(node, before)
+            return self._mapped(node, before)
         return self._answer_output(node, chunk).hidden
 
     def _answer_output(self, node: Node, chunk: Chunk) -> LayerOutput:
@@ -128,12 +159,12 @@ class Walker:
             return self.state(node, chunk)
         before = self.state(node.parent, chunk)
         self._count(chunk, node)
-        layer, arguments = self._seen_by_text(node, chunk.context)
+        layer, arguments = self._text_arguments(node, chunk.context)
         return self._decoder.run_rows(
             layer, Action.FREEZE, chunk.answer_split, before.hidden, arguments, self._watch(node)
         )
 
-    def _seen_by_text(self, node: Node, context: Context) -> tuple[int, dict[str, Any]]:
+    def _text_arguments(self, node: Node, context: Context) -> tuple[int, dict[str, Any]]:
         """A node's layer, and its arguments for text tokens."""
         step = node.step
         assert isinstance(step, Execute)
@@ -142,30 +173,30 @@ class Walker:
             arguments = context.without_vision(arguments, self._decoder.mask_name)
         return step.layer, arguments
 
-    # Extensions -----------------------------------------------------------------------------------------------------
+    # Continuations --------------------------------------------------------------------------------------------------
 
-    def extended(self, node: Node, extension: Extension, before: Sequence[Keys]) -> tuple[Tensor, list[Keys]]:
-        """Final states ``[positions, hidden]`` of an extension, under the plan that ends at a node.
+    def continued(self, node: Node, continuation: Continuation, before: Sequence[Keys]) -> tuple[Tensor, list[Keys]]:
+        """Final states ``[positions, hidden]`` of an continuation, under the plan that ends at a node.
 
-        ``before`` is what the pass before gave as second result: keys and values of the words it has fed, layer by
+        ``before`` is what the pass before gave as second result: keys and values of the tokens it has fed, layer by
         layer. Like decoding on the plain path, it is not counted.
         """
         nodes = node.ancestry()[1:]
-        own = LayerOutput(extension.hidden)
+        own = LayerOutput(continuation.hidden)
         fed: list[Keys] = []
         for each in nodes:
-            if isinstance(each.step, Repair):
-                own = LayerOutput(self._repair(each, own))
+            if isinstance(each.step, ApplyMap):
+                own = LayerOutput(self._mapped(each, own))
                 continue
-            layer, arguments = self._seen_by_text(each, extension.context)
-            of_parts = [self._keys_at(each, chunk) for chunk, _ in extension.parts]
-            seen = extension.known(of_parts, before[len(fed)] if before else None)
-            own = self._decoder.run_new(layer, extension.new, own.hidden, arguments, seen, self._watch(each))
-            fed.append(extension.kept(seen))
-        return extension.answers_in(own.hidden), fed
+            layer, arguments = self._text_arguments(each, continuation.context)
+            of_chunks = [self._keys_at(each, chunk) for chunk, _ in continuation.sources]
+            seen = continuation.known(of_chunks, before[len(fed)] if before else None)
+            own = self._decoder.run_new(layer, continuation.new, own.hidden, arguments, seen, self._watch(each))
+            fed.append(continuation.kept(seen))
+        return continuation.answers_in(own.hidden), fed
 
     def _keys_at(self, node: Node, chunk: Chunk) -> Keys:
-        """What the attention of a node's layer sees of a chunk's tokens; kept for the plans that begin so."""
+        """Keys and values of a chunk's tokens at a node's layer, kept for the plans that begin alike."""
         assert node.parent is not None and isinstance(node.step, Execute)
         known = self._states.get(("keys", *self._key(node, chunk)))
         if known is None:
@@ -188,9 +219,9 @@ class Walker:
             self._states.drop(("keys", chunk, path))
             self._with_keys.discard((chunk, path))
 
-    # Repairs --------------------------------------------------------------------------------------------------------
+    # StateMaps --------------------------------------------------------------------------------------------------------
 
-    def _repair(self, node: Node, before: LayerOutput) -> Tensor:
+    def _mapped(self, node: Node, before: LayerOutput) -> Tensor:
         step = node.step
-        assert isinstance(step, Repair) and self.repairs is not None
-        return self.repairs.transform(step, before)
+        assert isinstance(step, ApplyMap) and self.maps is not None
+        return self.maps.transform(step, before)

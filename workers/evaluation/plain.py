@@ -1,4 +1,4 @@
-"""The plain evaluation path: apply the plan, generate greedily batch by batch, decode, score.
+"""Evaluate plans plainly: apply the plan, generate greedily batch by batch, decode, score.
 
 Where a task is to choose, what is fed batch by batch are the options, and the likeliest one is the answer.
 Nothing is shared between plans but the processed inputs; faster paths are held to this one's numbers.
@@ -46,9 +46,19 @@ class Answers:
     likelihoods: dict[str, tuple[Likelihood, ...]] = field(default_factory=dict)
     """Where the task is to choose: by sample its options', and ``texts`` holds the option that its metric takes."""
 
+    def joined(self, other: Answers) -> Answers:
+        """These answers and ``other``'s, which take precedence."""
+        return Answers(
+            self.texts | other.texts,
+            self.failed | other.failed,
+            self.tied | other.tied,
+            self.tokens | other.tokens,
+            self.likelihoods | other.likelihoods,
+        )
+
 
 class PlainEvaluator:
-    """Evaluates plans of one model on one task.
+    """Evaluate plans of one model on one task.
 
     What a plan scores on a sample does not depend on the other samples: where a tie was met, the sample is asked again
     alone. ``batch_size`` is halved for good when memory runs out. Processed inputs are kept between plans, up to
@@ -125,13 +135,7 @@ class PlainEvaluator:
         with torch.inference_mode(), apply(self.loaded.model, plan, maps):
             answers = self._answers(samples)
             alone = self._answers([sample for sample in samples if sample.id in answers.tied], alone=True)
-        return Answers(
-            answers.texts | alone.texts,
-            answers.failed | alone.failed,
-            answers.tied,
-            answers.tokens | alone.tokens,
-            answers.likelihoods | alone.likelihoods,
-        )
+        return answers.joined(alone)
 
     def answer_alone(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
         """Generate the model's answers under a plan, one sample (of a choice, one option) at a time."""
@@ -144,22 +148,13 @@ class PlainEvaluator:
         return _chosen(self.task.spec, samples, answers, alone=alone) if self.task.spec.is_choice else answers
 
     def _answer_chunks(self, chunks: Iterable[Sequence[Sample]]) -> Answers:
-        texts: dict[str, str] = {}
-        failed: dict[str, str] = {}
-        tied: set[str] = set()
-        tokens: dict[str, tuple[int, ...]] = {}
-        likelihoods: dict[str, tuple[Likelihood, ...]] = {}
+        answers = Answers({}, {})
         for chunk in chunks:
             batch = self._prepare(chunk)
-            failed.update(batch.failed)
+            answers = answers.joined(Answers({}, batch.failed))
             if batch.inputs is not None:
-                answers = self._generate(batch)
-                texts.update(answers.texts)
-                failed.update(answers.failed)
-                tied.update(answers.tied)
-                tokens.update(answers.tokens)
-                likelihoods.update(answers.likelihoods)
-        return Answers(texts, failed, frozenset(tied), tokens, likelihoods)
+                answers = answers.joined(self._generate(batch))
+        return answers
 
     def _chunks(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
         position = 0

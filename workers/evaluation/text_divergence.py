@@ -1,6 +1,6 @@
-"""What a plan does beside its task: accuracy on other tasks, and divergence from the dense model on general text.
+"""Measure a plan's divergence from the dense model on general text.
 
-A compensation is fitted to one task's samples; these figures say what it did to the rest of the model.
+A compensation is fitted to one task's samples; this says what it did to the rest of the model.
 """
 
 from __future__ import annotations

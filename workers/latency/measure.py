@@ -18,7 +18,7 @@ import numpy as np
 from workers.device import lock as device_lock
 from workers.device.memory import peak_bytes
 from workers.errors import MeasurementError
-from workers.messages import LatencyComparison, LatencyProfile, Workload
+from workers.messages import CompareLatency, LatencyComparison, LatencyProfile, Workload
 from workers.models.loading import LoadedModel
 from workers.runtime import apply
 from workers.runtime.descriptor import FamilyDescriptor, validate
@@ -27,7 +27,16 @@ from workers.runtime.folding import Maps
 from workers.runtime.plan import LETTERS, Action, PlanError, SkipPlan
 from workers.tasks import Task
 
-from .request import RequestTimer, RequestTimes, cache_bytes, device_name, prepare_request, run_request, time_request
+from .request import (
+    PreparedRequest,
+    RequestTimer,
+    RequestTimes,
+    cache_bytes,
+    device_name,
+    prepare_request,
+    run_request,
+    time_request,
+)
 
 DEFAULT_WORKLOAD = Workload()
 RUN = Action.RUN.letter
@@ -135,16 +144,7 @@ def predict_seconds(profile: LatencyProfile, plan: SkipPlan) -> float:
 
 
 def compare_latency(
-    loaded: LoadedModel,
-    task: Task,
-    plan: SkipPlan,
-    *,
-    workload: Workload = DEFAULT_WORKLOAD,
-    precision: float = 0.02,
-    confidence: float = 0.95,
-    max_seconds: float = 60.0,
-    seed: int = 0,
-    maps: Maps | None = None,
+    loaded: LoadedModel, task: Task, request: CompareLatency, maps: Maps | None = None
 ) -> LatencyComparison:
     """Time a plan (with ``maps`` in the weights before its gaps) against dense, in pairs whose order alternates.
 
@@ -156,48 +156,40 @@ def compare_latency(
         MeasurementError: other workers do not leave the device.
     """
     with device_lock.timing(loaded.device):
-        return _compare_alone(loaded, task, plan, maps, workload, precision, confidence, max_seconds, seed)
+        return _compare_alone(loaded, prepare_request(loaded, task, request.workload), request, maps)
 
 
 def _compare_alone(
-    loaded: LoadedModel,
-    task: Task,
-    plan: SkipPlan,
-    maps: Maps | None,
-    workload: Workload,
-    precision: float,
-    confidence: float,
-    max_seconds: float,
-    seed: int,
+    loaded: LoadedModel, timed: PreparedRequest, request: CompareLatency, maps: Maps | None
 ) -> LatencyComparison:
-    request = prepare_request(loaded, task, workload)
+    plan = SkipPlan.parse(request.plan)
     dense = SkipPlan.dense(len(plan))
     caches, peaks = [], []
     for candidate, folded in ((dense, None), (plan, maps)):
         with apply(loaded.model, candidate, folded):
             for _ in range(WARM_UP_REQUESTS):
-                time_request(loaded, request)
-            caches.append(cache_bytes(run_request(loaded, request).cache))
-            peaks.append(peak_bytes(lambda: run_request(loaded, request), loaded.device))
+                time_request(loaded, timed)
+            caches.append(cache_bytes(run_request(loaded, timed).cache))
+            peaks.append(peak_bytes(lambda: run_request(loaded, timed), loaded.device))
     dense_times: list[float] = []
     plan_times: list[float] = []
-    generator = np.random.default_rng(seed)
-    deadline = time.perf_counter() + max_seconds
+    generator = np.random.default_rng(request.seed)
+    deadline = time.perf_counter() + request.max_seconds
     while True:
         for takes_dense in (True, False) if len(dense_times) % 2 == 0 else (False, True):
             with apply(loaded.model, dense if takes_dense else plan, None if takes_dense else maps):
-                (dense_times if takes_dense else plan_times).append(time_request(loaded, request))
+                (dense_times if takes_dense else plan_times).append(time_request(loaded, timed))
         pairs, late = len(dense_times), time.perf_counter() > deadline
         if pairs < (LATE_PAIRS if late else PAIRS_PER_LOOK) or (pairs % PAIRS_PER_LOOK and not late):
             continue
         ratios = [first / second for first, second in zip(dense_times, plan_times, strict=True)]
-        low, high = median_interval(ratios, confidence, generator)
-        if late or high - low <= precision * statistics.median(ratios):
+        low, high = median_interval(ratios, request.confidence, generator)
+        if late or high - low <= request.precision * statistics.median(ratios):
             break
     return LatencyComparison(
         plan=plan.text,
         device=device_name(loaded.device),
-        workload=workload,
+        workload=request.workload,
         dense_latency_seconds=statistics.median(dense_times),
         latency_seconds=statistics.median(plan_times),
         speedup=statistics.median(ratios),

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from workers.errors import MeasurementError
+from workers.layerwise.hooks import Hooks
 from workers.messages import Workload
 from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
@@ -145,19 +147,18 @@ class RequestTimer:
     @contextmanager
     def watching(cls, loaded: LoadedModel, stack_path: str) -> Iterator[RequestTimer]:
         """Watch the model and every decoder layer that stands in the stack now."""
-        timer, handles = cls(loaded.device), []
-        for module in (loaded.model, *loaded.model.get_submodule(stack_path).children()):
-            marks: list[Any] = []
-            timer.marks.append(marks)
-            handles += [
-                module.register_forward_pre_hook(lambda *_, marks=marks: marks.append(timer.now())),
-                module.register_forward_hook(lambda *_, marks=marks: marks.append(timer.now())),
-            ]
-        try:
+        timer = cls(loaded.device)
+
+        def mark(marks: list[Any], *_: object) -> None:
+            marks.append(timer.now())
+
+        with Hooks() as hooks:
+            for module in (loaded.model, *loaded.model.get_submodule(stack_path).children()):
+                marks: list[Any] = []
+                timer.marks.append(marks)
+                hooks.before(module, partial(mark, marks))
+                hooks.after(module, partial(mark, marks))
             yield timer
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def now(self) -> Any:
         """Return the present moment."""

@@ -1,4 +1,4 @@
-"""A model's decoder as something to be called one layer at a time.
+"""Call a model's decoder one layer at a time.
 
 Nothing about a family is rebuilt here. The model's own forward is run with recorders in place of its layers: what it
 would have handed to each of them (masks, rotary embeddings, whatever else) is what they are handed later. In the same
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from workers.errors import WorkersError
 from workers.runtime.descriptor import FamilyDescriptor
@@ -26,6 +25,8 @@ from workers.runtime.text_cache import MergingCache
 from workers.runtime.token_layers import TokenLayer, query_scale, shares_keys
 from workers.runtime.token_rows import TokenRows, TokenSplit
 from workers.runtime.vision_tokens import VisionTokens
+
+from .hooks import Hooks, hidden_of
 
 OWNER_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "inputs_embeds", "use_cache", "cache_position", *CACHE_ARGUMENTS}
@@ -42,12 +43,12 @@ class NotExactError(WorkersError):
 
 @dataclass(frozen=True)
 class Recording:
-    """What a model hands to its decoder and to each of its layers in one call, hidden states left out."""
+    """Arguments of a model's decoder and of each of its layers in one call, hidden states left out."""
 
     owner: dict[str, Any]
     """Named arguments of the decoder; ``inputs_embeds`` is ``[batch, tokens, hidden]``."""
     hidden: Tensor
-    """What the first layer is given, ``[batch, tokens, hidden]``."""
+    """The first layer's input, ``[batch, tokens, hidden]``."""
     layers: tuple[dict[str, Any], ...]
 
 
@@ -63,7 +64,6 @@ class LayerOutput:
 
     @property
     def nbytes(self) -> int:
-        """Memory."""
         return self.hidden.nbytes + (0 if self.watched is None else self.watched.nbytes)
 
 
@@ -74,11 +74,12 @@ class Watch:
     module: nn.Module
     inputs: bool = False
 
-    def into(self, found: list[Tensor]) -> RemovableHandle:
-        """Collect it from now on."""
+    def into(self, found: list[Tensor], hooks: Hooks) -> None:
+        """Collect what is watched in ``found`` while the hooks are registered."""
         if self.inputs:
-            return self.module.register_forward_pre_hook(lambda module, args: found.append(args[0]))
-        return self.module.register_forward_hook(lambda module, args, output: found.append(_tensor_of(output)))
+            hooks.before(self.module, lambda args, kwargs: found.append(args[0]))
+        else:
+            hooks.after(self.module, lambda output: found.append(hidden_of(output)))
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,6 @@ class Keys:
 
     @property
     def nbytes(self) -> int:
-        """Memory."""
         return self.keys.nbytes + self.values.nbytes
 
 
@@ -130,11 +130,6 @@ class Decoder:
         """Number of decoder layers."""
         return len(self.layers)
 
-    @property
-    def eager(self) -> bool:
-        """Whether attention adds its mask to the scores itself (else it takes a bool mask)."""
-        return bool(self.stack.text_config._attn_implementation == "eager")
-
     def _require_plain_layers(self) -> None:
         stack = self.stack
         for number, refused in enumerate(self.descriptor.refusals):
@@ -152,14 +147,14 @@ class Decoder:
             raise NotExactError(f"{implementation} attention takes no masks")
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings ``[..., hidden]`` of words."""
+        """Embeddings ``[..., hidden]`` of token ids."""
         embeddings: Tensor = self.model.get_input_embeddings()(ids)
         return embeddings
 
     # Recording ------------------------------------------------------------------------------------------------------
 
     def record(self, call: Callable[[], Any], *, run: bool = False) -> Recording:
-        """What a call of the model (or its decoder) hands to the layers; they run only if told to, or the first time.
+        """Record the layers' arguments in a call of the model or its decoder; they run if ``run``, or if none has yet.
 
         Raises:
             NotExactError: the decoder is given something that packed prompts could not supply.
@@ -185,24 +180,16 @@ class Decoder:
             return record
 
         owner: list[dict[str, Any]] = []
-        with self._owner_inputs(owner), self._in_place_of_layers([recorder(layer) for layer in self.layers]):
+        named = tuple(forward_parameters(self.stack.owner))
+        with Hooks() as hooks, self._in_place_of_layers([recorder(layer) for layer in self.layers]):
+            hooks.before(
+                self.stack.owner,
+                lambda args, kwargs: owner.append({**dict(zip(named, args, strict=False)), **kwargs}),
+            )
             call()
         if len(arguments) != len(self.layers) or len(owner) != 1:
             raise NotExactError(f"one call of the model calls {len(arguments)} layers, not {len(self.layers)}")
         return Recording(owner[0], first[0], tuple(arguments))
-
-    @contextmanager
-    def _owner_inputs(self, seen: list[dict[str, Any]]) -> Iterator[None]:
-        names = tuple(forward_parameters(self.stack.owner))
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append({**dict(zip(names, args, strict=False)), **kwargs})
-
-        handle = self.stack.owner.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def _in_place_of_layers(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
@@ -215,14 +202,14 @@ class Decoder:
             edits.undo()
 
     def dry_run(self, embeddings: Tensor, position_ids: Tensor) -> Recording:
-        """What the decoder would hand to its layers for packed ``embeddings``, ``[batch, tokens, hidden]``."""
+        """Record the layers' arguments for packed ``embeddings``, ``[batch, tokens, hidden]``; no layer runs."""
         owner = self.stack.owner
         return self.record(lambda: owner(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False))
 
     # Running --------------------------------------------------------------------------------------------------------
 
     def run(self, layer: int, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None = None) -> LayerOutput:
-        """One layer over all rows of ``hidden``, ``[batch, tokens, hidden]``."""
+        """Run one layer over all rows of ``hidden``, ``[batch, tokens, hidden]``."""
         return self._watched(lambda: self.layers[layer](hidden, **arguments), watch, None, hidden)
 
     def run_rows(
@@ -234,7 +221,7 @@ class Decoder:
         arguments: dict[str, Any],
         watch: Watch | None = None,
     ) -> LayerOutput:
-        """One layer over the rows ``split.text``; the others keep their state.
+        """Run one layer over the rows ``split.text``; the others keep their state.
 
         With ``FREEZE`` the other rows give keys and values, with ``BYPASS`` they are not seen.
         """
@@ -247,7 +234,7 @@ class Decoder:
     def run_with_keys(
         self, layer: int, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None = None
     ) -> tuple[LayerOutput, Keys]:
-        """As :meth:`run`, and what attention saw: ``[batch, heads, tokens, size]`` each."""
+        """As :meth:`run`, and the layer's keys and values, ``[batch, heads, tokens, size]`` each."""
         seen: list[Keys] = []
 
         def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +245,7 @@ class Decoder:
         return output, seen[-1]
 
     def keys(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Keys:
-        """What a layer's attention sees of all rows of ``hidden``: ``[batch, heads, tokens, size]`` each."""
+        """Keys and values of a layer for all rows of ``hidden``, ``[batch, heads, tokens, size]`` each."""
         captured = self._gathering[layer][Action.FREEZE].capture(hidden, arguments)
         return Keys(captured.keys, captured.values)
 
@@ -275,7 +262,7 @@ class Decoder:
         seen: Keys,
         watch: Watch | None = None,
     ) -> LayerOutput:
-        """One layer over ``hidden``, ``[batch, new tokens, hidden]``, which stand at ``rows`` of longer sequences.
+        """Run one layer over ``hidden``, ``[batch, new tokens, hidden]``, which stand at ``rows`` of longer sequences.
 
         ``seen`` is what attention sees of these, ``[batch x tokens, heads, size]`` each: the new tokens' keys and
         values are filled in.
@@ -297,13 +284,11 @@ class Decoder:
         self, call: Callable[[], Any], watch: Watch | None, split: TokenSplit | None, hidden: Tensor
     ) -> LayerOutput:
         if watch is None:
-            return LayerOutput(_tensor_of(call()))
+            return LayerOutput(hidden_of(call()))
         found: list[Tensor] = []
-        handle = watch.into(found)
-        try:
-            output = _tensor_of(call())
-        finally:
-            handle.remove()
+        with Hooks() as hooks:
+            watch.into(found, hooks)
+            output = hidden_of(call())
         width = found[-1].shape[-1]
         rows = found[-1].reshape(*hidden.shape[:-2], -1, width)
         if split is not None:
@@ -326,13 +311,8 @@ def _by_itself(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
-def _tensor_of(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
 class _GivenSplit(VisionTokens):
-    """Tells frozen and bypassed layers the split that was set last."""
+    """Give frozen and bypassed layers the split that was set last."""
 
     def __init__(self) -> None:
         super().__init__(())
@@ -341,5 +321,4 @@ class _GivenSplit(VisionTokens):
     def split_for(
         self, hidden_states: Tensor, past: Callable[[], int], *, last_tokens: bool = False
     ) -> TokenSplit | None:
-        """The split that was set."""
         return self.current

@@ -18,38 +18,31 @@ class Execute:
 
 
 @dataclass(frozen=True)
-class Repair:
-    """The state behind the kept layer ``after`` is transformed, at the end of the run of skips behind it, if any.
+class ApplyMap:
+    """The state behind the kept layer ``after`` is mapped, at the end of the run of skips behind it, if any.
 
-    ``prefix`` is the plan's text up to the end of that run (``"RRFSS"``): it names what was executed and repaired
-    before, so it identifies the transformation among all plans. ``last`` tells that no executed layer follows.
+    ``prefix`` is the plan's text up to the end of that run (``"RRFSS"``): it names what was executed and mapped
+    before, so it identifies the map among those of all plans.
     """
 
     after: int
     prefix: str
-    last: bool
-
-    @property
-    def skipped(self) -> range:
-        """The skipped layers."""
-        return range(self.after + 1, len(self.prefix))
 
 
-Step = Execute | Repair
+Step = Execute | ApplyMap
 
 
-def steps_of(plan: SkipPlan, *, repairs: bool = False, drift: bool = False) -> tuple[Step, ...]:
-    """What a plan does to the hidden states, in order. Skips do nothing, unless their runs are repaired.
+def steps_of(plan: SkipPlan, *, maps: bool = False, drift: bool = False) -> tuple[Step, ...]:
+    """List the steps of a plan, in order. Skips do nothing, unless ``maps`` compensate for their runs.
 
-    With ``drift`` the states behind all kept layers above the first repaired one are repaired too.
+    With ``drift`` the states behind all kept layers above the first mapped one are mapped too.
     """
     steps: list[Step] = []
-    ends = {gap.layer: gap.end + 1 for gap in gaps(plan, drift=drift)} if repairs else {}
+    ends = {gap.layer: gap.end + 1 for gap in gaps(plan, drift=drift)} if maps else {}
     for layer in plan.kept:
         steps.append(Execute(layer, plan[layer]))
         if layer in ends:
-            end = ends[layer]
-            steps.append(Repair(layer, plan.text[:end], last=end == len(plan)))
+            steps.append(ApplyMap(layer, plan.text[: ends[layer]]))
     return tuple(steps)
 
 
@@ -69,9 +62,9 @@ class Node:
         return self.path[-1]
 
     @property
-    def reached_by_repair(self) -> bool:
-        """Whether some plan repairs the state of this node, which then needs the MLP's part apart."""
-        return any(isinstance(step, Repair) for step in self.children)
+    def map_follows(self) -> bool:
+        """Whether some plan maps the state of this node, which then needs what the map acts on."""
+        return any(isinstance(step, ApplyMap) for step in self.children)
 
     @property
     def branching(self) -> bool:
@@ -94,19 +87,14 @@ class Node:
         return nodes[::-1]
 
 
-def build_trie(plans: Iterable[SkipPlan], *, repairs: bool = False, drift: bool = False) -> Node:
-    """The root of the trie of ``plans``; equal plans are one. What ``repairs`` and ``drift`` say: :func:`steps_of`."""
+def build_trie(plans: Iterable[SkipPlan], *, maps: bool = False, drift: bool = False) -> Node:
+    """The root of the trie of ``plans``; equal plans are one. For ``maps`` and ``drift`` see :func:`steps_of`."""
     root = Node(())
     for plan in sorted(set(plans)):
         node = root
-        for step in steps_of(plan, repairs=repairs, drift=drift):
+        for step in steps_of(plan, maps=maps, drift=drift):
             if step not in node.children:
                 node.children[step] = Node((*node.path, step), node)
             node = node.children[step]
         node.plans.append(plan.text)
     return root
-
-
-def executions(root: Node) -> int:
-    """Layer executions that the trie takes for each sample: its edges, repairs apart."""
-    return sum(isinstance(node.step, Execute) for node in root.walk() if node.path)

@@ -1,1 +1,1 @@
-"""What is measured about every decoder layer on the calibration split, and the table that criteria read."""
+"""Redundancy of decoder layers, measured on the calibration split."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workers.layerwise.hooks import Hooks
 from workers.messages import KindSums
 from workers.runtime.edits import Edits
 from workers.runtime.locate import DecoderStack
@@ -32,14 +34,12 @@ class VisionAttention:
         edits = Edits()
         for config in stack.configs:
             edits.set_instance_attribute(config, "_attn_implementation_internal", "eager")
-        for number, layer in enumerate(stack.layers):
-            for module in _attention_modules(layer):
-                handle = module.register_forward_hook(
-                    lambda module, args, output, number=number: self._add(number, output, batch)
-                )
-                edits.on_undo(handle.remove)
         try:
-            yield
+            with Hooks() as hooks:
+                for number, layer in enumerate(stack.layers):
+                    for module in _attention_modules(layer):
+                        hooks.after(module, partial(self._add, number, batch=batch))
+                yield
         finally:
             edits.undo()
 

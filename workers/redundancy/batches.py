@@ -1,4 +1,4 @@
-"""Batches of calibration samples that fit into memory with all that a scoring pass keeps of them."""
+"""Batches of calibration samples that fit into memory with all that a measuring pass keeps of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dense pass is turned into, layer by layer: running sums of every kind measured on hidden states."""
+"""Collect running sums of every kind that is measured on the dense pass's hidden states."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StatesCollector(Protocol):
         ...
 
     def sums(self) -> KindSums:
-        """What was summed up so far."""
+        """The sums so far."""
         ...
 
 
@@ -59,7 +59,6 @@ class Distances:
         self._histogram = np.zeros((len(GROUPS), layers, len(HISTOGRAM_EDGES) - 1), dtype=np.int64)
 
     def begin(self, batch: Batch) -> None:
-        """Stack the groups' masks."""
         self._masks = torch.stack([batch.groups[group] for group in GROUPS])  # [groups, batch, tokens]
         device = self._masks.device
         self._counts = array(self._masks.sum(-1))
@@ -67,7 +66,6 @@ class Distances:
         self._edges = torch.tensor(HISTOGRAM_EDGES[1:-1], dtype=torch.float32, device=device)
 
     def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Add a layer's distances."""
         distance = cosine_distance(before, after).clamp(0.0, 2.0)
         update = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-12)
         values = torch.cat([distance[None], update[None], (distance > self._thresholds).float()]).double()
@@ -79,10 +77,9 @@ class Distances:
             self._histogram[group, layer] += counts.cpu().numpy()
 
     def end(self, logits: Tensor) -> None:
-        """Nothing to do."""
+        pass
 
     def sums(self) -> KindSums:
-        """The sums."""
         return KindSums({"distances": self._sums, "histogram": self._histogram})
 
 
@@ -113,7 +110,6 @@ class Similarity:
             self._chosen.append(places if enough else None)
 
     def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Add a layer's estimates."""
         flat = before.flatten(0, 1), after.flatten(0, 1)
         for group, places in enumerate(self._chosen):
             if places is None:
@@ -124,10 +120,9 @@ class Similarity:
             self._products[group, layer] += np.outer(found, found)
 
     def end(self, logits: Tensor) -> None:
-        """Nothing to do."""
+        pass
 
     def sums(self) -> KindSums:
-        """The sums."""
         return KindSums(
             {"hsic": self._hsic, "products": self._products, "batches": self._batches, "tokens": self._tokens}
         )
@@ -152,12 +147,10 @@ class _LastStates:
     """Keeps one batch's states of the last prompt token at every depth: the embeddings, then after each layer."""
 
     def begin(self, batch: Batch) -> None:
-        """A batch starts."""
         self.batch = batch
         self._depths: list[Tensor] = []
 
     def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Take the last token."""
         if layer == 0:
             self._depths.append(before[:, -1].clone())
         self._depths.append(after[:, -1].clone())
@@ -184,7 +177,6 @@ class Angles(_LastStates):
                 self._sums[:, length - 1, start] += sample_sums(totals, np.ones(len(totals)))
 
     def sums(self) -> KindSums:
-        """The sums."""
         return KindSums({"angles": self._sums})
 
 

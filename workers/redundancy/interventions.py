@@ -1,4 +1,4 @@
-"""What a layer's change does to the answer: causal contribution, propagation gain, withdrawal of the vision tokens."""
+"""Measure what changing a layer does to the answer: causal contribution, propagation gain, vision withdrawal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workers.layerwise.hooks import hidden_of
 from workers.messages import KindSums
 from workers.models.loading import LoadedModel
 from workers.runtime.descriptor import FamilyDescriptor, validate
@@ -15,12 +16,12 @@ from workers.runtime.plan import Action, PlanError, SkipPlan
 from .batches import Batch
 from .collectors import array, cosine_distance
 from .kinds import GROUPS, INTERVENTIONS
-from .replay import Recording, replay, state_of
+from .replay import Recording, replay
 from .sums import ratio_sums, sample_sums
 
 
 class Interventions:
-    """Replays changed plans against one batch's dense pass and adds up what they did to the answer."""
+    """Replay changed plans against one batch's dense pass and adds up what they did to the answer."""
 
     def __init__(self, loaded: LoadedModel, stack: DecoderStack, descriptor: FamilyDescriptor, kinds: set[str]) -> None:
         self._loaded, self._stack, self._descriptor, self._kinds = loaded, stack, descriptor, kinds
@@ -65,7 +66,7 @@ class Interventions:
         if "causal" in self._kinds:
             self._add_kl(self._kl, (INTERVENTIONS.index(Action.SKIP), layer), made, logits)
         if "propagation" in self._kinds:
-            self._add_gain(batch, layer, change, state_of(made.outputs[-1]), final)
+            self._add_gain(batch, layer, change, hidden_of(made.outputs[-1]), final)
 
     def _add_gain(self, batch: Batch, layer: int, change: Tensor, dense: Tensor, final: Tensor) -> None:
         masks = torch.stack([batch.groups[group] for group in GROUPS]).double()  # [groups, batch, tokens]
@@ -114,7 +115,6 @@ class Interventions:
         sums[(slice(None), *place)] += sample_sums(divergence, np.ones(len(divergence)))
 
     def sums(self) -> dict[str, KindSums]:
-        """The sums of every kind asked for."""
         found = {
             "propagation": {"gain": self._gain},
             "causal": {"kl": self._kl},

@@ -152,9 +152,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def finish(scores: RedundancySums) -> LayerTable:
+def finish(merged: RedundancySums) -> LayerTable:
     """Turn merged sums into the table. Raises MeasurementError when no sample was measured."""
-    if scores.samples == 0:
+    if merged.samples == 0:
         raise MeasurementError("no sample of the calibration split could be measured: none of its images can be opened")
-    rows = [row for kind, sums in scores.kinds.items() for row in KINDS[kind].finish(sums, scores.num_layers)]
-    return LayerTable(scores.num_layers, tuple(rows))
+    rows = [row for kind, sums in merged.kinds.items() for row in KINDS[kind].finish(sums, merged.num_layers)]
+    return LayerTable(merged.num_layers, tuple(rows))

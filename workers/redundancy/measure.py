@@ -1,9 +1,10 @@
-"""Scoring a shard of the calibration split: the passes, in order, batch by batch."""
+"""Measure a shard of the calibration split: the passes, in order, batch by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.errors import MeasurementError
+from workers.layerwise.hooks import Hooks, hidden_of
 from workers.messages import DEFAULT_BATCH_SIZE, KindSums, RedundancySums
 from workers.models.loading import LoadedModel
 from workers.runtime.families import describe
@@ -22,7 +24,7 @@ from .batches import Batch, batches
 from .collectors import COLLECTORS, StatesCollector
 from .interventions import Interventions
 from .kinds import KINDS
-from .replay import Recording, prefill, prefixes_can_be_shared, recording, state_of
+from .replay import Recording, prefill, prefixes_can_be_shared, recording
 
 _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why a model's prefixes cannot be shared (empty: they can), found out once for each model that a process holds."""
@@ -51,16 +53,16 @@ def measure_redundancy(
     unknown = sorted(set(kinds) - KINDS.keys())
     if unknown:
         raise MeasurementError(f"no such kind of measurement: {', '.join(unknown)}; known are {', '.join(KINDS)}")
-    scoring = _Scoring(loaded, kinds, shards)
+    measurement = _Measurement(loaded, kinds, shards)
     samples = task.calibration[:n_samples][shard::shards]
-    ids = scoring.descriptor.vision_token_ids
+    ids = measurement.descriptor.vision_token_ids
     with torch.inference_mode():
-        for batch in batches(loaded, task, samples, scoring.stack, ids, batch_size):
-            scoring.add(batch)
-    return scoring.scores()
+        for batch in batches(loaded, task, samples, measurement.stack, ids, batch_size):
+            measurement.add(batch)
+    return measurement.sums()
 
 
-class _Scoring:
+class _Measurement:
     """The passes over one shard and what they add up to."""
 
     def __init__(self, loaded: LoadedModel, kinds: tuple[str, ...], shards: int) -> None:
@@ -79,7 +81,7 @@ class _Scoring:
         self.interventions = Interventions(loaded, self.stack, self.descriptor, set(wanted)) if wanted else None
 
     def add(self, batch: Batch) -> None:
-        """All passes over one batch."""
+        """Run all passes over one batch."""
         self.samples += batch.size
         if self.collectors or self.interventions is not None:
             made, changes = self._dense_pass(batch)
@@ -121,25 +123,17 @@ class _Scoring:
             held[layer] = state.to(torch.float32, copy=True)  # a layer may write into its input
 
         def after(layer: int, output: Any) -> None:
-            first, second = held.pop(layer), state_of(output).float()
+            first, second = held.pop(layer), hidden_of(output).float()
             if changes is not None:
-                changes.append((second - first).to(state_of(output).dtype))
+                changes.append((second - first).to(hidden_of(output).dtype))
             for collector in self.collectors.values():
                 collector.layer(layer, first, second)
 
-        handles = []
-        for number, module in enumerate(self.stack.layers):
-            handles += [
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, layer=number: before(layer, args, kwargs), with_kwargs=True
-                ),
-                module.register_forward_hook(lambda _, __, output, layer=number: after(layer, output)),
-            ]
-        try:
+        with Hooks() as hooks:
+            for number, layer in enumerate(self.stack.layers):
+                hooks.before(layer, partial(before, number))
+                hooks.after(layer, partial(after, number))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _intervene(self, batch: Batch, made: Recording, changes: list[Tensor]) -> None:
         assert self.interventions is not None
@@ -153,8 +147,7 @@ class _Scoring:
             self.notes = [f"prefixes are not shared between interventions: {reason}"]
         self.interventions.add(batch, made, changes)
 
-    def scores(self) -> RedundancySums:
-        """Everything added up."""
+    def sums(self) -> RedundancySums:
         found: dict[str, KindSums] = {kind: collector.sums() for kind, collector in self.collectors.items()}
         executions = dict(self.executions)
         if self.attention is not None:

@@ -1,4 +1,4 @@
-"""Running a plan from some layer on, the layers before it taken from the dense pass: prefixes are computed once.
+"""Run a plan from some layer on, the layers before it taken from the dense pass: prefixes are computed once.
 
 A replay is one call of the whole model in which everything before the first changed layer gives back what it gave in
 the dense pass: the vision tower and its projector, and each earlier decoder layer. The model's own code makes masks and
@@ -8,15 +8,17 @@ positions, hands features to later layers and reads the answer, so nothing of a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workers.errors import MeasurementError
+from workers.layerwise.hooks import Hooks, hidden_of, with_hidden
 from workers.models.loading import LoadedModel
 from workers.runtime import apply
 from workers.runtime.edits import Edits
@@ -29,7 +31,7 @@ from .batches import Batch
 
 @dataclass
 class Recording:
-    """What one batch's dense pass gave: every layer's output, and the outputs of what ran before the decoder."""
+    """Outputs of one batch's dense pass: of every layer, and of the modules that ran before the decoder."""
 
     outputs: list[Any] = field(default_factory=list)
     front: dict[nn.Module, list[Any]] = field(default_factory=dict)
@@ -57,39 +59,25 @@ def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
     return logits
 
 
-def state_of(output: Any) -> Tensor:
-    """The hidden state ``[batch, tokens, hidden]`` in a decoder layer's output."""
-    state: Tensor = output[0] if isinstance(output, tuple) else output
-    return state
-
-
 @contextmanager
 def recording(stack: DecoderStack) -> Iterator[Recording]:
     """Record a dense pass: copies of every decoder layer's output, and what ran before the decoder."""
     made = Recording(outputs=[None] * len(stack.layers))
-    before_decoder = [True]
-    with ExitStack() as handles:
+    reached_decoder: list[bool] = []
 
-        def hook(module: nn.Module, action: Callable[..., None]) -> None:
-            handles.callback(module.register_forward_hook(action).remove)
+    def keep_front(module: nn.Module, output: Any) -> None:
+        if not reached_decoder:
+            made.front.setdefault(module, []).append(_copied(output))
 
-        def enter(module: nn.Module, args: Any) -> None:
-            before_decoder[0] = False
+    def keep_layer(number: int, output: Any) -> None:
+        made.outputs[number] = with_hidden(output, hidden_of(output).clone())
 
-        handles.callback(stack.owner.register_forward_pre_hook(enter).remove)
+    with Hooks() as hooks:
+        hooks.before(stack.owner, lambda args, kwargs: reached_decoder.append(True))
         for module in _front_modules(stack):
-
-            def note(module: nn.Module, args: Any, output: Any) -> None:
-                if before_decoder[0]:
-                    made.front.setdefault(module, []).append(_copied(output))
-
-            hook(module, note)
+            hooks.after(module, partial(keep_front, module))
         for number, layer in enumerate(stack.layers):
-
-            def keep(module: nn.Module, args: Any, output: Any, number: int = number) -> None:
-                made.outputs[number] = _with_state(output, state_of(output).clone())
-
-            hook(layer, keep)
+            hooks.after(layer, partial(keep_layer, number))
         yield made
 
 
@@ -100,14 +88,13 @@ def replay(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Bat
     """
     edits = Edits()
     final: list[Tensor] = []
-    with apply(loaded.model, plan):
+    with apply(loaded.model, plan), Hooks() as hooks:
         try:
             for module, outputs in made.front.items():
                 edits.set_instance_attribute(module, "forward", _Played(outputs))
             for layer, output in zip(list(stack.layers)[:first], made.outputs, strict=False):
                 edits.set_instance_attribute(layer, "forward", _Stub(output))
-            handle = stack.layers[-1].register_forward_hook(lambda module, args, output: final.append(state_of(output)))
-            edits.on_undo(handle.remove)
+            hooks.after(stack.layers[-1], lambda output: final.append(hidden_of(output)))
             logits = prefill(loaded, batch)
         finally:
             edits.undo()
@@ -160,11 +147,7 @@ class _Stub:
         self._output = output
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _with_state(self._output, state_of(self._output).clone())
-
-
-def _with_state(output: Any, state: Tensor) -> Any:
-    return (state, *output[1:]) if isinstance(output, tuple) else state
+        return with_hidden(self._output, hidden_of(self._output).clone())
 
 
 def _copied(output: Any) -> Any:

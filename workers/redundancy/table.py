@@ -38,11 +38,6 @@ class LayerTable:
             index.setdefault((row.name, row.token_group), {})[row.layer] = row
         return index
 
-    @property
-    def columns(self) -> tuple[tuple[str, str], ...]:
-        """The (name, group) pairs there are, in order of first appearance."""
-        return tuple(self._index)
-
     def has(self, name: str, group: str) -> bool:
         """Whether any layer has this measurement."""
         return (name, group) in self._index

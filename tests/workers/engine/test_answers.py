@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from workers.engine.answers import Choices, Scorer, judge
+from workers.engine.answers import AnswerScorer, GreedyTokens, grade_answer
 from workers.engine.divergence import DenseAnswers
-from workers.engine.draft import Guess
+from workers.engine.draft import Draft
 from workers.tasks import Sample, load_spec
 from workers.tasks.images import SceneImage
 from workers.tasks.metrics import METRICS
@@ -20,11 +20,11 @@ ENDS = frozenset((END,))
 SAMPLE = Sample("one", SceneImage(0, 0), "key", "which colour?", ("red",))
 
 
-def scorer() -> Scorer:
+def scorer() -> AnswerScorer:
     def decode(tokens: Sequence[int]) -> str:
         return "".join(WORDS[token] for token in tokens if token != END)
 
-    return Scorer(load_spec("easy-vqa"), decode, METRICS)
+    return AnswerScorer(load_spec("easy-vqa"), decode, METRICS)
 
 
 def logits(*best: int, ties: dict[int, int] | None = None) -> torch.Tensor:
@@ -53,22 +53,22 @@ def logits(*best: int, ties: dict[int, int] | None = None) -> torch.Tensor:
     ],
 )
 def test_what_is_certain(best: tuple[int, ...], ties: dict[int, int], expected: tuple[float, ...] | None) -> None:
-    guess = Guess((RED,), limit=4)
-    verdict = judge(Choices.of(logits(*best, ties=ties), torch.bfloat16), (0, 2), guess, ENDS)
-    assert scorer().settled(SAMPLE, verdict, guess.limit, ENDS) == expected
+    draft = Draft((RED,), limit=4)
+    greedy = grade_answer(GreedyTokens.of(logits(*best, ties=ties), torch.bfloat16), (0, 2), draft, ENDS)
+    assert scorer().settled(SAMPLE, greedy, draft.limit, ENDS) == expected
 
 
 def test_the_length_limit_ends_an_answer() -> None:
-    guess = Guess((RED,), limit=1)
-    assert guess.fed == ()
-    verdict = judge(Choices.of(logits(RED), torch.float32), (0, 1), guess, ENDS)
-    assert verdict.ended and scorer().settled(SAMPLE, verdict, 1, ENDS) == (1.0,)
+    draft = Draft((RED,), limit=1)
+    assert draft.fed == ()
+    greedy = grade_answer(GreedyTokens.of(logits(RED), torch.float32), (0, 1), draft, ENDS)
+    assert greedy.ended and scorer().settled(SAMPLE, greedy, 1, ENDS) == (1.0,)
 
 
 def test_nan_is_no_answer() -> None:
     rows = logits(RED, END)
     rows[1, 3] = float("nan")
-    assert judge(Choices.of(rows, torch.float32), (0, 2), Guess((RED,), 4), ENDS).not_a_number
+    assert grade_answer(GreedyTokens.of(rows, torch.float32), (0, 2), Draft((RED,), 4), ENDS).not_a_number
 
 
 def test_divergence_with_the_rest_as_one_outcome() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from choice_tasks import WORDS, as_choices, log_likelihood_by_hand
-from test_fast_evaluation import evaluations, random_plans
+from test_fast_evaluation import edges, evaluations, random_plans
 
 from workers.engine.dispatch import EvaluationDispatch
 from workers.engine.fast import FastEvaluator
 from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.decoder import NotExactError
-from workers.layerwise.trie import build_trie, executions
+from workers.layerwise.trie import build_trie
 from workers.messages import EvaluatePlans, ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.models.multiple_choice import option_tokens
@@ -64,7 +64,7 @@ def test_a_layer_execution_is_a_sample_not_an_option(fast: FastEvaluator) -> Non
     fast.states.clear()
     results = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 24)))
     spent = sum(each.layer_executions for each in results)
-    assert spent == 24 * executions(build_trie(SkipPlan.parse(plan) for plan in plans))
+    assert spent == 24 * edges(build_trie(SkipPlan.parse(plan) for plan in plans))
 
 
 def test_divergence_is_the_mean_over_the_options_positions(

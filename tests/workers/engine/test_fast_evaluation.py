@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from workers.engine.continuation import Extension
+from workers.engine.continuation import Continuation
 from workers.engine.dispatch import EvaluationDispatch
 from workers.engine.fast import FastEvaluator
 from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.decoder import Keys, NotExactError
-from workers.layerwise.trie import Node, build_trie, executions
+from workers.layerwise.trie import Execute, Node, build_trie
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime.plan import SkipPlan
@@ -94,26 +94,31 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
     assert len({score for each in found for score in each.scores}) > 2
 
 
-def test_every_word_of_an_open_answer_is_computed_once(
+def test_every_token_of_an_open_answer_is_computed_once(
     tiny: LoadedModel, answered: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = answered.spec.changed(metric="token_f1", answer=answered.spec.answer.changed(max_new_tokens=5))
     fast = FastEvaluator(PlainEvaluator(tiny, replace(answered, spec=spec)), chunk_tokens=700)
     fast.check("search")
-    monkeypatch.setattr("workers.engine.draft.FREE_TOKENS", 0)  # no word is tried out
+    monkeypatch.setattr("workers.engine.draft.FREE_TOKENS", 0)  # nothing is tried out
     passes: list[tuple[int, int, set[int]]] = []
-    extended = fast.walker.extended
+    continued = fast.walker.continued
 
-    def watched(node: Node, extension: Extension, before: Sequence[Keys]) -> tuple[torch.Tensor, list[Keys]]:
-        computed = int(extension.new.target.numel())
-        known = {branch.guess.known for branch in extension.branches}
-        passes.append((computed, len(extension.branches), known))
-        return extended(node, extension, before)
+    def watched(node: Node, continuation: Continuation, before: Sequence[Keys]) -> tuple[torch.Tensor, list[Keys]]:
+        computed = int(continuation.new.target.numel())
+        known = {branch.draft.known for branch in continuation.branches}
+        passes.append((computed, len(continuation.branches), known))
+        return continued(node, continuation, before)
 
-    monkeypatch.setattr(fast.walker, "extended", watched)
+    monkeypatch.setattr(fast.walker, "continued", watched)
     evaluations(fast.evaluate_all(EvaluatePlans(random_plans(LAYERS, 6, seed=5), "search", 24)))
     assert max(max(known) for _, _, known in passes) == 4  # the last word of five is not fed
     assert all(computed == open_answers for computed, open_answers, _ in passes)
+
+
+def edges(root: Node) -> int:
+    """Layer executions that a trie takes for each sample."""
+    return sum(isinstance(node.step, Execute) for node in root.walk() if node.path)
 
 
 def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
@@ -123,7 +128,7 @@ def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
     before = fast.walker.tally.executions
     results = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 24)))
     spent = fast.walker.tally.executions - before
-    assert spent == 24 * executions(build_trie(SkipPlan.parse(plan) for plan in plans))
+    assert spent == 24 * edges(build_trie(SkipPlan.parse(plan) for plan in plans))
     assert sum(each.layer_executions for each in results) == spent
     needed = 24 * sum(len(SkipPlan.parse(plan).kept) for plan in plans)
     assert sum(each.layer_executions_saved for each in results) == needed - spent > 0
@@ -138,15 +143,18 @@ def test_states_of_earlier_requests_are_used_again(fast: FastEvaluator) -> None:
 
 @pytest.mark.parametrize("budget", [0, 400_000])
 def test_a_small_memory_budget_costs_executions_not_correctness(
-    plain: PlainEvaluator, fast: FastEvaluator, budget: int
+    plain: PlainEvaluator, fast: FastEvaluator, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = EvaluatePlans(random_plans(LAYERS, 9, seed=3), "search", 24)
     expected = evaluations(fast.evaluate_all(request))
     small = FastEvaluator(plain, memory_bytes=budget, chunk_tokens=700)
     small.check("search")
+    held: list[int] = []
+    put = small.states.put
+    monkeypatch.setattr(small.states, "put", lambda *args, **how: (put(*args, **how), held.append(small.states.nbytes)))
     found = evaluations(small.evaluate_all(request))
     assert [each.scores for each in found] == [each.scores for each in expected]
-    assert small.states.peak <= max(budget, 0)
+    assert max(held) <= max(budget, 0)
     assert sum(each.layer_executions for each in found) >= sum(each.layer_executions for each in expected)
 
 
@@ -184,7 +192,7 @@ def self_forced_log_probabilities(
         inputs = to_device(
             build_inputs(loaded.processor, task.spec, [sample], [sample.image.open()]), loaded.device, torch.float32
         )
-        fed = torch.tensor([fast.guesser.forced(sample).fed], dtype=torch.long)
+        fed = torch.tensor([fast.drafter.forced(sample).fed], dtype=torch.long)
         inputs["input_ids"] = torch.cat((inputs["input_ids"], fed), dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.inference_mode(), apply(loaded.model, plan):

@@ -46,7 +46,7 @@ def test_a_thousand_evaluations_keep_no_more_than_two_hundred(
     fast.evaluate_all(EvaluatePlans(("RRRRRB",), "search"))
     kept: list[int] = []
     for layer in fast.decoder.layers:
-        layer.register_forward_hook(lambda *_: kept.append(fast.parts.nbytes + fast.states.nbytes))
+        layer.register_forward_hook(lambda *_: kept.append(fast.chunks.nbytes + fast.states.nbytes))
     plans = list(random_plans(LAYERS, 1000, seed=7))
     random.Random(0).shuffle(plans)
     resident = {}

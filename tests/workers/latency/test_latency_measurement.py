@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from workers.errors import MeasurementError
 from workers.latency.measure import compare_latency, median_interval, predict_seconds, profile_latency
 from workers.latency.request import cache_bytes, prepare_request, run_request
-from workers.messages import LatencyProfile, ModelSource, Workload
+from workers.messages import CompareLatency, LatencyProfile, ModelSource, Workload
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Task
@@ -66,7 +66,9 @@ def test_the_profile_finds_the_slow_layer_and_predicts_plans(lopsided: LoadedMod
 
 def test_a_comparison_shows_what_skipping_the_slow_layer_saves(lopsided: LoadedModel, small_task: Task) -> None:
     plan = SkipPlan.parse("RRRSRR")
-    comparison = compare_latency(lopsided, small_task, plan, max_seconds=4, precision=0.05, workload=Workload(1, 3))
+    comparison = compare_latency(
+        lopsided, small_task, CompareLatency(plan.text, Workload(1, 3), precision=0.05, max_seconds=4)
+    )
     assert 1.1 < comparison.speedup_low <= comparison.speedup <= comparison.speedup_high
     assert comparison.dense_latency_seconds - comparison.latency_seconds > 0.5 * 3 * EXTRA_SECONDS
     assert comparison.pairs >= 10
@@ -79,9 +81,9 @@ def test_a_comparison_shows_what_skipping_the_slow_layer_saves(lopsided: LoadedM
 
 def test_a_comparison_stops_when_precise_enough_or_late(tiny: LoadedModel, small_task: Task) -> None:
     dense = SkipPlan.parse("RRRRRR")
-    precise = compare_latency(tiny, small_task, dense, precision=10.0, max_seconds=60, workload=Workload(1, 1))
+    precise = compare_latency(tiny, small_task, CompareLatency(dense.text, Workload(1, 1), 10.0, max_seconds=60))
     assert precise.pairs == 10
-    late = compare_latency(tiny, small_task, dense, precision=0.0, max_seconds=0.0, workload=Workload(1, 1))
+    late = compare_latency(tiny, small_task, CompareLatency(dense.text, Workload(1, 1), 0.0, max_seconds=0.0))
     assert late.pairs == 5
     assert late.speedup_low <= late.speedup <= late.speedup_high
 

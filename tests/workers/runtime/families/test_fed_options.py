@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engine.draft import Guess
-from workers.engine.options import Worth
+from workers.engine.draft import Draft
 from workers.engine.packing import Packer, make_rows
 from workers.engine.prompts import shared_prompts
-from workers.engine.state_cache import StateStore
+from workers.engine.scoring import OptionLikelihoods
+from workers.engine.state_cache import StateCache
 from workers.engine.walk import Walker
 from workers.layerwise.decoder import Decoder
 from workers.layerwise.trie import build_trie
@@ -55,11 +55,11 @@ def test_packed_options_are_as_likely_as_alone(name: str) -> None:
     plans = [SkipPlan.dense(family.layers), *map(SkipPlan.parse, mixed_plans(family, 4, seed=9))]
     with torch.inference_mode():
         image = shared_prompts(decoder, asked(family, QUESTIONS[0]), prompts, tuple(range(len(prompts))))
-        rows = make_rows([image], lambda sample: [Guess(option, len(option)) for option in OPTIONS[sample:]])
+        rows = make_rows([image], lambda sample: [Draft(option, len(option)) for option in OPTIONS[sample:]])
         chunk = Packer(decoder, torch.device("cpu")).chunk(("one",), rows)
         found = {
-            plan: Worth.of(chunk, decoder.logits(states), torch.float32)
-            for node, states in Walker(decoder, StateStore(1 << 30)).ends(build_trie(plans), chunk)
+            plan: OptionLikelihoods.of(chunk, decoder.logits(states), torch.float32)
+            for node, states in Walker(decoder, StateCache(1 << 30)).ends(build_trie(plans), chunk)
             for plan in node.plans
         }
     assert chunk.asked == len(QUESTIONS) < len(chunk.samples)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engine.draft import Guess
+from workers.engine.draft import Draft
 from workers.engine.packing import Packer, make_rows
 from workers.engine.prompts import shared_prompts
-from workers.engine.state_cache import StateStore
+from workers.engine.state_cache import StateCache
 from workers.engine.walk import Walker
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
@@ -51,11 +51,11 @@ def test_packed_questions_give_the_logits_of_each_alone(name: str) -> None:
     plans = [SkipPlan.dense(family.layers), *map(SkipPlan.parse, mixed_plans(family, 4, seed=9))]
     with torch.inference_mode():
         image = shared_prompts(decoder, asked(family, QUESTIONS[0]), prompts, tuple(range(len(prompts))))
-        rows = make_rows([image], lambda sample: (Guess(ANSWERS[sample], 8),))
+        rows = make_rows([image], lambda sample: (Draft(ANSWERS[sample], 8),))
         chunk = Packer(decoder, torch.device("cpu")).chunk(("one",), rows)
         found = {
             plan: decoder.logits(states)
-            for node, states in Walker(decoder, StateStore(1 << 30)).ends(build_trie(plans), chunk)
+            for node, states in Walker(decoder, StateCache(1 << 30)).ends(build_trie(plans), chunk)
             for plan in node.plans
         }
     for plan in plans:
