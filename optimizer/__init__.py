@@ -1,7 +1,7 @@
-"""What decides: job specification, search, verification, service, exports, reports, the command line, the Python API.
+"""Jobs, search, verification, service, exports, reports, the command line and the Python API of skipplan.
 
-The functions listed in ``__all__`` are for programs; see ``optimizer.api``. Importing this package loads nothing heavy:
-they are found when they are asked for.
+The functions listed in ``__all__`` are for programs; see ``optimizer.api``. They are imported on first use, so that
+importing this package loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["best", "evaluations", "export", "plans", "redundancy", "report", "ru
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API's functions, imported when first asked for (PEP 562)."""
+    """Import a function of the Python API on first use (PEP 562)."""
     if name in __all__:
         return getattr(import_module("optimizer.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-"""What remembers: schema, migrations, job queue, measurements, plans and their queries."""
+"""The database: schema, migrations, job queue, measurements, plans and their queries."""

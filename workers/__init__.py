@@ -1,1 +1,1 @@
-"""What measures: the skip runtime, tasks, evaluation, latency, redundancy, and the Ray workers."""
+"""Models, tasks and measurements: skip runtime, evaluation, redundancy, compensation, latency, and the Ray workers."""

@@ -1,6 +1,6 @@
 """Time the driver takes per proposal: python tests/benchmarks/search_overhead.py
 
-A study of so many finished trials of random plans near a planted front; then batches are asked for and told. Reported
+A study of so many finished trials of random plans near a planted front; then batches are proposed and reported. Reported
 is processor time per proposal, the study's own bookkeeping included.
 """
 

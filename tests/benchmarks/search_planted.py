@@ -1,6 +1,6 @@
-"""The own sampler on planted 30-layer problems: python tests/benchmarks/search_planted.py
+"""The surrogate on planted 30-layer problems: python tests/benchmarks/search_planted.py
 
-Skip, freeze and bypass on 30 layers with single and pair harms (tests/optimizer/planted.py). The criterion is the
+Skip, freeze and bypass on 30 layers with single and pair harms (tests/helpers/planted.py). The criterion is the
 single harms times a log-normal error of one standard deviation. Instances 500 on were not used to choose any setting.
 Printed is the share of the best hypervolume that any of the strategies found, after 25, 50 and 100 plans: mean (least).
 """
