@@ -1,7 +1,7 @@
 """Time the driver takes per proposal: python tests/benchmarks/search_overhead.py
 
-A study of so many finished trials of random plans near a planted front; then batches are proposed and reported. Reported
-is processor time per proposal, the study's own bookkeeping included.
+A study of so many finished trials of random plans near a planted front; then batches are proposed and reported.
+It prints processor time per proposal, the study's own bookkeeping included.
 """
 
 from __future__ import annotations
