@@ -8,7 +8,8 @@ from typing import Any
 
 from optimizer.reports import figures, formatting, progress, sections
 from optimizer.reports.chart import SERIES, Chart, axis
-from optimizer.reports.data import JobReport, collect, meets_constraint
+from optimizer.reports.data import JobReport, collect
+from optimizer.reports.formatting import Summary
 from optimizer.reports.html import Page, render
 from optimizer.reports.sections import Section, Table
 from storage.database import Database
@@ -22,17 +23,11 @@ def write_comparison(db: Database, first: int, second: int) -> str:
 
 def comparison_page(db: Database, first: JobReport, second: JobReport) -> Page:
     """The page; charts that need the same model and task are left out, with the reason, where they differ."""
-    pair = (first, second)
-    names = [f"job {report.job.id}" for report in pair]
+    headline = " and ".join(f"job {each.job.id}: {formatting.short_answer(each)}" for each in (first, second))
     return Page(
-        title=f"{names[0]} and {names[1]}",
+        title=f"job {first.job.id} and job {second.job.id}",
         kicker="skipplan, two jobs compared",
-        headline=" and ".join(
-            f"{name}: {formatting.short_answer(each)}" for name, each in zip(names, pair, strict=True)
-        ),
-        tone="open",
-        facts=(),
-        sentences=(_comparability(first, second),),
+        summary=Summary(headline, (_comparability(first, second),), "open"),
         sections=(
             Section("figures", "Figures", "Figures side by side", tables=(_figures(first, second),)),
             _fronts(first, second),
@@ -62,44 +57,38 @@ def _comparability(first: JobReport, second: JobReport) -> str:
     return "Same model, task and samples, same device."
 
 
-def _figures(first: JobReport, second: JobReport) -> Table:
-    columns = [dict(_column(report)) for report in (first, second)]
-    rows = tuple((name, *(column[name] for column in columns)) for name in columns[0])
-    return Table("All figures", ("", f"job {first.job.id}", f"job {second.job.id}"), rows, open=True)
+def _of_profile(name: str) -> Callable[[JobReport], str]:
+    return lambda report: formatting.NOT_MEASURED if report.profile is None else getattr(report.profile, name)
 
 
-def _column(report: JobReport) -> list[tuple[str, str]]:
-    kept = sum(meets_constraint(plan) is True for plan in report.plans)
-    complete = sum(each.complete for each in report.trials)
-    profile = report.profile
-    return [
-        ("state", report.job.state),
-        ("model", report.model_name),
-        ("task", report.task_name),
-        ("device", profile.device if profile else formatting.NOT_MEASURED),
-        ("workload", profile.workload if profile else formatting.NOT_MEASURED),
-        ("limits", "; ".join(formatting.constraint(report))),
-        ("search", report.spec.strategy),
-        *_best(report.best),
-        ("plans tried", f"{len(report.trials):,}, {complete:,} on the whole search split"),
-        ("plans verified", f"{len(report.plans)}, {kept} within the limits"),
-    ]
+def _of_best(value: Callable[[Plan], str]) -> Callable[[JobReport], str]:
+    return lambda report: "none" if report.best is None else value(report.best)
 
 
-def _best(best: Plan | None) -> list[tuple[str, str]]:
-    def shown(value: Callable[[Plan], str]) -> str:
-        return "none" if best is None else value(best)
+_FIGURES: tuple[tuple[str, Callable[[JobReport], str]], ...] = (
+    ("state", lambda report: report.job.state),
+    ("model", lambda report: report.model_name),
+    ("task", lambda report: report.task_name),
+    ("device", _of_profile("device")),
+    ("workload", _of_profile("workload")),
+    ("limits", lambda report: "; ".join(formatting.constraint(report))),
+    ("search", lambda report: report.spec.strategy),
+    ("best plan", _of_best(lambda plan: formatting.layers(plan.plan))),
+    ("speed-up, measured", _of_best(formatting.speedup)),
+    ("difference, points", _of_best(formatting.difference)),
+    ("accuracy", _of_best(lambda plan: f"{plan.accuracy:.3f} (dense {plan.dense_accuracy:.3f}, n = {plan.n:,})")),
+    ("a request", _of_best(formatting.request)),
+    ("KV cache", _of_best(formatting.kv_cache)),
+    ("compensation", _of_best(lambda plan: plan.compensation)),
+    ("plans tried", lambda report: f"{len(report.trials):,}, {report.num_complete:,} on the whole search split"),
+    ("plans verified", lambda report: f"{len(report.plans)}, {report.num_kept} within the limits"),
+)
 
-    milliseconds = formatting.milliseconds
-    return [
-        ("best plan", shown(lambda plan: formatting.layers(plan.plan))),
-        ("speed-up, measured", shown(formatting.speedup)),
-        ("difference, points", shown(formatting.difference)),
-        ("accuracy", shown(lambda plan: f"{plan.accuracy:.3f} (dense {plan.dense_accuracy:.3f}, n = {plan.n:,})")),
-        ("a request", shown(lambda p: f"{milliseconds(p.seconds)} (dense {milliseconds(p.dense_seconds)})")),
-        ("KV cache", shown(lambda plan: formatting.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes))),
-        ("compensation", shown(lambda plan: plan.compensation)),
-    ]
+
+def _figures(*reports: JobReport) -> Table:
+    header = ("", *(f"job {report.job.id}" for report in reports))
+    rows = tuple((name, *(value(report) for report in reports)) for name, value in _FIGURES)
+    return Table("All figures", header, rows, open=True)
 
 
 def _fronts(first: JobReport, second: JobReport) -> Section:

@@ -146,6 +146,16 @@ class JobReport:
         """The task's name; the last part of its file while no worker has loaded it."""
         return self.task.name if self.task is not None else short_name(self.spec.task).removesuffix(".yaml")
 
+    @property
+    def num_complete(self) -> int:
+        """Trials on the whole search split."""
+        return sum(each.complete for each in self.trials)
+
+    @property
+    def num_kept(self) -> int:
+        """Published plans that meet the job's constraint."""
+        return sum(meets_constraint(plan) is True for plan in self.plans)
+
     def is_answer(self, plan: Plan) -> bool:
         """Whether this is the plan that the job ended with."""
         return self.best is not None and plan.id == self.best.id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from optimizer.reports.data import JobReport, TrialSummary, meets_constraint
+from optimizer.reports.data import JobReport, TrialSummary
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
@@ -26,7 +26,9 @@ class Summary:
 def summary(report: JobReport) -> Summary:
     """Say the result, its cost and how sure that is; every number is the database's, rounded."""
     if report.best is not None:
-        return Summary(_answer(report, report.best), _qualifications(report, report.best), "good")
+        answer = f"{report.model_name} on {report.task_name} runs {report.best.speedup:.2f} times as fast as the dense "
+        answer += f"model with {layers(report.best.plan)}."
+        return Summary(answer, _qualifications(report, report.best), "good")
     if report.job.state == "infeasible":
         return Summary(
             f"No plan met the constraint: the dense model is the answer for {report.model_name} on {report.task_name}.",
@@ -49,13 +51,6 @@ def summary(report: JobReport) -> Summary:
     )
 
 
-def _answer(report: JobReport, best: Plan) -> str:
-    return (
-        f"{report.model_name} on {report.task_name} runs {best.speedup:.2f} times as fast as the dense model "
-        f"with {layers(best.plan)}."
-    )
-
-
 def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
     level = best.secondary.get("difference_confidence", best.confidence)
     pairs = best.secondary.get("latency_pairs")
@@ -66,7 +61,7 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
         f"({best.workload}) on {best.device}; the speed-up lies between {best.speedup_low:.2f} and "
         f"{best.speedup_high:.2f} ({percent(best.confidence)} confidence"
         + (f", {pairs} alternating pairs with dense)." if pairs else ").")
-        + f" The KV cache takes {share(best.kv_cache_bytes, best.dense_kv_cache_bytes)} of the dense one's room.",
+        + f" The KV cache takes {kv_cache(best)} of the dense one's room.",
         f"Cost: on {count(best.n)} held-out samples"
         + (f" of {count(images)} images" if images else "")
         + f" it scores {best.accuracy:.3f}, the dense model {best.dense_accuracy:.3f}: a difference of "
@@ -80,16 +75,14 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
 def _effort(report: JobReport) -> tuple[str, ...]:
     if not report.trials and not report.failed:
         return ()
-    complete = sum(each.complete for each in report.trials)
-    text = f"Search: {_plural(len(report.trials) + len(report.failed), 'plan')} tried, {count(complete)} of them on "
-    text += f"the whole search split of {count(report.search_samples or 0)} samples"
+    text = f"Search: {_plural(len(report.trials) + len(report.failed), 'plan')} tried, {count(report.num_complete)} of "
+    text += f"them on the whole search split of {count(report.search_samples or 0)} samples"
     text += f"; {count(len(report.failed))} could not be scored" if report.failed else ""
     stopped = report.result.search["stopped_because"]
     text += f". It ended because {stopped}." if stopped else "."
-    verified = len(report.plans)
-    kept = sum(meets_constraint(plan) is True for plan in report.plans)
-    if verified:
-        text += f" {_plural(verified, 'plan')} verified on held-out samples, {count(kept)} of them within the limits."
+    if report.plans:
+        text += f" {_plural(len(report.plans), 'plan')} verified on held-out samples, "
+        text += f"{count(report.num_kept)} of them within the limits."
     return (text,)
 
 
@@ -124,7 +117,7 @@ def ranges(numbers: Iterable[int]) -> str:
 def constraint(report: JobReport) -> list[str]:
     """The job's limits, one a line."""
     limits = report.spec.limits
-    told: dict[str, Callable[[float], str]] = {
+    sentences: dict[str, Callable[[float], str]] = {
         "max_accuracy_drop": lambda value: f"loss of accuracy at most {limit(value)}",
         "min_accuracy": lambda value: f"accuracy at least {value:g}",
         "min_speedup": lambda value: f"speed-up at least {value:g}",
@@ -132,7 +125,7 @@ def constraint(report: JobReport) -> list[str]:
         "max_kv_cache_bytes": lambda value: f"KV cache of at most {count(value)} bytes",
         "max_layers_touched": lambda value: f"at most {value:g} layers touched",
     }
-    return [tell(limits[name]) for name, tell in told.items() if name in limits] or ["none"]
+    return [say(limits[name]) for name, say in sentences.items() if name in limits] or ["none"]
 
 
 def trial_line(each: TrialSummary) -> str:
@@ -175,6 +168,16 @@ def difference(plan: Plan) -> str:
 def speedup(plan: Plan) -> str:
     """A plan's measured speed-up, with its interval."""
     return span(plan.speedup, plan.speedup_low, plan.speedup_high)
+
+
+def request(plan: Plan) -> str:
+    """The milliseconds of a request with a plan, and with the dense model."""
+    return f"{milliseconds(plan.seconds)} (dense {milliseconds(plan.dense_seconds)})"
+
+
+def kv_cache(plan: Plan) -> str:
+    """The share of the dense KV cache that a plan leaves."""
+    return share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes)
 
 
 def compensated(plan: Plan | TrialSummary) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained HTML file of a job: style, script, plotly and data inside, nothing fetched."""
+"""Write a job's report as one self-contained HTML file: style, script, plotly and data inside, nothing fetched."""
 
 from __future__ import annotations
 
@@ -16,31 +16,24 @@ from markupsafe import Markup, escape
 
 from optimizer.reports import formatting, progress, provenance, sections, theory
 from optimizer.reports.data import JobReport, collect
+from optimizer.reports.formatting import Summary
 from optimizer.reports.progress import Step
 from optimizer.reports.sections import Section
 from storage.database import Database
 from storage.records import overview
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A figure large enough to be seen first, with what it is."""
-
-    value: str
-    label: str
+from storage.records.plans import Plan
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template needs."""
+    """A page as its template needs it."""
 
     title: str
     kicker: str
-    headline: str
-    tone: str
-    facts: tuple[Fact, ...]
-    sentences: tuple[str, ...]
+    summary: Summary
     sections: tuple[Section, ...]
+    facts: tuple[tuple[str, str], ...] = ()
+    """Figures large enough to be seen first, each with its label."""
 
 
 def write_report(db: Database, job_id: int) -> str:
@@ -67,15 +60,12 @@ def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step
 
 def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) -> Page:
     """The page of one job."""
-    told = formatting.summary(report)
     started = f", {report.job.started_at:%Y-%m-%d}" if report.job.started_at else ""
     return Page(
         title=f"Job {report.job.id}: {report.model_name} on {report.task_name}",
         kicker=f"skipplan, job {report.job.id}: {report.model_name} on {report.task_name}{started}",
-        headline=told.headline,
-        tone=told.tone,
-        facts=facts(report),
-        sentences=told.sentences,
+        summary=formatting.summary(report),
+        facts=() if report.best is None else facts(report.best),
         sections=(
             sections.front(report),
             sections.strips(report),
@@ -88,22 +78,17 @@ def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
     )
 
 
-def facts(report: JobReport) -> tuple[Fact, ...]:
-    """The answer in four figures; none while there is no answer."""
-    best = report.best
-    if best is None:
-        return ()
-    return (
-        Fact(f"{best.speedup:.2f}x", f"measured speed-up [{best.speedup_low:.2f},\u00a0{best.speedup_high:.2f}]"),
-        Fact(
-            formatting.signed(best.difference),
-            f"points of accuracy {formatting.interval(best.difference_low, best.difference_high)}".replace(
-                ", ", ",\u00a0"
-            ),
-        ),
-        Fact(f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
-        Fact(formatting.share(best.kv_cache_bytes, best.dense_kv_cache_bytes), "of the dense KV cache"),
+def facts(best: Plan) -> tuple[tuple[str, str], ...]:
+    """The answer in four figures with their labels; intervals are not broken across lines."""
+    speedup = f"[{best.speedup_low:.2f}, {best.speedup_high:.2f}]"
+    difference = formatting.interval(best.difference_low, best.difference_high)
+    found = (
+        (f"{best.speedup:.2f}x", f"measured speed-up {speedup}"),
+        (formatting.signed(best.difference), f"points of accuracy {difference}"),
+        (f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
+        (formatting.kv_cache(best), "of the dense KV cache"),
     )
+    return tuple((value, label.replace(", ", ",\u00a0")) for value, label in found)
 
 
 def render(page: Page, *, scripts: str | None = None) -> str:

@@ -100,7 +100,7 @@ _PLAN_COLUMNS: tuple[Column[Plan], ...] = (
     Column("difference, points", formatting.difference, number=True),
     Column("speed-up, measured", formatting.speedup, number=True),
     Column("a request", lambda plan: formatting.milliseconds(plan.seconds), number=True),
-    Column("KV cache", lambda plan: formatting.share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes), number=True),
+    Column("KV cache", formatting.kv_cache, number=True),
     Column("compensation", lambda plan: plan.compensation),
     Column("within the limits", lambda plan: _JUDGEMENTS[meets_constraint(plan)]),
 )
