@@ -130,7 +130,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
         "measured interventions": lambda: [action.label for action in kinds.INTERVENTIONS],
         "profiled letters": lambda: _letters("RD"),
         "trie of steps": lambda: f"D: {[str(step) for step in steps_of(SkipPlan.parse('RDR'))]}",
-        "gaps": lambda: f"D: {Recipe.parse('linear')} {len(steps_of(SkipPlan.parse('RDR'), repairs=True))} steps",
+        "gaps": lambda: f"D: {Recipe.parse('linear')} {len(steps_of(SkipPlan.parse('RDR'), maps=True))} steps",
         "layers that may": lambda: f"dim: {ModelDescription('f', 2, 1, {}).layers_for('dim')}",
         "description": lambda: sorted(action.label for action in describe(model).allowed[0]),
         "layer-wise decoder": lambda: f"D {sorted(a.letter for a in Decoder(model)._gathering[0])}",
