@@ -7,20 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.cli.options import (
-    AsJson,
-    DeviceOption,
-    Force,
-    ForceModel,
-    JobNumber,
-    MaxDrop,
-    MinSpeedup,
-    ModelOption,
-    ModelPath,
-    TaskOption,
-    open_database,
-    print_either,
-)
+from optimizer.cli import options
+from optimizer.cli.options import open_database, print_either
 from optimizer.cli.plans import caution, find_best
 from optimizer.registries import EXPORT_FORMATS
 
@@ -38,15 +26,15 @@ def export(
     output: Annotated[Path, typer.Option("--output", help="Directory to write.", show_default=False)],
     plan_id: Annotated[int | None, typer.Argument(metavar="[PLAN]", help="Id; or pick one as `best` does.")] = None,
     format_name: FormatName = "checkpoint",
-    model: ModelOption = None,
-    task: TaskOption = None,
-    max_accuracy_drop: MaxDrop = None,
-    min_speedup: MinSpeedup = None,
-    device: DeviceOption = None,
-    model_path: ModelPath = None,
-    force: Force = False,
-    force_model: ForceModel = False,
-    as_json: AsJson = False,
+    model: options.Model = None,
+    task: options.Task = None,
+    max_accuracy_drop: options.MaxDrop = None,
+    min_speedup: options.MinSpeedup = None,
+    device: options.Device = None,
+    model_path: options.ModelPath = None,
+    force: options.Force = False,
+    force_model: options.ForceModel = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Write a plan for another deployment: as JSON, as a plain Hugging Face checkpoint, or for another runtime.
 
@@ -84,7 +72,7 @@ def export(
 def take(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A skipplan.json, or the directory of an export.")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Take a plan over from another database; its figures are marked as imported.
 
@@ -107,9 +95,9 @@ def verify(
     task: Annotated[str | None, typer.Option("--task", help="Task file, if the task is not bundled.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="How many held-out samples to ask.")] = 8,
     python: Annotated[str | None, typer.Option("--python", help="Interpreter that loads the export.")] = None,
-    model_path: ModelPath = None,
-    force_model: ForceModel = False,
-    as_json: AsJson = False,
+    model_path: options.ModelPath = None,
+    force_model: options.ForceModel = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Load an export in a fresh process and compare its logits and answers with the live model.
 
@@ -155,12 +143,12 @@ def _lines(found: Verification) -> list[str]:
 @app.command("export-study")
 def export_study(
     context: typer.Context,
-    job: JobNumber,
+    job: options.JobNumber,
     storage: Annotated[
         str, typer.Option(metavar="URL", help="Optuna storage, for example sqlite:///study.db.", show_default=False)
     ],
     name: Annotated[str | None, typer.Option(help="Name of the study; by default the job's number.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Write what a job tried as an Optuna study.
 

@@ -133,13 +133,14 @@ def _suggested(message: str) -> str:
     """Add what a misspelt choice was probably meant to be."""
     from workers.text import did_you_mean
 
+    message = message.replace(": Value error, ", ": ")
     option = re.match(r"No such option: (--\S+)", message)  # the command at hand knows nothing of the global ones
     if option is not None and (close := did_you_mean(option[1], ("--database", "--debug"))):
         return option[0] + close
     wrong = re.search(r"'([^']*)' is not one of (.*)", message)
-    return (
-        message if wrong is None else message.rstrip(".") + did_you_mean(wrong[1], re.findall(r"'([^']*)'", wrong[2]))
-    )
+    if wrong is None:
+        return message
+    return message.rstrip(".") + did_you_mean(wrong[1], re.findall(r"'([^']*)'", wrong[2]))
 
 
 def _report(code: int, message: str) -> int:

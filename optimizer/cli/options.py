@@ -20,8 +20,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 JobFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Job file (YAML).", show_default=False)]
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Number of the job.", show_default=False)]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Name, path, hub id or fingerprint.")]
-TaskOption = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
+Model = Annotated[str | None, typer.Option("--model", help="Name, path, hub id or fingerprint.")]
+Task = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
 MaxDrop = Annotated[
     float | None,
     typer.Option(
@@ -29,7 +29,7 @@ MaxDrop = Annotated[
     ),
 ]
 MinSpeedup = Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Smallest measured speed-up.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
+Device = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
 MaxCollateralDrop = Annotated[
     float | None,
     typer.Option(

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from optimizer.cli.options import (
-    AsJson,
-    DeviceOption,
-    MaxCollateralDrop,
-    MaxDrop,
-    MaxTextKl,
-    MinSpeedup,
-    ModelOption,
-    ModelPath,
-    TaskOption,
-    open_database,
-    print_either,
-    print_json,
-)
+from optimizer.cli import options
+from optimizer.cli.options import open_database, print_either, print_json
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -29,15 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-
-class SortKey(StrEnum):
-    """The orders of ``skipplan plans``."""
-
-    speedup = "speedup"
-    accuracy = "accuracy"
-    seconds = "seconds"
-    drop = "drop"
-    newest = "newest"
+SortKey = Literal["speedup", "accuracy", "seconds", "drop", "newest"]
 
 
 def find_best(
@@ -98,14 +77,14 @@ def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | 
 @app.command()
 def best(
     context: typer.Context,
-    model: ModelOption = None,
-    task: TaskOption = None,
-    max_accuracy_drop: MaxDrop = None,
-    min_speedup: MinSpeedup = None,
-    device: DeviceOption = None,
-    max_collateral_drop: MaxCollateralDrop = None,
-    max_text_kl: MaxTextKl = None,
-    as_json: AsJson = False,
+    model: options.Model = None,
+    task: options.Task = None,
+    max_accuracy_drop: options.MaxDrop = None,
+    min_speedup: options.MinSpeedup = None,
+    device: options.Device = None,
+    max_collateral_drop: options.MaxCollateralDrop = None,
+    max_text_kl: options.MaxTextKl = None,
+    as_json: options.AsJson = False,
 ) -> int:
     """Show the fastest published plan of a model on a task within limits.
 
@@ -131,15 +110,15 @@ def best(
 @app.command("plans")
 def list_plans(
     context: typer.Context,
-    model: ModelOption = None,
-    task: TaskOption = None,
-    max_accuracy_drop: MaxDrop = None,
-    min_speedup: MinSpeedup = None,
-    device: DeviceOption = None,
+    model: options.Model = None,
+    task: options.Task = None,
+    max_accuracy_drop: options.MaxDrop = None,
+    min_speedup: options.MinSpeedup = None,
+    device: options.Device = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Only members of the Pareto front.")] = False,
-    sort: Annotated[SortKey, typer.Option(help="Order.")] = SortKey.speedup,
+    sort: Annotated[SortKey, typer.Option(help="Order.")] = "speedup",
     limit: Annotated[int, typer.Option(min=1, help="Most plans to list.")] = 50,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """List published plans.
 
@@ -157,7 +136,7 @@ def list_plans(
             min_speedup=min_speedup,
             device=device,
             on_front=pareto,
-            sort=sort.value,
+            sort=sort,
             limit=limit,
         )
     if as_json:
@@ -173,8 +152,8 @@ def list_plans(
 def refit(
     context: typer.Context,
     plan_id: Annotated[int, typer.Argument(metavar="PLAN", help="Id of a compensated plan.")],
-    model_path: ModelPath = None,
-    as_json: AsJson = False,
+    model_path: options.ModelPath = None,
+    as_json: options.AsJson = False,
 ) -> int:
     """Fit a compensated plan's maps again, keep them, and say whether they are the same bit by bit.
 

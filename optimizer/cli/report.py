@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,23 +15,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-
-class ReportFormat(StrEnum):
-    """The kinds of file that a report can be."""
-
-    html = "html"
-    png = "png"
-
-
-class FigureName(StrEnum):
-    """The pictures of ``--format png``."""
-
-    front = "front"
-    plans = "plans"
-    redundancy = "redundancy"
-    theory = "theory"
-    progress = "progress"
-    latency = "latency"
+ReportFormat = Literal["html", "png"]
+FigureName = Literal["front", "plans", "redundancy", "theory", "progress", "latency"]
 
 
 @app.command()
@@ -42,10 +26,8 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", help="File to write; report-JOB.html or .png if absent.")
     ] = None,
-    format_name: Annotated[ReportFormat, typer.Option("--format", help="A page, or a picture for print.")] = (
-        ReportFormat.html
-    ),
-    figure: Annotated[FigureName, typer.Option("--figure", help="Which picture, for png.")] = FigureName.front,
+    format_name: Annotated[ReportFormat, typer.Option("--format", help="A page, or a picture for print.")] = "html",
+    figure: Annotated[FigureName, typer.Option("--figure", help="Which picture, for png.")] = "front",
     compare: Annotated[
         tuple[int, int] | None, typer.Option("--compare", metavar="JOB JOB", help="Two jobs side by side.")
     ] = None,
@@ -66,18 +48,18 @@ def report(
     """
     from optimizer.errors import UsageFault
 
-    if compare is not None and (job is not None or format_name is ReportFormat.png):
+    if compare is not None and (job is not None or format_name == "png"):
         raise UsageFault("--compare takes its two jobs itself and writes html; leave JOB and --format png out")
     with open_database(context) as db:
         chosen = compare if compare is not None else (job if job is not None else _latest(db),)
-        target = output or Path(f"report-{'-'.join(map(str, chosen))}.{format_name.value}")
+        target = output or Path(f"report-{'-'.join(map(str, chosen))}.{format_name}")
         if target.is_dir():
             raise UsageFault(f"{target}: is a directory; --output names a file")
         if target.exists() and output is not None and not force:
             raise UsageFault(f"{target}: exists already; --force replaces it")
         content = _content(db, chosen, format_name, figure)
     write_file(target, content)
-    found = {"jobs": list(chosen), "format": format_name.value, "output": str(target), "bytes": len(content)}
+    found = {"jobs": list(chosen), "format": format_name, "output": str(target), "bytes": len(content)}
     print_either(as_json, found, [f"{target} written ({len(content) / 1e6:.1f} MB)"])
     return 0
 
@@ -87,13 +69,13 @@ def _content(db: Database, jobs: tuple[int, ...], format_name: ReportFormat, fig
         from optimizer.reports.compare import write_comparison
 
         return write_comparison(db, jobs[0], jobs[1]).encode()
-    if format_name is ReportFormat.html:
+    if format_name == "html":
         from optimizer.reports.html import write_report
 
         return write_report(db, jobs[0]).encode()
     from optimizer.reports.picture import write_picture
 
-    return write_picture(db, jobs[0], figure.value)
+    return write_picture(db, jobs[0], figure)
 
 
 def _latest(db: Database) -> int:
