@@ -93,7 +93,7 @@ def take(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
     task: Annotated[str | None, typer.Option("--task", help="Task file, if the task is not bundled.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="How many held-out samples to ask.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="How many held-out samples to run.")] = 8,
     python: Annotated[str | None, typer.Option("--python", help="Interpreter that loads the export.")] = None,
     model_path: options.ModelPath = None,
     force_model: options.ForceModel = False,
@@ -150,7 +150,7 @@ def export_study(
     name: Annotated[str | None, typer.Option(help="Name of the study; by default the job's number.")] = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Write what a job tried as an Optuna study.
+    """Write a job's search as an Optuna study.
 
     [bold]Example:[/bold] skipplan export-study 3 --storage sqlite:///study.db; optuna-dashboard sqlite:///study.db
     """

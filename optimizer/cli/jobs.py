@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from storage.queue.events import Event
     from storage.queue.jobs import Job
 
-app = typer.Typer(no_args_is_help=True, help="The queue: what is waiting, running and done.")
+app = typer.Typer(no_args_is_help=True, help="The queue of jobs: waiting, running and finished.")
 
 JobNumbers = Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", show_default=False)]
 
@@ -131,7 +131,7 @@ def cancel(
     job: JobNumbers,
     reason: Annotated[str, typer.Option(help="Kept with the job.")] = "cancelled by a user",
 ) -> int:
-    """Stop waiting or running jobs; what they measured stays, and they can be resumed.
+    """Stop waiting or running jobs; their measurements stay, and they can be resumed.
 
     [bold]Example:[/bold] skipplan jobs cancel 7 8
     """
@@ -146,7 +146,7 @@ def cancel(
 
 @app.command()
 def resume(context: typer.Context, job: JobNumbers) -> int:
-    """Queue failed or cancelled jobs again; they go on where they were.
+    """Queue failed or cancelled jobs again; they continue where they stopped.
 
     [bold]Example:[/bold] skipplan jobs resume 7
     """

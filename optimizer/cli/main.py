@@ -38,7 +38,7 @@ def options(
         typer.Option(
             "--database",
             metavar="URL",
-            help="Where jobs and plans are kept; wins over SKIPPLAN_DATABASE and the job file.",
+            help="Where jobs and plans are kept; overrides SKIPPLAN_DATABASE and the job file.",
         ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,

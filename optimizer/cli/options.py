@@ -25,7 +25,10 @@ Task = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
 MaxDrop = Annotated[
     float | None,
     typer.Option(
-        "--max-accuracy-drop", min=0.0, max=1.0, help="Largest loss, as a share, by the upper end of its interval."
+        "--max-accuracy-drop",
+        min=0.0,
+        max=1.0,
+        help="Largest loss, as a share, judged on the worse end of its interval.",
     ),
 ]
 MinSpeedup = Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Smallest measured speed-up.")]

@@ -34,7 +34,7 @@ def report(
     force: Force = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write what a job found: summary, front, plans, redundancy, theory, search, latency, provenance.
+    """Write a job's report: summary, front, plans, redundancy, theory, search, latency, provenance.
 
     The HTML file is self-contained: it can be mailed and opens without a network.
 

@@ -40,9 +40,9 @@ def run(
     log_format: LogFormat = None,
     as_json: AsJson = False,
 ) -> int:
-    """Do a job here and now: queue it, process it, print its plans.
+    """Queue a job, run it in this process, and print its plans.
 
-    Interrupted with Ctrl-C or killed, it goes on where it was when run again.
+    A job that was interrupted or killed continues when it is run again.
 
     [bold]Example:[/bold] skipplan run configs/quickstart.yaml
     """
@@ -91,7 +91,7 @@ def submit(
     strategy: Strategy = None,
     priority: Annotated[
         int | None,
-        typer.Option("--priority", min=-1000, max=1000, help="Wins over the job file's; higher ones come first."),
+        typer.Option("--priority", min=-1000, max=1000, help="Overrides the job file's; higher ones come first."),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -126,14 +126,14 @@ def serve(
             metavar="SECONDS",
             min=2,
             max=3600,
-            help="Without a sign of life so long, a job is taken over.",
+            help="A job whose process is silent for so long is claimed by another one.",
         ),
     ] = 30.0,
     log_format: LogFormat = None,
 ) -> int:
     """Claim and process queued jobs until stopped; several of these may share a database.
 
-    Says what happens in one line per event on standard error.
+    Writes one line per event to standard error.
 
     [bold]Example:[/bold] skipplan --database postgresql://user:password@host/skipplan serve --log-format json
     """

@@ -28,7 +28,7 @@ def init(
 ) -> int:
     """Write a commented job file for a model and a task.
 
-    Looks at the model's configuration, never at its weights, and at the task file, to say how many layers there are,
+    Reads the model's configuration, not its weights, and the task file, to say how many layers there are,
     which actions the model takes, and what sizes suit the task.
 
     [bold]Example:[/bold] skipplan init --model llava-12 --task easy-vqa --output job.yaml
@@ -58,8 +58,8 @@ def validate(
 ) -> int:
     """Check job files without running anything and without a network.
 
-    Looks at every field of the job and its task, at the data and images that are on this machine, and at the model's
-    files if they are. What lies on a hub is named as not checked.
+    Checks every field of the job and its task, at the data and images that are on this machine, and at the model's
+    files if they are. Files on a hub are listed as not checked.
 
     [bold]Example:[/bold] skipplan validate configs/examples/*.yaml
     """
@@ -82,13 +82,13 @@ def doctor(
     context: typer.Context,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", metavar="ADDRESS", help="Ray cluster to look at; wins over the environment."),
+        typer.Option("--cluster", metavar="ADDRESS", help="Ray cluster to check; overrides the environment."),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Check versions, devices, bundled models and tasks, the database and the cluster, and say what to do.
 
-    Looks at what the options and the environment name, and changes nothing. The exit code is 2 where the installation
+    Checks what the options and the environment name, and changes nothing. The exit code is 2 where the installation
     has a problem, 4 where the database or the cluster has one.
 
     [bold]Example:[/bold] skipplan doctor --cluster auto

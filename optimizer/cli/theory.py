@@ -28,7 +28,10 @@ def score(
     context: typer.Context,
     config: JobFile,
     causal: Annotated[
-        bool, typer.Option("--causal", help="Also what every action at every layer does to the answer: takes longer.")
+        bool,
+        typer.Option(
+            "--causal", help="Also measure the effect of every action at every layer on the answer: takes longer."
+        ),
     ] = False,
     output: Output = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Also write the measurements as CSV to this file.")] = None,
@@ -37,7 +40,7 @@ def score(
 ) -> int:
     """Measure every layer on the calibration split; print the table and the predicted risks.
 
-    What is in the database already is not measured again.
+    Measurements in the database are not repeated.
 
     [bold]Example:[/bold] skipplan score configs/quickstart.yaml --plot layers.png
     """
@@ -83,7 +86,7 @@ def validate_theory(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> int:
-    """Hold every criterion to measured harm: risks from calibration, accuracy and divergence from held-out samples.
+    """Compare every criterion with measured harm: risks from calibration, harm on held-out samples.
 
     For each action: rank correlation over layers, sets of layers that should be safe and unsafe, overlap with what
     published methods take. A criterion that does not predict harm is marked.

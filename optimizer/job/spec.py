@@ -102,7 +102,7 @@ class JobSpec(Section):
         default=5,
         ge=1,
         le=1000,
-        description="How often the job is begun without getting anywhere before it counts as failed.",
+        description="Attempts without a new stage or evaluation after which the job fails.",
     )
     database: str = Field(default=DEFAULT_DATABASE, min_length=1, description="SQLAlchemy URL.")
     artifacts: str = Field(
