@@ -1,4 +1,4 @@
-"""Errors a person can act on: one line that names what is wrong and what would be right.
+"""Define the errors of this package, each one line that names what is wrong and what would be right.
 
 They cross process boundaries (a worker raises, the driver shows), so each is built from its message alone.
 """

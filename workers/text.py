@@ -1,4 +1,4 @@
-"""Texts for people: errors and program output as one line, and what a misspelt name was probably meant to be."""
+"""Word messages: errors and program output as one line, and a suggestion for a misspelt name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what people write: YAML without surprises, and one line for the first problem that pydantic finds in it."""
+"""Validate job and task files: load YAML strictly, and explain the first problem that pydantic finds in one line."""
 
 from __future__ import annotations
 

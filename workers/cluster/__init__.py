@@ -1,1 +1,1 @@
-"""The Ray actor, its pool, and the connection to a cluster."""
+"""Run requests on a cluster: the connection, the pool of workers, and the Ray actor that each of them is."""

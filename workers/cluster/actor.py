@@ -1,4 +1,4 @@
-"""The Ray actor. Imports torch only once it runs, so that the driver need not."""
+"""Define the Ray actor. It imports torch only once it runs, so that the driver need not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """Gives a Ray actor's life to a :class:`Handler`: placed on a node first, loaded on demand, then asked."""
+    """Ray actor around a :class:`Handler`: placed on a node, then loaded, then asked."""
 
     def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
         self._source, self._task, self._settings = model, task, settings

@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster, or starting a local one, and finding out whether it has what was asked for."""
+"""Connect to a Ray cluster or start a local one, and check that it has what was asked for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MISSED_CALLS = 3
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """Where workers run and what each may use.
+    """Settings of the cluster: where workers run and what each may use.
 
     ``address`` is ``"local"`` (a cluster of this machine alone, for this process), ``"auto"`` (a cluster that runs on
     this machine), a head node's ``host:port``, or ``ray://host:port``. ``workers=None`` takes as many as fit: one per
@@ -69,13 +69,13 @@ class ClusterSettings:
 
     @property
     def threads(self) -> int:
-        """Threads of torch in each worker."""
+        """Number of torch threads in each worker."""
         return max(1, int(self.cpus_per_worker))
 
 
 @dataclass(frozen=True)
 class Allotment:
-    """How many workers there will be and what each gets."""
+    """Number of workers, and what each gets."""
 
     workers: int
     cpus: float
@@ -85,11 +85,11 @@ class Allotment:
 
     @property
     def each(self) -> dict[str, float]:
-        """What one worker takes, by Ray's names."""
+        """Resources of one worker, by Ray's names."""
         return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
 
     def fits_in(self, resources: Mapping[str, float]) -> int:
-        """How many workers have room in ``resources``; UNLIMITED for workers that take nothing."""
+        """Count the workers that ``resources`` have room for; UNLIMITED for workers that take nothing."""
         rooms = [int(resources.get(kind, 0.0) / need + 1e-9) for kind, need in self.each.items() if need > 0]
         return min(rooms, default=UNLIMITED)
 
@@ -184,7 +184,7 @@ def allot(settings: ClusterSettings, *, model_device: str) -> Allotment:
 
 
 def room(allotment: Allotment) -> int:
-    """How many such workers the nodes of the cluster have room for, were they idle; a worker runs on one node."""
+    """Count the workers that the cluster's nodes have room for when they are idle; a worker runs on one node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return min(UNLIMITED, sum(allotment.fits_in(resources) for resources in nodes))
 
@@ -201,7 +201,7 @@ def _missing(one: Allotment, workers: int, there: Mapping[str, float]) -> str:
 
 
 class HeadWatch:
-    """Notices that the head of the connected cluster, or this machine's part in it, is gone.
+    """Watch over the cluster's head node and this machine's own node.
 
     Ray itself waits for a head that does not come back, and after a minute ends the whole process.
     """
@@ -272,5 +272,5 @@ def _rehearse(address: str, timeout: float) -> None:
 
 
 def _log_message(data: Mapping[str, Any], ignore_prefix: bool = True) -> None:
-    """Takes the place of Ray's own function of this name in ``ray._private.worker``."""
+    """Log what Ray would print, in the place of ``ray._private.worker.print_to_stdstream``."""
     log("cluster_message", source=data.get("pid"), text=one_line(" ".join(data["lines"])))

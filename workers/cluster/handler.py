@@ -44,7 +44,7 @@ from workers.tasks import Task
 
 
 class Handler:
-    """Answers requests with one model and one task; the work of each is in a package of its own."""
+    """Answer requests about one model and one task; the work for each is done in a package of its own."""
 
     def __init__(self, loaded: LoadedModel, task: Task, settings: WorkerSettings) -> None:
         self.loaded, self.task, self.settings = loaded, task, settings

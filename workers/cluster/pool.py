@@ -1,4 +1,4 @@
-"""Keep a pool of workers that hold a model, and outlive any one of them.
+"""Pool workers that hold a model, and replace those that die.
 
 One request is in flight per worker, handed out in order. A worker that dies or takes too long is replaced and its
 request given to another one, up to a number of attempts; then the request comes back as a Failure. Requests that
@@ -55,7 +55,7 @@ Result = Reply | Failure
 
 
 class WorkerPool:
-    """Runs requests on workers that hold one model and one task.
+    """Pool of workers that hold one model and one task.
 
     Use as a context manager, or call :meth:`start` and :meth:`close`. ``task`` is a bundled task's name, the path of a
     task file, a spec, or a loaded task. ``worker`` is the class whose instances answer the requests.
@@ -130,7 +130,7 @@ class WorkerPool:
 
     @property
     def info(self) -> tuple[WorkerInfo, ...]:
-        """What the workers that are ready say about themselves."""
+        """Descriptions of the workers that are ready."""
         return tuple(slot.info for slot in self._slots if slot.info is not None)
 
     @property
@@ -144,7 +144,7 @@ class WorkerPool:
         return bool(self._slots) and not self.pending and all(slot.reference is None for slot in self._slots)
 
     def take_retries(self) -> int:
-        """How often a request went to another worker since this was last asked."""
+        """Return how many requests went to another worker since the last call."""
         retries, self._telemetry.retries = self._telemetry.retries, 0
         return retries
 
@@ -264,7 +264,7 @@ class WorkerPool:
             slot.ticket = None
 
     def _raised(self, slot: Slot, cause: BaseException) -> None:
-        """A call raised in the worker, which lives on. Trying again would give the same error."""
+        """Fail the request whose call raised; the worker lives on, and trying again would give the same error."""
         reason = describe_error(cause)
         if slot.ticket is None:
             self._lost(slot, reason)
@@ -274,7 +274,7 @@ class WorkerPool:
         slot.ticket = None
 
     def _lost(self, slot: Slot, reason: str) -> None:
-        """A worker is gone, or could not load the model: replace it, and give its request to another."""
+        """Replace a worker that is gone or could not load the model, and give its request to another."""
         self._kill(slot)
         self._telemetry.lost(slot.number, reason)
         ticket = slot.ticket
@@ -316,7 +316,7 @@ class WorkerPool:
             self._lost(slot, f"the worker took longer than {seconds:g} s to {what}")
 
     def _look_at_cluster(self) -> None:
-        """See whether the cluster is still there, and start workers that it has room for again."""
+        """Check that the cluster is still there, and start workers that it has room for again."""
         now = time.monotonic()
         if now < self._next_look:
             return

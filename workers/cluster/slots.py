@@ -1,4 +1,4 @@
-"""The places of a pool's workers, what is in flight in them, and why a worker is gone."""
+"""Keep the state of a pool's workers: the call in flight, the request it is for, and why a worker died."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.text import first_line, last_line
 
 @dataclass
 class Ticket:
-    """A request on its way, and how many workers have had it."""
+    """A submitted request, and how many workers have been given it."""
 
     number: int
     request: Request
@@ -28,7 +28,7 @@ class Ticket:
 
 @dataclass
 class Slot:
-    """The place of one worker: its actor now, and the call in flight, if any.
+    """State of one worker of the pool: its present actor, and the call in flight, if any.
 
     ``placing``: Ray looks for a node with room for it; ``loading``: it loads the model or a task; ``ready``: it is
     idle or works on its ticket.

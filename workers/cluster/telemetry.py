@@ -1,4 +1,4 @@
-"""What a pool tells about itself: log lines, and counters in Ray's own metrics.
+"""Report on a worker pool: log lines, and counters in Ray's own metrics.
 
 Ray serves its metrics to Prometheus where the cluster was started with ``ray[default]``; elsewhere they cost nothing.
 """
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 def log(event: str, **fields: Any) -> None:
-    """One event of the pool; the fields stand beside it in the log line."""
+    """Log one event of the pool, with its fields beside it in the line."""
     logger.info(event, extra={"fields": fields})
 
 
 class Telemetry:
-    """Counters of one pool."""
+    """Ray metrics of one worker pool."""
 
     def __init__(self) -> None:
         self._requests = Counter("skipplan_requests", "Requests answered by workers.", ("kind", "outcome"))
@@ -29,20 +29,20 @@ class Telemetry:
         self.retries = 0
 
     def answered(self, kind: str, outcome: str) -> None:
-        """A request ended; ``outcome`` is ``"done"`` or ``"failed"``."""
+        """Count a request that ended; ``outcome`` is ``"done"`` or ``"failed"``."""
         self._requests.inc(1, {"kind": kind, "outcome": outcome})
 
     def retried(self, kind: str, reason: str) -> None:
-        """A request goes to another worker."""
+        """Count and log a request that goes to another worker."""
         self.retries += 1
         self._retries.inc(1)
         log("request_retried", kind=kind, reason=reason)
 
     def lost(self, worker: int, reason: str) -> None:
-        """A worker is gone."""
+        """Count and log a worker that died or was given up."""
         self._lost.inc(1)
         log("worker_lost", worker=worker, reason=reason)
 
     def count(self, ready: int) -> None:
-        """So many workers hold the model now."""
+        """Set the number of workers that hold the model."""
         self._workers.set(ready)

@@ -1,1 +1,1 @@
-"""The device of a worker: lock, memory, arithmetic."""
+"""Share, measure and judge a worker's device: lock, memory, arithmetic."""

@@ -1,4 +1,4 @@
-"""Whether this machine's processor computes in a model's dtype, or only emulates it."""
+"""Find out whether this machine's CPU multiplies bfloat16 natively or emulates it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def slow_arithmetic(dtype: torch.dtype, device: torch.device) -> str:
-    """One line for a model whose dtype this CPU emulates; empty where it does not, or where the CPU is not used."""
+    """Return a hint about a dtype that this CPU emulates; empty where it does not, or where the CPU is not used."""
     if dtype != torch.bfloat16 or device.type != "cpu" or multiplies_bfloat16():
         return ""
     return f"{EMULATED}: {FASTER}"

@@ -1,4 +1,4 @@
-"""Who may use a device now: many workers to compute, or one to time.
+"""Lock a device: many workers may compute on it, or one may time.
 
 Workers of one job, of several jobs and of several service processes may share a machine's cores or a GPU. A latency
 taken while another of them computes is not this device's latency, so timing asks for the device alone. The locks are
@@ -40,7 +40,7 @@ def computing(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def timing(device: torch.device, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Have the device to oneself among workers.
+    """Use the device alone among workers.
 
     Raises:
         MeasurementError: other workers still used it after ``wait_seconds``.
@@ -58,7 +58,7 @@ def timing(device: torch.device, *, wait_seconds: float = WAIT_SECONDS) -> Itera
 
 
 def name(device: torch.device) -> str:
-    """The device as this machine knows it, the same in every process whatever part of the GPUs it sees."""
+    """Name the device the same in every process of this machine, whatever part of the GPUs it sees."""
     if device.type != "cuda":
         return device.type
     return f"gpu-{torch.cuda.get_device_properties(device).uuid}"

@@ -1,4 +1,4 @@
-"""A device's memory, and the peak memory of a piece of work."""
+"""Read a device's memory, and measure the peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of the device that tensors can take: the GPU's own, or the machine's."""
+    """Return the memory that tensors can take in all: the GPU's own, or the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

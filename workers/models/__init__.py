@@ -1,1 +1,1 @@
-"""Models: checkpoints, loading, prompts and processor inputs."""
+"""Find, check and load models, and turn samples into their inputs."""

@@ -1,4 +1,4 @@
-"""Model directories: where one is found, whether it can be used, and its fingerprint. Needs no torch."""
+"""Find, check and fingerprint model directories. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples as model inputs: images opened and processed, the unreadable ones told apart."""
+"""Open the images of samples and process both into model inputs; list those that cannot be read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PreparedBatch:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tensors."""
+        """Bytes of the input tensors."""
         tensors = () if self.inputs is None else self.inputs.values()
         return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 

@@ -1,8 +1,7 @@
-"""Loading a vision-language model with its processor, by path, bundled name, or hub id."""
+"""Load a vision-language model with its processor, by path, bundled name, or hub id."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from workers.messages import ModelSource
 from workers.text import first_line
 
 from .checkpoint import (
-    canonical_config,
     check_checkpoint,
     find_checkpoint,
     fingerprint_checkpoint,
@@ -35,7 +33,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """Device that the model's inputs go to."""
         device: torch.device = self.model.device
         return device
 
@@ -77,18 +75,8 @@ def choose_device(device: str) -> str:
     return device
 
 
-def fingerprint_model(model: PreTrainedModel) -> str:
-    """Identify a live model by its config and parameters (in their current dtype; not the checkpoint's fingerprint)."""
-    digest = hashlib.sha256(canonical_config(model.config.to_dict()).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(hashlib.sha256(content.data).digest())
-    return digest.hexdigest()
-
-
 def load_config(directory: Path | str, source: ModelSource) -> Any:
-    """The configuration at a directory or hub id. Raises ModelError when it is of no model that can be loaded."""
+    """Read the configuration at a directory or hub id. Raises ModelError when it is of no model that can be loaded."""
     try:
         config = AutoConfig.from_pretrained(
             directory, revision=source.revision, trust_remote_code=source.trust_remote_code

@@ -1,4 +1,4 @@
-"""Choosing: the option whose tokens are the likeliest behind the prompt, as in the Language Model Evaluation Harness.
+"""Choose the option that is likeliest behind the prompt, as the Language Model Evaluation Harness does.
 
 The plain path feeds every option by ``generate``, whose choice of tokens is overruled: the model is entered as for any
 generated answer, whatever its family, and its logits are read before generation settings could change them. An
@@ -41,7 +41,7 @@ class Likelihood:
 
 
 def token_likelihoods(logits: Tensor, tokens: Sequence[int], dtype: torch.dtype) -> list[Likelihood]:
-    """Of one token in each row of float32 logits ``[tokens, vocabulary]`` of a model in ``dtype``.
+    """Return the likelihood of one token per row of float32 logits ``[tokens, vocabulary]`` of a model in ``dtype``.
 
     NaN anywhere in a row makes its ``total`` NaN.
     """
@@ -52,7 +52,7 @@ def token_likelihoods(logits: Tensor, tokens: Sequence[int], dtype: torch.dtype)
 
 
 def option_tokens(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each option behind the sample's prompt.
+    """Return the tokens of each option behind the sample's prompt.
 
     They are what the text of prompt and option has more than the prompt's, so that an option is spelled as it would be
     in running text; by themselves where the prompt's last token would change.
@@ -81,7 +81,7 @@ def option_tokens(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> 
 
 
 def one_by_one(samples: Sequence[Sample]) -> list[Sample]:
-    """Each option as a sample of its own, whose only option it is."""
+    """Make each option a sample of its own, whose only option it is."""
     return [
         replace(sample, id=_option_id(sample, number), choices=(option,))
         for sample in samples
@@ -116,7 +116,7 @@ def option_likelihoods(
 
 
 def feed(model: Any, inputs: Mapping[str, Any], tokens: Sequence[Sequence[int]], pad: int) -> list[Likelihood]:
-    """The likelihood of each row's own tokens behind the prompts that ``inputs`` (of ``generate``) hold."""
+    """Return the likelihood of each row's own tokens behind the prompts in ``inputs``, which ``generate`` takes."""
     feeder = _Feeder(tokens, min(end_tokens(model), default=pad), model.dtype)
     # Some families (BLIP-2) leave generation to the language model inside them, which is then what is called.
     generating = [module for module in model.modules() if isinstance(module, GenerationMixin)]
@@ -167,7 +167,7 @@ class Choice:
 
 
 def chosen_tokens(loaded: LoadedModel, task: Task, sample: Sample) -> tuple[int, ...]:
-    """Tokens of the option that the model chooses by itself; none where that cannot be found out."""
+    """Return the tokens of the option that the model chooses by itself; none where that cannot be found out."""
     batch = prepare_batch(loaded, task, one_by_one([sample]))
     if batch.inputs is None:
         return ()
@@ -181,7 +181,7 @@ def chosen_tokens(loaded: LoadedModel, task: Task, sample: Sample) -> tuple[int,
 def join(
     samples: Sequence[Sample], likelihoods: Mapping[str, Likelihood], failed: Mapping[str, str]
 ) -> tuple[dict[str, tuple[Likelihood, ...]], dict[str, str]]:
-    """Likelihoods of single options, and why others have none, as those of samples; one that fails fails its sample."""
+    """Gather single options' likelihoods and failures by sample; an option that fails fails its sample."""
     found: dict[str, tuple[Likelihood, ...]] = {}
     reasons: dict[str, str] = {}
     for sample in samples:
@@ -199,7 +199,7 @@ def _option_id(sample: Sample, number: int) -> str:
 
 
 class _Feeder(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-    """Makes generation take given tokens in every row, and ``end`` behind them; adds up their likelihoods."""
+    """Force given tokens on generation in every row, and ``end`` behind them; add up their likelihoods."""
 
     def __init__(self, tokens: Sequence[Sequence[int]], end: int, dtype: torch.dtype) -> None:
         self._tokens, self._end, self._dtype = tokens, end, dtype
@@ -226,7 +226,7 @@ class _Feeder(LogitsProcessor):  # type: ignore[misc]  # transformers is not typ
         return forced
 
     def likelihood(self, row: int) -> Likelihood:
-        """What was found for a row."""
+        """Return the summed likelihood of a row."""
         if self._step < len(self._tokens[row]):
             raise RuntimeError("generation stopped before an option was read to its end; do its settings limit time?")
         return self._found[row]

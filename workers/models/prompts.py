@@ -1,4 +1,4 @@
-"""Prompts through the model's own processor, with its chat template where it has one."""
+"""Build prompts through the model's own processor, with its chat template where it has one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def has_chat_template(processor: ProcessorMixin) -> bool:
 
 
 def rendered(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> str:
-    """The prompt as text, with the image's token standing for all of the image."""
+    """Return the prompt as text, with one image token for the whole image."""
     if has_chat_template(processor):
         conversation = [_turn(spec, sample, {"type": "image"})]
         text: str = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)

@@ -1,4 +1,4 @@
-"""Ties: two logits so close that the shape of a batch may change their order.
+"""Find ties: two logits so close that the shape of a batch may change their order.
 
 A model's logits for a prompt depend, in their last digits, on what else is computed with it: on the batch, its padding,
 the number of threads. Where the most likely token leads by less than that, greedy decoding is decided by chance. Every
@@ -20,7 +20,7 @@ Several times what tests/benchmarks/logit_noise.py finds.
 
 
 def tie_bound(top: Tensor, dtype: torch.dtype) -> Tensor:
-    """How close to the largest logits ``top`` another one has to be to count as tied, for a model in ``dtype``.
+    """Return the distance from the largest logits ``top`` within which others are tied, for a model in ``dtype``.
 
     Logits below 1 are taken as 1, since noise does not shrink with them.
     """
@@ -32,7 +32,7 @@ def tie_bound(top: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AnswerWatch(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-    """Remembers which rows of a batch had NaN among their logits, and which met a tie; changes nothing.
+    """Record which rows of a batch had NaN among their logits, and which met a tie; change nothing.
 
     ``ends`` are the tokens that end an answer; what is generated in a row after one of them does not count.
     """
@@ -54,7 +54,7 @@ class AnswerWatch(LogitsProcessor):  # type: ignore[misc]  # transformers is not
 
 
 def end_tokens(model: object) -> frozenset[int]:
-    """The tokens that end a generated answer."""
+    """Return the tokens that end a generated answer."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
         return frozenset()

@@ -1,1 +1,1 @@
-"""The reference model: how the small LLaVA checkpoint in `configs/reference/` is built and trained."""
+"""Build the reference models that do not ship as checkpoints."""

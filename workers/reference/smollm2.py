@@ -1,4 +1,4 @@
-"""The 30-layer reference model: a LLaVA of a small trained vision tower and projector around a given language model."""
+"""Join a small trained vision tower and projector to a language model: the 30-layer reference LLaVA."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Eyes(nn.Module):
 
 
 def smollm2_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The tokenizer and a Pillow-backed CLIP image processor (no torchvision needed) as a LLaVA processor."""
+    """Join the tokenizer and a Pillow-backed CLIP image processor (no torchvision needed) to a LLaVA processor."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = CLIPImageProcessorPil(
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -97,7 +97,7 @@ def smollm2_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def join(language: LanguageModel, architecture: VisionArchitecture, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A LLaVA whose backbone is the language model; tower and projector are random, in bfloat16 like the backbone."""
+    """Build a LLaVA around the language model; tower and projector are random, in bfloat16 like the backbone."""
     text = language.model.config
     config = LlavaConfig(
         vision_config=vision_config(architecture),

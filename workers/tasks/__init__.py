@@ -1,4 +1,4 @@
-"""Tasks: data files that say where questions and answers are, how they are asked, scored and split."""
+"""Read tasks: files that say where questions and answers are, how they are asked, scored and split."""
 
 from .loading import Task, load_task
 from .samples import Sample

@@ -1,4 +1,4 @@
-"""Images of samples: where each one is, and how it is opened."""
+"""Find, hash and open the images of samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file."""
+    """Image in a file of its own."""
 
     path: str
 
@@ -29,7 +29,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class SceneImage:
-    """The image of a generated scene."""
+    """Image that is drawn from a scene's number."""
 
     index: int
     seed: int
@@ -43,7 +43,7 @@ class SceneImage:
 
 @dataclass(frozen=True)
 class HubImage:
-    """An image in one row of a dataset of the Hugging Face hub (or of a directory that ``datasets`` can load)."""
+    """Image in one row of a dataset of the Hugging Face hub (or of a directory that ``datasets`` can load)."""
 
     dataset: str
     subset: str | None

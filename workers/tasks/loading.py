@@ -1,4 +1,4 @@
-"""From a task file to its samples in three splits."""
+"""Load a task: its samples in three splits, and the hashes that identify them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The task's name."""
         return self.spec.name
 
     def split(self, name: str) -> tuple[Sample, ...]:
@@ -82,7 +81,7 @@ def _read(spec: TaskSpec) -> list[Region]:
 
 
 def _read_easy_vqa() -> list[Region]:
-    """Calibration from the training images, search and held-out from the test images."""
+    """Read calibration from the training images, search and held-out from the test images."""
     import easy_vqa
 
     parts = {
@@ -100,7 +99,7 @@ def _read_easy_vqa() -> list[Region]:
 
 
 def _read_scenes(seed: int, sizes: SplitSizes) -> list[Region]:
-    """Calibration scenes from the range reference models are trained on, the others from beyond it."""
+    """Draw calibration scenes from the range reference models are trained on, the others from beyond it."""
     from .scenes import FIRST_EVALUATION_INDEX, scene
 
     regions = []

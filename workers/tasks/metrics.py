@@ -1,4 +1,4 @@
-"""Metrics: one function each, from a predicted text and the accepted answers to a score in [0, 1].
+"""Score answers: one function a metric, from a predicted text and the accepted answers to a score in [0, 1].
 
 For tasks in which the model chooses among options: from an option and its log-likelihood to what it is worth.
 """
@@ -125,7 +125,7 @@ _DECIDED_BY_VQA_RULES = ("exact_match", "vqa_accuracy")
 
 
 def can_still_score(name: str, beginning: str, answers: Sequence[str]) -> bool:
-    """Whether some answer that begins with this text could score above 0 under a metric; True where that is not known.
+    """Tell whether an answer that begins with this text could score above 0; True where that is not known.
 
     Sound for the metrics that compare texts after :func:`normalise_vqa`. It changes letters and digits in no other
     way than this: whole words are dropped (articles) or become digits (number words), periods may go, and words may be
@@ -164,7 +164,7 @@ def _vqa_word(word: str) -> str:
 
 
 def checked(name: str, metric: Metric) -> Metric:
-    """A user's metric, which raises ValueError when a score is no number in [0, 1]."""
+    """Wrap a user's metric to raise ValueError when a score is no number in [0, 1]."""
 
     def score(prediction: str, answers: Sequence[str]) -> float:
         found = float(metric(prediction, answers))

@@ -1,4 +1,4 @@
-"""Rows of a table of questions become samples, whatever kind of file the table is in."""
+"""Read the rows of a table of questions as samples, whatever kind of file the table is in."""
 
 from __future__ import annotations
 
@@ -120,5 +120,5 @@ def _answers(
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a cell is missing, NaN, or white space."""
+    """Tell whether a cell is missing, NaN, or white space."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -1,4 +1,4 @@
-"""Samples: a question about an image, with the answers that count as right."""
+"""Define a sample: a question about an image, with the answers that count as right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sample:
 
     @property
     def content(self) -> list[Any]:
-        """What a score on it depends on, as JSON holds it."""
+        """Fields that its score depends on, as JSON holds them."""
         options = [list(self.choices)] if self.choices else []
         return [self.image_key, self.question, list(self.answers), *options]
 

@@ -1,4 +1,4 @@
-"""Scenes: drawn images of two or three coloured shapes with one canonical caption each.
+"""Draw scenes: images of two or three coloured shapes with one canonical caption each.
 
 `scene(index, seed)` is a pure function of its two arguments, so a range of indices is a data set that needs no files.
 Colours and shapes follow the easy-VQA vocabulary. The layout is unambiguous by construction: the shapes of a scene lie
@@ -132,7 +132,7 @@ def _place(rng: random.Random, count: int, relation: str) -> tuple[Shape, ...]:
 
 
 def _offsets_across(rng: random.Random, along: list[float], radii: list[float]) -> list[float]:
-    """Positions across the axis: every pair of shapes stays clearly more apart along the axis than across it."""
+    """Choose positions across the axis: shapes stay clearly more apart along the axis than across it."""
     across: list[float] = []
     for number, radius in enumerate(radii):
         lowest, highest = _MARGIN + radius, IMAGE_SIZE - _MARGIN - radius

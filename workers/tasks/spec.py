@@ -1,4 +1,4 @@
-"""Task files: what a task's data are, how it is asked, answered and scored, and how it is split."""
+"""Read task files: where a task's data are, how it is asked, answered and scored, and how it is split."""
 
 from __future__ import annotations
 
@@ -100,7 +100,6 @@ class FileSource(_Section):
 
     @property
     def table_format(self) -> str:
-        """The format of the file."""
         return self.format or FILE_FORMATS.get(Path(self.path).suffix.lower(), "")
 
     @model_validator(mode="after")

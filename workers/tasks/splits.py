@@ -1,4 +1,4 @@
-"""Splits that are disjoint by image, the same for the same seed, and whose prefixes are fair subsets."""
+"""Split samples: disjoint by image, the same for the same seed, with prefixes that are fair subsets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_splits(regions: Sequence[Region], sizes: SplitSizes, task: str) -> dict
 
 
 def _too_few(task: str, splits: Sequence[str], sizes: SplitSizes, images: Sequence[Sequence[Sample]]) -> str:
-    """What is asked for, what is there, and sizes in the same proportions that are sure to fit."""
+    """Say how many were asked for and are there, and propose sizes in the same proportions that are sure to fit."""
     asked = {split: int(getattr(sizes, split)) for split in splits}
     wanted = " + ".join(f"{split} {size}" for split, size in asked.items())
     room = available = len(images) if sizes.unit == "images" else sum(len(group) for group in images)

@@ -1,4 +1,4 @@
-"""Tables of a task: a user's CSV, JSONL or Parquet file, or a dataset of the Hugging Face hub (extra ``hub``)."""
+"""Read a task's table: a user's CSV, JSONL or Parquet file, or a dataset of the Hugging Face hub (extra ``hub``)."""
 
 from __future__ import annotations
 
