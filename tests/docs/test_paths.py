@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from dead_imports import missing
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -29,6 +30,12 @@ def test_named_files_and_functions_exist(page: Path) -> None:
         if not there.exists() or (name and name not in names_of(there)):
             wrong.append(f"{path}:{name}" if name else path)
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_what_examples_import_exists(page: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [name for block in blocks for name in missing(block)] == []
 
 
 def test_the_path_of_a_job_has_at_most_fifteen_steps() -> None:
