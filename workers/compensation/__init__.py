@@ -1,1 +1,1 @@
-"""Compensated skips: linear maps, fitted in closed form, that repair the gap behind skipped layers."""
+"""Compensate for skipped layers by linear maps, fitted in closed form."""

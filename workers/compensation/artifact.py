@@ -1,4 +1,4 @@
-"""Fitted maps as safetensors bytes: equal maps give equal bytes, so that a checksum tells whether a re-fit is the same.
+"""Encode fitted maps as safetensors bytes: equal maps give equal bytes, so that a checksum shows an equal re-fit.
 
 The file holds ``layers.K.matrix`` float32, which is applied from the right to the MLP's output of layer K (``[hidden,
 hidden]``) or, with ``scope=projection``, to what its last projection is given (``[width, hidden]``).
@@ -8,7 +8,7 @@ Metadata: one JSON text with sorted keys that says what was fitted, on what, and
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from safetensors import SafetensorError
@@ -47,11 +47,7 @@ def encode(fitted: Fitted, provenance: Provenance) -> bytes:
         "format": FORMAT,
         "plan": fitted.plan,
         "compensation": fitted.compensation,
-        "model_fingerprint": provenance.model_fingerprint,
-        "task": provenance.task,
-        "samples": provenance.samples,
-        "tokens": provenance.tokens,
-        "settings": provenance.settings,
+        **asdict(provenance),
         "gaps": [
             {
                 "layer": gap.layer,

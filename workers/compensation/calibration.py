@@ -1,8 +1,8 @@
-"""Calibration samples as the decoder sees them, and what the dense model makes of them: the targets of every map.
+"""Prepare calibration samples: the decoder's calls, and the dense model's states as the targets of every map.
 
 A sample is its prompt with the dense model's own answer behind it (the option that it chooses, where it is to choose),
-so that image, prompt and answer tokens all count. The tower's work is done once: what is kept per batch is the call
-that the decoder got.
+so that image, prompt and answer tokens all count. The tower's work is done once: the decoder's call is
+kept for each batch.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ def _dense_pass(
 
 
 class _Prover:
-    """Proves on the first batch that layers are residual + linear projection, by running each twice more."""
+    """Prove on the first batch that layers are residual + linear projection, by running each twice more."""
 
     def __init__(self, stack: DecoderStack) -> None:
         self._stack, self._busy = stack, False

@@ -35,7 +35,7 @@ KEPT_PLANS = 64
 
 
 class Compensator:
-    """Fits the maps of plans of one model on one task's calibration split.
+    """Fit the maps of plans of one model on one task's calibration split.
 
     Equal plans give equal maps: where the family's layers can be called one at a time, plans share what they begin
     with; otherwise each plan is fitted by itself, with a pass for every gap.

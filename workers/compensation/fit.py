@@ -105,7 +105,7 @@ def fit_gap(
 
 
 def change_of(own: GapMap, device: torch.device) -> Tensor:
-    """What a map adds to the state by what it acts on, ``[hidden or width, hidden]``, float32 on a device."""
+    """Matrix from what a map acts on to its change of the state, ``[hidden or width, hidden]``, float32 on a device."""
     return own.change.float().to(device)
 
 

@@ -1,4 +1,4 @@
-"""Linear redundancy: how much of a later state no linear map of a layer's MLP output can explain.
+"""Measure linear redundancy: how much of a later state no linear map of a layer's MLP output can explain.
 
 For layers k < j the share of X_j's energy, every token divided by its root mean square, that is left by the best
 X_j ~ (X_k - M_k) + M_k T: functional redundancy with the predictor class that can be folded into the weights. Where it

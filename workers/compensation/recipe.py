@@ -1,4 +1,4 @@
-"""How the gaps of a plan are compensated, as a value with a canonical text. Needs no torch."""
+"""Describe how the gaps of a plan are compensated, as a value with a canonical text. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fitting many plans: a map depends on nothing but the plan's beginning, so plans that begin alike share it.
+"""Fit many plans: a map depends on nothing but the plan's beginning, so plans that begin alike share it.
 
 The decoder's layers are called one at a time on the calibration batches, with the arguments that the decoder itself
 hands to them. States are kept at the beginnings of plans within a budget; a new plan pays for the layers behind the

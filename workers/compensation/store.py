@@ -1,4 +1,4 @@
-"""Where fitted maps lie: a directory or an fsspec URL, files named by their own checksum. Needs no torch."""
+"""Store fitted maps in a directory or at an fsspec URL, as files named by their own checksum. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The least-squares problem of one gap as sums over tokens, which add up over batches and shards; and its solution.
+"""Solve the least-squares problem of one gap from sums over tokens, which add up over batches and shards.
 
 With M [tokens, hidden] what the layer before the gap adds, X the state it leaves, H the dense model's state behind the
 gap and W the tokens' weights, the map T = I + D minimises |W^1/2 (X + M D - H)|^2 + ridge |D|^2: the pull is towards

@@ -17,7 +17,18 @@ from .shared import SharedFits
 
 
 class TrieMaps:
-    """The maps of one recipe, as :class:`workers.engine.walk.StateMaps` describes them.
+    """Map the state behind a run of skipped layers by the maps of one recipe.
+
+    With k the kept layer before the run, its output is H = Y + M, where M is what its MLP added and Y the rest of the
+    residual stream. The map gives the state that the next executed layer (or the final norm) is given, from what is
+    watched in layer k. The walk over the trie takes care of the rest:
+
+    - ``ApplyMap`` steps stand in the path of every plan with a run of skips behind a kept layer, at the end of the run,
+      so a mapped state is shared by all plans that begin with the same text, and by no other. With ``drift`` they also
+      stand behind every kept layer above.
+    - The layer before the run also gives what ``watch`` names (``LayerOutput.watched``). In rows that do not go through
+      the layer (frozen and bypassed vision tokens) it is 0.
+    - Layers before the first kept one are skipped as they are: no layer stands before them.
 
     Raises:
         NotExactError: M is the sum of several modules' outputs.
@@ -40,7 +51,6 @@ class TrieMaps:
 
     @property
     def compensation(self) -> str:
-        """The recipe's text."""
         return self._fits.recipe.text
 
     @property

@@ -1,4 +1,4 @@
-"""How much a token counts in a fit. Massive activations would drown all other tokens if squares were summed plainly."""
+"""Weigh tokens in a fit. Massive activations would drown all other tokens if squares were summed plainly."""
 
 from __future__ import annotations
 

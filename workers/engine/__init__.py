@@ -1,1 +1,1 @@
-"""Evaluating many plans with few layer layer_executions: packed prompts, walked layer by layer as a trie of plans."""
+"""Evaluate many plans with few layer executions: prompts are packed, plans are walked layer by layer as a trie."""

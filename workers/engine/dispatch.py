@@ -1,4 +1,4 @@
-"""Which path evaluates a request: the fast one where it is exact, else the plain one, with the reason."""
+"""Choose the path that evaluates a request: the fast one where it is exact, else the plain one, with the reason."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .fast import FastEvaluator
 
 
 class EvaluationDispatch:
-    """The plain evaluator of one model and task, and the fast one beside it where that is exact.
+    """Evaluate by the fast evaluator of one model and task where it is exact, else by the plain one.
 
-    Whether it is, is found out once per split: the model's layers, the task's answers and its prompts are looked at,
+    Whether it is exact is found out once per split: the model's layers, the task's answers and its prompts are checked,
     and the scores of a few samples compared under the dense and under a mixed plan.
     """
 

@@ -1,4 +1,4 @@
-"""KL divergence of a plan's answer distribution from the dense model's, from the dense model's most likely tokens."""
+"""Measure the KL divergence of a plan's answers from the dense model's, on the latter's most likely tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DenseAnswers:
 
     @classmethod
     def of(cls, logits: Tensor) -> DenseAnswers:
-        """Keep what is needed of ``logits``, ``[positions, vocabulary]``."""
+        """Keep the most likely tokens of ``logits``, ``[positions, vocabulary]``."""
         log_probabilities = logits.log_softmax(-1)
         top, tokens = log_probabilities.topk(min(TOP, logits.shape[-1]), dim=-1)
         return cls(tokens.to(torch.int32), top, _log_rest(top))
@@ -49,6 +49,6 @@ class DenseAnswers:
 
 
 def _log_rest(log_probabilities: Tensor) -> Tensor:
-    """Logarithm of what is left of probability 1, at least the smallest number that float32 tells from nothing."""
+    """Logarithm of the rest of probability 1, at least the smallest number that float32 tells from nothing."""
     left = -torch.expm1(log_probabilities.double().logsumexp(-1))
     return left.clamp(min=1e-12).log().float()

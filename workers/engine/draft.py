@@ -31,7 +31,7 @@ class Draft:
     tokens: tuple[int, ...]
     limit: int
     known: int = 0
-    """Tokens at the beginning that were answered already: what is asked is how the answer goes on behind them."""
+    """Tokens at the beginning that were answered already; those behind them are asked for."""
 
     @property
     def fed(self) -> tuple[int, ...]:

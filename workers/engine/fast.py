@@ -1,4 +1,4 @@
-"""The fast path: the scores of the plain path from few layer executions."""
+"""Evaluate plans on the fast path: the scores of the plain path, from few layer executions."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ DEFAULT_MEMORY_BYTES = 2 << 30
 
 
 MOST_CHUNKS, MOST_POSITIONS = 8, 2048
-"""Chunks that are walked beside each other, so that what is read at the ends of plans is read together, and the answer
-positions they may have: their logits are held at once."""
+"""Chunks that are walked beside each other, so that their logits are taken together, and the answer positions they may
+have: their logits are held at once."""
 
 CHECKED_SAMPLES = 12
 """Samples on which the fast path is compared with the plain one before it is used."""
@@ -229,7 +229,7 @@ class FastEvaluator:
                 if chunk.dense is None:
                     ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
                     chunk.dense = DenseAnswers.of(self.decoder.logits(states))
-            self.states.budget = max(0, self._memory - self.chunks.nbytes)  # which what is kept of dense is part of
+            self.states.budget = max(0, self._memory - self.chunks.nbytes)  # dense answers count, too
             shared = [plan for plan in asked.plans if plan.text not in asked.folded]
             self._plan_scorer.score(self.walker, shared, chunks, asked)
             for plan in asked.plans:

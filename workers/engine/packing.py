@@ -49,7 +49,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Token sequences whose common beginnings are held once.
+    """Tree of token sequences whose common beginnings are held once.
 
     ``tokens[i]`` is the token at node i and ``parents[i]`` the node before it (-1: none), which has a smaller number;
     ``paths`` gives every sequence's nodes.
@@ -217,7 +217,7 @@ def cut(rows: Sequence[Row], tokens: int) -> list[tuple[Row, ...]]:
 
 
 class Packer:
-    """Lays rows out as tensors and asks the decoder what it hands to its layers for them."""
+    """Lay rows out as tensors, with the layer arguments that the decoder makes for them."""
 
     def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self._decoder, self._device = decoder, device

@@ -1,4 +1,4 @@
-"""Prompts of a split as token embeddings, one group per image: what all its questions begin with is held once.
+"""Read the prompts of a split as token embeddings, one group per image; their common beginning is held once.
 
 The vision tower, the projector and the placement of their features are the model's own: one call per image, stopped
 before the first decoder layer, gives the embeddings of the first question's prompt. The other questions share its

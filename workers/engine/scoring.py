@@ -74,7 +74,7 @@ class Asked:
 
 
 class PlanScorer:
-    """Scores plans on packed samples."""
+    """Score plans on packed samples."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How many tokens go through a layer together: found by doubling, once per model and device."""
+"""Find how many tokens should go through a layer together, by doubling, once per model and device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FOUND: dict[Device, int] = {}
 
 
 def chunk_tokens(device: Device, run: Callable[[int], None], *, largest: int) -> int:
-    """The number of tokens at which ``run(tokens)`` is no slower per token than at twice as many.
+    """Find the number of tokens at which ``run(tokens)`` is no slower per token than at twice as many.
 
     Doubling ends at ``largest``, where memory is short, or where it does not pay any more. The answer is remembered
     in this process; :func:`remember` corrects it where memory turns out to be short later.
@@ -43,7 +43,7 @@ def chunk_tokens(device: Device, run: Callable[[int], None], *, largest: int) ->
 
 
 def remember(device: Device, tokens: int) -> None:
-    """Memory was short above so many tokens."""
+    """Record that memory was short above ``tokens`` tokens."""
     _FOUND[device] = min(tokens, _FOUND.get(device, tokens))
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from workers.compensation.trie_maps import TrieMaps
 from workers.layerwise.decoder import Decoder, Keys, LayerOutput, Watch
 from workers.layerwise.trie import ApplyMap, Execute, Node, Step
 from workers.runtime.plan import Action
@@ -26,39 +27,10 @@ from .state_cache import StateCache
 
 @dataclass
 class Tally:
-    """Layer layer_executions so far, in samples: each is one decoder layer over one sample's prompt."""
+    """Layer executions so far, in samples: each is one decoder layer over one sample's prompt."""
 
     executions: int = 0
     by_plan: dict[str, int] = field(default_factory=dict)
-
-
-class StateMaps(Protocol):
-    """Map the state behind a run of skipped layers (implemented by :mod:`workers.compensation.trie_maps`).
-
-    With k the kept layer before the run, its output is H = Y + M, where M is what its MLP added and Y the rest of the
-    residual stream. A map gives the state that the next executed layer (or the final norm) is given, for example
-    Y + M T, from what is watched in layer k. The walk takes care of everything else:
-
-    - ``ApplyMap`` steps stand in the path of every plan with a run of skips behind a kept layer, at the end of the run,
-      so a mapped state is shared by all plans that begin with the same text, and by no other. With ``drift`` they also
-      stand behind every kept layer above.
-    - The layer before the run also gives what ``watch`` names (``LayerOutput.watched``). In rows that do not go through
-      the layer (frozen and bypassed vision tokens) it is 0.
-    - Layers before the first kept one are skipped as they are: no layer stands before them.
-    """
-
-    @property
-    def drift(self) -> bool:
-        """Whether the state behind every kept layer above the first gap is mapped too."""
-        ...
-
-    def watch(self, layer: nn.Module) -> Watch:
-        """Name the module of a decoder layer whose input or output the map behind it acts on."""
-        ...
-
-    def transform(self, step: ApplyMap, output: LayerOutput) -> Tensor:
-        """The mapped state ``[rows, tokens, hidden]`` of any chunk; must treat every row (token) by itself."""
-        ...
 
 
 class Walker:
@@ -66,7 +38,7 @@ class Walker:
 
     def __init__(self, decoder: Decoder, states: StateCache, tally: Tally | None = None) -> None:
         self._decoder, self._states = decoder, states
-        self.maps: StateMaps | None = None
+        self.maps: TrieMaps | None = None
         """What ``ApplyMap`` steps do; forget the states kept for other maps when this changes."""
         self.tally = tally or Tally()
         self._charged = ""
@@ -219,7 +191,7 @@ class Walker:
             self._states.drop(("keys", chunk, path))
             self._with_keys.discard((chunk, path))
 
-    # StateMaps --------------------------------------------------------------------------------------------------------
+    # TrieMaps --------------------------------------------------------------------------------------------------------
 
     def _mapped(self, node: Node, before: LayerOutput) -> Tensor:
         step = node.step

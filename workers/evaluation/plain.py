@@ -1,6 +1,6 @@
 """Evaluate plans plainly: apply the plan, generate greedily batch by batch, decode, score.
 
-Where a task is to choose, what is fed batch by batch are the options, and the likeliest one is the answer.
+In multiple choice the options are fed batch by batch, and the likeliest one is the answer.
 Nothing is shared between plans but the processed inputs; faster paths are held to this one's numbers.
 """
 

@@ -1,6 +1,6 @@
-"""Latency: an additive profile per layer and action, and paired comparisons of a plan against dense.
+"""Measure latency: an additive profile per layer and action, and paired comparisons of a plan against dense.
 
-Separate blocks of repeats drift apart on a busy machine, so what is compared is always measured in turns; and other
+Separate blocks of repeats drift apart on a busy machine, so plans are always compared in turns; and other
 workers are kept off the device meanwhile.
 """
 

@@ -1,4 +1,4 @@
-"""One request as it is timed: building it, running it, what it keeps, and how long its parts take.
+"""Build, run and time one request and its parts, and count its cache.
 
 A request is one ``generate`` call on prompts of the task, prefill and a forced number of new tokens, with everything a
 caller pays for but the processor.
@@ -161,7 +161,7 @@ class RequestTimer:
             yield timer
 
     def now(self) -> Any:
-        """Return the present moment."""
+        """Mark the present moment."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()

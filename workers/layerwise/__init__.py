@@ -1,1 +1,1 @@
-"""Decoder layers run one at a time, with shared prefixes."""
+"""Run decoder layers one at a time, with shared prefixes."""

@@ -69,7 +69,7 @@ class LayerOutput:
 
 @dataclass(frozen=True)
 class Watch:
-    """A module within a layer, and whether what it is given (``inputs``) or what it gives is wanted."""
+    """Watch a module within a layer: its input (``inputs``) or its output."""
 
     module: nn.Module
     inputs: bool = False
@@ -99,7 +99,7 @@ class Keys:
 
 
 class Decoder:
-    """Calls single decoder layers of a live model.
+    """Call single decoder layers of a live model.
 
     Raises:
         NotExactError: a layer depends on more than hidden states, mask and positions.

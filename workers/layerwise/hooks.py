@@ -1,4 +1,4 @@
-"""Forward hooks that go together, and the hidden state in a decoder layer's output."""
+"""Register and remove forward hooks together; read and replace the hidden state in a layer's output."""
 
 from __future__ import annotations
 

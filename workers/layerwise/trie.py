@@ -1,4 +1,4 @@
-"""Plans as a trie of the steps they execute, so that what plans have in common is executed once."""
+"""Arrange plans as a trie of the steps they execute, so that common beginnings are executed once."""
 
 from __future__ import annotations
 

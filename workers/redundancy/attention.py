@@ -1,4 +1,4 @@
-"""How much attention text pays to vision tokens, layer by layer; one layer's attention maps exist at a time."""
+"""Measure the attention that text pays to vision tokens; one layer's attention maps exist at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of calibration samples that fit into memory with all that a measuring pass keeps of them."""
+"""Cut calibration samples into batches that fit into memory with all that a measuring pass keeps of them."""
 
 from __future__ import annotations
 

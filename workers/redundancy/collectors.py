@@ -21,10 +21,10 @@ CKA_TOKENS = 256
 
 
 class StatesCollector(Protocol):
-    """Sees every batch's hidden states once; holds no more than one batch's share of them."""
+    """See every batch's hidden states once; hold no more than one batch's share of them."""
 
     def begin(self, batch: Batch) -> None:
-        """A batch starts."""
+        """Start a batch."""
         ...
 
     def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
@@ -144,7 +144,7 @@ def unbiased_hsic(first: Tensor, second: Tensor) -> float:
 
 
 class _LastStates:
-    """Keeps one batch's states of the last prompt token at every depth: the embeddings, then after each layer."""
+    """Keep one batch's states of the last prompt token at every depth: the embeddings, then after each layer."""
 
     def begin(self, batch: Batch) -> None:
         self.batch = batch
@@ -181,7 +181,7 @@ class Angles(_LastStates):
 
 
 class AnswerStates(_LastStates):
-    """Keeps the last prompt token's states and the dense model's answer, for the probes fitted after the merge."""
+    """Keep the last prompt token's states and the dense model's answer, for the probes fitted after the merge."""
 
     def __init__(self, layers: int, shards: int) -> None:
         self._limit = -(-PROBE_SAMPLES // shards)

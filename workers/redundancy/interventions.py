@@ -21,7 +21,7 @@ from .sums import ratio_sums, sample_sums
 
 
 class Interventions:
-    """Replay changed plans against one batch's dense pass and adds up what they did to the answer."""
+    """Replay changed plans against one batch's dense pass and add up what they do to the answer."""
 
     def __init__(self, loaded: LoadedModel, stack: DecoderStack, descriptor: FamilyDescriptor, kinds: set[str]) -> None:
         self._loaded, self._stack, self._descriptor, self._kinds = loaded, stack, descriptor, kinds

@@ -1,4 +1,4 @@
-"""The kinds of measurement: what each is called in the table, which pass it needs, and how its sums become rows.
+"""List the kinds of measurement: names in the table, the pass each needs, and how its sums become rows.
 
 Needs numpy alone, so that the driver can finish what workers summed up. A new kind is an entry of ``KINDS`` here and
 a collector of the same name in ``workers.redundancy.collectors``.
@@ -39,7 +39,7 @@ Finish = Callable[[KindSums, int], Iterable[LayerMeasurement]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of measurement: what it tells, the pass it is made in, and how merged sums become rows."""
+    """A kind of measurement: its meaning, the pass it is made in, and how merged sums become rows."""
 
     about: str
     runs_in: str

@@ -1,4 +1,4 @@
-"""Linear probes of the dense model's answer from the state at the answer position: functional and informational.
+"""Fit linear probes of the dense model's answer on the state at the answer position.
 
 The paper's functional redundancy compares the best predictors from X_{l-1} and X_l, its informational one conditional
 uncertainty. Both are estimated here from one family of predictors, multinomial logistic regression with a quadratic
@@ -108,7 +108,7 @@ def _smoothed(probabilities: Floats, classes: int) -> Floats:
 
 
 def _prior_losses(answers: NDArray[np.intp], folds: NDArray[np.intp]) -> Floats:
-    """Log loss of the answers' frequencies in the other half, ``[samples]``: what is known without a state."""
+    """Log loss of the answers' frequencies in the other half, ``[samples]``: the loss without any state."""
     classes = int(answers.max()) + 1
     losses = np.zeros(len(answers))
     for fold in (0, 1):

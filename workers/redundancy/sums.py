@@ -1,4 +1,4 @@
-"""Running sums that merge exactly: a shard's reply holds sums, never averages, and needs numpy alone.
+"""Keep running sums that merge exactly: a shard's reply holds sums, never averages, and needs numpy alone.
 
 A mean over tokens is a ratio of sums over samples (tokens of one sample are not independent), so every such statistic
 keeps six numbers per entry, along the first axis of one array:

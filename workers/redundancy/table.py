@@ -1,4 +1,4 @@
-"""The table of measurements that criteria read: one row per layer, token group and name. Needs nothing heavy."""
+"""Hold the measurements that criteria read: one row per layer, token group and name. Needs nothing heavy."""
 
 from __future__ import annotations
 
