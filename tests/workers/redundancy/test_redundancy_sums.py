@@ -45,7 +45,8 @@ def test_shards_merge_to_the_whole(tiny: LoadedModel, few: Task) -> None:
     merged = merge(parts)
     assert merged.samples == whole.samples
     found, expected = finish(merged), finish(whole)
-    assert found.columns == expected.columns
+    found_columns, columns = ([(row.name, row.token_group) for row in each.rows] for each in (found, expected))
+    assert list(dict.fromkeys(found_columns)) == list(dict.fromkeys(columns))
     for row in expected.rows:
         again = found.row(row.name, row.token_group, row.layer)
         assert again is not None and again.n == row.n
