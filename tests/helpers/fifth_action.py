@@ -45,7 +45,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
     from optimizer.criteria.interface import everywhere
     from optimizer.exports.card import _what
     from optimizer.exports.document import json_schema
-    from optimizer.exports.formats import checkpoint
+    from optimizer.exports.formats import checkpoint, llama_cpp
     from optimizer.exports.interface import needs_plain_skips
     from optimizer.job import template
     from optimizer.job.result import layers_by_action
@@ -113,6 +113,10 @@ def consumers() -> dict[str, Callable[[], Any]]:
         "document's schema": lambda: json.dumps(json_schema()),
         "model card": lambda: _what(document("RD")),
         "plain checkpoint": lambda: needs_plain_skips(plan, "none") or f"takes {plan}",
+        "llama.cpp": lambda: (
+            llama_cpp.refusal(plan, "none")
+            or ("D: pruned" if "--prune-layers 1 " in llama_cpp.commands(plan, "model") else "not pruned")
+        ),
         "removal": lambda: f"{checkpoint.removal_of(plan)} then {checkpoint.remainder_of(plan)}",
         "screen": lambda: screen.coloured("RD").plain,
         "report's words": lambda: formatting.layers("RD"),

@@ -49,8 +49,7 @@ class Interventions:
 
     def _run(self, kind: str, batch: Batch, made: Recording, plan: SkipPlan, first: int) -> tuple[Tensor, Tensor]:
         start = first if self.shared_prefixes else 0
-        skipped = self._layers - len(plan.kept)
-        self.executions[kind] += batch.size * (self._layers - start - skipped)
+        self.executions[kind] += batch.size * (self._layers - start - len(plan.removed))
         logits, final = replay(self._loaded, self._stack, made, batch, plan, start)
         return logits, final
 

@@ -92,7 +92,7 @@ class AppliedPlan:
         layers = list(stack.layers)
         if self.compensation is not None:
             fold(self._edits, stack, plan, self.compensation)
-        if len(plan.kept) < len(plan):
+        if plan.removed:
             remove_layers(self._edits, stack, plan.kept, permanent=permanent)
             if permanent:
                 require_faithful_reload(stack)

@@ -172,8 +172,13 @@ class SkipPlan:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The layers that are not skipped, in order."""
+        """The layers that are not removed, in order."""
         return tuple(layer for layer, own in enumerate(self.actions) if not own.row.removes_layer)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The layers that do nothing for any token, in order."""
+        return tuple(layer for layer, own in enumerate(self.actions) if own.row.removes_layer)
 
     @property
     def is_dense(self) -> bool:

@@ -51,7 +51,7 @@ def save_pruned(
     try:
         if compensation is not None:
             fold(edits, applied._stack, plan, compensation)
-        if len(plan.kept) < len(plan):
+        if plan.removed:
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)
         model.save_pretrained(  # type: ignore[operator]

@@ -22,7 +22,7 @@ from optimizer.exports.interface import (
     needs_original_weights,
     needs_plain_skips,
 )
-from workers.runtime import Action, SkipPlan
+from workers.runtime import SkipPlan
 
 SCRIPT = "prune.sh"
 PROGRAM = "llama-quantize"
@@ -33,7 +33,7 @@ OPTION = "--prune-layers"
 def refusal(plan: SkipPlan, compensation: str) -> str | None:
     """Refuse what ``--prune-layers`` cannot say."""
     reason = needs_plain_skips(plan, compensation) or needs_original_weights(plan, compensation)
-    if reason is None and not plan.layers(Action.SKIP):
+    if reason is None and not plan.removed:
         return "it skips no layer, so there is nothing to prune"
     return reason
 
@@ -63,7 +63,7 @@ def per_layer_lists(config: dict[str, Any], num_layers: int) -> list[str]:
 
 def commands(plan: SkipPlan, checkpoint: str) -> str:
     """The script: check the tool, convert language model and vision tower, prune."""
-    layers = ",".join(map(str, plan.layers(Action.SKIP)))
+    layers = ",".join(map(str, plan.removed))
     convert = '"$python" "$llama_cpp/convert_hf_to_gguf.py"'
     source = shlex.quote(checkpoint)
     return f"""#!/bin/sh
@@ -87,7 +87,7 @@ mkdir -p "$output"
 
 def guide(subject: Subject, directory: Path) -> Guide:
     """How the commands are run."""
-    layers = ",".join(map(str, subject.plan.layers(Action.SKIP)))
+    layers = ",".join(map(str, subject.plan.removed))
     return Guide(
         usage=f"```sh\nLLAMA_CPP=path/to/llama.cpp ./{SCRIPT} gguf Q8_0\n"
         "llama-mtmd-cli -m gguf/pruned.gguf --mmproj gguf/mmproj.gguf --image picture.png -p 'your question'\n```\n\n"
