@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import in_process
 import pytest
+from measurement_tables import columns
 
 from optimizer.stages import redundancy
 from optimizer.stages.context import JobContext
@@ -28,10 +29,10 @@ def test_a_second_job_on_the_same_model_and_task_measures_nothing(store: Databas
     assert asked(worker)
     second = redundancy.run(in_process.context(store, worker, in_process.spec(search={"evaluations": 7})))
     assert asked(worker) == []
-    for name, group in first.columns:
+    for name, group in columns(first):
         for layer in range(first.num_layers):
             assert second.row(name, group, layer) == first.row(name, group, layer)
-    assert set(second.columns) == set(first.columns)
+    assert set(columns(second)) == set(columns(first))
 
 
 def test_only_what_is_missing_is_measured(store: Database, worker) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import plain
 import pytest
 import torch
+from measurement_tables import columns
 
 from workers.errors import MeasurementError
 from workers.messages import TOKEN_GROUPS
@@ -216,7 +217,7 @@ def test_a_layer_that_writes_into_its_input_is_measured_all_the_same(tiny: Loade
     handle = layer.register_forward_hook(lambda _, inputs, output: inputs[0].copy_(output))
     found = finish(measure_redundancy(tiny, few, kinds))
     handle.remove()
-    for name, group in {(row.name, row.token_group) for row in expected.rows}:
+    for name, group in columns(expected):
         assert found.values(name, group) == pytest.approx(expected.values(name, group), rel=1e-5, abs=1e-9)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from measurement_tables import columns
 
 from workers.models.loading import LoadedModel
 from workers.redundancy.kinds import KINDS, finish
@@ -45,15 +46,14 @@ def test_shards_merge_to_the_whole(tiny: LoadedModel, few: Task) -> None:
     merged = merge(parts)
     assert merged.samples == whole.samples
     found, expected = finish(merged), finish(whole)
-    found_columns, columns = ([(row.name, row.token_group) for row in each.rows] for each in (found, expected))
-    assert list(dict.fromkeys(found_columns)) == list(dict.fromkeys(columns))
+    assert columns(found) == columns(expected)
     for row in expected.rows:
         again = found.row(row.name, row.token_group, row.layer)
         assert again is not None and again.n == row.n
         assert again.value == pytest.approx(row.value, rel=1e-6, abs=1e-9), row
         if row.standard_error is not None:
             assert again.standard_error == pytest.approx(row.standard_error, rel=1e-5, abs=1e-9), row
-    assert finish(merge(parts[::-1])).columns == expected.columns
+    assert columns(finish(merge(parts[::-1]))) == columns(expected)
 
 
 def test_a_reply_does_not_grow_with_the_samples(tiny: LoadedModel, few: Task) -> None:
