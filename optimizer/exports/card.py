@@ -43,14 +43,14 @@ def _front_matter(document: PlanDocument, chosen: ExportFormat) -> str:
 def _what(document: PlanDocument) -> str:
     plan = SkipPlan.parse(document.plan)
     model = document.model
-    told = [
+    taken = [
         f"{len(plan.layers(action))} {action.row.meaning} ({action.letter}: {', '.join(map(str, plan.layers(action)))})"
         for action in Action
         if plan.layers(action) and action is not Action.RUN
     ]
     return (
         f"Of the {len(plan)} decoder layers of {_inline(model.name)} ({_inline(model.family)}, fingerprint "
-        f"`{model.fingerprint[:16]}`), {'; '.join(told) or 'all run'}. Compensation: {_inline(document.compensation)}."
+        f"`{model.fingerprint[:16]}`), {'; '.join(taken) or 'all run'}. Compensation: {_inline(document.compensation)}."
     )
 
 

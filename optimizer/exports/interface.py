@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from optimizer.errors import UsageFault
 from optimizer.exports.document import PlanDocument
-from workers.messages import NO_COMPENSATION, ModelSource
+from workers.messages import ModelSource
 from workers.runtime import Action, SkipPlan
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Subject:
     loaded: LoadedModel | None
     """The model on the CPU in its own dtype; None for formats that do not load it."""
     maps: Maps | None = None
-    """The maps that repair the plan's gaps; None where skips are plain, and for formats that do not load the model."""
+    """The maps of the plan's gaps; None where skips are plain, and for formats that do not load the model."""
 
     @property
     def plan(self) -> SkipPlan:
@@ -98,16 +98,6 @@ def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
     for layer, action in enumerate(plan):
         if action is not Action.RUN and not action.row.removes_layer:
             return f"layer {layer} is {action.letter} ({action.label}), which takes code to run"
-    return None
-
-
-def needs_original_weights(plan: SkipPlan, compensation: str) -> str | None:
-    """Refuse plans with compensation maps, for programs that prune the original model's weights themselves."""
-    if compensation != NO_COMPENSATION:
-        return (
-            f"its gaps are compensated ({compensation}), and the tool leaves layers out of the original weights, "
-            "which have no maps in them"
-        )
     return None
 
 

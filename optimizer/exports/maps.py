@@ -19,7 +19,7 @@ FILE_NAME = "compensation/maps.safetensors"
 
 
 def needs_maps(plan: PlanDocument) -> bool:
-    """Whether the plan has gaps that maps repair."""
+    """Whether the plan has gaps that maps compensate."""
     from workers.runtime import SkipPlan
     from workers.runtime.gaps import gaps
 

@@ -158,7 +158,7 @@ def _refuse_by_kind(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refus
 
 
 def _refuse_by_names(stack: DecoderStack, family: Family, refusals: Refusals) -> None:
-    """Refuse what depends on a layer's place in a way that nobody told this runtime."""
+    """Refuse what depends on a layer's place in a way that no table names."""
     everywhere = range(len(stack.layers))
     for name in unknown_per_layer_lists(stack.text_config, family.names, len(stack.layers)):
         reason = f"the configuration's list {name!r} has one entry per layer and its meaning is not known"

@@ -39,7 +39,7 @@ class FoldingError(PlanError):
 
 @dataclass(frozen=True)
 class GapMap:
-    """The map that repairs one gap: what the MLP of layer ``layer`` adds instead of M.
+    """The map that compensates one gap: what the MLP of layer ``layer`` adds instead of M.
 
     With scope ``output`` that is M ``matrix``, ``matrix`` being ``[hidden, hidden]``; with ``projection`` it is M + A
     ``matrix``, A being the input of the MLP's last projection and ``matrix`` ``[width, hidden]``. ``end`` is the last

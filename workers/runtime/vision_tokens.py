@@ -139,7 +139,7 @@ class VisionTokens:
         input_ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         with_vision = _has_vision(inputs)
         self._call = None
-        # Without image inputs, placeholder ids are ordinary words; but embeddings may hold anything.
+        # Without image inputs, placeholder ids are ordinary text; but embeddings may hold anything.
         self._known = input_ids is not None or (not with_vision and embeddings is not None and embeddings.shape[1] == 1)
         if with_vision and input_ids is not None:
             self._call = TokenSplit.from_vision_mask(self._mask_of(input_ids))

@@ -19,9 +19,9 @@ from optimizer.exports.interface import (
     Guide,
     Subject,
     find_program,
-    needs_original_weights,
     needs_plain_skips,
 )
+from workers.messages import NO_COMPENSATION
 from workers.runtime import SkipPlan
 
 SCRIPT = "prune.sh"
@@ -32,9 +32,14 @@ OPTION = "--prune-layers"
 
 def refusal(plan: SkipPlan, compensation: str) -> str | None:
     """Refuse what ``--prune-layers`` cannot say."""
-    reason = needs_plain_skips(plan, compensation) or needs_original_weights(plan, compensation)
+    reason = needs_plain_skips(plan, compensation)
+    if reason is None and compensation != NO_COMPENSATION:
+        reason = (
+            f"its gaps are compensated ({compensation}), and the tool leaves layers out of the original weights, "
+            "which have no maps in them"
+        )
     if reason is None and not plan.removed:
-        return "it skips no layer, so there is nothing to prune"
+        reason = "it skips no layer, so there is nothing to prune"
     return reason
 
 
