@@ -86,10 +86,10 @@ def best(
     the upper end of the loss's interval, ``max_latency`` is in seconds a request of the job's workload.
     """
     from storage.records import plans as published
+    from storage.records.plans import PlanQuery
 
     with _open(database) as db:
-        return published.best(
-            db,
+        query = PlanQuery(
             model,
             task,
             device=device,
@@ -98,6 +98,7 @@ def best(
             min_speedup=min_speedup,
             max_latency=max_latency,
         )
+        return published.best(db, query)
 
 
 def plans(
@@ -115,53 +116,46 @@ def plans(
     """List published plans, best first by ``sort``: one row a plan within the limits, indexed by its id.
 
     Columns: what was verified and measured (``accuracy``, ``difference``, ``speedup``, each with ``_low`` and
-    ``_high``; ``seconds``, ``kv_cache_bytes``, ...), and ``plan``, ``compensation``, ``model``, ``task``, ``device``,
-    ``workload``, ``job_id``, ``on_front``, ``meets_constraint`` (of its own job; None where not known).
+    ``_high``; ``latency_seconds``, ``kv_cache_bytes``, ...), and ``plan``, ``compensation``, ``model``, ``task``,
+    ``device``, ``workload``, ``job_id``, ``on_front``, ``meets_constraint`` (of its own job; None where not known).
     """
-    from dataclasses import asdict, fields
-
-    import pandas as pd
-
-    from optimizer.reports.data import meets_constraint
+    from optimizer.job.result import PlanAnswer
+    from storage.records import overview
     from storage.records import plans as published
-    from storage.records.plans import Plan
+    from storage.records.plans import PlanQuery
 
+    query = PlanQuery(
+        model,
+        task,
+        device=device,
+        max_accuracy_drop=max_accuracy_drop,
+        min_speedup=min_speedup,
+        on_front=on_front,
+        sort=sort,
+        limit=limit,
+    )
     with _open(database) as db:
-        found = published.list_plans(
-            db,
-            model,
-            task,
-            device=device,
-            max_accuracy_drop=max_accuracy_drop,
-            min_speedup=min_speedup,
-            on_front=on_front,
-            sort=sort,
-            limit=limit,
-        )
-    columns = [*(field.name for field in fields(Plan) if field.name != "secondary"), "meets_constraint"]
-    rows = [asdict(plan) | {"meets_constraint": meets_constraint(plan)} for plan in found]
-    return pd.DataFrame(rows, columns=columns).set_index("id")
+        found = published.list_plans(db, query)
+    answers = [PlanAnswer.of(plan) for plan in found]
+    return overview.frame(answers, PlanAnswer).drop(columns=["secondary", "layers"]).set_index("id")
 
 
 def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:
-    """List what a job scored, in the order of its evaluations: one row a plan and rung, indexed by the evaluation's id.
+    """List what a job scored, in the order of its evaluations: one row a plan and size, indexed by the evaluation's id.
 
-    Columns: ``plan``, ``compensation``, ``split``, ``n`` (samples), ``accuracy`` (NaN for a failure), ``seconds`` of
+    Columns: ``plan``, ``compensation``, ``split``, ``n_samples``, ``accuracy`` (NaN for a failure), ``seconds`` of
     worker time, ``failure``, ``reused_from``, ``layer_executions``. Search accuracies steer; they are no result.
     """
-    from dataclasses import asdict
-
-    import pandas as pd
-
     from storage.queue import jobs
-    from storage.records import overview
+    from storage.records import evaluations, overview
+    from storage.records.evaluations import EvaluationSummary
 
     with _open(database) as db:
         jobs.get(db, job_id)
-        rows = [asdict(each) for each in overview.evaluations(db, job_id)]
-    columns = ["id", "plan", "compensation", "split", "rung", "n", "accuracy", "seconds", "failure", "reused_from"]
+        rows = evaluations.summaries(db, job_id)
+    columns = ["id", "plan", "compensation", "split", "n_samples", "accuracy", "seconds", "failure", "reused_from"]
     columns += ["recorded_at", "layer_executions", "layer_executions_saved"]
-    return pd.DataFrame(rows, columns=columns).set_index("id")
+    return overview.frame(rows, EvaluationSummary)[columns].set_index("id")
 
 
 def redundancy(job_id: int, *, database: str | None = None) -> pd.DataFrame:
@@ -171,15 +165,13 @@ def redundancy(job_id: int, *, database: str | None = None) -> pd.DataFrame:
     where there is none), ``n`` (tokens or samples). No rows where nothing was measured. Definitions and sources stand
     in the documentation of the theory.
     """
-    from dataclasses import asdict
-
-    import pandas as pd
-
     from optimizer.reports.data import collect
+    from storage.records import overview
+    from storage.records.measurements import Redundancy
 
     with _open(database) as db:
-        rows = [asdict(each) for each in collect(db, job_id).redundancy]
-    return pd.DataFrame(rows, columns=["name", "token_group", "layer", "value", "standard_error", "n"])
+        rows = collect(db, job_id).redundancy
+    return overview.frame(rows, Redundancy)[["name", "token_group", "layer", "value", "standard_error", "n"]]
 
 
 def report(job_id: int, path: str | os.PathLike[str], *, figure: str = "front", database: str | None = None) -> Path:

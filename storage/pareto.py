@@ -1,4 +1,4 @@
-"""Which published plans are worth offering, per model, task, device and workload.
+"""Mark the published plans that are worth offering, per model, task, device and workload.
 
 Two sets are kept as flags on the plans, computed anew whenever the plans of a group change:
 
@@ -11,7 +11,7 @@ Two sets are kept as flags on the plans, computed anew whenever the plans of a g
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -21,7 +21,7 @@ from storage.schema import ModelRow, PlanRow
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """Plans are compared within one model, task, device and workload."""
+    """The model, task, device and workload within which plans are compared."""
 
     model_id: int
     task_id: int
@@ -31,13 +31,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Point:
-    """What plans are compared by."""
+    """The figures that plans are compared by."""
 
     id: int
     speedup: float
     accuracy: float
     difference_low: float
-    seconds: float
+    latency_seconds: float
 
 
 def front(points: Iterable[Point]) -> set[int]:
@@ -54,13 +54,13 @@ def front(points: Iterable[Point]) -> set[int]:
 def contenders(points: Iterable[Point]) -> set[int]:
     """Ids of the points that none equals or beats in every respect; of exact equals the oldest."""
     # In this order a point can only be beaten by one before it.
-    ordered = sorted(points, key=lambda p: (-p.speedup, -p.accuracy, -p.difference_low, p.seconds, p.id))
+    ordered = sorted(points, key=lambda p: (-p.speedup, -p.accuracy, -p.difference_low, p.latency_seconds, p.id))
     members: list[Point] = []
     for point in ordered:
         if not any(
             other.accuracy >= point.accuracy
             and other.difference_low >= point.difference_low
-            and other.seconds <= point.seconds
+            and other.latency_seconds <= point.latency_seconds
             for other in members
         ):
             members.append(point)
@@ -86,23 +86,10 @@ def lock(session: Session, groups: Sequence[Group]) -> None:
 
 def recompute(session: Session, group: Group) -> None:
     """Bring both flags of a group's plans up to date; ``lock`` the group before changing its plans."""
-    rows = session.execute(
-        select(
-            PlanRow.id,
-            PlanRow.speedup,
-            PlanRow.accuracy,
-            PlanRow.difference_low,
-            PlanRow.seconds,
-            PlanRow.on_front,
-            PlanRow.contender,
-        ).where(
-            PlanRow.model_id == group.model_id,
-            PlanRow.task_id == group.task_id,
-            PlanRow.device_id == group.device_id,
-            PlanRow.workload == group.workload,
-        )
-    ).all()
-    points = [Point(row.id, row.speedup, row.accuracy, row.difference_low, row.seconds) for row in rows]
+    compared = [getattr(PlanRow, each.name) for each in fields(Point)]
+    query = select(*compared, PlanRow.on_front, PlanRow.contender).filter_by(**asdict(group))
+    rows = session.execute(query).all()
+    points = [Point(*row[: len(compared)]) for row in rows]
     on_front, contending = front(points), contenders(points)
     changed = [
         {"id": row.id, "on_front": row.id in on_front, "contender": row.id in contending}

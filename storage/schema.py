@@ -1,4 +1,4 @@
-"""The tables. Changing one means writing a migration beside it; `skipplan db check` compares the two."""
+"""Define the tables. Changing one means writing a migration beside it; ``skipplan db check`` compares the two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
-REVISION = "0002"
+REVISION = "0003"
 """The migration that these tables correspond to."""
 
 JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
@@ -25,7 +25,7 @@ NAMING = {
 
 
 class Base(DeclarativeBase):
-    """Every table has names for its constraints from the first revision on, so that migrations can drop them."""
+    """Base of all tables, which name their constraints from the first revision on, so that migrations can drop them."""
 
     metadata = MetaData(naming_convention=NAMING)
     type_annotation_map = {  # noqa: RUF012  (read by SQLAlchemy, never changed)
@@ -87,12 +87,13 @@ class TaskRow(Base):
 
     __tablename__ = "tasks"
     __table_args__ = (
-        UniqueConstraint("name", "data_hash", "split_seed", "calibration_size", "search_size", "held_out_size"),
+        UniqueConstraint("name", "task_hash", "split_seed", "calibration_size", "search_size", "held_out_size"),
     )
 
     id: Mapped[int] = _id()
     name: Mapped[str]
-    data_hash: Mapped[str]
+    task_hash: Mapped[str]
+    """Covers the samples and whatever else changes a score: prompt, metric, splits."""
     split_seed: Mapped[int] = mapped_column(RowId)
     calibration_size: Mapped[int]
     search_size: Mapped[int]
@@ -107,7 +108,6 @@ class DeviceRow(Base):
 
     id: Mapped[int] = _id()
     name: Mapped[str] = mapped_column(unique=True)
-    details: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = _now()
 
 
@@ -158,7 +158,7 @@ class JobRow(Base):
 
 
 class JobEventRow(Base):
-    """What happened to a job and when: every transition, and what else is worth telling."""
+    """An entry of a job's history: a transition, or what else its owner reported."""
 
     __tablename__ = "job_events"
     __table_args__ = (Index(None, "job_id", "id"),)
@@ -173,7 +173,7 @@ class JobEventRow(Base):
 
 
 class JobStageRow(Base):
-    """What a finished stage of a job produced, so that a killed job goes on after it."""
+    """The result of a finished stage of a job, so that a killed job goes on after it."""
 
     __tablename__ = "job_stages"
 
@@ -210,7 +210,7 @@ class LatencyProfileRow(Base):
     device_id: Mapped[int] = _reference("devices")
     workload: Mapped[str]
     prompt_tokens: Mapped[int]
-    dense_seconds: Mapped[float]
+    dense_latency_seconds: Mapped[float]
     layer_seconds: Mapped[dict[str, Any]]
     relative_error: Mapped[float]
     measured_at: Mapped[datetime] = _now()
@@ -239,12 +239,12 @@ class RedundancyRow(Base):
 
 
 class EvaluationRow(Base):
-    """Per-sample scores of a plan on a rung of a split, or the reason why there are none."""
+    """Per-sample scores of a plan on the first samples of a split, or the reason why there are none."""
 
     __tablename__ = "evaluations"
     __table_args__ = (
-        UniqueConstraint("job_id", "plan", "compensation", "split", "rung"),
-        Index("ix_evaluations_known", "model_id", "task_id", "split_hash", "plan", "rung"),
+        UniqueConstraint("job_id", "plan", "compensation", "split", "n_samples"),
+        Index("ix_evaluations_known", "model_id", "task_id", "split_hash", "plan", "n_samples"),
         CheckConstraint("(failure IS NULL) = (accuracy IS NOT NULL)", name="accuracy_or_failure"),
         CheckConstraint("accuracy BETWEEN 0 AND 1", name="accuracy_range"),
     )
@@ -259,8 +259,7 @@ class EvaluationRow(Base):
     """What else may change an answer, such as the dtype and the attention kernel."""
     split: Mapped[str]
     split_hash: Mapped[str]
-    rung: Mapped[int]
-    n: Mapped[int]
+    n_samples: Mapped[int]
     accuracy: Mapped[float | None]
     scores: Mapped[bytes]
     secondary: Mapped[dict[str, Any]]
@@ -273,13 +272,13 @@ class EvaluationRow(Base):
     """Per sample the divergence from the dense model's answer distribution, packed like ``scores``."""
     layer_executions: Mapped[int] = mapped_column(RowId, server_default="0")
     layer_executions_saved: Mapped[int] = mapped_column(RowId, server_default="0")
-    artefact: Mapped[str | None]
+    artifact: Mapped[str | None]
     """Where the fitted compensation lies, and the checksum of that file."""
-    artefact_checksum: Mapped[str | None]
+    artifact_checksum: Mapped[str | None]
 
 
 _GROUP = ("model_id", "task_id", "device_id", "workload")
-_COMPARED = ("speedup", "accuracy", "difference_low", "seconds", "id")
+_COMPARED = ("speedup", "accuracy", "difference_low", "latency_seconds", "id")
 
 
 class PlanRow(Base):
@@ -325,7 +324,7 @@ class PlanRow(Base):
     plan: Mapped[str]
     compensation: Mapped[str]
     origin: Mapped[str]
-    n: Mapped[int]
+    n_samples: Mapped[int]
     accuracy: Mapped[float]
     accuracy_low: Mapped[float]
     accuracy_high: Mapped[float]
@@ -334,8 +333,8 @@ class PlanRow(Base):
     difference_low: Mapped[float]
     difference_high: Mapped[float]
     confidence: Mapped[float]
-    dense_seconds: Mapped[float]
-    seconds: Mapped[float]
+    dense_latency_seconds: Mapped[float]
+    latency_seconds: Mapped[float]
     speedup: Mapped[float]
     speedup_low: Mapped[float]
     speedup_high: Mapped[float]
@@ -348,6 +347,6 @@ class PlanRow(Base):
     contender: Mapped[bool]
     """No plan of its group is at least as good in everything that a query can constrain (see ``storage.pareto``)."""
     published_at: Mapped[datetime] = _now()
-    artefact: Mapped[str | None]
+    artifact: Mapped[str | None]
     """Where the fitted compensation lies, and the checksum of that file."""
-    artefact_checksum: Mapped[str | None]
+    artifact_checksum: Mapped[str | None]

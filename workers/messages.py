@@ -233,7 +233,7 @@ class LatencyProfile:
     device: str
     workload: Workload
     prompt_tokens: int
-    dense_seconds: float
+    dense_latency_seconds: float
     dense_prefill_seconds: float
     dense_decode_seconds: float
     prefill_seconds: dict[str, tuple[float, ...]]
@@ -245,7 +245,7 @@ class LatencyProfile:
     def layer_seconds(self) -> dict[str, tuple[float, ...]]:
         """Return each layer's part of the whole request in seconds, by action letter and layer.
 
-        A plan's predicted time is ``dense_seconds - sum(layer_seconds["R"][l] - layer_seconds[action][l])``.
+        A plan's predicted time is ``dense_latency_seconds - sum(layer_seconds["R"][l] - layer_seconds[action][l])``.
         """
         tokens = self.workload.new_tokens - 1
         return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-SortKey = Literal["speedup", "accuracy", "seconds", "drop", "newest"]
+SortKey = Literal["speedup", "accuracy", "latency_seconds", "difference", "newest"]
 
 
 def find_best(
@@ -35,18 +36,15 @@ def find_best(
     """
     from optimizer.errors import NoFeasiblePlan, UsageFault
     from storage.records import plans
+    from storage.records.plans import PlanQuery
 
     if model is None or task is None:
         raise UsageFault("name both --model and --task")
-    limits: dict[str, Any] = {
-        "max_accuracy_drop": max_accuracy_drop,
-        "min_speedup": min_speedup,
-        "device": device,
-    }
+    query = PlanQuery(model, task, device=device, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup)
     if max_collateral_drop is None and max_text_kl is None:
-        found = plans.best(db, model, task, **limits)
+        found = plans.best(db, query)
     else:  # what is measured beside the task has no columns of its own
-        fastest_first = plans.list_plans(db, model, task, sort="speedup", limit=None, **limits)
+        fastest_first = plans.list_plans(db, replace(query, limit=None))
         within = (plan for plan in fastest_first if _within(plan, max_collateral_drop, max_text_kl))
         found = next(within, None)
     if found is None:
@@ -58,7 +56,7 @@ def find_best(
 
 def caution(plan: Plan) -> str | None:
     """Warn of a plan that its own job refused; None where there is nothing to warn of."""
-    from optimizer.reports.data import meets_constraint
+    from optimizer.job.result import meets_constraint
 
     if meets_constraint(plan) is not False:
         return None
@@ -126,19 +124,20 @@ def list_plans(
     """
     from optimizer.job.result import plan_json
     from storage.records import plans
+    from storage.records.plans import PlanQuery
 
+    query = PlanQuery(
+        model,
+        task,
+        device=device,
+        max_accuracy_drop=max_accuracy_drop,
+        min_speedup=min_speedup,
+        on_front=pareto,
+        sort=sort,
+        limit=limit,
+    )
     with open_database(context) as db:
-        found = plans.list_plans(
-            db,
-            model,
-            task,
-            max_accuracy_drop=max_accuracy_drop,
-            min_speedup=min_speedup,
-            device=device,
-            on_front=pareto,
-            sort=sort,
-            limit=limit,
-        )
+        found = plans.list_plans(db, query)
     if as_json:
         print_json([plan_json(plan) for plan in found])
     else:
@@ -174,7 +173,7 @@ def refit(
         spec = read_spec(jobs.get(db, plan.job_id))
     source = None if model_path is None else moved(model_source(spec), model_path)
     found = compensate.refit(plan, spec, source)
-    recorded = (plan.artefact_checksum or "none")[:12]
+    recorded = (plan.artifact_checksum or "none")[:12]
     verdict = "the same bits as recorded" if found.same else f"not the bits recorded ({recorded})"
     print_either(
         as_json,

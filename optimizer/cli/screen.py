@@ -21,8 +21,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.job.result import JobResult, layers_by_action
-from optimizer.reports.data import meets_constraint
+from optimizer.job.result import JobResult, layers_by_action, meets_constraint
 from optimizer.stages.progress import Display, State
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
@@ -185,6 +184,7 @@ def answer(plan: Plan) -> str:
     compensated = "" if plan.compensation == NO_COMPENSATION else ", gaps compensated"
     return (
         f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {plan.speedup:.2f} times as fast as dense "
-        f"({1000 * plan.dense_seconds:.1f} -> {1000 * plan.seconds:.1f} ms a request, {plan.workload}), accuracy "
-        f"{plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n} held-out samples."
+        f"({1000 * plan.dense_latency_seconds:.1f} -> {1000 * plan.latency_seconds:.1f} ms a request, "
+        f"{plan.workload}), accuracy {plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n_samples} "
+        f"held-out samples."
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
 
 from optimizer.dashboard import answers
-from optimizer.job.result import load_result
+from optimizer.job.result import PlanAnswer, load_result
 from storage.database import Database
 from storage.errors import NotFound
 from storage.queue import events, jobs, stages
 from storage.records import overview, plans
+from storage.records.overview import KnownModel, KnownTask
+from storage.records.plans import PlanQuery, Sort
 
 LARGEST_ID = 2**63 - 1
 
@@ -29,7 +31,6 @@ JobId = Annotated[int, Path(ge=1, le=LARGEST_ID, description="Number of the job.
 PlanId = Annotated[int, Path(ge=1, le=LARGEST_ID, description="Number of the plan.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries to answer with.")]
 Name = Annotated[str | None, Query(max_length=300)]
-Sort = Literal["speedup", "accuracy", "seconds", "drop", "newest"]
 
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"model": answers.Problem, "description": "There is no such thing."}}
 
@@ -63,14 +64,12 @@ def show_job(db: Db, job_id: JobId) -> answers.JobDetail:
         counters=stages.counters(db, job_id),
         stages={name: stage.recorded_at for name, stage in stages.stages(db, job_id).items()},
         events=[answers.job_event(event) for event in events.for_job(db, job_id)],
-        plans=[answers.plan(each) for each in result.plans],
+        plans=[PlanAnswer.of(each) for each in result.plans],
         best=None if result.best is None else result.best.id,
     )
 
 
-@router.get("/plans", responses=_MISSING)
-def list_plans(
-    db: Db,
+def plan_query(
     model: Annotated[Name, Query(description="Name, path, hub id or fingerprint.")] = None,
     task: Annotated[Name, Query(description="Name of the task.")] = None,
     device: Annotated[Name, Query(description="Device, or a part of its name.")] = None,
@@ -81,44 +80,48 @@ def list_plans(
     front: Annotated[bool, Query(description="Only members of the Pareto front.")] = False,
     sort: Annotated[Sort, Query(description="Order, the best first.")] = "speedup",
     limit: Limit = 50,
-) -> list[answers.Plan]:
+) -> PlanQuery:
+    """Read which plans are asked for from the request."""
+    return PlanQuery(
+        model,
+        task,
+        device=device,
+        max_accuracy_drop=max_accuracy_drop,
+        min_speedup=min_speedup,
+        on_front=front,
+        sort=sort,
+        limit=limit,
+    )
+
+
+@router.get("/plans", responses=_MISSING)
+def list_plans(db: Db, query: Annotated[PlanQuery, Depends(plan_query)]) -> list[PlanAnswer]:
     """Published plans within limits; 404 where model, task or device is not known."""
     try:
-        found = plans.list_plans(
-            db,
-            model,
-            task,
-            device=device,
-            max_accuracy_drop=max_accuracy_drop,
-            min_speedup=min_speedup,
-            on_front=front,
-            sort=sort,
-            limit=limit,
-        )
+        return [PlanAnswer.of(each) for each in plans.list_plans(db, query)]
     except NotFound as error:
         raise or_404(error) from None
-    return [answers.plan(each) for each in found]
 
 
 @router.get("/plans/{plan_id}", responses=_MISSING)
-def show_plan(db: Db, plan_id: PlanId) -> answers.Plan:
+def show_plan(db: Db, plan_id: PlanId) -> PlanAnswer:
     """One published plan."""
     try:
-        return answers.plan(plans.get(db, plan_id))
+        return PlanAnswer.of(plans.get(db, plan_id))
     except NotFound as error:
         raise or_404(error) from None
 
 
 @router.get("/models")
-def list_models(db: Db) -> list[answers.Model]:
+def list_models(db: Db) -> list[KnownModel]:
     """Every model that a job loaded."""
-    return [answers.Model.model_validate(each) for each in overview.models(db)]
+    return overview.models(db)
 
 
 @router.get("/tasks")
-def list_tasks(db: Db) -> list[answers.Task]:
+def list_tasks(db: Db) -> list[KnownTask]:
     """Every version of every task."""
-    return [answers.Task.model_validate(each) for each in overview.tasks(db)]
+    return overview.tasks(db)
 
 
 @router.get("/devices")

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoescape
+from pydantic import BaseModel, Field
 
 from optimizer.dashboard import answers, api
 from optimizer.dashboard.access import COOKIE, Gate
@@ -22,6 +23,7 @@ from storage.errors import NotFound
 from storage.queue import jobs
 from storage.queue.jobs import Job
 from storage.records import overview
+from storage.records.plans import PlanQuery, Sort
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action
 
@@ -96,43 +98,50 @@ def show_report(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
     return HTMLResponse(reports.get(db, job))
 
 
+class PlanForm(BaseModel):
+    """The form above the list of plans; empty fields do not filter."""
+
+    model: str = ""
+    task: str = ""
+    device: str = ""
+    max_points: str = Field("", max_length=20)
+    min_speedup: str = Field("", max_length=20)
+    front: bool = False
+    sort: Sort = "speedup"
+
+    def query(self) -> PlanQuery:
+        """Return the query of the filled-in form. Raises HTTPException naming a field that is no number."""
+        return PlanQuery(
+            self.model or None,
+            self.task or None,
+            device=self.device or None,
+            max_accuracy_drop=_share(self.max_points),
+            min_speedup=_number("smallest speed-up", self.min_speedup),
+            on_front=self.front,
+            sort=self.sort,
+            limit=200,
+        )
+
+
 @router.get("/plans")
 def show_plans(
     request: Request,
     db: Db,
-    model: str = "",
-    task: str = "",
-    device: str = "",
-    max_points: Annotated[str, Query(max_length=20)] = "",
-    min_speedup: Annotated[str, Query(max_length=20)] = "",
-    front: bool = False,
-    sort: api.Sort = "speedup",
+    chosen: Annotated[PlanForm, Query()],
 ) -> HTMLResponse:
     """Published plans, with a form to filter them."""
     problem, code, found = "", 200, []
     try:
-        found = api.list_plans(
-            db,
-            model or None,
-            task or None,
-            device or None,
-            _share(max_points),
-            _number("smallest speed-up", min_speedup),
-            front,
-            sort,
-            limit=200,
-        )
+        found = api.list_plans(db, chosen.query())
     except HTTPException as error:
         problem, code = str(error.detail), error.status_code
-    chosen: dict[str, Any] = {"model": model, "task": task, "device": device, "max_points": max_points}
-    chosen |= {"min_speedup": min_speedup, "front": front, "sort": sort}
     return page(
         request,
         "plans.html",
         code,
         plans=found,
         problem=problem,
-        chosen=chosen,
+        chosen=chosen.model_dump(),
         models=sorted({each.name for each in overview.models(db)}),
         tasks=sorted({each.name for each in overview.tasks(db)}),
         devices=overview.devices(db),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from optimizer.exports.document import Interval, PlanDocument
+from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFormat, Guide
 from workers.runtime import Action, SkipPlan
 
@@ -76,19 +76,19 @@ def _table(document: PlanDocument) -> str:
         ("", "dense", "this plan", f"interval ({confidence})"),
         ("---", "---:", "---:", "---:"),
         (
-            f"accuracy, {own.n} held-out samples",
+            f"accuracy, {own.n_samples} held-out samples",
             f"{own.dense_accuracy:.4f}",
-            f"{own.accuracy.estimate:.4f}",
-            _interval(own.accuracy, "{:.4f}"),
+            f"{own.accuracy:.4f}",
+            _interval(own.accuracy_low, own.accuracy_high, "{:.4f}"),
         ),
         (
             "difference to dense",
             "",
-            f"{own.difference.estimate:+.4f}",
-            _interval(own.difference, "{:+.4f}") + corrected,
+            f"{own.difference:+.4f}",
+            _interval(own.difference_low, own.difference_high, "{:+.4f}") + corrected,
         ),
-        ("seconds a request", f"{own.dense_seconds:.5f}", f"{own.seconds:.5f}", ""),
-        ("speed-up", "1", f"{own.speedup.estimate:.3f}", _interval(own.speedup, "{:.3f}")),
+        ("seconds a request", f"{own.dense_latency_seconds:.5f}", f"{own.latency_seconds:.5f}", ""),
+        ("speed-up", "1", f"{own.speedup:.3f}", _interval(own.speedup_low, own.speedup_high, "{:.3f}")),
         ("KV cache, bytes", str(own.dense_kv_cache_bytes), str(own.kv_cache_bytes), ""),
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -98,8 +98,8 @@ def _table(document: PlanDocument) -> str:
     )
 
 
-def _interval(interval: Interval, form: str) -> str:
-    return f"{form.format(interval.low)} to {form.format(interval.high)}"
+def _interval(low: float, high: float, form: str) -> str:
+    return f"{form.format(low)} to {form.format(high)}"
 
 
 def _general_limits(document: PlanDocument) -> list[str]:

@@ -6,6 +6,7 @@ The models below are the one definition of the file; ``docs/schema/skipplan-plan
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from platform import python_version
@@ -24,11 +25,12 @@ from pydantic import (
 
 from optimizer.errors import UsageFault
 from optimizer.search.space import touched
-from storage.records.identities import ModelIdentity, TaskIdentity
-from storage.records.plans import Plan, PlanFigures
+from storage.errors import InvalidValue
+from storage.records.lookup import ModelRecord, TaskRecord
+from storage.records.plans import MeasuredFigures, Plan, PlanFigures
 from workers.runtime.plan import LEGEND, LETTERS, SkipPlan
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 FILE_NAME = "skipplan.json"
 LARGEST_FILE = 16 << 20
 
@@ -44,80 +46,13 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{6,128}$")]
 Checksum = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Letters = Annotated[str, StringConstraints(pattern=f"^[{LETTERS}]+$", max_length=4096)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Rank = Annotated[int, Field(ge=1)]
 
 
 class Part(BaseModel):
     """Common to all parts of the file: nothing unknown, nothing converted, no infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Interval(Part):
-    """An estimate with its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}")
-        return self
-
-
-class Model(Part):
-    """The model that the plan belongs to: its identity is the fingerprint, the name is for people."""
-
-    name: Name
-    fingerprint: Hash
-    family: Name
-    num_layers: Rank
-    parameters: Count
-
-
-class Task(Part):
-    """The task that the plan was verified on."""
-
-    name: Name
-    data_hash: Name
-    split_seed: int
-    calibration_size: Count
-    search_size: Count
-    held_out_size: Count
-
-
-class Figures(Part):
-    """What was verified on the held-out split and measured on the device; accuracies are shares, times seconds."""
-
-    n: Rank = Field(description="Held-out samples")
-    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(
-        description="Of the intervals; the difference's own is in secondary.difference_confidence where it was "
-        "corrected for the number of plans compared"
-    )
-    accuracy: Interval
-    dense_accuracy: Share
-    difference: Interval = Field(description="Accuracy less dense accuracy on the same samples; a loss is negative")
-    speedup: Interval = Field(description="Dense seconds / plan seconds, measured in pairs")
-    seconds: Positive
-    dense_seconds: Positive
-    kv_cache_bytes: Count
-    dense_kv_cache_bytes: Count
-    secondary: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        for name in ("estimate", "low", "high"):
-            value = getattr(self.accuracy, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"accuracy.{name} is {value}, outside [0, 1]")
-        if self.speedup.estimate <= 0:
-            raise ValueError(f"speedup.estimate is {self.speedup.estimate}, must be above 0")
-        return self
 
 
 class File(Part):
@@ -145,20 +80,28 @@ class PlanDocument(Part):
 
     model_config = ConfigDict(title="skipplan plan")
 
-    schema_version: Annotated[Literal[1], BeforeValidator(_no_truth_value)]
+    schema_version: Annotated[Literal[2], BeforeValidator(_no_truth_value)]
     plan: Letters = Field(description=f"One letter per decoder layer: {LEGEND}")
     compensation: Name = Field(description="'none', or how the gaps of skipped layers are compensated")
     maps_sha256: Checksum | None = Field(
         default=None, description="Of the fitted maps' file, compensation/maps.safetensors; null without compensation"
     )
-    model: Model
-    task: Task
+    model: ModelRecord
+    task: TaskRecord
     device: Name
     workload: Name
-    figures: Figures
+    figures: MeasuredFigures
     origin: Literal["measured", "imported"]
     published_at: AwareDatetime
     export: Export | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        try:
+            self.figures.check("figures")
+        except InvalidValue as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @model_validator(mode="after")
     def _length(self) -> Self:
@@ -171,70 +114,28 @@ class PlanDocument(Part):
         return json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
 
     def plan_figures(self) -> PlanFigures:
-        """The figures as the database keeps them."""
-        own = self.figures
+        """Return the plan and its figures as the database keeps them."""
         return PlanFigures(
             plan=self.plan,
             compensation=self.compensation,
-            artefact_checksum=self.maps_sha256,
-            n=own.n,
-            confidence=own.confidence,
-            accuracy=own.accuracy.estimate,
-            accuracy_low=own.accuracy.low,
-            accuracy_high=own.accuracy.high,
-            dense_accuracy=own.dense_accuracy,
-            difference=own.difference.estimate,
-            difference_low=own.difference.low,
-            difference_high=own.difference.high,
-            speedup=own.speedup.estimate,
-            speedup_low=own.speedup.low,
-            speedup_high=own.speedup.high,
-            seconds=own.seconds,
-            dense_seconds=own.dense_seconds,
-            kv_cache_bytes=own.kv_cache_bytes,
-            dense_kv_cache_bytes=own.dense_kv_cache_bytes,
             layers_touched=touched(SkipPlan.parse(self.plan)),
-            secondary=own.secondary,
+            artifact_checksum=self.maps_sha256,
+            **{each.name: getattr(self.figures, each.name) for each in fields(MeasuredFigures)},
         )
 
 
-def describe(plan: Plan, model: ModelIdentity, task: TaskIdentity) -> PlanDocument:
-    """The document of a stored plan, without an export."""
+def describe(plan: Plan, model: ModelRecord, task: TaskRecord) -> PlanDocument:
+    """Return the document of a stored plan, without an export."""
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         plan=plan.plan,
         compensation=plan.compensation,
-        maps_sha256=plan.artefact_checksum,
-        model=Model(
-            name=shared_name(plan.model),
-            fingerprint=model.fingerprint,
-            family=model.family,
-            num_layers=model.num_layers,
-            parameters=model.parameters,
-        ),
-        task=Task(
-            name=task.name,
-            data_hash=task.data_hash,
-            split_seed=task.split_seed,
-            calibration_size=task.calibration_size,
-            search_size=task.search_size,
-            held_out_size=task.held_out_size,
-        ),
+        maps_sha256=plan.artifact_checksum,
+        model=replace(model, name=shared_name(plan.model)),
+        task=task,
         device=plan.device,
         workload=plan.workload,
-        figures=Figures(
-            n=plan.n,
-            confidence=plan.confidence,
-            accuracy=Interval(estimate=plan.accuracy, low=plan.accuracy_low, high=plan.accuracy_high),
-            dense_accuracy=plan.dense_accuracy,
-            difference=Interval(estimate=plan.difference, low=plan.difference_low, high=plan.difference_high),
-            speedup=Interval(estimate=plan.speedup, low=plan.speedup_low, high=plan.speedup_high),
-            seconds=plan.seconds,
-            dense_seconds=plan.dense_seconds,
-            kv_cache_bytes=plan.kv_cache_bytes,
-            dense_kv_cache_bytes=plan.dense_kv_cache_bytes,
-            secondary=plan.secondary,
-        ),
+        figures=MeasuredFigures(**{each.name: getattr(plan, each.name) for each in fields(MeasuredFigures)}),
         origin="imported" if plan.origin == "imported" else "measured",
         published_at=plan.published_at,
     )

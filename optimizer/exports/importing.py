@@ -8,7 +8,7 @@ from pathlib import Path
 from optimizer.exports import maps
 from optimizer.exports.document import PlanDocument
 from storage.database import Database
-from storage.records import measurements, plans
+from storage.records import lookup, plans
 from storage.records.plans import Plan
 
 
@@ -23,29 +23,13 @@ def import_plan(db: Database, imported: PlanDocument, path: Path) -> Plan:
     held = maps.of_directory(imported, directory) is not None
     figures = replace(
         imported.plan_figures(),
-        artefact=str((directory / maps.FILE_NAME).resolve()) if held else None,
-        artefact_checksum=imported.maps_sha256 if held else None,
+        artifact=str((directory / maps.FILE_NAME).resolve()) if held else None,
+        artifact_checksum=imported.maps_sha256 if held else None,
     )
-    model, task = imported.model, imported.task
     with db.transaction() as session:
-        model_id = measurements.ensure_model(
-            session,
-            name=model.name,
-            fingerprint=model.fingerprint,
-            family=model.family,
-            num_layers=model.num_layers,
-            parameters=model.parameters,
-        )
-        task_id = measurements.ensure_task(
-            session,
-            name=task.name,
-            data_hash=task.data_hash,
-            split_seed=task.split_seed,
-            calibration_size=task.calibration_size,
-            search_size=task.search_size,
-            held_out_size=task.held_out_size,
-        )
-        device_id = measurements.ensure_device(session, name=imported.device)
+        model_id = lookup.ensure_model(session, imported.model)
+        task_id = lookup.ensure_task(session, imported.task)
+        device_id = lookup.ensure_device(session, imported.device)
         (stored,) = plans.import_plans(
             session,
             model_id=model_id,

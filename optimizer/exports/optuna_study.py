@@ -19,8 +19,8 @@ from optimizer.service.logs import hide_passwords
 from optimizer.service.runner import read_spec
 from storage.database import Database
 from storage.queue import jobs
-from storage.records import evaluations, overview
-from storage.records.evaluations import Evaluation
+from storage.records import evaluations, measurements
+from storage.records.evaluations import EvaluationRecord
 from workers.runtime.plan import LETTERS, SkipPlan
 from workers.text import one_line
 
@@ -72,10 +72,10 @@ def _trials(db: Database, job_id: int, spec: JobSpec) -> Iterator[FrozenTrial]:
     found = evaluations.for_job(db, job_id, "search")
     if not found:
         raise UsageFault(f"job {job_id} has no evaluation on its search split yet; wait until its search has begun")
-    last: dict[tuple[str, str], Evaluation] = {}
+    last: dict[tuple[str, str], EvaluationRecord] = {}
     for each in found:
         key = (each.plan, each.compensation)
-        if key not in last or each.rung >= last[key].rung:
+        if key not in last or each.n_samples >= last[key].n_samples:
             last[key] = each
     dense = next((each for each in found if SkipPlan.parse(each.plan).is_dense and each.failure is None), None)
     if dense is None:
@@ -85,19 +85,19 @@ def _trials(db: Database, job_id: int, spec: JobSpec) -> Iterator[FrozenTrial]:
         yield _trial(each, dense, times, spec)
 
 
-def _layer_times(db: Database, dense: Evaluation, spec: JobSpec) -> LayerTimes:
+def _layer_times(db: Database, dense: EvaluationRecord, spec: JobSpec) -> LayerTimes:
     """Read the profile that predicted latency in the job's search."""
-    profile = overview.latency_profile(db, dense.job_id) if spec.search.latency == "measured" else None
+    profile = measurements.profile_of_job(db, dense.job_id) if spec.search.latency == "measured" else None
     return profile if profile is not None else LayerCounts.of(len(dense.plan), LETTERS)
 
 
-def _trial(each: Evaluation, dense: Evaluation, times: LayerTimes, spec: JobSpec) -> FrozenTrial:
+def _trial(each: EvaluationRecord, dense: EvaluationRecord, times: LayerTimes, spec: JobSpec) -> FrozenTrial:
     letters = tuple(spec.letters)
     params = {f"layer {layer:03d}": letter for layer, letter in enumerate(each.plan)}
     attributes: dict[str, Any] = {
         "plan": each.plan,
         "compensation": each.compensation,
-        "samples": each.n,
+        "samples": each.n_samples,
         "recorded_at": each.recorded_at.isoformat(),
     }
     state, values = TrialState.COMPLETE, None
@@ -105,10 +105,12 @@ def _trial(each: Evaluation, dense: Evaluation, times: LayerTimes, spec: JobSpec
         state = TrialState.FAIL
         attributes["failure"] = each.failure
     else:
-        drop = (fsum(dense.scores[: each.n]) - fsum(each.scores)) / each.n  # on the samples that both have
+        drop = (
+            fsum(dense.scores[: each.n_samples]) - fsum(each.scores)
+        ) / each.n_samples  # on the samples that both have
         ratio = latency_ratio(times, SkipPlan.parse(each.plan))
         attributes |= {"accuracy": each.accuracy, "drop": drop, "latency_ratio": ratio}
-        if each.n < dense.n:
+        if each.n_samples < dense.n_samples:
             state = TrialState.PRUNED
         else:
             values = [ratio, drop]

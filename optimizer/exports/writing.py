@@ -14,7 +14,7 @@ from optimizer.exports.target import check_target, checksum, whole_directory
 from optimizer.registries import EXPORT_FORMATS
 from storage.database import Database
 from storage.queue import jobs
-from storage.records import identities
+from storage.records import lookup
 from storage.records.plans import Plan
 from workers.errors import UnknownNameError
 from workers.messages import Artifact, ModelSource
@@ -44,10 +44,10 @@ def export_published(
     force_model: bool = False,
 ) -> Written:
     """Write a published plan with its fitted maps, if it has any. Raises UsageFault as ``export_plan`` does."""
-    document = describe(plan, identities.model(db, plan.model_id), identities.task(db, plan.task_id))
+    document = describe(plan, lookup.model(db, plan.model_id), lookup.task(db, plan.task_id))
     artifact = None
-    if plan.artefact is not None and plan.artefact_checksum is not None:
-        artifact = Artifact(plan.artefact, plan.artefact_checksum)
+    if plan.artifact is not None and plan.artifact_checksum is not None:
+        artifact = Artifact(plan.artifact, plan.artifact_checksum)
     source = model_source(db, plan, model_path)
     return export_plan(document, source, format_name, output, force=force, force_model=force_model, artifact=artifact)
 

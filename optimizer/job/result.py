@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from storage.database import Database
 from storage.queue import jobs, stages
 from storage.queue.jobs import Job
 from storage.records import plans
+from storage.records.described import described
 from storage.records.plans import Plan
 from workers.runtime import Action, SkipPlan
 
@@ -54,12 +55,29 @@ def load_result(db: Database, job_id: int) -> JobResult:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanAnswer(Plan):
+    """A published plan as ``--json`` and the JSON API show it."""
+
+    layers: dict[str, list[int]] = described("Layers that do other than run, by action")
+    meets_constraint: bool | None = described("By the limits of its job; null where that is not known")
+
+    @classmethod
+    def of(cls, plan: Plan) -> PlanAnswer:
+        """Spell out a stored plan."""
+        stored = {each.name: getattr(plan, each.name) for each in fields(Plan)}
+        return cls(**stored, layers=layers_by_action(plan.plan), meets_constraint=meets_constraint(plan))
+
+
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Dump a published plan as plain JSON values, with its layers by action."""
-    values = asdict(plan)
-    values["published_at"] = plan.published_at.isoformat()
-    values["layers"] = layers_by_action(plan.plan)
-    return values
+    """Return a published plan as plain JSON values."""
+    return asdict(PlanAnswer.of(plan)) | {"published_at": plan.published_at.isoformat()}
+
+
+def meets_constraint(plan: Plan) -> bool | None:
+    """Return the job's judgement of a published plan; None where it was imported without one."""
+    judged = plan.secondary.get("meets_constraint")
+    return judged if isinstance(judged, bool) else None
 
 
 def layers_by_action(text: str) -> dict[str, list[int]]:

@@ -76,7 +76,10 @@ _FIGURES: tuple[tuple[str, Callable[[JobReport], str]], ...] = (
     ("best plan", _of_best(lambda plan: formatting.layers(plan.plan))),
     ("speed-up, measured", _of_best(formatting.speedup)),
     ("difference, points", _of_best(formatting.difference)),
-    ("accuracy", _of_best(lambda plan: f"{plan.accuracy:.3f} (dense {plan.dense_accuracy:.3f}, n = {plan.n:,})")),
+    (
+        "accuracy",
+        _of_best(lambda p: f"{p.accuracy:.3f} (dense {p.dense_accuracy:.3f}, n = {p.n_samples:,})"),
+    ),
     ("a request", _of_best(formatting.request)),
     ("KV cache", _of_best(formatting.kv_cache)),
     ("compensation", _of_best(lambda plan: plan.compensation)),

@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optimizer.job.result import JobResult, load_result
+from optimizer.job.result import JobResult, load_result, meets_constraint
 from optimizer.search.latency import ratio_of_text
 from optimizer.search.space import touched
 from storage.database import Database
 from storage.queue import events, stages
 from storage.queue.events import Event
 from storage.queue.jobs import Job
-from storage.records import identities, overview
-from storage.records.identities import ModelIdentity, TaskIdentity
-from storage.records.measurements import Redundancy, short_name
-from storage.records.overview import EvaluationSummary, JobProfile
+from storage.records import evaluations, lookup, measurements
+from storage.records.evaluations import EvaluationSummary
+from storage.records.lookup import ModelRecord, TaskRecord, short_name
+from storage.records.measurements import ProfileRecord, Redundancy
 from storage.records.plans import Plan
 from workers.runtime.plan import SkipPlan
 
@@ -103,11 +103,11 @@ class JobReport:
 
     job: Job
     spec: Specification
-    model: ModelIdentity | None
+    model: ModelRecord | None
     """None until a worker has loaded the model."""
-    task: TaskIdentity | None
+    task: TaskRecord | None
     result: JobResult
-    profile: JobProfile | None
+    profile: ProfileRecord | None
     redundancy: tuple[Redundancy, ...]
     trials: tuple[TrialSummary, ...]
     failed: tuple[tuple[str, str], ...]
@@ -161,25 +161,25 @@ class JobReport:
         return self.best is not None and plan.id == self.best.id
 
 
-def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> JobReport:
+def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) -> JobReport:
     """Read a job in any state; ``profile`` takes the place of its own latency profile, to compare jobs by.
 
     Raises NotFound.
     """
     result = load_result(db, job_id)
     spec = Specification.of(result.job.spec)
-    rows = overview.evaluations(db, job_id)
-    profile = profile or overview.latency_profile(db, job_id)
+    rows = evaluations.summaries(db, job_id)
+    profile = profile or measurements.profile_of_job(db, job_id)
     ids = next(((each.model_id, each.task_id) for each in (profile, *rows) if each is not None), None)
     trials, samples = _trials(db, rows, profile, spec)
     return JobReport(
         job=result.job,
         spec=spec,
-        model=None if ids is None else identities.model(db, ids[0]),
-        task=None if ids is None else identities.task(db, ids[1]),
+        model=None if ids is None else lookup.model(db, ids[0]),
+        task=None if ids is None else lookup.task(db, ids[1]),
         result=result,
         profile=profile,
-        redundancy=() if ids is None else tuple(overview.redundancy(db, job_id, *ids)),
+        redundancy=() if ids is None else tuple(measurements.redundancy_of_job(db, job_id, *ids)),
         trials=trials,
         failed=tuple((row.plan, row.failure) for row in rows if row.failure is not None),
         search_samples=samples,
@@ -196,7 +196,7 @@ def collect(db: Database, job_id: int, *, profile: JobProfile | None = None) -> 
 
 
 def _trials(
-    db: Database, rows: list[EvaluationSummary], profile: JobProfile | None, spec: Specification
+    db: Database, rows: list[EvaluationSummary], profile: ProfileRecord | None, spec: Specification
 ) -> tuple[tuple[TrialSummary, ...], int | None]:
     """Each plan on the largest prefix it reached, in the order first scored; and the size of the search split."""
     search = [row for row in rows if row.split == "search" and row.failure is None]
@@ -205,12 +205,12 @@ def _trials(
     largest: dict[tuple[str, str], EvaluationSummary] = {}
     for row in search:
         known = largest.setdefault((row.plan, row.compensation), row)
-        if row.n > known.n:
+        if row.n_samples > known.n_samples:
             largest[row.plan, row.compensation] = row
     dense = next((row for row in largest.values() if SkipPlan.parse(row.plan).is_dense), None)
-    samples = max(row.n for row in search) if dense is None else dense.n
-    dense_means = _prefix_means(() if dense is None else overview.sample_scores(db, dense.id))
-    dense_ms = None if profile is None else 1000 * profile.dense_seconds
+    samples = max(row.n_samples for row in search) if dense is None else dense.n_samples
+    dense_means = _prefix_means(() if dense is None else evaluations.sample_scores(db, dense.id))
+    dense_ms = None if profile is None else 1000 * profile.dense_latency_seconds
     trials: list[TrialSummary] = []
     for row in largest.values():
         if row is dense or row.accuracy is None:
@@ -219,10 +219,10 @@ def _trials(
             order=len(trials) + 1,
             plan=row.plan,
             compensation=row.compensation,
-            n_samples=row.n,
+            n_samples=row.n_samples,
             accuracy=row.accuracy,
-            difference=row.accuracy - dense_means[row.n] if row.n < len(dense_means) else None,
-            complete=row.n >= samples,
+            difference=row.accuracy - dense_means[row.n_samples] if row.n_samples < len(dense_means) else None,
+            complete=row.n_samples >= samples,
             predicted_speedup=_predicted_speedup(profile, row.plan),
             within=False,
         )
@@ -257,14 +257,8 @@ def _within(limits: Mapping[str, float], trial: TrialSummary, dense_ms: float | 
     ) and all(value is not None and value >= limits[name] for name, value in at_least.items() if name in limits)
 
 
-def _predicted_speedup(profile: JobProfile | None, plan: str) -> float | None:
+def _predicted_speedup(profile: ProfileRecord | None, plan: str) -> float | None:
     """By a profile; None where there is none, or where it lacks an action (another job's may have had fewer)."""
     if profile is None or not profile.layer_seconds.keys() >= set(plan):
         return None
     return 1.0 / ratio_of_text(profile, plan)
-
-
-def meets_constraint(plan: Plan) -> bool | None:
-    """The job's judgement of a published plan; None where it was imported without one."""
-    judged = plan.secondary.get("meets_constraint")
-    return judged if isinstance(judged, bool) else None

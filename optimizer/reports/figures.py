@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from optimizer.job.result import meets_constraint
 from optimizer.reports import formatting
 from optimizer.reports.chart import COLOURS, MANY, SERIES, Chart, Point, Trace, axis, dots, steps, thinned
-from optimizer.reports.data import JobReport, TrialSummary, meets_constraint
+from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from storage.records.measurements import Redundancy

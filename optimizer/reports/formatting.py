@@ -57,12 +57,12 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
     images = best.secondary.get("images")
     lost = max(0.0, -best.difference_low)
     return (
-        f"Speed: {milliseconds(best.dense_seconds)} become {milliseconds(best.seconds)} a request "
+        f"Speed: {milliseconds(best.dense_latency_seconds)} become {milliseconds(best.latency_seconds)} a request "
         f"({best.workload}) on {best.device}; the speed-up lies between {best.speedup_low:.2f} and "
         f"{best.speedup_high:.2f} ({percent(best.confidence)} confidence"
         + (f", {pairs} alternating pairs with dense)." if pairs else ").")
         + f" The KV cache takes {kv_cache(best)} of the dense one's room.",
-        f"Cost: on {count(best.n)} held-out samples"
+        f"Cost: on {count(best.n_samples)} held-out samples"
         + (f" of {count(images)} images" if images else "")
         + f" it scores {best.accuracy:.3f}, the dense model {best.dense_accuracy:.3f}: a difference of "
         f"{points(best.difference)}. The loss is at most {100 * lost:.2f} points "
@@ -172,7 +172,7 @@ def speedup(plan: Plan) -> str:
 
 def request(plan: Plan) -> str:
     """The milliseconds of a request with a plan, and with the dense model."""
-    return f"{milliseconds(plan.seconds)} (dense {milliseconds(plan.dense_seconds)})"
+    return f"{milliseconds(plan.latency_seconds)} (dense {milliseconds(plan.dense_latency_seconds)})"
 
 
 def kv_cache(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optimizer.reports import formatting
 from optimizer.reports.chart import COLOURS, Chart, Point, axis, bars, dots
 from optimizer.reports.data import JobReport
-from storage.records.overview import JobProfile
+from storage.records.measurements import ProfileRecord
 from workers.runtime.plan import Action
 
 RUN = Action.RUN.letter
@@ -29,10 +29,10 @@ def breakdown(report: JobReport) -> Chart | None:
     traces.append(bars("outside the layers", points, "--muted", orientation="h"))
     measured = [
         Point(
-            1000 * plan.seconds,
+            1000 * plan.latency_seconds,
             f"plan {plan.id}",
-            f"plan {plan.id}: measured {formatting.milliseconds(plan.seconds)}, dense beside it "
-            f"{formatting.milliseconds(plan.dense_seconds)}",
+            f"plan {plan.id}: measured {formatting.milliseconds(plan.latency_seconds)}, dense beside it "
+            f"{formatting.milliseconds(plan.dense_latency_seconds)}",
             plan.plan,
         )
         for plan in report.plans
@@ -47,7 +47,7 @@ def breakdown(report: JobReport) -> Chart | None:
     return Chart("latency", tuple(traces), layout, 190 + 34 * len(plans), description)
 
 
-def layers(profile: JobProfile) -> Chart:
+def layers(profile: ProfileRecord) -> Chart:
     """Milliseconds of every layer under every action that was profiled."""
     traces = []
     for letter, seconds in profile.layer_seconds.items():
@@ -68,12 +68,12 @@ def layers(profile: JobProfile) -> Chart:
     return Chart("layers", tuple(traces), layout, 320, description, "Layer by layer")
 
 
-def spent(profile: JobProfile, plan: str, letter: str) -> float:
+def spent(profile: ProfileRecord, plan: str, letter: str) -> float:
     """Seconds that the plan's layers of one action take, by the profile."""
     seconds = profile.layer_seconds.get(letter, ())
     return sum(seconds[layer] for layer, own in enumerate(plan) if own == letter and layer < len(seconds))
 
 
-def outside_layers(profile: JobProfile) -> float:
+def outside_layers(profile: ProfileRecord) -> float:
     """Seconds of a dense request that no layer accounts for: vision tower, embeddings, head, the loop around."""
-    return max(0.0, profile.dense_seconds - sum(profile.layer_seconds[RUN]))
+    return max(0.0, profile.dense_latency_seconds - sum(profile.layer_seconds[RUN]))

@@ -73,7 +73,7 @@ def _about_the_task(report: JobReport) -> list[tuple[str, str]]:
     task = report.task
     if task is not None:
         rows += [
-            ("task data, prompt and metric (SHA-256)", task.data_hash),
+            ("task data, prompt and metric (SHA-256)", task.task_hash),
             (
                 "calibration, search, held-out samples",
                 f"{task.calibration_size}, {task.search_size}, {task.held_out_size}",

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
+from optimizer.job.result import meets_constraint
 from optimizer.reports import figures, formatting, latency
 from optimizer.reports.chart import Chart
-from optimizer.reports.data import JobReport, TrialSummary, meets_constraint
+from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from optimizer.verification.agreement import Agreement
@@ -99,7 +100,7 @@ _PLAN_COLUMNS: tuple[Column[Plan], ...] = (
     Column("accuracy, held-out", formatting.accuracy, number=True),
     Column("difference, points", formatting.difference, number=True),
     Column("speed-up, measured", formatting.speedup, number=True),
-    Column("a request", lambda plan: formatting.milliseconds(plan.seconds), number=True),
+    Column("a request", lambda plan: formatting.milliseconds(plan.latency_seconds), number=True),
     Column("KV cache", formatting.kv_cache, number=True),
     Column("compensation", lambda plan: plan.compensation),
     Column("within the limits", lambda plan: _JUDGEMENTS[meets_constraint(plan)]),
@@ -297,8 +298,8 @@ def breakdown(report: JobReport) -> Section:
     profile = report.profile
     text = (
         f"{profile.device}; {profile.workload}; prompts of {profile.prompt_tokens} tokens; a dense request takes "
-        f"{formatting.milliseconds(profile.dense_seconds)}. Bars are what the profile of single layers adds up to "
-        f"(median error {formatting.percent(profile.relative_error)} on random plans), diamonds what was "
+        f"{formatting.milliseconds(profile.dense_latency_seconds)}. Bars are what the profile of single layers adds "
+        f"up to (median error {formatting.percent(profile.relative_error)} on random plans), diamonds what was "
         "measured of the whole request, in alternating pairs with dense; the machine may have run faster or slower "
         "by then."
     )

@@ -18,7 +18,7 @@ class LayerTimes(Protocol):
     """A measured or a stored latency profile: seconds of a dense request, and of each layer under each action."""
 
     @property
-    def dense_seconds(self) -> float:
+    def dense_latency_seconds(self) -> float:
         """Seconds of a request of the dense model."""
         ...
 
@@ -32,7 +32,7 @@ class LayerTimes(Protocol):
 class LayerCounts:
     """Instead of measured times: a layer that runs takes one unit everywhere, so that a search can be repeated."""
 
-    dense_seconds: float
+    dense_latency_seconds: float
     layer_seconds: dict[str, tuple[float, ...]]
 
     @classmethod
@@ -55,4 +55,4 @@ def ratio_of_text(profile: LayerTimes, plan: str) -> float:
     running = seconds[RUN]
     saved = sum(running[layer] - seconds[letter][layer] for layer, letter in enumerate(plan) if letter != RUN)
     # Measured layer times can add up to more than the whole by noise; a request never takes no time at all.
-    return max(0.01, 1.0 - saved / profile.dense_seconds)
+    return max(0.01, 1.0 - saved / profile.dense_latency_seconds)

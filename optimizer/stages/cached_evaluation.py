@@ -19,6 +19,7 @@ from optimizer.search.trial import Scores
 from optimizer.stages.context import JobContext
 from storage.queue import stages
 from storage.records import evaluations
+from storage.records.evaluations import EvaluationKey, EvaluationRecord, EvaluationResult
 from workers.messages import Artifact, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
 from workers.runtime import SkipPlan
 
@@ -53,12 +54,12 @@ class CachedEvaluation:
         self._context, self._split, self._maps = context, split, maps or {}
         self._whole_split = len(context.task.split(split))
         self._hash = split_hash(context.task, split)
-        self._own: dict[Candidate, dict[int, evaluations.Evaluation]] = {}
+        self._own: dict[Candidate, dict[int, EvaluationRecord]] = {}
         for each in evaluations.for_job(context.db, context.job.id, split):
             if self._has_same_maps(each):
-                self._own.setdefault(_candidate(each), {})[each.rung] = each
+                self._own.setdefault(_candidate(each), {})[each.n_samples] = each
         self._known = {
-            (_candidate(each), each.n): each.id
+            (_candidate(each), each.n_samples): each.id
             for each in evaluations.known(
                 context.db,
                 model_id=context.model_id,
@@ -154,62 +155,51 @@ class CachedEvaluation:
             artifacts=maps if any(maps) else (),
         )
 
-    def _has_same_maps(self, each: evaluations.Evaluation) -> bool:
+    def _has_same_maps(self, each: EvaluationRecord) -> bool:
         """Tell whether an evaluation was made with the maps given for its candidate, if any are."""
         given = self._maps.get(_candidate(each))
-        return given is None or each.artefact_checksum == given.checksum
+        return given is None or each.artifact_checksum == given.checksum
 
     def _longest_prefix(self, candidate: Candidate, n_samples: int) -> int:
         """Return the largest smaller prefix that the candidate has scores on; zero when there is none."""
         own = self._own.get(candidate, {})
         return max((n for n, each in own.items() if n < n_samples and each.failure is None), default=0)
 
-    def _recall(self, candidate: Candidate, n_samples: int) -> evaluations.Evaluation | None:
-        """Return the evaluation if this or another job has it. The prefix size serves as the number of the rung."""
+    def _recall(self, candidate: Candidate, n_samples: int) -> EvaluationRecord | None:
+        """Return the evaluation if this or another job has it."""
         own = self._own.setdefault(candidate, {})
         known = self._known.get((candidate, n_samples))
         if n_samples not in own and known is not None:
-            own[n_samples] = evaluations.reuse(self._context.db, self._context.job, known, n_samples)
+            own[n_samples] = evaluations.reuse(self._context.db, self._context.job, known)
         return own.get(n_samples)
 
-    def _store(self, each: _Missing, result: Evaluation | EvaluationFailure | Failure) -> evaluations.Evaluation:
+    def _store(self, each: _Missing, result: Evaluation | EvaluationFailure | Failure) -> EvaluationRecord:
         context, candidate = self._context, each.candidate
-        if not isinstance(result, Evaluation):
-            return evaluations.record_failure(
-                context.db,
-                context.job,
-                model_id=context.model_id,
-                task_id=context.task_id,
-                plan=candidate.plan.text,
-                split=self._split,
-                split_hash=self._hash,
-                rung=each.n_samples,
-                reason=result.reason,
-                compensation=candidate.compensation,
-                settings=context.settings,
-            )
-        kept = self._maps.get(candidate)
-        whole = result if each.start == 0 else _joined(self._own[candidate][each.start], result)
-        stored = evaluations.record(
-            context.db,
-            context.job,
+        key = EvaluationKey(
             model_id=context.model_id,
             task_id=context.task_id,
             plan=candidate.plan.text,
-            split=self._split,
-            split_hash=self._hash,
-            rung=each.n_samples,
-            sample_scores=whole.scores,
-            seconds=result.seconds,
-            secondary=whole.secondary,
             compensation=candidate.compensation,
             settings=context.settings,
+            split=self._split,
+            split_hash=self._hash,
+            n_samples=each.n_samples,
+        )
+        if not isinstance(result, Evaluation):
+            return evaluations.record_failure(context.db, context.job, key, result.reason)
+        kept = self._maps.get(candidate)
+        whole = result if each.start == 0 else _joined(self._own[candidate][each.start], result)
+        found = EvaluationResult(
+            scores=whole.scores,
+            secondary=whole.secondary,
             kl=whole.kl,
+            seconds=result.seconds,
             layer_executions=result.layer_executions,
             layer_executions_saved=result.layer_executions_saved,
-            artefact=None if kept is None else kept.location,
-            artefact_checksum=None if kept is None else kept.checksum,
+            artifact=None if kept is None else kept.location,
+            artifact_checksum=None if kept is None else kept.checksum,
         )
+        stored = evaluations.record(context.db, context.job, key, found)
         self._own[candidate][each.n_samples] = stored
         self._count(result)
         return stored
@@ -236,24 +226,24 @@ class CachedEvaluation:
             )
         stages.add_counters(context.db, context.job, {name: value for name, value in increments.items() if value})
 
-    def _scores(self, stored: evaluations.Evaluation) -> Scores:
+    def _scores(self, stored: EvaluationRecord) -> Scores:
         if stored.failure is None:
             self.secondary[_candidate(stored)] = dict(stored.secondary)
         return Scores(stored.scores, stored.failure, stored.kl)
 
 
-def _candidate(each: evaluations.Evaluation) -> Candidate:
+def _candidate(each: EvaluationRecord) -> Candidate:
     return Candidate(SkipPlan.parse(each.plan), each.compensation)
 
 
-def _joined(before: evaluations.Evaluation, result: Evaluation) -> Evaluation:
+def _joined(before: EvaluationRecord, result: Evaluation) -> Evaluation:
     """Join an earlier rung's evaluation and ``result``, which continues it, to that of the whole prefix."""
-    n = before.n + result.n_samples
+    n = before.n_samples + result.n_samples
     return replace(
         result,
         scores=(*before.scores, *result.scores),
         secondary={
-            name: fsum((before.n * before.secondary[name], result.n_samples * mean)) / n
+            name: fsum((before.n_samples * before.secondary[name], result.n_samples * mean)) / n
             for name, mean in result.secondary.items()
         },
         kl=None if before.kl is None or result.kl is None else (*before.kl, *result.kl),

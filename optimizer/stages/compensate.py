@@ -92,4 +92,4 @@ def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refit
         )
     fitted = Compensator(loaded, task).fit(FitCompensation(plan.plan, plan.compensation))
     artifact = store.put(spec.artifacts, fitted.content)
-    return Refitted(artifact, artifact.checksum == plan.artefact_checksum)
+    return Refitted(artifact, artifact.checksum == plan.artifact_checksum)

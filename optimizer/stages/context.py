@@ -17,7 +17,8 @@ from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import stages
 from storage.queue.jobs import Job
-from storage.records import measurements
+from storage.records import lookup
+from storage.records.lookup import ModelRecord, TaskRecord
 from workers.messages import Failure, Reply, Request, WorkerInfo, Workload
 from workers.tasks import Task
 
@@ -72,28 +73,27 @@ class JobContext:
     @cached_property
     def model_id(self) -> int:
         """The id of the model's row."""
-        return measurements.ensure_model(
-            self.db,
+        model = ModelRecord(
             name=self.spec.model.path,
-            revision=self.spec.model.revision,
             fingerprint=self.worker.fingerprint,
             family=self.worker.model_family,
             num_layers=self.worker.num_layers,
             parameters=self.worker.parameters,
         )
+        return lookup.ensure_model(self.db, model, self.spec.model.revision)
 
     @cached_property
     def task_id(self) -> int:
         """The id of the task's row."""
-        return measurements.ensure_task(
-            self.db,
+        task = TaskRecord(
             name=self.task.name,
-            data_hash=task_hash(self.task),
+            task_hash=task_hash(self.task),
             split_seed=self.task.spec.splits.seed,
             calibration_size=len(self.task.calibration),
             search_size=len(self.task.search),
             held_out_size=len(self.task.held_out),
         )
+        return lookup.ensure_task(self.db, task)
 
     @cached_property
     def settings(self) -> str:

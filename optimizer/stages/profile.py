@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from optimizer.search.latency import LayerCounts, LayerTimes
 from optimizer.stages.context import JobContext, JobFailed
 from storage.records import measurements
+from storage.records.measurements import ProfileRecord
 from workers.messages import CompareLatency, Failure, LatencyComparison, LatencyProfile, ProfileLatency
 from workers.runtime import Action, SkipPlan
 
@@ -20,24 +21,23 @@ def run(context: JobContext) -> LayerTimes:
         return LayerCounts.of(context.worker.num_layers, context.spec.letters)
     context.progress.begin("profile latency", 1)
     profile = context.once("profile", LatencyProfile, lambda: _measure(context))
-    context.progress.advance(news=f"dense {profile.dense_seconds * 1000:.1f} ms a request")
+    context.progress.advance(news=f"dense {profile.dense_latency_seconds * 1000:.1f} ms a request")
     return profile
 
 
 def _measure(context: JobContext) -> LatencyProfile:
     ((_, profile),) = context.ask([ProfileLatency(actions=context.spec.letters, workload=context.workload)])
     assert isinstance(profile, LatencyProfile)
-    device_id = measurements.ensure_device(context.db, name=profile.device)
-    measurements.record_latency(
+    measurements.record_profile(
         context.db,
         context.job,
-        measurements.LatencyProfile(
+        ProfileRecord(
             model_id=context.model_id,
             task_id=context.task_id,
-            device_id=device_id,
+            device=profile.device,
             workload=context.workload_name,
             prompt_tokens=profile.prompt_tokens,
-            dense_seconds=profile.dense_seconds,
+            dense_latency_seconds=profile.dense_latency_seconds,
             layer_seconds=profile.layer_seconds,
             phases={
                 "prefill": {"dense": profile.dense_prefill_seconds, **profile.prefill_seconds},

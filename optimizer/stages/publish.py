@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import Candidate, touched
@@ -11,7 +12,7 @@ from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext
 from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import Verdict
-from storage.records import measurements, plans
+from storage.records import lookup, plans
 from storage.records.plans import PlanFigures
 from workers.messages import LatencyComparison
 from workers.runtime import SkipPlan
@@ -48,7 +49,7 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
     complete = [(each, measured[each.candidate]) for each in finalists if each.candidate in measured]
     if not complete:
         return Published((), None, "no plan that the search tried could meet the constraint")
-    device_id = measurements.ensure_device(context.db, name=complete[0][1].device)
+    device_id = lookup.ensure_device(context.db, complete[0][1].device)
     rows = plans.publish(
         context.db,
         context.job,
@@ -109,26 +110,9 @@ def figures(
     verdict, kept = finalist.verdict, finalist.maps
     fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
     return PlanFigures(
-        plan=verdict.plan,
-        compensation=verdict.compensation,
-        artefact=None if kept is None else kept.artifact.location,
-        artefact_checksum=None if kept is None else kept.artifact.checksum,
-        n=verdict.n_samples,
-        accuracy=verdict.accuracy,
-        accuracy_low=verdict.accuracy_low,
-        accuracy_high=verdict.accuracy_high,
-        dense_accuracy=verdict.dense_accuracy,
-        difference=verdict.difference,
-        difference_low=verdict.difference_low,
-        difference_high=verdict.difference_high,
-        confidence=verdict.confidence,
-        dense_seconds=latency.dense_latency_seconds,
-        seconds=latency.latency_seconds,
-        speedup=latency.speedup,
-        speedup_low=latency.speedup_low,
-        speedup_high=latency.speedup_high,
-        dense_kv_cache_bytes=latency.dense_kv_cache_bytes,
-        kv_cache_bytes=latency.kv_cache_bytes,
+        **_shared(verdict) | _shared(latency),
+        artifact=None if kept is None else kept.artifact.location,
+        artifact_checksum=None if kept is None else kept.artifact.checksum,
         layers_touched=touched(SkipPlan.parse(verdict.plan)),
         secondary={
             "metrics": verdict.secondary,
@@ -142,3 +126,11 @@ def figures(
             **({} if beside is None else {"collateral": beside.to_json()}),
         },
     )
+
+
+_FIGURES = {each.name for each in fields(PlanFigures)} - {"secondary"}
+
+
+def _shared(record: Verdict | LatencyComparison) -> dict[str, Any]:
+    """Return the published figures that a record holds under their name."""
+    return {each.name: getattr(record, each.name) for each in fields(record) if each.name in _FIGURES}

@@ -41,7 +41,7 @@ def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
     spec = context.spec.constraint
     measured = context.spec.search.latency == "measured"
     cache = None if spec.max_kv_cache_bytes is None else cache_sizes(context).of
-    return Limits(spec, profile.dense_seconds if measured else None, cache)
+    return Limits(spec, profile.dense_latency_seconds if measured else None, cache)
 
 
 def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:

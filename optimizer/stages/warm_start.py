@@ -14,6 +14,8 @@ from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores, Trial, trial_of
 from optimizer.stages.context import JobContext
 from storage.records import evaluations, plans
+from storage.records.evaluations import EvaluationRecord
+from storage.records.plans import PlanQuery
 from workers.runtime import SkipPlan
 
 MOST_PLANS = 16
@@ -34,14 +36,14 @@ def choose(context: JobContext) -> WarmStart:
 
 
 def _choose(context: JobContext) -> WarmStart:
-    largest: dict[tuple[str, str], evaluations.Evaluation] = {}
+    largest: dict[tuple[str, str], EvaluationRecord] = {}
     for each in _known(context):
         key = (each.plan, each.compensation)
-        if each.job_id != context.job.id and (key not in largest or largest[key].n < each.n):
+        if each.job_id != context.job.id and (key not in largest or largest[key].n_samples < each.n_samples):
             largest[key] = each
     elsewhere = [
         (plan.plan, plan.compensation)
-        for plan in plans.list_plans(context.db, on_front=True, limit=None)
+        for plan in plans.list_plans(context.db, PlanQuery(on_front=True, limit=None))
         if plan.model_id == context.model_id and plan.task_id != context.task_id
     ]
     return WarmStart(
@@ -50,7 +52,7 @@ def _choose(context: JobContext) -> WarmStart:
     )
 
 
-def _known(context: JobContext) -> list[evaluations.Evaluation]:
+def _known(context: JobContext) -> list[EvaluationRecord]:
     return evaluations.known(
         context.db,
         model_id=context.model_id,
@@ -67,7 +69,7 @@ def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, r
     dense = SkipPlan.dense(space.num_layers)
     reference = next((each for each in taken if each.plan == dense.text), None)
     samples = len(context.task.search)
-    if reference is None or reference.n < samples:
+    if reference is None or reference.n_samples < samples:
         return ()
     found = []
     for each in taken:

@@ -1,34 +1,34 @@
-"""Models, tasks and devices, and what was measured about them once for all jobs: latency and redundancy."""
+"""Keep what was measured about models once for all jobs: latency of the layers, and their redundancy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from pathlib import PurePath
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, select
 from sqlalchemy.orm import Session
 
 from storage import upsert
 from storage.database import reads, writes
 from storage.queue import jobs
 from storage.queue.jobs import Job
-from storage.schema import DeviceRow, LatencyProfileRow, ModelNameRow, ModelRow, RedundancyRow, TaskRow
+from storage.records import lookup
+from storage.schema import DeviceRow, LatencyProfileRow, RedundancyRow
 from storage.types import database_now
 
 
-@dataclass(frozen=True)
-class LatencyProfile:
+@dataclass(frozen=True, kw_only=True)
+class ProfileRecord:
     """Seconds of a request under a workload: dense, and every layer under every action (``layer_seconds["R"][3]``)."""
 
     model_id: int
     task_id: int
-    device_id: int
+    device: str
     workload: str
     prompt_tokens: int
-    dense_seconds: float
+    dense_latency_seconds: float
     layer_seconds: dict[str, tuple[float, ...]]
     relative_error: float
     phases: dict[str, Any] = field(default_factory=dict)
@@ -49,121 +49,33 @@ class Redundancy:
 
 
 @writes
-def ensure_model(
-    session: Session,
-    *,
-    name: str,
-    fingerprint: str,
-    family: str,
-    num_layers: int,
-    parameters: int,
-    revision: str | None = None,
-) -> int:
-    """The id of the model of this fingerprint, noting that it was now loaded as ``name`` (a path or hub id)."""
-    name = trimmed(name)
-    values = {"fingerprint": fingerprint, "family": family, "num_layers": num_layers, "parameters": parameters}
-    upsert.insert_or_keep(session, ModelRow, [values], [ModelRow.fingerprint])
-    model_id = session.execute(select(ModelRow.id).where(ModelRow.fingerprint == fingerprint)).scalar_one()
-    upsert.insert_or_replace(
-        session,
-        ModelNameRow,
-        [{"model_id": model_id, "name": name, "revision": revision or "", "short_name": short_name(name)}],
-        [ModelNameRow.model_id, ModelNameRow.name, ModelNameRow.revision],
-        also={"seen_at": database_now()},
-    )
-    return model_id
-
-
-def trimmed(name: str) -> str:
-    """A path without the slash that people leave at its end."""
-    return name.rstrip("/") or name
-
-
-def short_name(name: str) -> str:
-    """The last part of a path or hub id."""
-    return PurePath(name).name or name
-
-
-@writes
-def ensure_task(
-    session: Session,
-    *,
-    name: str,
-    data_hash: str,
-    split_seed: int,
-    calibration_size: int,
-    search_size: int,
-    held_out_size: int,
-) -> int:
-    """The id of the task; ``data_hash`` covers the samples and whatever else changes a score (prompt, metric)."""
-    values = {
-        "name": name,
-        "data_hash": data_hash,
-        "split_seed": split_seed,
-        "calibration_size": calibration_size,
-        "search_size": search_size,
-        "held_out_size": held_out_size,
-    }
-    key = [getattr(TaskRow, column) for column in values]
-    upsert.insert_or_keep(session, TaskRow, [values], key)
-    return session.execute(select(TaskRow.id).filter_by(**values)).scalar_one()
-
-
-@writes
-def ensure_device(session: Session, *, name: str, details: Mapping[str, Any] | None = None) -> int:
-    """The id of the device of this name."""
-    upsert.insert_or_keep(session, DeviceRow, [{"name": name, "details": dict(details or {})}], [DeviceRow.name])
-    return session.execute(select(DeviceRow.id).where(DeviceRow.name == name)).scalar_one()
-
-
-@writes
-def record_latency(session: Session, job: Job, profile: LatencyProfile) -> None:
+def record_profile(session: Session, job: Job, profile: ProfileRecord) -> None:
     """Persist a latency profile; measured again by the same job, it takes the old one's place. Raises ``LeaseLost``."""
     jobs.hold(session, job)
-    values = {
-        "job_id": job.id,
-        "model_id": profile.model_id,
-        "task_id": profile.task_id,
-        "device_id": profile.device_id,
-        "workload": profile.workload,
-        "prompt_tokens": profile.prompt_tokens,
-        "dense_seconds": profile.dense_seconds,
-        "layer_seconds": {action: list(seconds) for action, seconds in profile.layer_seconds.items()},
-        "relative_error": profile.relative_error,
-        "phases": profile.phases,
-    }
+    values = asdict(profile)
+    del values["measured_at"]
+    values |= {"job_id": job.id, "device_id": lookup.ensure_device(session, values.pop("device"))}
     key = [getattr(LatencyProfileRow, name) for name in ("job_id", "model_id", "task_id", "device_id", "workload")]
     upsert.insert_or_replace(session, LatencyProfileRow, [values], key, also={"measured_at": database_now()})
 
 
 @reads
-def latest_latency(
-    session: Session, *, model_id: int, task_id: int, device_id: int, workload: str, job_id: int | None = None
-) -> LatencyProfile | None:
-    """The latest latency profile (of one job), or ``None``."""
-    query = select(LatencyProfileRow).where(
-        LatencyProfileRow.model_id == model_id,
-        LatencyProfileRow.task_id == task_id,
-        LatencyProfileRow.device_id == device_id,
-        LatencyProfileRow.workload == workload,
+def profile_of_job(session: Session, job_id: int) -> ProfileRecord | None:
+    """Read the latency profile that a job measured, the last one; ``None`` when there is none."""
+    query = (
+        select(LatencyProfileRow, DeviceRow.name)
+        .join(DeviceRow, DeviceRow.id == LatencyProfileRow.device_id)
+        .where(LatencyProfileRow.job_id == job_id)
+        .order_by(LatencyProfileRow.id.desc())
+        .limit(1)
     )
-    if job_id is not None:
-        query = query.where(LatencyProfileRow.job_id == job_id)
-    row = session.scalars(query.order_by(LatencyProfileRow.id.desc()).limit(1)).one_or_none()
-    if row is None:
+    found = session.execute(query).one_or_none()
+    if found is None:
         return None
-    return LatencyProfile(
-        model_id=row.model_id,
-        task_id=row.task_id,
-        device_id=row.device_id,
-        workload=row.workload,
-        prompt_tokens=row.prompt_tokens,
-        dense_seconds=row.dense_seconds,
-        layer_seconds={action: tuple(seconds) for action, seconds in row.layer_seconds.items()},
-        relative_error=row.relative_error,
-        phases=dict(row.phases),
-        measured_at=row.measured_at,
-    )
+    row, device = found
+    values = {each.name: getattr(row, each.name) for each in fields(ProfileRecord) if each.name != "device"}
+    values["layer_seconds"] = {action: tuple(seconds) for action, seconds in row.layer_seconds.items()}
+    return ProfileRecord(**values, device=device)
 
 
 @writes
@@ -178,29 +90,9 @@ def record_redundancy(
 ) -> None:
     """Persist redundancy statistics; those measured again take the old ones' place. Raises ``LeaseLost``."""
     jobs.hold(session, job)
-    key = [
-        RedundancyRow.model_id,
-        RedundancyRow.task_id,
-        RedundancyRow.calibration_hash,
-        RedundancyRow.name,
-        RedundancyRow.token_group,
-        RedundancyRow.layer,
-    ]
-    rows = [
-        {
-            "model_id": model_id,
-            "task_id": task_id,
-            "job_id": job.id,
-            "calibration_hash": calibration_hash,
-            "name": each.name,
-            "token_group": each.token_group,
-            "layer": each.layer,
-            "value": each.value,
-            "standard_error": each.standard_error,
-            "n": each.n,
-        }
-        for each in measurements
-    ]
+    of = {"model_id": model_id, "task_id": task_id, "calibration_hash": calibration_hash}
+    key = [getattr(RedundancyRow, name) for name in (*of, "name", "token_group", "layer")]
+    rows = [of | {"job_id": job.id} | asdict(each) for each in measurements]
     upsert.insert_or_replace(session, RedundancyRow, rows, key, also={"measured_at": database_now()})
 
 
@@ -208,16 +100,30 @@ def record_redundancy(
 def redundancy(
     session: Session, *, model_id: int, task_id: int, calibration_hash: str, names: Sequence[str] = ()
 ) -> list[Redundancy]:
-    """The statistics of a model on these calibration samples, by name, token group and layer."""
-    query = select(RedundancyRow).where(
-        RedundancyRow.model_id == model_id,
-        RedundancyRow.task_id == task_id,
-        RedundancyRow.calibration_hash == calibration_hash,
-    )
+    """Read the statistics of a model on these calibration samples, by name, token group and layer."""
+    query = select(RedundancyRow).filter_by(model_id=model_id, task_id=task_id, calibration_hash=calibration_hash)
     if names:
         query = query.where(RedundancyRow.name.in_(names))
     query = query.order_by(RedundancyRow.name, RedundancyRow.token_group, RedundancyRow.layer)
     return [
-        Redundancy(row.layer, row.token_group, row.name, row.value, row.standard_error, row.n)
+        Redundancy(**{each.name: getattr(row, each.name) for each in fields(Redundancy)})
         for row in session.scalars(query)
     ]
+
+
+@reads
+def redundancy_of_job(session: Session, job_id: int, model_id: int, task_id: int) -> list[Redundancy]:
+    """Read the statistics that a job used, by name, token group and layer; bookkeeping rows are left out.
+
+    Statistics are shared between jobs: where this one wrote none itself, the last ones measured of its model and task.
+    """
+    chosen = session.scalar(
+        select(RedundancyRow.calibration_hash)
+        .filter_by(model_id=model_id, task_id=task_id)
+        .order_by(case((RedundancyRow.job_id == job_id, 0), else_=1), RedundancyRow.id.desc())
+        .limit(1)
+    )
+    if chosen is None:
+        return []
+    found = redundancy(session, model_id=model_id, task_id=task_id, calibration_hash=chosen)
+    return [each for each in found if each.name != "measured"]

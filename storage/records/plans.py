@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -17,45 +16,59 @@ from storage.errors import InvalidValue, NotFound
 from storage.pareto import Group
 from storage.queue import jobs
 from storage.queue.jobs import Job
-from storage.records import names
-from storage.schema import DeviceRow, ModelNameRow, ModelRow, PlanRow, TaskRow
+from storage.records import lookup
+from storage.records.described import check_ranges, described
+from storage.schema import DeviceRow, ModelRow, PlanRow, TaskRow
 
-Sort = Literal["speedup", "accuracy", "seconds", "drop", "newest"]
+Sort = Literal["speedup", "accuracy", "latency_seconds", "difference", "newest"]
 _BRANCHES = 64
 """Up to this many pairs of model and task are read each from its own index range, and the results merged."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFigures:
-    """What was measured about a plan: accuracies in [0, 1] on the held-out split, times in seconds.
+class MeasuredFigures:
+    """What was verified on the held-out split and measured on the device; accuracies are shares, times seconds."""
 
-    ``difference`` is the plan's accuracy less the dense model's on the same samples; a loss is negative. The
-    intervals have the given ``confidence``. ``speedup`` is dense seconds / plan seconds, measured in pairs.
-    """
-
-    plan: str
-    n: int
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    dense_accuracy: float
-    difference: float
+    n_samples: int = described("Held-out samples", ge=1)
+    accuracy: float = described(ge=0, le=1)
+    accuracy_low: float = described(ge=0, le=1)
+    accuracy_high: float = described(ge=0, le=1)
+    dense_accuracy: float = described(ge=0, le=1)
+    difference: float = described("Accuracy less dense accuracy on the same samples; a loss is negative")
     difference_low: float
     difference_high: float
-    confidence: float
-    dense_seconds: float
-    seconds: float
-    speedup: float
+    confidence: float = described(
+        "Of the intervals; the difference's own is in secondary.difference_confidence where it was corrected for the "
+        "number of plans compared",
+        gt=0,
+        lt=1,
+    )
+    latency_seconds: float = described("Of one request of the workload", gt=0)
+    dense_latency_seconds: float = described(gt=0)
+    speedup: float = described("Dense latency / latency, measured in pairs", gt=0)
     speedup_low: float
     speedup_high: float
-    dense_kv_cache_bytes: int
-    kv_cache_bytes: int
-    layers_touched: int
-    compensation: str = "none"
-    artefact: str | None = None
-    """Where the fitted compensation lies, and the checksum of that file."""
-    artefact_checksum: str | None = None
+    kv_cache_bytes: int = described(ge=0)
+    dense_kv_cache_bytes: int = described(ge=0)
     secondary: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, subject: str) -> None:
+        """Refuse figures that cannot be true. Raises ``InvalidValue`` naming ``subject`` and the field."""
+        check_ranges(self, subject)
+        for name in ("accuracy", "difference", "speedup"):
+            if getattr(self, f"{name}_low") > getattr(self, f"{name}_high"):
+                raise InvalidValue(f"{subject}: {name}_low is above {name}_high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFigures(MeasuredFigures):
+    """A plan with its figures, as it is published."""
+
+    plan: str = described("One letter a layer: R run, F freeze, B bypass, S skip")
+    compensation: str = "none"
+    layers_touched: int = described("Layers that do other than run", ge=0)
+    artifact: str | None = described("Where the fitted maps of its compensation lie", default=None)
+    artifact_checksum: str | None = described("SHA-256 of that file", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +76,43 @@ class Plan(PlanFigures):
     """A published plan with where it comes from and what it was measured for."""
 
     id: int
-    job_id: int | None
+    job_id: int | None = described("None for plans that were imported")
     model_id: int
-    model: str
-    """The name under which the model was last loaded."""
-    fingerprint: str
+    model: str = described("The name under which the model was last loaded")
+    fingerprint: str = described("SHA-256 of the model's configuration and weights")
     task_id: int
     task: str
     device: str
     workload: str
-    origin: str
-    """``"measured"`` here, or ``"imported"``."""
-    on_front: bool
+    origin: str = described("measured here, or imported")
+    on_front: bool = described("Whether no plan of its group is better in accuracy and speed")
     published_at: datetime
 
 
-_FIGURES = tuple(each.name for each in fields(PlanFigures))
+@dataclass(frozen=True)
+class PlanQuery:
+    """Which plans are asked for, and in what order.
+
+    ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate;
+    ``max_latency`` is in seconds. ``on_front`` leaves only members of a Pareto front.
+    """
+
+    model: str | None = None
+    task: str | None = None
+    revision: str | None = None
+    device: str | None = None
+    workload: str | None = None
+    max_accuracy_drop: float | None = None
+    min_accuracy: float | None = None
+    min_speedup: float | None = None
+    max_latency: float | None = None
+    on_front: bool = False
+    sort: Sort = "speedup"
+    limit: int | None = 50
+
+
+_JOINED = ("model", "fingerprint", "task", "device")
+_COLUMNS = tuple(each.name for each in fields(Plan) if each.name not in _JOINED)
 
 _GROUP_KEY = (
     PlanRow.model_id,
@@ -107,7 +141,7 @@ def publish(
     """
     jobs.hold(session, job)
     group = Group(model_id, task_id, device_id, workload)
-    return _write(session, group, figures, {"job_id": job.id, "origin": "measured"})
+    return _write(session, group, figures, job.id, "measured")
 
 
 @writes
@@ -116,56 +150,29 @@ def import_plans(
 ) -> list[Plan]:
     """Take plans over from another database, marked as imported. Raises ``InvalidValue``."""
     group = Group(model_id, task_id, device_id, workload)
-    return _write(session, group, figures, {"job_id": None, "origin": "imported"})
+    return _write(session, group, figures, None, "imported")
 
 
 def _write(
-    session: Session,
-    group: Group,
-    figures: Sequence[PlanFigures],
-    source: dict[str, Any],
+    session: Session, group: Group, figures: Sequence[PlanFigures], job_id: int | None, origin: str
 ) -> list[Plan]:
     for each in figures:
-        _validate(each)
+        each.check(f"plan {each.plan}")
     pareto.lock(session, [group])
-    same = source | asdict(group) | {"on_front": False, "contender": False}
+    same = {"job_id": job_id, "origin": origin, "on_front": False, "contender": False} | asdict(group)
     rows = [same | asdict(each) for each in figures]
-    if (
-        source["job_id"] is None
-    ):  # NULLs are not equal to each other, so imported plans have a unique index of their own
+    if job_id is None:  # NULLs are not equal to each other, so imported plans have a unique index of their own
         upsert.insert_or_replace(session, PlanRow, rows, _GROUP_KEY, key_where=PlanRow.job_id.is_(None))
     else:
         upsert.insert_or_replace(session, PlanRow, rows, [PlanRow.job_id, *_GROUP_KEY])
     pareto.recompute(session, group)
-    written = select(PlanRow.id).where(
-        PlanRow.job_id == source["job_id"] if source["job_id"] is not None else PlanRow.job_id.is_(None),
-        PlanRow.model_id == group.model_id,
-        PlanRow.task_id == group.task_id,
-        PlanRow.device_id == group.device_id,
-        PlanRow.workload == group.workload,
-        PlanRow.plan.in_([each.plan for each in figures]),
+    written = (
+        select(PlanRow.id)
+        .filter_by(**asdict(group), job_id=job_id)
+        .where(PlanRow.plan.in_([each.plan for each in figures]))
     )
     ids = {(each.plan, each.compensation): each for each in _load(session, list(session.scalars(written)))}
     return [ids[each.plan, each.compensation] for each in figures]
-
-
-def _validate(figures: PlanFigures) -> None:
-    """Refuse figures that cannot be true; the message names the plan and the field."""
-    for name in _FIGURES:
-        value = getattr(figures, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidValue(f"plan {figures.plan}: {name} is {value}")
-    for name in ("accuracy", "accuracy_low", "accuracy_high", "dense_accuracy"):
-        if not 0.0 <= getattr(figures, name) <= 1.0:
-            raise InvalidValue(f"plan {figures.plan}: {name} is {getattr(figures, name)}, outside [0, 1]")
-    if not 0.0 < figures.confidence < 1.0:
-        raise InvalidValue(f"plan {figures.plan}: confidence is {figures.confidence}, outside (0, 1)")
-    for name in ("speedup", "seconds", "dense_seconds", "n"):
-        if getattr(figures, name) <= 0:
-            raise InvalidValue(f"plan {figures.plan}: {name} is {getattr(figures, name)}, must be above 0")
-    for name in ("accuracy", "difference", "speedup"):
-        if getattr(figures, f"{name}_low") > getattr(figures, f"{name}_high"):
-            raise InvalidValue(f"plan {figures.plan}: {name}_low is above {name}_high")
 
 
 @reads
@@ -185,69 +192,42 @@ def for_job(session: Session, job_id: int) -> list[Plan]:
 
 
 @reads
-def best(
-    session: Session,
-    model: str,
-    task: str,
-    *,
-    device: str | None = None,
-    workload: str | None = None,
-    revision: str | None = None,
-    max_accuracy_drop: float | None = None,
-    min_accuracy: float | None = None,
-    min_speedup: float | None = None,
-    max_latency: float | None = None,
-    sort: Sort = "speedup",
-) -> Plan | None:
-    """The published plan to use, or ``None`` when none meets the constraints.
+def best(session: Session, query: PlanQuery) -> Plan | None:
+    """Find the published plan to use, or ``None`` when none meets the constraints.
 
-    ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate;
-    ``max_latency`` is in seconds. By default the fastest plan that meets the constraints; ``sort`` may put accuracy
-    or seconds first. Raises ``NotFound`` for a model, task or device that the database does not know.
+    By default the fastest one; ``sort`` may put accuracy or latency first. Raises ``InvalidValue`` unless model and
+    task are named, ``NotFound`` for a model, task or device that the database does not know.
     """
-    if sort not in ("speedup", "accuracy", "seconds"):
-        raise InvalidValue(f"best cannot be sorted by {sort!r}; choose speedup, accuracy or seconds")
-    query = (
+    if query.model is None or query.task is None:
+        raise InvalidValue("the best plan is that of a model and a task; name both")
+    if query.sort not in ("speedup", "accuracy", "latency_seconds"):
+        raise InvalidValue(f"best cannot be sorted by {query.sort!r}; choose speedup, accuracy or latency_seconds")
+    contenders = (
         select(PlanRow.id)
         .where(
-            PlanRow.model_id == names.find_model(session, model, revision),
-            PlanRow.task_id.in_(names.find_tasks(session, task)),
+            PlanRow.model_id == lookup.find_model(session, query.model, query.revision),
+            PlanRow.task_id.in_(lookup.find_tasks(session, query.task)),
             PlanRow.contender == true(),
-            *_where(session, device, workload, max_accuracy_drop, min_accuracy, min_speedup, max_latency),
+            *_where(session, query),
         )
-        .order_by(*_order(sort))
+        .order_by(*_order(query.sort))
         .limit(1)
     )
-    found = _load(session, list(session.scalars(query)))
+    found = _load(session, list(session.scalars(contenders)))
     return found[0] if found else None
 
 
 @reads
-def list_plans(
-    session: Session,
-    model: str | None = None,
-    task: str | None = None,
-    *,
-    device: str | None = None,
-    workload: str | None = None,
-    revision: str | None = None,
-    max_accuracy_drop: float | None = None,
-    min_accuracy: float | None = None,
-    min_speedup: float | None = None,
-    max_latency: float | None = None,
-    on_front: bool = False,
-    sort: Sort = "speedup",
-    limit: int | None = 50,
-) -> list[Plan]:
-    """Published plans, best first by ``sort``; constraints as for ``best``. ``on_front`` leaves only Pareto members."""
-    conditions = _where(session, device, workload, max_accuracy_drop, min_accuracy, min_speedup, max_latency)
-    if on_front:
+def list_plans(session: Session, query: PlanQuery = PlanQuery()) -> list[Plan]:
+    """List published plans, best first by ``query.sort``. Raises ``NotFound`` as ``best`` does."""
+    conditions = _where(session, query)
+    if query.on_front:
         conditions.append(PlanRow.on_front == true())
-    order = _order(sort)
-    model_ids = None if model is None else [names.find_model(session, model, revision)]
-    task_ids = None if task is None else names.find_tasks(session, task)
-    query = _branched(session, model_ids, task_ids, conditions, order, limit)
-    return _load(session, list(session.scalars(query)))
+    order = _order(query.sort)
+    model_ids = None if query.model is None else [lookup.find_model(session, query.model, query.revision)]
+    task_ids = None if query.task is None else lookup.find_tasks(session, query.task)
+    ids = _branched(session, model_ids, task_ids, conditions, order, query.limit)
+    return _load(session, list(session.scalars(ids)))
 
 
 def _branched(
@@ -282,40 +262,32 @@ def _branched(
     return everything.where(PlanRow.id.in_(union_all(*(select(part.subquery().c.id) for part in parts))))
 
 
-def _where(
-    session: Session,
-    device: str | None,
-    workload: str | None,
-    max_accuracy_drop: float | None,
-    min_accuracy: float | None,
-    min_speedup: float | None,
-    max_latency: float | None,
-) -> list[ColumnElement[bool]]:
+def _where(session: Session, query: PlanQuery) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
-    if device is not None:
-        conditions.append(PlanRow.device_id.in_(names.find_devices(session, device)))
-    if workload is not None:
-        conditions.append(PlanRow.workload == workload)
-    if max_accuracy_drop is not None:
-        conditions.append(PlanRow.difference_low >= -max_accuracy_drop)
-    if min_accuracy is not None:
-        conditions.append(PlanRow.accuracy >= min_accuracy)
-    if min_speedup is not None:
-        conditions.append(PlanRow.speedup >= min_speedup)
-    if max_latency is not None:
-        conditions.append(PlanRow.seconds <= max_latency)
+    if query.device is not None:
+        conditions.append(PlanRow.device_id.in_(lookup.find_devices(session, query.device)))
+    if query.workload is not None:
+        conditions.append(PlanRow.workload == query.workload)
+    if query.max_accuracy_drop is not None:
+        conditions.append(PlanRow.difference_low >= -query.max_accuracy_drop)
+    if query.min_accuracy is not None:
+        conditions.append(PlanRow.accuracy >= query.min_accuracy)
+    if query.min_speedup is not None:
+        conditions.append(PlanRow.speedup >= query.min_speedup)
+    if query.max_latency is not None:
+        conditions.append(PlanRow.latency_seconds <= query.max_latency)
     return conditions
 
 
 def _order(sort: Sort) -> list[UnaryExpression[Any]]:
     """Sorting terms; the ones after the first settle ties, always in favour of the better plan, then the older."""
     speed, accuracy = PlanRow.speedup.desc(), PlanRow.accuracy.desc()
-    sure, seconds, oldest = PlanRow.difference_low.desc(), PlanRow.seconds.asc(), PlanRow.id.asc()
+    sure, latency, oldest = PlanRow.difference_low.desc(), PlanRow.latency_seconds.asc(), PlanRow.id.asc()
     orders: dict[str, list[UnaryExpression[Any]]] = {
-        "speedup": [speed, accuracy, sure, seconds, oldest],
-        "accuracy": [accuracy, sure, speed, seconds, oldest],
-        "seconds": [seconds, speed, accuracy, sure, oldest],
-        "drop": [sure, speed, accuracy, seconds, oldest],
+        "speedup": [speed, accuracy, sure, latency, oldest],
+        "accuracy": [accuracy, sure, speed, latency, oldest],
+        "latency_seconds": [latency, speed, accuracy, sure, oldest],
+        "difference": [sure, speed, accuracy, latency, oldest],
         "newest": [PlanRow.id.desc()],
     }
     if sort not in orders:
@@ -327,17 +299,10 @@ def _load(session: Session, ids: Sequence[int]) -> list[Plan]:
     """Whole plans, in the order of ``ids``."""
     if not ids:
         return []
-    latest_name = (
-        select(ModelNameRow.name)
-        .where(ModelNameRow.model_id == PlanRow.model_id)
-        .order_by(ModelNameRow.seen_at.desc(), ModelNameRow.id.desc())
-        .limit(1)
-        .scalar_subquery()
-    )
     found: dict[int, Plan] = {}
     for start in range(0, len(ids), 500):  # engines limit the number of parameters
         query = (
-            select(PlanRow, latest_name, ModelRow.fingerprint, TaskRow.name, DeviceRow.name)
+            select(PlanRow, lookup.latest_name(PlanRow.model_id), ModelRow.fingerprint, TaskRow.name, DeviceRow.name)
             .join(ModelRow, ModelRow.id == PlanRow.model_id)
             .join(TaskRow, TaskRow.id == PlanRow.task_id)
             .join(DeviceRow, DeviceRow.id == PlanRow.device_id)
@@ -345,19 +310,11 @@ def _load(session: Session, ids: Sequence[int]) -> list[Plan]:
             .execution_options(populate_existing=True)
         )
         for row, model, fingerprint, task, device in session.execute(query):
-            found[row.id] = Plan(
-                **{name: getattr(row, name) for name in _FIGURES},
-                id=row.id,
-                job_id=row.job_id,
-                model_id=row.model_id,
-                model=model or fingerprint,
-                fingerprint=fingerprint,
-                task_id=row.task_id,
-                task=task,
-                device=device,
-                workload=row.workload,
-                origin=row.origin,
-                on_front=row.on_front,
-                published_at=row.published_at,
-            )
+            joined: dict[str, Any] = {
+                "model": model or fingerprint,
+                "fingerprint": fingerprint,
+                "task": task,
+                "device": device,
+            }
+            found[row.id] = Plan(**joined, **{name: getattr(row, name) for name in _COLUMNS})
     return [found[each] for each in ids if each in found]

@@ -50,7 +50,7 @@ def main() -> None:
     path = PROJECT / "tests" / "fixtures" / f"search_inputs_{options.name or options.model}_{options.task}.json"
     rows = [[row.name, row.token_group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
     times = {
-        "dense_seconds": profile.dense_seconds,
+        "dense_latency_seconds": profile.dense_latency_seconds,
         "layer_seconds": {letter: list(seconds) for letter, seconds in profile.layer_seconds.items()},
         "relative_error": profile.relative_error,
         "device": profile.device,

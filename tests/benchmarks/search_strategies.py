@@ -73,7 +73,7 @@ DETERMINISTIC = ("skip-it", "shortgpt", "angular", "sleb")
 class Times:
     """A recorded latency profile."""
 
-    dense_seconds: float
+    dense_latency_seconds: float
     layer_seconds: Mapping[str, tuple[float, ...]]
 
 
@@ -127,13 +127,13 @@ def load_inputs(model: str, task: str) -> tuple[LayerTable, Times]:
     )
     times = document["latency"]
     seconds = {letter: tuple(layers) for letter, layers in times["layer_seconds"].items()}
-    return LayerTable(document["num_layers"], rows), Times(times["dense_seconds"], seconds)
+    return LayerTable(document["num_layers"], rows), Times(times["dense_latency_seconds"], seconds)
 
 
 def problem_of(space: PlanSpace, table: LayerTable, times: Times, samples: int, spec: SearchSpec) -> Problem:
     problem = Problem(
         space=space,
-        limits=Limits(ConstraintSpec(max_accuracy_drop=REFERENCE[1]), times.dense_seconds),
+        limits=Limits(ConstraintSpec(max_accuracy_drop=REFERENCE[1]), times.dense_latency_seconds),
         ratio=partial(latency_ratio, times),
         rungs=rung_sizes(spec.rungs, samples),
         risk=criteria.load("skip-it").risk(table),

@@ -27,7 +27,9 @@ from sqlalchemy import event, insert, text  # noqa: E402
 from storage import pareto  # noqa: E402
 from storage.database import Database  # noqa: E402
 from storage.queue import jobs  # noqa: E402
-from storage.records import evaluations, measurements, plans, scores  # noqa: E402
+from storage.records import evaluations, lookup, plans, scores  # noqa: E402
+from storage.records.lookup import ModelRecord, TaskRecord  # noqa: E402
+from storage.records.plans import PlanQuery  # noqa: E402
 from storage.schema import EvaluationRow, JobRow, PlanRow  # noqa: E402
 
 MODELS, TASKS, DEVICES, WORKLOADS, JOBS, LAYERS = 20, 4, 4, 2, 500, 30
@@ -41,18 +43,24 @@ def plan_text(rng: random.Random) -> str:
 
 def add_people(db: Database) -> tuple[list[int], list[int], list[int]]:
     models = [
-        measurements.ensure_model(
-            db, name=f"models/m{n}", fingerprint=f"{n:08x}", family="llava", num_layers=LAYERS, parameters=10**9
+        lookup.ensure_model(
+            db,
+            ModelRecord(
+                name=f"models/m{n}", fingerprint=f"{n:08x}", family="llava", num_layers=LAYERS, parameters=10**9
+            ),
         )
         for n in range(MODELS)
     ]
     tasks = [
-        measurements.ensure_task(
-            db, name=f"task-{n}", data_hash="d", split_seed=0, calibration_size=1, search_size=2, held_out_size=3
+        lookup.ensure_task(
+            db,
+            TaskRecord(
+                name=f"task-{n}", task_hash="d", split_seed=0, calibration_size=1, search_size=2, held_out_size=3
+            ),
         )
         for n in range(TASKS)
     ]
-    devices = [measurements.ensure_device(db, name=f"device {n}") for n in range(DEVICES)]
+    devices = [lookup.ensure_device(db, f"device {n}") for n in range(DEVICES)]
     with db.transaction() as session:
         rows = [
             {"spec": {}, "spec_hash": str(n), "state": "succeeded", "precedence": 0, "attempt": 1, "attempt_limit": 5,
@@ -73,10 +81,11 @@ def fill_evaluations(db: Database, count: int) -> None:
     else:
         source, plan = f"generate_series(0, {count - 1}) AS n(i)", "left(md5(random()::text), 30)"
     statement = text(
-        "INSERT INTO evaluations (job_id, model_id, task_id, plan, compensation, settings, split, split_hash, rung, n, "
+        "INSERT INTO evaluations (job_id, model_id, task_id, plan, compensation, settings, split, split_hash, "
+        "n_samples, "
         "accuracy, scores, secondary, seconds, recorded_at) "
         f"SELECT i % {JOBS} + 1, i % {JOBS} % {MODELS} + 1, i % {JOBS} / {MODELS} % {TASKS} + 1, {plan}, 'none', '', "
-        "'search', 'split-' || (i % 3), i % 7, 500, 0.5, :scores, '{}', 1.0, '2026-01-01 00:00:00.000000' "
+        "'search', 'split-' || (i % 3), 500, 0.5, :scores, '{}', 1.0, '2026-01-01 00:00:00.000000' "
         f"FROM {source}"
     )
     with db.transaction() as session:
@@ -97,11 +106,12 @@ def plan_rows(
         width = rng.uniform(0.005, 0.02)
         yield {
             "job_id": number % JOBS + 1, "model_id": group[0], "task_id": group[1], "device_id": group[2],
-            "workload": group[3], "plan": plan_text(rng), "compensation": "none", "origin": "measured", "n": 2000,
+            "workload": group[3], "plan": plan_text(rng), "compensation": "none", "origin": "measured",
+            "n_samples": 2000,
             "accuracy": 0.95 - loss, "accuracy_low": 0.94 - loss, "accuracy_high": 0.96 - loss,
             "dense_accuracy": 0.95, "difference": -loss, "difference_low": -loss - width,
-            "difference_high": -loss + width, "confidence": 0.95, "dense_seconds": 1.0,
-            "seconds": rng.uniform(0.98, 1.02) / speedup, "speedup": speedup, "speedup_low": speedup - 0.05,
+            "difference_high": -loss + width, "confidence": 0.95, "dense_latency_seconds": 1.0,
+            "latency_seconds": rng.uniform(0.98, 1.02) / speedup, "speedup": speedup, "speedup_low": speedup - 0.05,
             "speedup_high": speedup + 0.05, "dense_kv_cache_bytes": 4096, "kv_cache_bytes": 2048,
             "layers_touched": 9, "secondary": {}, "on_front": False, "contender": False,
             "published_at": datetime.now(UTC),
@@ -193,28 +203,26 @@ def measure(db: Database, show_plans: bool) -> None:
             "model_id": known.model_id,
             "task_id": known.task_id,
             "split_hash": known.split_hash,
-            "plan": known.plan,
-            "rung": known.rung,
         }
         job_id = known.job_id
     print(", ".join(f"{count:,} {name}" for name, count in counts.items()))
     recorder = Recorder(db)
     queries: dict[str, Callable[[], object]] = {
-        "best, fullest group": lambda: plans.best(db, *hot, **one),
-        "best, drop at most 0.02": lambda: plans.best(db, *hot, **one, max_accuracy_drop=0.02),
+        "best, fullest group": lambda: plans.best(db, PlanQuery(*hot, **one)),
+        "best, drop at most 0.02": lambda: plans.best(db, PlanQuery(*hot, **one, max_accuracy_drop=0.02)),
         "best, four constraints": lambda: plans.best(
-            db, *hot, **one, max_accuracy_drop=0.05, min_accuracy=0.9, min_speedup=1.2, max_latency=0.8
+            db, PlanQuery(*hot, **one, max_accuracy_drop=0.05, min_accuracy=0.9, min_speedup=1.2, max_latency=0.8)
         ),
-        "best, none meets them": lambda: plans.best(db, *hot, **one, max_accuracy_drop=0.0, min_speedup=2.4),
-        "best, any device and workload": lambda: plans.best(db, *hot, max_accuracy_drop=0.02),
-        "best, ordinary model": lambda: plans.best(db, "models/m7", "task-2", max_accuracy_drop=0.02),
-        "list, fullest group, 50 fastest": lambda: plans.list_plans(db, *hot, **one),
-        "list, on the front": lambda: plans.list_plans(db, *hot, **one, on_front=True),
-        "list, drop at most 0.02": lambda: plans.list_plans(db, *hot, **one, max_accuracy_drop=0.02),
-        "list, one model, most accurate": lambda: plans.list_plans(db, "models/m0", sort="accuracy"),
-        "list, everything, newest": lambda: plans.list_plans(db, sort="newest"),
+        "best, none meets them": lambda: plans.best(db, PlanQuery(*hot, **one, max_accuracy_drop=0.0, min_speedup=2.4)),
+        "best, any device and workload": lambda: plans.best(db, PlanQuery(*hot, max_accuracy_drop=0.02)),
+        "best, ordinary model": lambda: plans.best(db, PlanQuery("models/m7", "task-2", max_accuracy_drop=0.02)),
+        "list, fullest group, 50 fastest": lambda: plans.list_plans(db, PlanQuery(*hot, **one)),
+        "list, on the front": lambda: plans.list_plans(db, PlanQuery(*hot, **one, on_front=True)),
+        "list, drop at most 0.02": lambda: plans.list_plans(db, PlanQuery(*hot, **one, max_accuracy_drop=0.02)),
+        "list, one model, most accurate": lambda: plans.list_plans(db, PlanQuery("models/m0", sort="accuracy")),
+        "list, everything, newest": lambda: plans.list_plans(db, PlanQuery(sort="newest")),
         "list, everything, fastest": lambda: plans.list_plans(db),
-        "evaluation found across jobs": lambda: evaluations.find(db, **key),
+        "evaluations found across jobs": lambda: evaluations.known(db, **key),
         "evaluations of a job (2,000)": lambda: evaluations.for_job(db, job_id),
         "idle claim": lambda: jobs.claim(db, "benchmark", 60),
     }

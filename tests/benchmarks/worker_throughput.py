@@ -21,7 +21,9 @@ from pathlib import Path
 
 from storage.database import Database
 from storage.queue import jobs
-from storage.records import evaluations, measurements
+from storage.records import evaluations, lookup
+from storage.records.evaluations import EvaluationKey, EvaluationResult
+from storage.records.lookup import ModelRecord, TaskRecord
 from workers.cluster.connection import ClusterSettings
 from workers.cluster.pool import WorkerPool
 from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
@@ -90,11 +92,12 @@ def simulated_share(workers: int, seconds: float, rounds: int, task: Task, direc
         job = jobs.claim(db, "benchmark", 3600)
         assert job is not None
         ids = {
-            "model_id": measurements.ensure_model(
-                db, name=MODEL, fingerprint="f", family="llava", num_layers=LAYERS, parameters=1
+            "model_id": lookup.ensure_model(
+                db, ModelRecord(name=MODEL, fingerprint="f", family="llava", num_layers=LAYERS, parameters=1)
             ),
-            "task_id": measurements.ensure_task(
-                db, name="t", data_hash="d", split_seed=0, calibration_size=1, search_size=1, held_out_size=1
+            "task_id": lookup.ensure_task(
+                db,
+                TaskRecord(name="t", task_hash="d", split_seed=0, calibration_size=1, search_size=1, held_out_size=1),
             ),
         }
         sleeps: list[tuple[float, float]] = []
@@ -103,10 +106,8 @@ def simulated_share(workers: int, seconds: float, rounds: int, task: Task, direc
             assert isinstance(reply, Evaluations)
             (result,) = reply.results
             assert isinstance(result, Evaluation)
-            evaluations.record(
-                db, job, plan=result.plan, split="search", split_hash="s", rung=1, sample_scores=result.scores,
-                seconds=result.seconds, **ids,
-            )  # fmt: skip
+            key = EvaluationKey(plan=result.plan, split="search", split_hash="s", n_samples=1, **ids)
+            evaluations.record(db, job, key, EvaluationResult(scores=result.scores, seconds=result.seconds))
             sleeps.append((result.secondary["began"], result.secondary["ended"]))
         ended = max(start for start, _ in sleeps)  # afterwards some have nothing left to do
         return sum(min(end, ended) - start for start, end in sleeps) / (workers * (ended - began))

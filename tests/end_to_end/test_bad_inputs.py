@@ -19,7 +19,7 @@ from PIL import Image
 from optimizer.cli.main import main
 from optimizer.exports import document
 from storage.database import Database
-from storage.records import identities, measurements, plans
+from storage.records import lookup, plans
 
 JOB = """\
 model: {path: llava-12}
@@ -94,7 +94,7 @@ def plan_file(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     def prepare(directory: Path) -> None:
         with Database.open(f"sqlite:///{directory / 'skipplan.db'}", create=False) as db:
             plan = plans.get(db, 1)
-            described = document.describe(plan, identities.model(db, plan.model_id), identities.task(db, plan.task_id))
+            described = document.describe(plan, lookup.model(db, plan.model_id), lookup.task(db, plan.task_id))
         content = json.loads(described.to_json())
         (directory / "plan.json").write_text(json.dumps(content) if (text := change(content)) is None else str(text))
 
@@ -208,7 +208,13 @@ CASES = [
     Case("plan of other letters", 2, ("plan:", "pattern"), plan_file(lambda p: p.update(plan="X" * 12)), IMPORT),
     Case("plan of no model", 2, ("model.fingerprint",), plan_file(put("model", "fingerprint", "../../x")), IMPORT),
     Case("accuracy of a plan is NaN", 2, ("dense_accuracy",), plan_file(put("figures", "dense_accuracy", nan)), IMPORT),
-    Case("plan that takes no time", 2, ("figures.seconds",), plan_file(put("figures", "seconds", 0.0)), IMPORT),
+    Case(
+        "plan that takes no time",
+        2,
+        ("figures.latency_seconds",),
+        plan_file(put("figures", "latency_seconds", 0.0)),
+        IMPORT,
+    ),
     Case("plan of an unknown field", 2, ("figures.run",), plan_file(put("figures", "run", "code")), IMPORT),
     # plans and options
     Case("unknown plan", 2, ("plan 77",), arguments=("export", "77", "--output", "out")),
@@ -368,8 +374,8 @@ def frozen_plan(directory: Path) -> plans.Plan:
             difference_low=-0.1,
             difference_high=0.1,
             confidence=0.95,
-            dense_seconds=1.0,
-            seconds=0.9,
+            dense_latency_seconds=1.0,
+            latency_seconds=0.9,
             speedup=1.1,
             speedup_low=1.0,
             speedup_high=1.2,
@@ -377,7 +383,7 @@ def frozen_plan(directory: Path) -> plans.Plan:
             kv_cache_bytes=10,
             layers_touched=1,
         )
-        device_id = measurements.ensure_device(db, name=known.device)
+        device_id = lookup.ensure_device(db, known.device)
         (plan,) = plans.import_plans(
             db,
             model_id=known.model_id,

@@ -53,9 +53,9 @@ def test_every_published_plan_names_its_maps(compensated_job: FinishedJob) -> No
     assert compensated_job.result["plans"]
     for plan in compensated_job.result["plans"]:
         assert recipe(plan) == "linear ridge=0.001 weighting=answers tokens=2048"
-        content = Path(plan["artefact"]).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == plan["artefact_checksum"]
-        assert Path(plan["artefact"]).parent == compensated_job.directory / "skipplan-artifacts"
+        content = Path(plan["artifact"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == plan["artifact_checksum"]
+        assert Path(plan["artifact"]).parent == compensated_job.directory / "skipplan-artifacts"
         gaps = plan["secondary"]["compensation"]["gaps"]
         assert gaps and all(gap["unexplained"] <= gap["plain"] for gap in gaps)
     with Database.open(compensated_job.database_url, create=False) as db:
@@ -63,7 +63,7 @@ def test_every_published_plan_names_its_maps(compensated_job: FinishedJob) -> No
         by_plan = {plan.plan: plan for plan in plans.for_job(db, compensated_job.result["job"])}
     for each in held_out:
         if each.plan in by_plan:
-            assert each.artefact_checksum == by_plan[each.plan].artefact_checksum
+            assert each.artifact_checksum == by_plan[each.plan].artifact_checksum
             assert by_plan[each.plan].accuracy == pytest.approx(each.accuracy)
 
 
@@ -97,12 +97,12 @@ def test_an_outsider_measures_the_published_accuracy(compensated_job: FinishedJo
     assert json.loads(done.stdout)["accuracy"] == pytest.approx(best["accuracy"], abs=1.5 / best["n"])
 
 
-def test_a_lost_artefact_is_fitted_again_bit_by_bit(compensated_job: FinishedJob) -> None:
+def test_a_lost_artifact_is_fitted_again_bit_by_bit(compensated_job: FinishedJob) -> None:
     best, directory = compensated_job.best, compensated_job.directory
-    kept = Path(best["artefact"]).read_bytes()
-    Path(best["artefact"]).unlink()
+    kept = Path(best["artifact"]).read_bytes()
+    Path(best["artifact"]).unlink()
     refused = command(directory, "export", str(best["id"]), "--output", "lost")
     assert refused.code == 2 and "skipplan refit" in refused.errors
     again = command(directory, "refit", str(best["id"]), "--json")
     assert again.code == 0, again.errors
-    assert json.loads(again.output)["same"] and Path(best["artefact"]).read_bytes() == kept
+    assert json.loads(again.output)["same"] and Path(best["artifact"]).read_bytes() == kept

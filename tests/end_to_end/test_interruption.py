@@ -52,12 +52,12 @@ def test_a_stopped_job_is_released_and_resumed(number: signal.Signals, tmp_path:
     with Database.open(url, create=False) as db:
         (job,) = jobs.list_jobs(db)
         assert job.state == "queued" and job.owner is None
-        before = {(each.plan, each.split, each.rung): each.id for each in evaluations.for_job(db, job.id)}
+        before = {(each.plan, each.split, each.n_samples): each.id for each in evaluations.for_job(db, job.id)}
 
     ended = command(tmp_path, "run", "job.yaml", "--json")
     assert ended.code in (0, 3), ended.errors  # so small a job may find no plan that is surely faster
     with Database.open(url, create=False) as db:
-        after = {(each.plan, each.split, each.rung): each.id for each in evaluations.for_job(db, job.id)}
+        after = {(each.plan, each.split, each.n_samples): each.id for each in evaluations.for_job(db, job.id)}
         assert len(jobs.list_jobs(db)) == 1
     assert json.loads(ended.output)["job"] == job.id
     assert before.items() <= after.items()  # kept, not evaluated again

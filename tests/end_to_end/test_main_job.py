@@ -71,8 +71,8 @@ def test_published_figures_come_from_the_held_out_split_alone(finished_job: Fini
         assert plan["dense_accuracy"] == pytest.approx(sum(dense.scores) / 160)
         assert plan["difference_low"] <= plan["difference"] <= plan["difference_high"]
         assert plan["speedup_low"] <= plan["speedup"] <= plan["speedup_high"]
-    assert {each.rung for each in every if each.split == "search"} <= {16, 48}
-    keys = [(each.plan, each.split, each.rung) for each in every]
+    assert {each.n_samples for each in every if each.split == "search"} <= {16, 48}
+    keys = [(each.plan, each.split, each.n_samples) for each in every]
     assert len(keys) == len(set(keys))  # nothing twice
 
 
@@ -88,7 +88,7 @@ def test_every_station_is_on_record_and_the_profile_speaks_of_all_layers(finishe
     ]
     profile = recorded["profile"].payload["value"]
     assert all(len(profile[phase][letter]) == 12 for phase in ("prefill_seconds", "decode_seconds") for letter in "RS")
-    assert recorded["search"].payload["value"]["tried"][0]["plan"] == "R" * 12
+    assert recorded["search"].payload["value"]["trials"][0]["plan"] == "R" * 12
 
 
 def test_dense_model_answers_well(finished_job: FinishedJob):

@@ -265,10 +265,10 @@ def front(db: Database, job: int) -> list[tuple[str, float, float]]:
 
 
 def measured(db: Database, job: int) -> dict[tuple[str, str, int], tuple[float, ...]]:
-    """Scores by plan, split and rung. Fails on a repeated or a failed evaluation."""
+    """Scores by plan, split and number of samples. Fails on a repeated or a failed evaluation."""
     found: dict[tuple[str, str, int], tuple[float, ...]] = {}
     for each in evaluations.for_job(db, job):
-        key = (each.plan, each.split, each.rung)
+        key = (each.plan, each.split, each.n_samples)
         assert key not in found, f"{key} is there twice"
         assert each.failure is None, each.failure
         found[key] = each.scores

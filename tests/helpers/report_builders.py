@@ -6,12 +6,15 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import storage_builders
 from sqlalchemy import insert, select
 
 from storage.database import Database
 from storage.queue import jobs, stages
 from storage.queue.jobs import Job
-from storage.records import evaluations, measurements, plans, scores
+from storage.records import lookup, measurements, plans, scores
+from storage.records.lookup import ModelRecord, TaskRecord
+from storage.records.measurements import ProfileRecord
 from storage.records.plans import PlanFigures
 from storage.schema import EvaluationRow
 
@@ -42,7 +45,7 @@ def scores_with(wrong: int, samples: int = SAMPLES) -> list[float]:
 def figures(plan: str, *, accuracy: float, speedup: float, meets: bool, **changes: Any) -> PlanFigures:
     values: dict[str, Any] = {
         "plan": plan,
-        "n": 321,
+        "n_samples": 321,
         "accuracy": accuracy,
         "accuracy_low": accuracy - 0.031,
         "accuracy_high": min(1.0, accuracy + 0.027),
@@ -51,8 +54,8 @@ def figures(plan: str, *, accuracy: float, speedup: float, meets: bool, **change
         "difference_low": accuracy - 0.947 - 0.0123,
         "difference_high": accuracy - 0.947 + 0.0117,
         "confidence": 0.95,
-        "dense_seconds": 0.0471,
-        "seconds": 0.0471 / speedup,
+        "dense_latency_seconds": 0.0471,
+        "latency_seconds": 0.0471 / speedup,
         "speedup": speedup,
         "speedup_low": speedup - 0.041,
         "speedup_high": speedup + 0.037,
@@ -75,37 +78,36 @@ def claimed(db: Database, **changes: Any) -> Job:
 
 
 def identities(db: Database, layers: int = LAYERS) -> dict[str, int]:
-    model_id = measurements.ensure_model(
-        db,
+    model = ModelRecord(
         name="models/tiny-llava",
         fingerprint="f1e2d3c4b5a6",
         family="llava",
         num_layers=layers,
         parameters=1_234_567,
     )
-    task_id = measurements.ensure_task(
-        db, name="shapes", data_hash="data-hash-of-the-test", split_seed=3, calibration_size=16, search_size=SAMPLES,
+    task = TaskRecord(
+        name="shapes",
+        task_hash="task-hash-of-the-test",
+        split_seed=3,
+        calibration_size=16,
+        search_size=SAMPLES,
         held_out_size=321,
-    )  # fmt: skip
-    return {"model_id": model_id, "task_id": task_id}
+    )
+    return {"model_id": lookup.ensure_model(db, model), "task_id": lookup.ensure_task(db, task)}
 
 
 def record_profile(db: Database, job: Job, ids: dict[str, int], layers: int = LAYERS) -> None:
-    device_id = measurements.ensure_device(db, name="test device, 1 thread")
     running = tuple(0.004 + 0.0001 * layer for layer in range(layers))
-    measurements.record_latency(
-        db,
-        job,
-        measurements.LatencyProfile(
-            **ids,
-            device_id=device_id,
-            workload=WORKLOAD,
-            prompt_tokens=77,
-            dense_seconds=0.05 + sum(running),
-            layer_seconds={"R": running, "S": (0.0,) * layers},
-            relative_error=0.0123,
-        ),
+    profile = ProfileRecord(
+        **ids,
+        device="test device, 1 thread",
+        workload=WORKLOAD,
+        prompt_tokens=77,
+        dense_latency_seconds=0.05 + sum(running),
+        layer_seconds={"R": running, "S": (0.0,) * layers},
+        relative_error=0.0123,
     )
+    measurements.record_profile(db, job, profile)
 
 
 def record_redundancy(db: Database, job: Job, ids: dict[str, int], layers: int = LAYERS) -> None:
@@ -120,9 +122,9 @@ def record_redundancy(db: Database, job: Job, ids: dict[str, int], layers: int =
 def record_scores(
     db: Database, job: Job, ids: dict[str, int], plan: str, values: Sequence[float], split: str = "search", **more: Any
 ) -> None:
-    evaluations.record(
-        db, job, **ids, plan=plan, split=split, split_hash=f"hash of {split}", rung=len(values), sample_scores=values,
-        seconds=1.5, settings=SETTINGS, **more,
+    storage_builders.record(
+        db, job, **ids, plan=plan, split=split, split_hash=f"hash of {split}", scores=values, settings=SETTINGS,
+        result={"seconds": 1.5}, **more,
     )  # fmt: skip
 
 
@@ -141,11 +143,11 @@ def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
             plans_tried.append(plan)
     for number, plan in enumerate(plans_tried[:tried]):
         record_scores(db, job, ids, plan, scores_with(0, 10) if number % 4 == 3 else scores_with(2 + number % 5))
-    evaluations.record_failure(
-        db, job, **ids, plan=skipping(0, 1, 2, 3), split="search", split_hash="hash of search", rung=10,
+    storage_builders.record_failure(
+        db, job, **ids, plan=skipping(0, 1, 2, 3), split="search", split_hash="hash of search", n_samples=10,
         reason="NaN in the logits", settings=SETTINGS,
     )  # fmt: skip
-    device_id = measurements.ensure_device(db, name="test device, 1 thread")
+    device_id = lookup.ensure_device(db, "test device, 1 thread")
     published = plans.publish(
         db, job, **ids, device_id=device_id, workload=WORKLOAD,
         figures=[
@@ -155,7 +157,7 @@ def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
         ],
     )  # fmt: skip
     best = next(plan.id for plan in published if plan.speedup == 1.523)
-    outcome = {"tried": [{}] * (tried + 1), "failed": {}, "stopped_because": "the budget is spent"}
+    outcome = {"trials": [{}] * (tried + 1), "failed": {}, "stopped_because": "the budget is spent"}
     stages.record_stage(db, job, "search", {"value": outcome})
     stages.record_stage(db, job, "publish", {"value": {"plan_ids": [], "best": best, "reason": ""}})
     counters = {"evaluations": tried + 1.0, "samples": 4321.0, "evaluation_seconds": 12.5, "failed_samples": 3.0}
@@ -178,7 +180,7 @@ def record_many(db: Database, job_id: int, number: int) -> None:
             values = scores_with(min(n, chosen.randint(0, 3 * plan.count("S"))), n)
             rows.append(
                 same
-                | {"plan": plan, "compensation": f"linear ridge={place // 254 + 1}", "rung": n, "n": n}
+                | {"plan": plan, "compensation": f"linear ridge={place // 254 + 1}", "n_samples": n}
                 | {"accuracy": sum(values) / n, "scores": scores.pack(values)}
             )
         session.execute(insert(EvaluationRow), rows)

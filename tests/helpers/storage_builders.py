@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from sqlalchemy.orm import Session
 
 from storage.database import Database
 from storage.queue import jobs
 from storage.queue.jobs import Job
-from storage.records import measurements
+from storage.records import evaluations, lookup
+from storage.records.evaluations import EvaluationKey, EvaluationRecord, EvaluationResult
+from storage.records.lookup import ModelRecord, TaskRecord
 from storage.records.plans import PlanFigures
 
 
@@ -33,7 +38,7 @@ class Scene:
 
     @property
     def samples(self) -> dict[str, Any]:
-        return {"model_id": self.model_id, "task_id": self.task_id, "split": "search", "split_hash": "s1", "rung": 0}
+        return {"model_id": self.model_id, "task_id": self.task_id, "split": "search", "split_hash": "s1"}
 
 
 def claimed(db: Database, owner: str = "driver-1", lease_seconds: float = 60, **spec: Any) -> Job:
@@ -45,26 +50,49 @@ def claimed(db: Database, owner: str = "driver-1", lease_seconds: float = 60, **
 
 
 def model(db: Database, name: str = "models/tiny", fingerprint: str = "f1e2d3c4") -> int:
-    return measurements.ensure_model(
-        db, name=name, fingerprint=fingerprint, family="llava", num_layers=4, parameters=10**9
+    return lookup.ensure_model(
+        db, ModelRecord(name=name, fingerprint=fingerprint, family="llava", num_layers=4, parameters=10**9)
     )
 
 
-def task(db: Database, name: str = "easy-vqa", data_hash: str = "d1") -> int:
-    return measurements.ensure_task(
-        db, name=name, data_hash=data_hash, split_seed=0, calibration_size=1, search_size=2, held_out_size=3
-    )
+def task_record(name: str = "easy-vqa", task_hash: str = "d1", **sizes: int) -> TaskRecord:
+    sizes = {"calibration_size": 1, "search_size": 2, "held_out_size": 3} | sizes
+    return TaskRecord(name=name, task_hash=task_hash, split_seed=0, **sizes)
+
+
+def task(db: Database, name: str = "easy-vqa", task_hash: str = "d1") -> int:
+    return lookup.ensure_task(db, task_record(name, task_hash))
 
 
 def scene(db: Database, owner: str = "driver-1") -> Scene:
-    return Scene(claimed(db, owner), model(db), task(db), measurements.ensure_device(db, name="cpu: test, 1 thread"))
+    return Scene(claimed(db, owner), model(db), task(db), lookup.ensure_device(db, "cpu: test, 1 thread"))
+
+
+def record(
+    db: Database | Session,
+    job: Job,
+    *,
+    plan: str,
+    scores: Sequence[float],
+    result: dict[str, Any] | None = None,
+    **key: Any,
+) -> EvaluationRecord:
+    """Record what a plan scored on the first samples of a split."""
+    named = EvaluationKey(plan=plan, **{"n_samples": len(scores)} | key)
+    return evaluations.record(db, job, named, EvaluationResult(scores=scores, **{"seconds": 1.0} | (result or {})))
+
+
+def record_failure(
+    db: Database, job: Job, *, plan: str, reason: str, n_samples: int = 1, **key: Any
+) -> EvaluationRecord:
+    return evaluations.record_failure(db, job, EvaluationKey(plan=plan, n_samples=n_samples, **key), reason)
 
 
 def figures(plan: str, accuracy: float = 0.9, speedup: float = 1.5, **changes: Any) -> PlanFigures:
     """Plausible figures of a plan against a dense model at 0.95 and one second."""
     base = PlanFigures(
         plan=plan,
-        n=200,
+        n_samples=200,
         accuracy=accuracy,
         accuracy_low=max(0.0, accuracy - 0.02),
         accuracy_high=min(1.0, accuracy + 0.02),
@@ -73,8 +101,8 @@ def figures(plan: str, accuracy: float = 0.9, speedup: float = 1.5, **changes: A
         difference_low=accuracy - 0.97,
         difference_high=accuracy - 0.93,
         confidence=0.95,
-        dense_seconds=1.0,
-        seconds=1.0 / speedup,
+        dense_latency_seconds=1.0,
+        latency_seconds=1.0 / speedup,
         speedup=speedup,
         speedup_low=speedup * 0.9,
         speedup_high=speedup * 1.1,

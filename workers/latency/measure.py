@@ -90,9 +90,9 @@ def profile_latency(
             for plan, measured in times.items():
                 with apply(loaded.model, plan):
                     measured.append(time_request(loaded, request))
-    dense_seconds = statistics.median(times[dense])
+    dense_latency_seconds = statistics.median(times[dense])
     # The hooks may read another clock than the wall's (see RequestTimer): the dense request links the two.
-    scale = dense_seconds / statistics.median(row.total for row in hooked[RUN])
+    scale = dense_latency_seconds / statistics.median(row.total for row in hooked[RUN])
     prefill = {letter: _medians(rows, lambda calls: scale * calls[0]) for letter, rows in hooked.items()}
     decode = {letter: _medians(rows, lambda calls: scale * _per_token(calls)) for letter, rows in hooked.items()}
     for letter in letters:
@@ -104,7 +104,7 @@ def profile_latency(
         device=device_name(loaded.device),
         workload=workload,
         prompt_tokens=request.prompt_tokens,
-        dense_seconds=dense_seconds,
+        dense_latency_seconds=dense_latency_seconds,
         dense_prefill_seconds=scale * statistics.median(row.model[0] for row in hooked[RUN]),
         dense_decode_seconds=scale * statistics.median(_per_token(row.model) for row in hooked[RUN]),
         prefill_seconds=prefill,
@@ -131,14 +131,14 @@ def _error(profile: LatencyProfile, times: dict[SkipPlan, list[float]], dense: S
         if plan != dense or len(times) == 1:
             # Against the dense request of the same round: a busy machine drifts between rounds.
             ratio = statistics.median(mine / its for mine, its in zip(measured, times[dense], strict=True))
-            errors.append(abs(predict_seconds(profile, plan) / (ratio * profile.dense_seconds) - 1))
+            errors.append(abs(predict_seconds(profile, plan) / (ratio * profile.dense_latency_seconds) - 1))
     return statistics.median(errors)
 
 
 def predict_seconds(profile: LatencyProfile, plan: SkipPlan) -> float:
     """Additive prediction: dense minus what every layer saves under its action."""
     layers = profile.layer_seconds
-    return profile.dense_seconds - sum(
+    return profile.dense_latency_seconds - sum(
         layers[RUN][layer] - layers[action.letter][layer] for layer, action in enumerate(plan.actions)
     )
 

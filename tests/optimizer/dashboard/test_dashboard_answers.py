@@ -49,8 +49,9 @@ def test_plans_are_the_database_s(client: TestClient, filled: Database) -> None:
     assert len(listed) == len(rows) == 3
     for row in rows:
         plan = listed[row["id"]]
-        same = plan.keys() & row.keys() - {"published_at", "on_front"}
+        same = plan.keys() & row.keys() - {"published_at", "on_front", "secondary"}
         assert {name: plan[name] for name in same} == {name: row[name] for name in same}
+        assert plan["secondary"] == json.loads(row["secondary"])
         assert client.get(f"/api/plans/{row['id']}").json() == plan
     assert client.get("/api/jobs/1").json()["plans"] == client.get("/api/plans").json()
 
@@ -69,10 +70,10 @@ def test_plans_are_filtered_and_sorted(client: TestClient, query: str, speedups:
 
 
 def test_form_takes_points_and_keeps_what_was_chosen(client: TestClient) -> None:
-    page = client.get("/plans?max_points=2&min_speedup=1,2&model=&sort=drop&front=true").text
+    page = client.get("/plans?max_points=2&min_speedup=1,2&model=&sort=difference&front=true").text
     assert page.count('class="strip') == 1
     assert 'name="max_points" inputmode="decimal" value="2"' in page
-    assert '<option value="drop" selected>' in page
+    assert '<option value="difference" selected>' in page
     assert 'name="front" value="true" checked' in page
 
 

@@ -97,7 +97,7 @@ def test_an_imported_plan_takes_its_maps_along(
     directory = export_plan(plan, source, "plan", tmp_path / "plan", artifact=kept[PLAN]).directory
     with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
         stored = import_plan(database, read(directory), directory)
-    assert stored.compensation == LINEAR and stored.artefact_checksum == kept[PLAN].checksum
-    assert stored.artefact is not None and Path(stored.artefact) == (directory / FILE_NAME).resolve()
-    again = Artifact(stored.artefact, stored.artefact_checksum)
+    assert stored.compensation == LINEAR and stored.artifact_checksum == kept[PLAN].checksum
+    assert stored.artifact is not None and Path(stored.artifact) == (directory / FILE_NAME).resolve()
+    again = Artifact(stored.artifact, stored.artifact_checksum)
     assert export_plan(plan, source, "checkpoint", tmp_path / "again", artifact=again).directory.is_dir()

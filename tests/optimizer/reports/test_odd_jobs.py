@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import storage_builders
 from report_builders import (
     LAYERS,
     SAMPLES,
@@ -26,7 +27,7 @@ from optimizer.reports.html import write_report
 from optimizer.reports.picture import write_picture
 from storage.database import Database
 from storage.queue import jobs, stages
-from storage.records import evaluations, measurements, plans
+from storage.records import lookup, plans
 
 __all__ = ["db"]  # the fixture
 
@@ -47,12 +48,13 @@ def odd_job(db: Database) -> int:
     record_scores(db, job, ids, GAPS, scores_with(1))
     record_scores(db, job, ids, GAPS, scores_with(0), compensation=MAPS)  # better than dense
     for plan in ("S" * LAYERS, "BBBBBBBB"):
-        evaluations.record_failure(
-            db, job, **ids, plan=plan, split="search", split_hash="hash of search", rung=10, reason="<NaN> & so on",
+        storage_builders.record_failure(
+            db, job, **ids, plan=plan, split="search", split_hash="hash of search", n_samples=10,
+            reason="<NaN> & so on",
             settings=SETTINGS,
         )  # fmt: skip
     plans.publish(
-        db, job, **ids, device_id=measurements.ensure_device(db, name="test device"), workload=WORKLOAD,
+        db, job, **ids, device_id=lookup.ensure_device(db, "test device"), workload=WORKLOAD,
         figures=[
             figures(MIXED, accuracy=0.031, speedup=1.7, meets=False),
             figures(GAPS, accuracy=0.940, speedup=0.93, meets=False),  # slower than dense

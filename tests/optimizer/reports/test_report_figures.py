@@ -145,7 +145,7 @@ def test_verified_plans_in_chart_and_table_are_the_database_s(db: Database, page
 
 
 def test_tried_plans_are_the_database_s(db: Database, page: Page) -> None:
-    profile = rows(db, "SELECT dense_seconds, layer_seconds FROM latency_profiles")[0]
+    profile = rows(db, "SELECT dense_latency_seconds, layer_seconds FROM latency_profiles")[0]
     seconds = json.loads(profile.layer_seconds) if isinstance(profile.layer_seconds, str) else profile.layer_seconds
     drawn = {
         plan: (x, y, name)
@@ -154,14 +154,16 @@ def test_tried_plans_are_the_database_s(db: Database, page: Page) -> None:
         for x, y, (plan, _) in zip(trace["x"], trace["y"], trace["customdata"], strict=True)
     }
     stored = rows(
-        db, "SELECT plan, n, accuracy FROM evaluations WHERE split = 'search' AND failure IS NULL AND plan LIKE '%S%'"
+        db,
+        "SELECT plan, n_samples, accuracy FROM evaluations "
+        "WHERE split = 'search' AND failure IS NULL AND plan LIKE '%S%'",
     )
     assert len(drawn) == len(stored) == 12
     for plan, n, accuracy in stored:
         dense = (40 - 2) / 40 if n == 40 else (10 - 2) / 10  # the dense model misses the first two samples
         saved = sum(seconds["R"][layer] for layer, letter in enumerate(plan) if letter == "S")
         x, y, name = drawn[plan]
-        assert x == pytest.approx(profile.dense_seconds / (profile.dense_seconds - saved))
+        assert x == pytest.approx(profile.dense_latency_seconds / (profile.dense_latency_seconds - saved))
         assert y == pytest.approx(100 * (accuracy - dense))
         within = n == 40 and accuracy - dense >= -0.05
         assert name == ("tried, within the limits" if within else "tried, outside the limits")
@@ -223,13 +225,13 @@ def test_progress_is_the_hypervolume_after_each_plan(db: Database) -> None:
 
 
 def test_latency_bars_add_up_to_the_profile(db: Database, page: Page) -> None:
-    profile = rows(db, "SELECT dense_seconds FROM latency_profiles")[0]
+    profile = rows(db, "SELECT dense_latency_seconds FROM latency_profiles")[0]
     running = page.trace("latency", "layers that run")
     outside = page.trace("latency", "outside the layers")
     assert running["y"][0] == "dense"
-    assert running["x"][0] + outside["x"][0] == pytest.approx(1000 * profile.dense_seconds)
+    assert running["x"][0] + outside["x"][0] == pytest.approx(1000 * profile.dense_latency_seconds)
     measured = dict(zip(page.trace("latency", "measured")["y"], page.trace("latency", "measured")["x"], strict=True))
-    for plan_id, seconds in rows(db, "SELECT id, seconds FROM plans"):
+    for plan_id, seconds in rows(db, "SELECT id, latency_seconds FROM plans"):
         assert measured[f"plan {plan_id}"] == pytest.approx(1000 * seconds)
 
 
@@ -237,7 +239,7 @@ def test_provenance_names_versions_hashes_and_seeds(page: Page) -> None:
     told = dict(cells for cells in page.table("Versions, hashes and seeds") if len(cells) == 2)
     assert told["specification (SHA-256)"] == "spec-hash-of-the-test"
     assert told["model fingerprint (SHA-256)"] == "f1e2d3c4b5a6"
-    assert told["task data, prompt and metric (SHA-256)"] == "data-hash-of-the-test"
+    assert told["task data, prompt and metric (SHA-256)"] == "task-hash-of-the-test"
     assert told["search split (SHA-256)"] == "hash of search"
     assert told["seed of the splits"] == "3"
     assert told["search"] == "tpe, seed 7"

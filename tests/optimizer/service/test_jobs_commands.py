@@ -8,11 +8,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+import storage_builders
 
 from optimizer.cli.main import main
 from storage.database import Database
 from storage.queue import jobs, stages
-from storage.records import evaluations, measurements
 
 SPEC = {
     "model": {"path": "llava-12"},
@@ -50,20 +50,16 @@ def searched(db: Database) -> int:
     job = jobs.claim(db, "me", 60, number)
     assert job is not None
     ids = {
-        "model_id": measurements.ensure_model(
-            db, name="llava-12", fingerprint="f", family="llava", num_layers=4, parameters=1
-        ),
-        "task_id": measurements.ensure_task(
-            db, name="easy-vqa", data_hash="d", split_seed=0, calibration_size=1, search_size=4, held_out_size=1
-        ),
+        "model_id": storage_builders.model(db, "llava-12", "f"),
+        "task_id": storage_builders.task(db),
         "split": "search",
         "split_hash": "s",
     }
-    evaluations.record(db, job, plan="RRRR", rung=4, sample_scores=(1, 1, 1, 0), seconds=1, **ids)
-    evaluations.record(db, job, plan="RRRS", rung=2, sample_scores=(1, 1), seconds=1, **ids)
-    evaluations.record(db, job, plan="RRRS", rung=4, sample_scores=(1, 1, 0, 0), seconds=1, **ids)
-    evaluations.record(db, job, plan="RSSR", rung=2, sample_scores=(0, 0), seconds=1, **ids)
-    evaluations.record_failure(db, job, plan="SSSS", rung=2, reason="the worker's process died", **ids)
+    storage_builders.record(db, job, plan="RRRR", scores=(1, 1, 1, 0), **ids)
+    storage_builders.record(db, job, plan="RRRS", scores=(1, 1), **ids)
+    storage_builders.record(db, job, plan="RRRS", scores=(1, 1, 0, 0), **ids)
+    storage_builders.record(db, job, plan="RSSR", scores=(0, 0), **ids)
+    storage_builders.record_failure(db, job, plan="SSSS", n_samples=2, reason="the worker's process died", **ids)
     stages.add_counters(db, job, {"evaluations": 4, "layer_executions": 40, "layer_executions_saved": 8, "retries": 1})
     return number
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import event, text
-from storage_builders import claimed, figures, scene
+from storage_builders import claimed, figures, record, scene
 
 from storage import schema
 from storage.database import Database
@@ -192,18 +192,21 @@ RECORD_UNTIL_KILLED = """
 import sys
 from storage.queue import jobs
 from storage.records import evaluations
+from storage.records.evaluations import EvaluationKey, EvaluationResult
 from storage.database import Database
 
 url, job_id, model_id, task_id = sys.argv[1], *map(int, sys.argv[2:])
 db = Database.open(url)
 job = jobs.claim(db, f"driver-{sys.argv[0]}", 0.5, job_id)
 assert job is not None
-done = {each.rung for each in evaluations.for_job(db, job_id)}
-for rung in range(10**6):
-    if rung not in done:
-        evaluations.record(db, job, model_id=model_id, task_id=task_id, plan="RRSS", split="search", split_hash="s",
-                           rung=rung, sample_scores=[rung % 2, 1], seconds=0.0)
-        print(rung, flush=True)
+done = {each.n_samples for each in evaluations.for_job(db, job_id)}
+for n in range(1, 10**6):
+    if n not in done:
+        key = EvaluationKey(
+            model_id=model_id, task_id=task_id, plan="RRSS", split="search", split_hash="s", n_samples=n
+        )
+        evaluations.record(db, job, key, EvaluationResult(scores=[1] * n))
+        print(n, flush=True)
 """
 
 
@@ -218,8 +221,8 @@ def test_driver_killed_again_and_again_evaluates_nothing_twice(db, database_url)
         driver.kill()
         reported += [int(line) for line in driver.communicate()[0].split()]
         time.sleep(0.6)  # its lease
-    recorded = [each.rung for each in evaluations.for_job(db, stage.job.id)]
-    assert recorded == list(range(len(recorded))), "each once, none left out"
+    recorded = [each.n_samples for each in evaluations.for_job(db, stage.job.id)]
+    assert recorded == list(range(1, 1 + len(recorded))), "each once, none left out"
     assert len(set(reported)) == len(reported), "no successor evaluated what was recorded"
     assert set(reported) <= set(recorded), "what was reported as recorded is there"
     assert len(recorded) - len(reported) <= 3, "at most the report of the last one is lost with each kill"
@@ -249,7 +252,7 @@ def test_connection_broken_inside_a_transaction_is_tried_again(db, database_url)
                 calls.append(statement)
                 _break_connections(other)
 
-        evaluations.record(db, stage.job, plan="RRSS", sample_scores=[1], seconds=1, **stage.samples)
+        record(db, stage.job, plan="RRSS", scores=[1], **stage.samples)
     assert len(calls) == 1
     assert len(evaluations.for_job(db, stage.job.id)) == 1
 

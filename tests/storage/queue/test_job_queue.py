@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import text
-from storage_builders import claimed, figures, scene
+from storage_builders import claimed, figures, record, record_failure, scene
 
 from storage.errors import InvalidTransition, InvalidValue, JobCancelled, LeaseLost, NotFound
 from storage.queue import events, jobs, stages
@@ -122,20 +122,18 @@ def test_nothing_of_a_stale_owner_s_measurements_is_written(db):
     with db.transaction() as session:
         session.execute(text("UPDATE jobs SET owner = 'new', attempt = 2"))
     stale = stage.job
+    profile = measurements.ProfileRecord(
+        model_id=stage.model_id, task_id=stage.task_id, device="cpu", workload="w", prompt_tokens=1,
+        dense_latency_seconds=1.0, layer_seconds={"R": (1.0,)}, relative_error=0.1,
+    )  # fmt: skip
     for write in (
-        lambda: evaluations.record(db, stale, plan="RRSS", sample_scores=[1], seconds=1, **stage.samples),
-        lambda: evaluations.record_failure(db, stale, plan="RRSS", reason="x", **stage.samples),
+        lambda: record(db, stale, plan="RRSS", scores=[1], **stage.samples),
+        lambda: record_failure(db, stale, plan="RRSS", reason="x", **stage.samples),
         lambda: plans.publish(db, stale, figures=[figures("RRSS")], **stage.group),
         lambda: measurements.record_redundancy(
             db, stale, model_id=stage.model_id, task_id=stage.task_id, calibration_hash="c", measurements=[]
         ),
-        lambda: measurements.record_latency(
-            db,
-            stale,
-            measurements.LatencyProfile(
-                stage.model_id, stage.task_id, stage.device_id, "w", 1, 1.0, {"R": (1.0,)}, 0.1
-            ),
-        ),
+        lambda: measurements.record_profile(db, stale, profile),
     ):
         with pytest.raises(LeaseLost):
             write()
@@ -224,7 +222,7 @@ def test_running_job_is_not_removed(db):
 
 def test_removed_job_takes_all_of_its_own_along_and_leaves_the_rest(db):
     kept, gone = scene(db, "kept"), scene(db, "gone")
-    first = evaluations.record(db, gone.job, plan="RRRS", sample_scores=[1], seconds=1, **gone.samples)
+    first = record(db, gone.job, plan="RRRS", scores=[1], **gone.samples)
     reused = evaluations.reuse(db, kept.job, first.id)
     plans.publish(db, kept.job, figures=[figures("RRRS", 0.8, 1.2)], **kept.group)
     plans.publish(db, gone.job, figures=[figures("RSRS", 0.9, 1.4)], **gone.group)

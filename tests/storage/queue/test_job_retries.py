@@ -3,14 +3,14 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from storage_builders import claimed, scene
+from storage_builders import claimed, record, record_failure, scene
 
 from storage.queue import attempts, events, jobs, stages
 from storage.records import evaluations
 
 
 def evaluate(db, stage, plan):
-    return evaluations.record(db, stage.job, plan=plan, sample_scores=(1.0,), seconds=0.1, **stage.samples)
+    return record(db, stage.job, plan=plan, scores=(1.0,), **stage.samples)
 
 
 def test_a_job_is_not_taken_before_its_time_unless_asked_for(db):
@@ -68,7 +68,7 @@ def test_what_was_not_run_is_no_headway(db):
     jobs.finish(db, first.job)
     second = scene(db)
     evaluations.reuse(db, second.job, known.id)
-    evaluations.record_failure(db, second.job, plan="SS", reason="killed", **second.samples)
+    record_failure(db, second.job, plan="SS", reason="killed", **second.samples)
     jobs.retry(db, second.job, "node lost", 0)
     assert jobs.claim(db, "me", 60).attempt_limit == jobs.MAX_ATTEMPTS
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
@@ -15,7 +15,8 @@ from storage import pareto, schema
 from storage.errors import InvalidValue, NotFound
 from storage.pareto import Point
 from storage.queue import jobs
-from storage.records import frames, measurements, plans
+from storage.records import lookup, overview, plans
+from storage.records.plans import Plan, PlanFigures, PlanQuery
 
 shared_db = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -40,7 +41,7 @@ def covers(one, other):
         one.speedup >= other.speedup
         and one.accuracy >= other.accuracy
         and one.difference_low >= other.difference_low
-        and one.seconds <= other.seconds
+        and one.latency_seconds <= other.latency_seconds
     )
 
 
@@ -69,7 +70,7 @@ def flags(db):
         return [
             (
                 (row.model_id, row.task_id, row.device_id, row.workload),
-                Point(row.id, row.speedup, row.accuracy, row.difference_low, row.seconds),
+                Point(row.id, row.speedup, row.accuracy, row.difference_low, row.latency_seconds),
                 row.on_front,
                 row.contender,
             )
@@ -92,7 +93,7 @@ random_figures = st.builds(
         accuracy,
         speed,
         difference_low=accuracy - 0.95 - slack,
-        seconds=seconds,
+        latency_seconds=seconds,
     ),
     st.text("RFBS", min_size=4, max_size=4),
     st.integers(0, 10).map(lambda n: n / 10),
@@ -128,7 +129,7 @@ def test_published_plan_comes_back(db):
     given_figures = figures("RFBS", compensation="linear", secondary={"f1": 0.5, "by length": [1, 2]})
     (published,) = plans.publish(db, stage.job, figures=[given_figures], **stage.group)
     assert plans.get(db, published.id) == published
-    for name in plans._FIGURES:
+    for name in [each.name for each in fields(PlanFigures)]:
         assert getattr(published, name) == getattr(given_figures, name)
     assert (published.model, published.fingerprint, published.task) == ("models/tiny", "f1e2d3c4", "easy-vqa")
     assert (published.device, published.workload) == ("cpu: test, 1 thread", stage.workload)
@@ -145,7 +146,7 @@ def test_plan_published_again_by_its_job_takes_the_new_figures(db):
     assert (first.on_front, beaten.on_front) == (True, False)
     (again,) = plans.publish(db, stage.job, figures=[figures("RRSS", 0.7, 1.2)], **stage.group)
     assert (again.id, again.accuracy) == (first.id, 0.7)
-    assert [each.plan for each in plans.list_plans(db, on_front=True)] == ["RSRS"], "what it beat is back"
+    assert [each.plan for each in plans.list_plans(db, PlanQuery(on_front=True))] == ["RSRS"], "what it beat is back"
     assert_flags_are_right(db)
 
 
@@ -154,12 +155,12 @@ def test_groups_do_not_compete(db):
     others = [
         replace(stage, workload="batch=8 new=4"),
         replace(stage, task_id=task(db, "captions")),
-        replace(stage, device_id=measurements.ensure_device(db, name="gpu")),
+        replace(stage, device_id=lookup.ensure_device(db, "gpu")),
         replace(stage, model_id=model(db, "other", "0123456789")),
     ]
     for number, each in enumerate([stage, *others]):
         plans.publish(db, stage.job, figures=[figures("RRSS", 0.5 + number / 10, 1 + number)], **each.group)
-        for_this = plans.list_plans(db, on_front=True)
+        for_this = plans.list_plans(db, PlanQuery(on_front=True))
         assert len(for_this) == number + 1
 
 
@@ -182,9 +183,9 @@ def test_imported_plans_are_marked_and_imported_once(db):
         ({"accuracy": 1.2, "accuracy_high": 1.3}, r"accuracy is 1\.2, outside \[0, 1\]"),
         ({"dense_accuracy": -0.1}, "dense_accuracy is -0.1"),
         ({"confidence": 95.0}, r"confidence is 95\.0, outside \(0, 1\)"),
-        ({"speedup": -2.0, "speedup_low": -3.0}, "speedup is -2.0, must be above 0"),
-        ({"seconds": -1.0}, "seconds is -1.0"),
-        ({"n": 0}, "n is 0"),
+        ({"speedup": -2.0, "speedup_low": -3.0, "latency_seconds": 1.0}, "speedup is -2.0, must be above 0"),
+        ({"latency_seconds": -1.0}, "latency_seconds is -1.0, must be above 0"),
+        ({"n_samples": 0}, "n_samples is 0, must be at least 1"),
         ({"difference_low": 0.5, "difference_high": 0.1}, "difference_low is above difference_high"),
         ({"accuracy_low": 0.99}, "accuracy_low is above accuracy_high"),
     ],
@@ -208,7 +209,7 @@ def test_two_jobs_publish_into_one_group_at_once(db):
     names = ["RRSS", "RSRS", "RSSR", "SRRS"]
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(publish, range(6)))
-    assert len(plans.list_plans(db, limit=None)) == 24
+    assert len(plans.list_plans(db, PlanQuery(limit=None))) == 24
     assert_flags_are_right(db)
 
 
@@ -219,7 +220,7 @@ def many(db):
     stage = scene(db)
     models = [stage.model_id, model(db, "models/other", "9999aaaa")]
     tasks = [stage.task_id, task(db, "easy-vqa", "d2"), task(db, "captions")]
-    devices = [stage.device_id, measurements.ensure_device(db, name="NVIDIA H100")]
+    devices = [stage.device_id, lookup.ensure_device(db, "NVIDIA H100")]
     with db.transaction() as session:
         for model_id, task_id, device_id, workload in itertools.product(models, tasks, devices, ["w1", "w2"]):
             batch = []
@@ -234,7 +235,7 @@ def many(db):
                         accuracy,
                         speedup,
                         difference_low=accuracy - 0.95 - slack,
-                        seconds=(1 + n % 5 / 10) / speedup,
+                        latency_seconds=(1 + n % 5 / 10) / speedup,
                     )
                 )
             group = Scene(stage.job, model_id, task_id, device_id, workload).group
@@ -256,10 +257,16 @@ CONSTRAINTS = [
     {"min_speedup": 99.0},
 ]
 ORDERS = {
-    "speedup": (["speedup", "accuracy", "difference_low", "seconds", "id"], [False, False, False, True, True]),
-    "accuracy": (["accuracy", "difference_low", "speedup", "seconds", "id"], [False, False, False, True, True]),
-    "seconds": (["seconds", "speedup", "accuracy", "difference_low", "id"], [True, False, False, False, True]),
-    "drop": (["difference_low", "speedup", "accuracy", "seconds", "id"], [False, False, False, True, True]),
+    "speedup": (["speedup", "accuracy", "difference_low", "latency_seconds", "id"], [False, False, False, True, True]),
+    "accuracy": (["accuracy", "difference_low", "speedup", "latency_seconds", "id"], [False, False, False, True, True]),
+    "latency_seconds": (
+        ["latency_seconds", "speedup", "accuracy", "difference_low", "id"],
+        [True, False, False, False, True],
+    ),
+    "difference": (
+        ["difference_low", "speedup", "accuracy", "latency_seconds", "id"],
+        [False, False, False, True, True],
+    ),
     "newest": (["id"], [False]),
 }
 
@@ -281,41 +288,41 @@ def reference(frame, model, task, device, workload, constraints, sort):
     if "min_speedup" in constraints:
         frame = frame[frame["speedup"] >= constraints["min_speedup"]]
     if "max_latency" in constraints:
-        frame = frame[frame["seconds"] <= constraints["max_latency"]]
+        frame = frame[frame["latency_seconds"] <= constraints["max_latency"]]
     columns, ascending = ORDERS[sort]
     return frame.sort_values(columns, ascending=ascending)["id"].tolist()
 
 
 def test_best_agrees_with_pandas(many):
-    frame = frames.plans_frame(many, limit=None)
+    frame = overview.frame(plans.list_plans(many, PlanQuery(limit=None)), Plan)
     assert len(frame) == 96
     empty = found = 0
-    sorts = itertools.cycle(["speedup", "accuracy", "seconds", "speedup", "seconds"])
+    sorts = itertools.cycle(["speedup", "accuracy", "latency_seconds", "speedup", "latency_seconds"])
     for (name, task_name), where, constraints in itertools.product(
         [("models/tiny", "easy-vqa"), ("models/other", "captions")], FILTERS, CONSTRAINTS
     ):
         sort = next(sorts)
         wanted = reference(frame, name, task_name, **where, constraints=constraints, sort=sort)
-        got = plans.best(many, name, task_name, **where, **constraints, sort=sort)
+        got = plans.best(many, PlanQuery(name, task_name, **where, **constraints, sort=sort))
         assert (got.id if got else None) == (wanted[0] if wanted else None)
         empty, found = empty + (got is None), found + (got is not None)
     assert min(empty, found) > 10, "both outcomes were tried"
 
 
 def test_list_agrees_with_pandas(many):
-    frame = frames.plans_frame(many, limit=None)
+    frame = overview.frame(plans.list_plans(many, PlanQuery(limit=None)), Plan)
     filters, constraints, limits = map(itertools.cycle, (FILTERS, CONSTRAINTS, [5, None, 1]))
     for name, task_name, sort in itertools.product(["models/tiny", None], ["easy-vqa", "captions", None], ORDERS):
         for _ in range(2):
             where, constraint, limit = next(filters), next(constraints), next(limits)
             wanted = reference(frame, name, task_name, **where, constraints=constraint, sort=sort)[:limit]
-            got = plans.list_plans(many, name, task_name, **where, **constraint, sort=sort, limit=limit)
+            got = plans.list_plans(many, PlanQuery(name, task_name, **where, **constraint, sort=sort, limit=limit))
             assert [each.id for each in got] == wanted
 
 
 def test_front_of_a_list_is_the_pareto_front(many):
-    found = plans.list_plans(many, "tiny", "captions", device="NVIDIA H100", workload="w1", on_front=True)
-    everything = plans.list_plans(many, "tiny", "captions", device="NVIDIA H100", workload="w1")
+    found = plans.list_plans(many, PlanQuery("tiny", "captions", device="NVIDIA H100", workload="w1", on_front=True))
+    everything = plans.list_plans(many, PlanQuery("tiny", "captions", device="NVIDIA H100", workload="w1"))
     assert {each.id for each in found} == {p.id for p in everything if not any(dominates(q, p) for q in everything)}
     assert 0 < len(found) < len(everything)
 
@@ -325,43 +332,45 @@ def test_drop_is_judged_on_its_upper_bound(db):
     sure = figures("RRSS", 0.94, 1.2, difference_low=-0.015)
     unsure = figures("RSSS", 0.94, 1.8, difference_low=-0.03)
     plans.publish(db, stage.job, figures=[sure, unsure], **stage.group)
-    assert plans.best(db, "tiny", "easy-vqa", max_accuracy_drop=0.03).plan == "RSSS"
-    assert plans.best(db, "tiny", "easy-vqa", max_accuracy_drop=0.02).plan == "RRSS"
-    assert plans.best(db, "tiny", "easy-vqa", max_accuracy_drop=0.01) is None
+    assert plans.best(db, PlanQuery("tiny", "easy-vqa", max_accuracy_drop=0.03)).plan == "RSSS"
+    assert plans.best(db, PlanQuery("tiny", "easy-vqa", max_accuracy_drop=0.02)).plan == "RRSS"
+    assert plans.best(db, PlanQuery("tiny", "easy-vqa", max_accuracy_drop=0.01)) is None
 
 
 def test_best_of_what_is_not_known(db):
     scene(db)
     with pytest.raises(NotFound, match=r"no model 'tinny' in the database; did you mean tiny"):
-        plans.best(db, "tinny", "easy-vqa")
+        plans.best(db, PlanQuery("tinny", "easy-vqa"))
     with pytest.raises(NotFound, match="no task 'vqa'"):
-        plans.best(db, "tiny", "vqa")
+        plans.best(db, PlanQuery("tiny", "vqa"))
     with pytest.raises(NotFound, match="no device 'TPU'"):
-        plans.best(db, "tiny", "easy-vqa", device="TPU")
-    assert plans.best(db, "tiny", "easy-vqa") is None
-    with pytest.raises(InvalidValue, match="'speed'; choose speedup, accuracy or seconds"):
-        plans.best(db, "tiny", "easy-vqa", sort="speed")
+        plans.best(db, PlanQuery("tiny", "easy-vqa", device="TPU"))
+    assert plans.best(db, PlanQuery("tiny", "easy-vqa")) is None
+    with pytest.raises(InvalidValue, match="name both"):
+        plans.best(db, PlanQuery("tiny"))
+    with pytest.raises(InvalidValue, match="'speed'; choose speedup, accuracy or latency_seconds"):
+        plans.best(db, PlanQuery("tiny", "easy-vqa", sort="speed"))
     with pytest.raises(InvalidValue, match="cannot be sorted by 'speed'; choose one of speedup"):
-        plans.list_plans(db, sort="speed")
+        plans.list_plans(db, PlanQuery(sort="speed"))
 
 
 def test_lists_of_an_empty_database(db):
     assert plans.list_plans(db) == []
     task(db, "easy-vqa")
-    assert plans.list_plans(db, task="easy-vqa") == []
+    assert plans.list_plans(db, PlanQuery(task="easy-vqa")) == []
 
 
 def test_figures_of_an_old_model_are_not_offered_for_a_new_one_of_the_same_name(db):
     stage = scene(db)
     plans.publish(db, stage.job, figures=[figures("RRSS")], **stage.group)
     model(db, "models/tiny", "retrained")
-    assert plans.best(db, "models/tiny", "easy-vqa") is None
-    assert plans.best(db, "f1e2d3c4", "easy-vqa").plan == "RRSS"
+    assert plans.best(db, PlanQuery("models/tiny", "easy-vqa")) is None
+    assert plans.best(db, PlanQuery("f1e2d3c4", "easy-vqa")).plan == "RRSS"
 
 
 def test_frame_of_plans(many):
-    frame = frames.plans_frame(many, "tiny", "captions", sort="accuracy", limit=3)
-    listed = plans.list_plans(many, "tiny", "captions", sort="accuracy", limit=3)
+    listed = plans.list_plans(many, PlanQuery("tiny", "captions", sort="accuracy", limit=3))
+    frame = overview.frame(listed, Plan)
     assert frame["id"].tolist() == [each.id for each in listed]
     assert frame["accuracy"].tolist() == [each.accuracy for each in listed]
     assert {"plan", "speedup_low", "difference_low", "device", "on_front"} <= set(frame.columns)

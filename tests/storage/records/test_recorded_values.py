@@ -2,17 +2,20 @@
 
 import math
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
-from storage_builders import claimed, model, scene, task
+from storage_builders import claimed, model, record, record_failure, scene, task, task_record
 
 from storage.errors import InvalidValue, LeaseLost, NotFound
 from storage.queue import jobs, stages
-from storage.records import evaluations, frames, identities, measurements, names, scores
+from storage.records import evaluations, lookup, measurements, overview, scores
+from storage.records.evaluations import EvaluationRecord
+from storage.records.lookup import ModelRecord
 from storage.schema import JobEventRow
 
 shared_db = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -116,86 +119,78 @@ def test_database_time_is_now_whatever_the_session_s_zone(db):
 )
 def test_evaluation_comes_back(db, sample_scores, seconds, secondary, number):
     stage = scene(db, f"driver-{number}")
-    recorded = evaluations.record(
+    recorded = record(
         db,
         stage.job,
         plan="RFBS",
-        sample_scores=sample_scores,
-        seconds=seconds,
-        secondary=secondary,
+        scores=sample_scores,
+        result={"seconds": seconds, "secondary": secondary},
         compensation="linear:ridge=0.1",
         settings="bfloat16 sdpa",
         **stage.samples,
     )
     assert recorded.scores == tuple(sample_scores)
     assert recorded.accuracy == math.fsum(sample_scores) / len(sample_scores)
-    assert (recorded.seconds, recorded.secondary, recorded.n) == (seconds, secondary, len(sample_scores))
+    assert (recorded.seconds, recorded.secondary, recorded.n_samples) == (seconds, secondary, len(sample_scores))
     assert evaluations.for_job(db, stage.job.id) == [recorded]
 
 
 def test_recorded_again_the_first_stays(db):
     stage = scene(db)
-    first = evaluations.record(db, stage.job, plan="RRSS", sample_scores=[1, 0], seconds=2.0, **stage.samples)
-    again = evaluations.record(db, stage.job, plan="RRSS", sample_scores=[1, 1], seconds=9.0, **stage.samples)
-    failed = evaluations.record_failure(db, stage.job, plan="RRSS", reason="late", **stage.samples)
+    first = record(db, stage.job, plan="RRSS", scores=[1, 0], result={"seconds": 2.0}, **stage.samples)
+    again = record(db, stage.job, plan="RRSS", scores=[1, 1], **stage.samples)
+    failed = record_failure(db, stage.job, plan="RRSS", reason="late", n_samples=2, **stage.samples)
     assert first == again == failed
     assert evaluations.for_job(db, stage.job.id) == [first]
 
 
 def test_scores_replace_a_recorded_failure(db):
     stage = scene(db)
-    failed = evaluations.record_failure(db, stage.job, plan="RRSS", reason="killed its worker twice", **stage.samples)
+    failed = record_failure(db, stage.job, plan="RRSS", reason="killed its worker twice", **stage.samples)
     assert (failed.failure, failed.accuracy, failed.scores) == ("killed its worker twice", None, ())
-    scored = evaluations.record(db, stage.job, plan="RRSS", sample_scores=[1], seconds=1.0, **stage.samples)
+    scored = record(db, stage.job, plan="RRSS", scores=[1], **stage.samples)
     assert (scored.id, scored.failure, scored.accuracy) == (failed.id, None, 1.0)
 
 
-@pytest.mark.parametrize("change", [{"plan": "RSSS"}, {"compensation": "linear"}, {"split": "held_out"}, {"rung": 1}])
+@pytest.mark.parametrize(
+    "change", [{"plan": "RSSS"}, {"compensation": "linear"}, {"split": "held_out"}, {"scores": [0, 0]}]
+)
 def test_what_makes_an_evaluation_another_one(db, change):
     stage = scene(db)
     same = {"plan": "RRSS", "compensation": "none", **stage.samples}
-    evaluations.record(db, stage.job, sample_scores=[1], seconds=1.0, **same)
-    evaluations.record(db, stage.job, sample_scores=[0], seconds=1.0, **{**same, **change})
+    record(db, stage.job, scores=[1], **same)
+    record(db, stage.job, **{"scores": [0], **same, **change})
     assert [each.accuracy for each in evaluations.for_job(db, stage.job.id)] == [1.0, 0.0]
 
 
-def test_same_rung_of_other_samples_is_refused(db):
+def test_same_number_of_other_samples_is_refused(db):
     stage = scene(db)
-    evaluations.record(db, stage.job, plan="RRSS", sample_scores=[1], seconds=1.0, **stage.samples)
+    record(db, stage.job, plan="RRSS", scores=[1], **stage.samples)
     with pytest.raises(InvalidValue, match="of other samples"):
-        evaluations.record(
-            db, stage.job, plan="RRSS", sample_scores=[1], seconds=1.0, **{**stage.samples, "split_hash": "s2"}
-        )
+        record(db, stage.job, plan="RRSS", scores=[1], **{**stage.samples, "split_hash": "s2"})
 
 
 def test_evaluation_without_scores_or_with_impossible_ones(db):
     stage = scene(db)
-    for wrong, message in (([], "has no scores"), ([2.0], "outside"), ([math.nan], "outside")):
+    wrong_ones = ([], "has no scores"), ([2.0], "outside"), ([math.nan], "outside")
+    for wrong, message in wrong_ones:
         with pytest.raises(InvalidValue, match=message):
-            evaluations.record(db, stage.job, plan="RRSS", sample_scores=wrong, seconds=1.0, **stage.samples)
+            record(db, stage.job, plan="RRSS", scores=wrong, **stage.samples)
     with pytest.raises(InvalidValue, match="nan cannot be stored"):
-        evaluations.record(db, stage.job, plan="RRSS", sample_scores=[1], seconds=math.nan, **stage.samples)
+        record(db, stage.job, plan="RRSS", scores=[1], result={"seconds": math.nan}, **stage.samples)
+    with pytest.raises(InvalidValue, match="on 2 samples has 1 scores"):
+        record(db, stage.job, plan="RRSS", scores=[1], n_samples=2, **stage.samples)
     assert evaluations.for_job(db, stage.job.id) == []
 
 
 def test_later_job_finds_and_reuses_what_an_earlier_one_measured(db):
     earlier, later = scene(db, "a"), scene(db, "b")
     key = {"model_id": earlier.model_id, "task_id": earlier.task_id, "split_hash": "s1"}
-    measured = evaluations.record(db, earlier.job, plan="RRSS", sample_scores=[1, 0], seconds=3.0, **earlier.samples)
-    evaluations.record_failure(db, earlier.job, plan="RSSS", reason="out of memory", **earlier.samples)
-    assert evaluations.find(db, plan="RRSS", **key) == measured
-    assert evaluations.find(db, plan="RRSS", rung=0, n=2, **key) == measured
+    measured = record(db, earlier.job, plan="RRSS", scores=[1, 0], result={"seconds": 3.0}, **earlier.samples)
+    record_failure(db, earlier.job, plan="RSSS", reason="out of memory", **earlier.samples)
     assert evaluations.known(db, **key) == [measured]
-    for other in (
-        {"plan": "RSSS"},
-        {"plan": "RRSS", "rung": 1},
-        {"plan": "RRSS", "n": 3},
-        {"plan": "RRSS", "compensation": "linear"},
-        {"plan": "RRSS", "settings": "float16"},
-        {"plan": "RRSS", "split_hash": "s2"},
-        {"plan": "RRSS", "model_id": earlier.model_id + 1},
-    ):
-        assert evaluations.find(db, **{**key, **other}) is None, other
+    for other in ({"settings": "float16"}, {"split_hash": "s2"}, {"model_id": earlier.model_id + 1}):
+        assert evaluations.known(db, **(key | other)) == [], other
     reused = evaluations.reuse(db, later.job, measured.id)
     assert (reused.job_id, reused.scores, reused.seconds) == (later.job.id, measured.scores, 0.0)
     assert reused.reused_from == measured.id
@@ -211,9 +206,7 @@ def test_later_job_finds_and_reuses_what_an_earlier_one_measured(db):
 def test_for_job_can_be_narrowed_to_a_split(db):
     stage = scene(db)
     for split in ("search", "held_out"):
-        evaluations.record(
-            db, stage.job, plan="RRSS", sample_scores=[1], seconds=1.0, **{**stage.samples, "split": split}
-        )
+        record(db, stage.job, plan="RRSS", scores=[1], **{**stage.samples, "split": split})
     assert [each.split for each in evaluations.for_job(db, stage.job.id, "held_out")] == ["held_out"]
 
 
@@ -221,8 +214,8 @@ def test_models_tasks_and_devices_are_known_once(db):
     assert model(db) == model(db)
     assert model(db, fingerprint="other") != model(db)
     assert task(db) == task(db)
-    assert task(db, data_hash="d2") != task(db)
-    assert measurements.ensure_device(db, name="cpu") == measurements.ensure_device(db, name="cpu", details={"a": 1})
+    assert task(db, task_hash="d2") != task(db)
+    assert lookup.ensure_device(db, "cpu") == lookup.ensure_device(db, "cpu")
 
 
 def test_model_is_found_by_any_of_its_names(db):
@@ -230,8 +223,8 @@ def test_model_is_found_by_any_of_its_names(db):
     assert model(db, "/data/llava/", "aaaa1111") == first
     second = model(db, "hub/qwen", "aaaa2222")
     for typed in ("hub/llava-7b", "llava-7b", "/data/llava/", "/data/llava", "llava", "aaaa1111", "aaaa11"):
-        assert names.find_model(db, typed) == first, typed
-    assert names.find_model(db, "qwen") == second
+        assert lookup.find_model(db, typed) == first, typed
+    assert lookup.find_model(db, "qwen") == second
     for typed, hint in (
         ("aaaa", "no model 'aaaa'"),
         ("aa", "no model"),
@@ -239,69 +232,74 @@ def test_model_is_found_by_any_of_its_names(db):
         ("%", "no"),
     ):
         with pytest.raises(NotFound, match=hint):
-            names.find_model(db, typed)
+            lookup.find_model(db, typed)
 
 
 def test_name_means_the_model_last_loaded_under_it(db):
     old = model(db, "models/mine", "aaaa1111")
     new = model(db, "models/mine", "bbbb2222")
-    assert names.find_model(db, "mine") == new
+    assert lookup.find_model(db, "mine") == new
     time.sleep(0.005)  # SQLite's clock ticks in milliseconds
     assert model(db, "models/mine", "aaaa1111") == old
-    assert names.find_model(db, "models/mine") == old
+    assert lookup.find_model(db, "models/mine") == old
 
 
 def test_revision_tells_models_of_one_name_apart(db):
     ids = {
-        revision: measurements.ensure_model(
-            db, name="hub/m", fingerprint=revision * 8, family="llava", num_layers=2, parameters=1, revision=revision
+        revision: lookup.ensure_model(
+            db,
+            ModelRecord(name="hub/m", fingerprint=revision * 8, family="llava", num_layers=2, parameters=1),
+            revision,
         )
         for revision in ("a", "b")
     }
-    assert {revision: names.find_model(db, "hub/m", revision) for revision in ids} == ids
+    assert {revision: lookup.find_model(db, "hub/m", revision) for revision in ids} == ids
     with pytest.raises(NotFound, match="no model 'hub/m' at revision c"):
-        names.find_model(db, "hub/m", "c")
+        lookup.find_model(db, "hub/m", "c")
 
 
 def test_unknown_tasks_and_devices_are_named_with_what_there_is(db):
     with pytest.raises(NotFound, match="no task 'easy-vqa' in the database; there are none yet"):
-        names.find_tasks(db, "easy-vqa")
+        lookup.find_tasks(db, "easy-vqa")
     scene(db)
     with pytest.raises(NotFound, match=r"did you mean easy-vqa\?"):
-        names.find_tasks(db, "easy_vqa")
+        lookup.find_tasks(db, "easy_vqa")
     with pytest.raises(NotFound, match="there are cpu: test, 1 thread"):
-        names.find_devices(db, "H100")
+        lookup.find_devices(db, "H100")
 
 
 def test_device_is_found_by_part_of_its_name(db):
-    ids = [measurements.ensure_device(db, name=name) for name in ("NVIDIA H100", "NVIDIA A10", "cpu", "cpu 2")]
-    assert names.find_devices(db, "nvidia") == ids[:2]
-    assert names.find_devices(db, "cpu") == [ids[2]], "a whole name means that one alone"
+    ids = [lookup.ensure_device(db, name) for name in ("NVIDIA H100", "NVIDIA A10", "cpu", "cpu 2")]
+    assert lookup.find_devices(db, "nvidia") == ids[:2]
+    assert lookup.find_devices(db, "cpu") == [ids[2]], "a whole name means that one alone"
     with pytest.raises(NotFound):
-        names.find_devices(db, "_")
+        lookup.find_devices(db, "_")
 
 
 def test_latency_profiles_are_kept_per_job_and_the_latest_found(db):
     one, two = scene(db, "a"), scene(db, "b")
 
-    def profile(seconds, **changes):
-        return measurements.LatencyProfile(
-            **{**one.group, **changes},
+    def profile(seconds, workload="batch=1 new=4"):
+        return measurements.ProfileRecord(
+            model_id=one.model_id,
+            task_id=one.task_id,
+            device="cpu: test, 1 thread",
+            workload=workload,
             prompt_tokens=70,
-            dense_seconds=seconds,
+            dense_latency_seconds=seconds,
             layer_seconds={"R": (0.25, 0.5), "S": (0.0, 1e-9)},
             relative_error=0.03,
+            phases={"prefill": {"R": [0.25, 0.5]}},
         )
 
-    measurements.record_latency(db, one.job, profile(1.0))
-    measurements.record_latency(db, one.job, profile(2.0))
-    measurements.record_latency(db, two.job, profile(3.0))
-    measurements.record_latency(db, two.job, profile(4.0, workload="batch=8 new=4"))
-    latest = measurements.latest_latency(db, **one.group)
-    assert latest.dense_seconds == 3.0
-    assert latest.layer_seconds == {"R": (0.25, 0.5), "S": (0.0, 1e-9)}
-    assert measurements.latest_latency(db, **one.group, job_id=one.job.id).dense_seconds == 2.0
-    assert measurements.latest_latency(db, **{**one.group, "workload": "other"}) is None
+    measurements.record_profile(db, one.job, profile(1.0))
+    measurements.record_profile(db, one.job, profile(2.0))
+    measurements.record_profile(db, two.job, profile(3.0))
+    measurements.record_profile(db, two.job, profile(4.0, workload="batch=8 new=4"))
+    latest = measurements.profile_of_job(db, two.job.id)
+    assert latest == replace(profile(4.0, workload="batch=8 new=4"), measured_at=latest.measured_at)
+    assert measurements.profile_of_job(db, one.job.id).dense_latency_seconds == 2.0
+    assert measurements.profile_of_job(db, 4711) is None
     with db.reading() as session:
         assert session.execute(text("SELECT count(*) FROM latency_profiles")).scalar() == 3
 
@@ -322,7 +320,7 @@ def test_redundancy_is_shared_by_jobs_and_measured_again_replaces(db):
     again = measurements.Redundancy(1, "text", "cka", 0.5, None, 20)
     measurements.record_redundancy(db, two.job, **key, measurements=[again])
     assert measurements.redundancy(db, **key) == [first[0], again, *first[2:]]
-    frame = frames.redundancy_frame(db, **key)
+    frame = overview.frame(measurements.redundancy(db, **key), measurements.Redundancy)
     assert len(frame) == 12
     assert frame.pivot(index=["name", "token_group"], columns="layer", values="value").loc[("cka", "text"), 1] == 0.5
 
@@ -351,11 +349,11 @@ def test_stage_payload_comes_back(db, payload):
 
 def test_evaluations_as_a_frame(db):
     stage = scene(db)
-    empty = frames.evaluations_frame(db, stage.job.id)
+    empty = overview.frame(evaluations.for_job(db, stage.job.id), EvaluationRecord)
     assert len(empty) == 0
-    evaluations.record(db, stage.job, plan="RRSS", sample_scores=[1, 0], seconds=2.0, **stage.samples)
-    evaluations.record_failure(db, stage.job, plan="SSSS", reason="x", **stage.samples)
-    frame = frames.evaluations_frame(db, stage.job.id)
+    record(db, stage.job, plan="RRSS", scores=[1, 0], result={"seconds": 2.0}, **stage.samples)
+    record_failure(db, stage.job, plan="SSSS", reason="x", **stage.samples)
+    frame = overview.frame(evaluations.for_job(db, stage.job.id), EvaluationRecord)
     assert list(frame.columns) == list(empty.columns)
     assert frame["plan"].tolist() == ["RRSS", "SSSS"]
     assert frame["accuracy"].iloc[0] == 0.5
@@ -363,11 +361,12 @@ def test_evaluations_as_a_frame(db):
     assert str(frame["recorded_at"].dt.tz) == "UTC"
 
 
-def test_identities_are_those_that_were_given(db):
+def test_models_and_tasks_are_read_as_they_were_given(db):
     stage = scene(db)
-    assert identities.model(db, stage.model_id).fingerprint == "f1e2d3c4"
-    assert identities.task(db, stage.task_id) == identities.TaskIdentity("easy-vqa", "d1", 0, 1, 2, 3)
-    assert identities.device(db, stage.device_id).name == "cpu: test, 1 thread"
-    for read, kind in ((identities.model, "model"), (identities.task, "task"), (identities.device, "device")):
+    assert lookup.model(db, stage.model_id) == ModelRecord(
+        name="models/tiny", fingerprint="f1e2d3c4", family="llava", num_layers=4, parameters=10**9
+    )
+    assert lookup.task(db, stage.task_id) == task_record()
+    for read, kind in ((lookup.model, "model"), (lookup.task, "task")):
         with pytest.raises(NotFound, match=f"there is no {kind} 4711"):
             read(db, 4711)

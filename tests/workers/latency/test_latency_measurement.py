@@ -50,7 +50,7 @@ def test_the_profile_finds_the_slow_layer_and_predicts_plans(lopsided: LoadedMod
     assert run[SLOW_LAYER] - others[2] > 0.6 * 3 * EXTRA_SECONDS
     assert run[SLOW_LAYER] > 2 * others[-1]
     assert profile.layer_seconds["F"][SLOW_LAYER] > 2 * others[-1]
-    assert sum(run) < profile.dense_seconds
+    assert sum(run) < profile.dense_latency_seconds
     # One of the three calls is the prefill, the others are a token each.
     for phase in (profile.prefill_seconds, profile.decode_seconds):
         assert phase["R"][SLOW_LAYER] - sorted(phase["R"])[2] > 0.6 * EXTRA_SECONDS
@@ -58,7 +58,7 @@ def test_the_profile_finds_the_slow_layer_and_predicts_plans(lopsided: LoadedMod
     assert sum(profile.prefill_seconds["R"]) < profile.dense_prefill_seconds
     assert sum(profile.decode_seconds["R"]) < profile.dense_decode_seconds
     whole = profile.dense_prefill_seconds + 2 * profile.dense_decode_seconds
-    assert 0.5 * profile.dense_seconds < whole <= 1.05 * profile.dense_seconds
+    assert 0.5 * profile.dense_latency_seconds < whole <= 1.05 * profile.dense_latency_seconds
     assert profile.relative_error < 0.25
     assert profile.workload == workload
     assert "thread" in profile.device
@@ -123,7 +123,7 @@ def test_the_prediction_is_additive(text: str, costs: list[float]) -> None:
         device="none",
         workload=Workload(1, 3),
         prompt_tokens=1,
-        dense_seconds=rest + 3 * sum(table["R"]),
+        dense_latency_seconds=rest + 3 * sum(table["R"]),
         dense_prefill_seconds=1.0,
         dense_decode_seconds=1.0,
         prefill_seconds=table,
