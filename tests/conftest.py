@@ -51,7 +51,8 @@ def ray_cluster() -> Iterator[None]:
     """
     import ray
 
-    from workers.cluster.connection import ClusterSettings, connect, disconnect
+    from workers.cluster.connection import connect, disconnect
+    from workers.cluster.settings import ClusterSettings
 
     assert not ray.is_initialized()
     connect(ClusterSettings(address="local"), cpus=2)

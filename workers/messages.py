@@ -26,16 +26,14 @@ NO_COMPENSATION = "none"
 """In place of a recipe's text: the skips of a plan stay plain."""
 
 
-# Loading ------------------------------------------------------------------------------------------------------------
-
-
+# --- Loading ---
 @dataclass(frozen=True)
 class ModelSource:
     """Name a model and how it is loaded.
 
     ``path`` is a directory, the name of a bundled reference model, or a hub id. ``device`` is ``"auto"`` (a GPU if
     the worker holds one, else the CPU), ``"cpu"`` or ``"cuda"``. ``dtype`` is a torch dtype name or ``"auto"`` (the
-    checkpoint's own).
+    checkpoint's own). ``allow_pickle`` names pickled weight files that may be read where there are no safetensors.
     """
 
     path: str
@@ -45,19 +43,6 @@ class ModelSource:
     attention: str = "sdpa"
     trust_remote_code: bool = False
     allow_pickle: tuple[str, ...] = ()
-    """Names of pickled weight files that may be read where there are no safetensors."""
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """Set a worker's number, its threads, whether it holds a GPU, and the batch size and memory of evaluations."""
-
-    worker: int
-    threads: int = 1
-    holds_gpu: bool = False
-    batch_size: int = DEFAULT_BATCH_SIZE
-    memory_bytes: int = 2 << 30
-    """Kept between layer executions of an evaluation: prompts, masks, hidden states."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +74,7 @@ class Artifact:
     checksum: str
 
 
-# Evaluation ---------------------------------------------------------------------------------------------------------
-
-
+# --- Evaluation ---
 @dataclass(frozen=True)
 class EvaluatePlans:
     """Score plans on samples ``start`` up to ``n_samples`` (all to the end when ``None``) of a split.
@@ -127,8 +110,9 @@ class EvaluateElsewhere:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per-sample scores of one plan, in the split's order; failed samples are listed, and score 0.
+    """Per-sample scores of one plan, in the split's order; failed samples are listed with reasons, and score 0.
 
+    ``secondary`` is the mean under each secondary metric, ``seconds`` the time that the evaluation took.
     A layer execution is one decoder layer run over one sample's prompt (a frozen or bypassed layer counts as one):
     the dense model over n samples takes n * layers. ``layer_executions_saved`` are those that sharing work with other
     plans made unnecessary, so that executions + saved = n * (layers that the plan does not skip).
@@ -139,11 +123,8 @@ class Evaluation:
     sample_ids: tuple[str, ...]
     scores: tuple[float, ...]
     secondary: dict[str, float]
-    """Mean score under each secondary metric."""
     failed_samples: dict[str, str]
-    """Reasons by sample id."""
     seconds: float
-    """Time that the evaluation took."""
     compensation: str = NO_COMPENSATION
     kl: tuple[float, ...] | None = None
     """Per sample the mean over the answer's positions of KL(dense || plan), in nats; NaN where a sample failed.
@@ -156,12 +137,10 @@ class Evaluation:
 
     @property
     def n_samples(self) -> int:
-        """Number of scored samples."""
         return len(self.scores)
 
     @property
     def accuracy(self) -> float:
-        """Mean score in [0, 1]."""
         return sum(self.scores) / len(self.scores) if self.scores else float("nan")
 
 
@@ -202,9 +181,7 @@ class TextDivergence:
     plan_loss: float
 
 
-# Latency ------------------------------------------------------------------------------------------------------------
-
-
+# --- Latency ---
 @dataclass(frozen=True)
 class Workload:
     """The serving situation that latency is measured for: prompts of the task itself, ``batch_size`` at a time."""
@@ -292,9 +269,7 @@ class LatencyComparison:
     peak_bytes: int | None = None
 
 
-# Redundancy ---------------------------------------------------------------------------------------------------------
-
-
+# --- Redundancy ---
 @dataclass(frozen=True)
 class MeasureRedundancy:
     """Measure ``kinds`` over ``samples[:n_samples][shard::shards]`` of the calibration split (None: all).
@@ -339,9 +314,7 @@ class RedundancySums:
         return {name: executions / whole for name, executions in self.layer_executions.items()}
 
 
-# Compensation -------------------------------------------------------------------------------------------------------
-
-
+# --- Compensation ---
 @dataclass(frozen=True)
 class FitCompensation:
     """Fit the maps of a plan's gaps on the calibration split; ``compensation`` is the text of a recipe."""
@@ -354,15 +327,14 @@ class FitCompensation:
 class GapShare:
     """Shares of the dense model's state behind a gap (energy, calibration tokens) that are left unexplained.
 
-    The gap lies behind ``layer`` and ends with the skipped layer ``end``.
+    The gap lies behind ``layer`` and ends with the skipped layer ``end``. ``plain_share`` is left by the plain skip,
+    the gaps below being compensated, and ``unexplained`` by the best map.
     """
 
     layer: int
     end: int
     plain_share: float
-    """By the plain skip, the gaps below being compensated."""
     unexplained: float
-    """With the best map."""
 
 
 @dataclass(frozen=True)
@@ -387,12 +359,11 @@ class MeasureLinearRedundancy:
 
 @dataclass(frozen=True)
 class LinearRedundancy:
-    """Unexplained shares by kept layer and last skipped layer, and the number of calibration tokens behind them."""
+    """Unexplained shares by kept and last skipped layer, over so many calibration tokens, and why layers have none."""
 
     shares: tuple[GapShare, ...]
     tokens: int
     refusals: dict[int, str]
-    """By layer, why it cannot hold a map."""
 
 
 Timing = ProfileLatency | CompareLatency

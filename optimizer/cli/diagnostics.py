@@ -163,7 +163,8 @@ def _cluster(address: str) -> Finding:
         return Finding("cluster", "ok", "local: each job starts a Ray instance of its own on this machine")
     import ray
 
-    from workers.cluster.connection import ClusterSettings, connect, disconnect
+    from workers.cluster.connection import connect, disconnect
+    from workers.cluster.settings import ClusterSettings
 
     connect(ClusterSettings(address=address))
     try:

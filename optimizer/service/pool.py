@@ -15,15 +15,15 @@ from optimizer.stages.progress import Progress
 from workers.errors import ClusterError
 
 if TYPE_CHECKING:
-    from workers.cluster.connection import ClusterSettings
     from workers.cluster.pool import WorkerPool
+    from workers.cluster.settings import ClusterSettings
 
 LOCAL = "local"
 
 
 def cluster_settings(inputs: JobInputs) -> ClusterSettings:
     """Translate ``cluster`` of the job file into the settings of a worker pool."""
-    from workers.cluster.connection import ClusterSettings
+    from workers.cluster.settings import ClusterSettings
 
     cluster = inputs.spec.cluster
     return ClusterSettings(

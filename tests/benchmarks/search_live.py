@@ -23,7 +23,8 @@ from optimizer.search.pareto import hypervolume
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores
 from workers.cluster.handler import Handler
-from workers.messages import EvaluatePlans, Evaluation, ModelSource, WorkerSettings
+from workers.cluster.settings import WorkerSettings
+from workers.messages import EvaluatePlans, Evaluation, ModelSource
 from workers.tasks import load_spec, load_task
 
 STRATEGIES = (

@@ -24,8 +24,8 @@ from storage.queue import jobs
 from storage.records import evaluations, lookup
 from storage.records.evaluations import EvaluationKey, EvaluationResult
 from storage.records.lookup import ModelRecord, TaskRecord
-from workers.cluster.connection import ClusterSettings
 from workers.cluster.pool import WorkerPool
+from workers.cluster.settings import ClusterSettings
 from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
 from workers.tasks import Task, load_spec, load_task
 

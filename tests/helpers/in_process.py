@@ -11,7 +11,8 @@ from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import jobs
 from workers.cluster.handler import Handler
-from workers.messages import ModelSource, Reply, Request, WorkerSettings
+from workers.cluster.settings import WorkerSettings
+from workers.messages import ModelSource, Reply, Request
 from workers.tasks import Task
 
 

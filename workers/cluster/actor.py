@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workers.messages import ModelSource, Reply, Request, WorkerInfo, WorkerSettings
+from workers.cluster.settings import WorkerSettings
+from workers.messages import ModelSource, Reply, Request, WorkerInfo
 from workers.tasks import Task
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import transformers
 
+from workers.cluster.settings import WorkerSettings
 from workers.device import lock as device_lock
 from workers.device.bfloat16 import slow_arithmetic
 from workers.engine.dispatch import EvaluationDispatch
@@ -33,7 +34,6 @@ from workers.messages import (
     Request,
     Timing,
     WorkerInfo,
-    WorkerSettings,
 )
 from workers.models.loading import LoadedModel, load_model
 from workers.redundancy.measure import measure_redundancy

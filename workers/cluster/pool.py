@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from workers.cluster.settings import WorkerSettings
 from workers.errors import ClusterError, WorkersError
 from workers.messages import (
     Failure,
@@ -26,14 +27,14 @@ from workers.messages import (
     Request,
     Timing,
     WorkerInfo,
-    WorkerSettings,
 )
 from workers.models.checkpoint import check_checkpoint, find_checkpoint
 from workers.tasks import Task, TaskSpec, load_task
 from workers.text import describe_error
 
 from .actor import Worker
-from .connection import LOCAL, UNLIMITED, ClusterSettings, HeadWatch, allot, connect, disconnect, room
+from .connection import UNLIMITED, HeadWatch, allot, connect, disconnect, room
+from .settings import LOCAL, ClusterSettings
 from .slots import Slot, Ticket, describe_death
 from .telemetry import Telemetry, log
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -9,15 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from workers.cluster import pool as pools
-from workers.cluster.connection import MISSED_CALLS, ClusterSettings, HeadWatch
+from workers.cluster.connection import MISSED_CALLS, HeadWatch
 from workers.cluster.pool import WorkerPool
+from workers.cluster.settings import ClusterSettings, WorkerSettings
 from workers.errors import ClusterError
-from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo, WorkerSettings
+from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
 from workers.tasks import Task, load_spec, load_task
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers' processes cannot import this file
@@ -68,8 +71,10 @@ def small_task(search: int) -> Task:
     return load_task(load_spec("easy-vqa").with_splits(calibration=1, search=search, held_out=1))
 
 
-def build(tiny_directory: Path, worker: type = Sleeper, workers: int | None = None) -> WorkerPool:
-    settings = ClusterSettings(workers=workers, cpus_per_worker=1.0, max_attempts=5)
+def build(
+    tiny_directory: Path, worker: type = Sleeper, workers: int | None = None, **settings_of_requests: Any
+) -> WorkerPool:
+    settings = ClusterSettings(workers=workers, cpus_per_worker=1.0, **{"max_attempts": 5} | settings_of_requests)
     return WorkerPool(settings, ModelSource(str(tiny_directory)), small_task(4), worker=worker)
 
 
@@ -121,6 +126,61 @@ def test_the_task_of_an_idle_pool_can_be_exchanged(pool: WorkerPool) -> None:
     pool.submit(EvaluatePlans(("RR",), "search", 1))
     with pytest.raises(RuntimeError, match="while it is idle"):
         pool.change_task(small_task(4))
+
+
+ENDLESS = EvaluatePlans(("RR",), "search", 600)
+
+
+def test_what_ray_says_about_a_death_is_logged_and_not_printed(
+    pool: WorkerPool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("workers.cluster.telemetry")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger.name):
+            pool.submit(EvaluatePlans(("RR",), "search", 1))
+            os.kill(pool.info[0].process, signal.SIGKILL)
+            assert pool.next_done() is not None
+            deadline = time.monotonic() + 300
+            while "cluster_message" not in caplog.messages and time.monotonic() < deadline:
+                time.sleep(0.1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    said = [record.fields["text"] for record in caplog.records if record.message == "cluster_message"]  # type: ignore[attr-defined]
+    assert said and all("died" in text for text in said) and capsys.readouterr().out == ""
+
+
+def test_a_request_that_keeps_killing_its_worker_is_given_up(ray_cluster: None, tiny_directory: Path) -> None:
+    with build(tiny_directory, workers=1, max_attempts=2) as pool:
+        number, killed, result = pool.submit(ENDLESS), set[int](), None
+        deadline = time.monotonic() + 300
+        while result is None and time.monotonic() < deadline:
+            for info in pool.info:
+                if info.process not in killed:
+                    killed.add(info.process)
+                    os.kill(info.process, signal.SIGKILL)
+            result = pool.next_done(timeout=0.5)
+        assert result is not None and result[0] == number and isinstance(result[1], Failure)
+        assert result[1].request == ENDLESS and result[1].attempts == 2 == len(killed)
+        assert "process died" in result[1].reason
+        assert answers(pool, [0])[0].plan == "RR"
+
+
+def test_a_request_that_takes_too_long_is_given_up(ray_cluster: None, tiny_directory: Path) -> None:
+    with build(tiny_directory, workers=1, max_attempts=1, request_timeout_seconds=2.0) as pool:
+        first = pool.info[0].process
+        ((_, result),) = pool.run([ENDLESS])
+        assert isinstance(result, Failure) and "longer than 2 s to answer" in result.reason
+        assert answers(pool, [0])[0].plan == "RR"
+        assert pool.info[0].process != first
+    with pytest.raises(ProcessLookupError):  # a worker given up is stopped, not left running
+        wait_for_end(first)
+
+
+def wait_for_end(process: int) -> None:
+    for _ in range(100):
+        os.kill(process, 0)
+        time.sleep(0.05)
 
 
 def test_a_worker_that_dies_while_the_first_set_loads_is_replaced(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -18,8 +17,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from workers.cluster.connection import ClusterSettings, connect
+from workers.cluster.connection import connect
 from workers.cluster.pool import WorkerPool
+from workers.cluster.settings import ClusterSettings
 from workers.errors import ClusterError, ModelError, TaskError
 from workers.evaluation.plain import PlainEvaluator
 from workers.messages import (
@@ -43,7 +43,6 @@ from workers.tasks import Task, load_spec, load_task
 
 # Half a CPU each, so that a second pool fits beside the first on the two CPUs of the cluster.
 SETTINGS = ClusterSettings(workers=2, cpus_per_worker=0.5, max_attempts=2)
-ENDLESS = CompareLatency("RRRRRS", Workload(1, 2), precision=0.0, max_seconds=600)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +59,6 @@ def pool(ray_cluster: None, tiny_directory: Path, task: Task) -> Iterator[Worker
 
 def evaluate(plan: str, split: str, n_samples: int | None = None) -> EvaluatePlans:
     return EvaluatePlans((plan,), split, n_samples, path="plain")
-
-
-def kill_holder(pool: WorkerPool, killed: set[int], patience: float = 300.0) -> None:
-    """SIGKILL the worker that holds the running request, once it is ready and has not been killed already."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        for info in pool.info:
-            if info.process not in killed:
-                killed.add(info.process)
-                os.kill(info.process, signal.SIGKILL)
-                return
-        time.sleep(0.05)
 
 
 def refill(pool: WorkerPool) -> None:
@@ -124,7 +111,7 @@ def test_timing_requests_run_alone(pool: WorkerPool) -> None:
 def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: WorkerPool) -> None:
     before = {info.process for info in pool.info}
     numbers = [pool.submit(evaluate(plan, "search")) for plan in ("RRRRRR", "RRRRSR", "RRRSRR")]
-    kill_holder(pool, set())
+    os.kill(pool.info[0].process, signal.SIGKILL)
     results = {}
     while pool.pending:
         done = pool.next_done()
@@ -134,42 +121,6 @@ def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: Worker
     assert all(isinstance(result, Evaluations) for result in results.values())
     refill(pool)
     assert len(pool.info) == 2 and len({info.process for info in pool.info} - before) == 1
-
-
-def test_what_ray_says_about_a_death_is_logged_and_not_printed(
-    pool: WorkerPool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logger = logging.getLogger("workers.cluster.telemetry")
-    logger.addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.INFO, logger.name):
-            pool.submit(evaluate("RRRRRR", "search"))
-            kill_holder(pool, set())
-            assert pool.next_done() is not None
-            deadline = time.monotonic() + 300
-            while "cluster_message" not in caplog.messages and time.monotonic() < deadline:
-                time.sleep(0.1)
-    finally:
-        logger.removeHandler(caplog.handler)
-    refill(pool)
-    said = [record.fields["text"] for record in caplog.records if record.message == "cluster_message"]  # type: ignore[attr-defined]
-    assert said and all("died" in text for text in said) and capsys.readouterr().out == ""
-
-
-def test_a_request_that_keeps_killing_its_worker_is_given_up(pool: WorkerPool) -> None:
-    killed = {info.process for info in pool.info[1:]}  # an exclusive request runs on the first worker
-    number = pool.submit(ENDLESS)
-    result = None
-    for _ in range(2):
-        kill_holder(pool, killed)
-        # Only a new process of the first place may be next; let the pool see the death and start it.
-        while result is None and pool.info[0].process in killed:
-            result = pool.next_done(timeout=0.5)
-    assert result is not None
-    assert result[0] == number and isinstance(result[1], Failure)
-    assert result[1].request == ENDLESS and result[1].attempts == 2
-    assert "process died" in result[1].reason
-    assert [type(done) for _, done in pool.run([evaluate("RRRRRR", "search", 4)])] == [Evaluations]
 
 
 def test_an_error_in_a_request_is_its_failure_alone(pool: WorkerPool) -> None:
@@ -192,26 +143,6 @@ def test_nothing_pending_and_nothing_finished_in_time(pool: WorkerPool) -> None:
     assert pool.next_done(timeout=0.01) is None and pool.pending == 1
     done = pool.next_done()
     assert done is not None and done[0] == number and pool.pending == 0
-
-
-def test_a_request_that_takes_too_long_is_given_up(ray_cluster: None, tiny_directory: Path, task: Task) -> None:
-    settings = replace(SETTINGS, workers=1, request_timeout_seconds=2.0, max_attempts=1)
-    with WorkerPool(settings, ModelSource(str(tiny_directory)), task) as pool:
-        first = pool.info[0].process
-        ((_, result),) = pool.run([ENDLESS])
-        assert isinstance(result, Failure) and "longer than 2 s to answer" in result.reason
-        pool.cluster = SETTINGS  # how long the next answer takes depends on what else the machine does
-        ((_, result),) = pool.run([evaluate("RRRRRR", "search", 2)])
-        assert isinstance(result, Evaluations)
-        assert pool.info[0].process != first
-    with pytest.raises(ProcessLookupError):  # a worker given up is stopped, not left running
-        wait_for_end(first)
-
-
-def wait_for_end(process: int) -> None:
-    for _ in range(100):
-        os.kill(process, 0)
-        time.sleep(0.05)
 
 
 def test_a_model_that_only_the_worker_can_find_wrong_is_one_clear_error(
@@ -286,7 +217,7 @@ def _accept_and_say_nothing(listener: socket.socket) -> None:
 
 DRIVER = """
 import sys
-from workers.cluster.connection import ClusterSettings
+from workers.cluster.settings import ClusterSettings
 from workers.errors import ClusterError
 from workers.messages import EvaluatePlans, ModelSource
 from workers.cluster.pool import WorkerPool
@@ -303,7 +234,8 @@ except ClusterError as error:
 
 STOPPING = """
 import os, signal, sys
-from workers.cluster.connection import ClusterSettings, connect, disconnect
+from workers.cluster.connection import connect, disconnect
+from workers.cluster.settings import ClusterSettings
 
 def stop(number, frame):
     print("stopped", moment, flush=True)

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from workers.cluster import handler
+from workers.cluster.settings import WorkerSettings
 from workers.errors import ModelError
-from workers.messages import ModelSource, WorkerSettings
+from workers.messages import ModelSource
 from workers.models.checkpoint import canonical_config, find_checkpoint, fingerprint_checkpoint
 from workers.models.loading import LoadedModel, choose_device, load_model
 from workers.models.prompts import build_inputs
