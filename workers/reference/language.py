@@ -33,7 +33,6 @@ UNUSED = "<empty_output>"
 
 LONGEST_TEXT = 8192
 
-_READ_BYTES = 1 << 22
 _EPSILON = 1e-5
 
 
@@ -68,12 +67,10 @@ def check_hash(file: Path, expected: str, what: str) -> None:
     """Compare a file's SHA-256 with the one expected. Raises ModelError where they differ or nothing is there."""
     if not file.is_file():
         raise ModelError(f"{what} {file}: no such file")
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ModelError(f"{what} {file}: has SHA-256 {digest.hexdigest()}, expected {expected}; it is another file")
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise ModelError(f"{what} {file}: has SHA-256 {found}, expected {expected}; it is another file")
 
 
 def read_wheel(wheel: Path) -> LanguageModel:
