@@ -18,11 +18,11 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
 from workers.cluster.handler import Handler  # noqa: E402
+from workers.cluster.settings import WorkerSettings  # noqa: E402
 from workers.messages import (  # noqa: E402
     MeasureRedundancy,
     ModelSource,
     ProfileLatency,
-    WorkerSettings,
     Workload,
 )
 from workers.redundancy.kinds import finish  # noqa: E402
