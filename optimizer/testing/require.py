@@ -1,0 +1,30 @@
+"""The assertion of contract tests, and measurements made up for them."""
+
+from __future__ import annotations
+
+from workers.messages import TOKEN_GROUPS
+from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.table import LayerMeasurement, LayerTable
+
+
+def require(holds: bool, promise: str) -> None:
+    """Raise AssertionError with the promise that is broken, also where Python runs without assertions."""
+    if not holds:
+        raise AssertionError(promise)
+
+
+def made_up_table(layers: int) -> LayerTable:
+    """Make a table of every kind of measurement but probes, larger at higher layers."""
+    names = [(name, "last") for name in ("withdrawal", *(f"layer_contribution@{each.label}" for each in INTERVENTIONS))]
+    names += [("vision_attention", "text"), ("vision_attention", "last")]
+    for group in (*TOKEN_GROUPS, "last"):
+        names += [(name, group) for name in ("cosine_distance", "relative_update", "cka", "propagation_gain")]
+        names += [(name, group) for name in ("final_change", "final_distance")]
+    for length in range(1, layers + 1):
+        names += [(f"angular_distance@{length}", "last"), (f"linear_redundancy@{length}", "all")]
+    rows = [
+        LayerMeasurement(name, group, layer, 0.02 + 0.05 * layer, 0.01, 100)
+        for name, group in names
+        for layer in range(layers)
+    ]
+    return LayerTable(layers, tuple(rows))
