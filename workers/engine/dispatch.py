@@ -49,14 +49,9 @@ class EvaluationDispatch:
     def _reason(self, split: str) -> str:
         if split not in self._reasons:
             try:
-                self._check(split)
+                self._fast = self._fast or FastEvaluator(self.plain, memory_bytes=self._memory)
+                self._fast.check(split)
+                self._reasons[split] = ""
             except (NotExactError, UnsupportedFamilyError) as error:
                 self._reasons[split] = str(error)
-            else:
-                self._reasons[split] = ""
         return self._reasons[split]
-
-    def _check(self, split: str) -> None:
-        if self._fast is None:
-            self._fast = FastEvaluator(self.plain, memory_bytes=self._memory)
-        self._fast.check(split)
