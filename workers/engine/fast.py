@@ -30,7 +30,7 @@ from .divergence import DenseAnswers
 from .draft import Drafter
 from .packing import Chunk, Packer
 from .prompts import PromptReader
-from .scoring import Asked, PlanScorer, option_drafts
+from .scoring import PlanScorer, ScoringRun, option_drafts
 from .state_cache import StateCache
 from .walk import Walker
 
@@ -98,12 +98,14 @@ class FastEvaluator:
         given = any(request.artifacts)  # maps as they were kept are folded into the weights, as in an export
         self._use_maps_of(NO_COMPENSATION if given else request.compensation)
         own = {text: each for text, each in maps.items() if each is not None} if given else {}
-        asked = Asked(tuple(plans), samples, request.start, own)
-        self._score(asked, request.split)
+        scoring = ScoringRun(tuple(plans), samples, request.start, own)
+        self._score(scoring, request.split)
         for plan in plans:
-            self._ask_plain(plan, asked, maps.get(plan.text))
+            self._ask_plain(plan, scoring, maps.get(plan.text))
         seconds = (time.perf_counter() - started) / max(1, len(plans))
-        results = tuple(failures.get(text) or self._evaluation(text, request, asked, seconds) for text in request.plans)
+        results = tuple(
+            failures.get(text) or self._evaluation(text, request, scoring, seconds) for text in request.plans
+        )
         return Evaluations(results)
 
     def check(self, split: str) -> None:
@@ -128,11 +130,11 @@ class FastEvaluator:
         if self._size_is_open:
             self._size_is_open = False
             self.chunk_tokens = self._find_size(own)
-        asked = Asked(plans, own)
-        self._score(asked, f"check {split}")
+        scoring = ScoringRun(plans, own)
+        self._score(scoring, f"check {split}")
         for plan in plans:
             for place, sample in enumerate(own):
-                found = asked.outcomes[plan.text].scores.get(place)
+                found = scoring.outcomes[plan.text].scores.get(place)
                 if found is None or sample.id not in expected[plan.text].texts:
                     continue
                 scores = scores_of(self.task.spec, sample, expected[plan.text])
@@ -193,22 +195,22 @@ class FastEvaluator:
             self._trie_maps = TrieMaps(self.decoder, self.plain.compensator.shared(Recipe.parse(compensation)))
         self.walker.maps = self._trie_maps
 
-    def _score(self, asked: Asked, split: str) -> None:
+    def _score(self, scoring: ScoringRun, split: str) -> None:
         with torch.inference_mode():
-            for part in self.chunks.of(split, asked.samples, asked.start, self.chunk_tokens):
-                for outcome in asked.outcomes.values():
+            for part in self.chunks.of(split, scoring.samples, scoring.start, self.chunk_tokens):
+                for outcome in scoring.outcomes.values():
                     outcome.failed.update(part.failed)
                 waiting = list(part.chunks)
                 while waiting:
                     self.states.budget = max(0, self._memory - self.chunks.nbytes)
                     group = self._group(waiting)
-                    if self._fits(group, asked):
+                    if self._fits(group, scoring):
                         waiting = waiting[len(group) :]
                     elif len(group) > 1:
                         self._most_chunks = 1
                         self._make_room()
                     else:
-                        waiting = [*self._halve(part, group[0], asked), *waiting[1:]]
+                        waiting = [*self._halve(part, group[0], scoring), *waiting[1:]]
 
     def _group(self, waiting: Sequence[Chunk]) -> Sequence[Chunk]:
         """The chunks to walk beside each other: as many as the states on the way to a plan's end leave room for."""
@@ -222,7 +224,7 @@ class FastEvaluator:
             group += 1
         return waiting[:group]
 
-    def _fits(self, chunks: Sequence[Chunk], asked: Asked) -> bool:
+    def _fits(self, chunks: Sequence[Chunk], scoring: ScoringRun) -> bool:
         """Score chunks under all plans; False when memory is too short for them."""
         try:
             for chunk in chunks:
@@ -230,13 +232,13 @@ class FastEvaluator:
                     ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
                     chunk.dense = DenseAnswers.of(self.decoder.logits(states))
             self.states.budget = max(0, self._memory - self.chunks.nbytes)  # dense answers count, too
-            shared = [plan for plan in asked.plans if plan.text not in asked.folded]
-            self._plan_scorer.score(self.walker, shared, chunks, asked)
-            for plan in asked.plans:
-                if plan.text in asked.folded:  # other weights: no state is shared with other plans
+            shared = [plan for plan in scoring.plans if plan.text not in scoring.folded]
+            self._plan_scorer.score(self.walker, shared, chunks, scoring)
+            for plan in scoring.plans:
+                if plan.text in scoring.folded:  # other weights: no state is shared with other plans
                     alone = Walker(self.decoder, StateCache(self.states.budget), self.walker.tally)
-                    with folded(self.decoder.stack, plan, asked.folded[plan.text]):
-                        self._plan_scorer.score(alone, [plan], chunks, asked)
+                    with folded(self.decoder.stack, plan, scoring.folded[plan.text]):
+                        self._plan_scorer.score(alone, [plan], chunks, scoring)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -248,26 +250,26 @@ class FastEvaluator:
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _halve(self, part: SampleChunks, chunk: Chunk, asked: Asked) -> tuple[Chunk, ...]:
+    def _halve(self, part: SampleChunks, chunk: Chunk, scoring: ScoringRun) -> tuple[Chunk, ...]:
         """Two halves of a chunk that memory is too short for; the questions of a single row are asked one by one."""
         self._make_room()
         self.chunk_tokens = max(1, min(self.chunk_tokens, chunk.tokens // 2))
         sizing.remember(self._device, self.chunk_tokens)
         halves = self.chunks.halve(part, chunk)
         if not halves:
-            for outcome in asked.outcomes.values():
+            for outcome in scoring.outcomes.values():
                 outcome.unfinished.update(branch.sample for branch in chunk.samples)
         return halves
 
-    def _ask_plain(self, plan: SkipPlan, asked: Asked, maps: Maps | None) -> None:
-        outcome = asked.outcomes[plan.text]
+    def _ask_plain(self, plan: SkipPlan, scoring: ScoringRun, maps: Maps | None) -> None:
+        outcome = scoring.outcomes[plan.text]
         for places, ask in (
             (sorted(outcome.alone), self.plain.answer_alone),
             (sorted(outcome.unfinished - outcome.alone), self.plain.answer),
         ):
             if not places:
                 continue
-            samples = asked.of(places)
+            samples = scoring.of(places)
             answers = ask(plan, samples, maps)
             outcome.failed.update(answers.failed)
             outcome.tied.update(p for p, sample in zip(places, samples, strict=True) if sample.id in answers.tied)
@@ -275,9 +277,9 @@ class FastEvaluator:
                 if sample.id in answers.texts:
                     outcome.scores[place] = scores_of(self.task.spec, sample, answers)
 
-    def _evaluation(self, text: str, request: EvaluatePlans, asked: Asked, seconds: float) -> Evaluation:
-        outcome, samples = asked.outcomes[text], asked.samples
-        places = range(asked.start, asked.start + len(samples))
+    def _evaluation(self, text: str, request: EvaluatePlans, scoring: ScoringRun, seconds: float) -> Evaluation:
+        outcome, samples = scoring.outcomes[text], scoring.samples
+        places = range(scoring.start, scoring.start + len(samples))
         scores = [outcome.scores.get(place, self._scorer.nothing) for place in places]
         secondary = self.task.spec.secondary
         executed = self.walker.tally.by_plan.get(text, 0)

@@ -163,7 +163,7 @@ class Chunk:
         return self.context.hidden.shape[0] * self.context.hidden.shape[1]
 
     @cached_property
-    def asked(self) -> int:
+    def n_samples(self) -> int:
         """Number of samples; one with several options has several branches."""
         return len({branch.sample for branch in self.samples})
 

@@ -50,7 +50,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScoringRun:
     """Plans to be scored on consecutive samples of a split, the first of which stands at place ``start``."""
 
     plans: tuple[SkipPlan, ...]
@@ -89,7 +89,7 @@ class PlanScorer:
         self._drafter, self._scorer = drafter, scorer
         self._dtype, self._ends = loaded.model.dtype, end_tokens(loaded.model)
 
-    def score(self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], asked: Asked) -> None:
+    def score(self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], scoring: ScoringRun) -> None:
         """Record in ``asked`` what chunks, whose dense answers are known, score under plans."""
         maps = walker.maps
         trie = build_trie(plans, maps=maps is not None, drift=maps is not None and maps.drift)
@@ -108,15 +108,15 @@ class PlanScorer:
                 divergence = mean_divergence(chunk, chunk.dense.divergence(own))
                 options = OptionLikelihoods.of(chunk, own, self._dtype) if self._spec.is_choice else None
                 for plan in node.plans:
-                    asked.outcomes[plan].kl.update(divergence)
+                    scoring.outcomes[plan].kl.update(divergence)
                     if options is not None:
-                        options.grade(self._spec, asked, asked.outcomes[plan])
+                        options.grade(self._spec, scoring, scoring.outcomes[plan])
             if self._spec.is_choice:
                 continue
             tokens = GreedyTokens.of(logits, self._dtype)
             for plan in node.plans:
-                outcome = asked.outcomes[plan]
-                still_open = self._settle(branches, spans, tokens, asked, outcome)
+                outcome = scoring.outcomes[plan]
+                still_open = self._settle(branches, spans, tokens, scoring, outcome)
                 walker.keeps_keys = bool(still_open)  # plans that follow each other are alike
                 continuation: Continuation | None = None
                 fed: list[Keys] = []
@@ -125,11 +125,11 @@ class PlanScorer:
                     continuation = Continuation.of(self._packer, chunks, drafts, continuation)
                     states, fed = walker.continued(node, continuation, fed)
                     more = GreedyTokens.of(self._decoder.logits(states), self._dtype).at(continuation.reading)
-                    still_open = self._settle(continuation.branches, continuation.spans, more, asked, outcome)
+                    still_open = self._settle(continuation.branches, continuation.spans, more, scoring, outcome)
         walker.forget_keys()
 
     def _settle(
-        self, branches: Sequence[Branch], spans: Spans, tokens: GreedyTokens, asked: Asked, outcome: Outcome
+        self, branches: Sequence[Branch], spans: Spans, tokens: GreedyTokens, scoring: ScoringRun, outcome: Outcome
     ) -> dict[int, tuple[int, ...]]:
         """Record the answers that are decided now; return those that are still open, as far as they are known."""
         answers: dict[int, list[GreedyAnswer]] = {}
@@ -140,7 +140,7 @@ class PlanScorer:
             answer = furthest(each)
             if answer.ended:
                 self._drafter.remember(answer.tokens)
-            scores = self._scorer.settled(asked.sample(place), answer, self._drafter.limit, self._ends)
+            scores = self._scorer.settled(scoring.sample(place), answer, self._drafter.limit, self._ends)
             if answer.not_a_number:
                 outcome.alone.add(place)
             elif scores is not None:
@@ -185,10 +185,10 @@ class OptionLikelihoods:
             found[branch.sample] = (*found.get(branch.sample, ()), own)
         return cls(found)
 
-    def grade(self, spec: TaskSpec, asked: Asked, outcome: Outcome) -> None:
+    def grade(self, spec: TaskSpec, scoring: ScoringRun, outcome: Outcome) -> None:
         """Record what the samples score in ``outcome``."""
         for place, likelihoods in self.likelihoods.items():
-            sample = asked.sample(place)
+            sample = scoring.sample(place)
             if any(math.isnan(each.total) for each in likelihoods):
                 outcome.alone.add(place)
                 continue

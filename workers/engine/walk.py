@@ -100,7 +100,7 @@ class Walker:
         return self.maps.watch(self._decoder.layers[step.layer])
 
     def _count(self, chunk: Chunk, node: Node) -> None:
-        samples = chunk.asked
+        samples = chunk.n_samples
         self.tally.executions += samples
         self.tally.by_plan[self._charged] = self.tally.by_plan.get(self._charged, 0) + samples
 

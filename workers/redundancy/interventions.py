@@ -16,7 +16,7 @@ from workers.runtime.plan import Action, PlanError, SkipPlan
 from .batches import Batch
 from .collectors import array, cosine_distance
 from .kinds import GROUPS, INTERVENTIONS
-from .replay import Recording, replay
+from .replay import DensePass, replay
 from .sums import ratio_sums, sample_sums
 
 
@@ -35,25 +35,25 @@ class Interventions:
         self.shared_prefixes = True
         self.refused: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
 
-    def add(self, batch: Batch, made: Recording, changes: list[Tensor]) -> None:
+    def add(self, batch: Batch, dense: DensePass, changes: list[Tensor]) -> None:
         """Replay every intervention on a batch; ``changes`` holds each layer's output minus input, per layer."""
         for layer in range(self._layers):
             if "propagation" in self._kinds or "causal" in self._kinds:
-                self._remove(batch, made, layer, changes[layer])
+                self._remove(batch, dense, layer, changes[layer])
             if "causal" in self._kinds:
                 for action in INTERVENTIONS:
                     if action is not Action.SKIP:  # its replay serves the gain too
-                        self._change(batch, made, layer, action)
+                        self._change(batch, dense, layer, action)
             if "withdrawal" in self._kinds:
-                self._withdraw(batch, made, layer)
+                self._withdraw(batch, dense, layer)
 
-    def _run(self, kind: str, batch: Batch, made: Recording, plan: SkipPlan, first: int) -> tuple[Tensor, Tensor]:
+    def _run(self, kind: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int) -> tuple[Tensor, Tensor]:
         start = first if self.shared_prefixes else 0
         self.executions[kind] += batch.size * (self._layers - start - len(plan.removed))
-        logits, final = replay(self._loaded, self._stack, made, batch, plan, start)
+        logits, final = replay(self._loaded, self._stack, dense, batch, plan, start)
         return logits, final
 
-    def _remove(self, batch: Batch, made: Recording, layer: int, change: Tensor) -> None:
+    def _remove(self, batch: Batch, dense: DensePass, layer: int, change: Tensor) -> None:
         kind = "propagation" if "propagation" in self._kinds else "causal"
         plan = SkipPlan.dense(self._layers).with_action(layer, Action.SKIP)
         reason = self._refusal(plan)
@@ -61,11 +61,11 @@ class Interventions:
             for name in self._kinds - {"withdrawal"}:
                 self.refused[name][f"skip at {layer}"] = reason
             return
-        logits, final = self._run(kind, batch, made, plan, layer)
+        logits, final = self._run(kind, batch, dense, plan, layer)
         if "causal" in self._kinds:
-            self._add_kl(self._kl, (INTERVENTIONS.index(Action.SKIP), layer), made, logits)
+            self._add_kl(self._kl, (INTERVENTIONS.index(Action.SKIP), layer), dense, logits)
         if "propagation" in self._kinds:
-            self._add_gain(batch, layer, change, hidden_of(made.outputs[-1]), final)
+            self._add_gain(batch, layer, change, hidden_of(dense.outputs[-1]), final)
 
     def _add_gain(self, batch: Batch, layer: int, change: Tensor, dense: Tensor, final: Tensor) -> None:
         masks = torch.stack([batch.groups[group] for group in GROUPS]).double()  # [groups, batch, tokens]
@@ -83,23 +83,23 @@ class Interventions:
         turned = torch.einsum("gbt,bt->gb", masks, cosine_distance(dense, final).double())
         self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
 
-    def _change(self, batch: Batch, made: Recording, layer: int, action: Action) -> None:
+    def _change(self, batch: Batch, dense: DensePass, layer: int, action: Action) -> None:
         plan = SkipPlan.dense(self._layers).with_action(layer, action)
         reason = self._refusal(plan)
         if reason:
             self.refused["causal"][f"{action.label} at {layer}"] = reason
             return
-        logits, _ = self._run("causal", batch, made, plan, layer)
-        self._add_kl(self._kl, (INTERVENTIONS.index(action), layer), made, logits)
+        logits, _ = self._run("causal", batch, dense, plan, layer)
+        self._add_kl(self._kl, (INTERVENTIONS.index(action), layer), dense, logits)
 
-    def _withdraw(self, batch: Batch, made: Recording, layer: int) -> None:
+    def _withdraw(self, batch: Batch, dense: DensePass, layer: int) -> None:
         plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
         reason = self._refusal(plan)
         if reason:
             self.refused["withdrawal"][str(layer)] = reason
             return
-        logits, _ = self._run("withdrawal", batch, made, plan, layer)
-        self._add_kl(self._withdrawal, (0, layer), made, logits)
+        logits, _ = self._run("withdrawal", batch, dense, plan, layer)
+        self._add_kl(self._withdrawal, (0, layer), dense, logits)
 
     def _refusal(self, plan: SkipPlan) -> str:
         try:
@@ -108,9 +108,9 @@ class Interventions:
             return str(error)
         return ""
 
-    def _add_kl(self, sums: np.ndarray, place: tuple[int, int], made: Recording, logits: Tensor) -> None:
-        assert made.logits is not None
-        divergence = array(answer_kl(made.logits, logits))
+    def _add_kl(self, sums: np.ndarray, place: tuple[int, int], dense: DensePass, logits: Tensor) -> None:
+        assert dense.logits is not None
+        divergence = array(answer_kl(dense.logits, logits))
         sums[(slice(None), *place)] += sample_sums(divergence, np.ones(len(divergence)))
 
     def sums(self) -> dict[str, KindSums]:

@@ -24,7 +24,7 @@ from .batches import Batch, batches
 from .collectors import COLLECTORS, StatesCollector
 from .interventions import Interventions
 from .kinds import KINDS
-from .replay import Recording, prefill, prefixes_can_be_shared, recording
+from .replay import DensePass, prefill, prefixes_can_be_shared, record_dense_pass
 
 _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why a model's prefixes cannot be shared (empty: they can), found out once for each model that a process holds."""
@@ -84,29 +84,29 @@ class _Measurement:
         """Run all passes over one batch."""
         self.samples += batch.size
         if self.collectors or self.interventions is not None:
-            made, changes = self._dense_pass(batch)
+            dense, changes = self._dense_pass(batch)
             if self.interventions is not None:
-                self._intervene(batch, made, changes)
+                self._intervene(batch, dense, changes)
         if self.attention is not None:
             self.executions["attention"] = self.executions.get("attention", 0) + batch.size * self.layers
             with self.attention.listening(self.stack, batch):
                 prefill(self.loaded, batch)
 
-    def _dense_pass(self, batch: Batch) -> tuple[Recording, list[Tensor]]:
+    def _dense_pass(self, batch: Batch) -> tuple[DensePass, list[Tensor]]:
         changes: list[Tensor] = []
         for collector in self.collectors.values():
             collector.begin(batch)
         self.executions["states"] += batch.size * self.layers
         if self.interventions is None:
-            made = Recording()
+            dense = DensePass()
             with self._watching(batch, None):
-                made.logits = prefill(self.loaded, batch)
+                dense.logits = prefill(self.loaded, batch)
         else:
-            with recording(self.stack) as made, self._watching(batch, changes):
-                made.logits = prefill(self.loaded, batch)
+            with record_dense_pass(self.stack) as dense, self._watching(batch, changes):
+                dense.logits = prefill(self.loaded, batch)
         for collector in self.collectors.values():
-            collector.end(made.logits)
-        return made, changes
+            collector.end(dense.logits)
+        return dense, changes
 
     @contextmanager
     def _watching(self, batch: Batch, changes: list[Tensor] | None) -> Iterator[None]:
@@ -135,17 +135,17 @@ class _Measurement:
                 hooks.after(layer, partial(after, number))
             yield
 
-    def _intervene(self, batch: Batch, made: Recording, changes: list[Tensor]) -> None:
+    def _intervene(self, batch: Batch, dense: DensePass, changes: list[Tensor]) -> None:
         assert self.interventions is not None
         if self.loaded.model not in _UNSHAREABLE:
-            reason, executed = prefixes_can_be_shared(self.loaded, self.stack, made, batch)
+            reason, executed = prefixes_can_be_shared(self.loaded, self.stack, dense, batch)
             _UNSHAREABLE[self.loaded.model] = reason
             self.executions["check"] = executed * batch.size
         reason = _UNSHAREABLE[self.loaded.model]
         if reason:
             self.interventions.shared_prefixes = False
             self.notes = [f"prefixes are not shared between interventions: {reason}"]
-        self.interventions.add(batch, made, changes)
+        self.interventions.add(batch, dense, changes)
 
     def sums(self) -> RedundancySums:
         found: dict[str, KindSums] = {kind: collector.sums() for kind, collector in self.collectors.items()}

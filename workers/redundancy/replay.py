@@ -30,7 +30,7 @@ from .batches import Batch
 
 
 @dataclass
-class Recording:
+class DensePass:
     """Outputs of one batch's dense pass: of every layer, and of the modules that ran before the decoder."""
 
     outputs: list[Any] = field(default_factory=list)
@@ -60,17 +60,17 @@ def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def recording(stack: DecoderStack) -> Iterator[Recording]:
+def record_dense_pass(stack: DecoderStack) -> Iterator[DensePass]:
     """Record a dense pass: copies of every decoder layer's output, and what ran before the decoder."""
-    made = Recording(outputs=[None] * len(stack.layers))
+    dense = DensePass(outputs=[None] * len(stack.layers))
     reached_decoder: list[bool] = []
 
     def keep_front(module: nn.Module, output: Any) -> None:
         if not reached_decoder:
-            made.front.setdefault(module, []).append(_copied(output))
+            dense.front.setdefault(module, []).append(_copied(output))
 
     def keep_layer(number: int, output: Any) -> None:
-        made.outputs[number] = with_hidden(output, hidden_of(output).clone())
+        dense.outputs[number] = with_hidden(output, hidden_of(output).clone())
 
     with Hooks() as hooks:
         hooks.before(stack.owner, lambda args, kwargs: reached_decoder.append(True))
@@ -78,10 +78,10 @@ def recording(stack: DecoderStack) -> Iterator[Recording]:
             hooks.after(module, partial(keep_front, module))
         for number, layer in enumerate(stack.layers):
             hooks.after(layer, partial(keep_layer, number))
-        yield made
+        yield dense
 
 
-def replay(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Batch, plan: SkipPlan, first: int) -> Any:
+def replay(loaded: LoadedModel, stack: DecoderStack, dense: DensePass, batch: Batch, plan: SkipPlan, first: int) -> Any:
     """Run ``plan``, whose layers before ``first`` run as in the dense pass, from layer ``first`` on.
 
     Gives the answer's logits ``[batch, vocabulary]`` and the state ``[batch, tokens, hidden]`` after the last layer.
@@ -90,9 +90,9 @@ def replay(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Bat
     final: list[Tensor] = []
     with apply(loaded.model, plan), Hooks() as hooks:
         try:
-            for module, outputs in made.front.items():
+            for module, outputs in dense.front.items():
                 edits.set_instance_attribute(module, "forward", _Played(outputs))
-            for layer, output in zip(list(stack.layers)[:first], made.outputs, strict=False):
+            for layer, output in zip(list(stack.layers)[:first], dense.outputs, strict=False):
                 edits.set_instance_attribute(layer, "forward", _Stub(output))
             hooks.after(stack.layers[-1], lambda output: final.append(hidden_of(output)))
             logits = prefill(loaded, batch)
@@ -101,7 +101,7 @@ def replay(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Bat
     return logits, final[0]
 
 
-def prefixes_can_be_shared(loaded: LoadedModel, stack: DecoderStack, made: Recording, batch: Batch) -> tuple[str, int]:
+def prefixes_can_be_shared(loaded: LoadedModel, stack: DecoderStack, dense: DensePass, batch: Batch) -> tuple[str, int]:
     """Why replays of this model are not exact, empty when they are; and how many decoder layers finding out ran.
 
     Replays of the dense plan must give the dense pass's logits, bit by bit. A family whose layers read what earlier
@@ -113,10 +113,10 @@ def prefixes_can_be_shared(loaded: LoadedModel, stack: DecoderStack, made: Recor
     for first in sorted({layers // 2, layers - 1}):
         executed += layers - first
         try:
-            logits, _ = replay(loaded, stack, made, batch, SkipPlan.dense(layers), first)
+            logits, _ = replay(loaded, stack, dense, batch, SkipPlan.dense(layers), first)
         except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             return f"a replay from layer {first} failed ({type(error).__name__})", executed
-        if made.logits is None or not torch.equal(logits, made.logits):
+        if dense.logits is None or not torch.equal(logits, dense.logits):
             return f"a replay from layer {first} gave other logits than the dense pass", executed
     return "", executed
 

@@ -11,7 +11,7 @@ from runtime.families.tiny import Family, batch_inputs, forget_positions
 
 from workers.models.loading import LoadedModel
 from workers.redundancy.batches import Batch, token_groups
-from workers.redundancy.replay import prefill, prefixes_can_be_shared, recording, replay
+from workers.redundancy.replay import prefill, prefixes_can_be_shared, record_dense_pass, replay
 from workers.runtime import SkipPlan, UnsupportedFamilyError, apply, describe, validate
 from workers.runtime.locate import locate
 from workers.runtime.plan import PlanError
@@ -52,9 +52,9 @@ def test_replays_equal_whole_passes(family: Family) -> None:
     stack = locate(model)
     with torch.inference_mode():
         forget_positions(model)
-        with recording(stack) as made:
-            made.logits = prefill(loaded, batch)
-        reason, _ = prefixes_can_be_shared(loaded, stack, made, batch)
+        with record_dense_pass(stack) as dense:
+            dense.logits = prefill(loaded, batch)
+        reason, _ = prefixes_can_be_shared(loaded, stack, dense, batch)
         assert not reason or family.name in SHARE_KEYS, f"{family.name}: {reason}"
         for layer in range(family.layers):
             for letter in letters(family, layer).replace("R", ""):
@@ -63,7 +63,7 @@ def test_replays_equal_whole_passes(family: Family) -> None:
                     validate(plan, descriptor)
                 except PlanError:
                     continue
-                found, _ = replay(loaded, stack, made, batch, plan, 0 if reason else layer)
+                found, _ = replay(loaded, stack, dense, batch, plan, 0 if reason else layer)
                 forget_positions(model)
                 with apply(model, plan):
                     expected = prefill(loaded, batch)

@@ -62,7 +62,7 @@ def test_packed_options_are_as_likely_as_alone(name: str) -> None:
             for node, states in Walker(decoder, StateCache(1 << 30)).ends(build_trie(plans), chunk)
             for plan in node.plans
         }
-    assert chunk.asked == len(QUESTIONS) < len(chunk.samples)
+    assert chunk.n_samples == len(QUESTIONS) < len(chunk.samples)
     for plan in plans:
         for sample, question in enumerate(QUESTIONS):
             expected = []
