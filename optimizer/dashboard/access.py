@@ -83,7 +83,7 @@ class Gate:
         return self._token is not None and _equal(token, self._token)
 
     def cookie(self) -> str:
-        """What the cookie holds: a hash, so that the token itself is not stored by the browser."""
+        """Hash the token for the cookie, so that the browser does not store the token itself."""
         return hashlib.sha256(f"skipplan dashboard {self._token}".encode()).hexdigest()
 
     async def guard(self, request: Request, go_on: Next) -> Response:

@@ -56,8 +56,8 @@ def _invalid(request: Request, error: Exception) -> Response:
     problems = [{"loc": each["loc"], "msg": each["msg"], "type": each["type"]} for each in error.errors()]
     if request.url.path.startswith("/api/"):
         return JSONResponse({"detail": problems}, 422)
-    told = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in problems)
-    return html.show_problem(request, 422, told)
+    detail = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in problems)
+    return html.show_problem(request, 422, detail)
 
 
 def _unavailable(request: Request, error: Exception) -> Response:

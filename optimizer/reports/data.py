@@ -209,7 +209,9 @@ def _trials(
             largest[row.plan, row.compensation] = row
     dense = next((row for row in largest.values() if SkipPlan.parse(row.plan).is_dense), None)
     samples = max(row.n_samples for row in search) if dense is None else dense.n_samples
-    dense_means = _prefix_means(() if dense is None else evaluations.sample_scores(db, dense.id))
+    dense_scores = () if dense is None else evaluations.sample_scores(db, dense.id)
+    sizes = {row.n_samples for row in search if row.n_samples <= len(dense_scores)}
+    dense_means = {n: math.fsum(dense_scores[:n]) / n for n in sizes}  # summed exactly, as evaluations' accuracies are
     dense_ms = None if profile is None else 1000 * profile.dense_latency_seconds
     trials: list[TrialSummary] = []
     for row in largest.values():
@@ -221,26 +223,13 @@ def _trials(
             compensation=row.compensation,
             n_samples=row.n_samples,
             accuracy=row.accuracy,
-            difference=row.accuracy - dense_means[row.n_samples] if row.n_samples < len(dense_means) else None,
+            difference=row.accuracy - dense_means[row.n_samples] if row.n_samples in dense_means else None,
             complete=row.n_samples >= samples,
             predicted_speedup=_predicted_speedup(profile, row.plan),
             within=False,
         )
         trials.append(replace(trial, within=trial.complete and _within(spec.limits, trial, dense_ms)))
     return tuple(trials), samples
-
-
-def _prefix_means(scores: tuple[float, ...]) -> list[float]:
-    """Mean of the first n scores at index n, summed exactly as the evaluations' own accuracies are."""
-    if not scores:
-        return []
-    if all(score in (0.0, 1.0) for score in scores):
-        right, means = 0.0, [math.nan]
-        for count, score in enumerate(scores, start=1):
-            right += score
-            means.append(right / count)
-        return means
-    return [math.nan, *(math.fsum(scores[:count]) / count for count in range(1, len(scores) + 1))]
 
 
 def _within(limits: Mapping[str, float], trial: TrialSummary, dense_ms: float | None) -> bool:

@@ -115,8 +115,6 @@ def agreement(found: Agreement | None) -> str:
     """Rho and its interval."""
     if found is None or found.rho is None:
         return "-"
-    if found.low is None or found.high is None:
-        return f"{found.rho:+.2f}"
     return f"{found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 

@@ -50,7 +50,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
     from optimizer.job import template
     from optimizer.job.result import layers_by_action
     from optimizer.job.spec import JobSpec
-    from optimizer.reports import figures, formatting, picture
+    from optimizer.reports import chart, formatting, picture
     from optimizer.search.latency import LayerCounts
     from optimizer.search.seeds.nested import nested_sets
     from optimizer.search.space import PlanSpace
@@ -120,7 +120,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
         "removal": lambda: f"{checkpoint.removal_of(plan)} then {checkpoint.remainder_of(plan)}",
         "screen": lambda: screen.coloured("RD").plain,
         "report's words": lambda: formatting.layers("RD"),
-        "report's colours": lambda: picture.colour(figures.COLOURS["D"]),
+        "report's colours": lambda: picture.colour(chart.COLOURS["D"]),
         "counted work": lambda: {k: v for k, v in LayerCounts.of(2, LETTERS).layer_seconds.items() if k == "D"},
         "size of the cache": lambda: f"D: {CacheSizes(8.0, 2.0).of(SkipPlan.parse('RD'))}",
         "risk without actions": lambda: everywhere("c", (0.5, 0.5)).risk,
