@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any
 
 from workers.errors import TaskError
@@ -14,6 +17,7 @@ from .samples import Sample
 from .spec import Columns, TaskSpec
 
 FEWEST_OPTIONS = 2
+_BYTES = (bytes, bytearray, memoryview)
 
 ImageOf = Callable[[Any, int, str], tuple[ImageReference, str]]
 """Finds the image of a row from its cell, the row's number and its place: where it is, and the hash of its content."""
@@ -70,7 +74,7 @@ def _place(value: Any, texts: tuple[str, ...], columns: Columns, where: str, opt
         )
     if options != "texts" and len(texts) > len(string.ascii_uppercase):
         raise TaskError(f"{where}: column {columns.choices!r} has {len(texts)} options, more than there are letters")
-    place = str(value).strip()
+    place = str(value) if _is_blank(value) else cell_text(value, where, columns.answers)
     if not place.isdigit() or int(place) >= len(texts):
         raise TaskError(
             f"{where}: column {columns.answers!r} must be the place of an option, 0 to {len(texts) - 1}, not {place!r}"
@@ -89,10 +93,22 @@ def _with_options(question: str, texts: tuple[str, ...], place: int, options: st
 
 
 def cell_text(value: Any, where: str, column: str) -> str:
-    """Return a cell's text. Raises TaskError if it holds none."""
+    """Return a cell's text: bytes as UTF-8, a whole number without a fraction whatever type it is stored in.
+
+    Raises:
+        TaskError: the cell is empty, or holds a list, a mapping, or bytes that are no UTF-8 text.
+    """
+    if isinstance(value, _BYTES):
+        try:
+            value = bytes(value).decode()
+        except UnicodeDecodeError:
+            raise TaskError(f"{where}: column {column!r} holds bytes that are no UTF-8 text") from None
+    if hasattr(value, "__len__") and not isinstance(value, str):
+        kind = "mapping" if isinstance(value, Mapping) else "list"
+        raise TaskError(f"{where}: column {column!r} holds a {kind} where one text is needed")
     if _is_blank(value):
         raise TaskError(f"{where}: column {column!r} is empty")
-    return str(value).strip()
+    return str(int(value) if _is_whole(value) else value).strip()
 
 
 def _answers(
@@ -105,13 +121,15 @@ def _answers(
     """
     if isinstance(value, Mapping):
         value = value.get("answer")
+    if isinstance(value, _BYTES):
+        value = cell_text(value, where, column)
     if isinstance(value, str):
         parts: list[Any] = value.split(separator) if separator else [value]
     elif hasattr(value, "__len__"):
         parts = [part.get("answer") if isinstance(part, Mapping) else part for part in value]
     else:
         parts = [value]
-    answers = tuple(str(part).strip() for part in parts if not _is_blank(part))
+    answers = tuple(cell_text(part, where, column) for part in parts if not _is_blank(part))
     if not answers:
         raise TaskError(f"{where}: column {column!r} has no {what}")
     if blanks and len(answers) < len(parts):
@@ -121,4 +139,12 @@ def _answers(
 
 def _is_blank(value: Any) -> bool:
     """Tell whether a cell is missing, NaN, or white space."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    if hasattr(value, "__len__") and not isinstance(value, str):
+        return len(value) == 0
+    return bool(value is None or value != value or (isinstance(value, str) and not value.strip()))
+
+
+def _is_whole(value: Any) -> bool:
+    """Tell whether a number that is stored as a float or decimal has no fraction."""
+    is_float = isinstance(value, Real | Decimal) and not isinstance(value, Integral)
+    return is_float and math.isfinite(value) and value == int(value)

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -92,6 +94,47 @@ def test_csv_text_is_not_reinterpreted(write: Write, images: list[str]) -> None:
     rows.append({"image": images[-1], "question": "N/A", "answers": "None"})
     answers = {sample.answers[0] for sample in _all(load_task(write(rows)))}
     assert answers == {"007", "None"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "meant"),
+    [
+        (5.0, "5"),
+        (np.float32(5), "5"),
+        (-2.0, "-2"),
+        (2.5, "2.5"),
+        (1e20, "100000000000000000000"),
+        (7, "7"),
+        (True, "True"),
+        (b"r\xc3\xa9d", "r\u00e9d"),
+        (Decimal("5.00"), "5"),
+    ],
+)
+def test_a_cell_means_the_same_whatever_type_it_is_stored_in(
+    write: Write, images: list[str], stored: object, meant: str
+) -> None:
+    rows = [{"image": name, "question": "q", "answers": stored} for name in images]
+    assert {sample.answers for sample in _all(load_task(write(rows, ".parquet")))} == {(meant,)}
+    listed = [row | {"answers": [stored, stored]} for row in rows]
+    assert {sample.answers for sample in _all(load_task(write(listed, ".parquet")))} == {(meant, meant)}
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("answers", b"\xff\xfe", "row 1: column 'answers' holds bytes that are no UTF-8 text"),
+        ("question", b"\xff", "row 1: column 'question' holds bytes that are no UTF-8 text"),
+        ("question", ["first", "second"], "row 1: column 'question' holds a list where one text is needed"),
+        ("answers", [["nested"]], "row 1: column 'answers' holds a list where one text is needed"),
+        ("image", {"bytes": b"x"}, "row 1: column 'image' holds a mapping where one text is needed"),
+    ],
+)
+def test_cells_that_are_no_text_are_named(
+    write: Write, images: list[str], column: str, cell: object, message: str
+) -> None:
+    rows = [{"image": name, "question": "q", "answers": "a"} | {column: cell} for name in images]
+    with pytest.raises(TaskError, match=message):
+        load_task(write(rows, ".parquet"))
 
 
 def test_columns_can_be_named(write: Write, images: list[str]) -> None:
