@@ -11,7 +11,7 @@ from optimizer.service.runner import LEASE_SECONDS, attempt, new_owner, stored_s
 from optimizer.stages.context import JobContext
 from optimizer.stages.progress import Progress
 from storage.database import Database
-from storage.queue import jobs
+from storage.queue import jobs, leases
 
 
 @contextmanager
@@ -25,4 +25,4 @@ def adhoc_job(db: Database, inputs: JobInputs, progress: Progress, purpose: str)
         job = jobs.submit_claimed(db, stored_spec(inputs.spec), known_by, new_owner(), LEASE_SECONDS)
         with attempt(db, job, progress, resumable=False):
             yield JobContext(db, job, inputs, pool, progress)
-        jobs.finish(db, job)
+        leases.finish(db, job)

@@ -27,7 +27,7 @@ from optimizer.stages.progress import Progress
 from optimizer.stages.publish import Published
 from storage import errors as storage_errors
 from storage.database import Database
-from storage.queue import attempts, jobs
+from storage.queue import attempts, jobs, leases
 from storage.queue.jobs import Job
 from workers.errors import ClusterError
 from workers.text import one_line
@@ -76,7 +76,7 @@ def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] =
     seen = job.lease_expires_at
     noted = False
     while True:
-        claimed = jobs.claim(db, owner, LEASE_SECONDS, job.id)
+        claimed = leases.claim(db, owner, LEASE_SECONDS, job.id)
         if claimed is not None:
             return claimed
         now = jobs.get(db, job.id)
@@ -123,10 +123,10 @@ def process(
         with attempt(db, job, progress, lease_seconds):
             published = pipeline.run(JobContext(db, job, *start(), progress))
         if published.best is None:
-            jobs.infeasible(db, job, published.reason)
+            leases.infeasible(db, job, published.reason)
             logs.log("job_infeasible", reason=published.reason)
         else:
-            jobs.finish(db, job)
+            leases.finish(db, job)
             logs.log("job_succeeded", plan=published.best, plans=len(published.plan_ids))
     return published
 
@@ -145,7 +145,7 @@ def attempt(
         with heartbeat(db, job, progress, lease_seconds), stop_signals():
             yield
     except KeyboardInterrupt:
-        quietly(lambda: (jobs.release if resumable else jobs.fail)(db, job, "interrupted"))
+        quietly(lambda: (leases.release if resumable else leases.fail)(db, job, "interrupted"))
         logs.log("job_interrupted")
         raise Interrupted(
             f"interrupted; job {job.id} is back in the queue and goes on where it was when the job file is run again"
@@ -161,7 +161,7 @@ def attempt(
         if resumable and isinstance(error, ClusterError | storage_errors.DatabaseError):
             put_back(db, job, reason)
         else:
-            quietly(lambda: jobs.fail(db, job, reason))
+            quietly(lambda: leases.fail(db, job, reason))
             logs.log("job_failed", reason=reason)
         raise
 
@@ -171,7 +171,7 @@ def put_back(db: Database, job: Job, reason: str) -> None:
     with suppress(storage_errors.StorageError):  # what made the attempt end is what is reported
         before = attempts.retries_in_a_row(db, job.id)
         wait = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**before)
-        now = jobs.retry(db, job, reason, wait)
+        now = leases.retry(db, job, reason, wait)
         logs.log("job_put_back" if now.state == "queued" else "job_failed", reason=reason, wait_seconds=wait)
 
 
@@ -189,7 +189,7 @@ def heartbeat(db: Database, job: Job, progress: Progress, lease_seconds: float =
     def beat() -> None:
         while not stop.wait(lease_seconds / HEARTBEATS_PER_LEASE):
             try:
-                jobs.heartbeat(db, job, lease_seconds, asdict(progress.state))
+                leases.heartbeat(db, job, lease_seconds, asdict(progress.state))
             except storage_errors.LeaseLost:
                 return  # the job's own next write meets the same error and ends it
             except storage_errors.DatabaseError:

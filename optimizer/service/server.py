@@ -15,7 +15,7 @@ from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, pro
 from optimizer.stages.progress import Progress, State
 from storage import errors as storage_errors
 from storage.database import Database
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from storage.queue.jobs import Job
 from workers.errors import ClusterError, WorkersError
 from workers.text import one_line
@@ -87,7 +87,7 @@ class Server:
     def _claim(self) -> Job | None:
         """Claim the next job, or wait and return None while the database cannot be reached."""
         try:
-            return jobs.claim(self._db, self._owner, self._lease_seconds)
+            return leases.claim(self._db, self._owner, self._lease_seconds)
         except storage_errors.DatabaseError as error:
             logs.log("database_away", reason=one_line(error))
             time.sleep(OUTAGE_SECONDS)

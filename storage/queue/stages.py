@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from storage import upsert
 from storage.database import reads, writes
-from storage.queue import events, jobs
+from storage.queue import events, leases
 from storage.queue.jobs import Job
 from storage.schema import JobCounterRow, JobStageRow
 
@@ -30,7 +30,7 @@ class Stage:
 @writes
 def record_stage(session: Session, job: Job, stage: str, payload: Mapping[str, Any]) -> None:
     """Persist what a stage produced, replacing what an earlier attempt left. Raises ``LeaseLost``."""
-    jobs.hold(session, job)
+    leases.hold(session, job)
     known = session.get(JobStageRow, (job.id, stage))
     if known is not None and known.attempt == job.attempt and known.payload == dict(payload):
         return
@@ -61,7 +61,7 @@ def add_counters(session: Session, job: Job, increments: Mapping[str, float]) ->
 
     Run twice by a connection that broke while the server committed, it may count twice.
     """
-    jobs.hold(session, job)
+    leases.hold(session, job)
     for name in sorted(increments):  # one order for all, so that two writers cannot wait for each other
         statement = upsert.insert(session, JobCounterRow)
         statement = statement.on_conflict_do_update(

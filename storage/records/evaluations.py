@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from storage import upsert
 from storage.database import reads, writes
 from storage.errors import InvalidValue, NotFound
-from storage.queue import jobs
+from storage.queue import leases
 from storage.queue.jobs import Job
 from storage.records import scores
 from storage.schema import EvaluationRow
@@ -144,7 +144,7 @@ _KEY = (
 
 
 def _write(session: Session, job: Job, key: EvaluationKey, outcome: dict[str, Any]) -> EvaluationRecord:
-    jobs.hold(session, job)
+    leases.hold(session, job)
     values = {"job_id": job.id, "failure": None, "reused_from": None} | asdict(key) | outcome
     if values["failure"] is None:
         failed = EvaluationRow.failure.is_not(None)

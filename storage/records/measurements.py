@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from storage import upsert
 from storage.database import reads, writes
-from storage.queue import jobs
+from storage.queue import leases
 from storage.queue.jobs import Job
 from storage.records import lookup
 from storage.schema import DeviceRow, LatencyProfileRow, RedundancyRow
@@ -51,7 +51,7 @@ class Redundancy:
 @writes
 def record_profile(session: Session, job: Job, profile: ProfileRecord) -> None:
     """Persist a latency profile; measured again by the same job, it takes the old one's place. Raises ``LeaseLost``."""
-    jobs.hold(session, job)
+    leases.hold(session, job)
     values = asdict(profile)
     del values["measured_at"]
     values |= {"job_id": job.id, "device_id": lookup.ensure_device(session, values.pop("device"))}
@@ -89,7 +89,7 @@ def record_redundancy(
     measurements: Iterable[Redundancy],
 ) -> None:
     """Persist redundancy statistics; those measured again take the old ones' place. Raises ``LeaseLost``."""
-    jobs.hold(session, job)
+    leases.hold(session, job)
     of = {"model_id": model_id, "task_id": task_id, "calibration_hash": calibration_hash}
     key = [getattr(RedundancyRow, name) for name in (*of, "name", "token_group", "layer")]
     rows = [of | {"job_id": job.id} | asdict(each) for each in measurements]

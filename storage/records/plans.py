@@ -14,7 +14,7 @@ from storage import pareto, upsert
 from storage.database import reads, writes
 from storage.errors import InvalidValue, NotFound
 from storage.pareto import Group
-from storage.queue import jobs
+from storage.queue import leases
 from storage.queue.jobs import Job
 from storage.records import lookup
 from storage.records.described import check_ranges, described
@@ -139,7 +139,7 @@ def publish(
 
     Published again by the same job, a plan takes the new figures. Raises ``LeaseLost`` or ``InvalidValue``.
     """
-    jobs.hold(session, job)
+    leases.hold(session, job)
     group = Group(model_id, task_id, device_id, workload)
     return _write(session, group, figures, job.id, "measured")
 

@@ -26,7 +26,7 @@ from sqlalchemy import event, insert, text  # noqa: E402
 
 from storage import pareto  # noqa: E402
 from storage.database import Database  # noqa: E402
-from storage.queue import jobs  # noqa: E402
+from storage.queue import leases  # noqa: E402
 from storage.records import evaluations, lookup, plans, scores  # noqa: E402
 from storage.records.lookup import ModelRecord, TaskRecord  # noqa: E402
 from storage.records.plans import PlanQuery  # noqa: E402
@@ -224,7 +224,7 @@ def measure(db: Database, show_plans: bool) -> None:
         "list, everything, fastest": lambda: plans.list_plans(db),
         "evaluations found across jobs": lambda: evaluations.known(db, **key),
         "evaluations of a job (2,000)": lambda: evaluations.for_job(db, job_id),
-        "idle claim": lambda: jobs.claim(db, "benchmark", 60),
+        "idle claim": lambda: leases.claim(db, "benchmark", 60),
     }
     print(f"{'query (ms)':32} {'database, median':>17} {'p95':>8} {'whole call, median':>20} {'p95':>8}")
     for name, call in queries.items():

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from storage.database import Database
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from storage.records import evaluations, lookup
 from storage.records.evaluations import EvaluationKey, EvaluationResult
 from storage.records.lookup import ModelRecord, TaskRecord
@@ -89,7 +89,7 @@ def simulated_share(workers: int, seconds: float, rounds: int, task: Task, direc
         WorkerPool(settings, ModelSource(MODEL, device="cpu"), task, worker=sleeper(seconds)) as pool,
     ):
         jobs.submit(db, {}, "benchmark")
-        job = jobs.claim(db, "benchmark", 3600)
+        job = leases.claim(db, "benchmark", 3600)
         assert job is not None
         ids = {
             "model_id": lookup.ensure_model(

@@ -10,7 +10,7 @@ import storage_builders
 from sqlalchemy import insert, select
 
 from storage.database import Database
-from storage.queue import jobs, stages
+from storage.queue import jobs, leases, stages
 from storage.queue.jobs import Job
 from storage.records import lookup, measurements, plans, scores
 from storage.records.lookup import ModelRecord, TaskRecord
@@ -72,7 +72,7 @@ def queued(db: Database, **changes: Any) -> Job:
 
 
 def claimed(db: Database, **changes: Any) -> Job:
-    job = jobs.claim(db, "driver-1", 600, queued(db, **changes).id)
+    job = leases.claim(db, "driver-1", 600, queued(db, **changes).id)
     assert job is not None
     return job
 
@@ -162,7 +162,7 @@ def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
     stages.record_stage(db, job, "publish", {"value": {"plan_ids": [], "best": best, "reason": ""}})
     counters = {"evaluations": tried + 1.0, "samples": 4321.0, "evaluation_seconds": 12.5, "failed_samples": 3.0}
     stages.add_counters(db, job, counters | {"near_ties": 17.0})
-    jobs.finish(db, job)
+    leases.finish(db, job)
     return job.id
 
 

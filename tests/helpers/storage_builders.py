@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from storage.database import Database
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from storage.queue.jobs import Job
 from storage.records import evaluations, lookup
 from storage.records.evaluations import EvaluationKey, EvaluationRecord, EvaluationResult
@@ -44,7 +44,7 @@ class Scene:
 def claimed(db: Database, owner: str = "driver-1", lease_seconds: float = 60, **spec: Any) -> Job:
     """Submit a job and claim it."""
     submitted = jobs.submit(db, dict(spec), "hash")
-    job = jobs.claim(db, owner, lease_seconds, submitted.id)
+    job = leases.claim(db, owner, lease_seconds, submitted.id)
     assert job is not None
     return job
 

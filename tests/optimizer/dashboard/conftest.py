@@ -10,7 +10,7 @@ import pytest
 from report_builders import claimed, finished_job, identities, queued, record_profile
 
 from storage.database import Database
-from storage.queue import jobs
+from storage.queue import jobs, leases
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> I
         finished_job(db)
         running = claimed(db)
         record_profile(db, running, identities(db))
-        jobs.heartbeat(db, running, 600, {"stage": "search", "done": 37, "total": 200, "news": "RSRR"})
-        jobs.fail(db, claimed(db), "the model <script>alert(1)</script> cannot be loaded")
+        leases.heartbeat(db, running, 600, {"stage": "search", "done": 37, "total": 200, "news": "RSRR"})
+        leases.fail(db, claimed(db), "the model <script>alert(1)</script> cannot be loaded")
         jobs.cancel(db, claimed(db).id)
-        jobs.infeasible(db, claimed(db), "no plan meets the constraint")
+        leases.infeasible(db, claimed(db), "no plan meets the constraint")
         queued(db, task='tasks/</title>odd & "quoted".yaml')
         yield db

@@ -28,7 +28,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from optimizer.dashboard.app import create_app
 from optimizer.reports.html import write_report
 from storage.database import Database
-from storage.queue import jobs
+from storage.queue import jobs, leases
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +186,7 @@ def test_progress_moves_without_loading_the_page_again(
     row = browser.find_element(By.CSS_SELECTOR, "[data-job='2']")
     assert "search 37/200" in row.text
     running = jobs.get(filled, 2)
-    jobs.heartbeat(filled, running, 600, {"stage": "search", "done": 91, "total": 200, "news": ""})
+    leases.heartbeat(filled, running, 600, {"stage": "search", "done": 91, "total": 200, "news": ""})
     until(browser, lambda _: "search 91/200" in row.text, "the progress did not move")
     assert complaints(browser) == []
 

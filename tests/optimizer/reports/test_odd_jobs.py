@@ -26,7 +26,7 @@ from optimizer.reports.compare import write_comparison
 from optimizer.reports.html import write_report
 from optimizer.reports.picture import write_picture
 from storage.database import Database
-from storage.queue import jobs, stages
+from storage.queue import leases, stages
 from storage.records import lookup, plans
 
 __all__ = ["db"]  # the fixture
@@ -62,7 +62,7 @@ def odd_job(db: Database) -> int:
         ],
     )  # fmt: skip
     stages.record_stage(db, job, "publish", {"value": {"plan_ids": [], "best": None, "reason": "none is fast"}})
-    jobs.infeasible(db, job, "no plan meets the constraint: none is fast")
+    leases.infeasible(db, job, "no plan meets the constraint: none is fast")
     return job.id
 
 

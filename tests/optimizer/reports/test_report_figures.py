@@ -21,7 +21,7 @@ from optimizer.reports.html import write_report
 from optimizer.search.pareto import hypervolume
 from storage.database import Database
 from storage.errors import NotFound
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from storage.records.measurements import Redundancy
 
 
@@ -266,7 +266,7 @@ def test_unfinished_jobs_are_shown_as_far_as_they_came(db: Database, stage: str)
         job = claimed(db)
         record_profile(db, job, identities(db))
         if stage == "failed":
-            jobs.fail(db, job, "the model <b>cannot</b> be loaded")
+            leases.fail(db, job, "the model <b>cannot</b> be loaded")
         if stage == "cancelled":
             jobs.cancel(db, job.id)
     told = write_report(db, job.id)
@@ -286,7 +286,7 @@ def test_unfinished_jobs_are_shown_as_far_as_they_came(db: Database, stage: str)
 def test_infeasible_job_says_that_dense_is_the_answer(db: Database) -> None:
     job = claimed(db)
     record_profile(db, job, identities(db))
-    jobs.infeasible(db, job, "no plan meets the constraint")
+    leases.infeasible(db, job, "no plan meets the constraint")
     assert "No plan met the constraint: the dense model is the answer for tiny-llava on shapes" in write_report(
         db, job.id
     )

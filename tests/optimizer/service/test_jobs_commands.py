@@ -12,7 +12,7 @@ import storage_builders
 
 from optimizer.cli.main import main
 from storage.database import Database
-from storage.queue import jobs, stages
+from storage.queue import jobs, leases, stages
 
 SPEC = {
     "model": {"path": "llava-12"},
@@ -47,7 +47,7 @@ def queued(db: Database, priority: int = 0) -> int:
 def searched(db: Database) -> int:
     """A running job that evaluated dense and three plans: one complete, one stopped early, one failed."""
     number = queued(db)
-    job = jobs.claim(db, "me", 60, number)
+    job = leases.claim(db, "me", 60, number)
     assert job is not None
     ids = {
         "model_id": storage_builders.model(db, "llava-12", "f"),
@@ -99,11 +99,11 @@ def test_show_has_counters_stages_and_history(db, capsys):
 @pytest.mark.parametrize(("end", "code"), [("succeeded", 0), ("infeasible", 3), ("failed", 1), ("cancelled", 1)])
 def test_watch_follows_to_the_end_and_says_how_it_was(db, capsys, end, code):
     number = queued(db)
-    job = jobs.claim(db, "me", 60, number)
+    job = leases.claim(db, "me", 60, number)
     {
-        "succeeded": lambda: jobs.finish(db, job),
-        "infeasible": lambda: jobs.infeasible(db, job, "too slow"),
-        "failed": lambda: jobs.fail(db, job, "disk full"),
+        "succeeded": lambda: leases.finish(db, job),
+        "infeasible": lambda: leases.infeasible(db, job, "too slow"),
+        "failed": lambda: leases.fail(db, job, "disk full"),
         "cancelled": lambda: jobs.cancel(db, number),
     }[end]()
     found, output, _ = run(capsys, "jobs", "watch", str(number), "--json")

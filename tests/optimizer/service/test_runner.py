@@ -17,7 +17,7 @@ from optimizer.stages.publish import Published
 from storage import errors as storage_errors
 from storage.database import Database
 from storage.errors import UnreachableDatabase
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from workers.errors import ClusterError
 
 SPEC = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
@@ -72,8 +72,8 @@ def test_every_end_leaves_the_right_state(db, monkeypatch, outcome, raised, stat
 
 def test_who_lost_the_lease_writes_nothing_more(db, monkeypatch):
     job = claimed(db)
-    jobs.release(db, job)
-    other = jobs.claim(db, "another", 60)
+    leases.release(db, job)
+    other = leases.claim(db, "another", 60)
     with pytest.raises(storage_errors.LeaseLost, match="no longer held"):
         run(db, job, monkeypatch, Published((), None, "nothing"))
     assert jobs.get(db, job.id).owner == other.owner == "another"
@@ -82,12 +82,12 @@ def test_who_lost_the_lease_writes_nothing_more(db, monkeypatch):
 def test_a_running_job_is_refused_while_its_owner_shows_signs_of_life(db, monkeypatch):
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
     job = jobs.submit(db, SPEC, "hash")
-    alive = jobs.claim(db, "alive", 60, job.id)
+    alive = leases.claim(db, "alive", 60, job.id)
     stop = threading.Event()
 
     def beat():
         while not stop.wait(0.05):
-            jobs.heartbeat(db, alive, 60)
+            leases.heartbeat(db, alive, 60)
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -102,7 +102,7 @@ def test_a_running_job_is_refused_while_its_owner_shows_signs_of_life(db, monkey
 def test_a_dead_owners_job_is_taken_over_when_its_lease_ends(db, monkeypatch):
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
     job = jobs.submit(db, SPEC, "hash")
-    dead = jobs.claim(db, "dead", 0.5, job.id)
+    dead = leases.claim(db, "dead", 0.5, job.id)
     told = []
     taken = runner.claim_this(db, dead, "me", told.append)
     assert (taken.owner, taken.attempt) == ("me", 2)

@@ -18,7 +18,7 @@ from storage_builders import claimed, figures, record, scene
 from storage import schema
 from storage.database import Database
 from storage.errors import LeaseLost, UnreachableDatabase
-from storage.queue import events, jobs, stages
+from storage.queue import events, jobs, leases, stages
 from storage.records import evaluations, plans
 
 ROOT = Path(schema.__file__).parents[1]
@@ -36,7 +36,7 @@ def process(code, *arguments):
 
 SERVE = """
 import json, os, sys
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from storage.database import Database
 
 url, owner = sys.argv[1:]
@@ -44,9 +44,9 @@ done = []
 with Database.open(url) as db:
     print("ready", flush=True)
     sys.stdin.readline()
-    while (job := jobs.claim(db, owner, 30)) is not None:
-        jobs.heartbeat(db, job, 30, {"at": 1})
-        jobs.finish(db, job)
+    while (job := leases.claim(db, owner, 30)) is not None:
+        leases.heartbeat(db, job, 30, {"at": 1})
+        leases.finish(db, job)
         done.append(job.id)
 print(json.dumps(done))
 """
@@ -89,7 +89,7 @@ def test_threads_claim_each_job_once(db):
     def serve(number):
         mine = []
         together.wait()
-        while (job := jobs.claim(db, f"thread-{number}", 60)) is not None:
+        while (job := leases.claim(db, f"thread-{number}", 60)) is not None:
             mine.append((job.id, job.attempt))
         return mine
 
@@ -104,7 +104,7 @@ def test_expired_job_goes_to_one_of_many(db):
 
     def claim(number):
         together.wait()
-        return jobs.claim(db, f"thread-{number}", 60)
+        return leases.claim(db, f"thread-{number}", 60)
 
     with ThreadPoolExecutor(8) as threads:
         got = [job for job in threads.map(claim, range(8)) if job is not None]
@@ -117,15 +117,15 @@ def test_lease_is_judged_by_the_database_clock(db, monkeypatch):
     """A claimant whose own clock is hours ahead must not take a running job away."""
     job = claimed(db, "me", 60)
     monkeypatch.setattr(time, "time", lambda: 4e9)
-    assert jobs.claim(db, "hasty", 60) is None
+    assert leases.claim(db, "hasty", 60) is None
     assert jobs.get(db, job.id).owner == "me"
 
 
 def test_lease_runs_out_by_itself(db):
     job = claimed(db, "me", 0.2)
-    assert jobs.claim(db, "other", 60) is None
+    assert leases.claim(db, "other", 60) is None
     time.sleep(0.3)
-    assert jobs.claim(db, "other", 60).id == job.id
+    assert leases.claim(db, "other", 60).id == job.id
 
 
 def test_same_spec_submitted_at_once_is_queued_once(db):
@@ -155,7 +155,7 @@ def test_counters_of_many_threads_lose_nothing(db):
 WRITE_AND_DIE = """
 import os, signal, sys
 from sqlalchemy import event
-from storage.queue import jobs, stages
+from storage.queue import jobs, leases, stages
 from storage.records import plans
 from storage.database import Database
 from storage_builders import figures, scene
@@ -171,7 +171,7 @@ def die(_):
 with db.transaction() as session:
     plans.publish(session, stage.job, figures=[figures("RRSS"), figures("RSSS")], **stage.group)
     stages.record_stage(session, stage.job, "publish", {"plans": 2})
-    jobs.finish(session, stage.job)
+    leases.finish(session, stage.job)
 """
 
 
@@ -185,19 +185,19 @@ def test_process_killed_before_it_commits_leaves_nothing(db, database_url):
     assert (left.state, left.owner) == ("running", "doomed")
     with db.transaction() as session:
         session.execute(text("UPDATE jobs SET lease_expires_at = created_at"))
-    assert jobs.claim(db, "successor", 60).attempt == 2
+    assert leases.claim(db, "successor", 60).attempt == 2
 
 
 RECORD_UNTIL_KILLED = """
 import sys
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from storage.records import evaluations
 from storage.records.evaluations import EvaluationKey, EvaluationResult
 from storage.database import Database
 
 url, job_id, model_id, task_id = sys.argv[1], *map(int, sys.argv[2:])
 db = Database.open(url)
-job = jobs.claim(db, f"driver-{sys.argv[0]}", 0.5, job_id)
+job = leases.claim(db, f"driver-{sys.argv[0]}", 0.5, job_id)
 assert job is not None
 done = {each.n_samples for each in evaluations.for_job(db, job_id)}
 for n in range(1, 10**6):
@@ -212,7 +212,7 @@ for n in range(1, 10**6):
 
 def test_driver_killed_again_and_again_evaluates_nothing_twice(db, database_url):
     stage = scene(db, "first")
-    jobs.release(db, stage.job)
+    leases.release(db, stage.job)
     reported = []
     for kill_after in (3, 9, 1):
         driver = process(RECORD_UNTIL_KILLED, database_url, stage.job.id, stage.model_id, stage.task_id)
@@ -277,7 +277,7 @@ def test_server_restart_is_waited_for(db, database_url, postgresql_server):
     job = claimed(db, "me", 60)
     with ThreadPoolExecutor(1) as thread:
         postgresql_server.halt()
-        waiting = thread.submit(jobs.heartbeat, db, job, 60, {"evaluated": 5})
+        waiting = thread.submit(leases.heartbeat, db, job, 60, {"evaluated": 5})
         time.sleep(0.3)
         assert not waiting.done()
         postgresql_server.start()  # here and not in the thread, with whose end the server would go
@@ -305,12 +305,12 @@ def test_sqlite_writer_waits_for_another(tmp_path):
 
         def late():
             entered.wait()
-            answer.append(jobs.heartbeat(two, job, 60, {"by": "two"}))
+            answer.append(leases.heartbeat(two, job, 60, {"by": "two"}))
 
         thread = threading.Thread(target=late)
         thread.start()
         with one.transaction() as session:
-            jobs.hold(session, job)
+            leases.hold(session, job)
             entered.set()
             time.sleep(0.3)
             stages.record_stage(session, job, "profile", {})
@@ -332,7 +332,7 @@ def test_readers_are_not_held_up_by_a_writer(db, database_url):
 def test_idle_claim_takes_no_write_lock(tmp_path):
     url = f"sqlite:///{tmp_path / 'a.db'}"
     with Database.open(url) as one, Database.open(url) as two, one.transaction():
-        assert jobs.claim(two, "idle", 60) is None
+        assert leases.claim(two, "idle", 60) is None
 
 
 def test_held_job_cannot_be_claimed_until_the_write_is_through(db, database_url):
@@ -340,11 +340,11 @@ def test_held_job_cannot_be_claimed_until_the_write_is_through(db, database_url)
     job = claimed(db, "slow", lease_seconds=-1)
     with Database.open(database_url) as other, ThreadPoolExecutor(1) as thread:
         with db.transaction() as session:
-            jobs.hold(session, job)
-            successor = thread.submit(jobs.claim, other, "quick", 60)
+            leases.hold(session, job)
+            successor = thread.submit(leases.claim, other, "quick", 60)
             time.sleep(0.3)
             stages.record_stage(session, job, "profile", {"by": "slow"})
-        taken = successor.result(timeout=30) or jobs.claim(other, "quick", 60)
+        taken = successor.result(timeout=30) or leases.claim(other, "quick", 60)
         assert taken.attempt == 2
         assert stages.stages(other, job.id)["profile"].payload == {"by": "slow"}
         with pytest.raises(LeaseLost):

@@ -7,13 +7,13 @@ from sqlalchemy import text
 from storage_builders import claimed, figures, record, record_failure, scene
 
 from storage.errors import InvalidTransition, InvalidValue, JobCancelled, LeaseLost, NotFound
-from storage.queue import events, jobs, stages
+from storage.queue import events, jobs, leases, stages
 from storage.records import evaluations, measurements, plans
 
 ENDINGS = {
-    "succeeded": jobs.finish,
-    "infeasible": lambda db, job: jobs.infeasible(db, job, "no plan within 1 %"),
-    "failed": lambda db, job: jobs.fail(db, job, "model not found"),
+    "succeeded": leases.finish,
+    "infeasible": lambda db, job: leases.infeasible(db, job, "no plan within 1 %"),
+    "failed": lambda db, job: leases.fail(db, job, "model not found"),
 }
 
 
@@ -36,7 +36,7 @@ def test_submitted_job_waits_with_its_spec(db):
 def test_claims_go_by_priority_then_age(db):
     first, urgent, second, late = (jobs.submit(db, {}, str(n), priority=p) for n, p in enumerate([0, 5, 0, -1]))
     order = []
-    while (job := jobs.claim(db, "me", 60)) is not None:
+    while (job := leases.claim(db, "me", 60)) is not None:
         order.append(job.id)
     assert order == [urgent.id, first.id, second.id, late.id]
 
@@ -44,8 +44,8 @@ def test_claims_go_by_priority_then_age(db):
 def test_claim_of_one_job_leaves_the_others(db):
     jobs.submit(db, {}, "a", priority=9)
     mine = jobs.submit(db, {}, "b")
-    assert jobs.claim(db, "me", 60, mine.id).id == mine.id
-    assert jobs.claim(db, "me", 60, mine.id) is None
+    assert leases.claim(db, "me", 60, mine.id).id == mine.id
+    assert leases.claim(db, "me", 60, mine.id) is None
     assert jobs.count(db)["queued"] == 1
 
 
@@ -72,9 +72,9 @@ def test_endings(db, state):
 
 WRITES = {
     **ENDINGS,
-    "heartbeat": lambda db, job: jobs.heartbeat(db, job, 60),
-    "release": jobs.release,
-    "hold": jobs.hold,
+    "heartbeat": lambda db, job: leases.heartbeat(db, job, 60),
+    "release": leases.release,
+    "hold": leases.hold,
     "stage": lambda db, job: stages.record_stage(db, job, "profile", {}),
     "counter": lambda db, job: stages.add_counters(db, job, {"evaluations": 1}),
 }
@@ -83,7 +83,7 @@ WRITES = {
 @pytest.mark.parametrize("write", WRITES)
 def test_nothing_is_written_for_a_job_that_another_holds(db, write):
     stale = claimed(db, "old", lease_seconds=-1)
-    current = jobs.claim(db, "new", 60)
+    current = leases.claim(db, "new", 60)
     assert (current.id, current.attempt) == (stale.id, 2)
     with pytest.raises(LeaseLost, match=r"no longer held by old \(attempt 1\): it is running by new \(attempt 2\)"):
         WRITES[write](db, stale)
@@ -94,7 +94,7 @@ def test_nothing_is_written_for_a_job_that_another_holds(db, write):
 @pytest.mark.parametrize("write", WRITES)
 def test_same_owner_of_an_earlier_attempt_is_refused(db, write):
     stale = claimed(db, "me", lease_seconds=-1)
-    assert jobs.claim(db, "me", 60).attempt == 2
+    assert leases.claim(db, "me", 60).attempt == 2
     with pytest.raises(LeaseLost):
         WRITES[write](db, stale)
 
@@ -142,20 +142,20 @@ def test_nothing_of_a_stale_owner_s_measurements_is_written(db):
 
 def test_heartbeat_extends_the_lease_and_says_how_far(db):
     job = claimed(db, lease_seconds=-5)  # late, but nobody else took the job yet
-    until = jobs.heartbeat(db, job, 60, {"evaluated": 3})
-    assert jobs.requeue_expired(db) == []
+    until = leases.heartbeat(db, job, 60, {"evaluated": 3})
+    assert leases.requeue_expired(db) == []
     now = jobs.get(db, job.id)
     assert (now.lease_expires_at, now.progress) == (until, {"evaluated": 3})
-    jobs.heartbeat(db, job, 60)
+    leases.heartbeat(db, job, 60)
     assert jobs.get(db, job.id).progress == {"evaluated": 3}
 
 
 def test_expired_job_is_claimed_again_until_its_attempts_are_used_up(db):
     submitted = jobs.submit(db, {}, "h", max_attempts=3)
     for attempt in (1, 2, 3):
-        job = jobs.claim(db, f"driver-{attempt}", -1)
+        job = leases.claim(db, f"driver-{attempt}", -1)
         assert (job.id, job.attempt) == (submitted.id, attempt)
-    assert jobs.claim(db, "driver-4", 60) is None
+    assert leases.claim(db, "driver-4", 60) is None
     failed = jobs.get(db, submitted.id)
     assert failed.state == "failed"
     assert failed.error == "its process died or hung 3 times, last driver-3; not tried again"
@@ -166,8 +166,8 @@ def test_expired_job_is_claimed_again_until_its_attempts_are_used_up(db):
 def test_released_job_waits_again_and_the_attempt_does_not_count(db):
     submitted = jobs.submit(db, {}, "h", max_attempts=1)
     for _ in range(3):
-        job = jobs.claim(db, "me", 60)
-        assert jobs.release(db, job, "shutting down").state == "queued"
+        job = leases.claim(db, "me", 60)
+        assert leases.release(db, job, "shutting down").state == "queued"
     assert jobs.get(db, submitted.id).attempt == 3
     assert kinds(db, submitted.id)[-1] == "released"
 
@@ -178,7 +178,7 @@ def test_cancel_of_a_waiting_job(db):
     assert (cancelled.state, cancelled.error) == ("cancelled", "not needed")
     assert cancelled.finished_at is not None
     assert jobs.cancel(db, job.id) == cancelled
-    assert jobs.claim(db, "me", 60) is None
+    assert leases.claim(db, "me", 60) is None
 
 
 @pytest.mark.parametrize("state", ENDINGS)
@@ -193,10 +193,10 @@ def test_what_cannot_be_cancelled(db, state):
 def test_resumed_job_has_fresh_attempts_and_keeps_its_stages(db):
     job = claimed(db)
     stages.record_stage(db, job, "profile", {"seconds": [1.5]})
-    jobs.fail(db, job, "disk full")
+    leases.fail(db, job, "disk full")
     resumed = jobs.resume(db, job.id, max_attempts=1)
     assert (resumed.state, resumed.error, resumed.finished_at) == ("queued", None, None)
-    again = jobs.claim(db, "other", 60)
+    again = leases.claim(db, "other", 60)
     assert (again.id, again.attempt, again.attempt_limit) == (job.id, 2, 2)
     assert again.started_at == job.started_at
     assert stages.stages(db, job.id)["profile"].payload == {"seconds": [1.5]}
@@ -206,7 +206,7 @@ def test_resumed_job_has_fresh_attempts_and_keeps_its_stages(db):
 def test_what_cannot_be_resumed(db, state):
     job = jobs.submit(db, {}, "h")
     if state != "queued":
-        job = jobs.claim(db, "me", 60)
+        job = leases.claim(db, "me", 60)
         ENDINGS.get(state, lambda *_: None)(db, job)
     with pytest.raises(InvalidTransition, match="only failed and cancelled jobs"):
         jobs.resume(db, job.id)
@@ -237,7 +237,7 @@ def test_removed_job_takes_all_of_its_own_along_and_leaves_the_rest(db):
         measurements=[measurements.Redundancy(0, "all", "cosine", 0.5, None, 3)],
     )
     assert [plan.on_front for plan in plans.for_job(db, kept.job.id)] == [False]
-    jobs.finish(db, gone.job)
+    leases.finish(db, gone.job)
     jobs.remove(db, gone.job.id)
     with pytest.raises(NotFound):
         jobs.get(db, gone.job.id)
@@ -262,10 +262,10 @@ def test_same_spec_is_found(db):
     job, queued = jobs.submit_once(db, {}, "hash")
     assert queued
     assert jobs.submit_once(db, {}, "hash") == (job, False)
-    held = jobs.claim(db, "me", 60)
+    held = leases.claim(db, "me", 60)
     assert jobs.submit_once(db, {}, "hash") == (held, False)
     assert jobs.find_finished(db, "hash") is None
-    done = jobs.infeasible(db, held, "no plan")
+    done = leases.infeasible(db, held, "no plan")
     assert jobs.submit_once(db, {}, "hash") == (done, False)
     assert jobs.find_finished(db, "hash") == done
     forced = jobs.submit(db, {}, "hash")
@@ -274,7 +274,7 @@ def test_same_spec_is_found(db):
 
 def test_failed_and_cancelled_jobs_do_not_stand_in_for_a_new_one(db):
     job = claimed(db)
-    jobs.fail(db, job, "x")
+    leases.fail(db, job, "x")
     again, queued = jobs.submit_once(db, {}, "hash")
     assert queued
     jobs.cancel(db, again.id)
@@ -284,7 +284,7 @@ def test_failed_and_cancelled_jobs_do_not_stand_in_for_a_new_one(db):
 
 def test_lists_newest_first_by_state(db):
     ids = [jobs.submit(db, {}, str(n)).id for n in range(5)]
-    jobs.claim(db, "me", 60)
+    leases.claim(db, "me", 60)
     assert [job.id for job in jobs.list_jobs(db)] == ids[::-1]
     assert [job.id for job in jobs.list_jobs(db, ["queued"], limit=2)] == [ids[4], ids[3]]
     assert [job.id for job in jobs.list_jobs(db, ["queued", "running"], before=ids[2])] == [ids[1], ids[0]]
@@ -316,8 +316,8 @@ def test_stages_are_replaced_by_a_later_attempt_and_said_once(db):
     stages.record_stage(db, job, "profile", {"x": 1})
     stages.record_stage(db, job, "score", {})
     assert kinds(db, job.id).count("stage_finished") == 2
-    jobs.release(db, job)
-    later = jobs.claim(db, "b", 60)
+    leases.release(db, job)
+    later = leases.claim(db, "b", 60)
     stages.record_stage(db, later, "profile", {"x": 2})
     recorded = stages.stages(db, job.id)
     assert (recorded["profile"].payload, recorded["profile"].attempt) == ({"x": 2}, 2)

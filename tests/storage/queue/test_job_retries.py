@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from storage_builders import claimed, record, record_failure, scene
 
-from storage.queue import attempts, events, jobs, stages
+from storage.queue import attempts, events, jobs, leases, stages
 from storage.records import evaluations
 
 
@@ -15,30 +15,30 @@ def evaluate(db, stage, plan):
 
 def test_a_job_is_not_taken_before_its_time_unless_asked_for(db):
     job = claimed(db)
-    waiting = jobs.retry(db, job, "node lost", 3600)
+    waiting = leases.retry(db, job, "node lost", 3600)
     assert (waiting.state, waiting.owner, waiting.error) == ("queued", None, None)
     assert waiting.not_before - datetime.now(UTC) > timedelta(minutes=50)
-    assert jobs.claim(db, "me", 60) is None
-    asked = jobs.claim(db, "me", 60, job.id)
+    assert leases.claim(db, "me", 60) is None
+    asked = leases.claim(db, "me", 60, job.id)
     assert (asked.id, asked.attempt, asked.not_before) == (job.id, 2, None)
 
 
 def test_a_job_is_taken_once_its_time_has_come(db):
     job = claimed(db)
-    jobs.retry(db, job, "node lost", 0)
-    assert jobs.claim(db, "me", 60).id == job.id
+    leases.retry(db, job, "node lost", 0)
+    assert leases.claim(db, "me", 60).id == job.id
     assert events.for_job(db, job.id)[2].message == "node lost; queued again, not before 0 s from now"
 
 
 def test_attempts_that_get_nowhere_are_counted_and_the_last_one_fails_the_job(db):
     submitted = jobs.submit(db, {}, "h", max_attempts=3)
     for attempt in (1, 2, 3):
-        job = jobs.claim(db, "me", 60)
+        job = leases.claim(db, "me", 60)
         assert job.attempt == attempt
-        ended = jobs.retry(db, job, "no cluster", 0)
+        ended = leases.retry(db, job, "no cluster", 0)
     assert (ended.state, ended.error) == ("failed", "no cluster (attempt 3, the last one)")
     assert jobs.get(db, submitted.id).finished_at is not None
-    assert jobs.retry(db, job, "no cluster", 0) == ended, "said twice, as after a lost answer"
+    assert leases.retry(db, job, "no cluster", 0) == ended, "said twice, as after a lost answer"
 
 
 @pytest.mark.parametrize("how", ["evaluation", "stage"])
@@ -54,10 +54,10 @@ def test_an_attempt_that_got_somewhere_does_not_count(db, how, end):
         else:
             stages.record_stage(db, job, f"stage {number}", {"value": number})
         if end == "retry":
-            jobs.retry(db, job, "node lost", 0)
+            leases.retry(db, job, "node lost", 0)
         else:
-            jobs.heartbeat(db, job, -1)
-        job = jobs.claim(db, "me", 60)
+            leases.heartbeat(db, job, -1)
+        job = leases.claim(db, "me", 60)
         assert (job.attempt, job.attempt_limit) == (number + 2, jobs.MAX_ATTEMPTS + number + 1)
 
 
@@ -65,28 +65,28 @@ def test_what_was_not_run_is_no_headway(db):
     """Taking over what is known, and recording that nothing could be measured, must not keep a job alive for ever."""
     first = scene(db)
     known = evaluate(db, first, "RS")
-    jobs.finish(db, first.job)
+    leases.finish(db, first.job)
     second = scene(db)
     evaluations.reuse(db, second.job, known.id)
     record_failure(db, second.job, plan="SS", reason="killed", **second.samples)
-    jobs.retry(db, second.job, "node lost", 0)
-    assert jobs.claim(db, "me", 60).attempt_limit == jobs.MAX_ATTEMPTS
+    leases.retry(db, second.job, "node lost", 0)
+    assert leases.claim(db, "me", 60).attempt_limit == jobs.MAX_ATTEMPTS
 
 
 def test_a_resumed_job_need_not_wait(db):
     job = claimed(db)
-    jobs.retry(db, job, "node lost", 3600)
+    leases.retry(db, job, "node lost", 3600)
     jobs.cancel(db, job.id)
     jobs.resume(db, job.id)
-    assert jobs.claim(db, "me", 60).id == job.id
+    assert leases.claim(db, "me", 60).id == job.id
 
 
 def test_retries_in_a_row_are_counted_until_something_else_happens(db):
     job = claimed(db)
     assert attempts.retries_in_a_row(db, job.id) == 0
     for number in (1, 2):
-        jobs.retry(db, job, "no cluster", 0)
+        leases.retry(db, job, "no cluster", 0)
         assert attempts.retries_in_a_row(db, job.id) == number
-        job = jobs.claim(db, "me", 60)
+        job = leases.claim(db, "me", 60)
     stages.record_stage(db, job, "score", {})
     assert attempts.retries_in_a_row(db, job.id) == 0

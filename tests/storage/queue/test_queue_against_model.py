@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.errors import InvalidTransition, LeaseLost
-from storage.queue import jobs
+from storage.queue import jobs, leases
 
 
 @dataclass
@@ -56,14 +56,14 @@ operations = st.one_of(
 def write(db, plain, kind, job):
     """Do what only the holder of a job may do; say nothing else happened if it is not the holder."""
     entry = plain.entries[job.id]
-    ends = {"succeeded": jobs.finish, "failed": jobs.fail, "infeasible": jobs.infeasible}
+    ends = {"succeeded": leases.finish, "failed": leases.fail, "infeasible": leases.infeasible}
     reason = () if kind == "succeeded" else ("reason",)
     if kind in ends and entry.state == kind and entry.attempt == job.attempt:
         assert ends[kind](db, job, *reason).state == kind
         return
     calls = {
-        "heartbeat": lambda: jobs.heartbeat(db, job, 60),
-        "release": lambda: jobs.release(db, job),
+        "heartbeat": lambda: leases.heartbeat(db, job, 60),
+        "release": lambda: leases.release(db, job),
         **{state: lambda state=state: ends[state](db, job, *reason) for state in ends},
     }
     if not plain.may_write(job):
@@ -107,7 +107,7 @@ def test_queue_does_what_a_plain_one_does(db, sequence):
             job = jobs.submit(db, {}, "h", priority=value, max_attempts=2)
             plain.entries[job.id] = Entry(value, 2)
         elif kind == "claim":
-            job = jobs.claim(db, f"owner-{len(claims)}", -1 if value else 60)
+            job = leases.claim(db, f"owner-{len(claims)}", -1 if value else 60)
             assert (job.id if job else None) == plain.claim(value)
             claims += [job] if job else []
         elif kind in ("cancel", "resume") and plain.entries:

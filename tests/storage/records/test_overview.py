@@ -8,7 +8,7 @@ import pytest
 from storage_builders import Scene, figures, record, record_failure, scene, task
 
 from storage.database import Database
-from storage.queue import jobs
+from storage.queue import leases
 from storage.records import evaluations, measurements, overview, plans
 from storage.records.evaluations import EvaluationRecord
 from storage.records.measurements import ProfileRecord, Redundancy
@@ -74,7 +74,7 @@ def test_jobs_like_another(db: Database) -> None:
     for at in (alike, other):
         scored(db, at, "RRRR", [1.0])
     assert overview.jobs_like(db, other.job.id, other.model_id, other.task_id) == []  # it has not ended
-    jobs.finish(db, alike.job)
+    leases.finish(db, alike.job)
     assert overview.jobs_like(db, other.job.id, other.model_id, other.task_id) == [alike.job.id]
     assert overview.jobs_like(db, alike.job.id, other.model_id, other.task_id) == []
     assert overview.jobs_like(db, other.job.id, other.model_id, task(db, task_hash="d2")) == []

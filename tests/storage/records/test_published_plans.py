@@ -14,7 +14,7 @@ from storage_builders import Scene, claimed, figures, model, scene, task
 from storage import pareto, schema
 from storage.errors import InvalidValue, NotFound
 from storage.pareto import Point
-from storage.queue import jobs
+from storage.queue import jobs, leases
 from storage.records import lookup, overview, plans
 from storage.records.plans import Plan, PlanFigures, PlanQuery
 
@@ -114,11 +114,11 @@ def test_membership_stays_right_through_publishing_and_removing(db, batches, gro
         every_job.append(stage.job)
         published = plans.publish(db, stage.job, figures=batch, **stage.group)
         assert [each.plan for each in published] == [each.plan for each in batch]
-        jobs.finish(db, stage.job)
+        leases.finish(db, stage.job)
     assert_flags_are_right(db)
     jobs.remove(db, every_job[removed % len(every_job)].id)
     assert_flags_are_right(db)
-    jobs.fail(db, base.job, "done")
+    leases.fail(db, base.job, "done")
     for job in jobs.list_jobs(db, limit=None):
         jobs.remove(db, job.id)
     assert plans.list_plans(db) == []

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from storage_builders import claimed, model, record, record_failure, scene, task, task_record
 
 from storage.errors import InvalidValue, LeaseLost, NotFound
-from storage.queue import jobs, stages
+from storage.queue import jobs, leases, stages
 from storage.records import evaluations, lookup, measurements, overview, scores
 from storage.records.evaluations import EvaluationRecord
 from storage.records.lookup import ModelRecord
@@ -66,7 +66,7 @@ def test_spec_comes_back(db, spec):
 def test_any_message_can_be_stored(db, message):
     """Also what a crashed process printed: NUL characters, lone surrogates."""
     job = claimed(db)
-    failed = jobs.fail(db, job, message)
+    failed = leases.fail(db, job, message)
     stored = jobs.get(db, job.id).error
     assert failed.error == stored
     assert len(stored) <= len(message)
