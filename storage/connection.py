@@ -1,4 +1,4 @@
-"""Engines and their peculiarities: URLs, SQLite's settings, server versions and what the drivers' errors mean."""
+"""Connect to either engine: URLs, SQLite's settings, server versions, and the meaning of drivers' errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
@@ -110,20 +109,16 @@ def build_engine(url: URL) -> Engine:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
+    given = {key: value for key, value in url.query.items() if key in ("connect_timeout", "application_name")}
     try:
         return create_engine(
             url,
             hide_parameters=True,
             pool_pre_ping=True,
-            connect_args={"connect_timeout": 10, "application_name": "skipplan", **_query_arguments(url)},
+            connect_args={"connect_timeout": 10, "application_name": "skipplan"} | given,
         )
     except ModuleNotFoundError:
         raise DatabaseError("PostgreSQL needs its driver; install it with: pip install 'skipplan[postgres]'") from None
-
-
-def _query_arguments(url: URL) -> dict[str, Any]:
-    """Options given in the URL win over ours."""
-    return {key: value for key, value in url.query.items() if key in ("connect_timeout", "application_name")}
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:

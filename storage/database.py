@@ -1,4 +1,4 @@
-"""Opening the database and running transactions in it: the one place that knows which engine it is.
+"""Open the database and run transactions in it.
 
 ``Database.open`` checks the server and the schema once. After that, each public function of storage is one
 transaction; the decorators ``reads`` and ``writes`` say which kind, and let several of them share a transaction::
@@ -15,7 +15,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -134,19 +134,7 @@ def _check_schema(db: Database) -> None:
 
 def reads(work: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Database | Session, P], T]:
     """Run in a reading transaction when called with a ``Database``, or in the given session."""
-
-    @functools.wraps(work)
-    def call(db: Database | Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        if isinstance(db, Session):
-            return work(db, *args, **kwargs)
-
-        def attempt() -> T:
-            with db.reading() as session:
-                return work(session, *args, **kwargs)
-
-        return _retrying(db, attempt)
-
-    return call
+    return _in_transaction(work, Database.reading)
 
 
 def writes(work: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Database | Session, P], T]:
@@ -155,14 +143,19 @@ def writes(work: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[D
     A transaction that broke with its connection is run again: every function so decorated may run twice with the
     effect of once, or says in its docstring what a second run does.
     """
+    return _in_transaction(work, Database.transaction)
 
+
+def _in_transaction(
+    work: Callable[Concatenate[Session, P], T], begin: Callable[[Database], AbstractContextManager[Session]]
+) -> Callable[Concatenate[Database | Session, P], T]:
     @functools.wraps(work)
     def call(db: Database | Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if isinstance(db, Session):
             return work(db, *args, **kwargs)
 
         def attempt() -> T:
-            with db.transaction() as session:
+            with begin(db) as session:
                 return work(session, *args, **kwargs)
 
         return _retrying(db, attempt)

@@ -1,5 +1,5 @@
 # ruff: noqa: N818  (named for what happened, as the words of the messages)
-"""What can go wrong in storage; every message is one line that a user can act on and holds no password."""
+"""Errors of storage; every message is one line that a user can act on and holds no password."""
 
 from __future__ import annotations
 

@@ -32,7 +32,10 @@ def upgrade(engine: Engine) -> None:
     """
     with _locked(engine) as connection:
         _refuse_unknown(connection)
-        command.upgrade(_config(connection), "head")
+        config = Config()
+        config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
 
 
 def current(engine: Engine) -> str | None:
@@ -43,7 +46,7 @@ def current(engine: Engine) -> str | None:
 
 def head() -> str:
     """Return the newest revision that this version knows."""
-    revision = _scripts().get_current_head()
+    revision = ScriptDirectory(str(FOLDER)).get_current_head()
     assert revision is not None
     return revision
 
@@ -51,7 +54,7 @@ def head() -> str:
 @cache
 def known_revisions() -> frozenset[str]:
     """Return every revision that this version knows."""
-    return frozenset(script.revision for script in _scripts().walk_revisions())
+    return frozenset(script.revision for script in ScriptDirectory(str(FOLDER)).walk_revisions())
 
 
 def check(engine: Engine) -> list[str]:
@@ -80,17 +83,6 @@ COMPARE_OPTIONS: dict[str, Any] = {
 def _describe(difference: Any) -> str:
     steps = difference if isinstance(difference, list) else [difference]
     return "; ".join(" ".join(str(part) for part in step if part is not None) for step in steps)
-
-
-def _config(connection: Connection) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    return config
-
-
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(FOLDER))
 
 
 def _refuse_unknown(connection: Connection) -> None:

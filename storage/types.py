@@ -1,4 +1,4 @@
-"""Column types that read back on both engines as they were written, and database time as an SQL expression."""
+"""Define column types that read back on both engines as they were written, and database time as an SQL expression."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from optimizer.exports import maps
 from optimizer.exports.document import PlanDocument
 from storage.database import Database
+from storage.pareto import Group
 from storage.records import lookup, plans
 from storage.records.plans import Plan
 
@@ -32,10 +33,7 @@ def import_plan(db: Database, imported: PlanDocument, path: Path) -> Plan:
         device_id = lookup.ensure_device(session, imported.device)
         (stored,) = plans.import_plans(
             session,
-            model_id=model_id,
-            task_id=task_id,
-            device_id=device_id,
-            workload=imported.workload,
+            Group(model_id, task_id, device_id, imported.workload),
             figures=[figures],
         )
     return stored

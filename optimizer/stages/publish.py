@@ -12,6 +12,7 @@ from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext
 from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import Verdict
+from storage.pareto import Group
 from storage.records import lookup, plans
 from storage.records.plans import PlanFigures
 from workers.messages import LatencyComparison
@@ -53,10 +54,7 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
     rows = plans.publish(
         context.db,
         context.job,
-        model_id=context.model_id,
-        task_id=context.task_id,
-        device_id=device_id,
-        workload=context.workload_name,
+        Group(context.model_id, context.task_id, device_id, context.workload_name),
         figures=[
             figures(finalist, latency, constraint, beside.get(finalist.candidate)) for finalist, latency in complete
         ],

@@ -1,4 +1,4 @@
-"""What Alembic runs for every command: on the connection, and in the transaction, that ``storage.migration`` opened."""
+"""Run migrations for Alembic, on the connection and in the transaction that ``storage.migration`` opened."""
 
 from alembic import context
 

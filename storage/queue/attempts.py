@@ -1,4 +1,4 @@
-"""Whether an attempt at a job got anywhere: such an attempt is no sign of a job that can never end."""
+"""Tell attempts that recorded a stage or a new evaluation, which do not count against ``max_attempts``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_RETRIES = 32
 
 
 def made(session: Session, job_id: int, attempt: int) -> bool:
-    """Whether this attempt recorded a stage, or an evaluation that it ran itself."""
+    """Tell whether this attempt recorded a stage, or an evaluation that it ran itself."""
     claimed_at = (
         select(func.max(JobEventRow.at))
         .where(JobEventRow.job_id == job_id, JobEventRow.attempt == attempt, JobEventRow.kind == "claimed")
@@ -35,7 +35,7 @@ def made(session: Session, job_id: int, attempt: int) -> bool:
 
 @reads
 def retries_in_a_row(session: Session, job_id: int) -> int:
-    """How often the job was last put back because its surroundings failed, with nothing else between."""
+    """Count how often the job was last put back because its surroundings failed, with nothing else between."""
     kinds = session.scalars(
         select(JobEventRow.kind)
         .where(JobEventRow.job_id == job_id, JobEventRow.kind != "claimed")

@@ -1,4 +1,4 @@
-"""What happened to a job and when: every transition of the queue, and what its owner finds worth telling."""
+"""Keep the history of jobs: every transition of the queue, and what else their owners report."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Event:
 def add(
     session: Session, job_id: int, attempt: int, kind: str, message: str, data: Mapping[str, Any] | None = None
 ) -> None:
-    """Append to the history. Run twice by a broken connection, it may tell the same thing twice."""
+    """Append to the history. Run twice by a broken connection, it may add the same entry twice."""
     session.add(JobEventRow(job_id=job_id, attempt=attempt, kind=kind, message=message, data=dict(data or {})))
     session.flush()
 
 
 @reads
 def for_job(session: Session, job_id: int, after: int = 0, limit: int | None = None) -> list[Event]:
-    """The history of a job, oldest first; ``after`` the id of an event, to watch for new ones."""
+    """Read the history of a job, oldest first; ``after`` the id of an event, to watch for new ones."""
     rows = session.scalars(
         select(JobEventRow)
         .where(JobEventRow.job_id == job_id, JobEventRow.id > after)

@@ -102,7 +102,7 @@ def submit_once(
 
 @writes
 def submit_claimed(session: Session, spec: dict[str, Any], spec_hash: str, owner: str, lease_seconds: float) -> Job:
-    """A job that ``owner`` does itself, now or never: no service can take it, and when its lease ends, it fails."""
+    """Queue and claim a job that ``owner`` does itself: no service can take it, and when its lease ends, it fails."""
     job = submit(session, spec, spec_hash, max_attempts=1)
     row = session.get_one(JobRow, job.id)
     row.state, row.owner, row.attempt = "running", owner, 1
@@ -115,7 +115,7 @@ def submit_claimed(session: Session, spec: dict[str, Any], spec_hash: str, owner
 
 @reads
 def find_finished(session: Session, spec_hash: str) -> Job | None:
-    """The latest job of this spec that came to a result (succeeded or infeasible)."""
+    """Find the latest job of this spec that came to a result (succeeded or infeasible)."""
     return _latest(session, JobRow.spec_hash == spec_hash, JobRow.state.in_(("succeeded", "infeasible")))
 
 
@@ -187,7 +187,7 @@ def _changed(session: Session, row: JobRow, values: dict[str, Any], kind: str, m
 
 @reads
 def get(session: Session, job_id: int) -> Job:
-    """One job. Raises ``NotFound``."""
+    """Read one job. Raises ``NotFound``."""
     row = session.get(JobRow, job_id)
     if row is None:
         raise NotFound(f"there is no job {job_id}")
@@ -198,7 +198,7 @@ def get(session: Session, job_id: int) -> Job:
 def list_jobs(
     session: Session, states: Sequence[str] = (), limit: int | None = 100, before: int | None = None
 ) -> list[Job]:
-    """Jobs, newest first, of the given states (all of them by default); ``before`` a job id, to go on reading.
+    """List jobs, newest first, of the given states (all of them by default); ``before`` a job id, to go on reading.
 
     Raises ``NotFound`` for a word that is no state.
     """
@@ -215,7 +215,7 @@ def list_jobs(
 
 @reads
 def count(session: Session) -> dict[str, int]:
-    """How many jobs are in each state, every state named."""
+    """Count the jobs in each state, every state named."""
     rows = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
     found = dict(rows.all())
     return {state: found.get(state, 0) for state in JOB_STATES}

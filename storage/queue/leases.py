@@ -170,17 +170,17 @@ def heartbeat(session: Session, job: Job, lease_seconds: float, progress: Mappin
 
 
 def finish(db: Database | Session, job: Job) -> Job:
-    """The job has published its plans. Raises ``LeaseLost``."""
+    """End a job that has published its plans. Raises ``LeaseLost``."""
     return _end(db, job, "succeeded", None)
 
 
 def infeasible(db: Database | Session, job: Job, reason: str) -> Job:
-    """The search ended and no plan meets the constraint: a result, not a failure. Raises ``LeaseLost``."""
+    """End a job of which no plan meets the constraint: a result, not a failure. Raises ``LeaseLost``."""
     return _end(db, job, "infeasible", reason)
 
 
 def fail(db: Database | Session, job: Job, reason: str) -> Job:
-    """The job cannot be done, for a reason that another attempt would meet too. Raises ``LeaseLost``."""
+    """End a job that cannot be done, for a reason that another attempt would meet too. Raises ``LeaseLost``."""
     return _end(db, job, "failed", reason)
 
 
@@ -188,7 +188,7 @@ def fail(db: Database | Session, job: Job, reason: str) -> Job:
 def _end(session: Session, job: Job, state: str, reason: str | None) -> Job:
     now = session.get(JobRow, job.id)
     if now is not None and now.state == state and now.attempt == job.attempt:
-        return job_of(now)  # said twice, because the first answer was lost with the connection
+        return job_of(now)  # idempotent: the first reply was lost with the connection
     values = {"state": state, "error": reason, "owner": None, "lease_expires_at": None, "finished_at": database_now()}
     return _transition(session, job, values, state, reason or "")
 

@@ -1,4 +1,4 @@
-"""What the finished stages of a job produced, and its counters: all that another process needs to go on."""
+"""Keep the results of a job's finished stages, and its counters: all that another process needs to go on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from storage.schema import JobCounterRow, JobStageRow
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage of a job produced, and in which attempt."""
+    """The result of a stage of a job, and the attempt that recorded it."""
 
     stage: str
     payload: dict[str, Any]
@@ -48,7 +48,7 @@ def get(session: Session, job_id: int, stage: str) -> Stage | None:
 
 @reads
 def stages(session: Session, job_id: int) -> dict[str, Stage]:
-    """The stages that a job has finished, by name, in the order in which they were recorded."""
+    """Read the stages that a job has finished, by name, in the order in which they were recorded."""
     rows = session.scalars(
         select(JobStageRow).where(JobStageRow.job_id == job_id).order_by(JobStageRow.recorded_at, JobStageRow.stage)
     )
@@ -73,7 +73,7 @@ def add_counters(session: Session, job: Job, increments: Mapping[str, float]) ->
 
 @reads
 def counters(session: Session, job_id: int) -> dict[str, float]:
-    """The counters of a job, by name."""
+    """Read the counters of a job, by name."""
     rows = session.execute(
         select(JobCounterRow.name, JobCounterRow.value)
         .where(JobCounterRow.job_id == job_id)

@@ -39,7 +39,7 @@ class EvaluationKey:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """What an evaluation found, and what it cost."""
+    """Scores and other findings of an evaluation, and what it cost."""
 
     scores: Sequence[float]
     """Per sample, in [0, 1], in the split's order."""

@@ -27,7 +27,7 @@ _BRANCHES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredFigures:
-    """What was verified on the held-out split and measured on the device; accuracies are shares, times seconds."""
+    """Figures verified on the held-out split and measured on the device; accuracies are shares, times seconds."""
 
     n_samples: int = described("Held-out samples", ge=1)
     accuracy: float = described(ge=0, le=1)
@@ -125,31 +125,18 @@ _GROUP_KEY = (
 
 
 @writes
-def publish(
-    session: Session,
-    job: Job,
-    *,
-    model_id: int,
-    task_id: int,
-    device_id: int,
-    workload: str,
-    figures: Sequence[PlanFigures],
-) -> list[Plan]:
+def publish(session: Session, job: Job, group: Group, figures: Sequence[PlanFigures]) -> list[Plan]:
     """Publish plans, all or none, and bring the fronts of their group up to date.
 
     Published again by the same job, a plan takes the new figures. Raises ``LeaseLost`` or ``InvalidValue``.
     """
     leases.hold(session, job)
-    group = Group(model_id, task_id, device_id, workload)
     return _write(session, group, figures, job.id, "measured")
 
 
 @writes
-def import_plans(
-    session: Session, *, model_id: int, task_id: int, device_id: int, workload: str, figures: Sequence[PlanFigures]
-) -> list[Plan]:
+def import_plans(session: Session, group: Group, figures: Sequence[PlanFigures]) -> list[Plan]:
     """Take plans over from another database, marked as imported. Raises ``InvalidValue``."""
-    group = Group(model_id, task_id, device_id, workload)
     return _write(session, group, figures, None, "imported")
 
 
@@ -177,7 +164,7 @@ def _write(
 
 @reads
 def get(session: Session, plan_id: int) -> Plan:
-    """One published plan. Raises ``NotFound``."""
+    """Read one published plan. Raises ``NotFound``."""
     found = _load(session, [plan_id])
     if not found:
         raise NotFound(f"there is no plan {plan_id}")
@@ -186,7 +173,7 @@ def get(session: Session, plan_id: int) -> Plan:
 
 @reads
 def for_job(session: Session, job_id: int) -> list[Plan]:
-    """The plans that a job published, fastest first."""
+    """Read the plans that a job published, fastest first."""
     query = select(PlanRow.id).where(PlanRow.job_id == job_id).order_by(PlanRow.speedup.desc(), PlanRow.id)
     return _load(session, list(session.scalars(query)))
 

@@ -1,4 +1,4 @@
-"""Per-sample scores as bytes: one bit a sample where all are right or wrong, eight bytes a sample otherwise.
+"""Pack per-sample scores as bytes: one bit a sample where all are right or wrong, eight bytes a sample otherwise.
 
 Divergences take four bytes a sample.
 """

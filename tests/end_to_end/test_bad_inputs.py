@@ -19,6 +19,7 @@ from PIL import Image
 from optimizer.cli.main import main
 from optimizer.exports import document
 from storage.database import Database
+from storage.pareto import Group
 from storage.records import lookup, plans
 
 JOB = """\
@@ -386,10 +387,7 @@ def frozen_plan(directory: Path) -> plans.Plan:
         device_id = lookup.ensure_device(db, known.device)
         (plan,) = plans.import_plans(
             db,
-            model_id=known.model_id,
-            task_id=known.task_id,
-            device_id=device_id,
-            workload=known.workload,
+            Group(known.model_id, known.task_id, device_id, known.workload),
             figures=[figures],
         )
         return plan

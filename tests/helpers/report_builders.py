@@ -10,6 +10,7 @@ import storage_builders
 from sqlalchemy import insert, select
 
 from storage.database import Database
+from storage.pareto import Group
 from storage.queue import jobs, leases, stages
 from storage.queue.jobs import Job
 from storage.records import lookup, measurements, plans, scores
@@ -149,7 +150,7 @@ def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
     )  # fmt: skip
     device_id = lookup.ensure_device(db, "test device, 1 thread")
     published = plans.publish(
-        db, job, **ids, device_id=device_id, workload=WORKLOAD,
+        db, job, Group(**ids, device_id=device_id, workload=WORKLOAD),
         figures=[
             figures(skipping(2, 3, 4), accuracy=0.944, speedup=1.523, meets=True),
             figures(skipping(4), accuracy=0.951, speedup=1.131, meets=True),

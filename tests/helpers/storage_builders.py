@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from storage.database import Database
+from storage.pareto import Group
 from storage.queue import jobs, leases
 from storage.queue.jobs import Job
 from storage.records import evaluations, lookup
@@ -28,13 +29,8 @@ class Scene:
     workload: str = "batch=1 new=4"
 
     @property
-    def group(self) -> dict[str, Any]:
-        return {
-            "model_id": self.model_id,
-            "task_id": self.task_id,
-            "device_id": self.device_id,
-            "workload": self.workload,
-        }
+    def group(self) -> Group:
+        return Group(self.model_id, self.task_id, self.device_id, self.workload)
 
     @property
     def samples(self) -> dict[str, Any]:

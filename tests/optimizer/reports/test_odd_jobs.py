@@ -26,6 +26,7 @@ from optimizer.reports.compare import write_comparison
 from optimizer.reports.html import write_report
 from optimizer.reports.picture import write_picture
 from storage.database import Database
+from storage.pareto import Group
 from storage.queue import leases, stages
 from storage.records import lookup, plans
 
@@ -54,7 +55,7 @@ def odd_job(db: Database) -> int:
             settings=SETTINGS,
         )  # fmt: skip
     plans.publish(
-        db, job, **ids, device_id=lookup.ensure_device(db, "test device"), workload=WORKLOAD,
+        db, job, Group(**ids, device_id=lookup.ensure_device(db, "test device"), workload=WORKLOAD),
         figures=[
             figures(MIXED, accuracy=0.031, speedup=1.7, meets=False),
             figures(GAPS, accuracy=0.940, speedup=0.93, meets=False),  # slower than dense

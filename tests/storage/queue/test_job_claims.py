@@ -169,7 +169,7 @@ def die(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 with db.transaction() as session:
-    plans.publish(session, stage.job, figures=[figures("RRSS"), figures("RSSS")], **stage.group)
+    plans.publish(session, stage.job, figures=[figures("RRSS"), figures("RSSS")], group=stage.group)
     stages.record_stage(session, stage.job, "publish", {"plans": 2})
     leases.finish(session, stage.job)
 """
@@ -264,7 +264,7 @@ def test_broken_transaction_of_the_caller_writes_nothing(db, database_url):
     with Database.open(database_url) as other, pytest.raises(UnreachableDatabase), db.transaction() as session:
         stages.record_stage(session, stage.job, "publish", {})
         _break_connections(other)
-        plans.publish(session, stage.job, figures=[figures("RRSS")], **stage.group)
+        plans.publish(session, stage.job, figures=[figures("RRSS")], group=stage.group)
     assert stages.stages(db, stage.job.id) == {}
     assert plans.list_plans(db) == []
 

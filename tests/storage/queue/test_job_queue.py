@@ -129,7 +129,7 @@ def test_nothing_of_a_stale_owner_s_measurements_is_written(db):
     for write in (
         lambda: record(db, stale, plan="RRSS", scores=[1], **stage.samples),
         lambda: record_failure(db, stale, plan="RRSS", reason="x", **stage.samples),
-        lambda: plans.publish(db, stale, figures=[figures("RRSS")], **stage.group),
+        lambda: plans.publish(db, stale, figures=[figures("RRSS")], group=stage.group),
         lambda: measurements.record_redundancy(
             db, stale, model_id=stage.model_id, task_id=stage.task_id, calibration_hash="c", measurements=[]
         ),
@@ -224,8 +224,8 @@ def test_removed_job_takes_all_of_its_own_along_and_leaves_the_rest(db):
     kept, gone = scene(db, "kept"), scene(db, "gone")
     first = record(db, gone.job, plan="RRRS", scores=[1], **gone.samples)
     reused = evaluations.reuse(db, kept.job, first.id)
-    plans.publish(db, kept.job, figures=[figures("RRRS", 0.8, 1.2)], **kept.group)
-    plans.publish(db, gone.job, figures=[figures("RSRS", 0.9, 1.4)], **gone.group)
+    plans.publish(db, kept.job, figures=[figures("RRRS", 0.8, 1.2)], group=kept.group)
+    plans.publish(db, gone.job, figures=[figures("RSRS", 0.9, 1.4)], group=gone.group)
     stages.record_stage(db, gone.job, "profile", {})
     stages.add_counters(db, gone.job, {"evaluations": 1})
     measurements.record_redundancy(
@@ -345,7 +345,7 @@ def test_what_json_cannot_hold_is_refused_and_nothing_written(db, value):
 def test_steps_of_one_transaction_happen_together(db):
     stage = scene(db)
     with pytest.raises(RuntimeError, match="killed"), db.transaction() as session:
-        plans.publish(session, stage.job, figures=[figures("RRSS")], **stage.group)
+        plans.publish(session, stage.job, figures=[figures("RRSS")], group=stage.group)
         stages.record_stage(session, stage.job, "publish", {})
         raise RuntimeError("killed")
     assert plans.list_plans(db) == []

@@ -82,7 +82,7 @@ def test_jobs_like_another(db: Database) -> None:
 
 def test_models_tasks_and_devices_with_their_plans(db: Database) -> None:
     at = scene(db)
-    plans.publish(db, at.job, **at.group, figures=[figures("RSRR"), figures("RRSR")])
+    plans.publish(db, at.job, group=at.group, figures=[figures("RSRR"), figures("RRSR")])
     other = task(db, task_hash="d2")
     assert [(found.name, found.plans) for found in overview.models(db)] == [("models/tiny", 2)]
     assert [(found.id, found.name, found.plans) for found in overview.tasks(db)] == [

@@ -112,7 +112,7 @@ def test_membership_stays_right_through_publishing_and_removing(db, batches, gro
     for batch, group in zip(batches, groups, strict=False):
         stage = replace(base, job=claimed(db, "d"), workload=f"workload {group}")
         every_job.append(stage.job)
-        published = plans.publish(db, stage.job, figures=batch, **stage.group)
+        published = plans.publish(db, stage.job, figures=batch, group=stage.group)
         assert [each.plan for each in published] == [each.plan for each in batch]
         leases.finish(db, stage.job)
     assert_flags_are_right(db)
@@ -127,7 +127,7 @@ def test_membership_stays_right_through_publishing_and_removing(db, batches, gro
 def test_published_plan_comes_back(db):
     stage = scene(db)
     given_figures = figures("RFBS", compensation="linear", secondary={"f1": 0.5, "by length": [1, 2]})
-    (published,) = plans.publish(db, stage.job, figures=[given_figures], **stage.group)
+    (published,) = plans.publish(db, stage.job, figures=[given_figures], group=stage.group)
     assert plans.get(db, published.id) == published
     for name in [each.name for each in fields(PlanFigures)]:
         assert getattr(published, name) == getattr(given_figures, name)
@@ -141,10 +141,10 @@ def test_published_plan_comes_back(db):
 def test_plan_published_again_by_its_job_takes_the_new_figures(db):
     stage = scene(db)
     (first, beaten) = plans.publish(
-        db, stage.job, figures=[figures("RRSS", 0.9, 2.0), figures("RSRS", 0.8, 1.5)], **stage.group
+        db, stage.job, figures=[figures("RRSS", 0.9, 2.0), figures("RSRS", 0.8, 1.5)], group=stage.group
     )
     assert (first.on_front, beaten.on_front) == (True, False)
-    (again,) = plans.publish(db, stage.job, figures=[figures("RRSS", 0.7, 1.2)], **stage.group)
+    (again,) = plans.publish(db, stage.job, figures=[figures("RRSS", 0.7, 1.2)], group=stage.group)
     assert (again.id, again.accuracy) == (first.id, 0.7)
     assert [each.plan for each in plans.list_plans(db, PlanQuery(on_front=True))] == ["RSRS"], "what it beat is back"
     assert_flags_are_right(db)
@@ -159,16 +159,16 @@ def test_groups_do_not_compete(db):
         replace(stage, model_id=model(db, "other", "0123456789")),
     ]
     for number, each in enumerate([stage, *others]):
-        plans.publish(db, stage.job, figures=[figures("RRSS", 0.5 + number / 10, 1 + number)], **each.group)
+        plans.publish(db, stage.job, figures=[figures("RRSS", 0.5 + number / 10, 1 + number)], group=each.group)
         for_this = plans.list_plans(db, PlanQuery(on_front=True))
         assert len(for_this) == number + 1
 
 
 def test_imported_plans_are_marked_and_imported_once(db):
     stage = scene(db)
-    (first,) = plans.import_plans(db, figures=[figures("RRSS", 0.8, 2.0)], **stage.group)
-    (again,) = plans.import_plans(db, figures=[figures("RRSS", 0.9, 2.0)], **stage.group)
-    (measured,) = plans.publish(db, stage.job, figures=[figures("RRSS", 0.85, 1.9)], **stage.group)
+    (first,) = plans.import_plans(db, figures=[figures("RRSS", 0.8, 2.0)], group=stage.group)
+    (again,) = plans.import_plans(db, figures=[figures("RRSS", 0.9, 2.0)], group=stage.group)
+    (measured,) = plans.publish(db, stage.job, figures=[figures("RRSS", 0.85, 1.9)], group=stage.group)
     assert (again.id, again.origin, again.job_id, again.accuracy) == (first.id, "imported", None, 0.9)
     assert measured.origin == "measured"
     assert len(plans.list_plans(db)) == 2
@@ -193,7 +193,7 @@ def test_imported_plans_are_marked_and_imported_once(db):
 def test_impossible_figures_publish_nothing(db, change, message):
     stage = scene(db)
     with pytest.raises(InvalidValue, match=f"plan RSSS: {message}"):
-        plans.publish(db, stage.job, figures=[figures("RRSS"), figures("RSSS", **change)], **stage.group)
+        plans.publish(db, stage.job, figures=[figures("RRSS"), figures("RSSS", **change)], group=stage.group)
     assert plans.list_plans(db) == []
 
 
@@ -204,7 +204,7 @@ def test_two_jobs_publish_into_one_group_at_once(db):
         mine = [
             figures(plan, 0.5 + (number + k) % 7 / 20, 1 + (number * 3 + k) % 5 / 4) for k, plan in enumerate(names)
         ]
-        plans.publish(db, stages_of[number].job, figures=mine, **stages_of[number].group)
+        plans.publish(db, stages_of[number].job, figures=mine, group=stages_of[number].group)
 
     names = ["RRSS", "RSRS", "RSSR", "SRRS"]
     with ThreadPoolExecutor(6) as threads:
@@ -239,7 +239,7 @@ def many(db):
                     )
                 )
             group = Scene(stage.job, model_id, task_id, device_id, workload).group
-            plans.publish(session, stage.job, figures=batch, **group)
+            plans.publish(session, stage.job, figures=batch, group=group)
     return db
 
 
@@ -331,7 +331,7 @@ def test_drop_is_judged_on_its_upper_bound(db):
     stage = scene(db)
     sure = figures("RRSS", 0.94, 1.2, difference_low=-0.015)
     unsure = figures("RSSS", 0.94, 1.8, difference_low=-0.03)
-    plans.publish(db, stage.job, figures=[sure, unsure], **stage.group)
+    plans.publish(db, stage.job, figures=[sure, unsure], group=stage.group)
     assert plans.best(db, PlanQuery("tiny", "easy-vqa", max_accuracy_drop=0.03)).plan == "RSSS"
     assert plans.best(db, PlanQuery("tiny", "easy-vqa", max_accuracy_drop=0.02)).plan == "RRSS"
     assert plans.best(db, PlanQuery("tiny", "easy-vqa", max_accuracy_drop=0.01)) is None
@@ -362,7 +362,7 @@ def test_lists_of_an_empty_database(db):
 
 def test_figures_of_an_old_model_are_not_offered_for_a_new_one_of_the_same_name(db):
     stage = scene(db)
-    plans.publish(db, stage.job, figures=[figures("RRSS")], **stage.group)
+    plans.publish(db, stage.job, figures=[figures("RRSS")], group=stage.group)
     model(db, "models/tiny", "retrained")
     assert plans.best(db, PlanQuery("models/tiny", "easy-vqa")) is None
     assert plans.best(db, PlanQuery("f1e2d3c4", "easy-vqa")).plan == "RRSS"
