@@ -1,7 +1,8 @@
-"""What a criterion is, and the risk it predicts."""
+"""Interface of a criterion, the risk it predicts, and what criteria have in common."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,12 +46,12 @@ class Criterion(Protocol):
 
     @property
     def name(self) -> str:
-        """What job files call it."""
+        """The name in job files."""
         ...
 
     @property
     def source(self) -> str:
-        """Whose it is."""
+        """The paper or the project it is from."""
         ...
 
     @property
@@ -76,6 +77,22 @@ class Criterion(Protocol):
         ...
 
 
+class Thresholds:
+    """Report the fields of a criterion, which is a dataclass, as its thresholds."""
+
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        return dict(vars(self))
+
+
 def everywhere(criterion: str, values: tuple[float, ...]) -> Risk:
-    """The same risk whatever the action: for criteria that rank layers and know no actions."""
+    """Predict the same risk whatever the action: for criteria that rank layers and know no actions."""
     return Risk(criterion, dict.fromkeys(SAVING_LETTERS, values))
+
+
+def known_values(table: LayerTable, name: str, group: str) -> tuple[float, ...]:
+    """Return a measurement of all layers, infinity where a layer could not be measured.
+
+    Raises MeasurementError when no layer has it.
+    """
+    return table.values(name, group, default=math.inf if table.has(name, group) else None)

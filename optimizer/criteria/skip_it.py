@@ -8,20 +8,19 @@ text. Every formula here is ours; ``docs/theory.md`` says which variants were co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import SAVING_LETTERS, Action
 
-from .cosine import group_values
-from .interface import Risk
-from .layer_contribution import contributions
+from .interface import Risk, Thresholds, known_values
+from .published import contributions, group_values
 
 
 @dataclass(frozen=True)
-class SkipItStatic:
+class SkipItStatic(Thresholds):
     """From the dense model's own passes alone: nothing is removed, no action is run.
 
     - Freeze moves the vision states of one layer. Nobody reads them but later layers' attention: the vision tokens'
@@ -43,18 +42,12 @@ class SkipItStatic:
     published_for = SAVING_LETTERS
 
     def __post_init__(self) -> None:
-        for threshold in fields(self):
-            if not getattr(self, threshold.name) > 0:
-                raise ValueError(f"{threshold.name} must be above 0")
-
-    @property
-    def thresholds(self) -> Mapping[str, float]:
-        """What freeze, bypass and skip may reach and still be called safe."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, threshold in self.thresholds.items():
+            if not threshold > 0:
+                raise ValueError(f"{name} must be above 0")
 
     def risk(self, table: LayerTable) -> Risk:
-        """Risks per action letter; see the class."""
-        turned = _of_last(table, "angular_distance@1")
+        turned = known_values(table, "angular_distance@1", "last")
         return self._risk(table, gain=(1.0,) * table.num_layers, through_attention=turned, removed=turned)
 
     def _risk(
@@ -93,8 +86,7 @@ class SkipIt(SkipItStatic):
     needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "angular", "propagation")
 
     def risk(self, table: LayerTable) -> Risk:
-        """Risks per action letter; see the class."""
-        turned = _of_last(table, "angular_distance@1")
+        turned = known_values(table, "angular_distance@1", "last")
         moved = (_cautious(table, "final_change", group) for group in ("text", "last"))
         removed = [math.prod(each) ** (1 / 3) for each in zip(turned, *moved, strict=True)]
         with_vision = table.has("propagation_gain", "vision")
@@ -108,11 +100,6 @@ def _cautious(table: LayerTable, name: str, group: str) -> tuple[float, ...]:
         return table.values(name, group)  # says what is missing
     known = [value for value in table.values(name, group, default=-1.0) if value >= 0]
     return table.values(name, group, default=max(known))
-
-
-def _of_last(table: LayerTable, name: str) -> tuple[float, ...]:
-    """A measurement at the last prompt token; infinite where the model refuses what it is made by."""
-    return table.values(name, "last", default=math.inf if table.has(name, "last") else None)
 
 
 def later_attention(attention: Sequence[float]) -> tuple[float, ...]:
@@ -140,7 +127,7 @@ class SkipItCausal(SkipIt):
     needs: ClassVar[tuple[str, ...]] = (*SkipIt.needs, "causal")
 
     def risk(self, table: LayerTable) -> Risk:
-        """The contribution, and a millionth of the predicted risk."""
+        # A millionth of the predicted risk breaks ties.
         predicted = super().risk(table)
         measured = contributions(table)
         both = {

@@ -21,7 +21,7 @@ import numpy as np
 
 from optimizer import criteria
 from optimizer.criteria import Risk
-from optimizer.criteria.cosine import group_values
+from optimizer.criteria.published import group_values
 from optimizer.criteria.skip_it import later_attention, vision_attention
 from optimizer.job.inputs import prepare
 from optimizer.job.loading import load_job

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optimizer import criteria
-from optimizer.criteria.angular import Angular
+from optimizer.criteria.published import Angular
 from optimizer.errors import UsageFault
 from optimizer.search.problem import PlanList, Problem
 from optimizer.search.seeds.nested import nested_sets
@@ -51,7 +51,7 @@ def angular(problem: Problem) -> PlanList:
     """
     need_plain_skips(problem, "angular")
     _need_blocks(problem, "angular")
-    blocks = [Angular().best_block(problem.table, length) for length in range(1, problem.space.num_layers)]
+    blocks = [Angular.best_block(problem.table, length) for length in range(1, problem.space.num_layers)]
     return PlanList([applied(problem.space, block, SKIP) for block in blocks], problem, "angular")
 
 
@@ -68,7 +68,7 @@ def replaceme(problem: Problem) -> PlanList:
     layers, plans = problem.space.num_layers, []
     for length in range(1, layers - 1):
         # A block at the very bottom has no layer before it that could hold the map; the next one up takes its place.
-        start = max(1, Angular().best_block(problem.table, length).start)
+        start = max(1, Angular.best_block(problem.table, length).start)
         plans.append(applied(problem.space, range(start, min(layers, start + length)), COMPENSATED))
     return PlanList(plans, problem, "replaceme")
 
