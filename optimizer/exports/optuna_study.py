@@ -24,7 +24,7 @@ from storage.records.evaluations import EvaluationRecord
 from workers.runtime.plan import LETTERS, SkipPlan
 from workers.text import one_line
 
-METRICS = ("predicted latency as a share of dense", "accuracy drop on the search split")
+METRICS = ("predicted latency as a share of dense", "loss of accuracy on the search split")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ExportedStudy:
 def export_study(db: Database, job_id: int, storage: str, name: str | None = None) -> ExportedStudy:
     """Write every plan that a job evaluated on its search split as a trial; later rungs replace earlier ones.
 
-    A plan that ended on an early rung is a pruned trial with the drop seen there; one that failed is a failed trial.
+    A plan that ended on an early rung is a pruned trial with the difference seen there, one that failed a failed trial.
     Raises NotFound for an unknown job, UsageFault when nothing was evaluated yet or the study's name is taken,
     ClusterOrDatabaseFault when the storage cannot be written.
     """
@@ -97,7 +97,7 @@ def _trial(each: EvaluationRecord, dense: EvaluationRecord, times: LayerTimes, s
     attributes: dict[str, Any] = {
         "plan": each.plan,
         "compensation": each.compensation,
-        "samples": each.n_samples,
+        "n_samples": each.n_samples,
         "recorded_at": each.recorded_at.isoformat(),
     }
     state, values = TrialState.COMPLETE, None
@@ -105,15 +105,14 @@ def _trial(each: EvaluationRecord, dense: EvaluationRecord, times: LayerTimes, s
         state = TrialState.FAIL
         attributes["failure"] = each.failure
     else:
-        drop = (
-            fsum(dense.scores[: each.n_samples]) - fsum(each.scores)
-        ) / each.n_samples  # on the samples that both have
+        # On the samples that both have.
+        difference = (fsum(each.scores) - fsum(dense.scores[: each.n_samples])) / each.n_samples
         ratio = latency_ratio(times, SkipPlan.parse(each.plan))
-        attributes |= {"accuracy": each.accuracy, "drop": drop, "latency_ratio": ratio}
+        attributes |= {"accuracy": each.accuracy, "difference": difference, "latency_ratio": ratio}
         if each.n_samples < dense.n_samples:
             state = TrialState.PRUNED
         else:
-            values = [ratio, drop]
+            values = [ratio, 0.0 - difference]
     return create_trial(
         state=state,
         values=values,

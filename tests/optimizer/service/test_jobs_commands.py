@@ -149,7 +149,7 @@ def test_a_search_becomes_an_optuna_study(db, capsys, tmp_path):
     assert trials["RRRR"].values == [1.0, 0.0]
     assert trials["RRRS"].values == [0.75, 0.25]  # the last rung counts
     assert trials["RRRS"].params == {"layer 000": "R", "layer 001": "R", "layer 002": "R", "layer 003": "S"}
-    assert trials["RSSR"].state.name == "PRUNED" and trials["RSSR"].user_attrs["drop"] == 1.0
+    assert trials["RSSR"].state.name == "PRUNED" and trials["RSSR"].user_attrs["difference"] == -1.0
     assert trials["SSSS"].state.name == "FAIL" and "died" in trials["SSSS"].user_attrs["failure"]
     assert {trial.user_attrs["plan"] for trial in study.best_trials} == {"RRRR", "RRRS"}
     again, _, errors = run(capsys, "export-study", str(number), "--storage", storage)
