@@ -66,10 +66,11 @@ def caution(plan: Plan) -> str | None:
 def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
     """Tell whether a plan was measured beside its task, and keeps to the limits there."""
     beside = plan.secondary.get("collateral") or {}
-    drop, text = beside.get("largest_drop"), beside.get("text") or {}
-    keeps_tasks = max_collateral_drop is None or (drop is not None and drop <= max_collateral_drop)
+    text = beside.get("text") or {}
+    differences = [task["accuracy"] - task["dense_accuracy"] for task in beside.get("tasks", {}).values()]
+    keeps_tasks = max_collateral_drop is None or (differences and min(differences) >= -max_collateral_drop)
     keeps_text = max_text_kl is None or ("kl" in text and text["kl"] <= max_text_kl)
-    return keeps_tasks and keeps_text
+    return bool(keeps_tasks and keeps_text)
 
 
 @app.command()

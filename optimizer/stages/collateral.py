@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
@@ -18,7 +17,7 @@ from workers.tasks import Task
 class OtherTask:
     """Accuracy on the held-out split of a task that the plan was not chosen for."""
 
-    n: int
+    n_samples: int
     accuracy: float
     dense_accuracy: float
 
@@ -29,15 +28,6 @@ class Collateral:
 
     tasks: dict[str, OtherTask] = field(default_factory=dict)
     text: TextDivergence | None = None
-
-    @property
-    def largest_drop(self) -> float | None:
-        """Largest loss of accuracy on another task, as a share; None where none was measured."""
-        drops = [each.dense_accuracy - each.accuracy for each in self.tasks.values()]
-        return max(drops, default=None)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "largest_drop": self.largest_drop}
 
 
 def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, Collateral]:

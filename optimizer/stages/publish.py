@@ -121,7 +121,7 @@ def figures(
             "latency_pairs": latency.pairs,
             "peak_bytes": {"dense": latency.dense_peak_bytes, "plan": latency.peak_bytes},
             **({} if fitted is None else {"compensation": fitted}),
-            **({} if beside is None else {"collateral": beside.to_json()}),
+            **({} if beside is None else {"collateral": asdict(beside)}),
         },
     )
 

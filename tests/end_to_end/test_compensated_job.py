@@ -71,7 +71,9 @@ def test_collateral_stands_with_the_plan_and_limits_best(compensated_job: Finish
     asked = ("best", "--model", "llava-12", "--task", "easy-vqa", "--json")
     for plan in compensated_job.result["plans"]:
         beside = plan["secondary"]["collateral"]
-        assert beside["tasks"]["scenes"]["n"] == 8 and beside["text"]["tokens"] > 100 and beside["text"]["kl"] > 0
+        assert (
+            beside["tasks"]["scenes"]["n_samples"] == 8 and beside["text"]["tokens"] > 100 and beside["text"]["kl"] > 0
+        )
     loosest = max(p["secondary"]["collateral"]["text"]["kl"] for p in compensated_job.result["plans"])
     assert command(compensated_job.directory, *asked, "--max-text-kl", str(loosest)).code == 0
     refused = command(compensated_job.directory, *asked, "--max-text-kl", "0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ class Published:
     """Of a plan, what `best` looks at."""
 
     def __init__(self, beside: Collateral | None) -> None:
-        self.secondary = {} if beside is None else {"collateral": beside.to_json()}
+        self.secondary = {} if beside is None else {"collateral": asdict(beside)}
 
 
 def test_best_takes_only_plans_measured_beside_their_task() -> None:
