@@ -96,7 +96,7 @@ def test_an_outsider_measures_the_published_accuracy(compensated_job: FinishedJo
         capture_output=True,
         text=True,
     )
-    assert json.loads(done.stdout)["accuracy"] == pytest.approx(best["accuracy"], abs=1.5 / best["n"])
+    assert json.loads(done.stdout)["accuracy"] == pytest.approx(best["accuracy"], abs=1.5 / best["n_samples"])
 
 
 def test_a_lost_artifact_is_fitted_again_bit_by_bit(compensated_job: FinishedJob) -> None:

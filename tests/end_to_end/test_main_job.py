@@ -66,7 +66,7 @@ def test_published_figures_come_from_the_held_out_split_alone(finished_job: Fini
     held_out = {each.plan: each for each in every if each.split == "held_out"}
     dense = held_out["R" * 12]
     for plan in finished_job.result["plans"]:
-        assert plan["n"] == 160 == len(held_out[plan["plan"]].scores)
+        assert plan["n_samples"] == 160 == len(held_out[plan["plan"]].scores)
         assert plan["accuracy"] == pytest.approx(sum(held_out[plan["plan"]].scores) / 160)
         assert plan["dense_accuracy"] == pytest.approx(sum(dense.scores) / 160)
         assert plan["difference_low"] <= plan["difference"] <= plan["difference_high"]
@@ -76,7 +76,7 @@ def test_published_figures_come_from_the_held_out_split_alone(finished_job: Fini
     assert len(keys) == len(set(keys))  # nothing twice
 
 
-def test_every_station_is_on_record_and_the_profile_speaks_of_all_layers(finished_job: FinishedJob):
+def test_every_stage_is_on_record_and_the_profile_speaks_of_all_layers(finished_job: FinishedJob):
     with Database.open(finished_job.database_url, create=False) as db:
         recorded = stages.stages(db, finished_job.result["job"])
     assert [name for name in recorded if not name.startswith("measure")] == [
@@ -128,7 +128,7 @@ def test_checkpoint_holds_the_kept_layers_only(finished_job: FinishedJob, export
 
 def test_an_outsider_reproduces_accuracy_and_logits(finished_job: FinishedJob, exported: Path, held_out: Path):
     figures = outsider(exported, held_out, "--logits", held_out.parent / "logits.pt")
-    assert figures["n"] == finished_job.best["n"]
+    assert figures["n"] == finished_job.best["n_samples"]
     assert figures["accuracy"] == pytest.approx(finished_job.best["accuracy"])
 
     theirs = torch.load(held_out.parent / "logits.pt", weights_only=True)

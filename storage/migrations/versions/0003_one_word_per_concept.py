@@ -31,7 +31,7 @@ SPEC = {"scoring_samples": "redundancy_samples", "artefacts": "artifacts"}
 SPEC_REMOVED: tuple[str, ...] = ("search.measured_pairs", "compensation.bias")
 """Fields of a job that are no more, written the same way."""
 
-SECONDARY = {"plain": "plain_share"}
+SECONDARY = {"plain": "plain_share", "n": "n_samples"}
 """Keys anywhere in the secondary figures of a published plan."""
 
 PAYLOADS = {"search": {"tried": "trials"}}
@@ -52,6 +52,9 @@ def upgrade() -> None:
     op.execute(f"DELETE FROM job_stages WHERE job_id IN ({UNFINISHED})")
     op.execute("UPDATE job_stages SET stage = 'redundancy' WHERE stage = 'score'")
     op.execute("UPDATE job_events SET message = 'redundancy' WHERE kind = 'stage_finished' AND message = 'score'")
+    op.execute(
+        "UPDATE job_counters SET name = 'redundancy_passes_' || substr(name, 16) WHERE name LIKE 'scoring_passes_%'"
+    )
     _rewrite("jobs", ("id",), "spec", lambda _, spec: _renamed_fields(spec))
     _rewrite("plans", ("id",), "secondary", lambda _, value: _renamed_keys(value, SECONDARY))
     _rewrite(
