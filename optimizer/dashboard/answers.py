@@ -1,11 +1,11 @@
-"""What the JSON API answers with: every field described, so that the OpenAPI document explains itself."""
+"""Describe the answers of the JSON API field by field, so that the OpenAPI document explains itself."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from optimizer.job.result import PlanAnswer
 from optimizer.reports.data import Specification
@@ -15,13 +15,7 @@ from storage.queue.jobs import Job
 State = Literal["queued", "running", "succeeded", "infeasible", "failed", "cancelled"]
 
 
-class Answer(BaseModel):
-    """Read from the storage's values by field name."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-
-class Progress(Answer):
+class Progress(BaseModel):
     """Where a running job stands."""
 
     stage: str | None = Field(default=None, description="The stage the job is at.")
@@ -30,7 +24,7 @@ class Progress(Answer):
     news: str | None = Field(default=None, description="The latest of it.")
 
 
-class JobSummary(Answer):
+class JobSummary(BaseModel):
     """A job in the list."""
 
     id: int
@@ -45,15 +39,13 @@ class JobSummary(Answer):
     started_at: datetime | None
     finished_at: datetime | None
 
-
-class JobEvent(Answer):
-    """One entry of a job's history."""
-
-    id: int
-    at: datetime
-    attempt: int
-    kind: str
-    message: str
+    @classmethod
+    def of(cls, job: Job) -> JobSummary:
+        """Summarize a stored job."""
+        spec = Specification.of(job.spec)
+        stored = {name: getattr(job, name) for name in JobSummary.model_fields if hasattr(job, name)}
+        progress = Progress(**{name: job.progress.get(name) for name in Progress.model_fields})
+        return JobSummary(**stored | {"model": spec.model, "task": spec.task, "progress": progress})
 
 
 class JobDetail(JobSummary):
@@ -62,7 +54,7 @@ class JobDetail(JobSummary):
     specification: dict[str, Any]
     counters: dict[str, float]
     stages: dict[str, datetime] = Field(description="When each stage was finished.")
-    events: list[JobEvent]
+    events: list[Event]
     plans: list[PlanAnswer]
     best: int | None = Field(description="Id of the plan that is the job's answer.")
 
@@ -71,25 +63,3 @@ class Problem(BaseModel):
     """Why a request was not answered."""
 
     detail: str
-
-
-def job_fields(job: Job) -> dict[str, Any]:
-    """A stored job as the fields of ``JobSummary``."""
-    spec = Specification.of(job.spec)
-    names = ("id", "state", "priority", "attempt", "error", "created_at", "started_at", "finished_at")
-    known = {name: job.progress.get(name) for name in Progress.model_fields}
-    return {name: getattr(job, name) for name in names} | {
-        "model": spec.model,
-        "task": spec.task,
-        "progress": Progress(**known),
-    }
-
-
-def job_summary(job: Job) -> JobSummary:
-    """A stored job for the list."""
-    return JobSummary(**job_fields(job))
-
-
-def job_event(event: Event) -> JobEvent:
-    """An entry of the history."""
-    return JobEvent.model_validate(event)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 
 from optimizer.dashboard import answers
 from optimizer.job.result import PlanAnswer, load_result
 from storage.database import Database
-from storage.errors import NotFound
 from storage.queue import events, jobs, stages
 from storage.records import overview, plans
 from storage.records.overview import KnownModel, KnownTask
@@ -35,11 +34,6 @@ Name = Annotated[str | None, Query(max_length=300)]
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"model": answers.Problem, "description": "There is no such thing."}}
 
 
-def or_404(error: NotFound) -> HTTPException:
-    """What is not in the database, as an answer."""
-    return HTTPException(404, str(error))
-
-
 @router.get("/jobs")
 def list_jobs(
     db: Db,
@@ -48,22 +42,19 @@ def list_jobs(
     before: Annotated[int | None, Query(ge=1, le=LARGEST_ID, description="Go on before this job.")] = None,
 ) -> list[answers.JobSummary]:
     """Jobs, the newest first."""
-    return [answers.job_summary(job) for job in jobs.list_jobs(db, state or (), limit, before)]
+    return [answers.JobSummary.of(job) for job in jobs.list_jobs(db, state or (), limit, before)]
 
 
 @router.get("/jobs/{job_id}", responses=_MISSING)
 def show_job(db: Db, job_id: JobId) -> answers.JobDetail:
     """One job with its history and its published plans."""
-    try:
-        result = load_result(db, job_id)
-    except NotFound as error:
-        raise or_404(error) from None
+    result = load_result(db, job_id)
     return answers.JobDetail(
-        **answers.job_fields(result.job),
+        **dict(answers.JobSummary.of(result.job)),
         specification=result.job.spec,
         counters=stages.counters(db, job_id),
         stages={name: stage.recorded_at for name, stage in stages.stages(db, job_id).items()},
-        events=[answers.job_event(event) for event in events.for_job(db, job_id)],
+        events=events.for_job(db, job_id),
         plans=[PlanAnswer.of(each) for each in result.plans],
         best=None if result.best is None else result.best.id,
     )
@@ -97,19 +88,13 @@ def plan_query(
 @router.get("/plans", responses=_MISSING)
 def list_plans(db: Db, query: Annotated[PlanQuery, Depends(plan_query)]) -> list[PlanAnswer]:
     """Published plans within limits; 404 where model, task or device is not known."""
-    try:
-        return [PlanAnswer.of(each) for each in plans.list_plans(db, query)]
-    except NotFound as error:
-        raise or_404(error) from None
+    return [PlanAnswer.of(each) for each in plans.list_plans(db, query)]
 
 
 @router.get("/plans/{plan_id}", responses=_MISSING)
 def show_plan(db: Db, plan_id: PlanId) -> PlanAnswer:
     """One published plan."""
-    try:
-        return PlanAnswer.of(plans.get(db, plan_id))
-    except NotFound as error:
-        raise or_404(error) from None
+    return PlanAnswer.of(plans.get(db, plan_id))
 
 
 @router.get("/models")

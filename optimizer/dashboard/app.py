@@ -13,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from optimizer.dashboard import api, html
 from optimizer.dashboard.access import Gate, hosts_for
 from storage.database import Database
-from storage.errors import DatabaseError
+from storage.errors import DatabaseError, NotFound
 from workers.text import one_line
 
 DESCRIPTION = (
@@ -34,6 +34,7 @@ def create_app(db: Database, *, host: str = "127.0.0.1", token: str | None = Non
     app.include_router(html.router)
     app.add_exception_handler(StarletteHTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(DatabaseError, _unavailable)
     return app
 
@@ -58,6 +59,10 @@ def _invalid(request: Request, error: Exception) -> Response:
         return JSONResponse({"detail": problems}, 422)
     detail = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in problems)
     return html.show_problem(request, 422, detail)
+
+
+def _not_found(request: Request, error: Exception) -> Response:
+    return _answer(request, 404, str(error))
 
 
 def _unavailable(request: Request, error: Exception) -> Response:

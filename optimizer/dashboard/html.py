@@ -77,7 +77,7 @@ def page(request: Request, template: str, code: int = 200, **values: Any) -> HTM
 @router.get("/")
 def show_jobs(request: Request, db: Db) -> HTMLResponse:
     """All jobs, with live progress."""
-    listed = [answers.job_summary(job) for job in jobs.list_jobs(db, (), JOBS_SHOWN)]
+    listed = [answers.JobSummary.of(job) for job in jobs.list_jobs(db, (), JOBS_SHOWN)]
     return page(request, "jobs.html", jobs=listed, counted=jobs.count(db), shown=JOBS_SHOWN)
 
 
@@ -90,12 +90,8 @@ def show_job(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
 @router.get("/jobs/{job_id}/report")
 def show_report(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
     """A job's report; `skipplan report` writes the same page as one file."""
-    try:
-        job = jobs.get(db, job_id)
-    except NotFound as error:
-        raise api.or_404(error) from None
     reports: Reports = request.app.state.reports
-    return HTMLResponse(reports.get(db, job))
+    return HTMLResponse(reports.get(db, jobs.get(db, job_id)))
 
 
 class PlanForm(BaseModel):
@@ -124,17 +120,15 @@ class PlanForm(BaseModel):
 
 
 @router.get("/plans")
-def show_plans(
-    request: Request,
-    db: Db,
-    chosen: Annotated[PlanForm, Query()],
-) -> HTMLResponse:
+def show_plans(request: Request, db: Db, chosen: Annotated[PlanForm, Query()]) -> HTMLResponse:
     """Published plans, with a form to filter them."""
     problem, code, found = "", 200, []
     try:
         found = api.list_plans(db, chosen.query())
     except HTTPException as error:
         problem, code = str(error.detail), error.status_code
+    except NotFound as error:
+        problem, code = str(error), 404
     return page(
         request,
         "plans.html",

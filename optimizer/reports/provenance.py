@@ -1,4 +1,4 @@
-"""Where a report's figures come from: versions, hashes, seeds, times, the specification, the command to repeat it."""
+"""Trace a report's figures: versions, hashes, seeds, times, the specification, the command to repeat the job."""
 
 from __future__ import annotations
 
