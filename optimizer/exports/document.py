@@ -83,8 +83,9 @@ class PlanDocument(Part):
     schema_version: Annotated[Literal[2], BeforeValidator(_no_truth_value)]
     plan: Letters = Field(description=f"One letter per decoder layer: {LEGEND}")
     compensation: Name = Field(description="'none', or how the gaps of skipped layers are compensated")
-    maps_sha256: Checksum | None = Field(
-        default=None, description="Of the fitted maps' file, compensation/maps.safetensors; null without compensation"
+    artifact_checksum: Checksum | None = Field(
+        default=None,
+        description="SHA-256 of the fitted maps' file, compensation/maps.safetensors; null without compensation",
     )
     model: ModelRecord
     task: TaskRecord
@@ -119,7 +120,7 @@ class PlanDocument(Part):
             plan=self.plan,
             compensation=self.compensation,
             layers_touched=touched(SkipPlan.parse(self.plan)),
-            artifact_checksum=self.maps_sha256,
+            artifact_checksum=self.artifact_checksum,
             **{each.name: getattr(self.figures, each.name) for each in fields(MeasuredFigures)},
         )
 
@@ -130,7 +131,7 @@ def describe(plan: Plan, model: ModelRecord, task: TaskRecord) -> PlanDocument:
         schema_version=SCHEMA_VERSION,
         plan=plan.plan,
         compensation=plan.compensation,
-        maps_sha256=plan.artifact_checksum,
+        artifact_checksum=plan.artifact_checksum,
         model=replace(model, name=shared_name(plan.model)),
         task=task,
         device=plan.device,

@@ -25,7 +25,7 @@ def import_plan(db: Database, imported: PlanDocument, path: Path) -> Plan:
     figures = replace(
         imported.plan_figures(),
         artifact=str((directory / maps.FILE_NAME).resolve()) if held else None,
-        artifact_checksum=imported.maps_sha256 if held else None,
+        artifact_checksum=imported.artifact_checksum if held else None,
     )
     with db.transaction() as session:
         model_id = lookup.ensure_model(session, imported.model)

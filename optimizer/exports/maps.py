@@ -51,10 +51,10 @@ def read(plan: PlanDocument, content: bytes | None) -> Maps | None:
 def of_directory(plan: PlanDocument, directory: Path) -> bytes | None:
     """The maps' file of an export. Raises ExportFault when it is not what the plan was verified with."""
     file = inside(directory, FILE_NAME)
-    if not needs_maps(plan) or plan.maps_sha256 is None or not file.is_file():
+    if not needs_maps(plan) or plan.artifact_checksum is None or not file.is_file():
         return None
     content = file.read_bytes()
-    if store.checksum(content) != plan.maps_sha256:
+    if store.checksum(content) != plan.artifact_checksum:
         raise ExportFault(f"{file} does not hold the maps that the plan was verified with")
     return content
 

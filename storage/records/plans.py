@@ -64,7 +64,7 @@ class MeasuredFigures:
 class PlanFigures(MeasuredFigures):
     """A plan with its figures, as it is published."""
 
-    plan: str = described("One letter a layer: R run, F freeze, B bypass, S skip")
+    plan: str = described("One letter a decoder layer, for example RRFBS")
     compensation: str = "none"
     layers_touched: int = described("Layers that do other than run", ge=0)
     artifact: str | None = described("Where the fitted maps of its compensation lie", default=None)

@@ -40,7 +40,7 @@ def kept(compensator: Compensator, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def compensated(plan: str, directory: Path, kept: dict[str, Artifact]) -> PlanDocument:
-    return document(plan, directory, compensation=RECIPES[plan], maps_sha256=kept[plan].checksum)
+    return document(plan, directory, compensation=RECIPES[plan], artifact_checksum=kept[plan].checksum)
 
 
 @pytest.mark.parametrize(("name", "plan"), [("checkpoint", PLAN), ("runtime", MIXED)])
@@ -70,7 +70,7 @@ def test_weights_without_the_maps_do_not_pass(kept: dict[str, Artifact], model_d
     shutil.copy(kept[PLAN].location, plain.directory / FILE_NAME)
     text = (plain.directory / "skipplan.json").read_text()
     told = text.replace('"compensation": "none"', f'"compensation": "{LINEAR}"')
-    told = told.replace('"maps_sha256": null', f'"maps_sha256": "{kept[PLAN].checksum}"')
+    told = told.replace('"artifact_checksum": null', f'"artifact_checksum": "{kept[PLAN].checksum}"')
     size, digest = (folded.directory / FILE_NAME).stat().st_size, kept[PLAN].checksum
     told = told.replace('"files": {', f'"files": {{"{FILE_NAME}": {{"size": {size}, "sha256": "{digest}"}},')
     (plain.directory / "skipplan.json").write_text(told)
