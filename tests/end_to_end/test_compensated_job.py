@@ -57,7 +57,7 @@ def test_every_published_plan_names_its_maps(compensated_job: FinishedJob) -> No
         assert hashlib.sha256(content).hexdigest() == plan["artifact_checksum"]
         assert Path(plan["artifact"]).parent == compensated_job.directory / "skipplan-artifacts"
         gaps = plan["secondary"]["compensation"]["gaps"]
-        assert gaps and all(gap["unexplained"] <= gap["plain"] for gap in gaps)
+        assert gaps and all(gap["unexplained"] <= gap["plain_share"] for gap in gaps)
     with Database.open(compensated_job.database_url, create=False) as db:
         held_out = evaluations.for_job(db, compensated_job.result["job"], "held_out")
         by_plan = {plan.plan: plan for plan in plans.for_job(db, compensated_job.result["job"])}
