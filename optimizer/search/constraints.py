@@ -47,7 +47,7 @@ class Limits:
         return all(value <= 0.0 for value in self.known(plan, ratio).values())
 
     def missed(self, name: str, least: float) -> str:
-        """What to say of a constraint that no plan meets; ``least`` is the smallest value that any plan reaches."""
+        """Say that no plan meets a constraint; ``least`` is the smallest value that any plan reaches."""
         asked = getattr(self.spec, name)
         if name == "min_speedup":
             return f"no plan can meet min_speedup {asked:g}: the fastest is predicted to run {asked / (1 + least):.2f}x"

@@ -1,4 +1,4 @@
-"""What a job may propose: the actions each layer may take, with or without compensation, after all limits."""
+"""The space of plans of a job: the actions each layer may take, with or without compensation, after all limits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class Candidate:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every layer runs."""
         return self.plan.is_dense
 
     def __str__(self) -> str:
@@ -48,7 +47,6 @@ class PlanSpace:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers."""
         return len(self.letters)
 
     @property

@@ -89,17 +89,17 @@ class AdditiveProblem:
 
 
 def steps_of(space: PlanSpace) -> list[Step]:
-    """Every single step that a space allows."""
+    """List every single step that a space allows."""
     return [(layer, letter) for layer, own in enumerate(space.genome_letters) for letter in own.replace(RUN, "")]
 
 
 def action_of(step: Step) -> Action:
-    """What a step does to its layer; a compensated skip is a skip."""
+    """Return the action of a step; a compensated skip is a skip."""
     return Action.SKIP if step[1] == COMPENSATED else Action.of(step[1])
 
 
 def savings(space: PlanSpace, ratio: Ratio) -> dict[Step, float]:
-    """By how much each step alone shortens a request, as a share of the dense request."""
+    """Compute by how much each step alone shortens a request, as a share of the dense request."""
     dense = SkipPlan.dense(space.num_layers)
     return {step: ratio(dense) - ratio(dense.with_action(step[0], action_of(step))) for step in steps_of(space)}
 

@@ -10,15 +10,15 @@ from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from workers.runtime.plan import SAVING_LETTERS
 
 
-def nested_sets(space: PlanSpace, risk: Risk, limit: int | None = None) -> tuple[Candidate, ...]:
-    """Return plans that apply an action to the 1, 2, 3, ... least risky layers, at most ``limit`` of them.
+def nested_sets(space: PlanSpace, risk: Risk) -> tuple[Candidate, ...]:
+    """Return plans that apply an action to the 1, 2, 3, ... least risky layers.
 
-    Short sets of every action come before long ones, so that a tight limit still tries each action. A compensated
+    Short sets of every action come before long ones, so that the first few try each action. A compensated
     skip is an action of its own, in the order of the plain one.
     """
     by_size = zip_longest(*nested_families(space, risk))
     seeds = dict.fromkeys(each for size in by_size for each in size if each is not None)
-    return tuple(seeds)[:limit]
+    return tuple(seeds)
 
 
 def nested_families(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...], ...]:

@@ -44,7 +44,7 @@ GRID = (0.4, 2.5)
 
 @dataclass(frozen=True)
 class Design:
-    """Plans as the surrogate sees them: basis terms ``[plans, terms]`` and 0/1 rows ``[plans, columns]``."""
+    """Features of plans: basis terms ``[plans, terms]`` and 0/1 rows ``[plans, columns]``."""
 
     basis: Floats
     rows: Floats
@@ -54,7 +54,7 @@ class Design:
 
 
 class Terms:
-    """What the kernel's terms are at unit scale between two sets of plans, each [first, second]: five products.
+    """Compute the kernel's terms at unit scale between two sets of plans, each [first, second]: five products.
 
     Single precision serves thousands of candidates; a covariance that is to be factorised needs double.
     """
@@ -147,7 +147,7 @@ class Prior:
         self._pairs = pairs.transpose(1, 0, 2).reshape(columns, -1).astype(np.float32)
 
     def __call__(self, design: Design) -> Floats:
-        """[draws, plans]."""
+        """Evaluate the functions at plans; [draws, plans]."""
         if self._basis is None:
             self._basis = self._basis_scale * self._random.standard_normal((self._count, design.basis.shape[1]))
         values: Floats = self._basis @ design.basis.T + self._single @ design.rows.T

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Space:
-    """What the sampler must know of the plans: all functions of genomes (a plan's text, ``C`` a compensated skip)."""
+    """Space of plans as functions of genomes (a plan's text, ``C`` a compensated skip)."""
 
     letters: tuple[str, ...]
     """Per layer the letters it may take, ``R`` first."""
@@ -112,7 +113,7 @@ class SurrogateSampler(BaseSampler):
         self._trust = TrustRegion(len(space.letters))
         self._last_batch: tuple[str, ...] = ()
         self._queue: deque[str] = deque()
-        self._foreseen: dict[str, tuple[float, bool]] = {}
+        self._foresee = cache(space.foresee)
         self._scales, self._fitted_on = START, 0
         self._seen: dict[int, tuple[Observation, float]] = {}
         self._genomes: dict[int, str] = {}
@@ -129,7 +130,6 @@ class SurrogateSampler(BaseSampler):
     # Optuna's interface ------------------------------------------------------------------------------------------
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All layers are sampled together."""
         return self._space.distributions
 
     def sample_relative(
@@ -153,7 +153,7 @@ class SurrogateSampler(BaseSampler):
         return choices[int(self._random.integers(len(choices)))]
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """What is still queued was proposed without this result, and is dropped for better informed proposals."""
+        """Drop the queued proposals, which were made without this result."""
         if state is TrialState.COMPLETE:
             self._queue.clear()
 
@@ -178,10 +178,7 @@ class SurrogateSampler(BaseSampler):
                 )
                 self._seen[trial.number] = (seen, float(attributes.get("n_samples") or np.inf))
         most = max((samples for _, samples in self._seen.values()), default=0.0)
-        latest = {
-            seen.genome: seen if samples == most else Observation(**(vars(seen) | {"complete": False}))
-            for seen, samples in self._seen.values()
-        }
+        latest = {seen.genome: replace(seen, complete=samples == most) for seen, samples in self._seen.values()}
         return list(latest.values())
 
     def _taken(self, trials: Sequence[FrozenTrial]) -> set[str]:
@@ -309,12 +306,11 @@ class SurrogateSampler(BaseSampler):
         dense = Observation(RUN * len(self._space.letters), 1.0, 0.0, 1e-4, 0.0, 1e-6, True)
         if not any(each.genome == dense.genome for each in kept):
             kept = [dense, *kept]
-        kl = np.array([each.kl for each in kept])
         observations = Observations(
             self._design([each.genome for each in kept]),
             np.array([each.loss for each in kept]),
             np.array([max(1e-4, each.loss_error) for each in kept]),
-            kl,
+            np.array([each.kl for each in kept]),
             np.array([each.kl_error for each in kept]),
         )
         refit = len(kept) >= 1.15 * self._fitted_on or len(kept) < 60
@@ -359,12 +355,6 @@ class SurrogateSampler(BaseSampler):
                 index = int(order[draw, rank])
                 chosen.setdefault(index, float(expected[index]))
         return list(chosen), np.array(list(chosen.values()))
-
-    def _foresee(self, genome: str) -> tuple[float, bool]:
-        found = self._foreseen.get(genome)
-        if found is None:
-            found = self._foreseen[genome] = self._space.foresee(genome)
-        return found
 
     def _ratio(self, genome: str) -> float:
         return self._foresee(genome)[0]

@@ -28,7 +28,7 @@ FITTED = ("basis", "single", "kin", "pair", "local", "misfit")
 
 @dataclass(frozen=True)
 class Observations:
-    """What was seen of evaluated plans, each [plans]; ``kl`` is NaN throughout where it is not known."""
+    """Figures of evaluated plans, each [plans]; ``kl`` is NaN throughout where it is not known."""
 
     design: Design
     loss: Floats
@@ -43,7 +43,7 @@ class Observations:
 
 
 class LossModel:
-    """Posterior over the accuracy loss of any plan."""
+    """Fit the posterior over the loss of accuracy of any plan."""
 
     def __init__(self, encoding: Encoding, seen: Observations, scales: Scales = START, rounds: int = 1) -> None:
         """``scales`` are where the fit of the kernel's scales starts, ``rounds`` how often it goes over them."""

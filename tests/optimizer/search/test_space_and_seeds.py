@@ -44,7 +44,6 @@ def test_nested_sets_grow_in_risk_order_and_never_empty_the_model():
     assert texts(nested_sets(skips, risk)) == ["SRR", "SRS"]
     both = PlanSpace(("RFS", "RFS", "RF"), 2)
     assert texts(nested_sets(both, risk)) == ["FRR", "SRR", "FRF", "SSR"]
-    assert texts(nested_sets(both, risk, 2)) == ["FRR", "SRR"]
     compensated = PlanSpace(("RS", "RS", "RS"), 3, ("linear x",))
     assert texts(nested_sets(compensated, risk)) == [
         "RRS (linear x)",
