@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,35 +39,42 @@ class Interventions:
 
     def add(self, batch: Batch, dense: DensePass, changes: list[Tensor]) -> None:
         """Replay every intervention on a batch; ``changes`` holds each layer's output minus input, per layer."""
+        run = SkipPlan.dense(self._layers)
         for layer in range(self._layers):
-            if "propagation" in self._kinds or "causal" in self._kinds:
+            if self._kinds & {"propagation", "causal"}:
                 self._remove(batch, dense, layer, changes[layer])
-            if "causal" in self._kinds:
-                for action in INTERVENTIONS:
-                    if action is not Action.SKIP:  # its replay serves the gain too
-                        self._change(batch, dense, layer, action)
+            for number, action in enumerate(INTERVENTIONS if "causal" in self._kinds else ()):
+                if action is not Action.SKIP:  # its replay serves the gain too
+                    plan, place = run.with_action(layer, action), f"{action.label} at {layer}"
+                    replayed = self._replay(("causal",), place, batch, dense, plan, layer)
+                    self._add_kl(self._kl, (number, layer), dense, replayed)
             if "withdrawal" in self._kinds:
-                self._withdraw(batch, dense, layer)
+                plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
+                replayed = self._replay(("withdrawal",), str(layer), batch, dense, plan, layer)
+                self._add_kl(self._withdrawal, (0, layer), dense, replayed)
 
-    def _run(self, kind: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int) -> tuple[Tensor, Tensor]:
+    def _replay(
+        self, kinds: Sequence[str], place: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Replay a plan for some kinds; None, and the reason recorded at ``place``, where the model cannot take it."""
+        try:
+            validate(plan, self._descriptor)
+        except PlanError as error:
+            for kind in kinds:
+                self.refused[kind][place] = str(error)
+            return None
         start = first if self.shared_prefixes else 0
-        self.executions[kind] += batch.size * (self._layers - start - len(plan.removed))
-        logits, final = replay(self._loaded, self._stack, dense, batch, plan, start)
-        return logits, final
+        self.executions[kinds[0]] += batch.size * (self._layers - start - len(plan.removed))
+        return replay(self._loaded, self._stack, dense, batch, plan, start)
 
     def _remove(self, batch: Batch, dense: DensePass, layer: int, change: Tensor) -> None:
-        kind = "propagation" if "propagation" in self._kinds else "causal"
+        kinds = [kind for kind in ("propagation", "causal") if kind in self._kinds]
         plan = SkipPlan.dense(self._layers).with_action(layer, Action.SKIP)
-        reason = self._refusal(plan)
-        if reason:
-            for name in self._kinds - {"withdrawal"}:
-                self.refused[name][f"skip at {layer}"] = reason
-            return
-        logits, final = self._run(kind, batch, dense, plan, layer)
-        if "causal" in self._kinds:
-            self._add_kl(self._kl, (INTERVENTIONS.index(Action.SKIP), layer), dense, logits)
-        if "propagation" in self._kinds:
-            self._add_gain(batch, layer, change, hidden_of(dense.outputs[-1]), final)
+        replayed = self._replay(kinds, f"skip at {layer}", batch, dense, plan, layer)
+        if "causal" in kinds:
+            self._add_kl(self._kl, (INTERVENTIONS.index(Action.SKIP), layer), dense, replayed)
+        if "propagation" in kinds and replayed is not None:
+            self._add_gain(batch, layer, change, hidden_of(dense.outputs[-1]), replayed[1])
 
     def _add_gain(self, batch: Batch, layer: int, change: Tensor, dense: Tensor, final: Tensor) -> None:
         masks = torch.stack([batch.groups[group] for group in GROUPS]).double()  # [groups, batch, tokens]
@@ -83,34 +92,13 @@ class Interventions:
         turned = torch.einsum("gbt,bt->gb", masks, cosine_distance(dense, final).double())
         self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
 
-    def _change(self, batch: Batch, dense: DensePass, layer: int, action: Action) -> None:
-        plan = SkipPlan.dense(self._layers).with_action(layer, action)
-        reason = self._refusal(plan)
-        if reason:
-            self.refused["causal"][f"{action.label} at {layer}"] = reason
+    def _add_kl(
+        self, sums: np.ndarray, place: tuple[int, int], dense: DensePass, replayed: tuple[Tensor, Tensor] | None
+    ) -> None:
+        if replayed is None:
             return
-        logits, _ = self._run("causal", batch, dense, plan, layer)
-        self._add_kl(self._kl, (INTERVENTIONS.index(action), layer), dense, logits)
-
-    def _withdraw(self, batch: Batch, dense: DensePass, layer: int) -> None:
-        plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
-        reason = self._refusal(plan)
-        if reason:
-            self.refused["withdrawal"][str(layer)] = reason
-            return
-        logits, _ = self._run("withdrawal", batch, dense, plan, layer)
-        self._add_kl(self._withdrawal, (0, layer), dense, logits)
-
-    def _refusal(self, plan: SkipPlan) -> str:
-        try:
-            validate(plan, self._descriptor)
-        except PlanError as error:
-            return str(error)
-        return ""
-
-    def _add_kl(self, sums: np.ndarray, place: tuple[int, int], dense: DensePass, logits: Tensor) -> None:
         assert dense.logits is not None
-        divergence = array(answer_kl(dense.logits, logits))
+        divergence = array(answer_kl(dense.logits, replayed[0]))
         sums[(slice(None), *place)] += sample_sums(divergence, np.ones(len(divergence)))
 
     def sums(self) -> dict[str, KindSums]:

@@ -81,7 +81,9 @@ def record_dense_pass(stack: DecoderStack) -> Iterator[DensePass]:
         yield dense
 
 
-def replay(loaded: LoadedModel, stack: DecoderStack, dense: DensePass, batch: Batch, plan: SkipPlan, first: int) -> Any:
+def replay(
+    loaded: LoadedModel, stack: DecoderStack, dense: DensePass, batch: Batch, plan: SkipPlan, first: int
+) -> tuple[Tensor, Tensor]:
     """Run ``plan``, whose layers before ``first`` run as in the dense pass, from layer ``first`` on.
 
     Gives the answer's logits ``[batch, vocabulary]`` and the state ``[batch, tokens, hidden]`` after the last layer.
