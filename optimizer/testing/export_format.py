@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 from optimizer.exports.interface import ExportFormat, Guide, Subject
 from optimizer.testing.require import require
 from workers.messages import NO_COMPENSATION
-from workers.runtime import SkipPlan
+from workers.runtime.plan import LETTERS, SAVING_LETTERS, SkipPlan
 
-PLANS = ("RRRR", "RSRR", "RSSR", "RFRR", "RBBR", "RFBS")
+PLANS = ("RRRR", *(text for letter in SAVING_LETTERS for text in (f"R{letter}RR", f"R{letter}{letter}R")), LETTERS)
 
 
 def check_export_format(chosen: ExportFormat, subject: Subject | None = None) -> None:
