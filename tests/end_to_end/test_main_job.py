@@ -56,7 +56,7 @@ def test_what_is_printed_is_what_is_stored(finished_job: FinishedJob):
         assert job.state == finished_job.result["state"] == "succeeded"
         assert [plan.id for plan in stored] == [plan["id"] for plan in finished_job.result["plans"]]
         best = next(plan for plan in stored if plan.id == finished_job.best["id"])
-        for name in ("plan", "n", "accuracy", "difference_low", "speedup", "speedup_low", "kv_cache_bytes"):
+        for name in ("plan", "n_samples", "accuracy", "difference_low", "speedup", "speedup_low", "kv_cache_bytes"):
             assert getattr(best, name) == finished_job.best[name]
 
 
@@ -122,7 +122,7 @@ def test_checkpoint_holds_the_kept_layers_only(finished_job: FinishedJob, export
     assert config["text_config"]["num_hidden_layers"] == 12 - skipped
     described = json.loads((exported / "skipplan.json").read_text())
     assert described["plan"] == finished_job.best["plan"]
-    assert described["figures"]["accuracy"]["estimate"] == finished_job.best["accuracy"]
+    assert described["figures"]["accuracy"] == finished_job.best["accuracy"]
     assert "auto_map" not in config and not list(exported.glob("*.py"))
 
 
