@@ -64,12 +64,12 @@ def _chart(db: Database, report: JobReport, name: str) -> Chart | None:
         return figures.front(report)
     if name == "redundancy":
         return figures.redundancy(report.redundancy)
-    if name == "theory":
-        found = theory.check(report)
-        return None if found is None or not found.plans.pairs else figures.theory(found)
     if name == "progress":
         return figures.progress(search_curves(db, report), report)
-    return latency.breakdown(report)
+    if name == "latency":
+        return latency.breakdown(report)
+    found = theory.check(report)
+    return None if found is None or not found.plans.pairs else figures.theory(found)
 
 
 def _drawn(parts: Sequence[tuple[float, Callable[[SubFigure], None]]]) -> bytes:
@@ -129,25 +129,14 @@ def _points(axes: Axes, trace: Trace) -> None:
     marker = trace["marker"]
     paint = colour(marker["color"])
     hollow = marker.get("symbol", "").endswith("-open")
-    spread = {
-        axis: [trace[axis]["arrayminus"], trace[axis]["array"]] for axis in ("error_x", "error_y") if axis in trace
-    }
-    if spread:
-        x_spread, y_spread = spread.get("error_x"), spread.get("error_y")
-        axes.errorbar(
-            trace["x"], trace["y"], xerr=x_spread, yerr=y_spread, fmt="none", ecolor=paint, elinewidth=1, capsize=2.5
-        )
-    axes.scatter(
-        trace["x"],
-        trace["y"],
-        s=(0.75 * marker["size"]) ** 2,
-        marker=MARKERS[marker.get("symbol", "circle")],
-        facecolors="none" if hollow else paint,
-        edgecolors=paint if hollow else "none",
-        alpha=marker.get("opacity", 1.0),
-        label=trace["name"],
-        zorder=3,
-    )  # fmt: skip
+    if "error_x" in trace:
+        across, upwards = ([trace[axis]["arrayminus"], trace[axis]["array"]] for axis in ("error_x", "error_y"))
+        bars: dict[str, Any] = {"fmt": "none", "ecolor": paint, "elinewidth": 1, "capsize": 2.5}
+        axes.errorbar(trace["x"], trace["y"], xerr=across, yerr=upwards, **bars)
+    style: dict[str, Any] = {"facecolors": "none" if hollow else paint, "edgecolors": paint if hollow else "none"}
+    shape, size = MARKERS[marker.get("symbol", "circle")], (0.75 * marker["size"]) ** 2
+    opacity = marker.get("opacity", 1.0)
+    axes.scatter(trace["x"], trace["y"], size, marker=shape, alpha=opacity, label=trace["name"], zorder=3, **style)
 
 
 def _line(axes: Axes, trace: Trace) -> None:

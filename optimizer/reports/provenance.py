@@ -6,19 +6,14 @@ from importlib.metadata import version
 
 import yaml
 
-from optimizer.reports import formatting
 from optimizer.reports.data import JobReport
+from optimizer.reports.formatting import NOT_MEASURED, count, duration, share
 from optimizer.reports.sections import Section, Table
 
 
 def section(report: JobReport) -> Section:
     """Everything that names the inputs and the circumstances of a job."""
-    rows = [
-        *_about_the_job(report),
-        *_about_the_model(report),
-        *_about_the_task(report),
-        *_about_the_work(report),
-    ]
+    rows = [*_about_the_job(report), *_about_the_model(report), *_about_the_task(report), *_about_the_work(report)]
     history = tuple(
         (f"{event.at:%Y-%m-%d %H:%M:%S}", str(event.attempt), event.kind.replace("_", " "), event.message)
         for event in report.events
@@ -50,7 +45,7 @@ def _about_the_job(report: JobReport) -> list[tuple[str, str]]:
         ("submitted", f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC"),
     ]
     if job.started_at is not None and job.finished_at is not None:
-        taken = formatting.duration((job.finished_at - job.started_at).total_seconds())
+        taken = duration((job.finished_at - job.started_at).total_seconds())
         rows.append(("ran", f"{job.started_at:%Y-%m-%d %H:%M:%S} to {job.finished_at:%Y-%m-%d %H:%M:%S} UTC, {taken}"))
     return [*rows, ("command", "skipplan run job.yaml"), ("report written by", f"skipplan {version('skipplan')}")]
 
@@ -59,12 +54,12 @@ def _about_the_model(report: JobReport) -> list[tuple[str, str]]:
     spec = report.spec
     rows = [("model", spec.model + (f" at revision {spec.revision}" if spec.revision else ""))]
     if report.model is None:
-        return [*rows, ("model fingerprint", formatting.NOT_MEASURED)]
+        return [*rows, ("model fingerprint", NOT_MEASURED)]
     model = report.model
     return [
         *rows,
         ("model fingerprint (SHA-256)", model.fingerprint),
-        ("family, layers, parameters", f"{model.family}, {model.num_layers}, {formatting.count(model.parameters)}"),
+        ("family, layers, parameters", f"{model.family}, {model.num_layers}, {count(model.parameters)}"),
     ]
 
 
@@ -72,12 +67,10 @@ def _about_the_task(report: JobReport) -> list[tuple[str, str]]:
     rows = [("task", report.spec.task)]
     task = report.task
     if task is not None:
+        sizes = f"{task.calibration_size}, {task.search_size}, {task.held_out_size}"
         rows += [
             ("task data, prompt and metric (SHA-256)", task.task_hash),
-            (
-                "calibration, search, held-out samples",
-                f"{task.calibration_size}, {task.search_size}, {task.held_out_size}",
-            ),
+            ("calibration, search, held-out samples", sizes),
             ("seed of the splits", str(task.split_seed)),
         ]
     rows += [(f"{split.replace('_', '-')} split (SHA-256)", value) for split, value in report.split_hashes.items()]
@@ -88,28 +81,23 @@ def _about_the_work(report: JobReport) -> list[tuple[str, str]]:
     counters = report.counters
     rows = [
         ("search", report.spec.strategy),
-        ("settings of the evaluations", report.settings or formatting.NOT_MEASURED),
-        ("device", report.profile.device if report.profile else formatting.NOT_MEASURED),
-        (
-            "evaluations stored",
-            f"{formatting.count(report.evaluations)}, {formatting.count(report.reused)} of them reused",
-        ),
+        ("settings of the evaluations", report.settings or NOT_MEASURED),
+        ("device", report.profile.device if report.profile else NOT_MEASURED),
+        ("evaluations stored", f"{count(report.evaluations)}, {count(report.reused)} of them reused"),
     ]
     if "samples" in counters:
-        rows.append(("samples evaluated", formatting.count(counters["samples"])))
-        failed = formatting.count(counters.get("failed_samples", 0.0))
+        rows.append(("samples evaluated", count(counters["samples"])))
+        failed = count(counters.get("failed_samples", 0.0))
         rows.append(("of those, failed (unreadable image, NaN, out of memory) and counted as wrong", failed))
-        rows.append(
-            ("of those, decided alone since rounding could decide", formatting.count(counters.get("near_ties", 0.0)))
-        )
+        rows.append(("of those, decided alone since rounding could decide", count(counters.get("near_ties", 0.0))))
     if "evaluation_seconds" in counters:
-        rows.append(("worker time of the evaluations", formatting.duration(counters["evaluation_seconds"])))
+        rows.append(("worker time of the evaluations", duration(counters["evaluation_seconds"])))
     return [*rows, ("layer executions", _layer_executions(report))]
 
 
 def _layer_executions(report: JobReport) -> str:
     if not report.layer_executions:
-        return formatting.NOT_MEASURED
+        return NOT_MEASURED
     saved = report.layer_executions_saved
-    fewer = formatting.share(saved, report.layer_executions + saved)
-    return f"{formatting.count(report.layer_executions)}; {fewer} fewer than one plan after another"
+    fewer = share(saved, report.layer_executions + saved)
+    return f"{count(report.layer_executions)}; {fewer} fewer than one plan after another"

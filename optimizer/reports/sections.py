@@ -92,6 +92,11 @@ class Section:
     texts: tuple[tuple[str, str], ...] = ()
 
 
+def _known(value: float | None, write: Callable[[float], str]) -> str:
+    """A figure, or nothing where it is not known."""
+    return "" if value is None else write(value)
+
+
 _JUDGEMENTS = {None: "not judged", True: "yes", False: "no"}
 
 _PLAN_COLUMNS: tuple[Column[Plan], ...] = (
@@ -108,18 +113,10 @@ _PLAN_COLUMNS: tuple[Column[Plan], ...] = (
 
 _TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (
     Column("plan", lambda each: each.plan),
-    Column(
-        "difference, points",
-        lambda each: "" if each.difference is None else formatting.signed(each.difference),
-        number=True,
-    ),
+    Column("difference, points", lambda each: _known(each.difference, formatting.signed), number=True),
     Column("accuracy, search split", lambda each: f"{each.accuracy:.3f}", number=True),
     Column("samples", lambda each: str(each.n_samples), number=True),
-    Column(
-        "speed-up, predicted",
-        lambda each: "" if each.predicted_speedup is None else f"{each.predicted_speedup:.2f}",
-        number=True,
-    ),
+    Column("speed-up, predicted", lambda each: _known(each.predicted_speedup, "{:.2f}".format), number=True),
     Column("within the limits", lambda each: "yes" if each.within else "no"),
     Column("tried as number", lambda each: str(each.order), number=True),
 )
@@ -128,11 +125,7 @@ _MEASUREMENT_COLUMNS: tuple[Column[Redundancy], ...] = (
     Column("measure", lambda each: figures.row_name(each.name, each.token_group)),
     Column("layer", lambda each: str(each.layer), number=True),
     Column("value", lambda each: f"{each.value:.6g}", number=True),
-    Column(
-        "standard error",
-        lambda each: "" if each.standard_error is None else f"{each.standard_error:.2g}",
-        number=True,
-    ),
+    Column("standard error", lambda each: _known(each.standard_error, "{:.2g}".format), number=True),
     Column("n", lambda each: f"{each.n:,}", number=True),
 )
 
@@ -161,9 +154,8 @@ def front(report: JobReport) -> Section:
         paragraphs[1] += " The dotted line is the allowed loss; a verified plan's whole interval has to lie above it."
     below = _below(report, chart)
     if below:
-        paragraphs.append(
-            f"{formatting.count(below)} of the dots lie below the range shown; the table holds the best of them."
-        )
+        number = formatting.count(below)
+        paragraphs.append(f"{number} of the dots lie below the range shown; the table holds the best of them.")
     tables = (_plans_table(report), _trials_table(report.trials))
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
 
@@ -201,8 +193,7 @@ def strips(report: JobReport) -> Section:
         StripRow(
             f"try {each.order}",
             each.plan,
-            (f"{each.predicted_speedup:.2f}x predicted, " if each.predicted_speedup else "")
-            + ("" if each.difference is None else formatting.points(each.difference)),
+            _known(each.predicted_speedup, "{:.2f}x predicted, ".format) + _known(each.difference, formatting.points),
         )
         for each in best[:STRIPS_SHOWN]
     )
