@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from export_builders import document
 
 from optimizer.criteria import Risk
 from optimizer.exports.interface import ExportFormat, Guide, Subject, takes_everything
+from optimizer.job.sections import SearchSpec
 from optimizer.registries import CRITERIA, EXPORT_FORMATS, STRATEGIES
 from optimizer.search.problem import Ask, PlanList, Problem
 from optimizer.search.space import Candidate
@@ -87,3 +89,11 @@ def test_a_formats_breach_is_named() -> None:
     subject = Subject(document("RSRR"), ModelSource("m"), None, None, None)
     with pytest.raises(AssertionError, match="says how to use"):
         check_export_format(mute, subject)
+
+
+def test_a_job_can_name_a_strategy_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'surrogate'.*'exhaustive'"):
+        SearchSpec(strategy="mine")
+    point = EntryPoint("mine", "my_methods:mine", STRATEGIES.group)
+    monkeypatch.setattr("workers.registry.entry_points", lambda group, name=None: [point])
+    assert SearchSpec(strategy="mine").strategy == "mine"
