@@ -1,9 +1,10 @@
-"""Find, hash and open the images of samples."""
+"""Find, hash and open the images of samples; :func:`read_image` decides what their pixels mean."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,15 @@ from workers.text import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+READING = "reading 2"
+"""Version of :func:`read_image`; before, pixels were what ``Image.convert("RGB")`` makes of them."""
+_READ_ALIKE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+"""Modes that both versions read alike where nothing is transparent and nothing turned."""
+_LATE_ENTRIES = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""PNG entries that may turn an image and may stand behind its pixels."""
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0  # tags of TIFF and EXIF
+_BYTE, _WORD = 255, 65535
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class HubImage:
     def open(self) -> Image:
         """Decode the image as RGB. Raises ImageError naming dataset and row."""
         stored = _hub_images(self.dataset, self.subset, self.split, self.revision, self.column)[self.row][self.column]
-        source = stored["path"] if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
+        source = Path(stored["path"]) if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
         return _decode(source, f"dataset {self.dataset}, row {self.row}: cannot decode")
 
 
@@ -67,21 +77,124 @@ def _hub_images(dataset: str, subset: str | None, split: str, revision: str | No
 ImageReference = ImageFile | SceneImage | HubImage
 
 
-def _decode(source: Any, problem: str) -> Image:
-    from PIL import Image
+def _decode(source: Path | io.BytesIO, problem: str) -> Image:
+    from PIL import Image, UnidentifiedImageError
 
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice that size is an error
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return read_image(image)
+    except UnidentifiedImageError:
+        content = source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
+        raise ImageError(f"{problem}: {'its format is not known' if content else 'it is empty'}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise all kinds, by format
         raise ImageError(f"{problem}: {one_line(error)}") from None
 
 
-def hash_image(path: Path, where: str) -> str:
-    """Return the SHA-256 of an image file's content. Raises TaskError if it is missing."""
+def read_image(image: Image) -> Image:
+    """Return an opened image's first frame in RGB as a viewer shows it: upright, transparent parts on white.
+
+    The orientation is that of EXIF or XMP. Grey values of more than 8 bits are scaled by their range. Colour profiles
+    are not applied, nor do the processors of transformers apply them.
+
+    Raises:
+        ValueError: grey values outside every range that could be meant.
+    """
+    from PIL import Image
+
+    image.load()
+    turn = _turn(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_bytes(image)
+    elif image.mode == "La":  # Pillow has no way from here to RGB
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image) -> Any:
+    """Return the transposition that sets an image upright, None where it is."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return turns.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged entry turns nothing, in viewers neither
+        return None
+
+
+def _to_bytes(image: Image) -> Image:
+    """Scale grey values of modes I;16, I and F to 8 bits, with transparency as LA where one value stands for it.
+
+    16 bits by 65535 (TIFF: by the bits that it says it uses); whole numbers of 32 bits and floats by the smallest of
+    1 (floats), 255 and 65535 (whole numbers) that none exceeds.
+    """
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
+        (bits, *_) = tags.get(_BITS_PER_SAMPLE) or (16,)
+        top = 2**bits - 1
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            values = top - values
+    else:
+        ranges = (1, _BYTE) if image.mode == "F" else (_BYTE, _WORD)
+        lowest, highest = values.min(), values.max()
+        fitting = [top for top in ranges if lowest >= 0 and highest <= top]  # none for NaN
+        if not fitting:
+            raise ValueError(
+                f"its values of 32 bits go from {lowest:g} to {highest:g}; they must lie in "
+                f"{' or in '.join(f'0 to {top}' for top in ranges)}"
+            )
+        top = _WORD if image.format == "PPM" and image.mode == "I" else fitting[0]  # Pillow has scaled these
+    grey = Image.fromarray(np.rint(values * (_BYTE / top)).astype(np.uint8))
+    if "transparency" in image.info:
+        alpha = np.where(np.asarray(image) == image.info["transparency"], 0, _BYTE).astype(np.uint8)
+        return Image.merge("LA", (grey, Image.fromarray(alpha)))
+    return grey
+
+
+def image_key(content: bytes) -> str:
+    """Return the SHA-256 of an image file's content, and of the version of reading it where that makes a difference.
+
+    Evaluations of images that an earlier version read otherwise are so not taken for those of today.
+    """
+    return hashlib.sha256(content + (READING.encode() if _is_read_anew(content) else b"")).hexdigest()
+
+
+def _is_read_anew(content: bytes) -> bool:
+    """Tell from an image's header whether :func:`read_image` sees more in it than its mode."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            late = image.format == "PNG" and any(entry in content.partition(b"IDAT")[2] for entry in _LATE_ENTRIES)
+            plain = image.mode in _READ_ALIKE and not image.has_transparency_data
+            exif = Image.Image.getexif(image)  # a PNG's own would decode it in search of late entries
+            return late or not plain or exif.get(_ORIENTATION, 1) != 1
+    except Exception:  # damaged files raise all kinds; opening the image names them
+        return False
+
+
+def hash_image(path: Path, where: str) -> str:
+    """Return the key of an image file (:func:`image_key`). Raises TaskError if it is missing."""
+    try:
+        return image_key(path.read_bytes())
     except FileNotFoundError:
         raise TaskError(f"{where}: image {path} does not exist") from None
     except OSError as error:
