@@ -202,7 +202,7 @@ CASES = [
     Case("no such plan file", 2, ("plan.json", "cannot be read"), arguments=IMPORT),
     Case("plan file is cut off", 2, ("plan.json", "no valid plan"), plan_file(lambda p: json.dumps(p)[:99]), IMPORT),
     Case(
-        "plan file of a later version", 2, ("schema_version",), plan_file(lambda p: p.update(schema_version=2)), IMPORT
+        "plan file of a later version", 2, ("schema_version",), plan_file(lambda p: p.update(schema_version=3)), IMPORT
     ),
     Case("plan file without a plan", 2, ("plan", "required"), plan_file(lambda p: p.pop("plan") and None), IMPORT),
     Case("plan too short", 2, ("3 letters", "12 layers"), plan_file(lambda p: p.update(plan="RSR")), IMPORT),
@@ -366,7 +366,7 @@ def frozen_plan(directory: Path) -> plans.Plan:
         known = plans.list_plans(db)[0]
         figures = plans.PlanFigures(
             plan="F" + "R" * 11,
-            n=10,
+            n_samples=10,
             accuracy=0.9,
             accuracy_low=0.8,
             accuracy_high=1.0,
