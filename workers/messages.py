@@ -33,7 +33,8 @@ class ModelSource:
 
     ``path`` is a directory, the name of a bundled reference model, or a hub id. ``device`` is ``"auto"`` (a GPU if
     the worker holds one, else the CPU), ``"cpu"`` or ``"cuda"``. ``dtype`` is a torch dtype name or ``"auto"`` (the
-    checkpoint's own). ``allow_pickle`` names pickled weight files that may be read where there are no safetensors.
+    checkpoint's own; workers take float32 where their device would emulate that). ``allow_pickle`` names pickled weight
+    files that may be read where there are no safetensors.
     """
 
     path: str

@@ -31,7 +31,9 @@ class ModelSpec(Section):
     )
     revision: str | None = Field(default=None, description="Revision of a hub model; the default branch when absent.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Weights and activations; auto takes the checkpoint's own."
+        default="auto",
+        description="Weights and activations; auto takes the checkpoint's own, or float32 where the workers' device "
+        "would emulate that.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where a worker holds one.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(

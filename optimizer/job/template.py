@@ -21,7 +21,6 @@ ACTIONS = tuple(action.label for action in Action if action is not Action.RUN)
 EVALUATIONS_PER_LAYER = 8
 """Plans tried for every decoder layer, at least ``FEWEST_EVALUATIONS``."""
 FEWEST_EVALUATIONS = 100
-EMULATED_DTYPE = "much faster: this CPU emulates the checkpoint's bfloat16"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ def _text(model: str, task: str, found: ModelDescription, spec: TaskSpec, action
     others = [action for action in actions if action != "skip"]
     more = f" # this model also takes: {', '.join(others)}" if others and "skip" in actions else ""
     first = "skip" if "skip" in actions else actions[0]
-    dtype = f"\n  # dtype: float32          # {EMULATED_DTYPE}" if found.hint else ""
     after_evaluations, after_held_out = (
         " " * (width - len(str(n))) for width, n in ((13, evaluations), (16, splits.held_out))
     )
@@ -67,7 +65,7 @@ def _text(model: str, task: str, found: ModelDescription, spec: TaskSpec, action
 {found.parameters / 1e6:,.0f} million parameters{refused}
 # {_plain(spec.name)}: {spec.answer.kind} answers of up to {spec.answer.max_new_tokens} tokens, metric {spec.metric}
 model:
-  path: {_scalar(model)}{dtype}
+  path: {_scalar(model)}
 
 task: {_scalar(task)}
 

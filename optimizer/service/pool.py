@@ -51,7 +51,7 @@ def open_pool(inputs: JobInputs, progress: Progress) -> Iterator[WorkerPool]:
         check_plan_space(inputs, pool)
         for hint in hints(pool):
             progress.note(f"note: {hint}")
-        progress.note(f"{pool.size} workers on {pool.info[0].device}")
+        progress.note(f"{pool.size} workers on {pool.info[0].device}, computing in {pool.dtype}")
         yield pool
     finally:
         pool.close()

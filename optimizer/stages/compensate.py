@@ -84,7 +84,7 @@ def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refit
 
     torch.set_num_threads(max(1, int(spec.cluster.cpus_per_worker)))
     task = load_job_task(spec)
-    loaded = load_model(source or model_source(spec))
+    loaded = load_model(source or model_source(spec), measuring=True)
     if loaded.fingerprint != plan.fingerprint:
         raise UsageFault(
             f"model {loaded.name} has fingerprint {loaded.fingerprint[:12]}, plan {plan.id} was fitted on "

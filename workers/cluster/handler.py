@@ -13,7 +13,7 @@ import transformers
 
 from workers.cluster.settings import WorkerSettings
 from workers.device import lock as device_lock
-from workers.device.bfloat16 import slow_arithmetic
+from workers.device.arithmetic import dtype_name, slow_arithmetic
 from workers.engine.dispatch import EvaluationDispatch
 from workers.errors import ModelError
 from workers.evaluation.plain import PlainEvaluator
@@ -62,7 +62,7 @@ class Handler:
         torch.set_num_threads(settings.threads)
         device = "cpu" if source.device == "auto" and not settings.holds_gpu else source.device
         try:
-            return cls(load_model(source, device=device), task, settings)
+            return cls(load_model(source, device=device, measuring=True), task, settings)
         except UnsupportedFamilyError as error:
             raise ModelError(f"model {source.path}: {error}") from None
 
@@ -86,15 +86,21 @@ class Handler:
                 for allowed in self.descriptor.allowed
             ),
             parameters=self.loaded.parameters,
-            dtype=str(self.loaded.model.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.loaded.dtype),
             process=os.getpid(),
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            hint=slow_arithmetic(self.loaded.model.dtype, self.loaded.device),
+            hint=self._hint(),
         )
+
+    def _hint(self) -> str:
+        replaced = self.loaded.replaced_dtype
+        if replaced:
+            return f"model.dtype: auto is float32 here: the device would emulate the checkpoint's {replaced}"
+        return slow_arithmetic(self.loaded.dtype, self.loaded.device)
 
     def handle(self, request: Request) -> Reply:
         """Answer a request. What measures time takes the device for itself; everything else shares it.

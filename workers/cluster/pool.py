@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,6 +83,8 @@ class WorkerPool:
         self._owns_connection = False
         self.fingerprint = ""
         """The fingerprint of the model that the workers hold, once the first is ready."""
+        self.dtype = ""
+        """What the workers compute in, once the first is ready; ``auto`` may mean something else on each node."""
         self._next_look = 0.0
         self._no_new_workers_before = 0.0
 
@@ -348,7 +351,8 @@ class WorkerPool:
         settings = WorkerSettings(number, cluster.threads, holds_gpu=each.gpus > 0, batch_size=cluster.batch_size)
         resources = {"num_cpus": each.cpus, "num_gpus": each.gpus, "memory": each.memory or None}
         shell: Any = ray.remote(self._worker).options(**resources, max_restarts=0, max_task_retries=0)
-        actor = shell.remote(self.model, self._task_reference, settings)
+        model = replace(self.model, dtype=self.dtype) if self.dtype else self.model  # all as the first resolved auto
+        actor = shell.remote(model, self._task_reference, settings)
         deadline = time.monotonic() + PLACING_SECONDS
         return Slot(number, actor, actor.place.remote(), deadline, failed_starts=failed_starts)
 
@@ -389,10 +393,18 @@ class WorkerPool:
                 f"worker {info.worker} on {info.node} holds another model than the others (fingerprint "
                 f"{info.fingerprint[:12]}, not {self.fingerprint[:12]}): {self.model.path} differs between nodes"
             )
+        self.dtype = self.dtype or info.dtype
+        if info.dtype != self.dtype:
+            reason = f"it would compute in {info.dtype}, where the first worker computes in {self.dtype}"
+            if slot.failed_starts + 1 == FAILED_STARTS:
+                raise ClusterError(f"worker {info.worker} on {info.node}: {reason}")
+            self._lost(slot, reason)
+            return
         slot.info, slot.failed_starts, slot.stage = info, 0, "ready"
         ready = len(self.info)
         self._telemetry.count(ready)
-        log("worker_ready", worker=info.worker, node=info.node, device=info.device, process=info.process, workers=ready)
+        about = {"node": info.node, "device": info.device, "dtype": info.dtype, "process": info.process}
+        log("worker_ready", worker=info.worker, workers=ready, **about)
 
     def _kill(self, slot: Slot) -> None:
         if ray.is_initialized():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForImageTextToText
 
-from workers.device.bfloat16 import slow_arithmetic
 from workers.errors import ModelError
 from workers.messages import ModelSource
 from workers.runtime.descriptor import UnsupportedFamilyError
@@ -16,7 +15,7 @@ from workers.runtime.plan import Action
 from workers.text import one_line
 
 from .checkpoint import BUILT_MODELS, bundled_models, find_checkpoint
-from .loading import choose_device, load_config
+from .loading import load_config
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,6 @@ class ModelDescription:
     parameters: int
     refusals: dict[str, dict[int, str]]
     """By action (``"skip"``), the layers that may not take it and why; an action that all may take has no entry."""
-    hint: str = ""
-    """One-line performance hint about its dtype on this machine; empty if there is none."""
 
     def layers_for(self, action: str) -> int:
         """Count the layers that may take an action."""
@@ -58,8 +55,7 @@ def describe_model(source: ModelSource) -> ModelDescription:
             if action is not Action.RUN:
                 refusals.setdefault(action.label, {})[layer] = reason
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    hint = slow_arithmetic(model.dtype, torch.device(choose_device(source.device)))
-    return ModelDescription(described.family, described.num_layers, parameters, refusals, hint)
+    return ModelDescription(described.family, described.num_layers, parameters, refusals)
 
 
 def _where(source: ModelSource) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from workers.device.arithmetic import dtype_name, emulates
 from workers.errors import ModelError
 from workers.messages import ModelSource
 from workers.text import first_line
@@ -30,6 +31,8 @@ class LoadedModel:
     processor: ProcessorMixin
     fingerprint: str
     name: str
+    replaced_dtype: str = ""
+    """The checkpoint's own dtype where float32 stands in for it, because the device would emulate it."""
 
     @property
     def device(self) -> torch.device:
@@ -38,15 +41,22 @@ class LoadedModel:
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the model was loaded in; some families keep a few of their modules in float32."""
+        dtype: torch.dtype = self.model.config.dtype or self.model.dtype
+        return dtype
+
+    @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def load_model(source: ModelSource, *, device: str | None = None) -> LoadedModel:
+def load_model(source: ModelSource, *, device: str | None = None, measuring: bool = False) -> LoadedModel:
     """Load a model for inference.
 
-    ``device`` overrides the source's; ``"auto"`` is a GPU if one can be seen, else the CPU.
+    ``device`` overrides the source's; ``"auto"`` is a GPU if one can be seen, else the CPU. The dtype ``"auto"`` is the
+    checkpoint's own; with ``measuring``, float32 where the device would emulate that.
 
     Raises:
         ModelError: the model is not there, not of a supported kind, corrupt, or incomplete.
@@ -55,12 +65,18 @@ def load_model(source: ModelSource, *, device: str | None = None) -> LoadedModel
     directory = find_checkpoint(source)
     check_checkpoint(directory, source.allow_pickle)
     config = load_config(directory, source)
+    replaced = ""
+    if measuring and source.dtype == "auto":
+        own = config.dtype or _load_weights(directory, source, config).config.dtype  # not every one names it
+        if emulates(own, torch.device(target)):
+            source, replaced = replace(source, dtype="float32"), dtype_name(own)
     model = _load_weights(directory, source, config)
     return LoadedModel(
         model=model.to(target).eval(),
         processor=_load_processor(directory, source),
         fingerprint=fingerprint_checkpoint(directory, source.allow_pickle),
         name=source.path,
+        replaced_dtype=replaced,
     )
 
 

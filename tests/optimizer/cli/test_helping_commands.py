@@ -15,7 +15,6 @@ import yaml
 from optimizer.cli.diagnostics import examine
 from optimizer.cli.main import _run, app
 from optimizer.job.loading import load_job
-from optimizer.job.template import describe
 
 WITHOUT_DATA = {"serve", "dashboard", "jobs cancel", "jobs resume", "jobs remove"}
 """Commands that run until they are stopped, and those that only confirm what they were told to do."""
@@ -160,19 +159,7 @@ def test_doctor_says_whether_the_cpu_multiplies_bfloat16(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     (found,) = [each for each in examine("sqlite:///absent.db", "local") if each.area == "cpu bfloat16"]
     assert found.state == state
-    assert ("model.dtype: float32 is much faster here" in found.advice) == (state == "note")
-
-
-@pytest.mark.parametrize("emulated", [True, False])
-def test_init_offers_float32_where_the_cpu_emulates_bfloat16(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: bool
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not emulated})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    text = describe("llava-12", "easy-vqa", tmp_path).text
-    assert ("# dtype: float32 " in text) is emulated
-    (tmp_path / "job.yaml").write_text(text.replace("# dtype", "dtype"))
-    assert load_job(tmp_path / "job.yaml", environment={}).model.dtype == ("float32" if emulated else "auto")
+    assert ("model.dtype: auto computes in float32 instead" in found.detail) == (state == "note")
 
 
 def test_validate_says_when_the_held_out_split_cannot_prove_the_limit(

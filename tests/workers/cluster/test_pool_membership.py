@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,33 @@ def test_a_worker_that_dies_while_the_first_set_loads_is_replaced(
     with build(tiny_directory, Marked, workers=1) as pool:
         assert mark.exists() and pool.size == len(pool.info) == 1
         assert answers(pool, [0])[0].plan == "RR"
+
+
+class OtherNodes(Sleeper):
+    """Resolves ``auto`` as a node with a processor of its own: the first worker's and the second's differ."""
+
+    def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
+        super().__init__(model, task, settings)
+        own = "bfloat16" if settings.worker == 0 else "float32"
+        self._dtype = own if model.dtype == "auto" else model.dtype
+
+    def setup(self) -> WorkerInfo:
+        return replace(super().setup(), dtype=self._dtype)
+
+
+class Stubborn(OtherNodes):
+    """Computes in what its node computes in, whatever is asked for."""
+
+    def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
+        super().__init__(replace(model, dtype="auto"), task, settings)
+
+
+def test_all_workers_compute_in_what_auto_is_on_the_first(ray_cluster: None, tiny_directory: Path) -> None:
+    with build(tiny_directory, OtherNodes, workers=2) as pool:
+        assert [info.dtype for info in pool.info] == ["bfloat16", "bfloat16"] and pool.dtype == "bfloat16"
+        assert [each.plan for each in answers(pool, [0, 0])] == ["RR", "RR"]
+    with pytest.raises(ClusterError, match="would compute in float32, where the first worker computes in bfloat16"):
+        build(tiny_directory, Stubborn, workers=2).start()
 
 
 def test_memory_is_among_what_a_cluster_may_lack(ray_cluster: None, tiny_directory: Path) -> None:

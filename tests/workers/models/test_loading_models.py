@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,38 @@ def test_dtype_and_attention_are_taken_from_the_source(tiny_directory: Path) -> 
     loaded = load_model(ModelSource(str(tiny_directory), dtype="bfloat16", attention="eager", device="cpu"))
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_auto_computes_in_float32_where_the_checkpoints_own_dtype_is_emulated(
+    tmp_path: Path, small_task: Task, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    directory = tmp_path / "model"
+    processor = tiny_llava.build_processor()
+    tiny_llava.build_model(processor).bfloat16().save_pretrained(directory)
+    processor.save_pretrained(directory)
+    if not named:  # as in some published configurations: the weights say what the dtype is
+        config = json.loads((directory / "config.json").read_text())
+        for section in (config, config["text_config"], config["vision_config"]):
+            section.pop("dtype", None)
+        (directory / "config.json").write_text(json.dumps(config))
+
+    def worker(dtype: str, **flags: bool) -> handler.Handler:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | flags)
+        source = ModelSource(str(directory), dtype=dtype, device="cpu")
+        return handler.Handler.load(source, small_task, WorkerSettings(0))
+
+    emulated, told, native = worker("auto"), worker("float32"), worker("auto", avx512_bf16=True)
+    assert (emulated.info.dtype, told.info.dtype, native.info.dtype) == ("float32", "float32", "bfloat16")
+    # The same evaluations, bit for bit and on record: what is said of the worker differs in the hint alone.
+    assert replace(emulated.info, hint="") == told.info
+    assert emulated.info.hint == "model.dtype: auto is float32 here: the device would emulate the checkpoint's bfloat16"
+    assert native.info.hint == ""
+    assert "model.dtype: float32 is much faster here" in worker("bfloat16").info.hint
+    ours, theirs = emulated.loaded.model.state_dict(), told.loaded.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # What is exported keeps the checkpoint's own dtype on every machine.
+    assert load_model(ModelSource(str(directory), device="cpu")).model.dtype == torch.bfloat16
 
 
 def test_the_fingerprint_sees_weights_and_config_but_not_their_packing(tiny: LoadedModel, copy: Path) -> None:
