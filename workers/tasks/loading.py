@@ -11,7 +11,7 @@ from pathlib import Path
 from workers.errors import TaskError
 
 from .images import ImageFile, SceneImage, hash_image
-from .metrics import VQA_MINIMUM_ANSWERS
+from .metrics import NORMALISER, VQA_MINIMUM_ANSWERS, is_scored_anew
 from .samples import Sample
 from .spec import EasyVqaSource, FileSource, ScenesSource, SplitSizes, TaskSpec, load_spec
 from .splits import SPLITS, Region, make_splits
@@ -23,7 +23,8 @@ class Task:
     """A task with its data: the spec, the samples of each split, and hashes that identify them.
 
     ``data_hash`` covers every sample read from the source (image content, question, answers, options);
-    ``split_hash`` the samples of each split in order; ``definition_hash`` prompt, answer format and metrics.
+    ``split_hash`` the samples of each split in order; ``definition_hash`` prompt, answer format and metrics (with
+    their version, where that makes a difference to these answers).
     """
 
     spec: TaskSpec
@@ -59,6 +60,9 @@ def load_task(task: str | Path | TaskSpec) -> Task:
     if "vqa_accuracy" in spec.metrics:
         _require_annotators(regions, spec)
     splits = make_splits(regions, spec.splits, spec.name)
+    definition: tuple[object, ...] = (spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary)
+    if is_scored_anew(spec.metrics, (answer for region in regions for s in region.samples for answer in s.answers)):
+        definition += (NORMALISER,)
     return Task(
         spec=spec,
         **splits,
@@ -66,7 +70,7 @@ def load_task(task: str | Path | TaskSpec) -> Task:
         split_hash=_hash_text(
             json.dumps({name: [[s.id, s.image_key] for s in samples] for name, samples in splits.items()})
         ),
-        definition_hash=_hash_text(repr((spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary))),
+        definition_hash=_hash_text(repr(definition)),
     )
 
 

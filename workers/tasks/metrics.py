@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from workers.registry import Registry
 
@@ -24,6 +24,7 @@ _VQA_NUMBERS = {
 _VQA_ARTICLES = frozenset(("a", "an", "the"))
 _VQA_CHANGED = (*_VQA_ARTICLES, *_VQA_NUMBERS)
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_HAS_WORDS = re.compile(r"[^\W_]").search
 _PERIOD_NOT_DECIMAL = re.compile(r"\.(?!\d)")
 
 VQA_MINIMUM_ANSWERS = 4
@@ -37,6 +38,9 @@ def normalise_vqa(text: str) -> str:
     removed where a space stands beside it (or the text holds a number such as 1,000) and becomes a space elsewhere.
     The published table of contractions is left out: it puts back apostrophes that the punctuation rule has removed
     before, so between two texts normalised here it cannot change whether they are equal.
+
+    Unlike that code's, the rules empty no text: one of articles alone ("A", the letter of an option) keeps them, and
+    one of punctuation alone keeps that.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     remove_all = _COMMA_IN_NUMBER.search(text) is not None
@@ -45,8 +49,8 @@ def normalise_vqa(text: str) -> str:
         beside_space = f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if beside_space or remove_all else " ")
     cleaned = _PERIOD_NOT_DECIMAL.sub("", cleaned)
-    words = (_VQA_NUMBERS.get(word, word) for word in cleaned.lower().split())
-    return " ".join(word for word in words if word not in _VQA_ARTICLES)
+    words = [_VQA_NUMBERS.get(word, word) for word in cleaned.lower().split()]
+    return " ".join([word for word in words if word not in _VQA_ARTICLES] or words or text.lower().split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -70,9 +74,13 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def normalise_squad(text: str) -> str:
-    """Normalise a text by the SQuAD v1.1 rules (Rajpurkar et al. 2016): case, punctuation, articles, white space."""
+    """Normalise a text by the SQuAD v1.1 rules (Rajpurkar et al. 2016): case, punctuation, articles, white space.
+
+    Unlike the published code's, they empty no text, as in :func:`normalise_vqa`.
+    """
     lowered = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", lowered).split())
+    words = re.sub(r"\b(a|an|the)\b", " ", lowered).split()
+    return " ".join(words or lowered.split() or text.lower().split())
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -119,6 +127,21 @@ def _edits(first: str, second: str) -> int:
             kept = diagonal + (character != other)
             diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, kept)
     return row[-1]
+
+
+NORMALISER = "normaliser 2"
+"""Version of the rules of :func:`normalise_vqa` and :func:`normalise_squad`; the first one emptied some texts."""
+_NORMALISED = ("exact_match", "vqa_accuracy", "token_f1")
+
+
+def is_scored_anew(names: Iterable[str], answers: Iterable[str]) -> bool:
+    """Tell whether a metric gives other scores than in its first version: where that emptied an accepted answer.
+
+    Emptied answers of the model alone made no difference: they equalled no answer that has words, as they do not now.
+    """
+    if not set(names).intersection(_NORMALISED):
+        return False
+    return any(set(normalise_vqa(each).split()) <= _VQA_ARTICLES or not _HAS_WORDS(each) for each in set(answers))
 
 
 _DECIDED_BY_VQA_RULES = ("exact_match", "vqa_accuracy")

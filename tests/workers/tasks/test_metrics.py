@@ -6,9 +6,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.tasks.metrics import METRICS, anls, can_still_score, exact_match, normalise_vqa, token_f1, vqa_accuracy
+from workers.tasks.metrics import (
+    METRICS,
+    anls,
+    can_still_score,
+    exact_match,
+    is_scored_anew,
+    normalise_squad,
+    normalise_vqa,
+    token_f1,
+    vqa_accuracy,
+)
 
-WORDS = st.sampled_from(["red", "Red", "a circle", "two", "2", "yes.", "don't", "the", "1,000", "left of"])
+WORDS = st.sampled_from(
+    [
+        "A",
+        "A.",
+        "an",
+        "?",
+        "...",
+        "The a",
+        "red",
+        "Red",
+        "a circle",
+        "two",
+        "2",
+        "yes.",
+        "don't",
+        "the",
+        "1,000",
+        "left of",
+    ]
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +54,15 @@ WORDS = st.sampled_from(["red", "Red", "a circle", "two", "2", "yes.", "don't", 
         ("it's", "it s"),
         ("dogs, cats", "dogs cats"),
         ("on the\ttable\n", "on table"),
+        ("A", "a"),
+        ("A.", "a"),
+        ("(a)", "a"),
+        ("the", "the"),
+        ("The A", "the a"),
+        ("a b", "b"),
+        ("?", "?"),
+        ("...", "..."),
+        (" ", ""),
         ("what?", "what"),  # no space beside the mark: it becomes one, and splitting drops it
     ],
 )
@@ -33,10 +71,52 @@ def test_vqa_normalisation(text: str, expected: str) -> None:
 
 
 @given(st.text(max_size=30))
-def test_normalised_text_has_single_spaces_and_no_articles(text: str) -> None:
+def test_normalised_text_has_single_spaces_and_no_articles_beside_other_words(text: str) -> None:
     words = normalise_vqa(text).split(" ")
-    assert not {"a", "an", "the"} & set(words)
+    assert not {"a", "an", "the"} & set(words) or {"a", "an", "the"} >= set(words)
     assert normalise_vqa(text) == " ".join(words).strip()
+
+
+@given(st.one_of(WORDS, st.text(max_size=20), st.text(alphabet="aAnthe .,?'", max_size=8)))
+def test_a_normaliser_empties_no_text_and_an_empty_answer_is_never_right(text: str) -> None:
+    if text.strip():
+        assert normalise_vqa(text) and normalise_squad(text)
+        for name, metric in METRICS.items():
+            assert metric("", [text] * 4) == 0.0, name
+            assert metric(text, [text] * 4) == 1.0, name
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_letters_are_told_apart(name: str) -> None:
+    for right in "ABCDE":
+        for given_letter in "ABCDE":
+            assert METRICS[name](given_letter, [right] * 4) == float(given_letter == right)
+            assert METRICS[name](given_letter.lower(), [right] * 4) == float(given_letter == right)
+    if name != "anls":  # which compares characters
+        assert METRICS[name]("A.", ["A"] * 4) == METRICS[name]("(A)", ["A"] * 4) == 1.0
+
+
+def test_a_metric_counts_as_changed_only_where_it_gives_other_scores() -> None:
+    assert is_scored_anew(["exact_match"], ["B", "A"]) and is_scored_anew(["anls", "token_f1"], ["..."])
+    assert not is_scored_anew(["exact_match"], ["B", "a cat", "3.5"]) and not is_scored_anew(["anls"], ["A"])
+
+
+TEXTS = st.text(alphabet="aAnthe b.,?'1", max_size=8)
+
+
+@settings(max_examples=500)
+@given(
+    st.text(alphabet="aAnthe b.,?'1", max_size=8), st.lists(st.text(alphabet="aAnthe b.,?'1", min_size=1), min_size=4)
+)
+def test_scores_without_such_answers_are_those_of_the_published_rules(prediction: str, answers: list[str]) -> None:
+    """The published rules: articles go in any case, so that a text of them alone is empty."""
+
+    def vqa(text: str) -> str:
+        kept = [word for word in normalise_vqa(text).split() if word not in ("a", "an", "the")]
+        return "" if not any(map(str.isalnum, "".join(kept))) else " ".join(kept)
+
+    if not is_scored_anew(["exact_match"], answers):
+        assert exact_match(prediction, answers) == float(vqa(prediction) in map(vqa, answers))
 
 
 @given(st.text(max_size=20), st.lists(st.text(max_size=20), min_size=1, max_size=5))
@@ -72,7 +152,10 @@ def test_vqa_accuracy_refuses_too_few_annotators() -> None:
         ("red red", ["red"], 2 * 0.5 * 1 / 1.5),
         ("green", ["red", "green square"], 2 * 1 * 0.5 / 1.5),  # the better answer counts
         ("", ["red"], 0.0),
-        ("the", ["a"], 1.0),  # nothing is left on both sides
+        ("the", ["a"], 0.0),
+        ("the", ["the"], 1.0),
+        ("", ["the"], 0.0),
+        ("a b", ["b"], 1.0),
         ("dog", ["cat"], 0.0),
     ],
 )
@@ -101,7 +184,7 @@ def test_anls_by_hand(prediction: str, answers: list[str], expected: float) -> N
 
 
 PIECES = st.sampled_from(
-    ["t", "th", "the", "two", "re", "red", "a", "an", "yes", "ten", "circ", "no", "1", "2", "x", *" \n.,:'-\"?"]
+    ["A", "t", "th", "the", "two", "re", "red", "a", "an", "yes", "ten", "circ", "no", "1", "2", "x", *" \n.,:'-\"?"]
 )
 BEGINNINGS = st.lists(PIECES, min_size=1, max_size=6).map("".join)
 ENDINGS = st.one_of(
