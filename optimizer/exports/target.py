@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from optimizer.errors import UsageFault
+from workers.models.checkpoint import share_as_its_directory
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -52,6 +53,7 @@ def whole_directory(output: Path, *, force: bool) -> Iterator[Path]:
         fresh.mkdir()
         yield fresh
         require_contained(fresh)
+        share_as_its_directory(fresh)
         _sync(fresh)
         check_target(output, force=force)
         _take_place(fresh, output, staging / "replaced")

@@ -124,6 +124,14 @@ def weight_files(directory: Path, allow_pickle: Collection[str] = ()) -> tuple[P
     raise ModelError(f"model {directory}: has no model.safetensors, nor an index of several")
 
 
+def share_as_its_directory(directory: Path) -> None:
+    """Give files the permissions that their new directory got from the umask; safetensors makes its own files 0600."""
+    allowed = directory.stat().st_mode
+    for path in directory.rglob("*"):
+        executable = path.is_dir() or path.stat().st_mode & 0o100
+        path.chmod(allowed & (0o777 if executable else 0o666))
+
+
 def is_pickled(files: Iterable[Path]) -> bool:
     """Whether weight files are pickled ones."""
     return any(file.suffix != ".safetensors" for file in files)

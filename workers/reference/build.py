@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from workers.errors import ModelError
-from workers.models.checkpoint import BUNDLED_MODELS, fingerprint_checkpoint, hash_weights
+from workers.models.checkpoint import BUNDLED_MODELS, fingerprint_checkpoint, hash_weights, share_as_its_directory
 from workers.reference.language import LanguageModel, check_hash, fetch_wheel, read_wheel
 from workers.reference.smollm2 import Eyes, VisionArchitecture, join, smollm2_processor
 
@@ -82,6 +82,7 @@ def assemble(
         fresh = Path(scratch) / output.name
         model.save_pretrained(fresh)
         smollm2_processor(language.tokenizer).save_pretrained(fresh)
+        share_as_its_directory(fresh)
         found = hash_weights(fresh)
         if expected not in (None, found):
             raise ModelError(f"the assembled weights have the digest {found}, expected {expected}; nothing was written")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import yaml
 
 from optimizer.cli.diagnostics import examine
 from optimizer.cli.main import _run, app
+from optimizer.cli.options import write_file
 from optimizer.job.loading import load_job
+from storage.database import Database
+from workers.compensation import store
 
 WITHOUT_DATA = {"serve", "dashboard", "jobs cancel", "jobs resume", "jobs remove"}
 """Commands that run until they are stopped, and those that only confirm what they were told to do."""
@@ -160,6 +164,21 @@ def test_doctor_says_whether_the_cpu_multiplies_bfloat16(
     (found,) = [each for each in examine("sqlite:///absent.db", "local") if each.area == "cpu bfloat16"]
     assert found.state == state
     assert ("model.dtype: auto computes in float32 instead" in found.detail) == (state == "note")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_reports_maps_and_databases_take_the_users_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "new" / "report.html", "<html>")
+        store.put(str(tmp_path / "new" / "maps"), b"maps")
+        Database.open(f"sqlite:///{tmp_path}/new/jobs.db").close()
+    finally:
+        os.umask(before)
+    written = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
+    assert len(written) >= 5
+    for path in written:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 def test_validate_says_when_the_held_out_split_cannot_prove_the_limit(

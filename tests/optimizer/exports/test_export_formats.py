@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from export_builders import document
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimizer.errors import UsageFault
@@ -18,10 +18,11 @@ from optimizer.registries import EXPORT_FORMATS
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 
-FORMATS = tuple(EXPORT_FORMATS.values())  # imported here, not within an example's deadline
+FORMATS = tuple(EXPORT_FORMATS.values())
 PLANS = st.text("RFBS", min_size=1, max_size=24).map(SkipPlan.parse)
 
 
+@settings(deadline=None)  # a busy machine is no fault of a format's
 @given(PLANS, st.sampled_from(["none", "linear"]))
 def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, compensation: str):
     taking, refusals = set(), []
@@ -50,6 +51,22 @@ def llama_cpp_export(model_directory: Path, output: Path) -> Path:
     return export_plan(
         document("RSRRSR", model_directory), ModelSource(str(model_directory)), "llama-cpp", output
     ).directory
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize("name", [chosen.name for chosen in FORMATS if chosen.name != "openvino"])
+def test_exported_files_take_the_users_umask(model_directory: Path, tmp_path: Path, name: str, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        written = export_plan(
+            document("RSRRSR", model_directory), ModelSource(str(model_directory)), name, tmp_path / "new" / "export"
+        )
+    finally:
+        os.umask(before)
+    scripts = {"vllm": ["serve.sh"], "llama-cpp": ["prune.sh"]}.get(name, [])
+    for path in (written.directory.parent, written.directory, *written.directory.rglob("*")):
+        executable = path.is_dir() or path.name in scripts
+        assert path.stat().st_mode & 0o777 == (0o777 if executable else 0o666) & ~umask, path.name
 
 
 def run_script(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

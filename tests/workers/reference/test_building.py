@@ -105,6 +105,13 @@ def test_the_assembled_model_holds_both_parts_and_nothing_else(language, assembl
     assert "gguf" not in (directory / "config.json").read_text()
 
 
+def test_another_user_may_read_the_assembled_model(assembled):
+    directory, _ = assembled
+    shared = directory.stat().st_mode & 0o666
+    assert shared & 0o044  # else this test would see nothing
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {shared}
+
+
 def test_its_processor_needs_nothing_of_ours_and_sees_64_vision_tokens(assembled):
     directory, _ = assembled
     processor = AutoProcessor.from_pretrained(directory)
