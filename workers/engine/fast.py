@@ -125,7 +125,8 @@ class FastEvaluator:
         plans = (dense, _mixed(self.decoder.descriptor))
         expected = {dense.text: answers, plans[1].text: self.plain.answer(plans[1], chosen)}
         # The model's own answers are the right ones here, so that every one of them is compared token by token.
-        own = [replace(s, answers=(expected[dense.text].texts.get(s.id) or "-",)) for s in chosen]
+        texts = expected[dense.text].texts
+        own = [replace(s, answers=(texts.get(s.id) or "-",) * len(s.answers)) for s in chosen]  # one an annotator
         self._use_maps_of(NO_COMPENSATION)
         if self._size_is_open:
             self._size_is_open = False

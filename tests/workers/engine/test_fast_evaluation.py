@@ -75,6 +75,23 @@ def test_random_plans_score_the_same_on_every_sample(plain: PlainEvaluator, fast
     assert len({each.scores for each in quick}) > 6  # else the comparison would show little
 
 
+@pytest.mark.parametrize("annotators", [4, 5, 10])
+def test_answers_of_several_annotators_score_the_same(tiny: LoadedModel, answered: Task, annotators: int) -> None:
+    spec = answered.spec.changed(metric="vqa_accuracy", secondary=("exact_match",))
+    search = tuple(  # two to ten of the annotators agree, so that there are scores between 0 and 1
+        replace(s, answers=s.answers * min(2 + number % 9, annotators) + ("-",) * (annotators - 2 - number % 9))
+        for number, s in enumerate(answered.search[:24])
+    )
+    plain = PlainEvaluator(tiny, replace(answered, spec=spec, search=search))
+    fast = FastEvaluator(plain, chunk_tokens=700)
+    fast.check("search")
+    request = EvaluatePlans(random_plans(LAYERS, 8, seed=6), "search", 24)
+    quick, slow = evaluations(fast.evaluate_all(request)), evaluations(plain.evaluate_all(request))
+    assert [each.scores for each in quick] == [each.scores for each in slow]
+    assert [each.secondary for each in quick] == [each.secondary for each in slow]
+    assert any(0 < score < 1 for each in quick for score in each.scores)
+
+
 @pytest.mark.parametrize("compensation", ["none", "linear tokens=256"])
 def test_open_answers_are_decoded_on_without_the_plain_path(
     tiny: LoadedModel, answered: Task, compensation: str, monkeypatch: pytest.MonkeyPatch
