@@ -166,7 +166,7 @@ CASES = [
     Case("protected layer that is not there", 2, ("protect", "layer 99", "0..11"), append("protect: [99]\n")),
     # tasks
     Case("unknown task", 2, ("nothing", "easy-vqa", "scenes"), replace("job.yaml", "task.yaml", "nothing")),
-    Case("task field unknown", 2, ("task.yaml.metric", "missing"), replace("task.yaml", "metric:", "metrics:")),
+    Case("task field unknown", 2, ("task.yaml: metrics", "metric?"), replace("task.yaml", "metric:", "metrics:")),
     Case("unknown metric", 2, ("metric", "exact_match"), replace("task.yaml", "exact_match", "exactly")),
     Case("unknown placeholder", 2, ("prompt", "{question}"), replace("task.yaml", "{question}", "{query}")),
     Case("splits too large", 2, ("splits", "too few images"), replace("task.yaml", "search: 2", "search: 2000")),
