@@ -142,7 +142,7 @@ def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -
     try:
         directory = find_checkpoint(source)
         check_checkpoint(directory, source.allow_pickle)
-        fingerprint = fingerprint_checkpoint(directory, source.allow_pickle)
+        fingerprint = fingerprint_checkpoint(directory, source.allow_pickle, trust_remote_code=source.trust_remote_code)
     except ModelError as error:
         raise UsageFault(f"{error}; --model-path names where it is now") from None
     if fingerprint != plan.model.fingerprint and not force_model:

@@ -135,7 +135,9 @@ def model_fingerprint(spec: JobSpec) -> str:
     """Hash the model's files; empty when they are on a cluster's nodes only. Raises UsageFault."""
     if spec.cluster.address != "local":
         return ""
-    return fingerprint_checkpoint(find_model(spec), spec.model.allow_pickle)
+    return fingerprint_checkpoint(
+        find_model(spec), spec.model.allow_pickle, trust_remote_code=spec.model.trust_remote_code
+    )
 
 
 def task_hash(task: Task) -> str:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,19 @@ BUNDLED_MODELS = Path(__file__).resolve().parents[2] / "configs" / "reference"
 BUILT_MODELS = {"smollm2-30": "smollm2"}
 """Models by name that `skipplan reference build RECIPE` assembles in the cache directory."""
 
-SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
-PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
-"""Names under which transformers looks for weights: an index of several files, or a single file."""
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Names under which transformers looks for weights: a single file goes before an index of several."""
 
 PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+SETTINGS_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.bpe", "*.tokenizer", "*.vocab")
+"""What transformers and tokenizers of its models read beside weights: configurations, vocabularies, templates."""
+
+HUB_FILES = ("*.safetensors", *SETTINGS_FILES)
+CHAT_TEMPLATES = "additional_chat_templates"
+NOT_READ = ("*.index.json", "skipplan.json", "trainer_state.json", "*results.json", "LICENSE*", "README*")
+"""Files of these endings that no answer depends on; of an index, what it names is hashed."""
+
 VOLATILE_CONFIG_FIELDS = frozenset(("transformers_version", "_name_or_path", "_commit_hash"))
 
 _HEADER_SIZE_BYTES = 8
@@ -103,15 +112,24 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path, allow_pickle: Collection[str] = ()) -> tuple[Path, ...]:
-    """Return the weight files, all that an index names if there is one: safetensors, or else pickled ones.
+    """Return the weight files that transformers loads: safetensors, or else pickled ones.
 
-    Pickled files are only taken when each is named in ``allow_pickle``.
+    In the order of ``_get_resolved_checkpoint_files`` of transformers: what ``transformers_weights`` of the config
+    names, else a single file, else all that an index names. Pickled files are only taken when each is named in
+    ``allow_pickle``.
 
     Raises:
         ModelError: there are none, one is missing, or they are pickled and not all allowed.
     """
-    for index_name, single_name in (SAFETENSORS, PICKLED):
-        files = _indexed_files(directory, index_name) or tuple(directory.glob(single_name))
+    named = read_config(directory).get("transformers_weights")
+    if isinstance(named, str):
+        files = _indexed_files(directory, named) if named.endswith(".index.json") else _named_files(directory, [named])
+        if not files or is_pickled(files):
+            raise ModelError(f"model {directory}: transformers_weights of config.json is no safetensors file: {named}")
+        return files
+    for single_name, index_name in (SAFETENSORS, PICKLED):
+        single = directory / single_name
+        files = (single,) if single.is_file() else _indexed_files(directory, index_name)
         refused = [file.name for file in files if file.suffix != ".safetensors" and file.name not in allow_pickle]
         if files and not refused:
             return files
@@ -145,32 +163,79 @@ def _indexed_files(directory: Path, index_name: str) -> tuple[Path, ...]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"model {directory}: {index.name} is not a readable index of weights") from None
+    return _named_files(directory, names, index.name)
+
+
+def _named_files(directory: Path, names: Iterable[str], where: str = "config.json") -> tuple[Path, ...]:
     for name in names:
         if Path(name).name != name:
-            raise ModelError(f"model {directory}: {index.name} names a file outside the directory: {name}")
+            raise ModelError(f"model {directory}: {where} names a file outside the directory: {name}")
         if not (directory / name).is_file():
-            raise ModelError(f"model {directory}: weight file {name} is missing (named in {index.name})")
+            raise ModelError(f"model {directory}: weight file {name} is missing (named in {where})")
     return tuple(directory / name for name in names)
 
 
-def fingerprint_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> str:
-    """Identify a model by its config and weights.
+def fingerprint_checkpoint(
+    directory: Path, allow_pickle: Collection[str] = (), *, trust_remote_code: bool = False
+) -> str:
+    """Identify a model by everything in its directory that its answers depend on.
 
-    SHA-256 over the config as canonical JSON, without the fields that change with the program that saved it
-    (``transformers_version``, ``_name_or_path``, ``_commit_hash``), and over every tensor in the order of names: name,
-    dtype, shape, and the SHA-256 of its bytes. How the tensors are spread over files does not matter. Pickled files are
-    not opened for this: each counts as a whole, by its name and bytes.
+    SHA-256 over the config as canonical JSON; over every tensor in the order of names: name, dtype, shape, and the
+    SHA-256 of its bytes; and over the other files that transformers reads (:func:`settings_files`), by name. Those
+    that end in ``config.json`` count as JSON, without the fields that change with the program that saved them
+    (``transformers_version``, ``_name_or_path``, ``_commit_hash``), the others by their bytes. How tensors are spread
+    over files does not matter. Pickled files are not opened: each counts as a whole, by its name and bytes.
 
     Raises:
         ModelError: as :func:`check_checkpoint`.
     """
-    digest = hashlib.sha256(canonical_config(read_config(directory)).encode())
-    entries: list[tuple[str, ...]] = []
+    config = read_config(directory)
+    digest = hashlib.sha256(canonical_config(config).encode())
+    entries = [(name, _hash_settings(path)) for name, path in settings_files(directory, trust_remote_code).items()]
+    entries.append(("saved before transformers 5", str(_is_saved_before_5(config))))
+    digest.update(_joined(entries))
+    tensors: list[tuple[str, ...]] = []
     for file in weight_files(directory, allow_pickle):
-        entries += [(file.name, _hash_file(file))] if is_pickled([file]) else list(_hash_tensors(file))
-    for entry in sorted(entries):
-        digest.update(b"\0" + "\0".join(entry).encode())
+        tensors += [(file.name, _hash_file(file))] if is_pickled([file]) else list(_hash_tensors(file))
+    digest.update(_joined(tensors))
     return digest.hexdigest()
+
+
+def settings_files(directory: Path, trust_remote_code: bool = False) -> dict[str, Path]:
+    """Return the files beside weights and ``config.json`` that an answer may depend on, by their relative names.
+
+    They lie in the directory, or in a folder of it with templates or with a configuration of its own, such as that of
+    a second tokenizer. Code counts where it is run, at any depth.
+    """
+    folders = [directory, directory / CHAT_TEMPLATES, *{path.parent for path in directory.glob("*/*config.json")}]
+    found = [path for folder in folders for pattern in SETTINGS_FILES for path in folder.glob(pattern)]
+    if trust_remote_code:
+        found += directory.rglob("*.py")
+    names = {path.relative_to(directory).as_posix(): path for path in found if path.is_file()}
+    names = {name: path for name, path in names.items() if not name.startswith(".") and "/." not in name}
+    return {
+        name: names[name]
+        for name in sorted(names)
+        if name != "config.json" and not any(fnmatch(names[name].name, pattern) for pattern in NOT_READ)
+    }
+
+
+def _hash_settings(path: Path) -> str:
+    if path.name.endswith("config.json"):
+        with suppress(ValueError, OSError):  # what is no JSON counts by its bytes
+            text = canonical_config(json.loads(path.read_text(encoding="utf-8")), sort_keys=False)
+            return hashlib.sha256(text.encode()).hexdigest()
+    return _hash_file(path)
+
+
+def _is_saved_before_5(config: dict[str, Any]) -> bool:
+    """Whether transformers takes a tokenizer beside this config for one saved before 5.0 (``_patch_mistral_regex``)."""
+    major = str(config.get("transformers_version") or "0").partition(".")[0]
+    return not major.isdigit() or int(major) < 5
+
+
+def _joined(entries: Iterable[tuple[str, ...]]) -> bytes:
+    return b"".join(b"\0" + "\0".join(entry).encode() for entry in sorted(entries))
 
 
 def hash_weights(directory: Path) -> str:
@@ -183,15 +248,15 @@ def hash_weights(directory: Path) -> str:
     return hashlib.sha256(b"\0".join("\0".join(entry).encode() for entry in entries)).hexdigest()
 
 
-def canonical_config(config: dict[str, Any]) -> str:
-    """Return a config as JSON with sorted keys and without volatile fields, at any depth."""
+def canonical_config(config: Any, *, sort_keys: bool = True) -> str:
+    """Return a config as JSON without volatile fields, at any depth."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
             return {str(key): clean(item) for key, item in value.items() if key not in VOLATILE_CONFIG_FIELDS}
         return [clean(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return json.dumps(clean(config), sort_keys=True, separators=(",", ":"), default=str)
+    return json.dumps(clean(config), sort_keys=sort_keys, separators=(",", ":"), default=str)
 
 
 def _tensors(file: Path) -> tuple[int, dict[str, Any]]:

@@ -74,7 +74,7 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
     return LoadedModel(
         model=model.to(target).eval(),
         processor=_load_processor(directory, source),
-        fingerprint=fingerprint_checkpoint(directory, source.allow_pickle),
+        fingerprint=fingerprint_checkpoint(directory, source.allow_pickle, trust_remote_code=source.trust_remote_code),
         name=source.path,
         replaced_dtype=replaced,
     )

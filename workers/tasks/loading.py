@@ -10,12 +10,15 @@ from pathlib import Path
 
 from workers.errors import TaskError
 
-from .images import ImageFile, SceneImage, hash_image
-from .metrics import NORMALISER, VQA_MINIMUM_ANSWERS, is_scored_anew
+from .images import READING, ImageFile, SceneImage, hash_image
+from .metrics import VQA_MINIMUM_ANSWERS, metric_version
 from .samples import Sample
 from .spec import EasyVqaSource, FileSource, ScenesSource, SplitSizes, TaskSpec, load_spec
 from .splits import SPLITS, Region, make_splits
 from .tables import read_file, read_hub
+
+ASKING_VERSION = 1
+"""Raised when a question and its image become another prompt for the same model (``workers/models/prompts.py``)."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Task:
     """A task with its data: the spec, the samples of each split, and hashes that identify them.
 
     ``data_hash`` covers every sample read from the source (image content, question, answers, options);
-    ``split_hash`` the samples of each split in order; ``definition_hash`` prompt, answer format and metrics (with
-    their version, where that makes a difference to these answers).
+    ``split_hash`` the samples of each split in order; ``definition_hash`` prompt, answer format, metrics, and the
+    versions of what reads images, asks and scores.
     """
 
     spec: TaskSpec
@@ -60,9 +63,6 @@ def load_task(task: str | Path | TaskSpec) -> Task:
     if "vqa_accuracy" in spec.metrics:
         _require_annotators(regions, spec)
     splits = make_splits(regions, spec.splits, spec.name)
-    definition: tuple[object, ...] = (spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary)
-    if is_scored_anew(spec.metrics, (answer for region in regions for s in region.samples for answer in s.answers)):
-        definition += (NORMALISER,)
     return Task(
         spec=spec,
         **splits,
@@ -70,8 +70,15 @@ def load_task(task: str | Path | TaskSpec) -> Task:
         split_hash=_hash_text(
             json.dumps({name: [[s.id, s.image_key] for s in samples] for name, samples in splits.items()})
         ),
-        definition_hash=_hash_text(repr(definition)),
+        definition_hash=_hash_definition(spec),
     )
+
+
+def _hash_definition(spec: TaskSpec) -> str:
+    """Hash how samples are asked and scored: prompt, answer format, metrics, and the versions of what does it."""
+    fields = (spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary)
+    versions = {"images": READING, "prompts": ASKING_VERSION} | {name: metric_version(name) for name in spec.metrics}
+    return _hash_text(repr((fields, versions)))
 
 
 def _read(spec: TaskSpec) -> list[Region]:

@@ -5,10 +5,14 @@ For tasks in which the model chooses among options: from an option and its log-l
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
 
 from workers.registry import Registry
 
@@ -129,21 +133,6 @@ def _edits(first: str, second: str) -> int:
     return row[-1]
 
 
-NORMALISER = "normaliser 2"
-"""Version of the rules of :func:`normalise_vqa` and :func:`normalise_squad`; the first one emptied some texts."""
-_NORMALISED = ("exact_match", "vqa_accuracy", "token_f1")
-
-
-def is_scored_anew(names: Iterable[str], answers: Iterable[str]) -> bool:
-    """Tell whether a metric gives other scores than in its first version: where that emptied an accepted answer.
-
-    Emptied answers of the model alone made no difference: they equalled no answer that has words, as they do not now.
-    """
-    if not set(names).intersection(_NORMALISED):
-        return False
-    return any(set(normalise_vqa(each).split()) <= _VQA_ARTICLES or not _HAS_WORDS(each) for each in set(answers))
-
-
 _DECIDED_BY_VQA_RULES = ("exact_match", "vqa_accuracy")
 
 
@@ -189,6 +178,7 @@ def _vqa_word(word: str) -> str:
 def checked(name: str, metric: Metric) -> Metric:
     """Wrap a user's metric to raise ValueError when a score is no number in [0, 1]."""
 
+    @wraps(metric)
     def score(prediction: str, answers: Sequence[str]) -> float:
         found = float(metric(prediction, answers))
         if not 0.0 <= found <= 1.0:
@@ -221,9 +211,33 @@ CHOICE_METRICS: dict[str, ChoiceMetric] = {
 }
 """Metrics of tasks in which the model chooses: 1 where the right option is worth most, else 0."""
 
+VERSIONS = {
+    "exact_match": 2,
+    "vqa_accuracy": 2,
+    "token_f1": 2,
+    "anls": 1,
+    "multiple_choice": 1,
+    "multiple_choice_per_byte": 1,
+}
+"""Versions of the metrics with their normalisers. One is raised when its metric scores any answer otherwise.
+
+2: normalisers no longer empty a text.
+"""
+
 METRICS: Registry[Metric] = Registry(
     "skipplan.metrics",
     {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "token_f1": token_f1, "anls": anls},
     adapt=checked,
 )
 """The metrics a task file may name: the project's, and users' own from the entry point group."""
+
+
+def metric_version(name: str) -> str:
+    """Name the version of a metric: of a user's own, a hash of the file that it is defined in.
+
+    Raises UnknownNameError.
+    """
+    if name in VERSIONS:
+        return str(VERSIONS[name])
+    file = getattr(sys.modules.get(METRICS[name].__module__), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

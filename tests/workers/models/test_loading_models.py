@@ -183,6 +183,7 @@ def test_corrupt_weights_are_named(copy: Path, damage: str) -> None:
         weights.write_bytes(b"\xff" * 100)
         refused(copy, r"model\.safetensors is corrupt: its header has an impossible length")
     else:
+        weights.unlink()
         (copy / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
         refused(copy, "weight file gone.safetensors is missing")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from workers.errors import TaskError
 from workers.tasks import Sample, load_task, parse_spec
-from workers.tasks.metrics import METRICS
+from workers.tasks.metrics import CHOICE_METRICS, METRICS, VERSIONS, metric_version
 
 SHORT = {"kind": "short", "max_new_tokens": 4}
 CHOICE = {"kind": "choice"}
@@ -165,3 +165,9 @@ def test_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (metric("red", ["rose"]), metric("red", ["blue"])) == (1.0, 0.0)
     with pytest.raises(ValueError, match=r"metric percent gave 100\.0; a score lies in"):
         METRICS["percent"]("red", ["red"])
+    version = metric_version("first_letter")
+    assert metric_version("exact_match") == str(VERSIONS["exact_match"]) != version
+    with (tmp_path / "my_metrics.py").open("a") as file:
+        file.write("# another")
+    assert metric_version("first_letter") != version
+    assert VERSIONS.keys() == {*METRICS.built_in, *CHOICE_METRICS}
