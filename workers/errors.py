@@ -22,6 +22,10 @@ class ImageError(TaskError):
     """One image cannot be decoded; the sample that shows it fails, the job goes on."""
 
 
+class PromptError(TaskError):
+    """One sample cannot be asked of this model; the sample fails, the job goes on."""
+
+
 class ClusterError(WorkersError):
     """The cluster cannot be reached, lacks what was asked for, or lost all its workers."""
 

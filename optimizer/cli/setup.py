@@ -54,18 +54,22 @@ def _seen_from(directory: Path, name: str) -> str:
 @app.command()
 def validate(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Job files (YAML).", show_default=False)],
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Put only the first and last sample of each split through the processor."),
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Check job files without running anything and without a network.
 
-    Checks every field of the job and its task, at the data and images that are on this machine, and at the model's
-    files if they are. Files on a hub are listed as not checked.
+    Checks every field of the job and its task, the data and images that are on this machine, the model's files if they
+    are, and puts every sample through the model's processor. Files on a hub are listed as not checked.
 
     [bold]Example:[/bold] skipplan validate configs/examples/*.yaml
     """
     from optimizer.service.preflight import check_job_file
 
-    found = [check_job_file(path) for path in configs]
+    found = [check_job_file(path, quick=quick) for path in configs]
     if as_json:
         print_json([asdict(each) for each in found])
         return 0

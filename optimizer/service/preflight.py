@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optimizer.errors import UsageFault
-from optimizer.job.inputs import check_images, check_rungs, find_model, load_job_task, task_of
+from optimizer.job.inputs import check_images, check_rungs, find_model, load_job_task, model_source, task_of
 from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
 from optimizer.verification.verdict import least_provable_drop
+from workers.errors import ModelError
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
-from workers.tasks import Task
-from workers.tasks.spec import HubSource
+from workers.tasks import Sample, Task
+from workers.tasks.spec import FileSource, HubSource
+from workers.tasks.splits import SPLITS
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,14 @@ class Checked:
     """Settings that are allowed, but will probably not do what was meant."""
 
 
-def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) -> Checked:
+SHOWN_PROBLEMS = 5
+"""Samples that cannot be asked that are named; the others are counted."""
+
+
+def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None, quick: bool = False) -> Checked:
     """Check the job's fields, its task file, and whatever of data and model lies on this machine.
 
+    Every sample goes through the model's processor as in the job, with ``quick`` the first and last of each split.
     Nothing is downloaded. Raises UsageFault naming the file and the field, column, row, image or model file.
     """
     spec = load_job(path, environment=environment)
@@ -43,6 +50,7 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) 
         raise UsageFault(f"{path}: {fault}") from None
     good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
     notes: list[str] = []
+    data = None
     if isinstance(task.source, HubSource):
         unknown.append(f"data set {task.source.id}: its rows and images are on the hub")
     else:
@@ -54,10 +62,41 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None) 
         notes += too_few_to_prove(spec, data)
     if is_local(spec.model.path):
         find_model(spec)
-        good.append(f"model {spec.model.path}: configuration and weight files")
+        good.append(f"model {spec.model.path}: configuration, weight files and processor")
+        asked = _require_askable(spec, data, quick=quick)
+        if asked:
+            good.append(f"{asked} prompts, as the model's processor makes them")
     else:
         unknown.append(f"model {spec.model.path}: its files are on the hub")
     return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown), tuple(notes))
+
+
+def _require_askable(spec: JobSpec, task: Task | None, *, quick: bool) -> int:
+    """Put samples through the model's processor and count them. Raises UsageFault naming file, row and column."""
+    from workers.models.dry_run import find_problems
+
+    samples: list[Sample] = []
+    for split in SPLITS:
+        whole = task.split(split) if task else ()
+        samples += [whole[0], whole[-1]] if quick and whole else whole
+    try:
+        problems = list(find_problems(model_source(spec), task_of(spec), samples))
+    except ModelError as error:
+        raise UsageFault(str(error)) from None
+    if task and problems:
+        lines = [_place(task, sample, field) + reason for sample, (field, reason) in problems[:SHOWN_PROBLEMS]]
+        more = len(problems) - len(lines)
+        raise UsageFault("; ".join(lines) + (f"; and {more} more of {len(samples)} samples" if more > 0 else ""))
+    return len(samples)
+
+
+def _place(task: Task, sample: Sample, field: str) -> str:
+    """Name a sample's row of its file, and a column; a sample of another source by its id."""
+    source = task.spec.source
+    if not isinstance(source, FileSource):
+        return f"task {task.name}, sample {sample.id}: "
+    column = f", column {getattr(source.columns, field)!r}: " if field else ": "
+    return f"{source.path}, {sample.id.replace('-', ' ')}{column}"
 
 
 def too_few_to_prove(spec: JobSpec, task: Task) -> list[str]:

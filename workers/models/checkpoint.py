@@ -100,6 +100,11 @@ def check_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> Non
 def read_config(directory: Path) -> dict[str, Any]:
     """Read ``config.json``. Raises ModelError if it is missing or no JSON object."""
     path = directory / "config.json"
+    if not path.is_file() and (directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model {directory}: holds an adapter (adapter_config.json), not a model; merge it into its base model "
+            "(peft: merge_and_unload, then save_pretrained, and the base model's processor) and give that directory"
+        )
     if not path.is_file():
         raise ModelError(f"model {directory}: has no config.json, so it is not a Hugging Face checkpoint")
     try:

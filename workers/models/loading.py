@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from workers.device.arithmetic import dtype_name, emulates
 from workers.errors import ModelError
@@ -19,8 +19,10 @@ from .checkpoint import (
     find_checkpoint,
     fingerprint_checkpoint,
     is_pickled,
+    read_config,
     weight_files,
 )
+from .processors import load_processor
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
     model = _load_weights(directory, source, config)
     return LoadedModel(
         model=model.to(target).eval(),
-        processor=_load_processor(directory, source),
+        processor=load_processor(directory, source, config),
         fingerprint=fingerprint_checkpoint(directory, source.allow_pickle, trust_remote_code=source.trust_remote_code),
         name=source.path,
         replaced_dtype=replaced,
@@ -93,12 +95,20 @@ def choose_device(device: str) -> str:
 
 def load_config(directory: Path | str, source: ModelSource) -> Any:
     """Read the configuration at a directory or hub id. Raises ModelError when it is of no model that can be loaded."""
+    if Path(directory).is_dir():
+        read_config(Path(directory))  # says more than transformers where it is missing
     try:
         config = AutoConfig.from_pretrained(
             directory, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(f"model {source.path}: config.json is not usable: {first_line(error)}") from None
+    for section in (config, getattr(config, "text_config", None)):
+        if quantised := getattr(section, "quantization_config", None):
+            raise ModelError(
+                f"model {source.path}: its weights are quantised ({dict(quantised).get('quant_method', 'unknown')}); "
+                "take the checkpoint that it was made of"
+            )
     known = type(config) in AutoModelForImageTextToText._model_mapping
     remote = source.trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
     if not known and not remote:
@@ -133,21 +143,3 @@ def _load_weights(directory: Path, source: ModelSource, config: Any) -> PreTrain
         )
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _load_processor(directory: Path, source: ModelSource) -> ProcessorMixin:
-    try:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
-    except Exception as error:  # processors of any family raise all kinds here
-        raise ModelError(f"model {source.path}: its processor cannot be loaded: {first_line(error)}") from None
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or getattr(processor, "image_processor", None) is None:
-        raise ModelError(f"model {source.path}: its processor does not take both images and text")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(f"model {source.path}: its tokenizer has neither a padding nor an end token")
-        # Padding is masked out, so which token stands there does not matter.
-        tokenizer.pad_token = tokenizer.eos_token
-    typed: ProcessorMixin = processor
-    return typed

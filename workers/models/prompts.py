@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from workers.errors import PromptError
 from workers.tasks.samples import Sample
 from workers.tasks.spec import TaskSpec
+
+from .processors import special_token_in
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,8 +24,8 @@ def prompt_text(spec: TaskSpec, sample: Sample) -> str:
 
 
 def has_chat_template(processor: ProcessorMixin) -> bool:
-    """Whether processor or tokenizer carries a chat template."""
-    return bool(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
+    """Whether a loaded processor has a chat template, of its own or its tokenizer's."""
+    return bool(getattr(processor, "chat_template", None))
 
 
 def rendered(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> str:
@@ -43,13 +46,28 @@ def _plain_text(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> st
     return spec.plain_prompt.format(image=token, prompt=prompt_text(spec, sample))
 
 
+def stray_token(processor: ProcessorMixin, sample: Sample) -> tuple[str, str] | None:
+    """Find a special token of the model in what a sample says: in which field (``question``), and what to do."""
+    for field, texts in (("question", (sample.question,)), ("choices", sample.choices)):
+        for text in texts:
+            if token := special_token_in(processor, text):
+                return field, f"holds {token!r} in its text, a special token of this model; write it in another way"
+    return None
+
+
 def build_inputs(
     processor: ProcessorMixin, spec: TaskSpec, samples: Sequence[Sample], images: Sequence[Image]
 ) -> BatchFeature:
     """Turn samples and their opened images into model inputs on the CPU, padded on the left.
 
     ``input_ids`` and ``attention_mask`` are ``[batch, tokens]``; the image tensors are the family's own.
+
+    Raises:
+        PromptError: a special token of the model stands in a sample's question or in one of its options.
     """
+    for sample in samples:
+        if stray := stray_token(processor, sample):
+            raise PromptError(f"sample {sample.id}: its {stray[0]} {stray[1]}")
     padding: dict[str, Any] = {"padding": True, "padding_side": "left"}
     if has_chat_template(processor):
         conversations = [

@@ -1,0 +1,68 @@
+"""``validate`` is as strict with samples as the job that would ask them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from optimizer.errors import UsageFault
+from optimizer.service.preflight import check_job_file
+
+ROWS = 12
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Path) -> Path:
+    for number in range(ROWS):
+        Image.new("RGB", (40, 40), (number * 20, 0, 0)).save(tmp_path / f"{number}.png")
+    write(tmp_path, {})
+    columns = {"image": "file", "question": "ask", "answers": "reply"}
+    task = {
+        "name": "mine",
+        "source": {"kind": "file", "path": "d.jsonl", "columns": columns},
+        "prompt": "{question}",
+        "answer": {"kind": "short", "max_new_tokens": 2},
+        "metric": "exact_match",
+        "splits": {"unit": "images", "calibration": 2, "search": 2, "held_out": 8},
+    }
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({"model": {"path": str(tiny_model), "device": "cpu"}, "task": "task.yaml"}))
+    return path
+
+
+def write(folder: Path, questions: dict[int, str]) -> None:
+    rows = ({"file": f"{n}.png", "ask": questions.get(n + 1, f"what is in {n}?"), "reply": "red"} for n in range(ROWS))
+    (folder / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_every_prompt_goes_through_the_processor(job: Path) -> None:
+    assert "12 prompts, as the model's processor makes them" in check_job_file(job, environment={}).checked
+    quick = check_job_file(job, environment={}, quick=True)
+    assert "6 prompts, as the model's processor makes them" in quick.checked
+
+
+def test_samples_that_cannot_be_asked_are_named_by_file_row_and_column(job: Path) -> None:
+    write(job.parent, {7: "is <image> red?"})
+    with pytest.raises(UsageFault, match=r"d\.jsonl, row 7, column 'ask': holds '<image>' in its text, a special"):
+        check_job_file(job, environment={})
+    write(job.parent, dict.fromkeys(range(1, 9), "the end</s>"))
+    with pytest.raises(UsageFault, match=r"(row \d+, column 'ask': holds '</s>'.*){5}; and 3 more of 12 samples$"):
+        check_job_file(job, environment={})
+
+
+def test_quantised_models_are_refused_before_anything_runs(job: Path, tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "quantised"
+    copy.mkdir()
+    for file in tiny_model.iterdir():
+        (copy / file.name).symlink_to(file)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    job.write_text(job.read_text().replace(str(tiny_model), str(copy)))
+    with pytest.raises(UsageFault, match=r"its weights are quantised \(awq\)"):
+        check_job_file(job, environment={})
