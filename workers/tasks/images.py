@@ -16,12 +16,8 @@ from workers.text import one_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-READING = "reading 2"
-"""Version of :func:`read_image`; before, pixels were what ``Image.convert("RGB")`` makes of them."""
-_READ_ALIKE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
-"""Modes that both versions read alike where nothing is transparent and nothing turned."""
-_LATE_ENTRIES = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""PNG entries that may turn an image and may stand behind its pixels."""
+READING = 2
+"""Version of :func:`read_image`; in 1, pixels were what ``Image.convert("RGB")`` makes of them."""
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0  # tags of TIFF and EXIF
 _BYTE, _WORD = 255, 65535
 
@@ -169,32 +165,11 @@ def _to_bytes(image: Image) -> Image:
     return grey
 
 
-def image_key(content: bytes) -> str:
-    """Return the SHA-256 of an image file's content, and of the version of reading it where that makes a difference.
-
-    Evaluations of images that an earlier version read otherwise are so not taken for those of today.
-    """
-    return hashlib.sha256(content + (READING.encode() if _is_read_anew(content) else b"")).hexdigest()
-
-
-def _is_read_anew(content: bytes) -> bool:
-    """Tell from an image's header whether :func:`read_image` sees more in it than its mode."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            late = image.format == "PNG" and any(entry in content.partition(b"IDAT")[2] for entry in _LATE_ENTRIES)
-            plain = image.mode in _READ_ALIKE and not image.has_transparency_data
-            exif = Image.Image.getexif(image)  # a PNG's own would decode it in search of late entries
-            return late or not plain or exif.get(_ORIENTATION, 1) != 1
-    except Exception:  # damaged files raise all kinds; opening the image names them
-        return False
-
-
 def hash_image(path: Path, where: str) -> str:
-    """Return the key of an image file (:func:`image_key`). Raises TaskError if it is missing."""
+    """Return the SHA-256 of an image file's content. Raises TaskError if it is missing."""
     try:
-        return image_key(path.read_bytes())
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise TaskError(f"{where}: image {path} does not exist") from None
     except OSError as error:

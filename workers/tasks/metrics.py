@@ -28,7 +28,6 @@ _VQA_NUMBERS = {
 _VQA_ARTICLES = frozenset(("a", "an", "the"))
 _VQA_CHANGED = (*_VQA_ARTICLES, *_VQA_NUMBERS)
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_HAS_WORDS = re.compile(r"[^\W_]").search
 _PERIOD_NOT_DECIMAL = re.compile(r"\.(?!\d)")
 
 VQA_MINIMUM_ANSWERS = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from workers.errors import TaskError
 from workers.text import one_line
 
-from .images import HubImage, ImageFile, hash_image, image_key, load_undecoded
+from .images import HubImage, ImageFile, hash_image, load_undecoded
 from .rows import Table, cell_text, read_rows
 from .samples import Sample
 from .spec import FileSource, HubSource, TaskSpec
@@ -50,7 +51,7 @@ def read_hub(spec: TaskSpec, source: HubSource) -> list[Sample]:
         if cell is None:
             raise TaskError(f"{where}: has no image")
         stored = cell.get("bytes")
-        key = hash_image(Path(cell["path"]), where) if stored is None else image_key(stored)
+        key = hash_image(Path(cell["path"]), where) if stored is None else hashlib.sha256(stored).hexdigest()
         return HubImage(*place, number), key
 
     rows = Table(f"dataset {source.id}", table.column_names, table, first=0)

@@ -267,8 +267,8 @@ def test_a_field_that_is_null_counts_as_absent() -> None:
 
 
 def test_what_identifies_a_task_stays() -> None:
-    assert load_task("scenes").definition_hash.startswith("12b6c29d57839424")
-    assert load_task("easy-vqa").definition_hash.startswith("0e38d3e0bf5c7065")
+    assert load_task("scenes").definition_hash.startswith("d6a1447f958db3b8")
+    assert load_task("easy-vqa").definition_hash.startswith("f508f8c87c9841b8")
 
 
 def test_bundled_tasks_parse() -> None:
