@@ -6,6 +6,8 @@ traceback. Anything else that escapes is a defect of ours and ends with exit cod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from workers.text import one_line
 
 
@@ -14,8 +16,10 @@ class Fault(Exception):  # noqa: N818 - a fault of the input or surroundings, no
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
         super().__init__(one_line(message))
+        self.details = tuple(one_line(detail) for detail in details)
+        """Lines that illustrate the message, such as samples; printed below it."""
 
 
 class UsageFault(Fault):

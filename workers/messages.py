@@ -162,6 +162,45 @@ class Evaluations:
 
 
 @dataclass(frozen=True)
+class ShowSamples:
+    """Ask the dense model about the samples at ``places`` of a split, and show what it is given and answers."""
+
+    split: str
+    places: tuple[int, ...]
+    pictures: bool = False
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample as the model sees it: the prompt after its chat template, and what the dense model answers."""
+
+    id: str
+    prompt: str
+    """The prompt's tokens as text; a run of image tokens stands as one."""
+    prompt_tokens: int
+    vision_tokens: int
+    accepted: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    answer: str | None = None
+    """None where the sample failed."""
+    score: float | None = None
+    cut: bool = False
+    """Whether ``max_new_tokens`` ended the answer."""
+    failure: str = ""
+    image: str = ""
+    """Sizes in words: of the image, and of what the processor makes of it."""
+    picture: bytes = b""
+    """What the processor makes of the image, as PNG; empty where it cannot be drawn or was not asked for."""
+
+
+@dataclass(frozen=True)
+class ShownSamples:
+    """Reply to :class:`ShowSamples`, in its order."""
+
+    samples: tuple[ShownSample, ...]
+
+
+@dataclass(frozen=True)
 class CompareText:
     """Compare a plan's next-token distributions on general text with the dense model's."""
 
@@ -374,6 +413,7 @@ Request = (
     Timing
     | EvaluatePlans
     | EvaluateElsewhere
+    | ShowSamples
     | CompareText
     | MeasureRedundancy
     | FitCompensation
@@ -382,6 +422,7 @@ Request = (
 Reply = (
     Evaluations
     | Evaluation
+    | ShownSamples
     | TextDivergence
     | LatencyProfile
     | LatencyComparison

@@ -9,7 +9,7 @@ import typer
 
 from optimizer.cli import options
 from optimizer.cli.options import open_database, print_either
-from optimizer.cli.plans import caution, find_best
+from optimizer.cli.plans import cautions, find_best
 from optimizer.registries import EXPORT_FORMATS
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def export(
             written = export_published(
                 db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
             )
-    refused = caution(plan)
-    notes = [*([refused] if refused else []), *written.notes]
+    notes = [*cautions(plan), *written.notes]
     print_either(
         as_json,
         {"plan": plan.id, "format": format_name, "output": str(output), "notes": notes},

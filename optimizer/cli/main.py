@@ -120,7 +120,7 @@ def _explain(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     known = explain(error)
     if known is not None:
-        return _report(*known)
+        return _report(known[0], "\n  ".join([known[1], *getattr(error, "details", ())]))
     if isinstance(error, typer.TyperException):
         message = _suggested(one_line(error.format_message())) or "a command is needed; see skipplan --help"
         return _report(error.exit_code, message)

@@ -54,13 +54,18 @@ def find_best(
     return found
 
 
-def caution(plan: Plan) -> str | None:
-    """Warn of a plan that its own job refused; None where there is nothing to warn of."""
-    from optimizer.job.result import meets_constraint
+def cautions(plan: Plan) -> list[str]:
+    """Warn of a plan that its own job refused, or whose dense model is worth nothing on the task."""
+    from optimizer.job.result import dense_warning, meets_constraint
 
-    if meets_constraint(plan) is not False:
-        return None
-    return f"plan {plan.id} does not meet the constraint of its job {plan.job_id}; --max-accuracy-drop sets a limit"
+    found = []
+    if meets_constraint(plan) is False:
+        found.append(
+            f"plan {plan.id} does not meet the constraint of its job {plan.job_id}; --max-accuracy-drop sets a limit"
+        )
+    if dense_warning(plan):
+        found.append(f"plan {plan.id}: {dense_warning(plan)}")
+    return found
 
 
 def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
@@ -100,9 +105,8 @@ def best(
 
         screen = Screen(quiet=False)
         screen.plans([found])
-        refused = caution(found)
-        if refused:
-            screen.warn(refused)
+        for text in cautions(found):
+            screen.warn(text)
     return 0
 
 

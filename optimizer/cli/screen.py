@@ -21,7 +21,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.job.result import JobResult, layers_by_action, meets_constraint
+from optimizer.job.result import JobResult, judgement, layers_by_action
 from optimizer.stages.progress import Display, State
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
@@ -68,6 +68,8 @@ class Screen:
     def result(self, result: JobResult) -> None:
         """Print the table of a finished job's plans, and the best one in a sentence."""
         title = f"Job {result.job.id}: {result.job.state}"
+        if result.warning:
+            self._out.print(f"Warning: {result.warning}.", markup=False, style="bold red")
         if not result.search["stopped_because"]:  # it ended before the search, as when no plan can meet the constraint
             self._out.print(title, markup=False)
             return
@@ -152,7 +154,7 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
             f"{100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, {100 * plan.difference_high:+.2f}]",
             f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
             f"{plan.kv_cache_bytes / plan.dense_kv_cache_bytes:.0%}" if plan.dense_kv_cache_bytes else "",
-            {True: "met", False: "missed", None: ""}[meets_constraint(plan)],
+            judgement(plan, {True: "met", False: "missed", None: ""}),
             style="bold" if marked else None,
         )
     return table

@@ -58,6 +58,9 @@ def _origin(document: PlanDocument) -> str:
     notes = []
     if document.origin == "imported":
         notes.append("**The figures below were imported, not measured by the installation that wrote this.**")
+    warning = document.figures.secondary.get("dense_warning")
+    if warning:
+        notes.append(f"**The figures below are worth little: {_inline(str(warning))}.**")
     export = document.export
     if export is not None and export.model_fingerprint and export.model_fingerprint != document.model.fingerprint:
         notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,6 +25,8 @@ class JobResult:
     """The plan that meets the job's constraint at the largest measured speed-up."""
     search: dict[str, Any]
     """Number of plans that the search tried, of failures among them, and why it stopped."""
+    warning: str = ""
+    """What is wrong with the dense model, where the job went on all the same."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -31,6 +34,7 @@ class JobResult:
             "job": self.job.id,
             "state": self.job.state,
             "reason": self.job.error,
+            "warning": self.warning,
             "search": self.search,
             "best": None if self.best is None else plan_json(self.best),
             "plans": [plan_json(plan) for plan in self.plans],
@@ -43,8 +47,12 @@ def load_result(db: Database, job_id: int) -> JobResult:
     published = plans.for_job(db, job_id)
     best_id = recorded["publish"].payload["value"]["best"] if "publish" in recorded else None
     outcome = recorded["search"].payload["value"] if "search" in recorded else {"trials": [], "failed": {}}
+    warnings = [dense_warning(plan) for plan in published]
+    if "dense" in recorded:
+        warnings.append(recorded["dense"].payload["value"]["warning"])
     return JobResult(
         job=jobs.get(db, job_id),
+        warning=next(filter(None, warnings), ""),
         plans=tuple(published),
         best=next((plan for plan in published if plan.id == best_id), None),
         search={
@@ -78,6 +86,17 @@ def meets_constraint(plan: Plan) -> bool | None:
     """Return the job's judgement of a published plan; None where it was imported without one."""
     judged = plan.secondary.get("meets_constraint")
     return judged if isinstance(judged, bool) else None
+
+
+def dense_warning(plan: Plan) -> str:
+    """Return what is wrong with the dense model that a plan is compared with; empty where nothing is known to be."""
+    return str(plan.secondary.get("dense_warning", ""))
+
+
+def judgement(plan: Plan, words: Mapping[bool | None, str]) -> str:
+    """Word whether a plan meets its job's constraint, and whether that says anything."""
+    useless = ", but see the warning on the dense model" if meets_constraint(plan) and dense_warning(plan) else ""
+    return words[meets_constraint(plan)] + useless
 
 
 def layers_by_action(text: str) -> dict[str, list[int]]:

@@ -67,6 +67,12 @@ class ConstraintSpec(Section):
         default=0.95, ge=0.5, lt=1.0, description="Confidence of intervals and of the judgement over all finalists."
     )
     min_accuracy: Share | None = Field(default=None, description="Smallest held-out accuracy, by its lower bound.")
+    min_dense_accuracy: Share | None = Field(
+        default=None,
+        description="Smallest accuracy of the dense model on the search split; below it the job ends before the "
+        "search. null: more than chance, which is guessing an option or always giving the most frequent answer. 0: go "
+        "on anyway; every result then says so where the dense model is not above chance.",
+    )
     min_speedup: float | None = Field(
         default=None, ge=1.0, le=1000.0, description="Smallest measured speed-up, by the lower end of its interval."
     )

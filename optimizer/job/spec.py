@@ -155,7 +155,10 @@ class JobSpec(Section):
 
     def canonical(self) -> dict[str, Any]:
         """Dump the fields of ``DETERMINES_RESULT`` as plain JSON values."""
-        return self.model_dump(mode="json", include=DETERMINES_RESULT)
+        fields = self.model_dump(mode="json", include=DETERMINES_RESULT)
+        if self.constraint.min_dense_accuracy is None:  # jobs of before there was this limit are found again
+            del fields["constraint"]["min_dense_accuracy"]
+        return fields
 
     def digest(self, **inputs: str) -> str:
         """Hash :meth:`canonical` and the contents of the job's inputs (task data, model), to find equal jobs."""

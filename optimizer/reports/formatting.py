@@ -20,19 +20,20 @@ class Summary:
     headline: str
     sentences: tuple[str, ...]
     tone: str
-    """``"good"`` where a plan is the answer, ``"none"`` where dense is, ``"open"`` while the job has not ended."""
+    """``"good"`` where a plan is the answer, ``"none"`` where dense is, ``"open"`` while in doubt."""
 
 
 def summary(report: JobReport) -> Summary:
     """Say the result, its cost and how sure that is; every number is the database's, rounded."""
+    warning = (f"Warning: {report.result.warning}.",) if report.result.warning else ()
     if report.best is not None:
         answer = f"{report.model_name} on {report.task_name} runs {report.best.speedup:.2f} times as fast as the dense "
         answer += f"model with {layers(report.best.plan)}."
-        return Summary(answer, _qualifications(report, report.best), "good")
+        return Summary(answer, (*warning, *_qualifications(report, report.best)), "open" if warning else "good")
     if report.job.state == "infeasible":
         return Summary(
             f"No plan met the constraint: the dense model is the answer for {report.model_name} on {report.task_name}.",
-            (f"{_sentence(report.job.error or 'No reason was recorded')}", *_effort(report)),
+            (*warning, f"{_sentence(report.job.error or 'No reason was recorded')}", *_effort(report)),
             "none",
         )
     states = {
@@ -231,5 +232,6 @@ def _sentence(text: str) -> str:
 def short_answer(report: JobReport) -> str:
     """A job's answer in a few words."""
     if report.best is not None:
-        return f"{report.best.speedup:.2f} times as fast at {points(report.best.difference)}"
+        doubt = ", but see its warning" if report.result.warning else ""
+        return f"{report.best.speedup:.2f} times as fast at {points(report.best.difference)}{doubt}"
     return "dense is the answer" if report.job.state == "infeasible" else report.job.state

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from optimizer.job.result import meets_constraint
+from optimizer.job.result import judgement
 from optimizer.reports import figures, formatting, latency
 from optimizer.reports.chart import Chart
 from optimizer.reports.data import JobReport, TrialSummary
@@ -108,7 +108,7 @@ _PLAN_COLUMNS: tuple[Column[Plan], ...] = (
     Column("a request", lambda plan: formatting.milliseconds(plan.latency_seconds), number=True),
     Column("KV cache", formatting.kv_cache, number=True),
     Column("compensation", lambda plan: plan.compensation),
-    Column("within the limits", lambda plan: _JUDGEMENTS[meets_constraint(plan)]),
+    Column("within the limits", lambda plan: judgement(plan, _JUDGEMENTS)),
 )
 
 _TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (

@@ -158,6 +158,7 @@ def attempt(
     except BaseException as error:
         known = explain(error)
         reason = f"{type(error).__name__}: {one_line(error)}" if known is None else known[1]
+        reason = "; ".join([reason, *getattr(error, "details", ())])
         if resumable and isinstance(error, ClusterError | storage_errors.DatabaseError):
             put_back(db, job, reason)
         else:

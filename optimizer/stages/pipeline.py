@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.stages import collateral, measure, profile, publish, redundancy, search, verify
+from optimizer.stages import collateral, dense, measure, profile, publish, redundancy, search, verify
 from optimizer.stages.context import JobContext
 from optimizer.stages.publish import Published
 
@@ -13,6 +13,7 @@ def run(context: JobContext) -> Published:
     nothing = search.out_of_reach(context, latency)
     if nothing is not None:
         return publish.none(context, nothing)
+    dense.run(context)
     table = redundancy.run(context)
     outcome = search.run(context, latency, table)
     finalists = verify.run(context, latency, outcome)

@@ -8,6 +8,7 @@ from typing import Any
 
 from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import Candidate, touched
+from optimizer.stages import dense
 from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext
 from optimizer.stages.verify import Finalist
@@ -51,12 +52,15 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
     if not complete:
         return Published((), None, "no plan that the search tried could meet the constraint")
     device_id = lookup.ensure_device(context.db, complete[0][1].device)
+    verdict = complete[0][0].verdict
+    warning = dense.warning_of(context, verdict.dense_accuracy, verdict.n_samples)
     rows = plans.publish(
         context.db,
         context.job,
         Group(context.model_id, context.task_id, device_id, context.workload_name),
         figures=[
-            figures(finalist, latency, constraint, beside.get(finalist.candidate)) for finalist, latency in complete
+            figures(finalist, latency, constraint, beside.get(finalist.candidate), warning)
+            for finalist, latency in complete
         ],
     )
     feasible = [
@@ -102,7 +106,11 @@ def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
 
 
 def figures(
-    finalist: Finalist, latency: LatencyComparison, constraint: ConstraintSpec, beside: Collateral | None = None
+    finalist: Finalist,
+    latency: LatencyComparison,
+    constraint: ConstraintSpec,
+    beside: Collateral | None = None,
+    warning: str = "",
 ) -> PlanFigures:
     """Put the published figures of a plan together. Differences are accuracies less dense's, so a loss is negative."""
     verdict, kept = finalist.verdict, finalist.maps
@@ -122,6 +130,7 @@ def figures(
             "peak_bytes": {"dense": latency.dense_peak_bytes, "plan": latency.peak_bytes},
             **({} if fitted is None else {"compensation": fitted}),
             **({} if beside is None else {"collateral": asdict(beside)}),
+            **({"dense_warning": warning} if warning else {}),
         },
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import storage_builders
@@ -129,7 +130,7 @@ def record_scores(
     )  # fmt: skip
 
 
-def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
+def finished_job(db: Database, tried: int = 12, *, dense_warning: str = "", **changes: Any) -> int:
     """A job that succeeded: profile, redundancy, ``tried`` plans, one failure, three published plans."""
     job = claimed(db, **changes)
     ids = identities(db)
@@ -149,14 +150,15 @@ def finished_job(db: Database, tried: int = 12, **changes: Any) -> int:
         reason="NaN in the logits", settings=SETTINGS,
     )  # fmt: skip
     device_id = lookup.ensure_device(db, "test device, 1 thread")
-    published = plans.publish(
-        db, job, Group(**ids, device_id=device_id, workload=WORKLOAD),
-        figures=[
-            figures(skipping(2, 3, 4), accuracy=0.944, speedup=1.523, meets=True),
-            figures(skipping(4), accuracy=0.951, speedup=1.131, meets=True),
-            figures(skipping(1, 2, 3, 4), accuracy=0.811, speedup=1.871, meets=False),
-        ],
-    )  # fmt: skip
+    to_publish = [
+        figures(skipping(2, 3, 4), accuracy=0.944, speedup=1.523, meets=True),
+        figures(skipping(4), accuracy=0.951, speedup=1.131, meets=True),
+        figures(skipping(1, 2, 3, 4), accuracy=0.811, speedup=1.871, meets=False),
+    ]
+    if dense_warning:
+        to_publish = [replace(e, secondary={**e.secondary, "dense_warning": dense_warning}) for e in to_publish]
+    group = Group(**ids, device_id=device_id, workload=WORKLOAD)
+    published = plans.publish(db, job, group, figures=to_publish)
     best = next(plan.id for plan in published if plan.speedup == 1.523)
     outcome = {"trials": [{}] * (tried + 1), "failed": {}, "stopped_because": "the budget is spent"}
     stages.record_stage(db, job, "search", {"value": outcome})

@@ -17,6 +17,7 @@ from workers.device.arithmetic import dtype_name, slow_arithmetic
 from workers.engine.dispatch import EvaluationDispatch
 from workers.errors import ModelError
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.shown import show
 from workers.evaluation.text_divergence import text_divergence
 from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
@@ -32,6 +33,8 @@ from workers.messages import (
     ProfileLatency,
     Reply,
     Request,
+    ShownSamples,
+    ShowSamples,
     Timing,
     WorkerInfo,
 )
@@ -117,6 +120,9 @@ class Handler:
         match request:
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
+            case ShowSamples():
+                samples = [task.split(request.split)[place] for place in request.places]
+                return ShownSamples(show(self.evaluator, samples, pictures=request.pictures))
             case FitCompensation():
                 return compensator.fit(request)
             case MeasureLinearRedundancy():

@@ -1,0 +1,137 @@
+"""Stage 2: check that the dense model can do the task, before anything is spent on finding plans for it.
+
+Its evaluation on the search split is the one that the search compares with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optimizer.errors import UsageFault
+from optimizer.search.budget import rung_sizes
+from optimizer.search.space import Candidate
+from optimizer.stages.cached_evaluation import CachedEvaluation
+from optimizer.stages.context import JobContext, JobFailed
+from workers.messages import ShownSample, ShownSamples, ShowSamples
+from workers.runtime import SkipPlan
+from workers.tasks.chance import chance
+
+LOOKED_AT = 16
+"""Samples whose answers are looked at, where too few of all are right."""
+SHOWN = 3
+LONGEST_TEXT = 300
+
+
+class UselessModel(UsageFault):
+    """The dense model's answers on the task are worth nothing; the details show some."""
+
+
+@dataclass(frozen=True)
+class DenseCheck:
+    """The dense model's accuracy on the search split, and what is wrong with its answers (empty: nothing)."""
+
+    n_samples: int
+    accuracy: float
+    chance: float
+    warning: str
+
+
+def run(context: JobContext) -> DenseCheck:
+    """Check the dense model, or read the check back.
+
+    Raises :class:`UselessModel` where it is below ``min_dense_accuracy``, or useless and no such limit is set.
+    """
+    context.progress.begin("check dense", 1)
+    check = _known(context)
+    context.progress.advance(news=f"accuracy {check.accuracy:.3f}")
+    if check.warning:
+        context.progress.note(f"warning: {check.warning}")
+    return check
+
+
+def _known(context: JobContext) -> DenseCheck:
+    return context.once("dense", DenseCheck, lambda: _check(context))
+
+
+def _check(context: JobContext) -> DenseCheck:
+    dense = Candidate(SkipPlan.dense(context.worker.num_layers))
+    n_samples = rung_sizes(context.spec.search.rungs, len(context.task.search))[-1]
+    ((_, scores),) = CachedEvaluation(context, "search")([(dense, n_samples)])
+    if scores.failure is not None:
+        raise JobFailed(f"the dense model cannot be evaluated: {scores.failure}")
+    floor = context.spec.constraint.min_dense_accuracy
+    accuracy = sum(scores.values) / n_samples
+    blind = chance(context.task.spec, context.task.search[:n_samples])
+    is_above_chance = accuracy > blind.score
+    is_below_floor = floor is not None and accuracy < floor
+    findings = [] if is_above_chance else [not_above_chance(accuracy, n_samples, "search", blind.score, blind.means)]
+    looked_at: Sequence[ShownSample] = ()
+    if findings or is_below_floor or sum(score == 1 for score in scores.values) < n_samples / 2:
+        looked_at = _look_at(context, n_samples)
+        findings += _odd_answers(context, looked_at)
+    goes_on_anyway = floor is not None and floor <= blind.score
+    if is_below_floor or (findings and not goes_on_anyway):
+        low = f"the dense model's {accuracy:.3f} on {n_samples} search samples is below min_dense_accuracy {floor}"
+        reasons = "; ".join([low, *findings] if is_below_floor else findings)
+        raise UselessModel(
+            f"task {context.task.name}, model {context.spec.model.path}: {reasons}; check the task's prompt, answers "
+            "and metric (constraint.min_dense_accuracy: 0 goes on anyway)",
+            [describe(each) for each in _worst(looked_at)],
+        )
+    return DenseCheck(n_samples, accuracy, blind.score, "; ".join(findings))
+
+
+def not_above_chance(accuracy: float, n_samples: int, split: str, score: float, means: str) -> str:
+    """Say that the dense model is not above chance."""
+    return (
+        f"the dense model is not above chance: accuracy {accuracy:.3f} on {n_samples} {split} samples, "
+        f"{means} gives {score:.3f}"
+    )
+
+
+def warning_of(context: JobContext, accuracy: float, n_samples: int) -> str:
+    """Return what is wrong with the dense model by the check, else by its accuracy on the held-out split."""
+    warning = _known(context).warning
+    blind = chance(context.task.spec, context.task.held_out)
+    if warning or accuracy > blind.score:
+        return warning
+    return not_above_chance(accuracy, n_samples, "held-out", blind.score, blind.means)
+
+
+def _look_at(context: JobContext, n_samples: int) -> tuple[ShownSample, ...]:
+    """Show samples spread over the search split; none where that fails, which is noted."""
+    places = sorted({number * n_samples // LOOKED_AT for number in range(LOOKED_AT)})
+    reply = context.ask_one(ShowSamples("search", tuple(places)), "answers of the dense model")
+    return reply.samples if isinstance(reply, ShownSamples) else ()
+
+
+def _odd_answers(context: JobContext, looked_at: Sequence[ShownSample]) -> list[str]:
+    """Say what is odd about answers: all equal where different ones are accepted, or all cut and not right."""
+    answered = [each for each in looked_at if each.answer is not None]
+    found = []
+    accepted = {frozenset(each.accepted) for each in answered}
+    if len({each.answer for each in answered}) == 1 and not frozenset.intersection(*accepted):
+        found.append(f"the dense model answers {answered[0].answer!r} to all of {len(answered)} different samples")
+    if answered and all(each.cut for each in answered) and any(each.score != 1 for each in answered):
+        limit = context.task.spec.answer.max_new_tokens
+        found.append(f"all of {len(answered)} answers are cut at answer.max_new_tokens: {limit}")
+    return found
+
+
+def _worst(looked_at: Sequence[ShownSample]) -> list[ShownSample]:
+    return sorted(looked_at, key=lambda each: each.score or 0.0)[:SHOWN]
+
+
+def describe(each: ShownSample) -> str:
+    """Describe a sample in a line: prompt, options, answer, accepted answers."""
+    options = f", options {_short(list(each.choices))}" if each.choices else ""
+    answer = f"failed: {each.failure}" if each.answer is None else f"answer {_short(each.answer)}"
+    cut = " (cut)" if each.cut else ""
+    accepted = " or ".join(map(_short, dict.fromkeys(each.accepted)))
+    return f"sample {each.id}: prompt {_short(each.prompt)}{options}, {answer}{cut}, accepted {accepted}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 4]} ..."
