@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optimizer.cli import options
-from optimizer.cli.options import open_database, print_either
+from optimizer.cli.options import global_options, open_database, print_either
 from optimizer.cli.plans import cautions, find_best
 from optimizer.registries import EXPORT_FORMATS
 
@@ -54,7 +54,8 @@ def export(
             if plan_id is not None
             else find_best(db, model, task, max_accuracy_drop, min_speedup, device)
         )
-        with Screen(quiet=as_json).status(f"writing plan {plan.id} as {format_name}"):
+        screen = Screen(quiet=global_options(context).quiet, as_json=as_json)
+        with screen.status(f"writing plan {plan.id} as {format_name}"):
             written = export_published(
                 db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
             )
@@ -90,6 +91,7 @@ def take(
 
 @app.command("verify-export")
 def verify(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
     task: Annotated[str | None, typer.Option("--task", help="Task file, if the task is not bundled.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="How many held-out samples to run.")] = 8,
@@ -113,7 +115,8 @@ def verify(
     source = ModelSource(document.read(directory).model.name)
     if model_path is not None:
         source = moved(source, model_path)
-    with Screen(quiet=as_json).status("loading the export in a fresh process, and the live model"):
+    screen = Screen(quiet=global_options(context).quiet, as_json=as_json)
+    with screen.status("loading the export in a fresh process, and the live model"):
         found = verify_export(directory, source, task=task, samples=samples, python=python, force_model=force_model)
     print_either(as_json, asdict(found) | {"passed": found.passed}, _lines(found))
     return 0 if found.passed else 1

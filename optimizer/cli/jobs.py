@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     from storage.queue.events import Event
     from storage.queue.jobs import Job
 
-app = typer.Typer(no_args_is_help=True, help="The queue of jobs: waiting, running and finished.")
+app = typer.Typer(help="The queue of jobs: waiting, running and finished. Without a command they are listed.")
 
 JobNumbers = Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", show_default=False)]
 
 WATCH_SECONDS = 1.0
 EXIT_CODES = {"succeeded": 0, "infeasible": 3, "failed": 1, "cancelled": 1}
+
+
+@app.callback(invoke_without_command=True)
+def _alone(context: typer.Context) -> int | None:
+    return list_(context) if context.invoked_subcommand is None else None
 
 
 @app.command("list")

@@ -14,6 +14,8 @@ import typer
 from optimizer.cli import database, export, jobs, plans, report, run, setup, theory
 from optimizer.cli.options import GlobalOptions
 
+FLAGS = ("--debug", "--quiet")
+
 app = typer.Typer(
     name="skipplan",
     no_args_is_help=True,
@@ -42,12 +44,13 @@ def options(
         ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing of progress; errors and results stay.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the program; ``--database`` and ``--debug`` may stand behind a command's name as well."""
-    context.obj = GlobalOptions(database=database_url, debug=debug)
+    """Options of the program; all but ``--version`` may stand behind a command's name as well."""
+    context.obj = GlobalOptions(database=database_url, debug=debug, quiet=quiet)
 
 
 for module in (run, plans, export, report, setup, theory):
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     url = next((each.removeprefix("--database=") for each in reversed(program) if "://" in each), "")
     if arguments is None and re.search(r"://[^/]*:[^/]*@|password=", url):
         interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]
-        rest = [*(each for each in program if each == "--debug"), *command]
+        rest = [*(each for each in program if each in FLAGS), *command]
         os.execve(sys.executable, [sys.executable, *interpreter, *rest], {**os.environ, "SKIPPLAN_DATABASE": url})
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: nobody would see them move
@@ -84,7 +87,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
             command += [argument, *waiting]
         elif argument == "--database":
             program += [argument, *islice(waiting, 1)]
-        elif argument == "--debug" or argument.startswith("--database="):
+        elif argument in FLAGS or argument.startswith("--database="):
             program.append(argument)
         else:
             command.append(argument)
@@ -135,7 +138,7 @@ def _suggested(message: str) -> str:
 
     message = message.replace(": Value error, ", ": ")
     option = re.match(r"No such option: (--\S+)", message)  # the command at hand knows nothing of the global ones
-    if option is not None and (close := did_you_mean(option[1], ("--database", "--debug"))):
+    if option is not None and (close := did_you_mean(option[1], ("--database", *FLAGS))):
         return option[0] + close
     wrong = re.search(r"'([^']*)' is not one of (.*)", message)
     if wrong is None:

@@ -60,6 +60,7 @@ class GlobalOptions:
 
     database: str | None = None
     debug: bool = False
+    quiet: bool = False
 
 
 def global_options(context: typer.Context) -> GlobalOptions:

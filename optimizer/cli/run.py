@@ -50,12 +50,13 @@ def run(
     from optimizer.job.inputs import prepare
     from optimizer.job.loading import load_job
     from optimizer.service.runner import run_job
+    from optimizer.service.server import logged_stages
     from optimizer.stages.progress import Progress
     from storage.database import Database
     from storage.queue import jobs
 
     logging = start_logging(log_format)
-    screen = Screen(quiet=as_json or logging)  # lines of the log would break a live display
+    screen = Screen(quiet=global_options(context).quiet or logging, as_json=as_json)  # a log is all that is said
     spec = load_job(config, database=global_options(context).database, strategy=strategy)
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
@@ -64,7 +65,7 @@ def run(
         if job is not None:
             screen.say(f"job {job.id} had this specification and is done; its result (--force runs it anew):")
         else:
-            with screen.live() as display:
+            with logged_stages() if logging else screen.stages() as display:
                 job = run_job(db, inputs, Progress(display), anew=force)
         return _print_result(db, job.id, screen, as_json)
 
@@ -137,12 +138,12 @@ def serve(
 
     [bold]Example:[/bold] skipplan --database postgresql://user:password@host/skipplan serve --log-format json
     """
-    from optimizer.service.server import LoggedNotes, Server
+    from optimizer.service.server import Server, logged_stages
     from optimizer.stages.progress import Progress
 
     start_logging(log_format, default="text")
     with open_database(context) as db:
-        Server(db, progress=lambda job: Progress(LoggedNotes()), lease_seconds=lease).run(once=once)
+        Server(db, progress=lambda job: Progress(logged_stages()), lease_seconds=lease).run(once=once)
     return 0
 
 

