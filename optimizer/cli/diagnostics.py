@@ -34,6 +34,7 @@ def examine(database_url: str, cluster_address: str) -> Iterator[Finding]:
     """Yield findings as they come, the quick ones first. Nothing is created and no local cluster is started."""
     yield from _versions()
     yield from _extras()
+    yield _torchvision()
     yield from _devices()
     yield from _bundled()
     yield _guarded("database", lambda: _database(database_url), "check the URL; skipplan db upgrade creates the tables")
@@ -90,6 +91,16 @@ def _extras() -> Iterator[Finding]:
         yield Finding(f"extra {extra}", "ok" if present else "note", detail, advice)
 
 
+def _torchvision() -> Finding:
+    from workers.models.without_torchvision import torchvision_problem
+
+    problem = torchvision_problem()
+    if not problem:
+        return Finding("torchvision", "ok", f"{metadata.version('torchvision')}, used by processors")
+    detail = f"{problem}; processors read images with Pillow"
+    return Finding("torchvision", "note", detail, "a few families need it: install the build that fits torch's")
+
+
 def _devices() -> Iterator[Finding]:
     import torch
 
@@ -115,6 +126,7 @@ def _bfloat16() -> Finding:
 
 
 def _bundled() -> Iterator[Finding]:
+    from workers.messages import ModelSource
     from workers.models.checkpoint import (
         BUILT_MODELS,
         BUNDLED_MODELS,
@@ -122,11 +134,15 @@ def _bundled() -> Iterator[Finding]:
         bundled_models,
         check_checkpoint,
     )
+    from workers.models.loading import load_config
+    from workers.models.processors import load_processor
     from workers.tasks.spec import bundled_tasks, load_spec
 
     def model(name: str) -> Finding:
         check_checkpoint(BUNDLED_MODELS / name)
-        return Finding(f"model {name}", "ok", "bundled, its files are complete")
+        source = ModelSource(name)
+        load_processor(BUNDLED_MODELS / name, source, load_config(BUNDLED_MODELS / name, source))
+        return Finding(f"model {name}", "ok", "bundled, its files are complete, its processor loads")
 
     def task(name: str) -> Finding:
         return Finding(f"task {name}", "ok", load_spec(name).description or "bundled")

@@ -37,7 +37,7 @@ def init(
 ) -> int:
     """Write a commented job file for a model and a task.
 
-    Reads the model's configuration, not its weights, and the task file, to say how many layers there are,
+    Reads the model's configuration and processor, not its weights, and the task file, to say how many layers there are,
     which actions the model takes, and what sizes suit the task.
 
     [bold]Example:[/bold] skipplan init --model llava-12 --task easy-vqa --output job.yaml

@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 OURS = frozenset({"optimizer", "storage", "workers"})
@@ -30,6 +31,8 @@ def main(request_file: str) -> None:
     sys.meta_path.insert(0, _Refuse())
     place = Path(request_file).resolve().parent
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+    processors = run_path(request["processors"])  # a file that needs nothing else of ours
+    sys.meta_path.insert(0, processors["BeforeTransformers"]())
 
     import torch
     import transformers
@@ -37,7 +40,7 @@ def main(request_file: str) -> None:
 
     torch.set_num_threads(request["threads"])
     model = _load(request["loader"], request["directory"], request["dtype"])
-    processor = transformers.AutoProcessor.from_pretrained(request["directory"])
+    processor = processors["load_auto_processor"](request["directory"])
     answers, logits = [], {}
     for number, question in enumerate(request["questions"]):
         inputs = _inputs(processor, question, request["chat"])

@@ -210,6 +210,7 @@ class _Asked:
     def _request(self, loadable: Loadable, scratch: Path) -> dict[str, Any]:
         import torch
 
+        from workers.models import without_torchvision
         from workers.models.prompts import has_chat_template, prompt_text
 
         chat = has_chat_template(self.loaded.processor)
@@ -224,6 +225,7 @@ class _Asked:
             questions.append({"image": str(image), "text": text})
         return {
             "directory": str(loadable.directory),
+            "processors": without_torchvision.__file__,
             "loader": loadable.loader,
             "dtype": self.dtype,
             "chat": chat,

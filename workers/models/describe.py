@@ -1,4 +1,4 @@
-"""Describe a model by its configuration alone: no weights are read, nothing is allocated."""
+"""Describe a model by its configuration and its processor: no weights are read, nothing is allocated."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from workers.text import one_line
 
 from .checkpoint import BUILT_MODELS, bundled_models, find_checkpoint
 from .loading import load_config
+from .processors import load_processor
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class ModelDescription:
 
 
 def describe_model(source: ModelSource) -> ModelDescription:
-    """Build the model on torch's meta device from its configuration and describe it.
+    """Build the model on torch's meta device from its configuration and describe it; load its processor as a test.
 
-    Of a hub repository only the configuration is fetched. Raises ModelError naming what is missing or unsupported.
+    Of a hub repository only the configuration and the processor's files are fetched. Raises ModelError naming what is
+    missing or unsupported.
     """
     try:
         config = load_config(_where(source), source)
+        load_processor(_where(source), source, config)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
         described = describe(model)

@@ -7,26 +7,30 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 
 from workers.errors import ModelError
 from workers.messages import ModelSource
 from workers.text import first_line
+
+from .without_torchvision import load_auto_processor, torchvision_problem
 
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "pixtral": 0}
 """Tokens that a vision tower adds to those of its patches."""
 
 
 def load_processor(directory: Path | str, source: ModelSource, config: Any) -> ProcessorMixin:
-    """Load the processor at a directory, ready for batches that are padded on the left.
+    """Load the processor at a directory or hub id, ready for batches that are padded on the left.
 
     Raises:
         ModelError: it cannot be loaded, does not take images and text, or lacks what the configuration cannot tell.
     """
     try:
-        processor: Any = AutoProcessor.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
+        processor = load_auto_processor(directory, revision=source.revision, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # processors of any family raise all kinds here
-        raise ModelError(f"model {source.path}: its processor cannot be loaded: {first_line(error)}") from None
+        lacking = torchvision_problem() if "torchvision" in str(error).lower() else ""
+        advice = f"; torchvision: {lacking}; install the build that fits torch's" if lacking else ""
+        raise ModelError(f"model {source.path}: its processor cannot be loaded: {first_line(error)}{advice}") from None
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise ModelError(f"model {source.path}: its processor does not take both images and text")

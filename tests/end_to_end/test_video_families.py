@@ -1,0 +1,44 @@
+"""Families whose processors have a part for videos, from ``init`` to an export, without torchvision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_video_families
+import yaml
+
+from optimizer.cli.main import _run
+
+SMALL = {
+    "constraint": {"max_accuracy_drop": 1.0},
+    "search": {"evaluations": 4, "batch": 4, "finalists": 1, "rungs": [8]},
+    "splits": {"calibration": 4, "search": 8, "held_out": 8, "unit": "samples"},
+    "workload": {"new_tokens": 2},
+    "latency_seconds": 1,
+    "cluster": {"workers": 1},
+}
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in tiny_video_families.FAMILIES[1:]]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", *OTHERS])
+def test_a_family_with_videos_goes_from_init_to_a_verified_export(
+    tmp_path: Path, family: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_video_families.save(Path("model"), family)
+
+    def skipplan(*arguments: str) -> str:
+        capsys.readouterr()
+        assert _run(arguments) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    skipplan("init", "--model", "model", "--task", "easy-vqa")
+    written = yaml.safe_load(Path("job.yaml").read_text())
+    assert written["actions"] == ["skip"]
+    Path("job.yaml").write_text(yaml.safe_dump(written | SMALL))
+    assert "20 prompts, as the model's processor makes them" in skipplan("validate", "job.yaml")
+    best = json.loads(skipplan("run", "job.yaml", "--json"))["best"]
+    skipplan("export", str(best["id"]), "--format", "checkpoint", "--output", "exported")
+    assert json.loads(skipplan("verify-export", "exported", "--json"))["passed"]

@@ -1,0 +1,138 @@
+"""Checkpoints with random weights of families whose processors have a part for videos, as a hub would hold them.
+
+The processor's files are written by hand, not by transformers: loading them is what is tested.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny_llava
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+LAYERS = 6
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+QWEN = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+SMOLVLM = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+}
+INTERNVL = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "smolvlm", "internvl")
+
+
+def save(directory: Path, family: str) -> Path:
+    """Write a checkpoint of a family, with tokenizer and processor."""
+    directory.mkdir(parents=True)
+    tokens, picture = {
+        "smolvlm": (SMOLVLM, "<image>"),
+        "internvl": (INTERNVL, "<IMG_CONTEXT>"),
+    }.get(family, (QWEN, "<|vision_start|><|image_pad|><|vision_end|>"))
+    tokenizer = _tokenizer(tokens)
+    tokenizer.save_pretrained(directory)
+    for name, content in _processor(family).items():
+        (directory / name).write_text(json.dumps(content))
+    (directory / "chat_template.jinja").write_text(tiny_llava.CHAT_TEMPLATE.replace("<image>\n", picture))
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(_config(family, tokenizer))
+    model.generation_config.eos_token_id = None  # every answer has its full length
+    model.save_pretrained(directory)
+    return directory
+
+
+def _tokenizer(tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    plain = tiny_llava.build_processor().tokenizer
+    plain.add_tokens(sorted(set(tokens.values())), special_tokens=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=tokens,
+    )
+
+
+def _processor(family: str) -> dict[str, dict[str, Any]]:
+    if family == "smolvlm":
+        images = {
+            "image_processor_type": "SmolVLMImageProcessor",
+            "size": {"longest_edge": 32},
+            "max_image_size": {"longest_edge": 32},
+            "do_image_splitting": False,
+        }
+        return {
+            "preprocessor_config.json": {"processor_class": "SmolVLMProcessor"} | images,
+            "processor_config.json": {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+        }
+    if family == "internvl":
+        images = {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": 32, "width": 32},
+            "crop_to_patches": False,
+        }
+        return {
+            "preprocessor_config.json": {"processor_class": "InternVLProcessor"} | images,
+            "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", "num_frames": 3},
+            "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+        }
+    name = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[family]
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 256, "max_pixels": 1024}
+    return {"preprocessor_config.json": {"processor_class": name} | images | PATCHES}
+
+
+def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    def number(name: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)))
+
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,  # large enough that plans change the answers
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": None,
+    }
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "smolvlm":
+        return CONFIG_MAPPING[family](
+            text_config={"model_type": "llama"} | text,
+            vision_config=tower | {"image_size": 32, "patch_size": 8},
+            image_token_id=number("image_token"),
+            scale_factor=2,
+        )
+    if family == "internvl":
+        return CONFIG_MAPPING[family](
+            text_config={"model_type": "qwen2"} | text,
+            vision_config=tower | {"image_size": (32, 32), "patch_size": (8, 8)},
+            image_token_id=number("context_image_token"),
+            image_seq_length=4,
+        )
+    grid = {"depth": 2, "num_heads": 2, "patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    own = {
+        "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
+        "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48, "fullatt_block_indexes": [1]},
+    }[family]
+    ids = {f"{name}_id": number(name) for name in QWEN}
+    return CONFIG_MAPPING[family](text_config=text | {"rope_parameters": MROPE}, vision_config=grid | own, **ids)
