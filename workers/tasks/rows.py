@@ -6,6 +6,7 @@ import math
 import string
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, time
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
@@ -33,10 +34,15 @@ class Table:
     first: int
 
 
+def needed_columns(spec: TaskSpec, columns: Columns) -> list[str]:
+    """Name the columns that a task reads."""
+    question = [columns.question] if spec.uses_question else []
+    return [columns.image, columns.answers, *question, *([columns.choices] if columns.choices else [])]
+
+
 def read_rows(spec: TaskSpec, columns: Columns, table: Table, image_of: ImageOf, separator: str | None) -> list[Sample]:
     """Read every row as a sample. Raises TaskError naming the table, and the column or the row."""
-    needed = [columns.image, columns.answers, *([columns.question] if spec.uses_question else [])]
-    for column in (*needed, *([columns.choices] if columns.choices else [])):
+    for column in needed_columns(spec, columns):
         if column not in table.columns:
             present = ", ".join(map(str, table.columns))
             raise TaskError(f"{table.name}: no column {column!r}; it has {present} (source.columns maps the names)")
@@ -93,7 +99,7 @@ def _with_options(question: str, texts: tuple[str, ...], place: int, options: st
 
 
 def cell_text(value: Any, where: str, column: str) -> str:
-    """Return a cell's text: bytes as UTF-8, a whole number without a fraction whatever type it is stored in.
+    """Return a cell's text: bytes as UTF-8, a whole number without a fraction whatever type it is stored in, a date.
 
     Raises:
         TaskError: the cell is empty, or holds a list, a mapping, or bytes that are no UTF-8 text.
@@ -108,6 +114,8 @@ def cell_text(value: Any, where: str, column: str) -> str:
         raise TaskError(f"{where}: column {column!r} holds a {kind} where one text is needed")
     if _is_blank(value):
         raise TaskError(f"{where}: column {column!r} is empty")
+    if isinstance(value, datetime) and value.time() == time():
+        value = value.date()
     return str(int(value) if _is_whole(value) else value).strip()
 
 

@@ -26,7 +26,8 @@ from workers.text import did_you_mean
 from workers.validation import explain, load_yaml, require_one_of
 
 BUNDLED_TASKS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
-FILE_FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".bz2", ".xz")
 CHOICE_TOKENS = 4
 """Tokens of an answer where one is generated although the task is to choose: when an export is compared."""
 
@@ -88,7 +89,7 @@ class Columns(_Section):
 
 
 class FileSource(_Section):
-    """A CSV, JSONL or Parquet file; image paths are relative to ``images``, by default where the file is."""
+    """A CSV, JSONL or Parquet file, plain or compressed; image paths are relative to ``images``, else to the file."""
 
     kind: Literal["file"] = "file"
     path: Text
@@ -100,14 +101,17 @@ class FileSource(_Section):
 
     @property
     def table_format(self) -> str:
-        return self.format or FILE_FORMATS.get(Path(self.path).suffix.lower(), "")
+        suffixes = [suffix.lower() for suffix in Path(self.path).suffixes]
+        if suffixes and suffixes[-1] in COMPRESSED:
+            suffixes.pop()
+        return self.format or FILE_FORMATS.get(suffixes[-1] if suffixes else "", "")
 
     @model_validator(mode="after")
     def _format_is_known(self) -> FileSource:
         if not self.table_format:
             raise ValueError(
                 f"the extension of {Path(self.path).name} (path) is none of {', '.join(FILE_FORMATS)}; "
-                f"say source.format: one of {', '.join(FILE_FORMATS.values())}"
+                f"say source.format: one of {', '.join(dict.fromkeys(FILE_FORMATS.values()))}"
             )
         return self
 

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import csv
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workers.errors import TaskError
 from workers.text import one_line
 
 from .images import HubImage, ImageFile, hash_image, load_undecoded
-from .rows import Table, cell_text, read_rows
+from .rows import Table, cell_text, needed_columns, read_rows
 from .samples import Sample
 from .spec import FileSource, HubSource, TaskSpec
 
-if TYPE_CHECKING:
-    import pandas as pd
+_PACKED: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\x00": lzma.decompress,
+}
+_ARCHIVES = {b"PK\x03\x04": "ZIP", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf\x27\x1c": "7z"}
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16, and so stands before it
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_SEPARATORS = (",", ";", "\t", "|")
 
 
 def read_file(spec: TaskSpec, source: FileSource) -> list[Sample]:
@@ -26,7 +47,7 @@ def read_file(spec: TaskSpec, source: FileSource) -> list[Sample]:
         TaskError: the file, a column, an image or an answer is missing; the message names file and row (the first
             row of data is row 1).
     """
-    table = _read_table(source)
+    columns, cells = _read_table(source, needed_columns(spec, source.columns))
     keys: dict[Path, str] = {}
 
     def image_of(cell: Any, number: int, where: str) -> tuple[ImageFile, str]:
@@ -35,7 +56,7 @@ def read_file(spec: TaskSpec, source: FileSource) -> list[Sample]:
             keys[path] = hash_image(path, where)
         return ImageFile(str(path)), keys[path]
 
-    rows = Table(source.path, list(table.columns), table.to_dict("records"), first=1)
+    rows = Table(source.path, columns, cells, first=1)
     samples = read_rows(spec, source.columns, rows, image_of, source.answer_separator)
     if not samples:
         raise TaskError(f"{source.path}: has no rows")
@@ -58,38 +79,125 @@ def read_hub(spec: TaskSpec, source: HubSource) -> list[Sample]:
     return read_rows(spec, source.columns, rows, image_of, None)
 
 
-def _read_table(source: FileSource) -> pd.DataFrame:
-    import pandas as pd
+Cells = tuple[list[str], list[dict[str, Any]]]
+"""The names of a table's columns, and its rows."""
 
+
+def _read_table(source: FileSource, needed: Collection[str]) -> Cells:
     path = Path(source.path)
     if not path.is_file():
         raise TaskError(f"{path}: no such file (source.path)")
     try:
-        if source.table_format == "csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        if source.table_format == "jsonl":
-            return _read_jsonl(path)
-        return pd.read_parquet(path)
+        content = unpacked(path.read_bytes())
+        if source.table_format == "parquet":
+            columns, rows = _parquet(content)
+        else:
+            text = decoded(content)
+            columns, rows = _csv(text, needed) if source.table_format == "csv" else _jsonl(text)
     except ImportError:
         raise TaskError(f"{path}: reading Parquet needs pyarrow: pip install 'skipplan[parquet]'") from None
-    except pd.errors.EmptyDataError:
-        raise TaskError(f"{path}: is empty") from None
-    except (ValueError, OSError) as error:  # pandas and pyarrow parser errors are both of these kinds
+    except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:  # pyarrow's are of these
         raise TaskError(f"{path}: not a readable {source.table_format} file: {one_line(error)}") from None
+    for column in needed:
+        if columns.count(column) > 1:
+            raise TaskError(f"{path}: has {columns.count(column)} columns {column!r}; which one is meant?")
+    return columns, rows
 
 
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    """Read one JSON object a line; values keep the types they have in the file."""
-    import pandas as pd
+def unpacked(content: bytes) -> bytes:
+    """Decompress gzip, bzip2 or xz, told by how the content begins. Raises ValueError for other archives."""
+    for beginning, decompress in _PACKED.items():
+        if content.startswith(beginning):
+            return decompress(content)
+    for beginning, name in _ARCHIVES.items():
+        if content.startswith(beginning):
+            raise ValueError(f"it is a {name} file; unpack it, or compress it with gzip")
+    return content
 
+
+def decoded(content: bytes) -> str:
+    """Decode UTF-8, or what a byte order mark names. Raises ValueError naming the first byte that does not fit."""
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = content[error.start]
+        raise ValueError(
+            f"line {line} is no {error.encoding} text (byte {error.start}: 0x{found:02x}); save the file as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise ValueError(
+            "it holds null characters, as UTF-16 without a byte order mark and binary files do; save it as UTF-8"
+        )
+    return text
+
+
+def _csv(text: str, needed: Collection[str]) -> Cells:
+    """Read cells as text, separated by the character under which the first line names the needed columns."""
+    separator = next((each for each in _SEPARATORS if set(needed) <= set(_header(_reader(text, each)))), ",")
+    reader = _reader(text, separator, strict=True)
+    header = _header(reader)
+    if not header:
+        raise ValueError("it is empty")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TaskError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise TaskError(f"{path}, line {number}: must be a JSON object, one a line")
-            rows.append(row)
-    return pd.DataFrame(rows, dtype=object)
+    for number, row in enumerate(filter(None, reader), start=1):
+        while len(row) > len(header) and not row[-1].strip():
+            row.pop()  # separators at the end of every line
+        if len(row) != len(header):
+            raise ValueError(f"row {number} (line {reader.line_num}) has {len(row)} cells, the header {len(header)}")
+        rows.append(dict(zip(header, row, strict=True)))
+    return header, rows
+
+
+def _reader(text: str, separator: str, *, strict: bool = False) -> Any:
+    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict)
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    """Read the first line that is not blank."""
+    return [name.strip() for name in next(filter(any, reader), ())]
+
+
+def _jsonl(text: str) -> Cells:
+    """Read one JSON object a line, or one list of objects; values keep the types that they have in the file."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if lines and lines[0][1].lstrip().startswith("["):
+        rows = [("row", number, row) for number, row in enumerate(_json(text, "it"), start=1)]
+    else:
+        rows = [("line", number, _json(line, f"line {number}")) for number, line in lines]
+    for kind, number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{kind} {number} must be a JSON object, one a line")
+    columns = list(dict.fromkeys(name for _, _, row in rows for name in row))
+    return columns, [dict.fromkeys(columns) | row for _, _, row in rows]
+
+
+def _json(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+        if twice:
+            raise ValueError(f"{twice[0]!r} is given twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _parquet(content: bytes) -> Cells:
+    """Read cells as Python's own types; a 32-bit float as the shortest number that it stands for."""
+    import numpy as np
+    import pyarrow
+    from pyarrow import parquet
+
+    table = parquet.read_table(io.BytesIO(content))
+    cells = []
+    for field, column in zip(table.schema, table.columns, strict=True):
+        values = column.to_pylist()
+        if pyarrow.types.is_float32(field.type) or pyarrow.types.is_float16(field.type):
+            short = np.float32 if pyarrow.types.is_float32(field.type) else np.float16
+            values = [None if value is None else float(str(short(value))) for value in values]
+        cells.append(values)
+    return table.column_names, [dict(zip(table.column_names, row, strict=True)) for row in zip(*cells, strict=True)]

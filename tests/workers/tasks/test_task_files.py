@@ -160,7 +160,7 @@ def test_the_same_image_under_two_names_is_one_image(write: Write, images: list[
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "data.csv: is empty|has no rows|no column"),
+        ([], "data.csv: not a readable csv file: it is empty"),
         ([{"image": "0.png", "answers": "a"}], "no column 'question'; it has image, answers"),
         ([{"image": "gone.png", "question": "q", "answers": "a"}], "row 1: image .*gone.png does not exist"),
         (
@@ -184,7 +184,7 @@ def test_unreadable_files_are_named(write: Write, tmp_path: Path) -> None:
         load_task(path)
     path = write(suffix=".jsonl")
     (tmp_path / "data.jsonl").write_text('{"image": ')
-    with pytest.raises(TaskError, match=r"data\.jsonl, line 1: not JSON"):
+    with pytest.raises(TaskError, match=r"data\.jsonl: not a readable jsonl file: line 1 is not JSON"):
         load_task(path)
     path = write(suffix=".parquet")
     (tmp_path / "data.parquet").write_text("no parquet")
@@ -210,7 +210,11 @@ def test_a_corrupt_image_is_no_error_before_it_is_opened(write: Write, tmp_path:
             r"task: metric: must be one of 'exact_match', 'vqa_accuracy'.*, not 'accuracy'; did you mean",
         ),
         ("source.kind", "s3", r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'file', 'hub', not 's3'"),
-        ("source.path", "data.xlsx", r"task: source: .*data\.xlsx \(path\) is none of \.csv, \.jsonl, \.parquet"),
+        (
+            "source.path",
+            "data.xlsx",
+            r"task: source: .*data\.xlsx \(path\) is none of \.csv, \.tsv, \.jsonl, \.ndjson, \.parquet",
+        ),
         ("splits.search", 0, r"task: splits\.search: must be greater than or equal to 1, not 0"),
         ("splits.search", True, r"task: splits\.search: must be a valid integer, not True"),
         ("splits.unit", "rows", r"task: splits\.unit: must be 'images' or 'samples', not 'rows'"),
