@@ -30,6 +30,14 @@ class ClusterError(WorkersError):
     """The cluster cannot be reached, lacks what was asked for, or lost all its workers."""
 
 
+class ClusterLost(ClusterError):  # noqa: N818 - named like the database's LeaseLost
+    """The cluster that ran the workers ended under them: its head, or this machine's node, is gone."""
+
+
+class ClusterAway(ClusterError):  # noqa: N818
+    """Nothing answers at the cluster's address."""
+
+
 class MeasurementError(WorkersError):
     """A measurement was asked for that cannot be made, for example an unknown split."""
 

@@ -53,6 +53,9 @@ def options(
     context.obj = GlobalOptions(database=database_url, debug=debug, quiet=quiet)
 
 
+SUPERVISED = ("run", "serve", "score", "validate-theory")
+"""Commands that use Ray, which may end their process."""
+
 for module in (run, plans, export, report, setup, theory):
     app.add_typer(module.app)
 app.add_typer(jobs.app, name="jobs")
@@ -64,17 +67,29 @@ def main(arguments: list[str] | None = None) -> None:
 
     A database URL that holds a password is not left among the arguments: everybody on the machine can read those of a
     process, and Ray keeps them with the cluster's jobs. The command begins anew with the URL in the environment.
+    Commands that use Ray run in a child process, which is supervised.
     """
     given = sys.argv[1:] if arguments is None else arguments
     program, command = _split(given)
     url = next((each.removeprefix("--database=") for each in reversed(program) if "://" in each), "")
+    interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]
     if arguments is None and re.search(r"://[^/]*:[^/]*@|password=", url):
-        interpreter = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]
         rest = [*(each for each in program if each in FLAGS), *command]
         os.execve(sys.executable, [sys.executable, *interpreter, *rest], {**os.environ, "SKIPPLAN_DATABASE": url})
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: nobody would see them move
-    raise SystemExit(_run([*program, *command]))
+    if arguments is not None or command[:1] not in ([each] for each in SUPERVISED) or "--help" in command:
+        raise SystemExit(_run([*program, *command]))
+    from optimizer.service import channel
+
+    if not channel.open_channel():
+        from optimizer.service.supervisor import Supervisor
+
+        child = [sys.executable, *interpreter, *given]
+        raise SystemExit(Supervisor(child, restarts=command[0] == "serve").run())
+    code = _run([*program, *command])
+    channel.tell(orderly=True)
+    raise SystemExit(code)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

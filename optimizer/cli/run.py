@@ -150,11 +150,12 @@ def serve(
 def start_logging(asked: str | None, default: str | None = None) -> bool:
     """Begin to write the log that the option, else the environment, asks for; whether one is written."""
     from optimizer.errors import UsageFault
-    from optimizer.service import logs
+    from optimizer.service import channel, logs
 
     form = asked or os.environ.get(logs.ENVIRONMENT) or default
     if form is not None and form not in logs.FORMATS:
         source = "--log-format" if asked else logs.ENVIRONMENT
         raise UsageFault(f"{source}: must be {' or '.join(logs.FORMATS)}, not {form!r}")
     logs.configure(form)
+    channel.tell(log_format=form)
     return form is not None

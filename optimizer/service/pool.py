@@ -106,6 +106,7 @@ class PoolCache:
         pool = self._pool
         if pool is not None and self._fits(pool, inputs):
             try:
+                pool.check_cluster()  # it may have ended while no job was running
                 if task_hash(pool.task) != task_hash(inputs.task):
                     pool.change_task(inputs.task)
             except ClusterError:

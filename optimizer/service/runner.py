@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import Interrupted, LeaseLost, UsageFault, explain
 from optimizer.job.inputs import JobInputs
-from optimizer.job.loading import override, validate_job
+from optimizer.job.loading import ENVIRONMENT, override, validate_job
 from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
-from optimizer.service import logs
+from optimizer.service import channel, logs
 from optimizer.service.pool import open_pool
 from optimizer.service.preflight import too_few_to_prove
 from optimizer.stages import pipeline
@@ -29,7 +30,7 @@ from storage import errors as storage_errors
 from storage.database import Database
 from storage.queue import attempts, jobs, leases
 from storage.queue.jobs import Job
-from workers.errors import ClusterError
+from workers.errors import ClusterAway, ClusterError, ClusterLost
 from workers.text import one_line
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ POLL_SECONDS = 1.0
 FIRST_RETRY_SECONDS = 5.0
 LONGEST_RETRY_SECONDS = 300.0
 """A job whose cluster failed waits so long, twice as long each time, but no longer than this."""
+
+MOST_LOSSES = 5
+"""So often in a row a cluster may end under a job that records nothing; then the job is taken for the cause."""
+
+MOST_OUTAGES = 32
+"""So often in a row the cluster that a job file names may be away once the job has run there: about two hours."""
 
 
 def new_owner() -> str:
@@ -138,9 +145,9 @@ def attempt(
     """Keep a claimed job's lease while it is worked on, and record why an attempt ended early.
 
     A resumable job goes back to the queue when it is interrupted. So does one whose cluster or database failed, to be
-    taken again after a while; but the attempt counts unless it got somewhere. Raises Interrupted, LeaseLost, and what
-    the work raises.
+    taken again after a while; see :func:`put_back`. Raises Interrupted, LeaseLost, and what the work raises.
     """
+    channel.tell_held(db, job, resumable=resumable)
     try:
         with heartbeat(db, job, progress, lease_seconds), stop_signals():
             yield
@@ -160,20 +167,49 @@ def attempt(
         reason = f"{type(error).__name__}: {one_line(error)}" if known is None else known[1]
         reason = "; ".join([reason, *getattr(error, "details", ())])
         if resumable and isinstance(error, ClusterError | storage_errors.DatabaseError):
-            put_back(db, job, reason)
+            put_back(db, job, error)
+            if isinstance(error, ClusterLost):
+                raise type(error)(f"{reason}; {goes_on(db, job)}") from None
         else:
             quietly(lambda: leases.fail(db, job, reason))
             logs.log("job_failed", reason=reason)
         raise
 
 
-def put_back(db: Database, job: Job, reason: str) -> None:
-    """Queue a job again after its cluster or database failed, with a pause that doubles from failure to failure."""
+def put_back(db: Database, job: Job, error: BaseException) -> None:
+    """Queue a job again after its cluster or database failed, with a pause that doubles from failure to failure.
+
+    The attempt counts unless it recorded something, but not where a running cluster ended under the job, or an address
+    does not answer that need not be the job's mistake: that is limited by how often it happens in a row.
+    """
+    reason = one_line(error)
     with suppress(storage_errors.StorageError):  # what made the attempt end is what is reported
         before = attempts.retries_in_a_row(db, job.id)
         wait = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**before)
-        now = leases.retry(db, job, reason, wait)
+        if isinstance(error, ClusterLost):
+            now = leases.put_off(db, job, "cluster_lost", reason, wait, MOST_LOSSES)
+        elif isinstance(error, ClusterAway) and cluster_is_ours():
+            now = leases.put_off(db, job, "cluster_away", reason, wait, sys.maxsize)
+        elif isinstance(error, ClusterAway) and attempts.got_somewhere(db, job.id):
+            now = leases.put_off(db, job, "cluster_away", reason, wait, MOST_OUTAGES)
+        else:
+            now = leases.retry(db, job, reason, wait)
         logs.log("job_put_back" if now.state == "queued" else "job_failed", reason=reason, wait_seconds=wait)
+
+
+def cluster_is_ours() -> bool:
+    """Tell whether this process's environment names the cluster, so that a job cannot have named a wrong one."""
+    return any(os.environ.get(name) for name, field in ENVIRONMENT.items() if field == ("cluster", "address"))
+
+
+def goes_on(db: Database, job: Job) -> str:
+    """Say what has become of a job that was put back."""
+    with suppress(storage_errors.StorageError):
+        now = jobs.get(db, job.id)
+        if now.state == "queued":
+            return f"job {job.id} is back in the queue and goes on where it was when the job file is run again"
+        return f"job {job.id} is {now.state}" + (f": {now.error}" if now.error else "")
+    return f"job {job.id} goes on where it was when its lease has ended and the job file is run again"
 
 
 def quietly(action: Callable[[], object]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, exists, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -215,6 +215,30 @@ def retry(session: Session, job: Job, reason: str, wait_seconds: float) -> Job:
     limit = session.scalar(select(JobRow.attempt_limit).where(JobRow.id == job.id)) or 0
     if job.attempt >= limit + extra:
         return _end(session, job, "failed", f"{reason} (attempt {job.attempt}, the last one)")
+    return _queue_later(session, job, "retry", reason, wait_seconds, extra)
+
+
+@writes
+def put_off(
+    session: Session,
+    job: Job,
+    kind: Literal["cluster_lost", "cluster_away"],
+    reason: str,
+    wait_seconds: float,
+    most: int,
+) -> Job:
+    """Put a running job back, to be taken again after ``wait_seconds``, without counting the attempt.
+
+    Where this happens ``most`` times in a row, and nothing was recorded in between, the job fails with ``reason``.
+    Raises ``LeaseLost``.
+    """
+    times = 1 if attempts.made(session, job.id, job.attempt) else 1 + attempts.without_headway(session, job.id, kind)
+    if times >= most:
+        return _end(session, job, "failed", f"{reason} ({times} times in a row, with nothing recorded in between)")
+    return _queue_later(session, job, kind, reason, wait_seconds, 1)
+
+
+def _queue_later(session: Session, job: Job, kind: str, reason: str, wait_seconds: float, extra: int) -> Job:
     values = {
         "state": "queued",
         "owner": None,
@@ -222,7 +246,7 @@ def retry(session: Session, job: Job, reason: str, wait_seconds: float) -> Job:
         "attempt_limit": JobRow.attempt_limit + extra,
         "not_before": database_now(wait_seconds),
     }
-    return _transition(session, job, values, "retry", f"{reason}; queued again, not before {wait_seconds:g} s from now")
+    return _transition(session, job, values, kind, f"{reason}; queued again, not before {wait_seconds:g} s from now")
 
 
 def _transition(session: Session, job: Job, values: dict[str, Any], kind: str, message: str) -> Job:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import ray
 
-from workers.errors import ClusterError
+from workers.errors import ClusterAway, ClusterError, ClusterLost
 from workers.text import first_line, last_line, one_line
 
 from .settings import LOCAL, ClusterSettings
@@ -171,21 +171,25 @@ class HeadWatch:
         self._node = context.get_node_id()
         self._address, self._missed = address, 0
 
-    def check(self) -> None:
-        """Ask whether the head answers. Raises ClusterError the third time in a row that it does not."""
+    def check(self, *, counts: bool = True) -> None:
+        """Ask whether the head answers and has this machine's node.
+
+        Raises ClusterLost when the node is gone, and the third time in a row that the head does not answer;
+        ``counts=False`` asks in between, so that many questions at one moment are not taken for a long silence.
+        """
         if self._head is None:
             return
         host, _, port = self._head.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            self._missed += 1
+            self._missed += counts
             if self._missed >= MISSED_CALLS:
-                raise ClusterError(f"cluster {self._address}: its head node does not answer any more") from None
+                raise ClusterLost(f"cluster {self._address}: its head node does not answer any more") from None
             return
         self._missed = 0
         if not any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes()):
-            raise ClusterError(f"cluster {self._address}: this machine's Ray node is gone")
+            raise ClusterLost(f"cluster {self._address}: this machine's Ray node is gone")
 
     @property
     def steady(self) -> bool:
@@ -207,7 +211,7 @@ def _probe(address: str, timeout: float) -> None:
     try:
         socket.create_connection((host, port), timeout=timeout).close()
     except OSError as error:
-        raise ClusterError(f"cluster {address}: nothing answers ({error.strerror or error})") from None
+        raise ClusterAway(f"cluster {address}: nothing answers ({error.strerror or error})") from None
 
 
 def _rehearse(address: str, timeout: float) -> None:
@@ -218,7 +222,7 @@ def _rehearse(address: str, timeout: float) -> None:
             [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"cluster {address}: no Ray cluster answers there within {timeout:g} s") from None
+        raise ClusterAway(f"cluster {address}: no Ray cluster answers there within {timeout:g} s") from None
     if "AuthenticationError" in result.stderr:
         raise ClusterError(
             f"cluster {address}: asks for a token; set RAY_AUTH_MODE=token in the environment, and give the token in "

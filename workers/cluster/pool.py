@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from workers.cluster.settings import WorkerSettings
-from workers.errors import ClusterError, WorkersError
+from workers.errors import ClusterError, ClusterLost, WorkersError
 from workers.messages import (
     Failure,
     ModelSource,
@@ -49,6 +50,9 @@ PLACING_SECONDS = 30.0
 
 LOOK_SECONDS = 5.0
 """Between two looks at the cluster: whether its head answers, and whether there is room for more workers."""
+
+NOTICE_SECONDS = 1.0
+"""Until the cluster knows that a node is gone whose workers have died."""
 
 PAUSE_SECONDS = 120.0
 """Before another worker is started in the place of one that could not load the model time after time."""
@@ -108,6 +112,14 @@ class WorkerPool:
             check_checkpoint(find_checkpoint(self.model), self.model.allow_pickle)
         self._owns_connection = connect(self.cluster)
         try:
+            self._start_workers()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _start_workers(self) -> None:
+        with self._lost_with_ray():
             self._allotment = allot(self.cluster, model_device=self.model.device)
             self._head, self._telemetry = HeadWatch(self.cluster.address), Telemetry()
             self._task_reference = ray.put(self.task)
@@ -117,10 +129,6 @@ class WorkerPool:
             for position in range(len(self._slots)):
                 while self._slots[position].stage != "ready":
                     self._step_of_first_start(self._slots[position])
-        except BaseException:
-            self.close()
-            raise
-        return self
 
     def close(self) -> None:
         """Stop all workers, and the cluster if this pool started it. Unfinished requests are dropped."""
@@ -160,10 +168,12 @@ class WorkerPool:
         """
         if not self.idle:
             raise RuntimeError("the task of a pool can only be changed while it is idle")
+        self.check_cluster()
         self.task, self._task_reference = task, ray.put(task)
         for slot in self._slots:
             slot.load(slot.actor.change_task.remote(self._task_reference), self.cluster.load_timeout_seconds)
         while any(slot.reference is not None for slot in self._slots):
+            self._look_at_cluster(welcome=False)
             self._wait(None)
             self._replace_overdue()
 
@@ -193,10 +203,11 @@ class WorkerPool:
         while not self._finished:
             if not self.pending:
                 return None
-            self._look_at_cluster()
-            self._dispatch()
-            self._wait(give_up)
-            self._replace_overdue()
+            with self._lost_with_ray():
+                self._look_at_cluster()
+                self._dispatch()
+                self._wait(give_up)
+                self._replace_overdue()
             if not self._finished and give_up is not None and time.monotonic() >= give_up:
                 return None
         self._dispatch()  # what the caller does with the result must not keep the worker waiting
@@ -279,6 +290,10 @@ class WorkerPool:
 
     def _lost(self, slot: Slot, reason: str) -> None:
         """Replace a worker that is gone or could not load the model, and give its request to another."""
+        # Where the whole node goes, its workers go first, and neither they nor their requests are to blame. What would
+        # be asked of Ray meanwhile could end this process.
+        time.sleep(NOTICE_SECONDS)
+        self.check_cluster(counts=False)
         self._kill(slot)
         self._telemetry.lost(slot.number, reason)
         ticket = slot.ticket
@@ -319,19 +334,28 @@ class WorkerPool:
             seconds = self.cluster.load_timeout_seconds if slot.ticket is None else self.cluster.request_timeout_seconds
             self._lost(slot, f"the worker took longer than {seconds:g} s to {what}")
 
-    def _look_at_cluster(self) -> None:
-        """Check that the cluster is still there, and start workers that it has room for again."""
+    def _look_at_cluster(self, *, welcome: bool = True) -> None:
+        """Check now and then that the cluster is still there, and start workers that it has room for again."""
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + LOOK_SECONDS
+        self.check_cluster()
+        if welcome and now >= self._no_new_workers_before and self._head.steady:
+            self._welcome()
+
+    def check_cluster(self, *, counts: bool = True) -> None:
+        """Make sure that the cluster is there; ``counts`` as for :meth:`HeadWatch.check`. Raises ClusterLost."""
+        with self._lost_with_ray():
+            self._head.check(counts=counts)
+
+    @contextmanager
+    def _lost_with_ray(self) -> Iterator[None]:
         try:
-            self._head.check()
-            if now >= self._no_new_workers_before and self._head.steady:
-                self._welcome()
+            yield
         except (RayError, ConnectionError) as error:
             reason = describe_error(error)
-            raise ClusterError(f"cluster {self.cluster.address}: cannot be used any more: {reason}") from None
+            raise ClusterLost(f"cluster {self.cluster.address}: cannot be used any more: {reason}") from None
 
     def _welcome(self) -> None:
         wanted = self.cluster.workers or room(self._allotment)
@@ -362,7 +386,13 @@ class WorkerPool:
         One that dies is replaced, a few times; unlike a replacement's later, its failure is an error of the whole pool.
         """
         patience = self.cluster.load_timeout_seconds if slot.stage == "placing" else slot.deadline - time.monotonic()
-        ready, _ = ray.wait([slot.reference], timeout=max(0.0, patience))
+        give_up = time.monotonic() + patience
+        while True:
+            left = max(0.0, give_up - time.monotonic())
+            ready, _ = ray.wait([slot.reference], timeout=min(left, LONGEST_WAIT_SECONDS))
+            if ready or left == 0.0:
+                break
+            self._look_at_cluster(welcome=False)
         if not ready:
             free = ray.available_resources()
             raise ClusterError(

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 
 from workers.messages import Request, Timing, WorkerInfo
 from workers.text import first_line, last_line
@@ -63,4 +63,6 @@ def describe_death(error: RayError) -> str:
     first, last = first_line(error), last_line(str(error), "")
     if first != last and "creation task" in first:
         return last
+    if isinstance(error, OutOfMemoryError) or "memory on the node" in str(error):
+        return "Ray ended the worker's process: the node's memory ran out; fewer workers need less (cluster.workers)"
     return f"the worker's process died ({type(error).__name__}): killed, crashed, or out of memory"

@@ -90,3 +90,40 @@ def test_retries_in_a_row_are_counted_until_something_else_happens(db):
         job = leases.claim(db, "me", 60)
     stages.record_stage(db, job, "score", {})
     assert attempts.retries_in_a_row(db, job.id) == 0
+
+
+def lose(db, job, kind="cluster_lost", most=3):
+    return leases.put_off(db, job, kind, "node lost", 0, most)
+
+
+def test_what_is_put_off_is_not_counted_until_it_happens_too_often_in_a_row(db):
+    submitted = jobs.submit(db, {}, "h", max_attempts=1)
+    for number in (1, 2):
+        ended = lose(db, leases.claim(db, "me", 60))
+        assert (ended.state, ended.attempt, ended.attempt_limit) == ("queued", number, number + 1)
+    ended = lose(db, leases.claim(db, "me", 60))
+    assert (ended.state, ended.error) == ("failed", "node lost (3 times in a row, with nothing recorded in between)")
+    assert jobs.get(db, submitted.id).finished_at is not None
+
+
+@pytest.mark.parametrize("how", ["evaluation", "stage"])
+def test_what_was_recorded_ends_the_row(db, how):
+    first = scene(db)
+    job = first.job
+    for number in range(8):
+        if number % 2:
+            stage = type(first)(job, first.model_id, first.task_id, first.device_id)
+            if how == "evaluation":
+                evaluate(db, stage, f"R{'S' * number}")
+            else:
+                stages.record_stage(db, job, f"stage {number}", {"value": number})
+        assert lose(db, job).state == "queued"
+        job = leases.claim(db, "me", 60)
+
+
+def test_a_cluster_that_is_away_between_losses_does_not_make_more_of_them_nor_fewer(db):
+    job = claimed(db)
+    for kind in ("cluster_lost", "cluster_away", "cluster_away", "cluster_lost", "cluster_away"):
+        assert lose(db, job, kind, most=4 if kind == "cluster_away" else 3).state == "queued"
+        job = leases.claim(db, "me", 60)
+    assert lose(db, job).state == "failed"  # the third loss
