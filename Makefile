@@ -37,10 +37,15 @@ lock: install
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --extra test -c $(LOCKS)/gpu.txt pyproject.toml \
 	  | grep -vxFf $(LOCKS)/gpu.txt > $(LOCKS)/test.txt
 
-quickstart: install
+quickstart:
+	@mkdir -p $(VENV) && date +%s > $(VENV)/times
+	@$(MAKE) --no-print-directory install
+	@date +%s >> $(VENV)/times
 	$(BIN)/skipplan run configs/quickstart.yaml
+	@date +%s >> $(VENV)/times
 	$(BIN)/skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.01
 	$(BIN)/skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.01 --format checkpoint --output exports/quickstart --force
+	@set -- $$(cat $(VENV)/times) && echo "installation $$(($$2 - $$1)) s, job $$(($$3 - $$2)) s"
 
 test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
