@@ -65,7 +65,7 @@ def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Jo
     spec = _spec(job, database)
     inputs = prepare(spec)
     with Database.open(spec.database) as db:
-        known = None if force else jobs.find_finished(db, inputs.spec_hash)
+        known = None if force or not inputs.fingerprint else jobs.find_finished(db, inputs.spec_hash)
         return known or run_job(db, inputs, Progress(), anew=force)
 
 
@@ -78,13 +78,16 @@ def best(
     min_speedup: float | None = None,
     max_latency: float | None = None,
     device: str | None = None,
+    all_versions: bool = False,
     database: str | None = None,
 ) -> Plan | None:
     """Find the fastest published plan of a model on a task within limits; None where the dense model is the answer.
 
     ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
-    the upper end of the loss's interval, ``max_latency`` is in seconds a request of the job's workload.
+    the upper end of the loss's interval, ``max_latency`` is in seconds a request of the job's workload. Plans of former
+    model files, data, prompts or metrics are left out unless ``all_versions``.
     """
+    from optimizer.job.present import PresentVersions
     from storage.records import plans as published
     from storage.records.plans import PlanQuery
 
@@ -98,7 +101,8 @@ def best(
             min_speedup=min_speedup,
             max_latency=max_latency,
         )
-        return published.best(db, query)
+        present = PresentVersions(db)
+        return published.best(db, present.named(query) if all_versions else present.only(query))
 
 
 def plans(
@@ -111,14 +115,17 @@ def plans(
     on_front: bool = False,
     sort: Sort = "speedup",
     limit: int | None = None,
+    all_versions: bool = False,
     database: str | None = None,
 ) -> pd.DataFrame:
     """List published plans, best first by ``sort``: one row a plan within the limits, indexed by its id.
 
     Columns: what was verified and measured (``accuracy``, ``difference``, ``speedup``, each with ``_low`` and
     ``_high``; ``latency_seconds``, ``kv_cache_bytes``, ...), and ``plan``, ``compensation``, ``model``, ``task``,
-    ``device``, ``workload``, ``job_id``, ``on_front``, ``meets_constraint`` (of its own job; None where not known).
+    ``device``, ``workload``, ``job_id``, ``on_front``, ``meets_constraint`` (of its own job; None where not known),
+    ``changed`` (what changed since, of plans that only ``all_versions`` lists: model files, data, ...).
     """
+    from optimizer.job.present import PresentVersions
     from optimizer.job.result import PlanAnswer
     from storage.records import overview
     from storage.records import plans as published
@@ -135,8 +142,9 @@ def plans(
         limit=limit,
     )
     with _open(database) as db:
-        found = published.list_plans(db, query)
-    answers = [PlanAnswer.of(plan) for plan in found]
+        present = PresentVersions(db)
+        found = published.list_plans(db, present.named(query) if all_versions else present.only(query))
+        answers = [PlanAnswer.of(plan, present.changes(plan)) for plan in found]
     return overview.frame(answers, PlanAnswer).drop(columns=["secondary", "layers"]).set_index("id")
 
 

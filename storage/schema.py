@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
-REVISION = "0003"
+REVISION = "0004"
 """The migration that these tables correspond to."""
 
 JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
@@ -99,6 +99,11 @@ class TaskRow(Base):
     search_size: Mapped[int]
     held_out_size: Mapped[int]
     created_at: Mapped[datetime] = _now()
+    data_hash: Mapped[str] = mapped_column(server_default="")
+    """Of the samples alone, and ``definition_hash`` of how they are asked and scored; empty where not known."""
+    definition_hash: Mapped[str] = mapped_column(server_default="")
+    seen_at: Mapped[datetime | None] = mapped_column(insert_default=database_now())
+    """When a job last used the task; None for one that was only imported."""
 
 
 class DeviceRow(Base):

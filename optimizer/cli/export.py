@@ -31,6 +31,7 @@ def export(
     max_accuracy_drop: options.MaxDrop = None,
     min_speedup: options.MinSpeedup = None,
     device: options.Device = None,
+    all_versions: options.AllVersions = False,
     model_path: options.ModelPath = None,
     force: options.Force = False,
     force_model: options.ForceModel = False,
@@ -46,20 +47,23 @@ def export(
     """
     from optimizer.cli.screen import Screen, figures
     from optimizer.exports.writing import export_published
+    from optimizer.job.present import PresentVersions
     from storage.records import plans
+    from storage.records.plans import PlanQuery
 
+    query = PlanQuery(model, task, device=device, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup)
     with open_database(context) as db:
-        plan = (
-            plans.get(db, plan_id)
-            if plan_id is not None
-            else find_best(db, model, task, max_accuracy_drop, min_speedup, device)
-        )
+        if plan_id is None:
+            plan, changes = find_best(db, query, all_versions=all_versions)
+        else:
+            plan = plans.get(db, plan_id)
+            changes = PresentVersions(db).changes(plan)
         screen = Screen(quiet=global_options(context).quiet, as_json=as_json)
         with screen.status(f"writing plan {plan.id} as {format_name}"):
             written = export_published(
                 db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
             )
-    notes = [*cautions(plan), *written.notes]
+    notes = [*cautions(plan, changes), *written.notes]
     print_either(
         as_json,
         {"plan": plan.id, "format": format_name, "output": str(output), "notes": notes},

@@ -32,6 +32,10 @@ MaxDrop = Annotated[
     ),
 ]
 MinSpeedup = Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Smallest measured speed-up.")]
+AllVersions = Annotated[
+    bool,
+    typer.Option("--all-versions", help="Also plans of former model files, data, prompts or metrics, marked as such."),
+]
 Device = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
 MaxCollateralDrop = Annotated[
     float | None,

@@ -12,7 +12,7 @@ from optimizer.cli.options import open_database, print_either, print_json
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.records.plans import Plan
+    from storage.records.plans import Plan, PlanQuery
 
 
 app = typer.Typer()
@@ -22,40 +22,46 @@ SortKey = Literal["speedup", "accuracy", "latency_seconds", "difference", "newes
 
 def find_best(
     db: Database,
-    model: str | None,
-    task: str | None,
-    max_accuracy_drop: float | None,
-    min_speedup: float | None,
-    device: str | None,
+    query: PlanQuery,
+    *,
+    all_versions: bool = False,
     max_collateral_drop: float | None = None,
     max_text_kl: float | None = None,
-) -> Plan:
-    """Find the fastest plan within limits.
+) -> tuple[Plan, tuple[str, ...]]:
+    """Find the fastest plan within limits, and what changed since it was measured.
 
     Raises UsageFault when model or task is not named, NoFeasiblePlan when no plan meets the limits.
     """
     from optimizer.errors import NoFeasiblePlan, UsageFault
+    from optimizer.job.present import PresentVersions
     from storage.records import plans
-    from storage.records.plans import PlanQuery
 
-    if model is None or task is None:
+    if query.model is None or query.task is None:
         raise UsageFault("name both --model and --task")
-    query = PlanQuery(model, task, device=device, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup)
-    if max_collateral_drop is None and max_text_kl is None:
-        found = plans.best(db, query)
-    else:  # what is measured beside the task has no columns of its own
+    present = PresentVersions(db)
+
+    def find(query: PlanQuery) -> Plan | None:
+        if max_collateral_drop is None and max_text_kl is None:
+            return plans.best(db, query)
+        # what is measured beside the task has no columns of its own
         fastest_first = plans.list_plans(db, replace(query, limit=None))
-        within = (plan for plan in fastest_first if _within(plan, max_collateral_drop, max_text_kl))
-        found = next(within, None)
+        return next((plan for plan in fastest_first if _within(plan, max_collateral_drop, max_text_kl)), None)
+
+    found = find(present.named(query) if all_versions else present.only(query))
     if found is None:
+        former = None if all_versions else find(present.named(query))
         raise NoFeasiblePlan(
-            f"no published plan of {model} on {task} meets these limits; the dense model is the answer"
+            f"no published plan of {query.model} on {query.task} meets these limits; the dense model is the answer"
+            if former is None
+            else f"no published plan of {query.model} on {query.task} as they are now meets these limits; plan "
+            f"{former.id} was measured before {', '.join(present.changes(former))} changed: run the job again, or "
+            "take it with --all-versions"
         )
-    return found
+    return found, present.changes(found)
 
 
-def cautions(plan: Plan) -> list[str]:
-    """Warn of a plan that its own job refused, or whose dense model is worth nothing on the task."""
+def cautions(plan: Plan, changes: tuple[str, ...]) -> list[str]:
+    """Warn of a plan that its own job refused, whose dense model is worth nothing, or of former model files or data."""
     from optimizer.job.result import dense_warning, meets_constraint
 
     found = []
@@ -65,6 +71,8 @@ def cautions(plan: Plan) -> list[str]:
         )
     if dense_warning(plan):
         found.append(f"plan {plan.id}: {dense_warning(plan)}")
+    if changes:
+        found.append(f"plan {plan.id} was measured before {', '.join(changes)} changed; its figures are of before")
     return found
 
 
@@ -88,25 +96,31 @@ def best(
     device: options.Device = None,
     max_collateral_drop: options.MaxCollateralDrop = None,
     max_text_kl: options.MaxTextKl = None,
+    all_versions: options.AllVersions = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Show the fastest published plan of a model on a task within limits.
 
     [bold]Example:[/bold] skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.02
     """
+    from storage.records.plans import PlanQuery
+
+    query = PlanQuery(model, task, device=device, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup)
     with open_database(context) as db:
-        found = find_best(db, model, task, max_accuracy_drop, min_speedup, device, max_collateral_drop, max_text_kl)
+        found, changes = find_best(
+            db, query, all_versions=all_versions, max_collateral_drop=max_collateral_drop, max_text_kl=max_text_kl
+        )
     if as_json:
         from optimizer.job.result import plan_json
 
-        print_json(plan_json(found))
+        print_json(plan_json(found, changes))
     else:
         from optimizer.cli.screen import Screen
 
         screen = Screen(quiet=False)
-        screen.plans([found])
-        for text in cautions(found):
-            screen.warn(text)
+        screen.plans([found], [changes])
+        for warning in cautions(found, changes):
+            screen.warn(warning)
     return 0
 
 
@@ -121,12 +135,14 @@ def list_plans(
     pareto: Annotated[bool, typer.Option("--pareto", help="Only members of the Pareto front.")] = False,
     sort: Annotated[SortKey, typer.Option(help="Order.")] = "speedup",
     limit: Annotated[int, typer.Option(min=1, help="Most plans to list.")] = 50,
+    all_versions: options.AllVersions = False,
     as_json: options.AsJson = False,
 ) -> int:
     """List published plans.
 
     [bold]Example:[/bold] skipplan plans --model llava-12 --pareto --sort accuracy
     """
+    from optimizer.job.present import PresentVersions
     from optimizer.job.result import plan_json
     from storage.records import plans
     from storage.records.plans import PlanQuery
@@ -142,13 +158,15 @@ def list_plans(
         limit=limit,
     )
     with open_database(context) as db:
-        found = plans.list_plans(db, query)
+        present = PresentVersions(db)
+        found = plans.list_plans(db, present.named(query) if all_versions else present.only(query))
+        changes = [present.changes(plan) for plan in found]
     if as_json:
-        print_json([plan_json(plan) for plan in found])
+        print_json([plan_json(*each) for each in zip(found, changes, strict=True)])
     else:
         from optimizer.cli.screen import Screen
 
-        Screen(quiet=False).plans(found)
+        Screen(quiet=False).plans(found, changes)
     return 0
 
 

@@ -61,7 +61,7 @@ def run(
     with screen.status("checking the task's data and the model's files"):
         inputs = prepare(spec)
     with Database.open(spec.database) as db:
-        job = None if force else jobs.find_finished(db, inputs.spec_hash)
+        job = None if force or not inputs.fingerprint else jobs.find_finished(db, inputs.spec_hash)
         if job is not None:
             screen.say(f"job {job.id} had this specification and is done; its result (--force runs it anew):")
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -97,8 +97,8 @@ class Screen:
         if result.best is not None:
             self._out.print(answer(result.best), markup=False, style="bold")
 
-    def plans(self, found: list[Plan]) -> None:
-        self._out.print(plans_table(tuple(found), best=None, title=None))
+    def plans(self, found: list[Plan], changes: list[tuple[str, ...]]) -> None:
+        self._out.print(plans_table(tuple(found), best=None, title=None, changes=changes))
 
     def table(self, table: Table) -> None:
         self._out.print(table)
@@ -144,8 +144,10 @@ class LiveStages:
             self._progress.console.print(text, markup=False)
 
 
-def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None) -> Table:
-    """Lay published plans out as a table, one a row."""
+def plans_table(
+    plans: tuple[Plan, ...], *, best: Plan | None, title: str | None, changes: Sequence[tuple[str, ...]] = ()
+) -> Table:
+    """Lay published plans out as a table, one a row; with what changed since, where anything did."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for name, justify in (
         ("id", "right"),
@@ -158,7 +160,9 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
         ("limits", "left"),
     ):
         table.add_column(name, justify=justify, no_wrap=name in ("id", "plan"))  # type: ignore[arg-type]
-    for plan in plans:
+    if any(changes):
+        table.add_column("changed since")
+    for number, plan in enumerate(plans):
         marked = best is not None and plan.id == best.id
         table.add_row(
             f"{'→ ' if marked else ''}{plan.id}",
@@ -169,6 +173,7 @@ def plans_table(plans: tuple[Plan, ...], *, best: Plan | None, title: str | None
             f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
             f"{plan.kv_cache_bytes / plan.dense_kv_cache_bytes:.0%}" if plan.dense_kv_cache_bytes else "",
             judgement(plan, {True: "met", False: "missed", None: ""}),
+            *([", ".join(changes[number])] if any(changes) else []),
             style="bold" if marked else None,
         )
     return table

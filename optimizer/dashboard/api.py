@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request
 
 from optimizer.dashboard import answers
+from optimizer.job.present import PresentVersions
 from optimizer.job.result import PlanAnswer, load_result
 from storage.database import Database
 from storage.queue import events, jobs, stages
@@ -48,14 +49,14 @@ def list_jobs(
 @router.get("/jobs/{job_id}", responses=_MISSING)
 def show_job(db: Db, job_id: JobId) -> answers.JobDetail:
     """One job with its history and its published plans."""
-    result = load_result(db, job_id)
+    result, present = load_result(db, job_id), PresentVersions(db)
     return answers.JobDetail(
         **dict(answers.JobSummary.of(result.job)),
         specification=result.job.spec,
         counters=stages.counters(db, job_id),
         stages={name: stage.recorded_at for name, stage in stages.stages(db, job_id).items()},
         events=events.for_job(db, job_id),
-        plans=[PlanAnswer.of(each) for each in result.plans],
+        plans=[PlanAnswer.of(each, present.changes(each)) for each in result.plans],
         best=None if result.best is None else result.best.id,
     )
 
@@ -85,16 +86,26 @@ def plan_query(
     )
 
 
+AllVersions = Annotated[
+    bool, Query(description="Also plans of former model files, data, prompts or metrics; `changed` marks them.")
+]
+
+
 @router.get("/plans", responses=_MISSING)
-def list_plans(db: Db, query: Annotated[PlanQuery, Depends(plan_query)]) -> list[PlanAnswer]:
+def list_plans(
+    db: Db, query: Annotated[PlanQuery, Depends(plan_query)], all_versions: AllVersions = False
+) -> list[PlanAnswer]:
     """Published plans within limits; 404 where model, task or device is not known."""
-    return [PlanAnswer.of(each) for each in plans.list_plans(db, query)]
+    present = PresentVersions(db)
+    found = plans.list_plans(db, present.named(query) if all_versions else present.only(query))
+    return [PlanAnswer.of(each, present.changes(each)) for each in found]
 
 
 @router.get("/plans/{plan_id}", responses=_MISSING)
 def show_plan(db: Db, plan_id: PlanId) -> PlanAnswer:
     """One published plan."""
-    return PlanAnswer.of(plans.get(db, plan_id))
+    plan = plans.get(db, plan_id)
+    return PlanAnswer.of(plan, PresentVersions(db).changes(plan))
 
 
 @router.get("/models")

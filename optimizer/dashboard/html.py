@@ -103,6 +103,7 @@ class PlanForm(BaseModel):
     max_points: str = Field("", max_length=20)
     min_speedup: str = Field("", max_length=20)
     front: bool = False
+    all_versions: bool = False
     sort: Sort = "speedup"
 
     def query(self) -> PlanQuery:
@@ -124,7 +125,7 @@ def show_plans(request: Request, db: Db, chosen: Annotated[PlanForm, Query()]) -
     """Published plans, with a form to filter them."""
     problem, code, found = "", 200, []
     try:
-        found = api.list_plans(db, chosen.query())
+        found = api.list_plans(db, chosen.query(), chosen.all_versions)
     except HTTPException as error:
         problem, code = str(error.detail), error.status_code
     except NotFound as error:

@@ -29,7 +29,7 @@ def import_plan(db: Database, imported: PlanDocument, path: Path) -> Plan:
     )
     with db.transaction() as session:
         model_id = lookup.ensure_model(session, imported.model)
-        task_id = lookup.ensure_task(session, imported.task)
+        task_id = lookup.ensure_task(session, imported.task, used=False)
         device_id = lookup.ensure_device(session, imported.device)
         (stored,) = plans.import_plans(
             session,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from workers.tasks import Sample, Task, load_spec, load_task
 from workers.tasks.images import ImageFile
 from workers.tasks.spec import TaskSpec
 from workers.tasks.splits import SPLITS
+from workers.versions import installed_versions
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,27 @@ class JobInputs:
 
     spec: JobSpec
     task: Task
-    spec_hash: str
-    """An equal job is found again by it: hash of the specification, the tasks' data, the text and the model."""
     fingerprint: str
-    """The model's fingerprint; empty when its files are on a cluster's nodes only."""
+    """The model's fingerprint; empty until a worker says it when its files are on a cluster's nodes only."""
     other_tasks: tuple[Task, ...] = ()
     """Tasks of ``collateral.tasks``."""
     other_text: str | None = None
     """Contents of ``collateral.text``."""
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Hashes of the tasks, the text and the model, by what they are called to the user."""
+        found = {"task": task_hash(self.task), "model files": self.fingerprint}
+        found |= {f"collateral.tasks[{n}]": task_hash(task) for n, task in enumerate(self.other_tasks)}
+        if self.other_text is not None:
+            found["collateral.text"] = hashlib.sha256(self.other_text.encode()).hexdigest()
+        return found
+
+    @cached_property
+    def spec_hash(self) -> str:
+        """An equal job is found again by it: hash of the specification, the contents, and, here, the versions."""
+        versions = installed_versions() if self.spec.cluster.address == "local" else {}
+        return self.spec.digest(**self.contents, **versions)
 
 
 def prepare(spec: JobSpec) -> JobInputs:
@@ -50,14 +65,8 @@ def prepare(spec: JobSpec) -> JobInputs:
         tasks = tuple(load_task(name) for name in spec.collateral.tasks)
     except TaskError as error:
         raise UsageFault(f"collateral.tasks: {error}") from None
-    hashes = [task_hash(each) for each in tasks]
-    text = None
-    if spec.collateral.text is not None:
-        text, text_hash = _read_text(Path(spec.collateral.text))
-        hashes.append(text_hash)
-    others = {f"collateral {number}": each for number, each in enumerate(hashes)}
-    spec_hash = spec.digest(task=task_hash(task), model=fingerprint, **others)
-    return JobInputs(spec, task, spec_hash, fingerprint, tasks, text)
+    text = None if spec.collateral.text is None else _read_text(Path(spec.collateral.text))
+    return JobInputs(spec, task, fingerprint, tasks, text)
 
 
 def task_of(spec: JobSpec) -> TaskSpec:
@@ -77,10 +86,10 @@ def load_job_task(spec: JobSpec) -> Task:
         raise UsageFault(str(error)) from None
 
 
-def _read_text(path: Path) -> tuple[str, str]:
-    """Read a UTF-8 text file and hash its bytes. Raises UsageFault."""
+def _read_text(path: Path) -> str:
+    """Read a UTF-8 text file. Raises UsageFault."""
     try:
-        return path.read_text(encoding="utf-8"), hashlib.sha256(path.read_bytes()).hexdigest()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageFault(f"collateral.text: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -69,17 +69,21 @@ class PlanAnswer(Plan):
 
     layers: dict[str, list[int]] = described("Layers that do other than run, by action")
     meets_constraint: bool | None = described("By the limits of its job; null where that is not known")
+    changed: tuple[str, ...] | None = described(
+        "What changed since it was measured: model files, data, or prompt, answer or metric; null where not compared"
+    )
 
     @classmethod
-    def of(cls, plan: Plan) -> PlanAnswer:
+    def of(cls, plan: Plan, changed: tuple[str, ...] | None = None) -> PlanAnswer:
         """Spell out a stored plan."""
         stored = {each.name: getattr(plan, each.name) for each in fields(Plan)}
-        return cls(**stored, layers=layers_by_action(plan.plan), meets_constraint=meets_constraint(plan))
+        layers, meets = layers_by_action(plan.plan), meets_constraint(plan)
+        return cls(**stored, layers=layers, meets_constraint=meets, changed=changed)
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan, changed: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Return a published plan as plain JSON values."""
-    return asdict(PlanAnswer.of(plan)) | {"published_at": plan.published_at.isoformat()}
+    return asdict(PlanAnswer.of(plan, changed)) | {"published_at": plan.published_at.isoformat()}
 
 
 def meets_constraint(plan: Plan) -> bool | None:

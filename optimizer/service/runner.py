@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,11 @@ def run_job(db: Database, inputs: JobInputs, progress: Progress, *, anew: bool) 
     for note in too_few_to_prove(inputs.spec, inputs.task):
         progress.note(f"note: {note}")
     with open_pool(inputs, progress) as pool:
+        inputs = replace(inputs, fingerprint=pool.fingerprint)
         queued, _ = submit(db, inputs, anew=anew)
+        if queued.is_finished:
+            progress.note(f"job {queued.id} had this specification and this model; its result (--force runs it anew)")
+            return queued
         job = claim_this(db, queued, new_owner(), progress.note)
         progress.note(f"job {job.id}")
         process(db, job, progress, lambda: (inputs, pool))
@@ -128,7 +132,10 @@ def process(
     """
     with logs.of_job(job.id):
         with attempt(db, job, progress, lease_seconds):
-            published = pipeline.run(JobContext(db, job, *start(), progress))
+            inputs, pool = start()
+            inputs = replace(inputs, fingerprint=pool.fingerprint)
+            leases.identify(db, job, inputs.spec_hash)
+            published = pipeline.run(JobContext(db, job, inputs, pool, progress))
         if published.best is None:
             leases.infeasible(db, job, published.reason)
             logs.log("job_infeasible", reason=published.reason)

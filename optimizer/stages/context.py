@@ -88,6 +88,8 @@ class JobContext:
         task = TaskRecord(
             name=self.task.name,
             task_hash=task_hash(self.task),
+            data_hash=self.task.data_hash,
+            definition_hash=self.task.definition_hash,
             split_seed=self.task.spec.splits.seed,
             calibration_size=len(self.task.calibration),
             search_size=len(self.task.search),

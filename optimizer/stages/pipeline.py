@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from optimizer.stages import collateral, dense, measure, profile, publish, redundancy, search, verify
-from optimizer.stages.context import JobContext
+from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.publish import Published
+from storage.queue import stages
+
+_STAGE = "inputs"
 
 
 def run(context: JobContext) -> Published:
     """Take a claimed job from the model to published plans. Raises JobFailed when a stage cannot be passed."""
+    check_begun_alike(context)
     latency = profile.run(context)
     nothing = search.out_of_reach(context, latency)
     if nothing is not None:
@@ -20,3 +24,22 @@ def run(context: JobContext) -> Published:
     measured = measure.run(context, finalists)
     beside = collateral.run(context, finalists)
     return publish.run(context, finalists, measured, beside)
+
+
+def check_begun_alike(context: JobContext) -> None:
+    """Record what the job is begun with. Raises JobFailed when an earlier attempt was begun with something else.
+
+    What it stored stands for that: data, model files, a device or versions that changed would be mixed with it.
+    """
+    now = context.inputs.contents | {"device, dtype, attention and versions": context.settings}
+    begun = stages.stages(context.db, context.job.id)
+    if begun and _STAGE not in begun:
+        changed = ["skipplan's way to identify a model"]
+    else:
+        before: dict[str, str] = context.once(_STAGE, dict[str, str], lambda: now)
+        changed = [name for name in now if now[name] != before.get(name)]
+    if changed:
+        raise JobFailed(
+            f"job {context.job.id} was begun before {', '.join(changed)} changed, and what it measured stands for the "
+            "former; run or submit the job file again: a new job begins"
+        )

@@ -135,6 +135,17 @@ def hold(session: Session, job: Job) -> None:
         raise _lease_lost(session, job)
 
 
+@writes
+def identify(session: Session, job: Job, spec_hash: str) -> None:
+    """Let a claimed job be found by the hash of what it is run with, if that changed since it was queued.
+
+    Raises ``LeaseLost``.
+    """
+    if job.spec_hash != spec_hash:
+        hold(session, job)
+        session.execute(update(JobRow).where(JobRow.id == job.id).values(spec_hash=spec_hash))
+
+
 def _lease_lost(session: Session, job: Job) -> LeaseLost:
     now = session.execute(select(JobRow.state, JobRow.owner, JobRow.attempt).where(JobRow.id == job.id)).one_or_none()
     if now is None:

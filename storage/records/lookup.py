@@ -23,10 +23,10 @@ SHORTEST_FINGERPRINT = 6
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """A model: its identity is the fingerprint of its configuration and weights, the name is for people."""
+    """A model: its identity is the fingerprint of its files, the name is for people."""
 
     name: str = described("The path or hub id it was last loaded under", min_length=1, max_length=1024)
-    fingerprint: str = described("SHA-256 of configuration and weights", pattern=r"^[0-9a-f]{6,128}$")
+    fingerprint: str = described("SHA-256 of whatever in its files changes an answer", pattern=r"^[0-9a-f]{6,128}$")
     family: str = described(min_length=1, max_length=1024)
     num_layers: int = described("Decoder layers", ge=1)
     parameters: int = described(ge=0)
@@ -38,6 +38,8 @@ class TaskRecord:
 
     name: str = described(min_length=1, max_length=1024)
     task_hash: str = described("Of the samples, prompt, metric and splits", min_length=1, max_length=1024)
+    data_hash: str = described("Of the samples that the source gives; empty: not known", default="", max_length=1024)
+    definition_hash: str = described("Of prompt, answer and metrics; empty: not known", default="", max_length=1024)
     split_seed: int
     calibration_size: int = described(ge=0)
     search_size: int = described(ge=0)
@@ -45,6 +47,7 @@ class TaskRecord:
 
 
 _TASK = tuple(each.name for each in fields(TaskRecord))
+_TASK_KEY = ("name", "task_hash", "split_seed", "calibration_size", "search_size", "held_out_size")
 
 
 @writes
@@ -65,11 +68,15 @@ def ensure_model(session: Session, model: ModelRecord, revision: str | None = No
 
 
 @writes
-def ensure_task(session: Session, task: TaskRecord) -> int:
-    """Return the id of the task."""
+def ensure_task(session: Session, task: TaskRecord, *, used: bool = True) -> int:
+    """Return the id of the task, noting that it was now ``used``; one that is imported was not."""
     values = asdict(task)
-    upsert.insert_or_keep(session, TaskRow, [values], [getattr(TaskRow, column) for column in _TASK])
-    return session.execute(select(TaskRow.id).filter_by(**values)).scalar_one()
+    key = [getattr(TaskRow, column) for column in _TASK_KEY]
+    if used:
+        upsert.insert_or_replace(session, TaskRow, [values], key, also={"seen_at": database_now()})
+    else:
+        upsert.insert_or_keep(session, TaskRow, [values | {"seen_at": None}], key)
+    return session.execute(select(TaskRow.id).filter_by(**{name: values[name] for name in _TASK_KEY})).scalar_one()
 
 
 @writes
@@ -163,6 +170,40 @@ def find_tasks(session: Session, task: str) -> list[int]:
         known = session.scalars(select(TaskRow.name).distinct().limit(10_000)).all()
         raise NotFound(f"no task {task!r} in the database; {_suggest(task, known)}")
     return list(ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """A model by its fingerprint, with the name that it was last loaded under."""
+
+    id: int
+    fingerprint: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVersion(TaskRecord):
+    """A task with its id."""
+
+    id: int
+
+
+@reads
+def model_versions(session: Session) -> list[ModelVersion]:
+    """List every model under each name that it was loaded under, the one last loaded first."""
+    query = (
+        select(ModelRow.id, ModelRow.fingerprint, ModelNameRow.name)
+        .join(ModelNameRow, ModelNameRow.model_id == ModelRow.id)
+        .order_by(ModelNameRow.seen_at.desc(), ModelNameRow.id.desc())
+    )
+    return [ModelVersion(**row._mapping) for row in session.execute(query)]
+
+
+@reads
+def task_versions(session: Session) -> list[TaskVersion]:
+    """List every version of every task, the one last used first."""
+    rows = session.scalars(select(TaskRow).order_by(TaskRow.seen_at.desc().nulls_last(), TaskRow.id.desc()))
+    return [TaskVersion(id=row.id, **task_values(row)) for row in rows]
 
 
 @reads

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, UnaryExpression, false, select, true, union_all
+from sqlalchemy import ColumnElement, Select, UnaryExpression, false, func, select, true, union_all
 from sqlalchemy.orm import Session
 
 from storage import pareto, upsert
@@ -79,7 +79,7 @@ class Plan(PlanFigures):
     job_id: int | None = described("None for plans that were imported")
     model_id: int
     model: str = described("The name under which the model was last loaded")
-    fingerprint: str = described("SHA-256 of the model's configuration and weights")
+    fingerprint: str = described("SHA-256 of whatever in the model's files changes an answer")
     task_id: int
     task: str
     device: str
@@ -94,7 +94,8 @@ class PlanQuery:
     """Which plans are asked for, and in what order.
 
     ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate;
-    ``max_latency`` is in seconds. ``on_front`` leaves only members of a Pareto front.
+    ``max_latency`` is in seconds. ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids``
+    say which versions of models and tasks are meant, and then stand in the place of ``model`` and ``task``.
     """
 
     model: str | None = None
@@ -109,6 +110,8 @@ class PlanQuery:
     on_front: bool = False
     sort: Sort = "speedup"
     limit: int | None = 50
+    model_ids: tuple[int, ...] | None = None
+    task_ids: tuple[int, ...] | None = None
 
 
 _JOINED = ("model", "fingerprint", "task", "device")
@@ -192,8 +195,8 @@ def best(session: Session, query: PlanQuery) -> Plan | None:
     contenders = (
         select(PlanRow.id)
         .where(
-            PlanRow.model_id == lookup.find_model(session, query.model, query.revision),
-            PlanRow.task_id.in_(lookup.find_tasks(session, query.task)),
+            PlanRow.model_id.in_(_models(session, query) or ()),
+            PlanRow.task_id.in_(_tasks(session, query) or ()),
             PlanRow.contender == true(),
             *_where(session, query),
         )
@@ -211,10 +214,27 @@ def list_plans(session: Session, query: PlanQuery = PlanQuery()) -> list[Plan]:
     if query.on_front:
         conditions.append(PlanRow.on_front == true())
     order = _order(query.sort)
-    model_ids = None if query.model is None else [lookup.find_model(session, query.model, query.revision)]
-    task_ids = None if query.task is None else lookup.find_tasks(session, query.task)
-    ids = _branched(session, model_ids, task_ids, conditions, order, query.limit)
+    ids = _branched(session, _models(session, query), _tasks(session, query), conditions, order, query.limit)
     return _load(session, list(session.scalars(ids)))
+
+
+def _models(session: Session, query: PlanQuery) -> list[int] | None:
+    if query.model_ids is not None:
+        return list(query.model_ids)
+    return None if query.model is None else [lookup.find_model(session, query.model, query.revision)]
+
+
+def _tasks(session: Session, query: PlanQuery) -> list[int] | None:
+    if query.task_ids is not None:
+        return list(query.task_ids)
+    return None if query.task is None else lookup.find_tasks(session, query.task)
+
+
+@reads
+def last_job(session: Session, *, model_ids: Sequence[int] = (), task_ids: Sequence[int] = ()) -> int | None:
+    """Return the last job that published a plan of one of these models, or on one of these tasks."""
+    of = PlanRow.model_id.in_(model_ids) if model_ids else PlanRow.task_id.in_(task_ids)
+    return session.scalar(select(func.max(PlanRow.job_id)).where(of))
 
 
 def _branched(
@@ -229,8 +249,8 @@ def _branched(
     everything = select(PlanRow.id).order_by(*order).limit(limit)
     if model_ids is None and task_ids is None:
         return everything.where(*conditions)
-    models = model_ids or list(session.scalars(select(ModelRow.id).limit(_BRANCHES + 1)))
-    tasks = task_ids or list(session.scalars(select(TaskRow.id).limit(_BRANCHES + 1)))
+    models = model_ids if model_ids is not None else list(session.scalars(select(ModelRow.id).limit(_BRANCHES + 1)))
+    tasks = task_ids if task_ids is not None else list(session.scalars(select(TaskRow.id).limit(_BRANCHES + 1)))
     if limit is None or len(models) * len(tasks) > _BRANCHES:
         if model_ids is not None:
             conditions = [*conditions, PlanRow.model_id.in_(model_ids)]

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-import transformers
 
 from workers.cluster.settings import WorkerSettings
 from workers.device import lock as device_lock
@@ -44,6 +43,7 @@ from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
 from workers.runtime.plan import LETTERS, SkipPlan
 from workers.tasks import Task
+from workers.versions import installed_versions
 
 
 class Handler:
@@ -91,11 +91,7 @@ class Handler:
             parameters=self.loaded.parameters,
             dtype=dtype_name(self.loaded.dtype),
             process=os.getpid(),
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            versions={"python": platform.python_version(), **installed_versions()},
             hint=self._hint(),
         )
 

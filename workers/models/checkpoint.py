@@ -84,6 +84,21 @@ def find_checkpoint(source: ModelSource) -> Path:
     return _download(source, known)
 
 
+def find_here(source: ModelSource) -> Path | None:
+    """Return the directory of a model if it is on this machine already; nothing is downloaded."""
+    here = Path(source.path).expanduser().is_dir() or source.path in (*bundled_models(), *BUILT_MODELS)
+    try:
+        if here:
+            return find_checkpoint(source)
+        if _is_hub_id(source.path):
+            from huggingface_hub import snapshot_download
+
+            return Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
+    except Exception:  # the hub client raises many kinds for what is not in its cache
+        return None
+    return None
+
+
 def check_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> None:
     """Check config and weight files without reading the weights.
 

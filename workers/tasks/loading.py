@@ -66,15 +66,20 @@ def load_task(task: str | Path | TaskSpec) -> Task:
     return Task(
         spec=spec,
         **splits,
-        data_hash=_hash_samples(sample for region in regions for sample in region.samples),
+        data_hash=_hash_samples(regions),
         split_hash=_hash_text(
             json.dumps({name: [[s.id, s.image_key] for s in samples] for name, samples in splits.items()})
         ),
-        definition_hash=_hash_definition(spec),
+        definition_hash=hash_definition(spec),
     )
 
 
-def _hash_definition(spec: TaskSpec) -> str:
+def hash_data(spec: TaskSpec) -> str:
+    """Read a task's source and return the ``data_hash`` that its task has. Raises TaskError."""
+    return _hash_samples(_read(spec))
+
+
+def hash_definition(spec: TaskSpec) -> str:
     """Hash how samples are asked and scored: prompt, answer format, metrics, and the versions of what does it."""
     fields = (spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary)
     versions = {"images": READING, "prompts": ASKING_VERSION} | {name: metric_version(name) for name in spec.metrics}
@@ -135,8 +140,8 @@ def _require_annotators(regions: list[Region], spec: TaskSpec) -> None:
                 )
 
 
-def _hash_samples(samples: Iterable[Sample]) -> str:
-    lines = sorted(json.dumps(s.content) for s in samples)
+def _hash_samples(regions: Iterable[Region]) -> str:
+    lines = sorted(json.dumps(sample.content) for region in regions for sample in region.samples)
     return _hash_text("\n".join(lines))
 
 

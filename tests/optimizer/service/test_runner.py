@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from optimizer.errors import Interrupted, UsageFault
+from optimizer.errors import Interrupted, LeaseLost, UsageFault
 from optimizer.service import runner
 from optimizer.stages import pipeline
 from optimizer.stages.context import JobFailed
 from optimizer.stages.progress import Progress
 from optimizer.stages.publish import Published
-from storage import errors as storage_errors
 from storage.database import Database
 from storage.errors import UnreachableDatabase
 from storage.queue import jobs, leases
 from workers.errors import ClusterError
 
 SPEC = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    fingerprint: str = ""
+
+    @property
+    def spec_hash(self) -> str:
+        return f"hash with model {self.fingerprint}"
 
 
 @pytest.fixture
@@ -42,7 +52,7 @@ def run(db: Database, job: jobs.Job, monkeypatch: pytest.MonkeyPatch, outcome: o
         return outcome
 
     monkeypatch.setattr(pipeline, "run", end)
-    return runner.process(db, job, Progress(), lambda: (None, None))  # type: ignore[arg-type]
+    return runner.process(db, job, Progress(), lambda: (Inputs(), SimpleNamespace(fingerprint="f")))  # type: ignore
 
 
 @pytest.mark.parametrize(
@@ -68,13 +78,14 @@ def test_every_end_leaves_the_right_state(db, monkeypatch, outcome, raised, stat
     now = jobs.get(db, job.id)
     assert (now.state, now.error) == (state, reason)
     assert now.owner is None
+    assert now.spec_hash == "hash with model f"  # found again by what it was run with
 
 
 def test_who_lost_the_lease_writes_nothing_more(db, monkeypatch):
     job = claimed(db)
     leases.release(db, job)
     other = leases.claim(db, "another", 60)
-    with pytest.raises(storage_errors.LeaseLost, match="no longer held"):
+    with pytest.raises(LeaseLost, match="no longer held"):
         run(db, job, monkeypatch, Published((), None, "nothing"))
     assert jobs.get(db, job.id).owner == other.owner == "another"
 
