@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from .calls import RunningCalls
 from .descriptor import FamilyDescriptor, validate
-from .edits import Edits
+from .edits import Edits, NotCopied, refuse_copy
 from .families import APPLIED, describe_stack
 from .folding import Maps, fold
 from .layer_removal import remove_layers
@@ -18,14 +22,19 @@ from .token_layers import TokenLayer
 from .vision_tokens import VisionTokens
 
 MASKED_ATTENTION = ("sdpa", "eager")
+CHANGING = threading.RLock()
+"""Held while a plan is put on a model or taken off, so that two threads cannot do so at a time."""
 
 
-class AppliedPlan:
+class AppliedPlan(NotCopied):
     """A plan on a model: a context manager that installs the plan and removes it again, bitwise.
 
     One plan at a time: while a plan other than the all-run plan is installed, installing another raises
     :class:`PlanError`. The all-run plan installs nothing. ``compensation`` holds the maps of the plan's gaps; while
     the plan is installed they are folded into the weights before the gaps.
+
+    Any number of threads may call the model meanwhile. Removing the plan waits for calls that run in other threads.
+    While it is installed, the model's configuration is that of the kept layers, for whoever else reads or copies it.
     """
 
     def __init__(self, model: nn.Module, plan: SkipPlan, compensation: Maps | None = None) -> None:
@@ -33,9 +42,11 @@ class AppliedPlan:
         self.compensation = compensation
         self._model = model
         self._edits = Edits()
-        self._stack: DecoderStack = locate(model)
-        self._refuse_second_plan()
-        self.descriptor: FamilyDescriptor = describe_stack(self._stack)
+        self._calls = RunningCalls()
+        with CHANGING:
+            self._stack: DecoderStack = locate(model)
+            self._refuse_second_plan()
+            self.descriptor: FamilyDescriptor = describe_stack(self._stack)
         validate(plan, self.descriptor)
         _require_known(plan)
         self._tokens = VisionTokens(self.descriptor.vision_token_ids)
@@ -44,7 +55,8 @@ class AppliedPlan:
     def vision_mask(self) -> Tensor | None:
         """Vision tokens given by hand, bool ``[batch, tokens]``: for calls with ``inputs_embeds`` or of inner modules.
 
-        It holds for every call on that many tokens until it is set anew; a call on one token is a decoding step.
+        It holds for every call of the thread that sets it until it is set anew; calls of threads that have set none
+        are refused meanwhile.
         """
         return self._tokens.mask
 
@@ -65,18 +77,20 @@ class AppliedPlan:
         """Put the plan on the model. Raises :class:`PlanError` when one is on it already."""
         if self.plan.is_dense:
             return
-        self._refuse_second_plan()
-        if len(self._stack.layers) != self.descriptor.num_layers:
-            raise PlanError("the model has lost layers since apply() was called: call it again")
-        try:
-            self._install(permanent)
-        except BaseException:
-            self._edits.undo()
-            raise
+        with CHANGING:
+            self._refuse_second_plan()
+            if len(self._stack.layers) != self.descriptor.num_layers:
+                raise PlanError("the model has lost layers since apply() was called: call it again")
+            try:
+                self._install(permanent)
+            except BaseException:
+                self._edits.undo()
+                raise
 
     def remove(self) -> None:
-        """Give the model back as it was; a plan already removed stays removed."""
-        self._edits.undo()
+        """Give the model back as it was, once no other thread calls it; a plan already removed stays removed."""
+        with self._calls.none_elsewhere(), CHANGING:
+            self._edits.undo()
 
     def _refuse_second_plan(self) -> None:
         applied = self._stack.layers.__dict__.get(APPLIED)
@@ -87,6 +101,8 @@ class AppliedPlan:
         stack, plan = self._stack, self.plan
         if not permanent or plan.needs_vision_tokens:
             self._edits.set_instance_attribute(stack.layers, APPLIED, self)
+        if not permanent:
+            self._refuse_what_would_go_wrong()
         if plan.needs_vision_tokens:
             self._require_masked_attention()
         layers = list(stack.layers)
@@ -97,13 +113,29 @@ class AppliedPlan:
             if permanent:
                 require_faithful_reload(stack)
         if not plan.needs_vision_tokens:
+            if not permanent:
+                for method in ("forward", "generate"):
+                    if hasattr(stack.model, method):
+                        self._calls.watch(self._edits, stack.model, method)
             return
-        self._tokens.watch(self._edits, stack)
+        self._tokens.watch(self._edits, self._calls, stack)
         mask_may_be_none = stack.text_config._attn_implementation == "sdpa"
         for new, old in enumerate(plan.kept):
             if plan[old].row.vision_only:
                 special = TokenLayer(layers[old], new, plan[old], self._tokens, mask_may_be_none=mask_may_be_none)
                 self._edits.set_instance_attribute(layers[old], "forward", special)
+
+    def _refuse_what_would_go_wrong(self) -> None:
+        model, text = self._stack.model, self.plan.text
+        self._edits.set_instance_attribute(model, "__reduce_ex__", refuse_copy)  # before its other parts are copied
+        saving = f"the plan {text} is on this model and would not be saved with it: leave apply() first; save_pruned() "
+        if hasattr(model, "save_pretrained"):
+            self._edits.set_instance_attribute(
+                model, "save_pretrained", _refusal(saving + "writes a model without its skipped layers")
+            )
+        if self.plan.removed or self.compensation is not None:
+            moving = f"the plan {text} is on this model: layers and weights that it put aside would not be moved or "
+            self._edits.set_instance_attribute(model, "_apply", _refusal(moving + "converted; leave apply() first"))
 
     def _require_masked_attention(self) -> None:
         implementation = self._stack.text_config._attn_implementation
@@ -112,6 +144,13 @@ class AppliedPlan:
                 f"frozen and bypassed layers need attention masks, which {implementation!r} attention does not take: "
                 "load the model with attn_implementation='sdpa' or 'eager'"
             )
+
+
+def _refusal(reason: str) -> Callable[..., NoReturn]:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise PlanError(reason)
+
+    return refuse
 
 
 def _require_known(plan: SkipPlan) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from . import special_layers as special
 from .descriptor import FamilyDescriptor, KeepOne
 from .layer_config import LayerNames, unknown_per_layer_lists
-from .locate import CACHE_ARGUMENTS, DecoderStack, locate, vision_token_ids
+from .locate import CACHE_ARGUMENTS, DecoderStack, argument_name, locate, vision_token_ids
 from .loop_guard import attribute_uses, counts_rows, loop_facts
 from .plan import Action
 from .special_layers import VISION_ACTIONS, OnRemoval, Refusals, refuse
@@ -49,7 +49,7 @@ PER_LAYER_EMBEDDINGS = Family(
     # From the first layer that shares keys on, Gemma 4 goes on with the last tokens only.
     carried=frozenset({"causal_mask_mapping", "position_embeddings", "per_layer_inputs"}),
     restrict=(special.refuse_shared_keys,),
-    on_removal=(special.slice_per_layer_embeddings, special.forget_unused_stores),
+    on_removal=(special.slice_per_layer_embeddings, special.store_keys_as_reloaded),
 )
 CROSS_ATTENTION = "image features enter through cross-attention layers, not as tokens of the sequence"
 
@@ -78,6 +78,8 @@ FAMILIES: Mapping[str, Family] = {
 """By the text configuration's ``model_type``; most families need no entry."""
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+POSITION_BIASES = ("alibi", "position_bias")
+"""Arguments of layers whose attention adds a bias that is made for all keys of a whole sequence."""
 APPLIED = "_skipplan_applied"
 
 
@@ -148,8 +150,12 @@ def _refuse_by_kind(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refus
         if kind == "indexed_attention":
             refuse(refusals, (index,), VISION_ACTIONS, "its attention picks keys by an index over all tokens")
         elif kind not in ATTENTION_KINDS:
-            reason = f"its kind is {kind}, which mixes tokens by other means than attention over a KV cache"
+            reason = f"its kind is {kind}, and tokens can be split in layers of attention over a plain KV cache only"
             refuse(refusals, (index,), VISION_ACTIONS, reason)
+        elif named := argument_name(layer, POSITION_BIASES):
+            if getattr(stack.text_config, named, True):  # Falcon says whether it uses its own
+                reason = f"its attention adds {named}, a bias for each key's position, which cannot be given in part"
+                refuse(refusals, (index,), VISION_ACTIONS, reason)
         elif any(isinstance(module, nn.Conv1d) for module in layer.modules()):
             refuse(refusals, (index,), VISION_ACTIONS, "it mixes neighbouring tokens by convolution")
         elif named := counts_rows(layer, CACHE_ARGUMENTS, scales_queries_by_row):

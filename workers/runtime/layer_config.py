@@ -48,7 +48,13 @@ INDEX_LISTS = frozenset(
 """The entries are layer indices."""
 
 LEADING_COUNTS = frozenset(
-    {"first_k_dense_replace", "first_kv_shared_layer_idx", "max_window_layers", "num_dense_layers"}
+    {
+        "first_k_dense_replace",
+        "first_kv_shared_layer_idx",
+        "max_window_layers",
+        "moe_layer_start_index",
+        "num_dense_layers",
+    }
 )
 """How many of the first layers are of another kind."""
 

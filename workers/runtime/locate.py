@@ -15,7 +15,7 @@ from .descriptor import UnsupportedFamilyError
 VISION_TOKEN_NAME = re.compile(r"(image|video)_token_(id|index)|image_patch_id")
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 MASK_ARGUMENTS = ("attention_mask", "causal_mask", "mask")
-INDEX_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number")
+INDEX_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number", "layer_num")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,12 @@ def locate(model: nn.Module) -> DecoderStack:
             f"found {len(found)} ({listed})"
         )
     path, layers, owner = found[0]
+    elsewhere = _used_elsewhere(model, layers)
+    if elsewhere:
+        raise UnsupportedFamilyError(
+            f"{family}: the weights of the decoder layers {path} are those of {elsewhere} too, which a plan on one of "
+            "them would leave as it is"
+        )
     return DecoderStack(
         model=model,
         path=path,
@@ -112,6 +118,20 @@ def _module_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList, nn.Mod
         for name, child in owner.named_children():
             if isinstance(child, nn.ModuleList):
                 yield (f"{owner_path}.{name}" if owner_path else name), child, owner
+
+
+def _used_elsewhere(model: nn.Module, layers: nn.ModuleList) -> str:
+    """Name of a module outside of ``layers`` that has one of their modules or parameters, empty if none."""
+    inside = {id(module) for module in layers.modules()}
+    weights = {id(parameter) for parameter in layers.parameters()}
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if any(id(child) in inside for child in module.children() if child is not layers):
+            return str(name)
+        if any(id(parameter) in weights for parameter in module.parameters(recurse=False)):
+            return str(name)
+    return ""
 
 
 def _is_decoder_list(layers: nn.ModuleList) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .descriptor import KeepOne
 from .edits import Edits
-from .layer_config import renumbering, stored
+from .layer_config import LayerNames, keep_layers, renumbering, stored
 from .locate import DecoderStack
 from .plan import Action
 
@@ -83,15 +84,14 @@ def refuse_shared_keys(stack: DecoderStack, refusals: Refusals) -> None:
     refuse(refusals, consumers, (Action.BYPASS,), "its keys and values are those of an earlier layer (KV sharing)")
 
 
-def forget_unused_stores(edits: Edits, stack: DecoderStack, kept: Sequence[int], permanent: bool) -> None:
-    """Layers that kept their keys for others stop doing so when the last of the others has left."""
-    modes = stack.text_config.kv_sharing_modes
-    if any(modes[layer] == "reuse" for layer in kept):
-        return
-    for layer in kept:
-        for module in stack.layers[layer].modules():
-            if module.__dict__.get("store_full_length_kv") is True:
-                edits.set_instance_attribute(module, "store_full_length_kv", False)
+def store_keys_as_reloaded(edits: Edits, stack: DecoderStack, kept: Sequence[int], permanent: bool) -> None:
+    """Have layers keep their keys for others where the shallower configuration says so, as transformers builds them."""
+    after = copy(stack.text_config)
+    keep_layers(Edits(), after, LayerNames(), len(stack.layers), kept)
+    for old, mode in zip(kept, after.kv_sharing_modes, strict=True):
+        for module in stack.layers[old].modules():
+            if "store_full_length_kv" in module.__dict__:
+                edits.set_instance_attribute(module, "store_full_length_kv", mode == "store")
 
 
 def slice_per_layer_embeddings(edits: Edits, stack: DecoderStack, kept: Sequence[int], permanent: bool) -> None:

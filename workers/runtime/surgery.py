@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from .edits import Edits
 from .folding import Maps, fold
 from .layer_removal import remove_layers
 from .plan import Action, PlanError, SkipPlan
-from .reload_check import require_faithful_reload
+from .reload_check import require_faithful_files, require_faithful_reload
 
 
 def save_pruned(
@@ -29,13 +30,13 @@ def save_pruned(
     """Write ``model`` without the layers that ``plan`` skips as an ordinary checkpoint; the model stays as it was.
 
     Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
-    of the live model while it is saved, so no second copy of it is held. A failed save leaves no directory.
+    of the live model while it is saved, so no second copy of it is held. The directory appears when it is complete and
+    was checked (:mod:`workers.runtime.reload_check`): a failed save leaves none.
     ``original_names`` names the tensors as the family's published checkpoints do; otherwise they have their
     names in memory, which is what model code outside transformers loads. ``compensation`` holds the maps of the plan's
     gaps, which are folded into the written weights. Raises :class:`PlanError` for plans with
-    other actions than run and skip, and ``FileExistsError`` when the directory exists and is not empty. A pruned
-    model that transformers would build differently when it loads it is
-    refused with a :class:`PlanError` too.
+    other actions than run and skip and for models that transformers would not load as they were saved, and
+    ``FileExistsError`` when the directory exists and is not empty.
     """
     for layer, action in enumerate(plan):
         if action is not Action.RUN and not action.row.removes_layer:
@@ -48,6 +49,9 @@ def save_pruned(
         raise FileExistsError(f"{target} exists and is not an empty directory")
     applied = AppliedPlan(model, plan)
     edits = Edits()
+    final = target.resolve()
+    unchecked = final.with_name(f".{final.name}-{uuid4().hex[:12]}")
+    unchecked.mkdir(parents=True)
     try:
         if compensation is not None:
             fold(edits, applied._stack, plan, compensation)
@@ -55,13 +59,13 @@ def save_pruned(
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)
         model.save_pretrained(  # type: ignore[operator]
-            target, max_shard_size=max_shard_size, save_original_format=original_names
+            unchecked, max_shard_size=max_shard_size, save_original_format=original_names
         )
+        require_faithful_files(applied._stack, unchecked)
         if processor is not None:
-            processor.save_pretrained(target)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
+            processor.save_pretrained(unchecked)
+        unchecked.replace(final)
     finally:
         edits.undo()
+        shutil.rmtree(unchecked, ignore_errors=True)
     return target

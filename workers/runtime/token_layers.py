@@ -8,6 +8,7 @@ padded to the longest); ``hidden`` is the width of the residual stream, ``heads`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .edits import Edits
+from .edits import Edits, NotCopied
 from .locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters
 from .plan import Action, PlanError
 from .text_cache import (
@@ -39,8 +40,11 @@ TOKENS_LAST = ("position_ids", "cache_position")
 UNTOUCHED = ("shared_kv_states",)
 
 
-class TokenLayer:
-    """Forward of one decoder layer that a plan freezes or bypasses."""
+class TokenLayer(NotCopied):
+    """Forward of one decoder layer that a plan freezes or bypasses.
+
+    One thread at a time is in it: for some moments the layer's own modules do something else than usual.
+    """
 
     def __init__(
         self, layer: nn.Module, layer_idx: int, action: Action, tokens: VisionTokens, *, mask_may_be_none: bool
@@ -50,6 +54,7 @@ class TokenLayer:
             raise PlanError(f"layer {layer_idx}: nothing here runs {action.letter} ({action.label})")
         self._run, self._hides_vision = runs[action], action.row.hides_vision
         self._layer_idx, self._tokens = layer_idx, tokens
+        self._alone = threading.RLock()
         self._mask_may_be_none = mask_may_be_none
         self._forward: Callable[..., Any] = layer.forward
         named = forward_parameters(layer)
@@ -62,6 +67,10 @@ class TokenLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; hidden states are ``[..., batch, tokens, hidden]``, as are those returned."""
+        with self._alone:
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         hidden_states = arguments.pop(self._parameters[0])
         cache: Cache | None = arguments.get(self._cache_name)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationMixin
 
+from .calls import Inside, RunningCalls
 from .edits import Edits
 from .locate import DecoderStack, ancestors, forward_parameters
 from .token_rows import TokenSplit
@@ -41,25 +43,54 @@ UNKNOWN = (
 )
 
 
+ELSEWHERE = (
+    "vision_mask was set in another thread, and a mask holds for the calls of its own thread: set vision_mask in this "
+    "thread too, to None where the call's own inputs decide"
+)
+
+
+class _Call(threading.local):
+    """What is known of the calls that run in one thread."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.split: TokenSplit | None = None
+        """Of the outermost call; ``None`` when it has no vision token."""
+        self.known = False
+        self.generation = SequenceMask(None)
+
+
 class VisionTokens:
-    """The split of the call that is running, shared by all frozen and bypassed layers of one applied plan."""
+    """The split of the call that is running, shared by all frozen and bypassed layers of one applied plan.
+
+    Calls of several threads know nothing of each other.
+    """
 
     def __init__(self, token_ids: tuple[int, ...]) -> None:
         self._token_ids = token_ids
-        self._depth = 0
-        self._call: TokenSplit | None = None
-        self._known = False
-        self._given = SequenceMask(None)
-        self._generation = SequenceMask(None)
+        self._call = _Call()
+        self._given: WeakKeyDictionary[threading.Thread, SequenceMask] = WeakKeyDictionary()
 
     @property
     def mask(self) -> Tensor | None:
-        """The mask given by hand, ``None`` when the calls' own inputs decide."""
-        return self._given.mask
+        """The mask given by hand in this thread, ``None`` when the calls' own inputs decide."""
+        given = self._given.get(threading.current_thread())
+        return None if given is None else given.mask
 
     @mask.setter
     def mask(self, mask: Tensor | None) -> None:
-        self._given = SequenceMask(mask)
+        self._given[threading.current_thread()] = SequenceMask(mask)
+
+    def _given_here(self) -> SequenceMask | None:
+        """The mask given for this thread's calls. Raises ``RuntimeError`` when only other threads have given one."""
+        if not self._given:
+            return None
+        given = self._given.get(threading.current_thread())
+        if given is not None:
+            return None if given.mask is None else given
+        if any(other.mask is not None and thread.is_alive() for thread, other in list(self._given.items())):
+            raise RuntimeError(ELSEWHERE)
+        return None
 
     def split_for(
         self, hidden_states: Tensor, past: Callable[[], int], *, last_tokens: bool = False
@@ -70,16 +101,17 @@ class VisionTokens:
         call only. Raises ``RuntimeError`` when nobody said which tokens are vision.
         """
         batch, length = hidden_states.shape[-3:-1]
-        if self._given.mask is not None:
-            return self._given.split(batch, length, past())
-        if self._depth and self._known:
+        given, call = self._given_here(), self._call
+        if given is not None:
+            return given.split(batch, length, past())
+        if call.depth and call.known:
             return self._split_of_call(batch, length, last_tokens)
-        if not self._depth and self._generation.mask is not None:
-            return self._generation.split(batch, length, past())
+        if not call.depth and call.generation.mask is not None:
+            return call.generation.split(batch, length, past())
         raise RuntimeError(UNKNOWN)
 
     def _split_of_call(self, batch: int, length: int, last_tokens: bool) -> TokenSplit | None:
-        call = self._call
+        call = self._call.split
         if call is None or (call.text.batch, call.text.length) == (batch, length):
             return call
         if last_tokens and call.text.batch == batch and length < call.text.length:
@@ -91,61 +123,53 @@ class VisionTokens:
 
     # Listening to the model ---------------------------------------------------------------------------------------
 
-    def watch(self, edits: Edits, stack: DecoderStack) -> None:
+    def watch(self, edits: Edits, calls: RunningCalls, stack: DecoderStack) -> None:
         """Read the inputs of every call of the model, or of an inner module that takes images too."""
         for module in dict.fromkeys(ancestors(stack.model, stack.path)):
             if isinstance(module, GenerationMixin):
                 # Static caches make generation compile the model; gathered rows change their number from call to call.
                 edits.set_instance_attribute(module, "_valid_auto_compile_criteria", lambda *args, **kwargs: False)
             parameters = tuple(forward_parameters(module))
-            if module is not stack.model and not set(VISION_INPUTS).intersection(parameters):
-                continue
-            handles = (
-                module.register_forward_pre_hook(_Reader(self, parameters), with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            )
-            for handle in handles:
-                edits.on_undo(handle.remove)
-        self._watch_generate(edits, stack.model)
-
-    def _watch_generate(self, edits: Edits, model: nn.Module) -> None:
-        """Read the inputs of a family's own ``generate``, which may call the language model past our forward."""
-        generate = getattr(model, "generate", None)
-        if generate is None or getattr(type(model), "generate", None) is GenerationMixin.generate:
+            if module is stack.model or set(VISION_INPUTS).intersection(parameters):
+                calls.watch(edits, module, "forward", _reading(parameters, self.enter))
+        generate = getattr(stack.model, "generate", None)
+        if generate is None:
             return
+        # A family's own method may call the language model past our forward, so its inputs are read.
+        own = getattr(type(stack.model), "generate", None) is not GenerationMixin.generate
         parameters = tuple(inspect.signature(generate).parameters)
-
-        @wraps(generate)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            inputs = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            ids = inputs.get("input_ids")
-            if ids is not None:
-                self._generation = SequenceMask(self._mask_of(ids) & _has_vision(inputs))
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self._generation = SequenceMask(None)
-
-        edits.set_instance_attribute(model, "generate", watched)
+        calls.watch(edits, stack.model, "generate", _reading(parameters, self._enter_generate) if own else None)
 
     def _mask_of(self, input_ids: Tensor) -> Tensor:
         return torch.isin(input_ids, torch.tensor(self._token_ids, device=input_ids.device))
 
-    def enter(self, inputs: dict[str, Any]) -> None:
-        """Take note of a call that starts, by the names of its arguments."""
-        self._depth += 1
-        if self._depth > 1 or self._given.mask is not None:
-            return
-        input_ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        with_vision = _has_vision(inputs)
-        self._call = None
-        # Without image inputs, placeholder ids are ordinary text; but embeddings may hold anything.
-        self._known = input_ids is not None or (not with_vision and embeddings is not None and embeddings.shape[1] == 1)
-        if with_vision and input_ids is not None:
-            self._call = TokenSplit.from_vision_mask(self._mask_of(input_ids))
+    def enter(self, inputs: dict[str, Any]) -> Callable[[], None]:
+        """Take note of a call that starts, by the names of its arguments; what is returned ends it."""
+        call = self._call
+        if not call.depth:
+            input_ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+            with_vision = _has_vision(inputs)
+            call.split = None
+            # Without image inputs, placeholder ids are ordinary text; but embeddings may hold anything.
+            call.known = input_ids is not None or (
+                not with_vision and embeddings is not None and embeddings.shape[1] == 1
+            )
+            if with_vision and input_ids is not None and self._given_here() is None:
+                call.split = TokenSplit.from_vision_mask(self._mask_of(input_ids))
+        call.depth += 1
+        return self._leave
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(self._depth - 1, 0)
+    def _leave(self) -> None:
+        self._call.depth -= 1
+
+    def _enter_generate(self, inputs: dict[str, Any]) -> Callable[[], None]:
+        ids = inputs.get("input_ids")
+        if ids is not None:
+            self._call.generation = SequenceMask(self._mask_of(ids) & _has_vision(inputs))
+        return self._leave_generate
+
+    def _leave_generate(self) -> None:
+        self._call.generation = SequenceMask(None)
 
 
 def takes_vision(stack: DecoderStack) -> bool:
@@ -180,14 +204,9 @@ class SequenceMask:
         return self._splits[key]
 
 
-class _Reader:
-    """A forward pre-hook that names a call's positional arguments."""
-
-    def __init__(self, tokens: VisionTokens, parameters: tuple[str, ...]) -> None:
-        self._tokens, self._parameters = tokens, parameters
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tokens.enter({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+def _reading(parameters: tuple[str, ...], enter: Callable[[dict[str, Any]], Callable[[], None]]) -> Inside:
+    """Hand a call's arguments on by name."""
+    return lambda args, kwargs: enter({**dict(zip(parameters, args, strict=False)), **kwargs})
 
 
 def _has_vision(inputs: dict[str, Any]) -> bool:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
+import pickle
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -24,6 +30,7 @@ from workers.runtime import (
     validate,
 )
 from workers.runtime.edits import Edits
+from workers.runtime.families import APPLIED
 
 LAYERS, IMAGE, VOCABULARY = 6, 99, 100
 VISION = 4
@@ -177,6 +184,141 @@ def test_a_permanent_plan_leaves_an_ordinary_model_that_takes_further_plans() ->
     apply_permanently(model, SkipPlan.parse("RSRRR"))
     assert torch.equal(logits(model), expected)
     assert model.config.text_config.num_hidden_layers == LAYERS - 2
+
+
+@pytest.mark.parametrize("text", ["RFRRRR", "RRBRRR", "RSRRRR", "SFRBRR"])
+def test_a_model_under_a_plan_is_not_copied(text: str, tmp_path: Path) -> None:
+    """A copy would run the original's layers, and keep the plan: it is refused, and works before and after."""
+    model = build_model()
+    expected = logits(model)
+    ways = {
+        "deepcopy": lambda: copy.deepcopy(model),
+        "deepcopy of the inner model": lambda: copy.deepcopy(model.model),
+        "pickle": lambda: pickle.dumps(model),
+        "torch.save": lambda: torch.save(model, tmp_path / "model.pt"),
+    }
+    with apply(model, SkipPlan.parse(text)):
+        for name, way in ways.items():
+            with pytest.raises(PlanError, match=r"cannot be copied.*leave apply\(\) first"):
+                way()
+                pytest.fail(name)
+        if "F" in text or "B" in text:
+            with pytest.raises(PlanError, match="cannot be copied"):
+                copy.deepcopy(model.model.language_model.layers)
+    clone = copy.deepcopy(model)
+    with apply(clone, SkipPlan.parse(text)):
+        logits(clone)
+    assert torch.equal(logits(clone), expected)
+    assert "__reduce_ex__" not in vars(model)
+    assert pickle.dumps(build_model())  # one that has run cannot be: transformers' own hooks stand in the way
+
+
+@pytest.mark.parametrize("text", ["RFRRRR", "SRRSRR"])
+def test_a_model_under_a_plan_is_not_saved_as_if_it_were_the_plan(text: str, tmp_path: Path) -> None:
+    with apply(MODEL, SkipPlan.parse(text)), pytest.raises(PlanError, match=f"{text}.*save_pruned"):
+        MODEL.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_is_not_moved_or_converted_while_layers_are_out_of_it() -> None:
+    model = build_model()
+    for convert in (model.half, lambda: model.to(torch.bfloat16)):
+        with apply(model, SkipPlan.parse("RSRRRR")), pytest.raises(PlanError, match=r"RSRRRR.*moved or converted"):
+            convert()
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    with apply(model, SkipPlan.parse("RFRBRR")):  # all its layers are there
+        model.double()
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("text", ["RFRRRR", "BRRRRB", "SFRBRR", "RSRRRR"])
+def test_an_interrupt_anywhere_in_a_call_leaves_nothing(text: str) -> None:
+    """Ctrl-C raises past torch's hooks: the next call must not take the interrupted one's picture for its own."""
+    model, expected = build_model(), logits(MODEL)
+    modules = list(model.modules())
+    with apply(model, SkipPlan.parse(text)):
+        planned, changed = logits(model), logits(model, input_ids=prompt(2, 5)["input_ids"])
+        for layer in model.model.language_model.layers:
+            for module in (layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
+                handle = module.register_forward_pre_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    logits(model)
+                handle.remove()
+                assert torch.equal(logits(model, input_ids=prompt(2, 5)["input_ids"]), changed)
+        assert torch.equal(logits(model), planned)
+    assert torch.equal(logits(model), expected)
+    assert [id(module) for module in model.modules()] == [id(module) for module in modules]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("text", ["RFRRRR", "SFRBRR", "RSRRSR"])
+def test_a_failure_at_any_change_while_a_plan_is_installed_undoes_all(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, settings, original = logits(MODEL), str(MODEL.config), Edits.set_item
+    for number in itertools.count():
+        left = [number]
+
+        def fail(edits: Edits, *args: object, left: list[int] = left) -> None:
+            original(edits, *args)  # type: ignore[arg-type]
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Edits, "set_item", fail)
+        try:
+            apply(MODEL, SkipPlan.parse(text)).install()
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            monkeypatch.undo()
+        assert str(MODEL.config) == settings
+        assert torch.equal(logits(MODEL), expected), f"after {number} changes"
+    assert number > 5
+    MODEL.model.language_model.layers.__dict__[APPLIED].remove()
+    assert torch.equal(logits(MODEL), expected)
+
+
+def test_what_cannot_be_undone_does_not_keep_the_rest_from_it() -> None:
+    values = {"a": 1, "b": 2}
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        edits = Edits()
+        edits.set_item(values, "a", 5)
+        edits.on_undo(Mock(side_effect=error))
+        edits.set_item(values, "b", 6)
+        with pytest.raises(type(error)):
+            edits.undo()
+        assert values == {"a": 1, "b": 2}
+        edits.undo()  # nothing is left
+
+
+def test_an_interrupt_while_leaving_waits_for_another_thread_still_restores() -> None:
+    expected, inside, go_on = logits(MODEL), threading.Event(), threading.Event()
+
+    def pause(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    applied = apply(MODEL, SkipPlan.parse("RFRRRR"))
+    applied.install()
+    handle = MODEL.lm_head.register_forward_pre_hook(pause)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(logits, MODEL)
+        assert inside.wait(60)
+        with (
+            patch.object(threading.Condition, "wait", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            applied.remove()
+        go_on.set()
+        answer.result(60)
+    handle.remove()
+    assert torch.equal(logits(MODEL), expected)
 
 
 # Vision tokens ------------------------------------------------------------------------------------------------------
