@@ -64,7 +64,7 @@ def require_faithful_files(stack: DecoderStack, directory: Path) -> None:
                 config=type(model.config).from_pretrained(directory),
                 output_loading_info=True,
             )
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise PlanError(f"transformers could not load the {stack.family} model as it was saved: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llava import build_model, build_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -108,3 +112,86 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / siz
 def test_saving_holds_no_second_copy_of_the_model(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 0.3  # of the model's own size; a second copy would be 0.9
+
+
+def rename_a_tensor(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in tensors if "o_proj" in name)
+    tensors[name.replace("o_proj", "out")] = tensors.pop(name)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def change_a_value(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    next(tensor for name, tensor in tensors.items() if "o_proj" in name).view(-1)[3] += 1e-3
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def cut_a_tensor(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in tensors if "o_proj" in name)
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def change_the_positions(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["rope_theta"] = 7.0
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def truncate_the_weights(directory: Path) -> None:
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (rename_a_tensor, r"1 missing keys, such as \S*o_proj"),
+        (change_a_value, r"\S*o_proj\S* .*other values"),
+        (cut_a_tensor, r"could not load|mismatched|shape"),
+        (change_the_positions, "other logits"),
+        (truncate_the_weights, "could not load"),
+    ],
+)
+def test_what_was_written_is_read_back_before_it_appears(
+    damage: Callable[[Path], None], message: str, processor: LlavaProcessor, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Whatever a library writes: tensors under other names, other values, a configuration that says another thing."""
+    model = build_model(processor)
+    before, write = ask(model, processor), type(model).save_pretrained
+
+    def save(model: LlavaForConditionalGeneration, directory: Path, **options: Any) -> None:
+        write(model, directory, **options)
+        damage(directory)
+
+    monkeypatch.setattr(type(model), "save_pretrained", save)
+    with pytest.raises(PlanError, match=message) as caught:
+        save_pruned(model, PLAN, tmp_path / "pruned", processor=processor)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(ask(model, processor), before)
+
+
+def test_an_empty_directory_is_filled_and_an_unfinished_one_never_seen(
+    model: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    target = tmp_path / "pruned"
+    target.mkdir()
+
+    class Looking:
+        def save_pretrained(self, directory: Path) -> None:
+            assert not list(target.iterdir())
+
+    save_pruned(model, PLAN, target, processor=Looking())
+    assert (target / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_saving_leaves_a_model_that_is_being_trained_as_it_is(processor: LlavaProcessor, tmp_path: Path) -> None:
+    model = build_model(processor).train()
+    model.model.vision_tower.eval()
+    attributes = [dict(vars(module)) for module in model.modules()]
+    save_pruned(model, PLAN, tmp_path / "pruned")
+    assert all(vars(module) == own for module, own in zip(model.modules(), attributes, strict=True))

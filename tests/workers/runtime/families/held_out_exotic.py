@@ -68,7 +68,7 @@ def _muse_glimmer() -> PreTrainedConfig:
     )
 
 
-def _gemma4_unified() -> PreTrainedConfig:
+def gemma4_unified(**changes: Any) -> PreTrainedConfig:
     return Gemma4UnifiedConfig(
         text_config=text(
             "gemma4_unified_text",
@@ -77,7 +77,7 @@ def _gemma4_unified() -> PreTrainedConfig:
             sliding_window=6,
             layer_types=GEMMA4_TYPES,
             global_head_dim=16,
-            num_kv_shared_layers=2,
+            **{"num_kv_shared_layers": 2, **changes},
         ),
         vision_config={
             "patch_size": PATCH,
@@ -259,7 +259,7 @@ FAMILIES = (
     ),
     Family(
         "gemma4_unified",
-        _gemma4_unified,
+        gemma4_unified,
         LANGUAGE_MODEL,
         8,
         positioned_patches,
