@@ -76,19 +76,20 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None and re.search(r"://[^/]*:[^/]*@|password=", url):
         rest = [*(each for each in program if each in FLAGS), *command]
         os.execve(sys.executable, [sys.executable, *interpreter, *rest], {**os.environ, "SKIPPLAN_DATABASE": url})
+    supervised = arguments is None and command[:1] in ([each] for each in SUPERVISED) and "--help" not in command
+    if supervised:
+        from optimizer.service import channel
+
+        if not channel.open_channel():
+            from optimizer.service.supervisor import Supervisor
+
+            child = [sys.executable, *interpreter, *given]
+            raise SystemExit(Supervisor(child, restarts=command[0] == "serve").run())
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: nobody would see them move
-    if arguments is not None or command[:1] not in ([each] for each in SUPERVISED) or "--help" in command:
-        raise SystemExit(_run([*program, *command]))
-    from optimizer.service import channel
-
-    if not channel.open_channel():
-        from optimizer.service.supervisor import Supervisor
-
-        child = [sys.executable, *interpreter, *given]
-        raise SystemExit(Supervisor(child, restarts=command[0] == "serve").run())
     code = _run([*program, *command])
-    channel.tell(orderly=True)
+    if supervised:
+        channel.tell(orderly=True)
     raise SystemExit(code)
 
 
