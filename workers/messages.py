@@ -111,7 +111,9 @@ class EvaluateElsewhere:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per-sample scores of one plan, in the split's order; failed samples are listed with reasons, and score 0.
+    """Per-sample scores of one plan, in the split's order; failed samples are listed with reasons.
+
+    The score of a failed sample is NaN: it is marked, and left out of means. It is 0 where the failure is the plan's.
 
     ``secondary`` is the mean under each secondary metric, ``seconds`` the time that the evaluation took.
     A layer execution is one decoder layer run over one sample's prompt (a frozen or bypassed layer counts as one):
@@ -142,7 +144,9 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        return sum(self.scores) / len(self.scores) if self.scores else float("nan")
+        """The mean over the samples that are not marked."""
+        answered = [score for score in self.scores if score == score]
+        return sum(answered) / len(answered) if answered else float("nan")
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,8 @@ class LatencyProfile:
     decode_seconds: dict[str, tuple[float, ...]]
     relative_error: float
     """Median absolute error of the additive prediction over the check plans, relative to their measured time."""
+    failed_samples: dict[str, str] = field(default_factory=dict)
+    """Samples whose prompts were to be timed and could not be made."""
 
     @property
     def layer_seconds(self) -> dict[str, tuple[float, ...]]:
@@ -346,6 +352,8 @@ class RedundancySums:
     layer_executions: dict[str, int]
     """Decoder layers run, times samples, by the pass that ran them: states, attention, propagation, causal, ..."""
     notes: tuple[str, ...] = ()
+    failed_samples: dict[str, str] = field(default_factory=dict)
+    """Samples that were left out, and why."""
 
     @property
     def forward_passes(self) -> dict[str, float]:
@@ -388,6 +396,7 @@ class FittedCompensation:
     tokens: int
     samples: int
     seconds: float
+    failed_samples: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -404,6 +413,7 @@ class LinearRedundancy:
     shares: tuple[GapShare, ...]
     tokens: int
     refusals: dict[int, str]
+    failed_samples: dict[str, str] = field(default_factory=dict)
 
 
 Timing = ProfileLatency | CompareLatency

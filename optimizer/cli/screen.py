@@ -84,6 +84,11 @@ class Screen:
         title = f"Job {result.job.id}: {result.job.state}"
         if result.warning:
             self._out.print(f"Warning: {result.warning}.", markup=False, style="bold red")
+        if result.failed_samples:
+            self._out.print(
+                f"{len(result.failed_samples)} samples failed and were left out (skipplan jobs show {result.job.id}).",
+                markup=False,
+            )
         if not result.search["stopped_because"]:  # it ended before the search, as when no plan can meet the constraint
             self._out.print(title, markup=False)
             return

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from optimizer.errors import ClusterOrDatabaseFault, UsageFault
 from optimizer.job.spec import JobSpec
 from optimizer.search.latency import LayerCounts, LayerTimes, latency_ratio
+from optimizer.search.trial import answered_by_both
 from optimizer.service.logs import hide_passwords
 from optimizer.service.runner import read_spec
 from storage.database import Database
@@ -105,8 +106,8 @@ def _trial(each: EvaluationRecord, dense: EvaluationRecord, times: LayerTimes, s
         state = TrialState.FAIL
         attributes["failure"] = each.failure
     else:
-        # On the samples that both have.
-        difference = (fsum(each.scores) - fsum(dense.scores[: each.n_samples])) / each.n_samples
+        its_dense, own = answered_by_both(dense.scores[: each.n_samples], each.scores)
+        difference = (fsum(own) - fsum(its_dense)) / len(own)
         ratio = latency_ratio(times, SkipPlan.parse(each.plan))
         attributes |= {"accuracy": each.accuracy, "difference": difference, "latency_ratio": ratio}
         if each.n_samples < dense.n_samples:

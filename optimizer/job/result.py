@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from storage.database import Database
-from storage.queue import jobs, stages
+from storage.queue import events, jobs, stages
 from storage.queue.jobs import Job
 from storage.records import plans
 from storage.records.described import described
@@ -27,6 +27,8 @@ class JobResult:
     """Number of plans that the search tried, of failures among them, and why it stopped."""
     warning: str = ""
     """What is wrong with the dense model, where the job went on all the same."""
+    failed_samples: list[dict[str, str]] = field(default_factory=list)
+    """Samples that failed and were left out: split, sample, reason."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -35,6 +37,7 @@ class JobResult:
             "state": self.job.state,
             "reason": self.job.error,
             "warning": self.warning,
+            "failed_samples": self.failed_samples,
             "search": self.search,
             "best": None if self.best is None else plan_json(self.best),
             "plans": [plan_json(plan) for plan in self.plans],
@@ -52,6 +55,7 @@ def load_result(db: Database, job_id: int) -> JobResult:
         warnings.append(recorded["dense"].payload["value"]["warning"])
     return JobResult(
         job=jobs.get(db, job_id),
+        failed_samples=[event.data for event in events.for_job(db, job_id) if event.kind == "sample_failed"],
         warning=next(filter(None, warnings), ""),
         plans=tuple(published),
         best=next((plan for plan in published if plan.id == best_id), None),

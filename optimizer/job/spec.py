@@ -18,6 +18,7 @@ from optimizer.job.sections import (
     ModelSpec,
     SearchSpec,
     Section,
+    Share,
     SplitSpec,
     WorkloadSpec,
 )
@@ -51,8 +52,8 @@ DETERMINES_RESULT = {
     "latency_seconds",
 }
 """Fields that count when jobs are compared, each with everything in it."""
-ONLY_WHERE_AND_WHEN = {"cluster", "priority", "attempts", "database", "artifacts"}
-"""Fields that do not: where and when a job runs, and where its results lie. Every field is in one of the two sets."""
+ONLY_WHERE_AND_WHEN = {"max_failed_samples", "cluster", "priority", "attempts", "database", "artifacts"}
+"""Fields that do not: where, when and how far a job runs, and where its results lie. Every field is in one set."""
 
 
 class JobSpec(Section):
@@ -95,6 +96,11 @@ class JobSpec(Section):
     )
     latency_seconds: float = Field(
         default=60.0, gt=0, le=86_400, description="Most seconds spent on re-measuring one finalist."
+    )
+    max_failed_samples: Share = Field(
+        default=0.01,
+        description="Largest share of a split's samples that may fail (image, processor, NaN, memory) before the job "
+        "ends with their list; one may always, unless this is 0.",
     )
     cluster: ClusterSpec = ClusterSpec()
     priority: int = Field(default=0, ge=-1000, le=1000, description="Jobs of higher priority are taken first.")

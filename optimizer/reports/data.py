@@ -7,13 +7,14 @@ measure (an older version, a stage not reached) are ``None`` or empty, and shown
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optimizer.job.result import JobResult, load_result, meets_constraint
 from optimizer.search.latency import ratio_of_text
 from optimizer.search.space import touched
+from optimizer.search.trial import answered_by_both
 from storage.database import Database
 from storage.queue import events, stages
 from storage.queue.events import Event
@@ -171,7 +172,7 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
     rows = evaluations.summaries(db, job_id)
     profile = profile or measurements.profile_of_job(db, job_id)
     ids = next(((each.model_id, each.task_id) for each in (profile, *rows) if each is not None), None)
-    trials, samples = _trials(db, rows, profile, spec)
+    trials, samples = _trials(db, rows, profile, spec, has_failed_samples=bool(result.failed_samples))
     return JobReport(
         job=result.job,
         spec=spec,
@@ -196,7 +197,12 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
 
 
 def _trials(
-    db: Database, rows: list[EvaluationSummary], profile: ProfileRecord | None, spec: Specification
+    db: Database,
+    rows: list[EvaluationSummary],
+    profile: ProfileRecord | None,
+    spec: Specification,
+    *,
+    has_failed_samples: bool,
 ) -> tuple[tuple[TrialSummary, ...], int | None]:
     """Each plan on the largest prefix it reached, in the order first scored; and the size of the search split."""
     search = [row for row in rows if row.split == "search" and row.failure is None]
@@ -211,25 +217,35 @@ def _trials(
     samples = max(row.n_samples for row in search) if dense is None else dense.n_samples
     dense_scores = () if dense is None else evaluations.sample_scores(db, dense.id)
     sizes = {row.n_samples for row in search if row.n_samples <= len(dense_scores)}
-    dense_means = {n: math.fsum(dense_scores[:n]) / n for n in sizes}  # summed exactly, as evaluations' accuracies are
+    dense_means = {n: _mean(dense_scores[:n]) for n in sizes}
     dense_ms = None if profile is None else 1000 * profile.dense_latency_seconds
     trials: list[TrialSummary] = []
     for row in largest.values():
         if row is dense or row.accuracy is None:
             continue
+        difference = row.accuracy - dense_means[row.n_samples] if row.n_samples in dense_means else None
+        if has_failed_samples and difference is not None:  # on the samples that both answered
+            pairs = answered_by_both(dense_scores[: row.n_samples], evaluations.sample_scores(db, row.id))
+            difference = math.fsum(pairs[1]) / len(pairs[1]) - math.fsum(pairs[0]) / len(pairs[0])
         trial = TrialSummary(
             order=len(trials) + 1,
             plan=row.plan,
             compensation=row.compensation,
             n_samples=row.n_samples,
             accuracy=row.accuracy,
-            difference=row.accuracy - dense_means[row.n_samples] if row.n_samples in dense_means else None,
+            difference=difference,
             complete=row.n_samples >= samples,
             predicted_speedup=_predicted_speedup(profile, row.plan),
             within=False,
         )
         trials.append(replace(trial, within=trial.complete and _within(spec.limits, trial, dense_ms)))
     return tuple(trials), samples
+
+
+def _mean(scores: Sequence[float]) -> float:
+    """Mean over the samples that did not fail, summed exactly, as evaluations' accuracies are."""
+    answered = [score for score in scores if not math.isnan(score)]
+    return math.fsum(answered) / len(answered)
 
 
 def _within(limits: Mapping[str, float], trial: TrialSummary, dense_ms: float | None) -> bool:

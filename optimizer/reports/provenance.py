@@ -9,6 +9,7 @@ import yaml
 from optimizer.reports.data import JobReport
 from optimizer.reports.formatting import NOT_MEASURED, count, duration, share
 from optimizer.reports.sections import Section, Table
+from optimizer.stages.failed_samples import recorded
 
 
 def section(report: JobReport) -> Section:
@@ -22,6 +23,10 @@ def section(report: JobReport) -> Section:
     if report.failed:
         title = f"Plans that could not be scored ({len(report.failed)})"
         tables.append(Table(title, ("plan", "reason"), report.failed))
+    marked = recorded(list(report.events))
+    if marked:
+        title = f"Samples that failed and were left out ({len(marked)})"
+        tables.append(Table(title, ("split", "sample", "reason"), tuple(marked), open=True))
     tables.append(Table(f"History ({len(history)})", ("when, UTC", "attempt", "what", "detail"), history, (1,)))
     specification = yaml.safe_dump(report.job.spec, sort_keys=False, allow_unicode=True)
     return Section(
@@ -88,7 +93,7 @@ def _about_the_work(report: JobReport) -> list[tuple[str, str]]:
     if "samples" in counters:
         rows.append(("samples evaluated", count(counters["samples"])))
         failed = count(counters.get("failed_samples", 0.0))
-        rows.append(("of those, failed (unreadable image, NaN, out of memory) and counted as wrong", failed))
+        rows.append(("of those, failed (image, processor, NaN, memory)", failed))
         rows.append(("of those, decided alone since rounding could decide", count(counters.get("near_ties", 0.0))))
     if "evaluation_seconds" in counters:
         rows.append(("worker time of the evaluations", duration(counters["evaluation_seconds"])))

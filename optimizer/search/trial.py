@@ -17,7 +17,10 @@ OPTIMISM = 1.28
 
 @dataclass(frozen=True)
 class Scores:
-    """Per-sample scores of a plan on the first ``len(values)`` samples of the search split, or why there are none."""
+    """Per-sample scores of a plan on the first ``len(values)`` samples of the search split, or why there are none.
+
+    NaN stands for a sample that failed.
+    """
 
     values: tuple[float, ...]
     failure: str | None = None
@@ -96,13 +99,14 @@ def trial_of(candidate: Candidate, scores: Scores, dense: Sequence[float], ratio
     ``ratio`` is its predicted latency as a share of dense, ``n_samples`` the size of the search split.
     """
     n = len(scores.values)
-    difference, error = paired_difference(dense[:n], scores.values)
+    dense, values = answered_by_both(dense[:n], scores.values)
+    difference, error = paired_difference(dense, values)
     kl, kl_error = _mean_and_error(scores.kl)
     return Trial(
         plan=candidate.plan.text,
         compensation=candidate.compensation,
         n_samples=n,
-        accuracy=math.fsum(scores.values) / n,
+        accuracy=math.fsum(values) / len(values),
         difference=difference,
         difference_error=0.0 if candidate.is_dense else error,
         latency_ratio=ratio,
@@ -110,6 +114,12 @@ def trial_of(candidate: Candidate, scores: Scores, dense: Sequence[float], ratio
         kl=kl,
         kl_error=kl_error,
     )
+
+
+def answered_by_both(dense: Sequence[float], plan: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return the scores of both on the samples that neither failed on; ``dense`` as long as ``plan``."""
+    pairs = [pair for pair in zip(dense, plan, strict=True) if not any(map(math.isnan, pair))]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def paired_difference(dense: Sequence[float], plan: Sequence[float]) -> tuple[float, float]:

@@ -7,8 +7,9 @@ the longer one adds.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import fsum
@@ -187,8 +188,16 @@ class CachedEvaluation:
         )
         if not isinstance(result, Evaluation):
             return evaluations.record_failure(context.db, context.job, key, result.reason)
+        marked = {
+            sample: result.failed_samples[sample]
+            for sample, score in zip(result.sample_ids, result.scores, strict=True)
+            if math.isnan(score)
+        }
+        context.failed_samples.add(self._split, marked)
         kept = self._maps.get(candidate)
         whole = result if each.start == 0 else _joined(self._own[candidate][each.start], result)
+        if all(map(math.isnan, whole.scores)):
+            return evaluations.record_failure(context.db, context.job, key, "every sample failed")
         found = EvaluationResult(
             scores=whole.scores,
             secondary=whole.secondary,
@@ -201,11 +210,11 @@ class CachedEvaluation:
         )
         stored = evaluations.record(context.db, context.job, key, found)
         self._own[candidate][each.n_samples] = stored
-        self._count(result)
+        self._count(result, set(result.failed_samples) - marked.keys())
         return stored
 
-    def _count(self, result: Evaluation) -> None:
-        """Add what was run to the job's counters, and note failed samples."""
+    def _count(self, result: Evaluation, wrong: Collection[str]) -> None:
+        """Add what was run to the job's counters, and note samples that failed and count as ``wrong``."""
         context = self._context
         increments = {
             "evaluations": 1.0,
@@ -218,11 +227,11 @@ class CachedEvaluation:
             "failed_samples": float(len(result.failed_samples)),
             "retries": float(context.pool.take_retries()),
         }
-        if result.failed_samples:
-            sample, reason = next(iter(result.failed_samples.items()))
+        if wrong:
+            sample = min(wrong)
             context.progress.note(
-                f"plan {result.plan}: {len(result.failed_samples)} samples failed and count as wrong, "
-                f"first {sample}: {reason}"
+                f"plan {result.plan}: {len(wrong)} samples failed and count as wrong, "
+                f"first {sample}: {result.failed_samples[sample]}"
             )
         stages.add_counters(context.db, context.job, {name: value for name, value in increments.items() if value})
 
@@ -236,14 +245,20 @@ def _candidate(each: EvaluationRecord) -> Candidate:
     return Candidate(SkipPlan.parse(each.plan), each.compensation)
 
 
+def _answered(scores: Sequence[float]) -> int:
+    """Count the samples that did not fail."""
+    return len(scores) - sum(map(math.isnan, scores))
+
+
 def _joined(before: EvaluationRecord, result: Evaluation) -> Evaluation:
     """Join an earlier rung's evaluation and ``result``, which continues it, to that of the whole prefix."""
-    n = before.n_samples + result.n_samples
+    n_before, n_result = _answered(before.scores), _answered(result.scores)
+    n = max(1, n_before + n_result)
     return replace(
         result,
         scores=(*before.scores, *result.scores),
         secondary={
-            name: fsum((before.n_samples * before.secondary[name], result.n_samples * mean)) / n
+            name: fsum((n_before * before.secondary[name], n_result * mean if n_result else 0.0)) / n
             for name, mean in result.secondary.items()
         },
         kl=None if before.kl is None or result.kl is None else (*before.kl, *result.kl),

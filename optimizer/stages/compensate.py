@@ -56,6 +56,7 @@ def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
         context.progress.note(f"the maps of plan {candidate} could not be fitted: {result.reason}")
         return None
     assert isinstance(result, FittedCompensation)
+    context.failed_samples.add("calibration", result.failed_samples)
     artifact = store.put(context.spec.artifacts, result.content)
     return KeptMaps(artifact, result.gaps, result.tokens, result.samples, result.seconds)
 

@@ -13,6 +13,7 @@ from optimizer.errors import Fault
 from optimizer.job.inputs import JobInputs, task_hash
 from optimizer.job.spec import JobSpec
 from optimizer.search.space import PlanSpace, plan_space
+from optimizer.stages.failed_samples import FailedSamples
 from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import stages
@@ -59,6 +60,11 @@ class JobContext:
     def space(self) -> PlanSpace:
         """The candidates that the job may propose. Raises UsageFault when none is left."""
         return plan_space(self.spec, self.worker)
+
+    @cached_property
+    def failed_samples(self) -> FailedSamples:
+        """The samples that failed so far."""
+        return FailedSamples(self)
 
     @property
     def workload(self) -> Workload:

@@ -5,6 +5,7 @@ Its evaluation on the search split is the one that the search compares with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,13 +62,15 @@ def _check(context: JobContext) -> DenseCheck:
     if scores.failure is not None:
         raise JobFailed(f"the dense model cannot be evaluated: {scores.failure}")
     floor = context.spec.constraint.min_dense_accuracy
-    accuracy = sum(scores.values) / n_samples
-    blind = chance(context.task.spec, context.task.search[:n_samples])
+    samples = context.task.search[:n_samples]
+    answered = {s: score for s, score in zip(samples, scores.values, strict=True) if not math.isnan(score)}
+    accuracy = math.fsum(answered.values()) / len(answered)
+    blind = chance(context.task.spec, list(answered))
     is_above_chance = accuracy > blind.score
     is_below_floor = floor is not None and accuracy < floor
     findings = [] if is_above_chance else [not_above_chance(accuracy, n_samples, "search", blind.score, blind.means)]
     looked_at: Sequence[ShownSample] = ()
-    if findings or is_below_floor or sum(score == 1 for score in scores.values) < n_samples / 2:
+    if findings or is_below_floor or sum(score == 1 for score in answered.values()) < len(answered) / 2:
         looked_at = _look_at(context, n_samples)
         findings += _odd_answers(context, looked_at)
     goes_on_anyway = floor is not None and floor <= blind.score

@@ -28,6 +28,7 @@ def run(context: JobContext) -> LayerTimes:
 def _measure(context: JobContext) -> LatencyProfile:
     ((_, profile),) = context.ask([ProfileLatency(actions=context.spec.letters, workload=context.workload)])
     assert isinstance(profile, LatencyProfile)
+    context.failed_samples.add("calibration", profile.failed_samples)
     measurements.record_profile(
         context.db,
         context.job,

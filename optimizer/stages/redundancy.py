@@ -62,6 +62,7 @@ def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequ
     n_samples = context.spec.redundancy_samples
     for index, reply in context.ask([MeasureRedundancy(missing, shard, shards, n_samples) for shard in range(shards)]):
         assert isinstance(reply, RedundancySums)
+        context.failed_samples.add("calibration", reply.failed_samples)
         replies[index] = reply
         context.progress.advance()
     scores = merge([replies[index] for index in sorted(replies)])
@@ -82,6 +83,7 @@ def _measure_linear(context: JobContext) -> Sequence[LayerMeasurement]:
     """Measure the linear redundancy on one worker, and store it; without rows where no layer can hold a map."""
     ((_, reply),) = context.ask([MeasureLinearRedundancy()])
     assert isinstance(reply, LinearRedundancy)
+    context.failed_samples.add("calibration", reply.failed_samples)
     for layer, reason in reply.refusals.items():
         context.progress.note(f"no gap behind layer {layer} can be compensated: {reason}")
     rows = [
@@ -100,10 +102,12 @@ def measured_samples(context: JobContext) -> int:
 
 
 def measurement_key(context: JobContext) -> str:
-    """Hash the calibration samples and what else a measurement depends on: dtype, attention, device, versions."""
+    """Hash the calibration samples and what else a measurement depends on: dtype, attention, device, failed samples."""
     text = f"{split_hash(context.task, 'calibration')} {context.settings}"
     if measured_samples(context) < len(context.task.calibration):
         text += f" first {measured_samples(context)}"
+    if failed := context.failed_samples.of("calibration"):
+        text += f" without {' '.join(sorted(failed))}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -79,10 +79,17 @@ def measure(context: JobContext, plans: Sequence[str], samples: int, split: str 
             continue
         scores[plan.text] = np.asarray(result.values, dtype=np.float64)
         if result.kl is not None:
-            # A sample that failed says nothing about divergence; it counts as wrong among the scores.
+            # NaN under a plan that counts as wrong among the scores; it says nothing about divergence.
             divergences[plan.text] = np.array([0.0 if math.isnan(value) else value for value in result.kl])
     dense = scores.get(wanted[0])
     if dense is None:
         raise JobFailed(f"the dense model cannot be evaluated: {failed[wanted[0]]}")
-    images = tuple(sample.image_key for sample in context.task.split(split)[:samples])
-    return Measured(images, dense, scores, divergences, failed)
+    answered = np.asarray(~np.isnan([*scores.values()]).any(0))  # under every plan
+    pairs = zip(context.task.split(split)[:samples], answered, strict=True)
+    return Measured(
+        tuple(sample.image_key for sample, kept in pairs if kept),
+        dense[answered],
+        {plan: values[answered] for plan, values in scores.items()},
+        {plan: values[answered] for plan, values in divergences.items()},
+        failed,
+    )

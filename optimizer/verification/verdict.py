@@ -65,6 +65,21 @@ class _Bound:
     within: bool
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """Scores of dense and of a plan on the samples that neither failed on, and these samples' images."""
+
+    dense: Sequence[float]
+    plan: Sequence[float]
+    groups: Sequence[str]
+
+    @classmethod
+    def of(cls, dense: Sequence[float], plan: Sequence[float], groups: Sequence[str]) -> _Pairs:
+        """Leave out what failed."""
+        rows = [row for row in zip(dense, plan, groups, strict=True) if not math.isnan(row[0] + row[1])]
+        return cls([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+
+
 def verify(
     dense: Sequence[float],
     finalists: Mapping[str, Sequence[float]],
@@ -76,11 +91,14 @@ def verify(
 ) -> tuple[Verdict, ...]:
     """Verify every finalist against dense on the same samples, given per-sample scores in [0, 1].
 
-    ``groups`` names each sample's image. Raises ValueError when the scores do not belong to the same samples.
+    ``groups`` names each sample's image. A sample that failed (NaN) under dense or the plan is left out for both.
+    Raises ValueError when the scores do not belong to the same samples.
     """
-    bounds = _bounds(dense, finalists, groups, constraint, seed)
+    pairs = {plan: _Pairs.of(dense, scores, groups) for plan, scores in finalists.items()}
+    bounds = _bounds(pairs, constraint, seed)
     verdicts = []
-    for plan, scores in finalists.items():
+    for plan, own in pairs.items():
+        dense, scores, groups = own.dense, own.plan, own.groups
         n, bound = len(scores), bounds[plan]
         accuracy, dense_accuracy = math.fsum(scores) / n, math.fsum(dense) / n
         interval = wilson_interval(accuracy, effective_sample_size(scores, groups), constraint.confidence)
@@ -118,14 +136,10 @@ def least_provable_drop(groups: Sequence[str], constraint: ConstraintSpec, final
     return -difference_interval(bootstrap_difference(right, right, groups, seed=seed), level).low
 
 
-def _bounds(
-    dense: Sequence[float],
-    finalists: Mapping[str, Sequence[float]],
-    groups: Sequence[str],
-    constraint: ConstraintSpec,
-    seed: int,
-) -> dict[str, _Bound]:
-    differences = {plan: bootstrap_difference(dense, scores, groups, seed=seed) for plan, scores in finalists.items()}
+def _bounds(pairs: Mapping[str, _Pairs], constraint: ConstraintSpec, seed: int) -> dict[str, _Bound]:
+    differences = {
+        plan: bootstrap_difference(each.dense, each.plan, each.groups, seed=seed) for plan, each in pairs.items()
+    }
     least = -1.0 if constraint.max_accuracy_drop is None else -constraint.max_accuracy_drop
     # Evidence for "the loss exceeds the limit": the share of resamples in which it does. Equal shares (several of
     # zero) are put in order by how far their distributions lie from the limit.

@@ -42,7 +42,7 @@ class EvaluationResult:
     """Scores and other findings of an evaluation, and what it cost."""
 
     scores: Sequence[float]
-    """Per sample, in [0, 1], in the split's order."""
+    """Per sample, in [0, 1], in the split's order; NaN where a sample failed, which the accuracy leaves out."""
     secondary: dict[str, float] = field(default_factory=dict)
     kl: Sequence[float] | None = None
     """Per sample, in nats; NaN where a sample failed. None where it was not measured."""
@@ -104,8 +104,11 @@ def record(session: Session, job: Job, key: EvaluationKey, result: EvaluationRes
     if len(result.scores) != n or len(result.kl or result.scores) != n:
         kl = "no" if result.kl is None else len(result.kl)
         raise InvalidValue(f"evaluation of {key.plan} on {n} samples has {len(result.scores)} scores, {kl} divergences")
+    answered = [score for score in result.scores if not math.isnan(score)]
+    if not answered:
+        raise InvalidValue(f"evaluation of {key.plan}: every sample failed; record a failure instead")
     outcome = {
-        "accuracy": math.fsum(result.scores) / n,
+        "accuracy": math.fsum(answered) / len(answered),
         "scores": scores.pack(result.scores),
         "kl": None if result.kl is None else scores.pack_divergences(result.kl),
     }
@@ -188,14 +191,21 @@ def sample_scores(session: Session, evaluation_id: int) -> tuple[float, ...]:
 def known(
     session: Session, *, model_id: int, task_id: int, split_hash: str, settings: str = ""
 ) -> list[EvaluationRecord]:
-    """Read all that was ever measured, by any job, on these samples; each plan and size once, oldest first."""
+    """Read all that was ever measured, by any job, on these samples; each plan and size once, oldest first.
+
+    Evaluations in which a sample failed are left out: it may not fail again.
+    """
     query = (
         select(EvaluationRow)
         .filter_by(model_id=model_id, task_id=task_id, split_hash=split_hash, settings=settings)
         .where(EvaluationRow.failure.is_(None), EvaluationRow.reused_from.is_(None))
         .order_by(EvaluationRow.id)
     )
-    first: dict[tuple[str, str, int], EvaluationRow] = {}
+    first: dict[tuple[str, str, int], EvaluationRecord] = {}
     for row in session.scalars(query):
-        first.setdefault((row.plan, row.compensation, row.n_samples), row)
-    return [_record(row) for row in first.values()]
+        name = (row.plan, row.compensation, row.n_samples)
+        if name not in first:
+            found = _record(row)
+            if not any(map(math.isnan, found.scores)):
+                first[name] = found
+    return list(first.values())

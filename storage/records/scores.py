@@ -1,6 +1,6 @@
 """Pack per-sample scores as bytes: one bit a sample where all are right or wrong, eight bytes a sample otherwise.
 
-Divergences take four bytes a sample.
+A sample that failed is NaN. Divergences take four bytes a sample.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _SCORES_OF_BYTE = [tuple(float(byte >> place & 1) for place in range(7, -1, -1))
 
 
 def pack(scores: Sequence[float]) -> bytes:
-    """Scores in [0, 1], in the split's order, as bytes; ``unpack`` gives the same floats back.
+    """Scores in [0, 1], NaN for a sample that failed, in the split's order, as bytes; ``unpack`` gives the same floats.
 
-    Raises ``InvalidValue`` for a score outside [0, 1] or a NaN.
+    Raises ``InvalidValue`` for a score outside [0, 1].
     """
     for place, score in enumerate(scores):
-        if not 0.0 <= score <= 1.0:
+        if not (math.isnan(score) or 0.0 <= score <= 1.0):
             raise InvalidValue(f"score {score} of sample {place} is outside [0, 1]")
     if all(score in (0, 1) for score in scores):
         bits = "".join("1" if score else "0" for score in scores)

@@ -11,7 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -80,6 +80,8 @@ class Calibration:
     """By layer, the factor with which the MLP's output enters the residual stream."""
     refusals: dict[int, str]
     """By layer, why it cannot hold a map."""
+    failed_samples: dict[str, str] = field(default_factory=dict)
+    """Samples that were left out, and why."""
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +106,8 @@ def calibrate(
     Raises :class:`CompensationError` when no sample can be read, or the decoder's sequence is not the prompt's.
     """
     stack = locate(loaded.model)
-    prepared = list(_prepare(loaded, task, tokens))
+    failed: dict[str, str] = {}
+    prepared = list(_prepare(loaded, task, tokens, failed))
     if not prepared:
         raise CompensationError(f"task {task.name}: no calibration sample can be read, so no map can be fitted")
     vision_ids = torch.tensor(describe(loaded.model).vision_token_ids)
@@ -130,6 +133,7 @@ def calibrate(
         kept=len(chosen),
         shares=prover.shares,
         refusals=prover.refusals,
+        failed_samples=failed,
     )
 
 
@@ -179,12 +183,12 @@ class _Sequences:
         return found
 
 
-def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[_Sequences]:
+def _prepare(loaded: LoadedModel, task: Task, tokens: int, failed: dict[str, str]) -> Iterator[_Sequences]:
     """Batches of samples with their answers, as model inputs on the CPU, until the tokens are reached."""
     reached, samples = 0, by_image(task.calibration)
     start, size = 0, FIRST_BATCH
     while start < len(samples):
-        batch = _with_answers(loaded, task, samples[start : start + size])
+        batch = _with_answers(loaded, task, samples[start : start + size], failed)
         start += size
         if batch is None:
             continue
@@ -192,7 +196,7 @@ def _prepare(loaded: LoadedModel, task: Task, tokens: int) -> Iterator[_Sequence
         lengths = batch.inputs["attention_mask"].sum(1).cumsum(0) + reached
         needed = int((lengths < tokens).sum()) + 1
         if needed < len(batch.samples):
-            batch = _with_answers(loaded, task, batch.samples[:needed])
+            batch = _with_answers(loaded, task, batch.samples[:needed], failed)
             assert batch is not None
         reached += int(batch.inputs["attention_mask"].sum())
         yield batch
@@ -214,8 +218,11 @@ def by_image(samples: Sequence[Sample]) -> tuple[Sample, ...]:
     return tuple(sample for _, sample in sorted(zip(turns, samples, strict=True), key=lambda pair: pair[0]))
 
 
-def _with_answers(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> _Sequences | None:
+def _with_answers(
+    loaded: LoadedModel, task: Task, samples: Sequence[Sample], failed: dict[str, str]
+) -> _Sequences | None:
     prepared = prepare_batch(loaded, task, samples)
+    failed.update(prepared.failed)
     if prepared.inputs is None:
         return None
     pad, prompt = loaded.processor.tokenizer.pad_token_id, prepared.inputs["input_ids"].shape[1]

@@ -94,6 +94,7 @@ class Compensator:
             tokens=calibration.kept,
             samples=len(calibration.samples),
             seconds=fitted.seconds,
+            failed_samples=calibration.failed_samples,
         )
 
     def linear_redundancy(self, request: MeasureLinearRedundancy) -> LinearRedundancy:
@@ -101,7 +102,7 @@ class Compensator:
         width = int(self.loaded.model.config.get_text_config(decoder=True).hidden_size)
         calibration = calibrate(self.loaded, self.task, tokens=tokens_for(width))
         shares = linear_redundancy(self.loaded, calibration, ridge=request.ridge)
-        return LinearRedundancy(shares, calibration.kept, calibration.refusals)
+        return LinearRedundancy(shares, calibration.kept, calibration.refusals, calibration.failed_samples)
 
     def calibration(self, recipe: Recipe) -> Calibration:
         """The calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""

@@ -11,7 +11,8 @@ import torch
 
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.trie_maps import TrieMaps
-from workers.evaluation.plain import PlainEvaluator, is_out_of_memory, scores_of
+from workers.device.memory import is_out_of_memory
+from workers.evaluation.plain import PlainEvaluator, marked_samples, scores_of, summarise
 from workers.latency.request import device_name
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
@@ -281,16 +282,17 @@ class FastEvaluator:
     def _evaluation(self, text: str, request: EvaluatePlans, scoring: ScoringRun, seconds: float) -> Evaluation:
         outcome, samples = scoring.outcomes[text], scoring.samples
         places = range(scoring.start, scoring.start + len(samples))
-        scores = [outcome.scores.get(place, self._scorer.nothing) for place in places]
-        secondary = self.task.spec.secondary
+        scores = {
+            sample.id: outcome.scores.get(place, self._scorer.nothing)
+            for place, sample in zip(places, samples, strict=True)
+        }
         executed = self.walker.tally.by_plan.get(text, 0)
         needed = len(SkipPlan.parse(text).kept) * (len(samples) - len(outcome.failed))
         return Evaluation(
             plan=text,
             split=request.split,
             sample_ids=tuple(sample.id for sample in samples),
-            scores=tuple(score[0] for score in scores),
-            secondary={name: sum(s[1 + i] for s in scores) / len(scores) for i, name in enumerate(secondary)},
+            **summarise(self.task.spec, scores, marked_samples(SkipPlan.parse(text), outcome.failed)),
             failed_samples=outcome.failed,
             seconds=seconds,
             compensation=request.compensation,

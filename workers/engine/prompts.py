@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.device.memory import OUT_OF_MEMORY, is_out_of_memory
 from workers.errors import ImageError
 from workers.layerwise.decoder import OWNER_ARGUMENTS, Decoder, NotExactError
+from workers.models.inputs import refused
 from workers.models.loading import LoadedModel
 from workers.models.prompts import build_inputs, to_device
 from workers.runtime.locate import forward_parameters
@@ -56,7 +58,7 @@ class PromptReader:
         self._loaded, self._task, self._decoder = loaded, task, decoder
 
     def read(self, samples: Sequence[tuple[int, Sample]], failed: dict[str, str]) -> list[ImagePrompts]:
-        """Group samples (with their places) by image; a sample whose image cannot be decoded goes to ``failed``.
+        """Group samples (with their places) by image; one that cannot be opened or processed goes to ``failed``.
 
         Raises:
             NotExactError: the prompts cannot be shared.
@@ -69,8 +71,21 @@ class PromptReader:
             except ImageError as error:
                 failed.update({sample.id: str(error) for _, sample in together})
                 continue
-            groups.append(self._group(together, image))
+            groups += self._groups(together, image, failed)
         return groups
+
+    def _groups(self, members: Sequence[tuple[int, Sample]], image: Any, failed: dict[str, str]) -> list[ImagePrompts]:
+        """Read the prompts about one image together; where that fails, each by itself, to see which one fails."""
+        try:
+            return [self._group(members, image)]
+        except NotExactError:
+            raise
+        except Exception as error:  # processors raise all kinds, and none names the sample
+            if len(members) == 1:
+                memory = is_out_of_memory(error)
+                failed[members[0][1].id] = OUT_OF_MEMORY if memory else refused(error)
+                return []
+        return [group for member in members for group in self._groups([member], image, failed)]
 
     def _group(self, members: Sequence[tuple[int, Sample]], image: Any) -> ImagePrompts:
         spec, processor = self._task.spec, self._loaded.processor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.evaluation.plain import is_out_of_memory
+from workers.device.memory import is_out_of_memory
 
 SMALLEST = 1024
 """Tokens; fewer leave matrix products too narrow."""

@@ -6,21 +6,24 @@ Nothing is shared between plans but the processed inputs; faster paths are held 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
 from workers.compensation.compensator import Compensator
 from workers.compensation.recipe import CompensationError
+from workers.device.memory import OUT_OF_MEMORY, is_out_of_memory
 from workers.messages import DEFAULT_BATCH_SIZE, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
-from workers.models.multiple_choice import Choice, Likelihood, join, one_by_one, option_likelihoods
+from workers.models.multiple_choice import NAN_LOGITS, Choice, Likelihood, join, one_by_one, option_likelihoods
 from workers.models.prompts import to_device
 from workers.models.ties import AnswerWatch, end_tokens
 from workers.runtime import apply
@@ -104,8 +107,8 @@ class PlainEvaluator:
 
         ``maps`` are folded into the weights before the plan's gaps while it runs.
 
-        A sample fails, and scores 0, when its image cannot be decoded, when its logits hold NaN, or when it does not
-        fit into memory alone.
+        A sample fails when its image cannot be decoded, when the processor refuses it, when its logits hold NaN, or
+        when it does not fit into memory alone; what it then counts for says :func:`marked_samples`.
 
         Raises:
             TaskError: no such split.
@@ -115,15 +118,12 @@ class PlainEvaluator:
         samples = self.task.split(split)[start:n_samples]
         answers = self.answer(plan, samples, maps)
         scores = [scores_of(self.task.spec, sample, answers) for sample in samples]
+        marked = marked_samples(plan, answers.failed)
         return Evaluation(
             plan=plan.text,
             split=split,
             sample_ids=tuple(sample.id for sample in samples),
-            scores=tuple(each[0] for each in scores),
-            secondary={
-                name: _mean([each[1 + number] for each in scores])
-                for number, name in enumerate(self.task.spec.secondary)
-            },
+            **summarise(self.task.spec, {s.id: each for s, each in zip(samples, scores, strict=True)}, marked),
             failed_samples=answers.failed,
             seconds=time.perf_counter() - started,
             layer_executions=len(plan.kept) * (len(samples) - len(answers.failed)),
@@ -195,7 +195,7 @@ class PlainEvaluator:
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch.samples) == 1:
-            return Answers({}, {batch.samples[0].id: "out of memory at batch size 1"})
+            return Answers({}, {batch.samples[0].id: OUT_OF_MEMORY})
         self._forget(batch)
         self.batch_size = min(self.batch_size, len(batch.samples) // 2)
         return self._answer_chunks(self._chunks(batch.samples))
@@ -221,21 +221,13 @@ def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> A
     texts, failed, tokens = {}, {}, {}
     for sample, text, row, is_nan in zip(batch.samples, decoded, new.tolist(), watch.nan.tolist(), strict=True):
         if is_nan:
-            failed[sample.id] = "the logits hold NaN"
+            failed[sample.id] = NAN_LOGITS
         else:
             texts[sample.id] = text.strip()
             tokens[sample.id] = tuple(takewhile(lambda token: token not in ends, row))
     alone = len(batch.samples) == 1
     tied = () if alone else (s.id for s, tie in zip(batch.samples, watch.tied.tolist(), strict=True) if tie)
     return Answers(texts, failed, frozenset(tied) - failed.keys(), tokens)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
 
 
 def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -254,6 +246,23 @@ def scores_of(spec: TaskSpec, sample: Sample, answers: Answers) -> tuple[float, 
     if sample.id not in answers.texts:
         return (0.0,) * len(spec.metrics)
     return tuple(METRICS[name](answers.texts[sample.id], sample.answers) for name in spec.metrics)
+
+
+def marked_samples(plan: SkipPlan, failed: Mapping[str, str]) -> frozenset[str]:
+    """Tell which failed samples are left out: all but those whose logits hold NaN under a plan that is not dense.
+
+    These are the plan's own fault, and wrong answers of it; where dense gives NaN too, dense's mark leaves them out.
+    """
+    return frozenset(sample for sample, reason in failed.items() if plan.is_dense or reason != NAN_LOGITS)
+
+
+def summarise(spec: TaskSpec, scores: Mapping[str, Sequence[float]], marked: frozenset[str]) -> dict[str, Any]:
+    """Return the scores by the metric, NaN for marked samples, and the means by the secondary metrics of the others."""
+    counted = [each for sample, each in scores.items() if sample not in marked]
+    return {
+        "scores": tuple(math.nan if sample in marked else each[0] for sample, each in scores.items()),
+        "secondary": {name: _mean([each[1 + i] for each in counted]) for i, name in enumerate(spec.secondary)},
+    }
 
 
 def _chosen(spec: TaskSpec, samples: Sequence[Sample], answers: Answers, *, alone: bool) -> Answers:

@@ -110,6 +110,7 @@ def profile_latency(
         prefill_seconds=prefill,
         decode_seconds=decode,
         relative_error=math.nan,
+        failed_samples=request.failed_samples,
     )
     return replace(profile, relative_error=_error(profile, times, dense))
 

@@ -32,6 +32,8 @@ class PreparedRequest:
 
     inputs: dict[str, Any]
     new_tokens: int
+    failed_samples: dict[str, str] = field(default_factory=dict)
+    """Samples that came first, and why they cannot be asked."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -58,9 +60,12 @@ def prepare_request(loaded: LoadedModel, task: Task, workload: Workload) -> Prep
     samples = task.calibration
     start = 0
     usable: list[Any] = []
+    failed: dict[str, str] = {}
     while len(usable) < workload.batch_size and start < len(samples):
         chunk = samples[start : start + workload.batch_size]
-        usable += prepare_batch(loaded, task, chunk).samples
+        prepared = prepare_batch(loaded, task, chunk)
+        usable += prepared.samples
+        failed |= prepared.failed
         start += len(chunk)
     if len(usable) < workload.batch_size:
         raise MeasurementError(
@@ -68,7 +73,7 @@ def prepare_request(loaded: LoadedModel, task: Task, workload: Workload) -> Prep
         )
     batch = prepare_batch(loaded, task, usable[: workload.batch_size])
     assert batch.inputs is not None
-    return PreparedRequest(to_device(batch.inputs, loaded.device, loaded.model.dtype), workload.new_tokens)
+    return PreparedRequest(to_device(batch.inputs, loaded.device, loaded.model.dtype), workload.new_tokens, failed)
 
 
 def run_request(loaded: LoadedModel, request: PreparedRequest) -> Any:

@@ -25,6 +25,9 @@ from .loading import LoadedModel
 from .prompts import rendered, to_device
 from .ties import end_tokens, tie_bound
 
+NAN_LOGITS = "the logits hold NaN"
+"""Why a sample fails whose answer cannot be read."""
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -109,7 +112,7 @@ def option_likelihoods(
     found = {}
     for sample, own, likelihood in zip(batch.samples, tokens, likelihoods, strict=True):
         if math.isnan(likelihood.total):
-            failed[sample.id] = "the logits hold NaN"
+            failed[sample.id] = NAN_LOGITS
         elif own:
             found[sample.id] = likelihood
     return found, failed

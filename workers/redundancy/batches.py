@@ -46,8 +46,9 @@ def batches(
     stack: DecoderStack,
     token_ids: tuple[int, ...],
     size: int,
+    failed: dict[str, str],
 ) -> Iterator[Batch]:
-    """Prepared batches of at most ``size`` samples, smaller where prompts are long; unreadable images are left out."""
+    """Prepared batches of at most ``size`` samples, smaller where prompts are long; what fails goes to ``failed``."""
     position = 0
     while position < len(samples):
         prepared = prepare_batch(loaded, task, samples[position : position + size])
@@ -56,6 +57,7 @@ def batches(
             size = fitting
             continue
         position += size
+        failed.update(prepared.failed)
         if prepared.inputs is not None:
             inputs = to_device(prepared.inputs, loaded.device, loaded.model.dtype)
             yield Batch(prepared.samples, inputs, token_groups(inputs, token_ids))

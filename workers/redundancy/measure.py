@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,10 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from workers.device.memory import OUT_OF_MEMORY, is_out_of_memory
 from workers.errors import MeasurementError
 from workers.layerwise.hooks import Hooks, hidden_of
 from workers.messages import DEFAULT_BATCH_SIZE, KindSums, RedundancySums
 from workers.models.loading import LoadedModel
+from workers.models.multiple_choice import NAN_LOGITS
 from workers.runtime.families import describe
 from workers.runtime.locate import locate
 from workers.tasks import Task
@@ -24,7 +27,7 @@ from .batches import Batch, batches
 from .collectors import COLLECTORS, StatesCollector
 from .interventions import Interventions
 from .kinds import KINDS
-from .replay import DensePass, prefill, prefixes_can_be_shared, record_dense_pass
+from .replay import DensePass, NotANumberError, prefill, prefixes_can_be_shared, record_dense_pass
 
 _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why a model's prefixes cannot be shared (empty: they can), found out once for each model that a process holds."""
@@ -44,22 +47,33 @@ def measure_redundancy(
 ) -> RedundancySums:
     """Measure ``kinds`` (names of ``KINDS``) over ``samples[:n_samples][shard::shards]`` of the calibration split.
 
-    Samples whose image cannot be decoded are left out and not counted.
+    Samples that fail (image, processor, NaN in the logits, memory) are left out, not counted, and listed.
 
     Raises:
-        MeasurementError: no such kind, logits that are no numbers, or decoder layers that do not pass
+        MeasurementError: no such kind, or decoder layers that do not pass
             ``[batch, tokens, hidden]`` states of the prompt's length.
     """
     unknown = sorted(set(kinds) - KINDS.keys())
     if unknown:
         raise MeasurementError(f"no such kind of measurement: {', '.join(unknown)}; known are {', '.join(KINDS)}")
-    measurement = _Measurement(loaded, kinds, shards)
-    samples = task.calibration[:n_samples][shard::shards]
-    ids = measurement.descriptor.vision_token_ids
-    with torch.inference_mode():
-        for batch in batches(loaded, task, samples, measurement.stack, ids, batch_size):
-            measurement.add(batch)
-    return measurement.sums()
+    failed: dict[str, str] = {}
+    while True:  # what a batch added before it failed cannot be taken back: the shard begins anew
+        measurement = _Measurement(loaded, kinds, shards)
+        samples = [each for each in task.calibration[:n_samples][shard::shards] if each.id not in failed]
+        ids, batch = measurement.descriptor.vision_token_ids, None
+        try:
+            with torch.inference_mode():
+                for batch in batches(loaded, task, samples, measurement.stack, ids, batch_size, failed):
+                    measurement.add(batch)
+            return replace(measurement.sums(), failed_samples=failed)
+        except NotANumberError as error:
+            failed |= dict.fromkeys(error.samples, NAN_LOGITS)
+        except (RuntimeError, MemoryError) as error:
+            if batch is None or not is_out_of_memory(error):
+                raise
+            if batch.size == 1:
+                failed[batch.samples[0].id] = OUT_OF_MEMORY
+            batch_size = max(1, batch.size // 2)
 
 
 class _Measurement:

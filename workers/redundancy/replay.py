@@ -8,7 +8,7 @@ positions, hands features to later layers and reads the answer, so nothing of a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,10 +38,18 @@ class DensePass:
     logits: Tensor | None = None
 
 
+class NotANumberError(MeasurementError):
+    """The logits of some samples hold NaN."""
+
+    def __init__(self, samples: Sequence[str]) -> None:
+        super().__init__(f"sample {samples[0]}: the model's logits hold NaN; try another model.dtype")
+        self.samples = tuple(samples)
+
+
 def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
     """Logits ``[batch, vocabulary]`` of the answer's first token, entered the way every family prepares inputs for.
 
-    Raises MeasurementError when they hold NaN.
+    Raises NotANumberError when they hold NaN.
     """
     output = loaded.model.generate(
         **batch.inputs,
@@ -54,8 +62,8 @@ def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
     )
     logits: Tensor = output.logits[0].float()
     if bool(logits.isnan().any()):
-        row = int(logits.isnan().any(-1).nonzero()[0, 0])
-        raise MeasurementError(f"sample {batch.samples[row].id}: the model's logits hold NaN; try another model.dtype")
+        rows = logits.isnan().any(-1).nonzero().flatten().tolist()
+        raise NotANumberError([batch.samples[row].id for row in rows])
     return logits
 
 

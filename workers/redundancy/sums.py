@@ -63,6 +63,7 @@ def merge(shards: Sequence[RedundancySums]) -> RedundancySums:
         layer_executions={
             name: sum(shard.layer_executions.get(name, 0) for shard in shards) for name in sorted(passes)
         },
+        failed_samples={name: reason for shard in shards for name, reason in shard.failed_samples.items()},
         notes=tuple(dict.fromkeys(note for shard in shards for note in shard.notes)),
     )
 

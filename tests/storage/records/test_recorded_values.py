@@ -34,12 +34,18 @@ def test_scores_come_back_exactly(sample_scores):
     assert scores.unpack(packed, len(sample_scores)) == tuple(map(float, sample_scores))
 
 
+@given(sample_scores=st.lists(unit | st.just(math.nan)))
+def test_scores_of_failed_samples_come_back_as_nan(sample_scores):
+    found = scores.unpack(scores.pack(sample_scores), len(sample_scores))
+    assert str(found) == str(tuple(map(float, sample_scores)))
+
+
 @given(st.lists(st.sampled_from([0, 1])))
 def test_right_and_wrong_take_a_bit_a_sample(sample_scores):
     assert len(scores.pack(sample_scores)) == 1 + math.ceil(len(sample_scores) / 8)
 
 
-@pytest.mark.parametrize("score", [-0.1, 1.1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("score", [-0.1, 1.1, math.inf, -math.inf])
 def test_scores_that_are_none(score):
     with pytest.raises(InvalidValue, match="of sample 2 is outside"):
         scores.pack([1, 0, score])
@@ -170,9 +176,18 @@ def test_same_number_of_other_samples_is_refused(db):
         record(db, stage.job, plan="RRSS", scores=[1], **{**stage.samples, "split_hash": "s2"})
 
 
+def test_failed_samples_are_left_out_of_the_accuracy_and_not_taken_over_by_other_jobs(db):
+    stage = scene(db)
+    stored = record(db, stage.job, plan="RRSS", scores=[1, math.nan, 0, 1], **stage.samples)
+    assert stored.accuracy == 2 / 3 and stored.n_samples == 4 and math.isnan(stored.scores[1])
+    key = {name: stage.samples[name] for name in ("model_id", "task_id", "split_hash")}
+    assert evaluations.known(db, **key) == []
+    assert [each.plan for each in evaluations.for_job(db, stage.job.id)] == ["RRSS"]
+
+
 def test_evaluation_without_scores_or_with_impossible_ones(db):
     stage = scene(db)
-    wrong_ones = ([], "has no scores"), ([2.0], "outside"), ([math.nan], "outside")
+    wrong_ones = ([], "has no scores"), ([2.0], "outside"), ([math.nan], "every sample failed")
     for wrong, message in wrong_ones:
         with pytest.raises(InvalidValue, match=message):
             record(db, stage.job, plan="RRSS", scores=wrong, **stage.samples)

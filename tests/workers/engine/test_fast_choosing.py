@@ -129,7 +129,7 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, choices: Tas
     for one, other in zip(quick, evaluations(plain.evaluate_all(request)), strict=True):
         assert one.failed_samples == other.failed_samples and list(one.failed_samples) == [samples[3].id]
         assert "broken.png cannot be decoded" in one.failed_samples[samples[3].id]
-        assert one.scores == other.scores and one.scores[3] == 0.0
+        assert str(one.scores) == str(other.scores) and math.isnan(one.scores[3])
         assert one.kl is not None and math.isnan(one.kl[3])
 
 
@@ -148,7 +148,7 @@ def test_nan_fails_the_samples_that_have_it_and_no_others(tiny_directory: Path, 
     for one, other in zip(quick, slow, strict=True):
         assert one.failed_samples == other.failed_samples
         assert one.failed_samples == {each.id: "the logits hold NaN" for each in samples[2::5]}
-        assert one.scores == other.scores
+        assert str(one.scores) == str(other.scores)
 
 
 def test_lack_of_memory_halves_the_chunks(plain: PlainEvaluator, fast: FastEvaluator) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from workers.engine import prompts
 from workers.engine.continuation import Continuation
 from workers.engine.dispatch import EvaluationDispatch
 from workers.engine.fast import FastEvaluator
@@ -229,7 +232,7 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, answered: Ta
     assert list(result.failed_samples) == [samples[3].id]
     assert "broken.png cannot be decoded" in result.failed_samples[samples[3].id]
     (expected,) = evaluations(PlainEvaluator(tiny, answered).evaluate_all(EvaluatePlans(("RRRRRR",), "search", 20)))
-    assert result.scores == (*expected.scores[:3], 0.0, *expected.scores[4:])
+    assert str(result.scores) == str((*expected.scores[:3], math.nan, *expected.scores[4:]))
     assert result.kl is not None and result.kl[3] != result.kl[3]  # NaN
 
 
@@ -258,7 +261,32 @@ def test_nan_fails_the_samples_that_have_it_and_no_others(poisoned: LoadedModel,
         assert set(one.failed_samples) == set(other.failed_samples)
         assert {sample.id for sample in samples[2::5]} <= set(one.failed_samples) < {sample.id for sample in samples}
         assert set(one.failed_samples.values()) == {"the logits hold NaN"}
-        assert one.scores == other.scores
+        assert str(one.scores) == str(other.scores)
+    marked = [each.id for each, score in zip(samples, quick[0].scores, strict=True) if math.isnan(score)]
+    assert marked == [each.id for each in samples if each.id in quick[0].failed_samples]
+    assert not any(map(math.isnan, quick[1].scores))  # a plan's NaN is its wrong answer
+
+
+def test_a_sample_that_the_processor_refuses_fails_alone(
+    tiny: LoadedModel, answered: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = answered.search[:20]
+    refused = next(b for a, b in pairwise(samples) if a.image_key == b.image_key)  # beside another of its image
+    task = replace(answered, search=samples)
+    fast = FastEvaluator(PlainEvaluator(tiny, task))
+    real = prompts.build_inputs
+
+    def build(processor: Any, spec: Any, asked: Any, images: Any) -> Any:
+        if refused in asked:
+            raise ValueError("no features")
+        return real(processor, spec, asked, images)
+
+    monkeypatch.setattr(prompts, "build_inputs", build)
+    (result,) = evaluations(fast.evaluate_all(EvaluatePlans(("RRRRRR",), "search")))
+    (expected,) = evaluations(PlainEvaluator(tiny, answered).evaluate_all(EvaluatePlans(("RRRRRR",), "search", 20)))
+    assert result.failed_samples == {refused.id: "the model's processor refuses it: ValueError: no features"}
+    place = samples.index(refused)
+    assert str(result.scores) == str((*expected.scores[:place], math.nan, *expected.scores[place + 1 :]))
 
 
 def test_lack_of_memory_halves_the_chunks(plain: PlainEvaluator, fast: FastEvaluator) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from workers.device.memory import is_out_of_memory
 from workers.errors import TaskError
-from workers.evaluation.plain import PlainEvaluator, is_out_of_memory
+from workers.evaluation.plain import PlainEvaluator
 from workers.messages import ModelSource
+from workers.models import inputs
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime.plan import PlanError, SkipPlan
 from workers.tasks import Sample, Task
@@ -128,7 +131,62 @@ def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, long_answers
     result = PlainEvaluator(tiny, replace(long_answers, search=tuple(samples))).evaluate(DENSE, "search")
     assert list(result.failed_samples) == [samples[3].id]
     assert "broken.png cannot be decoded" in result.failed_samples[samples[3].id]
-    assert result.scores == (1, 1, 1, 0, 1, 1, 1, 1, 1)
+    assert math.isnan(result.scores[3]) and (*result.scores[:3], *result.scores[4:]) == (1,) * 8
+    assert result.accuracy == 1
+
+
+def test_a_sample_that_the_processor_refuses_fails_alone(
+    tiny: LoadedModel, long_answers: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(
+        long_answers, search=long_answers.search[:9], spec=long_answers.spec.changed(secondary=("token_f1",))
+    )
+    refused = task.search[3]
+    real = inputs.build_inputs
+
+    def build(processor: Any, spec: Any, samples: Any, images: Any) -> Any:
+        if refused in samples:
+            raise ValueError("Image features and image tokens do not match")
+        return real(processor, spec, samples, images)
+
+    monkeypatch.setattr(inputs, "build_inputs", build)
+    result = PlainEvaluator(tiny, task).evaluate(DENSE, "search")
+    monkeypatch.undo()
+    without = replace(task, search=(*task.search[:3], *task.search[4:]))
+    expected = PlainEvaluator(tiny, without).evaluate(DENSE, "search")
+    assert result.failed_samples == {
+        refused.id: "the model's processor refuses it: ValueError: Image features and image tokens do not match"
+    }
+    assert (*result.scores[:3], *result.scores[4:]) == expected.scores and math.isnan(result.scores[3])
+    assert result.secondary == expected.secondary and result.accuracy == expected.accuracy
+
+
+def test_a_processor_that_refuses_only_the_batch_is_no_samples_fault(
+    tiny: LoadedModel, long_answers: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = inputs.build_inputs
+
+    def build(processor: Any, spec: Any, samples: Any, images: Any) -> Any:
+        if len(samples) > 1:
+            raise ValueError("no batches")
+        return real(processor, spec, samples, images)
+
+    monkeypatch.setattr(inputs, "build_inputs", build)
+    with pytest.raises(ValueError, match="no batches"):
+        inputs.prepare_batch(tiny, long_answers, long_answers.search[:3])
+
+
+def test_nan_under_a_plan_is_its_wrong_answer(loaded: LoadedModel, long_answers: Task) -> None:
+    layer = loaded.model.model.language_model.layers[1]
+    handle = layer.register_forward_hook(lambda module, args, output: output * float("nan"))
+    evaluator = PlainEvaluator(loaded, replace(long_answers, search=long_answers.search[:3]))
+    dense, plan, around = (
+        evaluator.evaluate(SkipPlan.parse(text), "search") for text in ("RRRRRR", "RRSRRR", "RSRRRR")
+    )
+    handle.remove()
+    assert all(map(math.isnan, dense.scores)) and math.isnan(dense.accuracy)
+    assert plan.scores == (0, 0, 0) and plan.accuracy == 0 and len(plan.failed_samples) == 3
+    assert around.failed_samples == {}
 
 
 def test_nan_logits_fail_the_sample_that_has_them(loaded: LoadedModel, long_answers: Task) -> None:

@@ -1,0 +1,59 @@
+"""Mark samples that fail during a job: they are named in its history and left out, and too many end the job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from optimizer.errors import Fault
+from storage.queue import events
+
+if TYPE_CHECKING:
+    from optimizer.stages.context import JobContext
+
+KIND = "sample_failed"
+MOST_SHOWN = 50
+"""Samples that the end of a job names; its history holds all."""
+
+
+class TooManyFailed(Fault):
+    """More samples of a split failed than the job allows."""
+
+
+class FailedSamples:
+    """The samples of one job that failed so far, in any attempt, by split."""
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+        self._reasons: dict[str, dict[str, str]] = {}
+        for split, sample, reason in recorded(events.for_job(context.db, context.job.id)):
+            self._reasons.setdefault(split, {})[sample] = reason
+
+    def of(self, split: str) -> dict[str, str]:
+        """Return the reasons by sample."""
+        return dict(self._reasons.get(split, {}))
+
+    def add(self, split: str, found: Mapping[str, str]) -> None:
+        """Mark samples of a split. Raises TooManyFailed with all of them where the job does not allow so many."""
+        context, known = self._context, self._reasons.setdefault(split, {})
+        for sample, reason in found.items():
+            if sample not in known:
+                known[sample] = reason
+                text = f"{split.replace('_', '-')} sample {sample}: {reason}"
+                data = {"split": split, "sample": sample, "reason": reason}
+                events.add(context.db, context.job.id, context.job.attempt, KIND, text, data)
+                context.progress.note(f"{text}; it is left out")
+        share, size = context.spec.max_failed_samples, len(context.task.split(split))
+        if len(known) <= (max(1.0, share * size) if share else 0):
+            return
+        lines = [f"sample {sample}: {reason}" for sample, reason in known.items()]
+        more = [f"and {len(lines) - MOST_SHOWN} more (skipplan jobs show {context.job.id})"] * (len(lines) > MOST_SHOWN)
+        raise TooManyFailed(
+            f"{len(known)} of {size} {split.replace('_', '-')} samples failed, more than max_failed_samples {share:g}",
+            [*lines[:MOST_SHOWN], *more],
+        )
+
+
+def recorded(history: list[events.Event]) -> list[tuple[str, str, str]]:
+    """Return split, sample and reason of every sample that a job's history says failed."""
+    return [(e.data["split"], e.data["sample"], e.data["reason"]) for e in history if e.kind == KIND]
