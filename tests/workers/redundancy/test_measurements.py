@@ -12,8 +12,8 @@ import torch
 from measurement_tables import columns
 
 from workers.errors import MeasurementError
-from workers.messages import TOKEN_GROUPS
-from workers.models.loading import LoadedModel
+from workers.messages import TOKEN_GROUPS, ModelSource
+from workers.models.loading import LoadedModel, load_model
 from workers.redundancy.attention import VisionAttention
 from workers.redundancy.batches import Batch, token_groups
 from workers.redundancy.collectors import cosine_distance, unbiased_hsic
@@ -229,12 +229,47 @@ def test_samples_without_a_usable_image_are_not_counted(tiny: LoadedModel, few: 
     some = measure_redundancy(tiny, replace(few, calibration=(broken, *rest)), kinds)
     without = measure_redundancy(tiny, replace(few, calibration=tuple(rest)), kinds)
     assert some.samples == without.samples == len(rest)
+    assert list(some.failed_samples) == [broken.id] and without.failed_samples == {}
     assert finish(some).values("cosine_distance", "all") == pytest.approx(
         finish(without).values("cosine_distance", "all"), rel=1e-5
     )
     none = measure_redundancy(tiny, replace(few, calibration=(broken,)), kinds)
     with pytest.raises(MeasurementError, match="none of its images"):
         finish(none)
+
+
+def test_samples_whose_logits_hold_nan_are_left_out(tiny_directory: Path, tiny: LoadedModel, few: Task) -> None:
+    poisoned = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    word = poisoned.processor.tokenizer("triangle", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        poisoned.model.get_input_embeddings().weight[word] = float("nan")
+    samples = [replace(each, question="is it red?") for each in few.calibration]
+    rest = (*samples[:2], *samples[3:])
+    samples[2] = replace(samples[2], question="triangle?")
+    some = measure_redundancy(poisoned, replace(few, calibration=tuple(samples)), ("distance",))
+    without = measure_redundancy(tiny, replace(few, calibration=rest), ("distance",))
+    assert some.failed_samples == {samples[2].id: "the logits hold NaN"} and some.samples == len(rest)
+    assert finish(some).values("cosine_distance", "all") == pytest.approx(
+        finish(without).values("cosine_distance", "all"), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("largest", [2, 0])
+def test_lack_of_memory_halves_the_batches_then_fails_samples(tiny: LoadedModel, few: Task, largest: int) -> None:
+    task = replace(few, calibration=few.calibration[:5])
+    expected = finish(measure_redundancy(tiny, task, ("distance",))).values("cosine_distance", "all")
+
+    def run_out(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].shape[0] > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = tiny.model.model.language_model.layers[3].register_forward_pre_hook(run_out)
+    found = measure_redundancy(tiny, task, ("distance",))
+    handle.remove()
+    if largest:
+        assert finish(found).values("cosine_distance", "all") == pytest.approx(expected, rel=1e-5)
+    assert set(found.failed_samples.values()) == (set() if largest else {"out of memory at batch size 1"})
+    assert len(found.failed_samples) == (0 if largest else 5)
 
 
 def test_an_unknown_kind_is_named(tiny: LoadedModel, few: Task) -> None:
