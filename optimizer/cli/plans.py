@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from optimizer.cli import options
-from optimizer.cli.options import open_database, print_either, print_json
+from optimizer.cli.options import global_options, open_database, print_either, print_json
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -181,6 +181,7 @@ def refit(
 
     The exit code is 1 when they are not. [bold]Example:[/bold] skipplan refit 12
     """
+    from optimizer.cli.screen import Screen
     from optimizer.errors import UsageFault
     from optimizer.exports.writing import moved
     from optimizer.job.inputs import model_source
@@ -195,7 +196,8 @@ def refit(
             raise UsageFault(f"plan {plan_id} was imported: the job that its maps were fitted by is not known here")
         spec = read_spec(jobs.get(db, plan.job_id))
     source = None if model_path is None else moved(model_source(spec), model_path)
-    found = compensate.refit(plan, spec, source)
+    with Screen(quiet=global_options(context).quiet, as_json=as_json).status(f"fitting the maps of plan {plan.id}"):
+        found = compensate.refit(plan, spec, source)
     recorded = (plan.artifact_checksum or "none")[:12]
     verdict = "the same bits as recorded" if found.same else f"not the bits recorded ({recorded})"
     print_either(

@@ -13,6 +13,7 @@ from filelock import FileLock
 STAGES = [
     "start workers",
     "profile latency",
+    "check dense",
     "measure redundancy",
     "search",
     "verify held-out",
