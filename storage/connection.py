@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ SQLITE_OLDEST = (3, 35)
 POSTGRESQL_OLDEST = (13,)
 EXPECTED = "expected sqlite:///path/to/file.db or postgresql://user:password@host/database"
 
+_SHORT_SECRET = 5
+_SQLITE_OPTIONS = ("timeout", "detect_types", "isolation_level", "check_same_thread", "cached_statements")
 _SECRET_OPTIONS = ("password", "sslpassword", "passfile", "sslkey")
 _BROKEN_CONNECTION = (
     "57P01",  # admin_shutdown
@@ -56,6 +59,10 @@ def parse(url: str) -> URL:
     if parsed.drivername == "sqlite":
         if parsed.host:
             raise BadDatabaseURL(f"{hide_password(parsed)}: three slashes before a path, sqlite:///path/to/file.db")
+        if "?" in url and (not parsed.query or not set(parsed.query) <= set(_SQLITE_OPTIONS)):
+            raise BadDatabaseURL(
+                f"{hide_password(parsed)}: the path ends at the question mark of the URL; give a path without one"
+            )
         if parsed.database in (None, "", ":memory:"):
             raise BadDatabaseURL("a database in memory would lose its jobs; give a file: sqlite:///path/to/file.db")
     elif parsed.drivername != "postgresql+psycopg":
@@ -192,7 +199,9 @@ def translate(error: DBAPIError, url: URL) -> DatabaseError:
     secrets = [str(url.password)] if url.password is not None else []
     secrets += [str(value) for key, value in url.query.items() if key.lower() in _SECRET_OPTIONS]
     for secret in filter(None, secrets):
-        reason = reason.replace(secret, "***")
+        edge = r"(?<!\w)", r"(?!\w)"  # a short one stands inside words that have nothing to do with it
+        before, after = edge if len(secret) < _SHORT_SECRET else ("", "")
+        reason = re.sub(before + re.escape(secret) + after, "***", reason)
     state = getattr(error.orig, "sqlstate", None)
     where = hide_password(url)
     if "file is not a database" in reason or "malformed" in reason:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from storage import connection, migration, schema
 from storage.database import Database
@@ -102,6 +103,30 @@ def test_urls_that_are_refused(url, message):
         Database.open(url)
     assert "\n" not in str(caught.value)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("rest", ["a?b.db", "skipplan.db?", "a.db?mode=x", "what?/a.db?timeout=5&b=1"])
+def test_a_question_mark_in_a_path_opens_no_other_file(tmp_path, rest):
+    with pytest.raises(BadDatabaseURL, match="the path ends at the question mark of the URL; give a path without one"):
+        Database.open(f"sqlite:///{tmp_path}/{rest}")
+    assert not list(tmp_path.iterdir())
+    Database.open(f"sqlite:///{tmp_path}/a.db?timeout=5").close()
+
+
+@pytest.mark.parametrize(
+    ("secret", "expected"),
+    [
+        ("e", "connection refused for user me"),
+        ("me", "connection refused for user ***"),
+        ("connection", "*** refused for user me"),
+        ("(", "connection refused for user me"),
+    ],
+)
+def test_a_short_password_is_not_cut_out_of_other_words(secret, expected):
+    error = DBAPIError("", {}, Exception("connection refused for user me"))
+    url = connection.parse("postgresql://127.0.0.1:9/db").set(username="u", password=secret)
+    message = str(connection.translate(error, url))
+    assert expected in message
 
 
 @pytest.mark.parametrize("form", ["postgresql://u:{}@127.0.0.1:9/db", "postgresql://127.0.0.1:9/db?user=u&password={}"])

@@ -88,7 +88,9 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
     except ClusterError:
         raise
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, its own kinds, and ImportError
-        raise ClusterError(f"cluster {settings.address}: cannot be used: {first_line(error)}") from None
+        long = "AF_UNIX path length" in str(error)  # the sockets that Ray makes lie deep below it
+        remedy = "; set RAY_TMPDIR to a directory with a short path, such as /tmp" if long else ""
+        raise ClusterError(f"cluster {settings.address}: cannot be used: {first_line(error)}{remedy}") from None
     if settings.address == LOCAL and os.environ.get("RAY_AUTH_MODE", "").lower() not in ("token", "disabled"):
         disconnect()
         raise ClusterError("cluster local: Ray started without token authentication; set RAY_AUTH_MODE=token")
