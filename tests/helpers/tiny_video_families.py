@@ -34,7 +34,7 @@ INTERNVL = {
     "video_token": "<video>",
 }
 PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "smolvlm", "internvl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 
 
 def save(directory: Path, family: str) -> Path:
@@ -92,7 +92,11 @@ def _processor(family: str) -> dict[str, dict[str, Any]]:
             "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", "num_frames": 3},
             "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 4},
         }
-    name = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[family]
+    name = {
+        "qwen2_vl": "Qwen2VLProcessor",
+        "qwen2_5_vl": "Qwen2_5_VLProcessor",
+        "qwen3_vl": "Qwen3VLProcessor",
+    }[family]
     images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 256, "max_pixels": 1024}
     return {"preprocessor_config.json": {"processor_class": name} | images | PATCHES}
 
@@ -133,6 +137,15 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     own = {
         "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
         "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48, "fullatt_block_indexes": [1]},
+        "qwen3_vl": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
     }[family]
     ids = {f"{name}_id": number(name) for name in QWEN}
+    if family == "qwen3_vl":
+        text |= {"head_dim": 12}
     return CONFIG_MAPPING[family](text_config=text | {"rope_parameters": MROPE}, vision_config=grid | own, **ids)
