@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForImageTextToText,
@@ -27,7 +27,7 @@ from .held_out_exotic import gemma4_unified
 from .picture_towers import TEXT, text, tower
 from .references import reference_logits
 from .test_surgery import reload
-from .tiny import IMAGE, VOCABULARY, Family, batch_inputs, build, sliced
+from .tiny import IMAGE, VOCABULARY, Family, build, sliced
 from .uneven_stacks import GEMMA4_TYPES, gemma4_config
 
 WITHOUT_GROUPS = {key: value for key, value in TEXT.items() if key not in ("head_dim", "num_key_value_heads")}
@@ -265,8 +265,3 @@ def test_reasons_say_what_is_so() -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(windowed)
     assert all("reference_sliding_attention" in reason and "plain KV cache" in reason for reason in reasons(model))
-
-
-def test_inputs_of_these_tests_have_a_picture() -> None:
-    inputs: dict[str, Tensor] = batch_inputs(by_name("llava"), [prompts_of(by_name("llava"))[0]])
-    assert IMAGE in inputs["input_ids"]

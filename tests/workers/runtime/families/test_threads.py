@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.runtime import Action, SkipPlan, apply, describe
 
-from .catalogue import ALL, by_name, every_family, mixed_plans, model_of, prompts_of
+from .catalogue import by_name, every_family, mixed_plans, model_of, prompts_of
 from .comparing import assert_close, greedy, plain_logits
 from .expected import expected_generation, expected_logits
 from .test_families import plans_for, snapshot, supported
@@ -181,7 +181,3 @@ def test_two_threads_cannot_put_plans_on_one_model_at_once() -> None:
     assert len(refused) < THREADS * CALLS
     assert torch.equal(plain_logits(model, family, prompt), dense)
     assert Action.FREEZE in describe(model).allowed[0]
-
-
-def test_the_names_of_these_tests_are_families() -> None:
-    assert set(SEVERAL) <= {family.name for family in ALL}
