@@ -67,6 +67,18 @@ def validate(
         bool,
         typer.Option("--quick", help="Put only the first and last sample of each split through the processor."),
     ] = False,
+    show: Annotated[
+        int,
+        typer.Option(
+            "--show",
+            metavar="N",
+            min=0,
+            help="Also load the model and show N samples as it sees and answers them.",
+        ),
+    ] = 0,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="With --show: write them as a page, images included.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Check job files without running anything and without a network.
@@ -76,18 +88,37 @@ def validate(
 
     [bold]Example:[/bold] skipplan validate configs/examples/*.yaml
     """
+    from optimizer.errors import UsageFault
     from optimizer.service.preflight import check_job_file
 
+    if html is not None and (show == 0 or len(configs) > 1):
+        raise UsageFault("--html shows samples of one job file: name one, and --show 3")
     found = [check_job_file(path, quick=quick) for path in configs]
+    shown = [_shown(path, show, html) for path in configs] if show else [[] for _ in configs]
     if as_json:
-        print_json([asdict(each) for each in found])
+        both = zip(found, shown, strict=True)
+        print_json([asdict(each) | ({"samples": samples} if show else {}) for each, samples in both])
         return 0
-    for each in found:
+    for each, samples in zip(found, shown, strict=True):
         print_line(f"{each.file}: usable")
         for title, lines in (("checked", each.checked), ("not checked", each.unchecked), ("note", each.notes)):
             for line in lines:
                 print_line(f"  {title:<11}  {line}")
+        for sample in samples:
+            for title, text in sample.items():
+                print_line(f"  {title:<11}  {text}")
     return 0
+
+
+def _shown(config: Path, count: int, html: Path | None) -> list[dict[str, str]]:
+    """Ask the model about samples, write the page, and return what to print of each."""
+    from optimizer.job.loading import load_job
+    from optimizer.service import showing
+
+    samples = showing.show(load_job(config), count)
+    if html is not None:
+        write_file(html, showing.page(f"{len(samples)} samples of {config}", samples))
+    return [{"sample": each.id} | dict(showing.lines(each)) for each in samples]
 
 
 @app.command()
