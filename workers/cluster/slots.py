@@ -63,6 +63,6 @@ def describe_death(error: RayError) -> str:
     first, last = first_line(error), last_line(str(error), "")
     if first != last and "creation task" in first:
         return last
-    if isinstance(error, OutOfMemoryError) or "memory on the node" in str(error):
-        return "Ray ended the worker's process: the node's memory ran out; fewer workers need less (cluster.workers)"
+    if isinstance(error, OutOfMemoryError):
+        return "Ray ended the worker's process because the node's memory ran out"
     return f"the worker's process died ({type(error).__name__}): killed, crashed, or out of memory"

@@ -62,13 +62,13 @@ def happened(log: Path) -> list[object]:
     return [line["event"] for line in logged(log)]
 
 
-def start_run(job: JobSpec, directory: Path) -> subprocess.Popen[str]:
+def start_run(job: JobSpec, directory: Path, **environment: str) -> subprocess.Popen[str]:
     document = job.model_dump(mode="json", exclude={"database"})
     (directory / "job.yaml").write_text(yaml.safe_dump(document))
     return subprocess.Popen(
-        [sys.executable, "-m", "optimizer.cli.main", "run", "job.yaml"],
+        [sys.executable, "-m", "optimizer.cli.main", "--quiet", "run", "job.yaml"],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(PROJECT), "TMPDIR": str(directory), "RAY_TMPDIR": "/tmp"},
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "TMPDIR": str(directory), "RAY_TMPDIR": "/tmp", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -155,3 +155,13 @@ def test_a_job_that_loses_its_ray_each_time_ends_failed_with_the_reason(db, tiny
         assert serving.process.wait(120) == 0
     finally:
         serving.kill()
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_while_workers_load_is_one_line(db, tiny_model, tmp_path):
+    low = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}  # any use is too much
+    process = start_run(spec(tiny_model, 8), tmp_path, **low)
+    output, errors = process.communicate(timeout=300)
+    assert (process.returncode, output) == (4, ""), errors
+    assert len(errors.splitlines()) == 1 and "the node's memory ran out" in errors and "cluster.workers" in errors
+    assert jobs.list_jobs(db) == []  # a job that cannot begin leaves no trace
