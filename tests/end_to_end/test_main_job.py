@@ -80,6 +80,7 @@ def test_every_stage_is_on_record_and_the_profile_speaks_of_all_layers(finished_
     with Database.open(finished_job.database_url, create=False) as db:
         recorded = stages.stages(db, finished_job.result["job"])
     assert [name for name in recorded if not name.startswith("measure")] == [
+        "inputs",
         "profile",
         "warm start",
         "search",
