@@ -82,6 +82,7 @@ def test_every_stage_is_on_record_and_the_profile_speaks_of_all_layers(finished_
     assert [name for name in recorded if not name.startswith("measure")] == [
         "inputs",
         "profile",
+        "dense",
         "warm start",
         "search",
         "verify",
