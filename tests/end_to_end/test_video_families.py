@@ -1,8 +1,7 @@
-"""Families whose processors have a part for videos, from ``init`` to an export, without torchvision."""
+"""Families whose processors have a part for videos, through ``init`` and ``validate`` without torchvision."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,11 @@ SMALL = {
     "latency_seconds": 1,
     "cluster": {"workers": 1},
 }
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in tiny_video_families.FAMILIES[1:]]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", *OTHERS])
-def test_a_family_with_videos_goes_from_init_to_a_verified_export(
-    tmp_path: Path, family: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("family", tiny_video_families.FAMILIES)
+def test_a_family_with_videos_is_found_usable(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_video_families.save(Path("model"), family)
@@ -39,6 +37,3 @@ def test_a_family_with_videos_goes_from_init_to_a_verified_export(
     assert written["actions"] == ["skip"]
     Path("job.yaml").write_text(yaml.safe_dump(written | SMALL))
     assert "20 prompts, as the model's processor makes them" in skipplan("validate", "job.yaml")
-    best = json.loads(skipplan("run", "job.yaml", "--json"))["best"]
-    skipplan("export", str(best["id"]), "--format", "checkpoint", "--output", "exported")
-    assert json.loads(skipplan("verify-export", "exported", "--json"))["passed"]
