@@ -245,7 +245,7 @@ def test_provenance_names_versions_hashes_and_seeds(page: Page) -> None:
     assert told["search"] == "tpe, seed 7"
     assert told["settings of the evaluations"] == "dtype=float32 attention=sdpa device=cpu torch=2.13.0"
     assert told["samples evaluated"] == "4,321"
-    assert told["of those, failed (unreadable image, NaN, out of memory) and counted as wrong"] == "3"
+    assert told["of those, failed (image, processor, NaN, memory)"] == "3"
     assert told["of those, decided alone since rounding could decide"] == "17"
     assert told["layer executions"] == "not measured"
     assert "NaN in the logits" in page.text
