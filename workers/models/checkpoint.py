@@ -141,7 +141,8 @@ def weight_files(directory: Path, allow_pickle: Collection[str] = ()) -> tuple[P
     Raises:
         ModelError: there are none, one is missing, or they are pickled and not all allowed.
     """
-    named = read_config(directory).get("transformers_weights")
+    there = (directory / "config.json").is_file()  # the parts that a model is built from have weights alone
+    named = read_config(directory).get("transformers_weights") if there else None
     if isinstance(named, str):
         files = _indexed_files(directory, named) if named.endswith(".index.json") else _named_files(directory, [named])
         if not files or is_pickled(files):

@@ -229,7 +229,7 @@ def test_the_command_explains_what_it_cannot_do(tmp_path, monkeypatch, capsys):
         (["smollm2", "--output", str(tmp_path / "taken")], "--force"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main(["reference", "build", *arguments])
+            main(["--quiet", "reference", "build", *arguments])
         assert stop.value.code == 2
         line = capsys.readouterr().err
         assert said in line and line.count("\n") == 1
