@@ -1,5 +1,6 @@
 """The command line answers at once: nothing heavy is imported before a command runs."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -16,9 +17,11 @@ def test_importing_the_command_line_loads_nothing_heavy():
 
 def test_help_takes_less_than_half_a_second():
     command = [sys.executable, "-m", "optimizer.cli.main", "--help"]
-    subprocess.run(command, capture_output=True, check=True)  # a fresh environment compiles bytecode once
+    # A fresh environment compiles bytecode once; where that is switched off, every start would pay for it.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run(command, capture_output=True, check=True, env=env)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "export" in done.stdout
     # Processor time, which other processes on the machine do not stretch.
