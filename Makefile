@@ -9,6 +9,8 @@ UV_VERSION := 0.13.9
 TORCH := 2.13.0
 # Wheels that pip is set up to find on disk are found by uv too; without any, uv takes torch's build for the device.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
+# Modules are compiled once: the test run and Ray start dozens of processes that import torch and transformers.
+export PYTHONDONTWRITEBYTECODE :=
 UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS),$(if $(filter cpu,$(DEVICE)),UV_TORCH_BACKEND=cpu)) $(BIN)/uv pip
 
 .PHONY: install install-test lock quickstart test lint format docs fields clean
