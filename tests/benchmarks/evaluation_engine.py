@@ -22,12 +22,12 @@ from math import comb
 
 import torch
 
-from workers.engine.fast import FastEvaluator
 from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.trie import Execute, build_trie
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
 from workers.models.loading import load_model
 from workers.runtime.plan import Action, SkipPlan
+from workers.shared_evaluation.fast import FastEvaluator
 from workers.tasks import load_spec, load_task
 
 

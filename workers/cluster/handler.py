@@ -13,7 +13,6 @@ import torch
 from workers.cluster.settings import WorkerSettings
 from workers.device import lock as device_lock
 from workers.device.arithmetic import dtype_name, slow_arithmetic
-from workers.engine.dispatch import EvaluationDispatch
 from workers.errors import ModelError
 from workers.evaluation.plain import PlainEvaluator
 from workers.evaluation.shown import show
@@ -42,6 +41,7 @@ from workers.redundancy.measure import measure_redundancy
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
 from workers.runtime.plan import LETTERS, SkipPlan
+from workers.shared_evaluation.dispatch import EvaluationDispatch
 from workers.tasks import Task
 from workers.versions import installed_versions
 

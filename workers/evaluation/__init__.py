@@ -1,1 +1,1 @@
-"""Plain evaluation, the reference that the engine is held to."""
+"""Plain evaluation, the reference that the shared evaluation is held to."""

@@ -12,10 +12,10 @@ import pytest
 from test_fast_evaluation import evaluations, random_plans
 
 from workers.compensation.recipe import Recipe
-from workers.engine.fast import FastEvaluator
 from workers.evaluation.plain import PlainEvaluator
 from workers.messages import EvaluatePlans
 from workers.models.loading import LoadedModel
+from workers.shared_evaluation.fast import FastEvaluator
 from workers.tasks import Task
 
 LAYERS = 6
