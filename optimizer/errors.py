@@ -35,7 +35,7 @@ class NoFeasiblePlan(Fault):
 
 
 class ClusterOrDatabaseFault(Fault):
-    """The Ray cluster or the database cannot be reached, lacks resources, or refused the work."""
+    """The Ray cluster, the database or an engine cannot be reached, lacks resources, or ended during the work."""
 
     exit_code = 4
 
@@ -60,7 +60,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_code, "interrupted"
-    if isinstance(error, workers.ClusterError | storage.DatabaseError | storage.LeaseLost):
+    if isinstance(error, workers.ClusterError | workers.EngineLost | storage.DatabaseError | storage.LeaseLost):
         return ClusterOrDatabaseFault.exit_code, one_line(error)
     if isinstance(error, workers.WorkersError | storage.StorageError | PlanError):
         return UsageFault.exit_code, one_line(error)

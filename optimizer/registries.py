@@ -1,7 +1,8 @@
 """The strategies, criteria and export formats that a job or a command can name.
 
 One row adds one. Other packages add theirs through the entry point group, and can check them with the functions of
-``optimizer.testing``. Metrics of tasks are registered in ``workers.tasks.metrics``.
+``optimizer.testing``. Metrics of tasks are registered in ``workers.tasks.metrics``, engines in
+``workers.engines.interface``.
 """
 
 from __future__ import annotations

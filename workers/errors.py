@@ -42,6 +42,18 @@ class MeasurementError(WorkersError):
     """A measurement was asked for that cannot be made, for example an unknown split."""
 
 
+class EngineError(WorkersError):
+    """An engine that serves models is not there, or cannot do what was asked."""
+
+
+class EngineAbsent(EngineError):  # noqa: N818
+    """Nobody said where an engine is, and it is not where it is looked for."""
+
+
+class EngineLost(EngineError):  # noqa: N818
+    """An engine does not start with a model, ended, or does not answer."""
+
+
 class UnknownNameError(WorkersError, KeyError):
     """Nothing of this name is registered, or what is cannot be imported."""
 

@@ -1,7 +1,7 @@
-"""Contract tests of the extension points, for the project's own strategies, criteria and formats and for plug-ins.
+"""Contract tests of strategies, criteria, export formats and engines: of the project's own and of plug-ins.
 
-Each function takes one object as it is registered (see ``optimizer.registries``) and raises AssertionError, with a
-message that names the broken promise. Call them from a test of your package::
+Each function takes one object as it is registered (see ``optimizer.registries`` and ``workers.engines.interface``) and
+raises AssertionError, with a message that names the broken promise. Call them from a test of your package::
 
     from optimizer.testing import check_criterion
     from my_package import MyCriterion
@@ -13,7 +13,8 @@ message that names the broken promise. Call them from a test of your package::
 from __future__ import annotations
 
 from .criterion import check_criterion
+from .engine import check_engine
 from .export_format import check_export_format
 from .strategy import check_strategy
 
-__all__ = ["check_criterion", "check_export_format", "check_strategy"]
+__all__ = ["check_criterion", "check_engine", "check_export_format", "check_strategy"]

@@ -1,4 +1,4 @@
-"""Every registered strategy, criterion and export format keeps its contract, and a breach of it is named."""
+"""Every registered strategy, criterion, export format and engine keeps its contract, and a breach of it is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from optimizer.job.sections import SearchSpec
 from optimizer.registries import CRITERIA, EXPORT_FORMATS, STRATEGIES
 from optimizer.search.problem import Ask, PlanList, Problem
 from optimizer.search.space import Candidate
-from optimizer.testing import check_criterion, check_export_format, check_strategy
+from optimizer.testing import check_criterion, check_engine, check_export_format, check_strategy
+from workers.engines.interface import ENGINES
 from workers.messages import ModelSource
 from workers.redundancy.table import LayerTable
 from workers.runtime import SkipPlan
@@ -38,6 +39,13 @@ def test_export_format(name: str) -> None:
     subject = Subject(document("RSRR"), ModelSource("m"), None, None, None) if chosen.needs == "nothing" else None
     check_export_format(chosen, subject)
     assert chosen.name == name
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engine(name: str) -> None:
+    """What it is; tests/workers/engines serves a model with each that is installed."""
+    check_engine(ENGINES[name])
+    assert ENGINES[name].name == name
 
 
 class Random(PlanList):
