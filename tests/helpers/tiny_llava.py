@@ -17,6 +17,7 @@ from transformers import (
 )
 
 LAYERS = 6
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 VISION_TOKENS = 16
 TEXT = ["is there a red circle in the image?", "what shape is green?", "yes no", "USER: ASSISTANT:", "triangle blue"]
 CHAT_TEMPLATE = (
@@ -50,19 +51,18 @@ def build_processor(chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcessor
     )
 
 
-def build_model(processor: LlavaProcessor, *, seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(
+    processor: LlavaProcessor, *, seed: int = 0, sizes: dict[str, int] = SIZES
+) -> LlavaForConditionalGeneration:
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
     text = LlamaConfig(
+        **sizes,
         vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.3,  # large enough that plans change the answers
         pad_token_id=tokenizer.pad_token_id,
@@ -79,8 +79,8 @@ def build_model(processor: LlavaProcessor, *, seed: int = 0) -> LlavaForConditio
     return LlavaForConditionalGeneration(config).eval()
 
 
-def save(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def save(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE, sizes: dict[str, int] = SIZES) -> Path:
     processor = build_processor(chat_template)
-    build_model(processor).save_pretrained(directory)
+    build_model(processor, sizes=sizes).save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory

@@ -14,7 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 LAYERS = 6
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 QWEN = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
@@ -37,8 +37,8 @@ PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 
 
-def save(directory: Path, family: str) -> Path:
-    """Write a checkpoint of a family, with tokenizer and processor."""
+def save(directory: Path, family: str, sizes: dict[str, int] = SIZES) -> Path:
+    """Write a checkpoint of a family, with tokenizer and processor; ``sizes`` are those of its text model."""
     directory.mkdir(parents=True)
     tokens, picture = {
         "smolvlm": (SMOLVLM, "<image>"),
@@ -50,7 +50,7 @@ def save(directory: Path, family: str) -> Path:
         (directory / name).write_text(json.dumps(content))
     (directory / "chat_template.jinja").write_text(tiny_llava.CHAT_TEMPLATE.replace("<image>\n", picture))
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(_config(family, tokenizer))
+    model = AutoModelForImageTextToText.from_config(_config(family, tokenizer, sizes))
     model.generation_config.eos_token_id = None  # every answer has its full length
     model.save_pretrained(directory)
     return directory
@@ -101,17 +101,14 @@ def _processor(family: str) -> dict[str, dict[str, Any]]:
     return {"preprocessor_config.json": {"processor_class": name} | images | PATCHES}
 
 
-def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+def _config(family: str, tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> Any:
     def number(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)))
 
     text = {
+        **sizes,
         "vocab_size": len(tokenizer),
-        "hidden_size": 48,
-        "intermediate_size": 96,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "initializer_range": 0.3,  # large enough that plans change the answers
         "pad_token_id": tokenizer.pad_token_id,
@@ -133,19 +130,28 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
             image_token_id=number("context_image_token"),
             image_seq_length=4,
         )
+    hidden = sizes["hidden_size"]
+    head = hidden // sizes["num_attention_heads"]
+    sections = [head // 2 - 2 * (head // 6), head // 6, head // 6]
+    mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     grid = {"depth": 2, "num_heads": 2, "patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2}
     own = {
-        "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
-        "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48, "fullatt_block_indexes": [1]},
+        "qwen2_vl": {"embed_dim": 32, "hidden_size": hidden, "mlp_ratio": 2},
+        "qwen2_5_vl": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": hidden,
+            "fullatt_block_indexes": [1],
+        },
         "qwen3_vl": {
             "hidden_size": 32,
             "intermediate_size": 64,
-            "out_hidden_size": 48,
+            "out_hidden_size": hidden,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1],
         },
     }[family]
     ids = {f"{name}_id": number(name) for name in QWEN}
     if family == "qwen3_vl":
-        text |= {"head_dim": 12}
-    return CONFIG_MAPPING[family](text_config=text | {"rope_parameters": MROPE}, vision_config=grid | own, **ids)
+        text |= {"head_dim": head}
+    return CONFIG_MAPPING[family](text_config=text | {"rope_parameters": mrope}, vision_config=grid | own, **ids)

@@ -162,7 +162,8 @@ def guide(subject: Subject, directory: Path) -> Guide:
             f"`{CODE_DIRECTORY}/` needs torch and transformers only, of the versions below or close to them.",
             "Frozen and bypassed layers need `sdpa` (the default) or `eager` attention.",
             "Loading without the code fails by design: the weights alone would run every layer for every token.",
-            "Servers with model code of their own (vLLM, SGLang, llama.cpp) cannot run frozen and bypassed layers.",
+            "Servers with model code of their own (SGLang, llama.cpp) cannot run frozen and bypassed layers; vLLM does "
+            "with the plug-in `skipplan-vllm`.",
             "Copy the directory to hand it on; `save_pretrained` does not write the code.",
         ),
     )

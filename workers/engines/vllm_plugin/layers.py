@@ -1,0 +1,227 @@
+"""Have decoder layers of vLLM leave out parts of their work, for all tokens or for vision tokens.
+
+vLLM's decoder layers pass ``hidden_states`` and ``residual`` on, both ``[tokens, hidden]``, whose sum is the residual
+stream (``residual`` is ``None`` before the first layer that runs); each norm adds the one to the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .plan import Plan, PlanRefusedError, Treatment
+from .step import Step
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class Nothing(nn.Module):
+    """Stands in for a part that is skipped: what it is given goes on, and its weights are not kept."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Pass ``hidden_states`` on; what else a layer gives its parts is not read."""
+        return hidden_states
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Read the part's weights over, where the checkpoint has them."""
+        for _ in weights:
+            pass
+        return set()
+
+
+class NoNorm(Nothing):
+    """Stands in for the norm before a skipped part: nothing is added up yet, so the next norm does it."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:  # type: ignore[override]
+        """Leave both to the next norm; before the first layer the stream is the residual alone."""
+        return torch.zeros_like(hidden_states) if residual is None else (hidden_states, residual)
+
+
+class NoLayer(Nothing):
+    """Stands in for a layer that is skipped whole."""
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Pass both on."""
+        return hidden_states, residual
+
+
+def install(layers: nn.ModuleList, plan: Plan, contexts: dict[str, Any], step: Step) -> list[FrozenLayer]:
+    """Put ``plan`` on the decoder layers of a model whose weights are not loaded yet; give the frozen ones.
+
+    ``contexts`` is vLLM's table of layers with a KV cache, by name; skipped attention leaves it. Raises
+    :class:`~.plan.PlanRefusedError` where the layers are not of the kind that a treatment knows.
+    """
+    if len(layers) != len(plan):
+        raise PlanRefusedError(f"the plan is for {len(plan)} layers and vLLM builds {len(layers)}")
+    frozen = []
+    for number, treatment in enumerate(plan):
+        layer: Any = layers[number]
+        if treatment is not Treatment.RUN:
+            _require_known(number, layer, treatment)
+        if not treatment.keeps_attention:
+            parts = set(layer.self_attn.modules())
+            for name in [name for name, module in contexts.items() if module in parts]:
+                del contexts[name]
+        if treatment is Treatment.SKIP:
+            layers[number] = NoLayer()
+        elif treatment is Treatment.SKIP_ATTENTION:
+            layer.input_layernorm, layer.self_attn = NoNorm(), Nothing()
+        elif treatment is Treatment.SKIP_MLP:
+            layer.post_attention_layernorm, layer.mlp = NoNorm(), Nothing()
+        elif treatment is Treatment.FREEZE:
+            frozen.append(FrozenLayer(layer, step))
+        elif treatment is Treatment.BYPASS:
+            BypassedLayer(layer, step)
+    return frozen
+
+
+def _require_known(number: int, layer: Any, treatment: Treatment) -> None:
+    kind = type(layer).__name__
+    parameters = inspect.signature(layer.forward).parameters
+    if tuple(parameters) != ("positions", "hidden_states", "residual"):
+        raise PlanRefusedError(
+            f"layer {number}: {treatment.value} is not known for {kind}, which takes {', '.join(parameters)}"
+        )
+    children = {name for name, _ in layer.named_children()}
+    if children != PARTS:
+        raise PlanRefusedError(
+            f"layer {number}: {treatment.value} is known for layers of {', '.join(sorted(PARTS))} only, and {kind} has "
+            f"{', '.join(sorted(children))}"
+        )
+    if not hasattr(layer.self_attn, "qkv_proj") or not hasattr(getattr(layer.self_attn, "attn", None), "layer_name"):
+        raise PlanRefusedError(
+            f"layer {number}: {treatment.value} is not known for attention of {type(layer.self_attn).__name__}"
+        )
+
+
+class _SplitLayer:
+    """Forward of a decoder layer that vision rows do not go through: they keep their state."""
+
+    def __init__(self, layer: nn.Module, step: Step) -> None:
+        self._layer: Any = layer
+        self._step = step
+        self._forward: Callable[..., tuple[Tensor, Tensor]] = layer.forward
+        layer.forward = self.run
+
+    def run(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run the layer on text rows; ``positions`` are ``[tokens]`` or ``[3, tokens]``."""
+        rows = self._step.rows
+        if rows is None:
+            return self._forward(positions, hidden_states, residual)
+        self.before(positions, hidden_states, residual)
+        if not len(rows.text):
+            return hidden_states, residual
+        text_hidden, text_residual = self._forward(
+            positions[..., rows.text],
+            hidden_states[rows.text],
+            None if residual is None else residual[rows.text],
+        )
+        # Before the first layer, hidden states are the buffer of the model's inputs.
+        hidden_states = hidden_states.clone() if residual is None else hidden_states
+        residual = torch.zeros_like(hidden_states) if residual is None else residual
+        return hidden_states.index_copy_(0, rows.text, text_hidden), residual.index_copy_(0, rows.text, text_residual)
+
+    def before(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Do what is to be done for vision rows."""
+
+
+class BypassedLayer(_SplitLayer):
+    """A layer whose text rows see no vision tokens: the step gives its attention a cache of text alone."""
+
+    def __init__(self, layer: nn.Module, step: Step) -> None:
+        super().__init__(layer, step)
+        step.bypass(self._layer.self_attn.attn)
+
+
+class _Captured(Exception):  # noqa: N818
+    """Ends an attention module's forward once keys and values are there."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+
+
+class FrozenLayer(_SplitLayer):
+    """A layer whose vision rows give keys and values only, to which text rows attend."""
+
+    def __init__(self, layer: nn.Module, step: Step) -> None:
+        super().__init__(layer, step)
+        self._attention: Any = self._layer.self_attn.attn
+        self._projection: Any = self._layer.self_attn.qkv_proj
+        self._attend: Callable[..., Tensor] = self._attention.forward
+        self._project: Callable[..., Any] = self._projection.forward
+        self._attention.forward, self._projection.forward = self.attend, self.project
+        self._queries: int = self._projection.num_heads * self._projection.head_size
+        self._capturing = False
+        self._captured: _Captured | None = None
+        self._weights: tuple[Tensor, Tensor | None] | None = None
+        self._queries_alone = step.freeze(self._attention)
+
+    def take_weights(self) -> None:
+        """Keep the weights of keys and values, which vLLM's CPU kernels pack together with those of queries."""
+        if type(self._projection.quant_method).__name__ == "UnquantizedLinearMethod":
+            bias = self._projection.bias
+            self._weights = (
+                self._projection.weight.detach()[self._queries :].clone(),
+                None if bias is None else bias.detach()[self._queries :].clone(),
+            )
+
+    def before(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Compute keys and values of vision rows by the layer's own modules, which stop before attention."""
+        rows = self._step.rows
+        assert rows is not None
+        vision = hidden_states[rows.vision]
+        normed = (
+            self._layer.input_layernorm(vision)
+            if residual is None
+            else self._layer.input_layernorm(vision, residual[rows.vision])[0]
+        )
+        self._capturing = True
+        try:
+            self._layer.self_attn(positions=positions[..., rows.vision], hidden_states=normed)
+        except _Captured as captured:
+            self._captured = captured
+            if not len(rows.text):  # no query asks, but the cache takes the keys
+                self._step.store(self._attention, captured.keys, captured.values, self._attend)
+        finally:
+            self._capturing = False
+
+    def project(self, hidden_states: Tensor) -> Any:
+        """Project to queries, keys and values, side by side; without queries (zeros) while those are not asked for."""
+        if not self._capturing or self._weights is None:
+            return self._project(hidden_states)
+        keys_values = functional.linear(hidden_states, *self._weights)
+        return torch.cat([keys_values.new_zeros(len(keys_values), self._queries), keys_values], dim=-1), None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend as the layer does, or stop with keys and values, or let text rows attend to all rows."""
+        if self._step.rows is None:
+            return self._attend(query, key, value)
+        if self._capturing:
+            raise _Captured(key, value)
+        return self._attend_rows(query, key, value)
+
+    def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, vision = self._step.rows, self._captured
+        assert rows is not None and vision is not None
+        tokens = len(rows.vision_mask)
+        keys = _merged(tokens, (rows.text, key), (rows.vision, vision.keys))
+        values = _merged(tokens, (rows.text, value), (rows.vision, vision.values))
+        self._captured = None
+        if self._queries_alone:
+            return self._attend(query, keys, values)
+        queries = query.new_zeros(tokens, query.shape[-1]).index_copy_(0, rows.text, query)
+        return self._attend(queries, keys, values)[rows.text]
+
+
+def _merged(tokens: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Put the rows of each part, ``[rows, size]``, in their places among ``tokens``."""
+    merged = parts[0][1].new_empty(tokens, parts[0][1].shape[-1])
+    for rows, values in parts:
+        merged.index_copy_(0, rows, values)
+    return merged
