@@ -17,6 +17,8 @@ from sqlalchemy import make_url
 from storage.database import Database
 from storage.schema import Base
 
+# Several processes compute at a time; threads that wait for each other's processors make all of them slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray runs workers at low priority; beside a test that computes they would hardly ever run.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

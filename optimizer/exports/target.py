@@ -29,6 +29,10 @@ def check_target(output: Path, *, force: bool) -> None:
         raise UsageFault(f"--output: {output} exists; give another directory, or --force to replace it")
     if output.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageFault(f"--output: {output} holds the working directory; give a directory of its own")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "is no directory" if not above.is_dir() else "may not be written to"
+        raise UsageFault(f"--output: {output} cannot be written: {above} {reason}")
 
 
 @contextmanager

@@ -120,6 +120,8 @@ class Case:
     change: Callable[[Path], None] = no_change
     arguments: tuple[str, ...] = RUN
     environment: dict[str, str] = field(default_factory=dict)
+    slow: bool = False
+    """It starts a cluster as another case does; the check itself has a test of its own where it is made."""
 
 
 OWN_PROCESS = {
@@ -130,7 +132,6 @@ OWN_PROCESS = {
     "no cluster",
     "cluster too small",
     "more memory than there is",
-    "output below a file",
 }
 """Cases that start a cluster or load a model; the others are found wrong before, and run in the tests' own process."""
 
@@ -164,7 +165,9 @@ CASES = [
         "code in YAML", 2, ("not valid YAML", "constructor"), append("database: !!python/object/apply:os.getcwd []\n")
     ),
     Case("workers by environment", 2, ("cluster.workers",), environment={"SKIPPLAN_CLUSTER_WORKERS": "several"}),
-    Case("protected layer that is not there", 2, ("protect", "layer 99", "0..11"), append("protect: [99]\n")),
+    Case(
+        "protected layer that is not there", 2, ("protect", "layer 99", "0..11"), append("protect: [99]\n"), slow=True
+    ),
     # tasks
     Case("unknown task", 2, ("nothing", "easy-vqa", "scenes"), replace("job.yaml", "task.yaml", "nothing")),
     Case("task field unknown", 2, ("task.yaml: metrics", "metric?"), replace("task.yaml", "metric:", "metrics:")),
@@ -259,6 +262,7 @@ CASES = [
         4,
         ("60000 GiB of memory", "missing"),
         replace("job.yaml", "workers: 1", "workers: 1, memory_per_worker: 60000"),
+        slow=True,
     ),
     Case(
         "pickle by path",
@@ -322,7 +326,9 @@ def here(directory: Path, case: Case, monkeypatch: pytest.MonkeyPatch, capfd: py
     return Ended(stop.value.code, said.out, said.err)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * case.slow, id=case.name) for case in CASES]
+)
 def test_bad_input(
     case: Case, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

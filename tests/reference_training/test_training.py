@@ -89,6 +89,7 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow  # a trained model is bundled: only who trains another one needs it
 def test_training_depends_on_the_seed_alone(train_tiny, tmp_path):
     assert same(train_tiny(tmp_path / "first"), train_tiny(tmp_path / "second"))
 
@@ -274,6 +275,7 @@ def test_without_scenes_the_second_half_sees_other_images():
     assert not torch.equal(first_pixels, second_pixels)
 
 
+@pytest.mark.slow
 def test_the_captioner_is_a_checkpoint_of_another_family_behind_the_bundled_tower(tmp_path):
     accuracy = train_captioner(tmp_path, Training("captions", steps=2, rate=1e-3, warmup=1, scenes=2, save_every=1))
     assert accuracy == 0.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 from workers.errors import TaskError
@@ -59,14 +59,14 @@ def load_task(task: str | Path | TaskSpec) -> Task:
         TaskError: naming the field, file, column or row, and what would be right.
     """
     spec = task if isinstance(task, TaskSpec) else load_spec(task)
-    regions = _read(spec)
+    data = _read(spec)
     if "vqa_accuracy" in spec.metrics:
-        _require_annotators(regions, spec)
-    splits = make_splits(regions, spec.splits, spec.name)
+        _require_annotators(data.regions, spec)
+    splits = make_splits(data.regions, spec.splits, spec.name)
     return Task(
         spec=spec,
         **splits,
-        data_hash=_hash_samples(regions),
+        data_hash=data.hash,
         split_hash=_hash_text(
             json.dumps({name: [[s.id, s.image_key] for s in samples] for name, samples in splits.items()})
         ),
@@ -76,7 +76,7 @@ def load_task(task: str | Path | TaskSpec) -> Task:
 
 def hash_data(spec: TaskSpec) -> str:
     """Read a task's source and return the ``data_hash`` that its task has. Raises TaskError."""
-    return _hash_samples(_read(spec))
+    return _read(spec).hash
 
 
 def hash_definition(spec: TaskSpec) -> str:
@@ -86,18 +86,34 @@ def hash_definition(spec: TaskSpec) -> str:
     return _hash_text(repr((fields, versions)))
 
 
-def _read(spec: TaskSpec) -> list[Region]:
+@dataclass(frozen=True)
+class _Data:
+    """What a task's source holds."""
+
+    regions: list[Region]
+
+    @cached_property
+    def hash(self) -> str:
+        lines = sorted(json.dumps(sample.content) for region in self.regions for sample in region.samples)
+        return _hash_text("\n".join(lines))
+
+
+def _read(spec: TaskSpec) -> _Data:
     source = spec.source
     if isinstance(source, EasyVqaSource):
         return _read_easy_vqa()
     if isinstance(source, ScenesSource):
-        return _read_scenes(source.seed, spec.splits)
+        return _Data(_read_scenes(source.seed, spec.splits))
     rows = read_file(spec, source) if isinstance(source, FileSource) else read_hub(spec, source)
-    return [Region(SPLITS, tuple(rows))]
+    return _Data([Region(SPLITS, tuple(rows))])
 
 
-def _read_easy_vqa() -> list[Region]:
-    """Read calibration from the training images, search and held-out from the test images."""
+@cache
+def _read_easy_vqa() -> _Data:
+    """Read calibration from the training images, search and held-out from the test images.
+
+    The package's files are read once a process: hashing 5,000 images and 48,000 questions takes most of a second.
+    """
     import easy_vqa
 
     parts = {
@@ -111,7 +127,7 @@ def _read_easy_vqa() -> list[Region]:
             Sample(f"{part}-{image}-{number}", ImageFile(paths[image]), keys[image], question, (answer,))
             for number, (question, answer, image) in enumerate(zip(questions, answers, images, strict=True))
         )
-    return [Region(("calibration",), samples["train"]), Region(("search", "held_out"), samples["test"])]
+    return _Data([Region(("calibration",), samples["train"]), Region(("search", "held_out"), samples["test"])])
 
 
 def _read_scenes(seed: int, sizes: SplitSizes) -> list[Region]:
@@ -138,11 +154,6 @@ def _require_annotators(regions: list[Region], spec: TaskSpec) -> None:
                     f"task {spec.name}: vqa_accuracy needs at least {VQA_MINIMUM_ANSWERS} answers a question, "
                     f"sample {sample.id} has {len(sample.answers)}; exact_match takes any number"
                 )
-
-
-def _hash_samples(regions: Iterable[Region]) -> str:
-    lines = sorted(json.dumps(sample.content) for region in regions for sample in region.samples)
-    return _hash_text("\n".join(lines))
 
 
 def _hash_text(text: str) -> str:
