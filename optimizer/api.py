@@ -84,11 +84,12 @@ def best(
     """Find the fastest published plan of a model on a task within limits; None where the dense model is the answer.
 
     ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
-    the upper end of the loss's interval, ``max_latency`` is in seconds a request of the job's workload. Plans of former
-    model files, data, prompts or metrics are left out unless ``all_versions``.
+    the upper end of the loss's interval, the other limits against what was measured; ``max_latency`` is in seconds a
+    request of the job's workload. Without a limit on loss or accuracy, plans that their own job refused are left out.
+    Plans of former model files, data, prompts or metrics are left out unless ``all_versions``.
     """
-    from optimizer.job.present import PresentVersions
-    from storage.records import plans as published
+    from optimizer.errors import NoFeasiblePlan
+    from optimizer.job.best import find_best
     from storage.records.plans import PlanQuery
 
     with _open(database) as db:
@@ -101,8 +102,10 @@ def best(
             min_speedup=min_speedup,
             max_latency=max_latency,
         )
-        present = PresentVersions(db)
-        return published.best(db, present.named(query) if all_versions else present.only(query))
+        try:
+            return find_best(db, query, all_versions=all_versions)[0]
+        except NoFeasiblePlan:
+            return None
 
 
 def plans(

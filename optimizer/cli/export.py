@@ -9,7 +9,7 @@ import typer
 
 from optimizer.cli import options
 from optimizer.cli.options import global_options, open_database, print_either
-from optimizer.cli.plans import cautions, find_best
+from optimizer.cli.plans import cautions
 from optimizer.registries import EXPORT_FORMATS
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def export(
     """
     from optimizer.cli.screen import Screen, figures
     from optimizer.exports.writing import export_published
+    from optimizer.job.best import find_best
     from optimizer.job.present import PresentVersions
     from storage.records import plans
     from storage.records.plans import PlanQuery

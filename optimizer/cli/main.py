@@ -44,7 +44,9 @@ def options(
         ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing of progress; errors and results stay.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Hide progress; errors and results are still printed.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,

@@ -31,10 +31,14 @@ MaxDrop = Annotated[
         help="Largest loss, as a share, judged on the worse end of its interval.",
     ),
 ]
-MinSpeedup = Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Smallest measured speed-up.")]
+MinSpeedup = Annotated[
+    float | None, typer.Option("--min-speedup", min=0.0, help="Smallest speed-up, as measured (the median).")
+]
 AllVersions = Annotated[
     bool,
-    typer.Option("--all-versions", help="Also plans of former model files, data, prompts or metrics, marked as such."),
+    typer.Option(
+        "--all-versions", help="Include plans of earlier versions of the model files, data, prompt or metric, marked."
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
 MaxCollateralDrop = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -11,53 +10,12 @@ from optimizer.cli import options
 from optimizer.cli.options import global_options, open_database, print_either, print_json
 
 if TYPE_CHECKING:
-    from storage.database import Database
-    from storage.records.plans import Plan, PlanQuery
+    from storage.records.plans import Plan
 
 
 app = typer.Typer()
 
 SortKey = Literal["speedup", "accuracy", "latency_seconds", "difference", "newest"]
-
-
-def find_best(
-    db: Database,
-    query: PlanQuery,
-    *,
-    all_versions: bool = False,
-    max_collateral_drop: float | None = None,
-    max_text_kl: float | None = None,
-) -> tuple[Plan, tuple[str, ...]]:
-    """Find the fastest plan within limits, and what changed since it was measured.
-
-    Raises UsageFault when model or task is not named, NoFeasiblePlan when no plan meets the limits.
-    """
-    from optimizer.errors import NoFeasiblePlan, UsageFault
-    from optimizer.job.present import PresentVersions
-    from storage.records import plans
-
-    if query.model is None or query.task is None:
-        raise UsageFault("name both --model and --task")
-    present = PresentVersions(db)
-
-    def find(query: PlanQuery) -> Plan | None:
-        if max_collateral_drop is None and max_text_kl is None:
-            return plans.best(db, query)
-        # what is measured beside the task has no columns of its own
-        fastest_first = plans.list_plans(db, replace(query, limit=None))
-        return next((plan for plan in fastest_first if _within(plan, max_collateral_drop, max_text_kl)), None)
-
-    found = find(present.named(query) if all_versions else present.only(query))
-    if found is None:
-        former = None if all_versions else find(present.named(query))
-        raise NoFeasiblePlan(
-            f"no published plan of {query.model} on {query.task} meets these limits; the dense model is the answer"
-            if former is None
-            else f"no published plan of {query.model} on {query.task} as they are now meets these limits; plan "
-            f"{former.id} was measured before {', '.join(present.changes(former))} changed: run the job again, or "
-            "take it with --all-versions"
-        )
-    return found, present.changes(found)
 
 
 def cautions(plan: Plan, changes: tuple[str, ...]) -> list[str]:
@@ -74,16 +32,6 @@ def cautions(plan: Plan, changes: tuple[str, ...]) -> list[str]:
     if changes:
         found.append(f"plan {plan.id} was measured before {', '.join(changes)} changed; its figures are of before")
     return found
-
-
-def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
-    """Tell whether a plan was measured beside its task, and keeps to the limits there."""
-    beside = plan.secondary.get("collateral") or {}
-    text = beside.get("text") or {}
-    differences = [task["accuracy"] - task["dense_accuracy"] for task in beside.get("tasks", {}).values()]
-    keeps_tasks = max_collateral_drop is None or (differences and min(differences) >= -max_collateral_drop)
-    keeps_text = max_text_kl is None or ("kl" in text and text["kl"] <= max_text_kl)
-    return bool(keeps_tasks and keeps_text)
 
 
 @app.command()
@@ -103,6 +51,7 @@ def best(
 
     [bold]Example:[/bold] skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.02
     """
+    from optimizer.job.best import find_best
     from storage.records.plans import PlanQuery
 
     query = PlanQuery(model, task, device=device, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup)
@@ -177,7 +126,7 @@ def refit(
     model_path: options.ModelPath = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Fit a compensated plan's maps again, keep them, and say whether they are the same bit by bit.
+    """Fit a compensated plan's maps again, keep them, and check that they are bitwise identical.
 
     The exit code is 1 when they are not. [bold]Example:[/bold] skipplan refit 12
     """

@@ -127,7 +127,7 @@ def serve(
             metavar="SECONDS",
             min=2,
             max=3600,
-            help="A job whose process is silent for so long is claimed by another one.",
+            help="Seconds without a heartbeat before another process may claim a job.",
         ),
     ] = 30.0,
     log_format: LogFormat = None,

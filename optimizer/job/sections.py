@@ -82,7 +82,9 @@ class ConstraintSpec(Section):
     max_kv_cache_bytes: int | None = Field(
         default=None, ge=0, description="Most bytes of KV cache at the end of one request of the workload."
     )
-    max_layers_touched: int | None = Field(default=None, ge=1, description="Most layers that may do other than run.")
+    max_layers_touched: int | None = Field(
+        default=None, ge=1, description="Maximum number of layers with another action than run."
+    )
 
 
 class SearchSpec(Section):
@@ -262,13 +264,19 @@ class ClusterSpec(Section):
         default=1.0, gt=0, le=1024, description="CPU cores reserved per worker, and its torch threads."
     )
     gpus_per_worker: float | None = Field(
-        default=None, ge=0, le=64, description="GPUs reserved per worker, fractions share; absent: one where there are."
+        default=None,
+        ge=0,
+        le=64,
+        description="GPUs per worker; fractions share one. Absent: 1 if the cluster has GPUs, else 0.",
     )
     memory_per_worker: float | None = Field(
-        default=None, gt=0, le=65536, description="GiB of memory reserved per worker, in Ray's accounts."
+        default=None, gt=0, le=65536, description="GiB of memory reserved with Ray per worker (not enforced)."
     )
     batch_size: int = Field(
         default=32, ge=1, le=65536, description="Samples evaluated together; halved when memory ends."
+    )
+    load_timeout_seconds: float = Field(
+        default=900.0, gt=0, le=1e6, description="A worker that takes longer to load the model is an error."
     )
     request_timeout_seconds: float = Field(
         default=3600.0, gt=0, le=1e6, description="A worker that takes longer over one request is replaced."

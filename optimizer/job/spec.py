@@ -92,7 +92,7 @@ class JobSpec(Section):
         "generate call a batch. auto: fast where it is exact for the model and the task, else plain.",
     )
     latency_precision: float = Field(
-        default=0.02, gt=0, le=0.5, description="Half-width of the speed-up's interval to measure down to, relative."
+        default=0.02, gt=0, le=0.5, description="Width of the speed-up's interval to measure down to, relative."
     )
     latency_seconds: float = Field(
         default=60.0, gt=0, le=86_400, description="Most seconds spent on re-measuring one finalist."
@@ -100,7 +100,7 @@ class JobSpec(Section):
     max_failed_samples: Share = Field(
         default=0.01,
         description="Largest share of a split's samples that may fail (image, processor, NaN, memory) before the job "
-        "ends with their list; one may always, unless this is 0.",
+        "ends with their list; one is always tolerated, unless this is 0.",
     )
     cluster: ClusterSpec = ClusterSpec()
     priority: int = Field(default=0, ge=-1000, le=1000, description="Jobs of higher priority are taken first.")

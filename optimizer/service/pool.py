@@ -34,6 +34,7 @@ def cluster_settings(inputs: JobInputs) -> ClusterSettings:
         memory_per_worker=cluster.memory_per_worker,
         batch_size=cluster.batch_size,
         max_attempts=cluster.max_attempts,
+        load_timeout_seconds=cluster.load_timeout_seconds,
         request_timeout_seconds=cluster.request_timeout_seconds,
     )
 

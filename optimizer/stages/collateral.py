@@ -1,4 +1,4 @@
-"""Stage 6: measure what the finalists do to other tasks and to general text, since plans are fitted to one task."""
+"""Stage 7: measure what the finalists do to other tasks and to general text, since plans are fitted to one task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 5: time the finalists on the live model, in pairs interleaved with dense, on one undisturbed worker."""
+"""Stage 6: time the finalists on the live model, in pairs interleaved with dense, on one undisturbed worker."""
 
 from __future__ import annotations
 

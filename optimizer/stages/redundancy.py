@@ -1,4 +1,4 @@
-"""Stage 2: measure the layers' redundancy on the calibration split, as far as the job's criterion needs it.
+"""Stage 3: measure the layers' redundancy on the calibration split, as far as the job's criterion needs it.
 
 Measurements that any job has stored of this model, on these samples, under these settings are read, not repeated.
 """

@@ -13,10 +13,12 @@ from report_builders import LAYERS, finished_job
 
 import optimizer
 from optimizer import best, evaluations, export, plans, redundancy, report, submit
-from optimizer.errors import UsageFault
+from optimizer.errors import NoFeasiblePlan, UsageFault
+from optimizer.job.best import find_best
 from storage.database import Database
 from storage.errors import NotFound, UnreachableDatabase
 from storage.queue import jobs
+from storage.records.plans import PlanQuery
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +68,16 @@ def test_best(url: str) -> None:
     assert found is not None
     assert (found.speedup, found.plan) == (1.523, "RRSSSRRR")
     assert best("tiny-llava", "shapes", min_speedup=5.0) is None
+
+
+def test_best_without_a_limit_of_accuracy_leaves_out_what_its_job_refused(url: str) -> None:
+    found = best("tiny-llava", "shapes")
+    assert found is not None and found.speedup == 1.523
+    assert best("tiny-llava", "shapes", min_speedup=1.6) is None
+    loose = best("tiny-llava", "shapes", max_accuracy_drop=1.0, min_speedup=1.6)
+    assert loose is not None and loose.speedup == 1.871
+    with Database.open(url) as db, pytest.raises(NoFeasiblePlan, match=r"limits of its own job.*plan \d+, was refused"):
+        find_best(db, PlanQuery("tiny-llava", "shapes", min_speedup=1.6))
 
 
 def test_what_was_scored_and_measured(url: str) -> None:

@@ -90,7 +90,7 @@ class PlanScorer:
         self._dtype, self._ends = loaded.model.dtype, end_tokens(loaded.model)
 
     def score(self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], scoring: ScoringRun) -> None:
-        """Record in ``asked`` what chunks, whose dense answers are known, score under plans."""
+        """Record in ``scoring`` what chunks, whose dense answers are known, score under plans."""
         maps = walker.maps
         trie = build_trie(plans, maps=maps is not None, drift=maps is not None and maps.drift)
         branches = [branch for chunk in chunks for branch in chunk.samples]

@@ -148,7 +148,7 @@ class Walker:
     # Continuations --------------------------------------------------------------------------------------------------
 
     def continued(self, node: Node, continuation: Continuation, before: Sequence[Keys]) -> tuple[Tensor, list[Keys]]:
-        """Final states ``[positions, hidden]`` of an continuation, under the plan that ends at a node.
+        """Final states ``[positions, hidden]`` of a continuation, under the plan that ends at a node.
 
         ``before`` is what the pass before gave as second result: keys and values of the tokens it has fed, layer by
         layer. Like decoding on the plain path, it is not counted.
@@ -191,7 +191,7 @@ class Walker:
             self._states.drop(("keys", chunk, path))
             self._with_keys.discard((chunk, path))
 
-    # TrieMaps --------------------------------------------------------------------------------------------------------
+    # Maps ------------------------------------------------------------------------------------------------------------
 
     def _mapped(self, node: Node, before: LayerOutput) -> Tensor:
         step = node.step

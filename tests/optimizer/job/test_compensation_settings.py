@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.cli.plans import _within
 from optimizer.errors import UsageFault
+from optimizer.job.best import _within
 from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
 from optimizer.stages.collateral import Collateral, OtherTask

@@ -1,0 +1,68 @@
+"""Find the plan to use: the fastest published one of a model on a task within limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from optimizer.errors import NoFeasiblePlan, UsageFault
+from optimizer.job.present import PresentVersions
+from optimizer.job.result import meets_constraint
+from storage.database import Database
+from storage.records import plans
+from storage.records.plans import Plan, PlanQuery
+
+
+def find_best(
+    db: Database,
+    query: PlanQuery,
+    *,
+    all_versions: bool = False,
+    max_collateral_drop: float | None = None,
+    max_text_kl: float | None = None,
+) -> tuple[Plan, tuple[str, ...]]:
+    """Return the fastest plan within limits, and what changed since it was measured.
+
+    A query that limits neither loss nor accuracy leaves out plans that their own job refused. Raises UsageFault when
+    model or task is not named, NoFeasiblePlan when no plan meets the limits.
+    """
+    if query.model is None or query.task is None:
+        raise UsageFault("name both --model and --task")
+    present = PresentVersions(db)
+    own_limits = query.max_accuracy_drop is None and query.min_accuracy is None
+
+    def find(query: PlanQuery, *, refused: bool = False) -> Plan | None:
+        if not own_limits and max_collateral_drop is None and max_text_kl is None:
+            return plans.best(db, query)
+        # Judgements and what is measured beside the task have no columns of their own.
+        for plan in plans.list_plans(db, replace(query, limit=None)):
+            accepted = refused or not own_limits or meets_constraint(plan) is not False
+            if accepted and _within(plan, max_collateral_drop, max_text_kl):
+                return plan
+        return None
+
+    asked = present.named(query) if all_versions else present.only(query)
+    found = find(asked)
+    if found is not None:
+        return found, present.changes(found)
+    what = f"no published plan of {query.model} on {query.task}"
+    if refused := find(asked, refused=True):
+        raise NoFeasiblePlan(
+            f"{what} meets the limits of its own job; the dense model is the answer. The fastest, plan {refused.id}, "
+            "was refused; --max-accuracy-drop sets another limit"
+        )
+    if not all_versions and (former := find(present.named(query))):
+        raise NoFeasiblePlan(
+            f"{what} as they are now meets these limits; plan {former.id} was measured before "
+            f"{', '.join(present.changes(former))} changed: run the job again, or take it with --all-versions"
+        )
+    raise NoFeasiblePlan(f"{what} meets these limits; the dense model is the answer")
+
+
+def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
+    """Tell whether a plan was measured beside its task, and keeps to the limits there."""
+    beside = plan.secondary.get("collateral") or {}
+    text = beside.get("text") or {}
+    differences = [task["accuracy"] - task["dense_accuracy"] for task in beside.get("tasks", {}).values()]
+    keeps_tasks = max_collateral_drop is None or (differences and min(differences) >= -max_collateral_drop)
+    keeps_text = max_text_kl is None or ("kl" in text and text["kl"] <= max_text_kl)
+    return bool(keeps_tasks and keeps_text)
