@@ -99,7 +99,7 @@ class EvaluatePlans:
 
 
 @dataclass(frozen=True)
-class EvaluateElsewhere:
+class EvaluateOtherTask:
     """Score a plan on the first ``n_samples`` held-out samples of another task, with its own maps, never new ones."""
 
     plan: str
@@ -422,7 +422,7 @@ Timing = ProfileLatency | CompareLatency
 Request = (
     Timing
     | EvaluatePlans
-    | EvaluateElsewhere
+    | EvaluateOtherTask
     | ShowSamples
     | CompareText
     | MeasureRedundancy

@@ -36,8 +36,8 @@ class Problem:
     """Candidates to begin with, the most informative first."""
     reserve: tuple[Candidate, ...] = ()
     """Further seeds, proposed only when the strategy's model predicts a gain."""
-    families: tuple[tuple[Candidate, ...], ...] = ()
-    """Nested plans, each family from careful to fast; the last good plan of each is searched by bisection."""
+    chains: tuple[tuple[Candidate, ...], ...] = ()
+    """Nested plans, each chain from careful to fast; the last good plan of each is searched by bisection."""
     bisections: int = 0
     """Most evaluations of bisection."""
     known: tuple[Trial, ...] = field(default=(), repr=False)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from optimizer.errors import UsageFault
 from optimizer.job.sections import SearchSpec
 from optimizer.search.problem import Problem
+from optimizer.search.seeds.blocks import unexplained_shares
 from optimizer.search.seeds.nested import nested_sets
-from optimizer.search.seeds.runs import unexplained_shares
 from optimizer.search.seeds.theory import Seeds, random_seeds, theory_seeds
 from optimizer.search.space import Candidate
-from optimizer.search.strategies.published import published_families
+from optimizer.search.strategies.published import published_chains
 from optimizer.search.trial import Trial
 from workers.runtime import SkipPlan
 
@@ -35,7 +35,7 @@ def with_seeds(
             problem,
             seeds=tuple(dict.fromkeys(first)),
             reserve=tuple(dict.fromkeys([*elsewhere, *seeds.reserve])),
-            families=seeds.families,
+            chains=seeds.chains,
             bisections=spec.evaluations // 2,
             known=tuple(known),
         )
@@ -66,7 +66,7 @@ def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
 
 
 def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Trial]) -> Seeds:
-    """The surrogate's seeds: a quarter of a batch at random, or less where much is known, and families to bisect."""
+    """The surrogate's seeds: a quarter of a batch at random, or less where much is known, and chains to bisect."""
     if spec.seeds == "random":
         return random_seeds(problem.feasible, problem.batch, problem.seed)
     theory = theory_seeds(
@@ -74,7 +74,7 @@ def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Trial]) -> Seeds:
         problem.risk,
         problem.feasible,
         unexplained=unexplained_shares(problem.table),
-        published=published_families(problem),
+        published=published_chains(problem),
     )
     # A surrogate that has only seen what the theory holds safe cannot tell where it errs.
     others = random_seeds(problem.feasible, problem.batch, problem.seed).first

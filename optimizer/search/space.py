@@ -10,9 +10,12 @@ from itertools import product
 
 from optimizer.errors import UsageFault
 from optimizer.job.spec import JobSpec
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
 from workers.messages import NO_COMPENSATION, WorkerInfo
 from workers.runtime import Action, SkipPlan
+
+RUN, SKIP = Action.RUN.letter, Action.SKIP.letter
+COMPENSATED = "C"
+"""In genomes, a skip whose gap is compensated: the same action as a skip in a plan."""
 
 MOST_LISTED = 1 << 17
 """A space of at most so many plans can be gone through one by one."""

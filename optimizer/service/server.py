@@ -54,7 +54,7 @@ class Server:
         self._failures_in_a_row = 0
 
     def run(self, *, once: bool) -> int:
-        """Serve until stopped, with ``once`` until no job is queued; return the number of jobs taken.
+        """Serve until stopped, with ``load_or_compute`` until no job is queued; return the number of jobs taken.
 
         Raises Interrupted.
         """

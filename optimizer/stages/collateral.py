@@ -8,7 +8,7 @@ from functools import partial
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
 from optimizer.stages.verify import Finalist
-from workers.messages import Artifact, CompareText, EvaluateElsewhere, Evaluation, TextDivergence
+from workers.messages import Artifact, CompareText, EvaluateOtherTask, Evaluation, TextDivergence
 from workers.runtime import SkipPlan
 from workers.tasks import Task
 
@@ -38,7 +38,7 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     found = {}
     for finalist in finalists:
         measure = partial(_measure, context, finalist)
-        found[finalist.candidate] = context.once(f"collateral {finalist.candidate}", Collateral, measure)
+        found[finalist.candidate] = context.load_or_compute(f"collateral {finalist.candidate}", Collateral, measure)
         context.progress.advance()
     return found
 
@@ -59,12 +59,12 @@ def _dense(context: JobContext, task: Task) -> float | None:
         result = _evaluate(context, candidate, None, task)
         return None if result is None else result.accuracy
 
-    known: float | None = context.once(f"collateral dense {task.name}", float | None, accuracy)
+    known: float | None = context.load_or_compute(f"collateral dense {task.name}", float | None, accuracy)
     return known
 
 
 def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | None, task: Task) -> Evaluation | None:
-    request = EvaluateElsewhere(
+    request = EvaluateOtherTask(
         candidate.plan.text, task, context.spec.collateral.samples, candidate.compensation, artifact
     )
     reply = context.ask_one(request, f"{candidate} on {task.name}")

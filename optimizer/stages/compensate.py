@@ -44,7 +44,7 @@ def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, 
     for candidate in finalists:
         if candidate.compensation == NO_COMPENSATION:
             continue
-        own = context.once(f"compensate {candidate}", KeptMaps | None, partial(_fit, context, candidate))
+        own = context.load_or_compute(f"compensate {candidate}", KeptMaps | None, partial(_fit, context, candidate))
         if own is not None:
             kept[candidate] = own
     return kept

@@ -111,7 +111,7 @@ class JobContext:
         how = f"dtype={self.worker.dtype} attention={self.spec.model.attention} evaluation={self.spec.evaluation}"
         return f"{how} device={device} {versions}".strip()
 
-    def once(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
+    def load_or_compute(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
         """Read back what an earlier attempt stored of a stage, of type ``kind``; else compute and store it."""
         adapter: TypeAdapter[T] = TypeAdapter(kind)
         recorded = stages.get(self.db, self.job.id, stage)

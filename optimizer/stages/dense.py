@@ -52,7 +52,7 @@ def run(context: JobContext) -> DenseCheck:
 
 
 def _known(context: JobContext) -> DenseCheck:
-    return context.once("dense", DenseCheck, lambda: _check(context))
+    return context.load_or_compute("dense", DenseCheck, lambda: _check(context))
 
 
 def _check(context: JobContext) -> DenseCheck:

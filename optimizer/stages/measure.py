@@ -16,7 +16,7 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     measured: dict[Candidate, LatencyComparison] = {}
     for finalist in finalists:
         name, compare = str(finalist.candidate), partial(_compare, context, finalist)
-        comparison = context.once(f"measure {name}", LatencyComparison | None, compare)
+        comparison = context.load_or_compute(f"measure {name}", LatencyComparison | None, compare)
         if comparison is not None:
             measured[finalist.candidate] = comparison
             context.progress.advance(news=f"{name} {comparison.speedup:.2f}x")

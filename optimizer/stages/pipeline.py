@@ -36,7 +36,7 @@ def check_begun_alike(context: JobContext) -> None:
     if begun and _STAGE not in begun:
         changed = ["skipplan's way to identify a model"]
     else:
-        before: dict[str, str] = context.once(_STAGE, dict[str, str], lambda: now)
+        before: dict[str, str] = context.load_or_compute(_STAGE, dict[str, str], lambda: now)
         changed = [name for name in now if now[name] != before.get(name)]
     if changed:
         raise JobFailed(

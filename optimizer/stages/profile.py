@@ -20,7 +20,7 @@ def run(context: JobContext) -> LayerTimes:
     if context.spec.search.latency == "layers":
         return LayerCounts.of(context.worker.num_layers, context.spec.letters)
     context.progress.begin("profile latency", 1)
-    profile = context.once("profile", LatencyProfile, lambda: _measure(context))
+    profile = context.load_or_compute("profile", LatencyProfile, lambda: _measure(context))
     context.progress.advance(news=f"dense {profile.dense_latency_seconds * 1000:.1f} ms a request")
     return profile
 
@@ -65,7 +65,7 @@ class CacheSizes:
 
 def cache_sizes(context: JobContext) -> CacheSizes:
     """Measure the sizes by a dense and a bypassing request, or read them back. Raises JobFailed where that fails."""
-    return context.once("cache sizes", CacheSizes, lambda: _measure_cache(context))
+    return context.load_or_compute("cache sizes", CacheSizes, lambda: _measure_cache(context))
 
 
 def _measure_cache(context: JobContext) -> CacheSizes:

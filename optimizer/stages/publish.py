@@ -36,14 +36,14 @@ class Published:
 def run(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured, beside: Beside) -> Published:
     """Publish every verified and measured plan, whether it meets the job's constraint or not."""
     context.progress.begin("publish", 1)
-    published = context.once("publish", Published, lambda: _publish(context, finalists, measured, beside))
+    published = context.load_or_compute("publish", Published, lambda: _publish(context, finalists, measured, beside))
     context.progress.advance()
     return published
 
 
 def none(context: JobContext, reason: str) -> Published:
     """Record that no plan is the answer, where that is known before any is evaluated."""
-    return context.once("publish", Published, lambda: Published((), None, reason))
+    return context.load_or_compute("publish", Published, lambda: Published((), None, reason))
 
 
 def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured, beside: Beside) -> Published:

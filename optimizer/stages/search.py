@@ -33,7 +33,7 @@ def run(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOu
     database instead of being run.
     """
     context.progress.begin("search", context.spec.search.evaluations)
-    return context.once("search", SearchOutcome, lambda: _search(context, profile, table))
+    return context.load_or_compute("search", SearchOutcome, lambda: _search(context, profile, table))
 
 
 def limits_of(context: JobContext, profile: LayerTimes) -> Limits:

@@ -42,7 +42,7 @@ def run(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> tup
     chosen = choose_finalists(outcome, limits_of(context, profile), context.spec.search.finalists)
     context.progress.begin("verify held-out", len(chosen) + 1)
     maps = compensate.run(context, chosen)
-    verdicts = context.once("verify", tuple[Verdict, ...], lambda: _verify(context, chosen, maps))
+    verdicts = context.load_or_compute("verify", tuple[Verdict, ...], lambda: _verify(context, chosen, maps))
     return tuple(Finalist(verdict, maps.get(verdict.candidate)) for verdict in verdicts)
 
 

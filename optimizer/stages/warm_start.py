@@ -32,7 +32,7 @@ class WarmStart:
 
 def choose(context: JobContext) -> WarmStart:
     """Choose what to take over, or read the choice of an earlier attempt back."""
-    return context.once("warm start", WarmStart, lambda: _choose(context))
+    return context.load_or_compute("warm start", WarmStart, lambda: _choose(context))
 
 
 def _choose(context: JobContext) -> WarmStart:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from optimizer.search.seeds.runs import best_structures
+from optimizer.search.seeds.blocks import best_blocks
 from optimizer.search.space import PlanSpace
 from workers.compensation.calibration import Calibration
 from workers.compensation.linear_redundancy import linear_redundancy
@@ -130,7 +130,7 @@ def frontier(bench: Bench, plans: Sequence[SkipPlan]) -> Any:
     """Run structures of least predicted harm, of every size: the most layers within 1 and 3 points of dense."""
     space = PlanSpace(("R", *["RS"] * (bench.layers - 1)), bench.layers, ("none", bench.recipe))
     shares = linear_redundancy(bench.loaded, bench.calibration(), ridge=1e-3)
-    found = best_structures(space, {(each.layer, each.end): each.unexplained for each in shares})
+    found = best_blocks(space, {(each.layer, each.end): each.unexplained for each in shares})
     structures = [each.plan for each in found]
     dense = bench.scores([SkipPlan.dense(bench.layers)], "none")[0]["accuracy"]
     rows: dict[str, Any] = {"dense": dense}

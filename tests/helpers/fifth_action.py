@@ -55,7 +55,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
     from optimizer.search.seeds.nested import nested_sets
     from optimizer.search.space import PlanSpace
     from optimizer.search.surrogate.encoding import Encoding
-    from optimizer.search.surrogate.trust import _one_hot
+    from optimizer.search.surrogate.trust_region import _one_hot
     from optimizer.stages.profile import CacheSizes
     from workers.compensation.recipe import Recipe
     from workers.latency.measure import _letters

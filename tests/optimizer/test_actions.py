@@ -14,7 +14,7 @@ import fifth_action
 import pytest
 
 from optimizer.cli.screen import ACTION_STYLES
-from optimizer.search.surrogate.encoding import COMPENSATED
+from optimizer.search.space import COMPENSATED
 from workers.runtime import Action
 from workers.runtime.plan import LETTERS
 

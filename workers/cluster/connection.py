@@ -82,7 +82,7 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
                 ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, **quiet)
         else:
             _probe(settings.address, settings.connect_timeout_seconds)
-            _rehearse(settings.address, settings.connect_timeout_seconds)
+            _probe_in_subprocess(settings.address, settings.connect_timeout_seconds)
             with _own_signal_handlers():
                 ray.init(address=settings.address, **quiet)
     except ClusterError:
@@ -216,7 +216,7 @@ def _probe(address: str, timeout: float) -> None:
         raise ClusterAway(f"cluster {address}: nothing answers ({error.strerror or error})") from None
 
 
-def _rehearse(address: str, timeout: float) -> None:
+def _probe_in_subprocess(address: str, timeout: float) -> None:
     """Connect in a process that can be stopped: Ray tries for minutes where something else than Ray answers."""
     code = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
     try:

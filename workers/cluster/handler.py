@@ -22,7 +22,7 @@ from workers.latency.request import device_name
 from workers.messages import (
     CompareLatency,
     CompareText,
-    EvaluateElsewhere,
+    EvaluateOtherTask,
     EvaluatePlans,
     FitCompensation,
     MeasureLinearRedundancy,
@@ -140,7 +140,7 @@ class Handler:
         plan = SkipPlan.parse(request.plan)
         maps = compensator.maps(plan, request.compensation, request.artifact)
         match request:
-            case EvaluateElsewhere():
+            case EvaluateOtherTask():
                 other = PlainEvaluator(loaded, request.task, batch_size=self.settings.batch_size)
                 found = other.evaluate(plan, "held_out", request.n_samples, maps=maps)
                 return replace(found, compensation=request.compensation)

@@ -342,7 +342,7 @@ class WorkerPool:
         self._next_look = now + LOOK_SECONDS
         self.check_cluster()
         if welcome and now >= self._no_new_workers_before and self._head.steady:
-            self._welcome()
+            self._add_workers()
 
     def check_cluster(self, *, counts: bool = True) -> None:
         """Make sure that the cluster is there; ``counts`` as for :meth:`HeadWatch.check`. Raises ClusterLost."""
@@ -357,7 +357,7 @@ class WorkerPool:
             reason = describe_error(error)
             raise ClusterLost(f"cluster {self.cluster.address}: cannot be used any more: {reason}") from None
 
-    def _welcome(self) -> None:
+    def _add_workers(self) -> None:
         wanted = self.cluster.workers or room(self._allotment)
         missing = 0 if wanted == UNLIMITED else wanted - len(self._slots)
         if missing <= 0 or any(slot.stage == "placing" for slot in self._slots):

@@ -108,7 +108,7 @@ class PlainEvaluator:
         ``maps`` are folded into the weights before the plan's gaps while it runs.
 
         A sample fails when its image cannot be decoded, when the processor refuses it, when its logits hold NaN, or
-        when it does not fit into memory alone; what it then counts for says :func:`marked_samples`.
+        when it does not fit into memory alone; what it then counts for says :func:`excluded_samples`.
 
         Raises:
             TaskError: no such split.
@@ -118,7 +118,7 @@ class PlainEvaluator:
         samples = self.task.split(split)[start:n_samples]
         answers = self.answer(plan, samples, maps)
         scores = [scores_of(self.task.spec, sample, answers) for sample in samples]
-        marked = marked_samples(plan, answers.failed)
+        marked = excluded_samples(plan, answers.failed)
         return Evaluation(
             plan=plan.text,
             split=split,
@@ -248,7 +248,7 @@ def scores_of(spec: TaskSpec, sample: Sample, answers: Answers) -> tuple[float, 
     return tuple(METRICS[name](answers.texts[sample.id], sample.answers) for name in spec.metrics)
 
 
-def marked_samples(plan: SkipPlan, failed: Mapping[str, str]) -> frozenset[str]:
+def excluded_samples(plan: SkipPlan, failed: Mapping[str, str]) -> frozenset[str]:
     """Tell which failed samples are left out: all but those whose logits hold NaN under a plan that is not dense.
 
     These are the plan's own fault, and wrong answers of it; where dense gives NaN too, dense's mark leaves them out.

@@ -87,8 +87,8 @@ def grade_answer(likely: GreedyTokens, span: tuple[int, int], draft: Draft, ends
     raise AssertionError("the last position gives the end token or a token beyond the draft")
 
 
-def furthest(answers: Sequence[GreedyAnswer]) -> GreedyAnswer:
-    """Pick the answer of several drafts that goes furthest: they agree as far as each goes."""
+def longest_answer(answers: Sequence[GreedyAnswer]) -> GreedyAnswer:
+    """Pick the answer of several drafts that goes longest_answer: they agree as far as each goes."""
     return max(answers, key=lambda answer: (answer.not_a_number, answer.ended, len(answer.tokens)))
 
 
@@ -129,7 +129,7 @@ class AnswerScorer:
         """The metric and the secondary metrics of an answer's text."""
         return tuple(self._metrics[name](text, sample.answers) for name in self._names)
 
-    def hopeless(self, sample: Sample, tokens: tuple[int, ...]) -> bool:
+    def cannot_score(self, sample: Sample, tokens: tuple[int, ...]) -> bool:
         """Whether no answer that begins with these tokens can score under any of the metrics."""
         text = self._decode(tokens)
         if not self._stable:
@@ -159,7 +159,7 @@ class AnswerScorer:
         """Scores of an answer that ended, or begins, with these tokens; None where that is open."""
         if ended:
             return self.scores(sample, tokens)
-        return self.nothing if self.hopeless(sample, tokens) else None
+        return self.nothing if self.cannot_score(sample, tokens) else None
 
     @property
     def nothing(self) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import torch
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.trie_maps import TrieMaps
 from workers.device.memory import is_out_of_memory
-from workers.evaluation.plain import PlainEvaluator, marked_samples, scores_of, summarise
+from workers.evaluation.plain import PlainEvaluator, excluded_samples, scores_of, summarise
 from workers.latency.request import device_name
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
@@ -292,7 +292,7 @@ class FastEvaluator:
             plan=text,
             split=request.split,
             sample_ids=tuple(sample.id for sample in samples),
-            **summarise(self.task.spec, scores, marked_samples(SkipPlan.parse(text), outcome.failed)),
+            **summarise(self.task.spec, scores, excluded_samples(SkipPlan.parse(text), outcome.failed)),
             failed_samples=outcome.failed,
             seconds=seconds,
             compensation=request.compensation,

@@ -25,7 +25,7 @@ from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Sample, TaskSpec
 
-from .answers import AnswerScorer, GreedyAnswer, GreedyTokens, furthest, grade_answer
+from .answers import AnswerScorer, GreedyAnswer, GreedyTokens, grade_answer, longest_answer
 from .continuation import Continuation
 from .draft import Draft, Drafter
 from .packing import Branch, Chunk, Packer
@@ -137,7 +137,7 @@ class PlanScorer:
             answers.setdefault(branch.sample, []).append(grade_answer(tokens, span, branch.draft, self._ends))
         still_open = {}
         for place, each in answers.items():
-            answer = furthest(each)
+            answer = longest_answer(each)
             if answer.ended:
                 self._drafter.remember(answer.tokens)
             scores = self._scorer.settled(scoring.sample(place), answer, self._drafter.limit, self._ends)

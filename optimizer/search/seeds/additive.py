@@ -15,8 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from optimizer.search.latency import Ratio
-from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+from optimizer.search.space import COMPENSATED, RUN, SKIP, Candidate, PlanSpace
 from workers.runtime import Action, SkipPlan
 
 Step = tuple[int, str]

@@ -16,8 +16,7 @@ from optimizer.criteria import Risk
 from optimizer.search.constraints import Limits
 from optimizer.search.latency import Ratio
 from optimizer.search.seeds.additive import AdditiveProblem, Limit, Step, action_of, steps_of
-from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.surrogate.encoding import RUN
+from optimizer.search.space import RUN, Candidate, PlanSpace
 from workers.runtime import SkipPlan
 
 TIE = 1e-3

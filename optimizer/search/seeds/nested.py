@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import zip_longest
 
 from optimizer.criteria import Risk
-from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+from optimizer.search.space import COMPENSATED, RUN, SKIP, Candidate, PlanSpace
 from workers.runtime.plan import SAVING_LETTERS
 
 
@@ -16,17 +15,17 @@ def nested_sets(space: PlanSpace, risk: Risk) -> tuple[Candidate, ...]:
     Short sets of every action come before long ones, so that the first few try each action. A compensated
     skip is an action of its own, in the order of the plain one.
     """
-    by_size = zip_longest(*nested_families(space, risk))
+    by_size = zip_longest(*nested_chains(space, risk))
     seeds = dict.fromkeys(each for size in by_size for each in size if each is not None)
     return tuple(seeds)
 
 
-def nested_families(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...], ...]:
+def nested_chains(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...], ...]:
     """Return the nested sets action by action, each from one layer to as many as may be touched."""
     letters = [
         letter for letter in SAVING_LETTERS + COMPENSATED if any(letter in allowed for allowed in space.genome_letters)
     ]
-    families = []
+    chains = []
     for letter in letters:
         order = risk.order(SKIP if letter == COMPENSATED and letter not in risk.risk else letter)
         layers = [layer for layer in order if letter in space.genome_letters[layer]]
@@ -34,5 +33,5 @@ def nested_families(space: PlanSpace, risk: Risk) -> tuple[tuple[Candidate, ...]
             "".join(letter if layer in layers[:size] else RUN for layer in range(space.num_layers))
             for size in range(1, min(len(layers), space.max_touched) + 1)
         ]
-        families.append(tuple(space.candidate(genome) for genome in genomes if space.allows(genome)))
-    return tuple(families)
+        chains.append(tuple(space.candidate(genome) for genome in genomes if space.allows(genome)))
+    return tuple(chains)

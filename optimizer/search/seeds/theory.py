@@ -11,11 +11,10 @@ import numpy as np
 
 from optimizer.criteria import Risk
 from optimizer.search.seeds.additive import AdditiveProblem, Step, budgets, savings, spread_order, steps_of
+from optimizer.search.seeds.blocks import Unexplained, best_blocks
 from optimizer.search.seeds.feasible import FeasiblePlans
-from optimizer.search.seeds.nested import nested_families, nested_sets
-from optimizer.search.seeds.runs import Unexplained, best_structures
-from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+from optimizer.search.seeds.nested import nested_chains, nested_sets
+from optimizer.search.space import COMPENSATED, RUN, SKIP, Candidate, PlanSpace
 
 COMPENSATION_GAIN = 0.15
 """Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
@@ -27,12 +26,12 @@ BUDGETS = 16
 class Seeds:
     """``first`` are evaluated at once, the most informative first; ``reserve`` only when they look promising.
 
-    ``families`` are nested plans, of each of which the last good one is searched by bisection.
+    ``chains`` are nested plans, of each of which the last good one is searched by bisection.
     """
 
     first: tuple[Candidate, ...] = ()
     reserve: tuple[Candidate, ...] = ()
-    families: tuple[tuple[Candidate, ...], ...] = ()
+    chains: tuple[tuple[Candidate, ...], ...] = ()
 
 
 def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
@@ -65,7 +64,7 @@ def theory_seeds(
     unexplained: Unexplained | None = None,
     published: Sequence[Sequence[Candidate]] = (),
 ) -> Seeds:
-    """Seeds from a criterion's risk: the additive solutions, run structures and nested sets, and published methods'.
+    """Seeds of a criterion's risk: additive solutions, compensated blocks, nested sets, and published methods'.
 
     ``unexplained`` is the linear redundancy, where compensated plans are in the space and it was measured;
     ``published`` are the plans of other methods, method by method. Plans that are not ``feasible`` are left out.
@@ -74,17 +73,17 @@ def theory_seeds(
     limits = tuple(feasible.sums.values())
     shares = unexplained or {}
     risk = with_compensated(risk, shares)
-    structures = best_structures(space, shares) if space.recipe and shares else ()
+    structures = best_blocks(space, shares) if space.recipe and shares else ()
     solutions: list[Sequence[Candidate]] = []
     for part in space.parts:
         problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
         solutions.append(problem.solutions(budgets(saving, BUDGETS)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]
-    families = [*solutions, by_size, *nested_families(space, risk), *published]
-    possible = [tuple(each for each in plans if each in feasible) for plans in families]
+    chains = [*solutions, by_size, *nested_chains(space, risk), *published]
+    possible = [tuple(each for each in plans if each in feasible) for plans in chains]
     mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
     reserve = tuple(each for each in dict.fromkeys(mixed) if each in feasible)
-    return Seeds((), reserve, tuple(family for family in possible if family))
+    return Seeds((), reserve, tuple(chain for chain in possible if chain))
 
 
 def random_seeds(feasible: FeasiblePlans, count: int, seed: int) -> Seeds:
@@ -96,11 +95,11 @@ def random_seeds(feasible: FeasiblePlans, count: int, seed: int) -> Seeds:
             break
         share = random.uniform(0.1, 0.9)
         skip = space.genome_letters
-        family = COMPENSATED if space.recipe and random.random() < 1 / len(space.compensations) else SKIP
+        kind = COMPENSATED if space.recipe and random.random() < 1 / len(space.compensations) else SKIP
         letters = []
         for own in skip:
             others = [
-                letter for letter in own if letter != RUN and (letter not in (SKIP, COMPENSATED) or letter == family)
+                letter for letter in own if letter != RUN and (letter not in (SKIP, COMPENSATED) or letter == kind)
             ]
             takes = others and random.random() < share
             letters.append(others[int(random.integers(len(others)))] if takes else RUN)

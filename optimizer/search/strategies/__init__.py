@@ -1,1 +1,1 @@
-"""Strategies of a search: samplers, published methods, and bisection of nested families before a sampler."""
+"""Strategies of a search: samplers, published methods, and bisection of nested chains before a sampler."""

@@ -1,9 +1,9 @@
-"""Bisection: find the last good plan of every family of nested plans, before the search proper begins.
+"""Bisection: find the last good plan of every chain of nested plans, before the search proper begins.
 
-A family goes from careful to fast: a criterion's nested sets of one action, a published method's plans, the additive
+A chain goes from careful to fast: a criterion's nested sets of one action, a published method's plans, the additive
 problem's solutions. Along it harm mostly grows, so a binary search finds its last good plan in few evaluations, most of
-which end on the first rung. All families are searched side by side. Where every action begins to hurt is what the
-sampler needs to know most, and the front is then about as good as every family's own.
+which end on the first rung. All chains are searched side by side. Where every action begins to hurt is what the
+sampler needs to know most, and the front is then about as good as every chain's own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from optimizer.search.strategies.study import StudyStrategy
 from optimizer.search.trial import Trial
 
 CAREFUL = 0.25
-"""Where between the last good plan and the first bad one a family is tried next. Half would need fewest evaluations;
+"""Where between the last good plan and the first bad one a chain is tried next. Half would need fewest evaluations;
 nearer the careful end more of them are of use themselves. Chosen by the benchmark in docs/benchmarks.md."""
 
 
-class Family:
+class Chain:
     """Binary search over plans from careful to fast: the last good one is between two bounds."""
 
     def __init__(self, plans: Sequence[Candidate]) -> None:
@@ -50,15 +50,15 @@ class Family:
 
 
 class Bisection:
-    """Bisect the problem's families, then hand over to the strategy inside, which learns from every evaluation.
+    """Bisect the problem's chains, then hand over to the strategy inside, which learns from every evaluation.
 
-    The problem's seeds come before the families' plans, of which at most ``problem.bisections`` are asked for.
+    The problem's seeds come before the chains' plans, of which at most ``problem.bisections`` are asked for.
     """
 
     def __init__(self, problem: Problem, inner: StudyStrategy) -> None:
         self._problem, self._inner = problem, inner
-        self._families = [
-            Family(sorted(plans, key=lambda candidate: -problem.ratio(candidate.plan))) for plans in problem.families
+        self._chains = [
+            Chain(sorted(plans, key=lambda candidate: -problem.ratio(candidate.plan))) for plans in problem.chains
         ]
         self._left = problem.bisections
         self._seen: dict[Candidate, Trial | None] = {trial.candidate: trial for trial in problem.known}
@@ -73,7 +73,7 @@ class Bisection:
     @property
     def expected_gain(self) -> float | None:
         """The expectation of the strategy inside; None during bisection."""
-        return None if self._families else self._inner.expected_gain
+        return None if self._chains else self._inner.expected_gain
 
     def start(self, dense: Trial) -> None:
         self._dense_accuracy = dense.accuracy
@@ -81,13 +81,13 @@ class Bisection:
         self._inner.start(dense)
 
     def ask(self, count: int) -> Sequence[Ask]:
-        """Return seeds, then the middles of open families, then what the strategy inside asks for."""
+        """Return seeds, then the middles of open chains, then what the strategy inside asks for."""
         asked = list(self._inner.ask(min(count, self._seeds))) if self._seeds else []
         self._seeds = max(0, self._seeds - count)
         waiting = {each.candidate for each in asked}
         middles = [each for each in self._open() if each not in waiting][: min(count - len(asked), self._left)]
         if not middles and not asked:
-            self._families = []
+            self._chains = []
             return self._inner.ask(count)
         self._left -= len(middles)
         self._inner.begin_with(middles)
@@ -98,12 +98,12 @@ class Bisection:
         self._seen.update(answers)
 
     def _open(self) -> list[Candidate]:
-        """The next plan of every family, each plan once."""
-        for family in self._families:
-            while (middle := family.next) is not None and middle in self._seen:
-                family.narrow(self._may_meet_limit(self._seen[middle]))
-        widest_first = sorted(self._families, key=lambda family: -family.open)
-        return list(dict.fromkeys(each for family in widest_first if (each := family.next) is not None))
+        """The next plan of every chain, each plan once."""
+        for chain in self._chains:
+            while (middle := chain.next) is not None and middle in self._seen:
+                chain.narrow(self._may_meet_limit(self._seen[middle]))
+        widest_first = sorted(self._chains, key=lambda chain: -chain.open)
+        return list(dict.fromkeys(each for chain in widest_first if (each := chain.next) is not None))
 
     def _may_meet_limit(self, trial: Trial | None) -> bool:
         if trial is None:  # its evaluation failed

@@ -16,9 +16,8 @@ import numpy as np
 
 from optimizer.search.problem import Answer, Ask, Problem, better_first
 from optimizer.search.seeds.additive import spread_order
-from optimizer.search.space import Candidate
+from optimizer.search.space import SKIP, Candidate
 from optimizer.search.strategies.published import applied, need_plain_skips
-from optimizer.search.surrogate.encoding import SKIP
 from optimizer.search.trial import Trial
 
 OFFSPRING = 16

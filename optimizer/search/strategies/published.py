@@ -9,8 +9,7 @@ from optimizer.criteria.published import Angular
 from optimizer.errors import UsageFault
 from optimizer.search.problem import PlanList, Problem
 from optimizer.search.seeds.nested import nested_sets
-from optimizer.search.space import MOST_LISTED, Candidate, PlanSpace, touched
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+from optimizer.search.space import COMPENSATED, MOST_LISTED, RUN, SKIP, Candidate, PlanSpace, touched
 from workers.errors import MeasurementError
 from workers.runtime import Action
 
@@ -97,7 +96,7 @@ def exhaustive(problem: Problem) -> PlanList:
     return PlanList(plans, problem, "the space")
 
 
-def published_families(problem: Problem) -> tuple[tuple[Candidate, ...], ...]:
+def published_chains(problem: Problem) -> tuple[tuple[Candidate, ...], ...]:
     """Return the plans of every published method that the job's actions and measurements allow, method by method."""
     found = []
     for method in (shortgpt, angular, shortv, vtw, replaceme):

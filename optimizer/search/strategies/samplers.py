@@ -1,6 +1,6 @@
 """Strategies that ask a sampler: the project's own, and Optuna's.
 
-Families of nested plans, where the problem has any, are bisected before the sampler is asked.
+Chains of nested plans, where the problem has any, are bisected before the sampler is asked.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import optuna
 
 from optimizer.search.problem import Problem, Strategy
-from optimizer.search.seeds.runs import unexplained_shares
+from optimizer.search.seeds.blocks import unexplained_shares
 from optimizer.search.seeds.theory import with_compensated
 from optimizer.search.strategies.bisection import Bisection
 from optimizer.search.strategies.study import StudyStrategy, distributions, genome_of, parameters
@@ -71,7 +71,7 @@ def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> Sur
 
 def _asking(sampler: optuna.samplers.BaseSampler, problem: Problem) -> Strategy:
     study = StudyStrategy(problem, sampler)
-    return Bisection(problem, study) if problem.families else study
+    return Bisection(problem, study) if problem.chains else study
 
 
 def _startup(problem: Problem) -> int:

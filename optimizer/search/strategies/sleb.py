@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optimizer.search.problem import Answer, Ask, Problem, better_first
-from optimizer.search.space import Candidate
+from optimizer.search.space import SKIP, Candidate
 from optimizer.search.strategies.published import applied, need_plain_skips
-from optimizer.search.surrogate.encoding import SKIP
 from optimizer.search.trial import Trial
 
 

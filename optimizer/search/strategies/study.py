@@ -17,8 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from optimizer.search.problem import Answer, Ask, Problem
-from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+from optimizer.search.space import COMPENSATED, RUN, SKIP, Candidate, PlanSpace
 from optimizer.search.surrogate.moves import Moves
 from optimizer.search.trial import Trial, front_of
 from workers.messages import NO_COMPENSATION

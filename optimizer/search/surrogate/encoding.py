@@ -9,13 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.runtime.plan import Action
+from optimizer.search.space import RUN
 
 Floats = NDArray[np.float64]
-
-RUN, SKIP = Action.RUN.letter, Action.SKIP.letter
-COMPENSATED = "C"
-"""In genomes, a skip whose gap is compensated: the same action as a skip in a plan."""
 
 WINDOW = 4
 """Layers that a local pair term may span."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN, SKIP
+from optimizer.search.space import COMPENSATED, RUN, SKIP
 
 Allowed = Callable[[str], bool]
 
@@ -17,7 +17,7 @@ class Moves:
     def __init__(self, letters: Sequence[str], allowed: Allowed, random: np.random.Generator) -> None:
         self._letters, self._allowed, self._random = letters, allowed, random
         self._free = [layer for layer, own in enumerate(letters) if len(own) > 1]
-        self.families = tuple(letter for letter in (SKIP, COMPENSATED) if any(letter in own for own in letters))
+        self.skip_letters = tuple(letter for letter in (SKIP, COMPENSATED) if any(letter in own for own in letters))
 
     def neighbours(self, text: str) -> Iterator[str]:
         """Every allowed text that differs in one layer, in order."""
@@ -66,9 +66,9 @@ class Moves:
         child = self._unmixed(child, COMPENSATED if COMPENSATED in first else SKIP)
         return child if self._allowed(child) else None
 
-    def other_family(self, text: str) -> str | None:
+    def other_skip(self, text: str) -> str | None:
         """The same layers with their skips compensated, or no longer compensated."""
-        if len(self.families) < 2:
+        if len(self.skip_letters) < 2:
             return None
         changed = text.replace(SKIP, COMPENSATED) if SKIP in text else text.replace(COMPENSATED, SKIP)
         return changed if changed != text and self._allowed(changed) else None

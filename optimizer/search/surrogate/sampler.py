@@ -22,11 +22,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.search.pareto import Point, front_indices, hypervolume
-from optimizer.search.surrogate.encoding import RUN, Encoding
+from optimizer.search.space import RUN
+from optimizer.search.surrogate.encoding import Encoding
+from optimizer.search.surrogate.loss_model import START, Draws, LossModel, Observations, Stairs
 from optimizer.search.surrogate.model import Design
 from optimizer.search.surrogate.moves import Moves
-from optimizer.search.surrogate.signal import START, Draws, LossModel, Observations, Stairs
-from optimizer.search.surrogate.trust import TrustRegion
+from optimizer.search.surrogate.trust_region import TrustRegion
 
 Floats = NDArray[np.float64]
 
@@ -286,9 +287,9 @@ class SurrogateSampler(BaseSampler):
             return self._moves.exchange(first)
         if kind < 0.75:
             return self._moves.change(first, int(self._random.integers(2, 5)))
-        if kind < 0.95 or len(self._moves.families) < 2:
+        if kind < 0.95 or len(self._moves.skip_letters) < 2:
             return self._moves.cross(first, parents[int(self._random.integers(len(parents)))])
-        return self._moves.other_family(first)
+        return self._moves.other_skip(first)
 
     def _second_pool(self, best: Sequence[str], known: set[str]) -> list[str]:
         """Neighbours of the best candidates: two changes away from what was evaluated."""

@@ -1,4 +1,4 @@
-"""Halving families of plans: the last good one of each is found, in few evaluations."""
+"""Halving chains of plans: the last good one of each is found, in few evaluations."""
 
 from dataclasses import replace
 from math import ceil, log2
@@ -12,7 +12,7 @@ from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import STRATEGIES
 from optimizer.search.seeding import with_given
 from optimizer.search.space import Candidate
-from optimizer.search.strategies.bisection import Family
+from optimizer.search.strategies.bisection import Chain
 from optimizer.search.trial import paired_difference, trial_of
 from workers.runtime import SkipPlan
 
@@ -27,40 +27,40 @@ def plans(*texts: str) -> tuple[Candidate, ...]:
 def test_halving_finds_the_last_good_plan(size_and_good: tuple[int, int]) -> None:
     size, good = size_and_good
     names = list(range(size))
-    family, asked = Family(names), []  # type: ignore[arg-type]  # numbers stand for plans
-    while (middle := family.next) is not None:
+    chain, asked = Chain(names), []  # type: ignore[arg-type]  # numbers stand for plans
+    while (middle := chain.next) is not None:
         asked.append(middle)
-        family.narrow(middle < good)
+        chain.narrow(middle < good)
     assert len(asked) == len(set(asked)) <= ceil(log2(size + 1) / log2(4 / 3)) + 1
     assert good == 0 or good - 1 in asked, "the last good plan itself was evaluated"
     assert good == size or good in asked, "and the one behind it"
 
 
 @pytest.mark.parametrize("letters", ["RS", "RFBS"])
-def test_the_last_good_plan_of_every_family_is_tried(letters: str) -> None:
+def test_the_last_good_plan_of_every_chain_is_tried(letters: str) -> None:
     planted = small()
     problem = problem_of(planted, letters, constraint=LIMIT)
     outcome = search(planted, letters, strategy="surrogate", evaluations=100, constraint=LIMIT, rungs=None)
     tried = {each.candidate for each in outcome.trials}
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES).values
-    assert len(problem.families) > 3
-    for family in problem.families:
-        by_speed = sorted(family, key=lambda candidate: -problem.ratio(candidate.plan))
+    assert len(problem.chains) > 3
+    for chain in problem.chains:
+        by_speed = sorted(chain, key=lambda candidate: -problem.ratio(candidate.plan))
         good = [paired_difference(dense, planted.scores(each, SAMPLES).values)[0] >= -0.1 for each in by_speed]
         if good == sorted(good, reverse=True) and any(good):
             assert by_speed[sum(good) - 1] in tried
 
 
-def test_families_take_their_share_of_the_evaluations_and_no_more() -> None:
+def test_chains_take_their_share_of_the_evaluations_and_no_more() -> None:
     planted = small()
     problem = replace(problem_of(planted, "RFBS", constraint=LIMIT), seeds=(), bisections=3)
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
     scores = planted.scores(dense, SAMPLES)
     strategy.start(trial_of(dense, scores, scores.values, 1.0, SAMPLES))
-    of_families = {plan for family in problem.families for plan in family}
+    of_chains = {plan for chain in problem.chains for plan in chain}
     first = [ask.candidate for ask in strategy.ask(8)]
-    assert len(first) == 3 and set(first) <= of_families
+    assert len(first) == 3 and set(first) <= of_chains
     assert strategy.expected_gain is None
     strategy.tell(
         [(each, trial_of(each, planted.scores(each, SAMPLES), scores.values, 0.5, SAMPLES)) for each in first]
@@ -69,7 +69,7 @@ def test_families_take_their_share_of_the_evaluations_and_no_more() -> None:
     assert strategy.expected_gain is not None
 
 
-def test_given_plans_come_before_families() -> None:
+def test_given_plans_come_before_chains() -> None:
     problem = with_given(problem_of(small(), constraint=LIMIT), ["RSRRRRRR"])
     strategy = STRATEGIES["surrogate"](problem)
     dense = trial_of(
@@ -81,22 +81,22 @@ def test_given_plans_come_before_families() -> None:
     assert len(asked) == len(set(asked)) > len(problem.seeds)
 
 
-def test_what_is_known_is_not_asked_again_and_halves_families() -> None:
+def test_what_is_known_is_not_asked_again_and_halves_chains() -> None:
     planted = small()
     problem = problem_of(planted, constraint=LIMIT)
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES)
-    (family, *_) = problem.families
-    by_speed = sorted(family, key=lambda candidate: -problem.ratio(candidate.plan))
+    (chain, *_) = problem.chains
+    by_speed = sorted(chain, key=lambda candidate: -problem.ratio(candidate.plan))
     known = tuple(
         trial_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
         for each in by_speed
     )
-    strategy = STRATEGIES["surrogate"](replace(problem, known=known, families=(family,), seeds=()))
+    strategy = STRATEGIES["surrogate"](replace(problem, known=known, chains=(chain,), seeds=()))
     strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
-    assert not {ask.candidate for ask in strategy.ask(8)} & set(family)
+    assert not {ask.candidate for ask in strategy.ask(8)} & set(chain)
 
 
-def test_seeds_that_are_known_leave_their_places_to_families() -> None:
+def test_seeds_that_are_known_leave_their_places_to_chains() -> None:
     planted = small()
     problem = problem_of(planted, constraint=LIMIT)
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES)
@@ -107,14 +107,14 @@ def test_seeds_that_are_known_leave_their_places_to_families() -> None:
     assert known
     strategy = STRATEGIES["surrogate"](replace(problem, known=known))
     strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
-    rungs = {each for family in problem.families for each in family}
+    rungs = {each for chain in problem.chains for each in chain}
     assert {ask.candidate for ask in strategy.ask(2)} <= rungs
 
 
 def test_a_failed_plan_counts_as_harmful() -> None:
     planted = small()
     problem = replace(
-        problem_of(planted, constraint=LIMIT), families=(plans("RRSRRRRR", "RRSRSRRR", "RRSRSRSR"),), seeds=()
+        problem_of(planted, constraint=LIMIT), chains=(plans("RRSRRRRR", "RRSRSRRR", "RRSRSRSR"),), seeds=()
     )
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
@@ -123,10 +123,10 @@ def test_a_failed_plan_counts_as_harmful() -> None:
     (middle,) = (ask.candidate for ask in strategy.ask(1))
     assert middle.plan.text == "RRSRRRRR"
     strategy.tell([(middle, None)])
-    assert not {ask.candidate for ask in strategy.ask(8)} & set(problem.families[0]), "what comes behind it is worse"
+    assert not {ask.candidate for ask in strategy.ask(8)} & set(problem.chains[0]), "what comes behind it is worse"
 
 
-def test_a_search_with_families_does_not_depend_on_the_order_of_arrival() -> None:
+def test_a_search_with_chains_does_not_depend_on_the_order_of_arrival() -> None:
     first, second = (
         search(replace(random_problem(12, "RFBS", 3), order=order), "RFBS", strategy="surrogate", evaluations=40)
         for order in (1, 2)
@@ -134,6 +134,6 @@ def test_a_search_with_families_does_not_depend_on_the_order_of_arrival() -> Non
     assert first == second
 
 
-def test_random_and_no_seeds_have_no_families() -> None:
+def test_random_and_no_seeds_have_no_chains() -> None:
     for seeds in ("random", "none"):
-        assert problem_of(small(), spec=SearchSpec(seeds=seeds)).families == ()
+        assert problem_of(small(), spec=SearchSpec(seeds=seeds)).chains == ()

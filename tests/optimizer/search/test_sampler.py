@@ -14,9 +14,9 @@ from optimizer.search.pareto import hypervolume
 from optimizer.search.strategies.samplers import surrogate_sampler
 from optimizer.search.strategies.study import distributions, genome_of
 from optimizer.search.surrogate.encoding import Encoding
+from optimizer.search.surrogate.loss_model import LossModel, Observations, Stairs
 from optimizer.search.surrogate.model import Design, Scales, Surrogate, Terms
 from optimizer.search.surrogate.moves import Moves
-from optimizer.search.surrogate.signal import LossModel, Observations, Stairs
 
 ENCODING = Encoding(("RS", "RFS", "RS", "RFS", "R", "RS"))
 
@@ -141,7 +141,7 @@ def test_moves_stay_in_the_space_and_keep_what_they_promise():
         assert swapped is None or (space.allows(swapped) and sorted(swapped) == sorted(start))
         crossed = moves.cross(start, "RCCRRRBR")
         assert crossed is None or space.allows(crossed)
-    assert moves.other_family(start) == "RCFRCRRR" and moves.other_family("RRFRRRRR") is None
+    assert moves.other_skip(start) == "RCFRCRRR" and moves.other_skip("RRFRRRRR") is None
 
 
 def sampler_of(planted, seed=0, **fields):

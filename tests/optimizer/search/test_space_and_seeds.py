@@ -16,9 +16,9 @@ from optimizer.job.spec import JobSpec
 from optimizer.search.constraints import Limits
 from optimizer.search.seeding import with_given, with_seeds
 from optimizer.search.seeds.additive import AdditiveProblem, budgets, savings, spread_order
+from optimizer.search.seeds.blocks import best_blocks, unexplained_shares
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.seeds.nested import nested_sets
-from optimizer.search.seeds.runs import best_structures, unexplained_shares
 from optimizer.search.seeds.theory import random_seeds
 from optimizer.search.space import Candidate, PlanSpace, plan_space, touched
 from workers.messages import WorkerInfo
@@ -145,7 +145,7 @@ def test_best_run_structures_are_those_of_trying_everything(seed):
         if space.allows(genome) and "C" in genome:
             size = genome.count("C")
             best[size] = min(best.get(size, np.inf), cost(genome))
-    found = {each.plan.text.count("S"): cost(space.genome(each)) for each in best_structures(space, shares)}
+    found = {each.plan.text.count("S"): cost(space.genome(each)) for each in best_blocks(space, shares)}
     assert found == pytest.approx(best)
 
 

@@ -9,7 +9,7 @@ from planted import Planted, search
 
 from optimizer.search.surrogate.encoding import Encoding
 from optimizer.search.surrogate.model import Design, Scales, Surrogate, Terms
-from optimizer.search.surrogate.trust import TrustRegion
+from optimizer.search.surrogate.trust_region import TrustRegion
 
 GENOMES = st.text("RFBSC", min_size=6, max_size=6)
 

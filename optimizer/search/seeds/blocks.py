@@ -1,8 +1,8 @@
-"""Run structures for compensated plans: which runs of layers to skip so that the least stays unexplained.
+"""Blocks of layers to skip in compensated plans so that the least of the state stays unexplained.
 
 ``unexplained[k, j]`` is the share of the state behind layer ``j`` that the best linear map of layer ``k``'s MLP output
 leaves unexplained: the predicted harm of skipping the layers ``k + 1 .. j`` with compensation (linear redundancy).
-Harms of separate runs are added up; under that the best structure of every size is found exactly, layer by layer.
+Harms of separate blocks are added up; under that the best plan of every size is found exactly, layer by layer.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.surrogate.encoding import COMPENSATED, RUN
+from optimizer.search.space import COMPENSATED, RUN, Candidate, PlanSpace
 from workers.redundancy.table import LayerTable
 
 Unexplained = Mapping[tuple[int, int], float]
 NAME = "linear_redundancy@"
 
 
-def best_structures(space: PlanSpace, unexplained: Unexplained) -> tuple[Candidate, ...]:
+def best_blocks(space: PlanSpace, unexplained: Unexplained) -> tuple[Candidate, ...]:
     """For 1, 2, 3, ... skipped layers the compensated plan of least summed unexplained share, where there is one."""
     layers = space.num_layers
     # best[skipped] at layer l: the least cost of the layers 0..l with l kept, and the genome that has it.
@@ -34,11 +33,11 @@ def best_structures(space: PlanSpace, unexplained: Unexplained) -> tuple[Candida
                 if COMPENSATED not in space.genome_letters[last]:
                     break
                 share = unexplained.get((layer, last), math.inf)
-                run = genome + COMPENSATED * (last - layer)
+                block = genome + COMPENSATED * (last - layer)
                 if last + 1 == layers:
-                    _improve(final, skipped + last - layer, cost + share, run, layers)
+                    _improve(final, skipped + last - layer, cost + share, block, layers)
                 else:
-                    _improve(kept[last + 1], skipped + last - layer, cost + share, run + RUN, last + 2)
+                    _improve(kept[last + 1], skipped + last - layer, cost + share, block + RUN, last + 2)
     found = [final[size][1] for size in sorted(final) if size > 0 and math.isfinite(final[size][0])]
     return tuple(space.candidate(genome) for genome in found if space.allows(genome))
 
@@ -51,7 +50,7 @@ def _improve(table: dict[int, tuple[float, str]], skipped: int, cost: float, gen
 def unexplained_shares(table: LayerTable) -> dict[tuple[int, int], float]:
     """The linear redundancy in a table of measurements, by (kept layer, last skipped layer); empty when not measured.
 
-    The rows are named ``linear_redundancy@n`` with n the length of the run, and stand at the kept layer before it.
+    The rows are named ``linear_redundancy@n`` with n the length of the block, and stand at the kept layer before it.
     """
     return {
         (row.layer, row.layer + int(row.name.removeprefix(NAME))): row.value

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.search.surrogate.encoding import COMPENSATED, SKIP
+from optimizer.search.space import COMPENSATED, SKIP
 from workers.runtime.plan import LETTERS
 
 FEW, MANY = 0.25, 0.5
