@@ -68,7 +68,7 @@ def contenders(points: Iterable[Point]) -> set[int]:
 
 
 def groups_of_job(session: Session, job_id: int) -> list[Group]:
-    """The groups that a job has published plans in, in a fixed order."""
+    """Return the groups that a job has published plans in, in a fixed order."""
     query = (
         select(PlanRow.model_id, PlanRow.task_id, PlanRow.device_id, PlanRow.workload)
         .where(PlanRow.job_id == job_id)

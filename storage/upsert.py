@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
 
 
 def insert(session: Session, table: type[DeclarativeBase]) -> postgresql.Insert | sqlite.Insert:
-    """An INSERT of the session's dialect."""
+    """Return an INSERT of the session's dialect."""
     dialect = session.get_bind().dialect.name
     return sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
 

@@ -34,7 +34,7 @@ def rows(section: type[BaseModel] = JobSpec, prefix: str = "") -> Iterator[str]:
 
 
 def table() -> str:
-    """The whole table in Markdown."""
+    """Return the whole table in Markdown."""
     return "\n".join((*HEADER, *rows())) + "\n"
 
 
@@ -49,7 +49,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(known: dict[str, Any], schema: dict[str, Any]) -> str:
-    """What a field takes, in a few words: choices, bounds, or the kind."""
+    """Return what a field takes, in a few words: choices, bounds, or the kind."""
     if "$ref" in known:
         known = schema["$defs"][known["$ref"].rsplit("/", 1)[-1]]
     if "anyOf" in known:
@@ -74,7 +74,7 @@ def _bounded(kind: str, known: dict[str, Any]) -> str:
 
 
 def replaced(text: str) -> str:
-    """The document with its table of fields written anew. Raises ValueError where it has none."""
+    """Return the document with its table of fields written anew. Raises ValueError where it has none."""
     lines = text.splitlines(keepends=True)
     starts = [number for number, line in enumerate(lines) if line.startswith("| field | default |")]
     if len(starts) != 1:

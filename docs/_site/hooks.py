@@ -27,7 +27,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _copy(path: Path, config: Any) -> File:
-    """A file of the project as it is; Markdown becomes text, since its own links lead elsewhere."""
+    """Copy a file of the project as it is; Markdown becomes text, since its own links lead elsewhere."""
     name = path.relative_to(PROJECT).as_posix()
     target = f"files/{name}.txt" if path.suffix in (".md", "") else f"files/{name}"
     return File.generated(config, target, content=path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ class Risk:
                 raise ValueError(f"criterion {self.criterion}: a risk of {letter} is negative or no number")
 
     def of(self, layer: int, letter: str) -> float:
-        """The risk of one action at one layer."""
+        """Return the risk of one action at one layer."""
         return 0.0 if letter == Action.RUN.letter else self._of(letter)[layer]
 
     def order(self, letter: str) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class Criterion(Protocol):
         ...
 
     def risk(self, table: LayerTable) -> Risk:
-        """The predicted risk; larger means more harm expected, infinite where a layer could not be measured.
+        """Return the predicted risk; larger means more harm expected, infinite where a layer could not be measured.
 
         Raises MeasurementError when a measurement it needs is not in the table.
         """

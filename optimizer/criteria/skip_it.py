@@ -95,7 +95,7 @@ class SkipIt(SkipItStatic):
 
 
 def _cautious(table: LayerTable, name: str, group: str) -> tuple[float, ...]:
-    """A measurement of removing layers; one that the model does not let go counts as the worst of the others."""
+    """Return a measurement of removing layers; one that the model does not let go counts as the worst of the others."""
     if not table.has(name, group):
         return table.values(name, group)  # says what is missing
     known = [value for value in table.values(name, group, default=-1.0) if value >= 0]

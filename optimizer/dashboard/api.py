@@ -21,7 +21,7 @@ router = APIRouter(prefix="/api", tags=["api"])
 
 
 def database(request: Request) -> Database:
-    """The database that the application serves."""
+    """Return the database that the application serves."""
     db: Database = request.app.state.database
     return db
 
@@ -95,7 +95,7 @@ AllVersions = Annotated[
 def list_plans(
     db: Db, query: Annotated[PlanQuery, Depends(plan_query)], all_versions: AllVersions = False
 ) -> list[PlanAnswer]:
-    """Published plans within limits; 404 where model, task or device is not known."""
+    """Return published plans within limits; 404 where model, task or device is not known."""
     present = PresentVersions(db)
     found = plans.list_plans(db, present.named(query) if all_versions else present.only(query))
     return [PlanAnswer.of(each, present.changes(each)) for each in found]
@@ -122,5 +122,5 @@ def list_tasks(db: Db) -> list[KnownTask]:
 
 @router.get("/devices")
 def list_devices(db: Db) -> list[str]:
-    """The devices that latency was measured on."""
+    """Return the devices that latency was measured on."""
     return overview.devices(db)

@@ -23,7 +23,7 @@ DESCRIPTION = (
 
 
 def create_app(db: Database, *, host: str = "127.0.0.1", token: str | None = None) -> FastAPI:
-    """The dashboard over ``db``; with a ``token`` nothing is shown without it."""
+    """Return the dashboard over ``db``; with a ``token`` nothing is shown without it."""
     app = FastAPI(title="skipplan", version=version("skipplan"), description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.database = db
     app.state.gate = Gate(token)

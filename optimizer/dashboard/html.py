@@ -40,7 +40,7 @@ class Reports:
         self._written: dict[tuple[object, ...], str] = {}
 
     def get(self, db: Database, job: Job) -> str:
-        """The job's report; that of an unfinished job is written anew."""
+        """Return the job's report; that of an unfinished job is written anew."""
         key = (job.id, job.state, job.attempt, job.finished_at, *jobs.count(db).items())
         if key not in self._written:
             report = collect(db, job.id)
@@ -69,7 +69,7 @@ def _environment() -> Environment:
 
 
 def page(request: Request, template: str, code: int = 200, **values: Any) -> HTMLResponse:
-    """A page from its template."""
+    """Return a page from its template."""
     html = _environment().get_template(template).render(path=request.url.path, **values)
     return HTMLResponse(html, code)
 
@@ -89,7 +89,7 @@ def show_job(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
 
 @router.get("/jobs/{job_id}/report")
 def show_report(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
-    """A job's report; `skipplan report` writes the same page as one file."""
+    """Return a job's report; `skipplan report` writes the same page as one file."""
     reports: Reports = request.app.state.reports
     return HTMLResponse(reports.get(db, jobs.get(db, job_id)))
 
@@ -122,7 +122,7 @@ class PlanForm(BaseModel):
 
 @router.get("/plans")
 def show_plans(request: Request, db: Db, chosen: Annotated[PlanForm, Query()]) -> HTMLResponse:
-    """Published plans, with a form to filter them."""
+    """Return published plans, with a form to filter them."""
     problem, code, found = "", 200, []
     try:
         found = api.list_plans(db, chosen.query(), chosen.all_versions)
@@ -149,7 +149,7 @@ def _share(points: str) -> float | None:
 
 
 def _number(field: str, given: str) -> float | None:
-    """A number from a form; empty is none. Raises HTTPException naming the field."""
+    """Return a number from a form; empty is none. Raises HTTPException naming the field."""
     if not given.strip():
         return None
     try:
@@ -169,7 +169,7 @@ def show_models(request: Request, db: Db) -> HTMLResponse:
 
 @router.get("/login")
 def ask_for_token(request: Request) -> Response:
-    """The page that asks for the token."""
+    """Return the page that asks for the token."""
     gate: Gate = request.app.state.gate
     return RedirectResponse("/", 303) if gate.admits(request) else page(request, "login.html", problem="")
 
@@ -213,5 +213,5 @@ def _static(name: str) -> str:
 
 
 def show_problem(request: Request, status: int, detail: str) -> Response:
-    """An error as a page, or as JSON for the API."""
+    """Return an error as a page, or as JSON for the API."""
     return page(request, "problem.html", status, status=status, detail=detail)

@@ -13,7 +13,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(document: PlanDocument, chosen: ExportFormat, guide: Guide) -> str:
-    """The card's text. ``document`` has its export part."""
+    """Return the card's text. ``document`` has its export part."""
     parts = [
         _front_matter(document, chosen),
         f"# {_inline(document.model.name)} under skip plan `{document.plan}`",

@@ -111,7 +111,7 @@ class PlanDocument(Part):
         return self
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Return the file's text."""
         return json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
 
     def plan_figures(self) -> PlanFigures:
@@ -143,7 +143,7 @@ def describe(plan: Plan, model: ModelRecord, task: TaskRecord) -> PlanDocument:
 
 
 def shared_name(model: str) -> str:
-    """A model's name as strangers may read it: a local path without the directories that lead to it."""
+    """Return a model's name as strangers may read it: a local path without the directories that lead to it."""
     path = PurePath(model)
     return path.name if path.is_absolute() or len(path.parts) > 2 or model.startswith((".", "~")) else model
 
@@ -164,7 +164,7 @@ def read(path: Path) -> PlanDocument:
 
 
 def json_schema() -> dict[str, Any]:
-    """The published JSON Schema of the file."""
+    """Return the published JSON Schema of the file."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | PlanDocument.model_json_schema()
 
 

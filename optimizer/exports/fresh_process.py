@@ -87,7 +87,7 @@ def _inputs(processor: Any, question: dict[str, str], chat: bool) -> Any:
 
 
 def generate_with_logits(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, Any]:
-    """The answer, and the logits of every step, ``[steps, vocabulary]`` in float32."""
+    """Generate the answer and the logits of every step, ``[steps, vocabulary]`` in float32."""
     import torch
 
     dtype = getattr(model, "dtype", torch.float32)

@@ -106,7 +106,7 @@ class ExportFault(UsageFault):
 
 
 def find_program(name: str, variable: str) -> str | None:
-    """The program that the environment variable names, else the one on the PATH, else None.
+    """Return the program that the environment variable names, else the one on the PATH, else None.
 
     Raises ExportFault when the variable names what is no program.
     """

@@ -27,7 +27,7 @@ def needs_maps(plan: PlanDocument) -> bool:
 
 
 def fetch(plan: PlanDocument, artifact: Artifact | None) -> bytes | None:
-    """The content of the maps' file; None where the plan has none, or nobody knows where they lie.
+    """Return the content of the maps' file; None where the plan has none, or nobody knows where they lie.
 
     Raises CompensationError when they are recorded but cannot be read.
     """
@@ -35,7 +35,7 @@ def fetch(plan: PlanDocument, artifact: Artifact | None) -> bytes | None:
 
 
 def read(plan: PlanDocument, content: bytes | None) -> Maps | None:
-    """The maps to put into weights. Raises ExportFault when the plan needs them and they are not there."""
+    """Return the maps to put into weights. Raises ExportFault when the plan needs them and they are not there."""
     if not needs_maps(plan):
         return None
     if content is None:
@@ -49,7 +49,7 @@ def read(plan: PlanDocument, content: bytes | None) -> Maps | None:
 
 
 def of_directory(plan: PlanDocument, directory: Path) -> bytes | None:
-    """The maps' file of an export. Raises ExportFault when it is not what the plan was verified with."""
+    """Return the maps' file of an export. Raises ExportFault when it is not what the plan was verified with."""
     file = inside(directory, FILE_NAME)
     if not needs_maps(plan) or plan.artifact_checksum is None or not file.is_file():
         return None

@@ -37,7 +37,7 @@ def check_target(output: Path, *, force: bool) -> None:
 
 @contextmanager
 def whole_directory(output: Path, *, force: bool) -> Iterator[Path]:
-    """A fresh directory that takes the place of ``output`` when the block ends well, and vanishes otherwise.
+    """Make a fresh directory that takes the place of ``output`` when the block ends well, and vanishes otherwise.
 
     It is written beside ``output`` and moved there by one rename (an exchange where ``output`` is replaced). What a
     killed process left beside ``output`` is removed by the next export to it.
@@ -76,7 +76,7 @@ def require_contained(directory: Path) -> None:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The path of ``name`` in ``directory``. Raises UsageFault when it would lie outside."""
+    """Return the path of ``name`` in ``directory``. Raises UsageFault when it would lie outside."""
     path = directory / name
     if not path.resolve().is_relative_to(directory.resolve()) or path.resolve() == directory.resolve():
         raise UsageFault(f"the file name {name!r} leads out of the export's directory")

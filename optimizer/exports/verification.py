@@ -110,7 +110,7 @@ def verify_export(
 
 
 def check_files(plan: PlanDocument, directory: Path) -> ExportFormat:
-    """The export's format, if all its files are as they were written. Raises ExportFault naming the file."""
+    """Return the export's format, if all its files are as they were written. Raises ExportFault naming the file."""
     if plan.export is None or not directory.is_dir():
         raise ExportFault(f"{directory} is a plan file, not the directory of an export")
     require_contained(directory)

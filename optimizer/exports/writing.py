@@ -53,7 +53,7 @@ def export_published(
 
 
 def model_source(db: Database, plan: Plan, model_path: str | None = None) -> ModelSource:
-    """The model as the plan's job loaded it, or the one at ``model_path``."""
+    """Return the model as the plan's job loaded it, or the one at ``model_path``."""
     # Of the specification the model alone: whatever else a job of another version says must not stand in the way.
     stored = {"path": plan.model} if plan.job_id is None else dict(jobs.get(db, plan.job_id).spec["model"])
     source = ModelSource(**stored | {"allow_pickle": tuple(stored.get("allow_pickle", ()))})
@@ -61,7 +61,7 @@ def model_source(db: Database, plan: Plan, model_path: str | None = None) -> Mod
 
 
 def moved(source: ModelSource, model_path: str) -> ModelSource:
-    """The same source at another place: a local path or a hub id."""
+    """Return the same source at another place: a local path or a hub id."""
     local = Path(model_path).expanduser()
     return replace(source, path=str(local.resolve()) if local.exists() else model_path, revision=None)
 
@@ -135,7 +135,7 @@ def _subject(
 
 
 def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -> tuple[Path, str]:
-    """The model's directory and fingerprint. Raises UsageFault when it is not the plan's model (unless forced)."""
+    """Return the model's directory and fingerprint. Raises UsageFault where it is another model, unless forced."""
     from workers.errors import ModelError
     from workers.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint_checkpoint
 
@@ -155,7 +155,7 @@ def check_model(plan: PlanDocument, source: ModelSource, *, force_model: bool) -
 
 
 def find_format(name: str) -> ExportFormat:
-    """The format of this name. Raises ExportFault naming those that are there."""
+    """Return the format of this name. Raises ExportFault naming those that are there."""
     try:
         found: ExportFormat = EXPORT_FORMATS[name]
     except UnknownNameError as error:

@@ -22,7 +22,7 @@ def write_comparison(db: Database, first: int, second: int) -> str:
 
 
 def comparison_page(db: Database, first: JobReport, second: JobReport) -> Page:
-    """The page; charts that need the same model and task are left out, with the reason, where they differ."""
+    """Return the page; charts that need the same model and task are left out, with the reason, where they differ."""
     headline = " and ".join(f"job {each.job.id}: {formatting.short_answer(each)}" for each in (first, second))
     return Page(
         title=f"job {first.job.id} and job {second.job.id}",

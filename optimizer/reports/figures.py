@@ -116,7 +116,7 @@ def _error(up: list[float], down: list[float], colour: str) -> dict[str, Any]:
 
 
 def _front_line(plans: Sequence[Plan]) -> Trace:
-    """The verified plans that no other verified plan of this job beats in both respects."""
+    """Return the verified plans that no other verified plan of this job beats in both respects."""
     members: list[Plan] = []
     for plan in sorted(plans, key=lambda each: (-each.speedup, -each.difference)):
         if not members or plan.difference > members[-1].difference:
@@ -197,7 +197,7 @@ def _row_order(row: tuple[str, str]) -> tuple[str, float, str, str]:
 
 
 def row_name(name: str, group: str) -> str:
-    """A measure and its token group as a person reads them: ``"cosine distance, vision"``."""
+    """Return a measure and its token group as a person reads them: ``"cosine distance, vision"``."""
     kind, _, parameter = name.replace("_", " ").partition("@")
     return ", ".join(part for part in (kind, parameter, group) if part)
 

@@ -93,7 +93,7 @@ def _limit(report: JobReport) -> str:
 
 
 def layers(plan: str) -> str:
-    """The layers that do other than run, counted and listed: ``"3 of 12 layers skipped (2, 5-6)"``."""
+    """Return the layers that do other than run, counted and listed: ``"3 of 12 layers skipped (2, 5-6)"``."""
     taken = {action: SkipPlan.parse(plan).layers(action) for action in Action if action is not Action.RUN}
     named = {action: layers for action, layers in taken.items() if layers}
     if not named:
@@ -116,7 +116,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def constraint(report: JobReport) -> list[str]:
-    """The job's limits, one a line."""
+    """Return the job's limits, one a line."""
     limits = report.spec.limits
     sentences: dict[str, Callable[[float], str]] = {
         "max_accuracy_drop": lambda value: f"loss of accuracy at most {limit(value)}",
@@ -137,12 +137,12 @@ def trial_line(each: TrialSummary) -> str:
 
 
 def points(value: float) -> str:
-    """A share as signed points: 0.004 is ``"+0.40 points"``."""
+    """Return a share as signed points: 0.004 is ``"+0.40 points"``."""
     return f"{signed(value)} points"
 
 
 def signed(value: float) -> str:
-    """A share in signed points, without the word; what rounds to nothing has no minus: ``"+0.00"``."""
+    """Return a share in signed points, without the word; what rounds to nothing has no minus: ``"+0.00"``."""
     return f"{round(100 * value, 2) + 0.0:+.2f}"
 
 
@@ -152,42 +152,42 @@ def interval(low: float, high: float) -> str:
 
 
 def span(value: float, low: float, high: float, digits: int = 2) -> str:
-    """A figure with its interval: ``"1.52 [1.48, 1.56]"``."""
+    """Return a figure with its interval: ``"1.52 [1.48, 1.56]"``."""
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def accuracy(plan: Plan) -> str:
-    """A plan's accuracy as a share, with its interval."""
+    """Return a plan's accuracy as a share, with its interval."""
     return span(plan.accuracy, plan.accuracy_low, plan.accuracy_high, 3)
 
 
 def difference(plan: Plan) -> str:
-    """A plan's difference to dense in points, with its interval."""
+    """Return a plan's difference to dense in points, with its interval."""
     return f"{signed(plan.difference)} {interval(plan.difference_low, plan.difference_high)}"
 
 
 def speedup(plan: Plan) -> str:
-    """A plan's measured speed-up, with its interval."""
+    """Return a plan's measured speed-up, with its interval."""
     return span(plan.speedup, plan.speedup_low, plan.speedup_high)
 
 
 def request(plan: Plan) -> str:
-    """The milliseconds of a request with a plan, and with the dense model."""
+    """Return the milliseconds of a request with a plan, and with the dense model."""
     return f"{milliseconds(plan.latency_seconds)} (dense {milliseconds(plan.dense_latency_seconds)})"
 
 
 def kv_cache(plan: Plan) -> str:
-    """The share of the dense KV cache that a plan leaves."""
+    """Return the share of the dense KV cache that a plan leaves."""
     return share(plan.kv_cache_bytes, plan.dense_kv_cache_bytes)
 
 
 def compensated(plan: Plan | TrialSummary) -> str:
-    """The compensation of a plan as an addition to a line; empty for plain skips."""
+    """Return the compensation of a plan as an addition to a line; empty for plain skips."""
     return "" if plan.compensation == NO_COMPENSATION else f"; {plan.compensation}"
 
 
 def limit(share: float) -> str:
-    """A share in points as a person would say it: ``"1 point"``, ``"2.5 points"``."""
+    """Return a share in points as a person would say it: ``"1 point"``, ``"2.5 points"``."""
     return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
 
 
@@ -197,7 +197,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as per cent, without decimals that say nothing."""
+    """Return a share as per cent, without decimals that say nothing."""
     return f"{100 * value:.4g} %"
 
 
@@ -207,12 +207,12 @@ def share(part: float, whole: float) -> str:
 
 
 def count(number: float) -> str:
-    """A number with thousands separated."""
+    """Return a number with thousands separated."""
     return f"{number:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """A span of time in its two largest units."""
+    """Return a span of time in its two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -230,7 +230,7 @@ def _sentence(text: str) -> str:
 
 
 def short_answer(report: JobReport) -> str:
-    """A job's answer in a few words."""
+    """Return a job's answer in a few words."""
     if report.best is not None:
         doubt = ", but see its warning" if report.result.warning else ""
         return f"{report.best.speedup:.2f} times as fast at {points(report.best.difference)}{doubt}"

@@ -37,7 +37,7 @@ class Page:
 
 
 def write_report(db: Database, job_id: int) -> str:
-    """A job's report as HTML. Raises NotFound."""
+    """Return a job's report as HTML. Raises NotFound."""
     report = collect(db, job_id)
     return render(job_page(report, search_curves(db, report)))
 
@@ -59,7 +59,7 @@ def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step
 
 
 def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) -> Page:
-    """The page of one job."""
+    """Return the page of one job."""
     started = f", {report.job.started_at:%Y-%m-%d}" if report.job.started_at else ""
     return Page(
         title=f"Job {report.job.id}: {report.model_name} on {report.task_name}",
@@ -79,7 +79,7 @@ def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
 
 
 def facts(best: Plan) -> tuple[tuple[str, str], ...]:
-    """The answer in four figures with their labels; intervals are not broken across lines."""
+    """Return the answer in four figures with their labels; intervals are not broken across lines."""
     speedup = f"[{best.speedup_low:.2f}, {best.speedup_high:.2f}]"
     difference = formatting.interval(best.difference_low, best.difference_high)
     found = (
@@ -92,7 +92,7 @@ def facts(best: Plan) -> tuple[tuple[str, str], ...]:
 
 
 def render(page: Page, *, scripts: str | None = None) -> str:
-    """The page as HTML: one file with everything in it, or with its scripts and style at the path ``scripts``."""
+    """Return the page as HTML: one file with everything in it, or with scripts and style at the path ``scripts``."""
     charts = [chart.to_json() for section in page.sections for chart in section.charts]
     source = files("optimizer.reports") / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -115,7 +115,7 @@ def marked(text: str) -> Markup:
 
 @cache
 def plotly_script() -> str:
-    """Plotly's own minified script, as its Python package ships it."""
+    """Return plotly's own minified script, as its Python package ships it."""
     return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 

@@ -192,12 +192,12 @@ def strips(part: SubFigure, rows: Sequence[sections.StripRow]) -> None:
 
 
 def colour(name: str) -> str:
-    """The light theme's value of a colour's name."""
+    """Return the light theme's value of a colour's name."""
     return palette()[name]
 
 
 def palette() -> dict[str, str]:
-    """The light theme's colours, read from the page's style, so that page and print cannot drift apart."""
+    """Return the light theme's colours, read from the page's style, so that page and print cannot drift apart."""
     style = (files("optimizer.reports") / "page" / "report.css").read_text(encoding="utf-8")
     light = style[: style.index("@media")]
     return {name: value.strip() for name, value in re.findall(r"(--[\w-]+):\s*([^;]+);", light)}

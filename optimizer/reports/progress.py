@@ -22,12 +22,12 @@ class Step:
 
 
 def reference(report: JobReport) -> Point:
-    """The corner of the region: the dense model's time (ratio 1) and the largest loss that the job allows."""
+    """Return the corner of the region: the dense model's time (ratio 1) and the largest loss that the job allows."""
     return 1.0, report.spec.max_accuracy_drop or LOSS_WITHOUT_LIMIT
 
 
 def steps(trials: Sequence[TrialSummary], corner: Point) -> tuple[Step, ...]:
-    """The plans that raised the hypervolume, in the order of the search, and its state at the end.
+    """Return the plans that raised the hypervolume, in the order of the search, and its state at the end.
 
     The hypervolume is that of predicted latency ratio and accuracy loss on the whole search split, within the region
     below ``corner``, as a share of the region; a gain over dense counts as no loss.

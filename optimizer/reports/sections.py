@@ -93,7 +93,7 @@ class Section:
 
 
 def _known(value: float | None, write: Callable[[float], str]) -> str:
-    """A figure, or nothing where it is not known."""
+    """Return a figure, or nothing where it is not known."""
     return "" if value is None else write(value)
 
 
@@ -172,7 +172,7 @@ def _plans_table(report: JobReport) -> Table:
 
 
 def _trials_table(tried: Sequence[TrialSummary]) -> Table:
-    """The plans tried, the best of them first: within the limits, then by predicted speed-up."""
+    """Return the plans tried, the best of them first: within the limits, then by predicted speed-up."""
     ordered = sorted(tried, key=lambda each: (not each.within, not each.complete, -(each.predicted_speedup or 0.0)))
     shown = f"the first {TRIALS_SHOWN} of {len(tried):,}" if len(tried) > TRIALS_SHOWN else f"{len(tried)}"
     return Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], _TRIAL_COLUMNS)

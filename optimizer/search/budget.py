@@ -45,7 +45,7 @@ class Budget:
         return None
 
     def left(self) -> int:
-        """Number of evaluations left."""
+        """Count the evaluations left."""
         return self.spec.evaluations - self.evaluations
 
     def quiet(self, expected_gain: float | None) -> str | None:

@@ -21,7 +21,7 @@ class Limits:
     kv_cache_bytes: Callable[[SkipPlan], float] | None = None
 
     def known(self, plan: SkipPlan, ratio: float) -> dict[str, float]:
-        """The constraints that need no evaluation, by name."""
+        """Return the constraints that need no evaluation, by name."""
         values: dict[str, float] = {}
         if self.spec.min_speedup is not None:
             values["min_speedup"] = ratio * self.spec.min_speedup - 1.0
@@ -57,7 +57,7 @@ class Limits:
         return f"no plan can meet {name} {asked:g}: the smallest possible is {best:.0f}"
 
     def least_difference(self, dense_accuracy: float) -> float:
-        """The least difference to dense that both accuracy constraints allow; -1 where there is none."""
+        """Return the least difference to dense that both accuracy constraints allow; -1 where there is none."""
         limits = [-1.0]
         if self.spec.max_accuracy_drop is not None:
             limits.append(-self.spec.max_accuracy_drop)

@@ -47,7 +47,7 @@ def latency_ratio(profile: LayerTimes, plan: SkipPlan) -> float:
 
 
 def ratio_of_text(profile: LayerTimes, plan: str) -> float:
-    """The same for a plan's text, which needs not be parsed where there are thousands.
+    """Return the same for a plan's text, which needs not be parsed where there are thousands.
 
     A layer whose action was measured slower than running it (noise, or a real overhead) counts as it was measured.
     """

@@ -83,7 +83,7 @@ class Search:
         return "the strategy asked for nothing new"
 
     def _answer(self, ask: Ask) -> Trial | None:
-        """The trial on the rung that was named, else on the largest one reached; None for a failure."""
+        """Return the trial on the rung that was named, else on the largest one reached; None for a failure."""
         if ask.n_samples is not None:
             return self._on_rung.get((ask.candidate, ask.n_samples))
         return None if ask.candidate in self._failed else self._trials[ask.candidate]

@@ -13,7 +13,7 @@ def dominates(first: Point, second: Point) -> bool:
 
 
 def front_indices(points: Sequence[Point]) -> list[int]:
-    """Indices of the points that no other point dominates, ordered by the first cost.
+    """Return indices of the points that no other point dominates, ordered by the first cost.
 
     Of several equal points the first is kept, so that the front names each trade-off once.
     """

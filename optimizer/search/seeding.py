@@ -20,7 +20,7 @@ from workers.runtime import SkipPlan
 def with_seeds(
     problem: Problem, spec: SearchSpec, known: Sequence[Trial] = (), elsewhere: Sequence[Candidate] = ()
 ) -> Problem:
-    """The problem with its seeds; ``known`` are earlier jobs' evaluations, ``elsewhere`` good plans of other tasks.
+    """Return the problem with its seeds; ``known`` are earlier evaluations, ``elsewhere`` good plans of other tasks.
 
     The project's own sampler judges most seeds before it evaluates them; Optuna's samplers get them as first trials,
     for at most half of the evaluations.
@@ -47,7 +47,7 @@ def with_seeds(
 
 
 def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
-    """The problem with these plans, under every compensation that it allows, before all other seeds.
+    """Return the problem with these plans, under every compensation that it allows, before all other seeds.
 
     Raises UsageFault for a plan that is not in the problem's space.
     """
@@ -66,7 +66,7 @@ def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
 
 
 def _seeds(problem: Problem, spec: SearchSpec, known: Sequence[Trial]) -> Seeds:
-    """The surrogate's seeds: a quarter of a batch at random, or less where much is known, and chains to bisect."""
+    """Return the surrogate's seeds: some random plans, fewer where much is known, and chains to bisect."""
     if spec.seeds == "random":
         return random_seeds(problem.feasible, problem.batch, problem.seed)
     theory = theory_seeds(

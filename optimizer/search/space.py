@@ -80,12 +80,12 @@ class PlanSpace:
         )
 
     def genome(self, candidate: Candidate) -> str:
-        """The genome of a candidate."""
+        """Return the genome of a candidate."""
         text = candidate.plan.text
         return text if candidate.compensation == NO_COMPENSATION else text.replace(SKIP, COMPENSATED)
 
     def candidate(self, genome: str) -> Candidate:
-        """The candidate of a genome."""
+        """Return the candidate of a genome."""
         if COMPENSATED in genome and self.recipe is not None:
             return Candidate(SkipPlan.parse(genome.replace(COMPENSATED, SKIP)), self.recipe)
         return Candidate(SkipPlan.parse(genome))
@@ -127,12 +127,12 @@ class PlanSpace:
 
 
 def touched(plan: SkipPlan) -> int:
-    """Number of layers that do other than run."""
+    """Count the layers that do other than run."""
     return sum(action is not Action.RUN for action in plan)
 
 
 def plan_space(spec: JobSpec, worker: WorkerInfo) -> PlanSpace:
-    """The space of a job on a model. Raises UsageFault when a protected layer does not exist or nothing is left."""
+    """Return a job's space on a model. Raises UsageFault when a protected layer does not exist or nothing is left."""
     for layer in spec.protect:
         if layer >= worker.num_layers:
             raise UsageFault(f"protect: layer {layer} does not exist, the model has layers 0..{worker.num_layers - 1}")

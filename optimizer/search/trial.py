@@ -83,7 +83,7 @@ class SearchOutcome:
     """As the budget counts them: samples times the layers that run, each candidate as if evaluated alone."""
 
     def front(self) -> tuple[Trial, ...]:
-        """The front of the trials."""
+        """Return the front of the trials."""
         return front_of(self.trials)
 
 

@@ -42,7 +42,7 @@ class Measured:
     failed: dict[str, str]
 
     def harm(self, plan: str, confidence: float, seed: int) -> PlanHarm | None:
-        """A plan's figures; None where it could not be evaluated."""
+        """Return a plan's figures; None where it could not be evaluated."""
         scores = self.scores.get(plan)
         if scores is None:
             return None

@@ -163,7 +163,7 @@ class _Predicted:
         return self.risks[self.criteria[0].name]
 
     def choice(self, criterion: Criterion, letter: str, layers: Sequence[int], size: int) -> tuple[int, ...]:
-        """The layers a published method takes; one that removes a single block takes its best one."""
+        """Return the layers a published method takes; one that removes a single block takes its best one."""
         block = getattr(criterion, "best_block", None)
         if block is not None:
             return tuple(block(self.table, size))
@@ -188,18 +188,18 @@ def _predict(context: JobContext, own: Criterion, others: Sequence[Criterion]) -
 
 
 def plan_of(num_layers: int, layers: Sequence[int], letter: str) -> str:
-    """The plan that takes an action at some layers and runs the others."""
+    """Return the plan that takes an action at some layers and runs the others."""
     return "".join(letter if layer in layers else Action.RUN.letter for layer in range(num_layers))
 
 
 def scrambled(risk: Risk, seed: int) -> Risk:
-    """The same risks at other layers: a criterion whose numbers belong to no layer."""
+    """Move the risks to other layers: a criterion whose numbers belong to no layer."""
     generator = np.random.default_rng(seed)
     return Risk(CONTROL, {letter: tuple(generator.permutation(values)) for letter, values in risk.risk.items()})
 
 
 def safest(risk: Risk, letter: str, layers: Sequence[int], size: int) -> tuple[int, ...]:
-    """The ``size`` least risky of the layers that may take an action, in the stack's order."""
+    """Return the ``size`` least risky of the layers that may take an action, in the stack's order."""
     ordered = [layer for layer in risk.order(letter) if layer in layers]
     return tuple(sorted(ordered[:size]))
 

@@ -39,7 +39,7 @@ def wilson_interval(share: float, n: float, confidence: float) -> Interval:
 
 
 def effective_sample_size(scores: Sequence[float], groups: Sequence[str]) -> float:
-    """Number of independent samples that carry as much information as these grouped ones; in [1, len(scores)].
+    """Return how many independent samples are worth as much as these grouped ones; in [1, len(scores)].
 
     The variance of the mean is taken from the groups' totals (Kish's design effect), so that ten questions of one
     image which are all right or all wrong together count as one.

@@ -115,7 +115,7 @@ def requeue_expired(session: Session) -> list[int]:
 
 
 def _held(job: Job) -> tuple[ColumnElement[bool], ...]:
-    """The conditions under which the holder of ``job`` may write."""
+    """Return the conditions under which the holder of ``job`` may write."""
     return (
         JobRow.id == job.id,
         JobRow.state == "running",

@@ -138,7 +138,7 @@ def task_values(row: TaskRow) -> dict[str, Any]:
 
 @reads
 def find_model(session: Session, model: str, revision: str | None = None) -> int:
-    """The model of that name or fingerprint (or an unambiguous beginning of one).
+    """Return the model of that name or fingerprint (or an unambiguous beginning of one).
 
     A name may have stood for several models over time; the one last loaded under it is meant. Raises ``NotFound``.
     """
@@ -164,7 +164,7 @@ def find_model(session: Session, model: str, revision: str | None = None) -> int
 
 @reads
 def find_tasks(session: Session, task: str) -> list[int]:
-    """The tasks of that name: one for each version of its data and its splits. Raises ``NotFound``."""
+    """Return the tasks of that name: one for each version of its data and its splits. Raises ``NotFound``."""
     ids = session.scalars(select(TaskRow.id).where(TaskRow.name == task).order_by(TaskRow.id)).all()
     if not ids:
         known = session.scalars(select(TaskRow.name).distinct().limit(10_000)).all()
@@ -208,7 +208,7 @@ def task_versions(session: Session) -> list[TaskVersion]:
 
 @reads
 def find_devices(session: Session, device: str) -> list[int]:
-    """The device of that name, or else all devices with that text in their name. Raises ``NotFound``."""
+    """Return the device of that name, or else all devices with that text in their name. Raises ``NotFound``."""
     ids = session.scalars(select(DeviceRow.id).where(DeviceRow.name == device)).all()
     if not ids:
         containing = func.lower(DeviceRow.name).contains(device.lower(), autoescape=True)

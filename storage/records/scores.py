@@ -32,7 +32,7 @@ def pack(scores: Sequence[float]) -> bytes:
 
 
 def unpack(data: bytes, n: int) -> tuple[float, ...]:
-    """The scores of ``n`` samples. Raises ``InvalidValue`` for bytes that ``pack`` did not write."""
+    """Return the scores of ``n`` samples. Raises ``InvalidValue`` for bytes that ``pack`` did not write."""
     kind, body = data[:1], data[1:]
     if kind == _BITS and len(body) == (n + 7) // 8:
         return tuple(chain.from_iterable(map(_SCORES_OF_BYTE.__getitem__, body)))[:n]
@@ -53,7 +53,7 @@ def pack_divergences(values: Sequence[float]) -> bytes:
 
 
 def unpack_divergences(data: bytes, n: int) -> tuple[float, ...]:
-    """The divergences of ``n`` samples. Raises ``InvalidValue`` for bytes of another length."""
+    """Return the divergences of ``n`` samples. Raises ``InvalidValue`` for bytes of another length."""
     if len(data) != 4 * n:
         raise InvalidValue(f"{len(data)} bytes do not hold the divergences of {n} samples")
     return tuple(struct.unpack(f"<{n}f", data))

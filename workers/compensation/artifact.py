@@ -41,7 +41,7 @@ class Provenance:
 
 
 def encode(fitted: Fitted, provenance: Provenance) -> bytes:
-    """The maps of a fit as a safetensors file."""
+    """Return the maps of a fit as a safetensors file."""
     tensors = {f"layers.{layer}.matrix": own.matrix.contiguous() for layer, own in fitted.maps.items()}
     record = {
         "format": FORMAT,

@@ -89,7 +89,7 @@ class Calibration:
         return self.batches[0].kept.device
 
     def require(self, layer: int) -> float:
-        """The share of a layer. Raises :class:`CompensationError` with the reason when it cannot hold a map."""
+        """Return the share of a layer. Raises :class:`CompensationError` with the reason when it cannot hold a map."""
         if layer in self.refusals:
             raise CompensationError(self.refusals[layer])
         return self.shares[layer]
@@ -205,7 +205,7 @@ def _prepare(loaded: LoadedModel, task: Task, tokens: int, failed: dict[str, str
 
 
 def by_image(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """The first sample of every image, then the second ones, and so on, else in the given order.
+    """Return the first sample of every image, then the second ones, and so on, else in the given order.
 
     Where attention is causal, image tokens before the question are the same for every question on the image: asking
     another image first gives more different tokens for the same work.
@@ -242,7 +242,7 @@ def _with_answers(
 
 
 def _fed_tokens(answer: Tensor, end: int | Sequence[int] | None) -> Tensor:
-    """The generated tokens that decoding feeds back: all before the end token, or before the last one."""
+    """Return the generated tokens that decoding feeds back: all before the end token, or before the last one."""
     ends = torch.isin(answer, torch.tensor([end] if isinstance(end, int) else list(end or ())))
     length = int(ends.nonzero()[0]) if bool(ends.any()) else len(answer) - 1
     return answer[:length]

@@ -49,7 +49,7 @@ class Compensator:
         self._read: OrderedDict[str, Maps] = OrderedDict()
 
     def maps(self, plan: SkipPlan, compensation: str, artifact: Artifact | None = None) -> Maps | None:
-        """The maps of a plan: None where skips stay plain, those of ``artifact`` where it is given, else fitted ones.
+        """Return a plan's maps: None where skips stay plain, those of ``artifact`` where given, else fitted ones.
 
         Raises :class:`CompensationError` when they cannot be fitted or read.
         """
@@ -64,7 +64,7 @@ class Compensator:
         return self._read[artifact.checksum]
 
     def fitted(self, plan: SkipPlan, recipe: Recipe) -> Fitted:
-        """The fit of a plan, from memory where it is known."""
+        """Return the fit of a plan, from memory where it is known."""
         key = (plan.text, recipe.text)
         if key not in self._fitted:
             self._fitted[key] = self._fit(plan, recipe)
@@ -98,14 +98,14 @@ class Compensator:
         )
 
     def linear_redundancy(self, request: MeasureLinearRedundancy) -> LinearRedundancy:
-        """The linear redundancy of the dense model's layers."""
+        """Return the linear redundancy of the dense model's layers."""
         width = int(self.loaded.model.config.get_text_config(decoder=True).hidden_size)
         calibration = calibrate(self.loaded, self.task, tokens=tokens_for(width))
         shares = linear_redundancy(self.loaded, calibration, ridge=request.ridge)
         return LinearRedundancy(shares, calibration.kept, calibration.refusals, calibration.failed_samples)
 
     def calibration(self, recipe: Recipe) -> Calibration:
-        """The calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""
+        """Return the calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""
         key = (recipe.tokens, recipe.seed)
         if self._calibration is None or self._calibration[0] != key:
             self._calibration = self._shared = None  # before the next one is made: both would not fit beside each other

@@ -189,7 +189,7 @@ class _Passes:
 
 
 def changed_state(state: Tensor, acted_on: Tensor, change: Tensor) -> Tensor:
-    """The state ``[batch, tokens, hidden]`` with a map's float32 matrix in place, rounded once to the state's dtype."""
+    """Return ``[batch, tokens, hidden]`` with a map's float32 matrix in place, rounded once to the state's dtype."""
     return (state.float() + (acted_on.float() @ change).view(state.shape)).to(state.dtype)
 
 

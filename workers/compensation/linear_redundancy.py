@@ -33,7 +33,7 @@ def tokens_for(hidden: int) -> int:
 
 
 def linear_redundancy(loaded: LoadedModel, calibration: Calibration, *, ridge: float) -> tuple[GapShare, ...]:
-    """The unexplained shares of all pairs (kept layer, last skipped layer); layers that hold no map have none.
+    """Return the unexplained shares of all pairs (kept layer, last skipped layer); layers that hold no map have none.
 
     Products within a batch are in float32: the shares are predictions, which need no more than a few digits.
     """

@@ -90,7 +90,7 @@ class SharedFits:
         self._splits = tuple(TokenSplit.from_vision_mask(batch.vision) for batch in calibration.batches)
 
     def fit(self, plan: SkipPlan) -> Fitted:
-        """The maps of a plan. Raises :class:`CompensationError` when a layer before a gap cannot hold one."""
+        """Return the maps of a plan. Raises :class:`CompensationError` when a layer before a gap cannot hold one."""
         started = time.perf_counter()
         found = [self._map(plan.text[: gap.end + 1]) for gap in gaps(plan, drift=self.recipe.drift)]
         return Fitted(
@@ -103,11 +103,11 @@ class SharedFits:
         )
 
     def change(self, prefix: str) -> Tensor:
-        """The change of the map of the gap that ends the plan's beginning ``prefix``, ``[hidden or width, hidden]``."""
+        """Return the change of the map of the gap that ends the beginning ``prefix``, ``[hidden or width, hidden]``."""
         return self._map(prefix).change
 
     def share(self, layer: int) -> float:
-        """The factor with which a layer's MLP output enters the stream."""
+        """Return the factor with which a layer's MLP output enters the stream."""
         return self._calibration.require(layer)
 
     def _map(self, prefix: str) -> _FittedMap:
@@ -131,7 +131,7 @@ class SharedFits:
     # States -----------------------------------------------------------------------------------------------------------
 
     def _entering(self, prefix: str) -> tuple[Tensor, ...]:
-        """The states that the layer behind ``prefix`` is given."""
+        """Return the states that the layer behind ``prefix`` is given."""
         executed = prefix.rstrip(REMOVING_LETTERS)
         if not executed:  # layers skipped at the very bottom stay plain skips
             return tuple(recording.hidden for recording in self._recordings)

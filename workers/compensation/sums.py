@@ -44,7 +44,7 @@ class GapSums:
         *,
         products: torch.dtype = torch.float64,
     ) -> GapSums:
-        """The sums over one batch's tokens: M, R and H ``[tokens, hidden]`` of any dtype, weights ``[tokens]``.
+        """Return the sums over one batch's tokens: M, R and H ``[tokens, hidden]`` of any dtype, weights ``[tokens]``.
 
         ``products`` in float32 halve the time of a batch's matrix products; batches are added in float64 all the same.
         """

@@ -59,11 +59,11 @@ class TrieMaps:
         return self._fits.recipe.drift
 
     def watch(self, layer: nn.Module) -> Watch:
-        """The MLP's output, or what its last projection is given."""
+        """Return the MLP's output, or what its last projection is given."""
         return self._watches[id(layer)]
 
     def transform(self, step: ApplyMap, output: LayerOutput) -> Tensor:
-        """The state ``[rows, tokens, hidden]`` with the map in place."""
+        """Return the state ``[rows, tokens, hidden]`` with the map in place."""
         assert output.watched is not None
         change = self._fits.change(step.prefix)
         acted_on = output.watched.flatten(0, 1) * self._fits.share(step.after)

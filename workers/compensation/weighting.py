@@ -15,7 +15,7 @@ Weigh = Callable[[CalibrationBatch, Tensor], Tensor]
 
 
 def weigher(weighting: Weighting, calibration: Calibration) -> Weigh:
-    """The weights of a recipe over the kept tokens of ``calibration``."""
+    """Return the weights of a recipe over the kept tokens of ``calibration``."""
     if weighting == "uniform":
         return lambda batch, target: torch.ones(len(target), dtype=torch.float64, device=target.device)
     vision, text, answer = _equal_parts(calibration)

@@ -67,7 +67,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _children() -> list[int]:
-    """Processes whose parent this one is, orphans of the command included."""
+    """Return processes whose parent this one is, orphans of the command included."""
     try:
         return list(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
     except OSError:

@@ -50,7 +50,7 @@ class Answers:
     """Where the task is to choose: by sample its options', and ``texts`` holds the option that its metric takes."""
 
     def joined(self, other: Answers) -> Answers:
-        """These answers and ``other``'s, which take precedence."""
+        """Join these answers and ``other``'s, which take precedence."""
         return Answers(
             self.texts | other.texts,
             self.failed | other.failed,
@@ -239,7 +239,7 @@ def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
 
 
 def scores_of(spec: TaskSpec, sample: Sample, answers: Answers) -> tuple[float, ...]:
-    """The metric and the secondary metrics of an answer; 0 where there is none."""
+    """Return the metric and the secondary metrics of an answer; 0 where there is none."""
     if spec.is_choice and sample.id in answers.likelihoods:
         likelihoods = answers.likelihoods[sample.id]
         return tuple(Choice.of(name, sample.choices, likelihoods).score(sample) for name in spec.metrics)
@@ -266,7 +266,7 @@ def summarise(spec: TaskSpec, scores: Mapping[str, Sequence[float]], marked: fro
 
 
 def _chosen(spec: TaskSpec, samples: Sequence[Sample], answers: Answers, *, alone: bool) -> Answers:
-    """The samples' answers from those about single options; ``alone``: what they say counts, tied or not."""
+    """Return the samples' answers from those about single options; with ``alone`` tied options count too."""
     likelihoods, failed = join(samples, {key: each for key, (each,) in answers.likelihoods.items()}, answers.failed)
     texts, tied = {}, set()
     for sample in samples:

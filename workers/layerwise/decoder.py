@@ -90,7 +90,7 @@ class Keys:
     values: Tensor
 
     def by_themselves(self) -> Keys:
-        """The same, without what else a fused projection may have put into their memory."""
+        """Return the same, without what else a fused projection may have put into their memory."""
         return Keys(_by_itself(self.keys), _by_itself(self.values))
 
     @property
@@ -250,7 +250,7 @@ class Decoder:
         return Keys(captured.keys, captured.values)
 
     def arguments_of(self, layer: int, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A layer's arguments, made for all tokens, for some of them, which see what they saw."""
+        """Return a layer's arguments, made for all tokens, for some of them, which see what they saw."""
         return self._gathering[layer][Action.FREEZE].arguments_of(rows, arguments)
 
     def run_new(
@@ -296,7 +296,7 @@ class Decoder:
         return LayerOutput(output, rows)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The model's own logits ``[rows, vocabulary]`` in float32 for last-layer states ``[rows, hidden]``."""
+        """Return the model's own logits ``[rows, vocabulary]`` in float32 for last-layer states ``[rows, hidden]``."""
         states = rows[:, None]
 
         def give(*args: Any, **kwargs: Any) -> Any:

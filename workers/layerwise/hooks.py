@@ -23,11 +23,11 @@ class Hooks(ExitStack):
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state ``[batch, tokens, hidden]`` in a decoder layer's output, which may be a tuple."""
+    """Return the hidden state ``[batch, tokens, hidden]`` in a decoder layer's output, which may be a tuple."""
     state: Tensor = output[0] if isinstance(output, tuple) else output
     return state
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """A decoder layer's output with another hidden state in it."""
+    """Return a decoder layer's output with another hidden state in it."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -72,13 +72,13 @@ class Node:
         return len(self.children) + bool(self.plans) > 1
 
     def walk(self) -> Iterator[Node]:
-        """This node and all below it, depth first."""
+        """Yield this node and all below it, depth first."""
         yield self
         for child in self.children.values():
             yield from child.walk()
 
     def ancestry(self) -> list[Node]:
-        """The nodes from the root to this one."""
+        """Return the nodes from the root to this one."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None:
@@ -88,7 +88,7 @@ class Node:
 
 
 def build_trie(plans: Iterable[SkipPlan], *, maps: bool = False, drift: bool = False) -> Node:
-    """The root of the trie of ``plans``; equal plans are one. For ``maps`` and ``drift`` see :func:`steps_of`."""
+    """Return the root of the trie of ``plans``; equal plans are one. On ``maps`` and ``drift``: :func:`steps_of`."""
     root = Node(())
     for plan in sorted(set(plans)):
         node = root

@@ -57,7 +57,7 @@ class VisionAttention:
             self._sums[:, row, layer] += sample_sums(array((mass * queries).sum(1)), array(counts))
 
     def sums(self) -> KindSums:
-        """The sums, and which layers gave no weights."""
+        """Return the sums, and which layers gave no weights."""
         missing = [layer for layer in range(self._layers) if layer not in self._seen]
         return KindSums({"attention": self._sums}, refused={str(layer): "it has no attention map" for layer in missing})
 
@@ -68,7 +68,7 @@ def _attention_modules(layer: nn.Module) -> list[nn.Module]:
 
 
 def _weights_of(output: Any, batch: Batch) -> Tensor | None:
-    """The attention weights ``[batch, heads, queries, keys]`` in a module's output, if of the prompt's size."""
+    """Return the attention weights ``[batch, heads, queries, keys]`` in a module's output, if of the prompt's size."""
     shape = (batch.size, batch.tokens, batch.tokens)
     for item in output if isinstance(output, tuple) else ():
         if isinstance(item, Tensor) and item.dim() == 4 and (item.shape[0], *item.shape[2:]) == shape:

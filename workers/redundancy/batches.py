@@ -48,7 +48,7 @@ def batches(
     size: int,
     failed: dict[str, str],
 ) -> Iterator[Batch]:
-    """Prepared batches of at most ``size`` samples, smaller where prompts are long; what fails goes to ``failed``."""
+    """Yield batches of at most ``size`` samples, smaller where prompts are long; what fails goes to ``failed``."""
     position = 0
     while position < len(samples):
         prepared = prepare_batch(loaded, task, samples[position : position + size])

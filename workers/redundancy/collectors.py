@@ -28,20 +28,20 @@ class StatesCollector(Protocol):
         ...
 
     def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """A layer's input and output, float32 ``[batch, tokens, hidden]``."""
+        """Take a layer's input and output, float32 ``[batch, tokens, hidden]``."""
         ...
 
     def end(self, logits: Tensor) -> None:
-        """The batch is through; ``logits`` ``[batch, vocabulary]`` are those of the answer's first token."""
+        """End a batch; ``logits`` ``[batch, vocabulary]`` are those of the answer's first token."""
         ...
 
     def sums(self) -> KindSums:
-        """The sums so far."""
+        """Return the sums so far."""
         ...
 
 
 def array(tensor: Tensor) -> Floats:
-    """A tensor as float64 on the CPU."""
+    """Return a tensor as float64 on the CPU."""
     values: Floats = tensor.double().cpu().numpy()
     return values
 

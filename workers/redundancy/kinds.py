@@ -79,7 +79,7 @@ def _distance_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
 
 
 def histogram_quantile(counts: NDArray[np.generic], share: float) -> float:
-    """The quantile of a distance from its histogram over ``HISTOGRAM_EDGES``, linear within the bin."""
+    """Return the quantile of a distance from its histogram over ``HISTOGRAM_EDGES``, linear within the bin."""
     below = np.concatenate([[0.0], np.cumsum(counts.astype(float))])
     target = share * below[-1]
     place = min(int(np.searchsorted(below, target, side="left")), len(HISTOGRAM_EDGES) - 1)

@@ -161,5 +161,5 @@ class _Stub:
 
 
 def _copied(output: Any) -> Any:
-    """A shallow copy of a container, since callers may put things into it; tensors stay the same ones."""
+    """Return a shallow copy of a container, since callers may put things into it; tensors stay the same ones."""
     return output if isinstance(output, Tensor) else copy.copy(output)

@@ -26,7 +26,7 @@ def ratio_sums(*shape: int) -> Floats:
 
 
 def sample_sums(totals: Floats, counts: Floats) -> Floats:
-    """The six sums of samples' totals ``[..., samples]`` and counts (broadcast to them): ``[6, ...]``.
+    """Return the six sums of samples' totals ``[..., samples]`` and counts (broadcast to them): ``[6, ...]``.
 
     A sample of count 0 has total 0 and is not one of the samples.
     """

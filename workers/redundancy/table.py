@@ -47,7 +47,7 @@ class LayerTable:
         return self._index.get((name, group), {}).get(layer)
 
     def values(self, name: str, group: str, *, default: float | None = None) -> tuple[float, ...]:
-        """A measurement of all layers; ``default`` stands for a layer that has none.
+        """Return a measurement of all layers; ``default`` stands for a layer that has none.
 
         Raises MeasurementError when nothing of that name was measured, or a layer lacks it and there is no default.
         """
@@ -63,7 +63,7 @@ class LayerTable:
         return tuple(value for value in values if value is not None)
 
     def joined(self, rows: Iterable[LayerMeasurement]) -> LayerTable:
-        """This table with further rows; a row measured anew takes the old one's place."""
+        """Return this table with further rows; a row measured anew takes the old one's place."""
         merged = {(row.name, row.token_group, row.layer): row for row in self.rows}
         merged.update({(row.name, row.token_group, row.layer): row for row in rows})
         return LayerTable(self.num_layers, tuple(merged.values()))

@@ -84,7 +84,7 @@ APPLIED = "_skipplan_applied"
 
 
 def family_of(stack: DecoderStack) -> Family:
-    """The family's entry, or the default one."""
+    """Return the family's entry, or the default one."""
     return FAMILIES.get(str(stack.text_config.model_type), DEFAULT)
 
 

@@ -178,7 +178,7 @@ def fold_site_map(edits: Edits, site: FoldSite, own: GapMap) -> None:
 
 
 def require_projection(site: FoldSite, index: int) -> Projection:
-    """The one projection that makes M. Raises :class:`FoldingError` where M is the sum of several ones'."""
+    """Return the one projection that makes M. Raises :class:`FoldingError` where M is the sum of several ones'."""
     if len(site.projections) != 1 or site.projections[0].experts:
         raise FoldingError(
             f"layer {index} cannot hold a map of scope projection: several projections end its MLP; use output"
@@ -187,7 +187,7 @@ def require_projection(site: FoldSite, index: int) -> Projection:
 
 
 def folded_weight(projection: Projection, own: GapMap) -> Tensor:
-    """The projection's weight with the map in it: computed in float64 and rounded once, to the weight's dtype.
+    """Return the projection's weight with the map in it: computed in float64 and rounded once, to the weight's dtype.
 
     Only the map's difference to doing nothing is added, so that doing nothing leaves every bit as it was.
     """
@@ -268,7 +268,7 @@ def acted_on(site: FoldSite, scope: Scope, index: int) -> ActedOn:
 
 
 def added_share(index: int, site: FoldSite, run: Callable[[], Tensor], *, seed: int = 0) -> float:
-    """The factor s with which M enters the layer's output (1 in most families), proven on real states.
+    """Return the factor s with which M enters the layer's output (1 in most families), proven on real states.
 
     ``run`` executes the layer and returns its output ``[batch, tokens, hidden]``. A random map is folded in, and the
     output must change by s M (T - I), the same s for all tokens and dimensions. Raises :class:`FoldingError` when it

@@ -29,7 +29,7 @@ class Gap:
 
 
 def gaps(plan: SkipPlan, *, drift: bool = False) -> tuple[Gap, ...]:
-    """The plan's gaps from the bottom up. A run that starts at layer 0 has no layer to hold a map: it stays plain.
+    """Return the plan's gaps from the bottom up. One that starts at layer 0 has no layer to hold a map: it stays plain.
 
     With ``drift`` there is an empty gap behind every kept layer above the first gap that has none.
     """

@@ -92,26 +92,26 @@ class LayerNames:
     """Names of the number of layers."""
 
     def extended(self, **more: Sequence[str]) -> LayerNames:
-        """These names with more of some kinds."""
+        """Return these names with more of some kinds."""
         return replace(
             self, **{kind: type(getattr(self, kind))((*getattr(self, kind), *names)) for kind, names in more.items()}
         )
 
 
 def stored_name(config: Any, name: str) -> str:
-    """The key under which ``config`` stores the attribute it offers as ``name``."""
+    """Return the key under which ``config`` stores the attribute it offers as ``name``."""
     mapping: Mapping[str, str] = type(config).attribute_map
     return mapping.get(name, name)
 
 
 def stored(config: Any) -> dict[str, Any]:
-    """The configuration's own stored attributes (properties are not among them)."""
+    """Return the configuration's own stored attributes (properties are not among them)."""
     values: dict[str, Any] = config.__dict__
     return values
 
 
 def unknown_per_layer_lists(config: Any, names: LayerNames, num_layers: int) -> list[str]:
-    """Stored lists with one entry per layer whose meaning no table gives; a plan must not guess it."""
+    """Return stored lists with one entry per layer whose meaning no table gives; a plan must not guess it."""
     known = names.sliced | names.indices | names.ignored
     return sorted(
         name
@@ -121,7 +121,7 @@ def unknown_per_layer_lists(config: Any, names: LayerNames, num_layers: int) -> 
 
 
 def renumbering(kept: Sequence[int]) -> dict[int, int]:
-    """New index of every kept layer."""
+    """Return the new index of every kept layer."""
     return {old: new for new, old in enumerate(kept)}
 
 

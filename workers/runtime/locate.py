@@ -47,7 +47,7 @@ def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def argument_name(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The first of ``names`` that the module's forward takes."""
+    """Return the first of ``names`` that the module's forward takes."""
     parameters = forward_parameters(module)
     return next((name for name in names if name in parameters), None)
 
@@ -98,14 +98,14 @@ def locate(model: nn.Module) -> DecoderStack:
 
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:
-    """Placeholder ids of image and video features that ``config`` names."""
+    """Return placeholder ids of image and video features that ``config`` names."""
     names = {*config.__dict__, *type(config).attribute_map}
     values = (getattr(config, name, None) for name in names if VISION_TOKEN_NAME.fullmatch(name))
     return tuple(sorted({value for value in values if isinstance(value, int)}))
 
 
 def ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules on the way from ``model`` (first) to the owner of ``path`` (last)."""
+    """Yield the modules on the way from ``model`` (first) to the owner of ``path`` (last)."""
     module = model
     yield module
     for name in path.split(".")[:-1]:
@@ -135,7 +135,7 @@ def _used_elsewhere(model: nn.Module, layers: nn.ModuleList) -> str:
 
 
 def _is_decoder_list(layers: nn.ModuleList) -> bool:
-    """Decoder layers take hidden states first, and an attention mask and a cache somewhere."""
+    """Tell decoder layers: they take hidden states first, and an attention mask and a cache somewhere."""
     for layer in layers:
         parameters = list(forward_parameters(layer))
         if not parameters or "hidden_state" not in parameters[0]:
@@ -150,7 +150,7 @@ def _described_by(model: nn.Module, path: str, text_config: Any) -> bool:
 
 
 def _configs_of(model: nn.Module, path: str, text_config: Any) -> tuple[Any, ...]:
-    """The text configuration and its copies on the way to the layers."""
+    """Return the text configuration and its copies on the way to the layers."""
     found = [text_config]
     for module in ancestors(model, path):
         config = getattr(module, "config", None)

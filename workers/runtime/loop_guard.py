@@ -38,7 +38,7 @@ class LoopFacts:
 
 
 def attribute_uses(facts: LoopFacts, names: frozenset[str]) -> frozenset[str]:
-    """The position uses in ``facts`` that are not lookups in a list whose name is in ``names``."""
+    """Return the position uses in ``facts`` that are not lookups in a list whose name is in ``names``."""
     known = re.compile(r"self\.(?:\w*config\.)?(\w+)\[i\]")
     compared = re.compile(r"i (?:==|in|<|>=) self\.(?:\w*config\.)?(\w+)")
     return frozenset(
@@ -84,7 +84,7 @@ def _facts_of(loop: ast.For, list_name: str) -> LoopFacts:
 
 
 def _uses_of(loop: ast.For, index: str) -> frozenset[str]:
-    """The smallest expressions around each use of the index, the index renamed to ``i``."""
+    """Return the smallest expressions around each use of the index, the index renamed to ``i``."""
     parents = {child: node for node in ast.walk(loop) for child in ast.iter_child_nodes(node)}
     uses = set()
     for node in ast.walk(loop):

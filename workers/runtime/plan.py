@@ -167,7 +167,7 @@ class SkipPlan:
     # Questions ----------------------------------------------------------------------------------------------------
 
     def layers(self, action: Action) -> tuple[int, ...]:
-        """The layers that take ``action``, in order."""
+        """Return the layers that take ``action``, in order."""
         return tuple(layer for layer, own in enumerate(self.actions) if own is action)
 
     @property
@@ -193,7 +193,7 @@ class SkipPlan:
     # Building -----------------------------------------------------------------------------------------------------
 
     def with_action(self, layer: int, action: Action) -> SkipPlan:
-        """This plan with ``action`` at ``layer``. Raises :class:`PlanError` when there is no such layer."""
+        """Return this plan with ``action`` at ``layer``. Raises :class:`PlanError` when there is no such layer."""
         return self._with_layers((layer,), action)
 
     def _with_layers(self, layers: Iterable[int], action: Action) -> SkipPlan:
@@ -211,5 +211,5 @@ class SkipPlan:
 
     @classmethod
     def skipping(cls, num_layers: int, layers: Iterable[int]) -> SkipPlan:
-        """The given layers are skipped for every token (ShortGPT, SLEB), the others run."""
+        """Skip the given layers for every token (ShortGPT, SLEB), and run the others."""
         return cls.dense(num_layers)._with_layers(layers, Action.SKIP)

@@ -163,7 +163,7 @@ def _some_words(stack: DecoderStack) -> Tensor:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards the attributes that modules had: some note positions while they run."""
+    """Set evaluation mode, and restore the modules' attributes afterwards: some note positions while they run."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         model.eval()

@@ -87,7 +87,7 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         return self.static_length is not None
 
     def get_max_length(self) -> int:
-        """The most tokens the replaced layer could hold, -1 for no limit."""
+        """Return the most tokens the replaced layer could hold, -1 for no limit."""
         if self.window is not None:
             return self.window
         return -1 if self.static_length is None else self.static_length
@@ -140,7 +140,7 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         self.columns = columns[:, surplus:]
 
     def mask_for(self, mask: Tensor | None, query_rows: TokenRows | None, new_tokens: int) -> Tensor | None:
-        """The mask for the stored keys and those of the next :meth:`update`; call it before that.
+        """Return the mask for the stored keys and those of the next :meth:`update`; call it before that.
 
         ``mask``, ``[batch or 1, heads or 1, queries, keys]``, already has the queries of this call as rows, and the
         whole sequence as columns. ``query_rows`` are the rows of a prompt with vision tokens, else the queries are
@@ -229,7 +229,7 @@ def query_columns(rows: TokenRows | None, start: int, new_tokens: int, device: t
 
 
 def causal_columns(columns: Tensor, queries: Tensor) -> Tensor:
-    """A boolean mask ``[batch or 1, 1, queries, keys]`` from original positions, -1 for padding.
+    """Return a boolean mask ``[batch or 1, 1, queries, keys]`` from original positions, -1 for padding.
 
     Padding keys are hidden; padding queries see all keys, so that no row is empty: what they compute is never used.
     """
@@ -263,13 +263,13 @@ def select_columns(mask: Tensor, position: Tensor, hidden: Tensor) -> Tensor:
 
 
 def existing_text_only_layer(cache: Cache, layer_idx: int) -> TextOnlyLayer | None:
-    """The cache's text-only entry of a layer, if it has one."""
+    """Return the cache's text-only entry of a layer, if it has one."""
     entry = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     return entry if isinstance(entry, TextOnlyLayer) else None
 
 
 def text_only_layer(cache: Cache, layer_idx: int) -> TextOnlyLayer:
-    """The cache's text-only entry of a layer, put in place of the ordinary one on first use."""
+    """Return the cache's text-only entry of a layer, put in place of the ordinary one on first use."""
     while len(cache.layers) <= layer_idx:
         if cache.layer_class_to_replicate is None:
             raise RuntimeError(f"the cache has {len(cache.layers)} layers, the decoder needs layer {layer_idx}")

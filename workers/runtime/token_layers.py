@@ -168,7 +168,7 @@ class TokenLayer(NotCopied):
     # Arguments ----------------------------------------------------------------------------------------------------
 
     def arguments_of(self, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call for some of its rows; attention sees all rows still."""
+        """Return the arguments of a call for some of its rows; attention sees all rows still."""
         return {
             **self._rows_of(rows, arguments),
             self._mask_name: self._mask_rows(rows, arguments.get(self._mask_name)),
@@ -193,7 +193,7 @@ class TokenLayer(NotCopied):
 
 
 def _select(name: str, value: Any, rows: TokenRows, layer: int) -> Any:
-    """The rows of a layer's argument, whatever is indexed by token in it."""
+    """Select the rows of a layer's argument, whatever is indexed by token in it."""
     if isinstance(value, (tuple, list)):
         return type(value)(_select(name, item, rows, layer) for item in value)
     if isinstance(value, dict):
@@ -283,7 +283,7 @@ def scales_queries_by_row(module: nn.Module) -> bool:
 
 
 def query_scale(layer: nn.Module) -> QueryScale | None:
-    """The query projection of a layer that scales queries by how many rows came before them, and that scale.
+    """Return the query projection of a layer that scales queries by how many rows came before them, and that scale.
 
     Llama 4 does so in layers without rotary positions. Its count is right for whole sequences only; gathered rows need
     the scale of their original positions.

@@ -35,7 +35,7 @@ class TokenRows:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> TokenRows:
-        """The rows that ``mask`` (bool, ``[batch, length]``) selects; at least one column wide."""
+        """Return the rows that ``mask`` (bool, ``[batch, length]``) selects; at least one column wide."""
         batch, length = mask.shape
         counts = mask.sum(1)
         width = max(int(counts.max()), 1)
@@ -65,7 +65,7 @@ class TokenRows:
         return self.index.shape[1]
 
     def take(self, tensor: Tensor, token_dim: int, batch_dim: int | None) -> Tensor:
-        """The rows of ``tensor`` along ``token_dim``; its ``batch_dim`` may be 1 (broadcast) or missing.
+        """Return the rows of ``tensor`` along ``token_dim``; its ``batch_dim`` may be 1 (broadcast) or missing.
 
         A tensor that broadcasts over the batch comes back broadcast where all samples share their rows, else with one
         entry per sample. Without a batch dimension and with rows that differ, one is put in front.
@@ -83,7 +83,7 @@ class TokenRows:
         return torch.take_along_dim(tensor.expand(expanded), self.index.to(tensor.device).view(shape), token_dim)
 
     def put(self, into: Tensor, rows: Tensor) -> Tensor:
-        """A copy of ``into``, ``[..., batch, length, hidden]``, with the valid ``rows`` in their places."""
+        """Return a copy of ``into``, ``[..., batch, length, hidden]``, with the valid ``rows`` in their places."""
         flat = into.flatten(-3, -2).clone()
         values = rows.flatten(-3, -2)
         if self.valid is not None:
@@ -110,7 +110,7 @@ class TokenSplit:
         return cls(text=TokenRows.from_mask(~vision), vision=TokenRows.from_mask(vision))
 
     def of_last(self, length: int) -> TokenSplit | None:
-        """The split of the last ``length`` tokens only."""
+        """Return the split of the last ``length`` tokens only."""
         vision = torch.zeros(self.text.batch * self.text.length, dtype=torch.bool, device=self.vision.target.device)
         vision[self.vision.target] = True
         return TokenSplit.from_vision_mask(vision.view(self.text.batch, self.text.length)[:, -length:])

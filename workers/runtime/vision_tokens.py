@@ -82,7 +82,7 @@ class VisionTokens:
         self._given[threading.current_thread()] = SequenceMask(mask)
 
     def _given_here(self) -> SequenceMask | None:
-        """The mask given for this thread's calls. Raises ``RuntimeError`` when only other threads have given one."""
+        """Return the mask given for this thread's calls. Raises ``RuntimeError`` when only other threads gave one."""
         if not self._given:
             return None
         given = self._given.get(threading.current_thread())
@@ -95,7 +95,7 @@ class VisionTokens:
     def split_for(
         self, hidden_states: Tensor, past: Callable[[], int], *, last_tokens: bool = False
     ) -> TokenSplit | None:
-        """The split of ``hidden_states``, ``[..., batch, tokens, hidden]``; ``None`` when they hold no vision token.
+        """Return the split of ``hidden_states``, ``[..., batch, tokens, hidden]``; None when there is no vision token.
 
         ``past`` tells how many tokens came before them, ``last_tokens`` says that they may be the last ones of the
         call only. Raises ``RuntimeError`` when nobody said which tokens are vision.
@@ -189,7 +189,7 @@ class SequenceMask:
         self._splits: dict[tuple[int, int, int], TokenSplit | None] = {}
 
     def split(self, batch: int, length: int, past: int) -> TokenSplit | None:
-        """The split of ``length`` tokens after ``past`` ones; sequences may have been repeated, as for beams."""
+        """Return the split of ``length`` tokens after ``past`` ones; sequences may have been repeated, as for beams."""
         assert self.mask is not None
         if past >= self.mask.shape[1]:
             return None

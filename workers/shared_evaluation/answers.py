@@ -122,11 +122,11 @@ class AnswerScorer:
         return self._texts[tokens]
 
     def scores(self, sample: Sample, tokens: tuple[int, ...]) -> tuple[float, ...]:
-        """The metric and the secondary metrics of a finished answer."""
+        """Return the metric and the secondary metrics of a finished answer."""
         return self.scores_of_text(sample, self.text(tokens))
 
     def scores_of_text(self, sample: Sample, text: str) -> tuple[float, ...]:
-        """The metric and the secondary metrics of an answer's text."""
+        """Return the metric and the secondary metrics of an answer's text."""
         return tuple(self._metrics[name](text, sample.answers) for name in self._names)
 
     def cannot_score(self, sample: Sample, tokens: tuple[int, ...]) -> bool:
@@ -139,7 +139,7 @@ class AnswerScorer:
     def settled(
         self, sample: Sample, answer: GreedyAnswer, limit: int, ends: frozenset[int]
     ) -> tuple[float, ...] | None:
-        """The scores, if they are certain: None where the answer goes on and may score, or where a tie matters.
+        """Return the scores, if they are certain: None where the answer goes on and may score, or where a tie matters.
 
         A tie does not matter where the answer scores nothing whichever way it went.
         """

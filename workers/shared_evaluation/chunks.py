@@ -74,7 +74,7 @@ class ChunkCache:
         self._bounds[whole] = bounds
 
     def _part(self, split: str, samples: Sequence[Sample], first: int, tokens: int) -> SampleChunks:
-        """The part that begins with the first of ``samples``; it ends where its share of the budget does."""
+        """Return the part that begins with the first of ``samples``; it ends where its share of the budget does."""
         for (kept_split, kept_first, kept_last), part in self._kept.items():
             if (kept_split, kept_first) == (split, first) and kept_last - first <= len(samples):
                 self._kept.move_to_end((kept_split, kept_first, kept_last))

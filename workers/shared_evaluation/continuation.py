@@ -137,7 +137,7 @@ class Continuation:
 
 
 def _rows(chunks: Sequence[Chunk], drafts: Drafts) -> tuple[list[tuple[Row, list[Branch]]], dict[Chunk, list[int]]]:
-    """The rows that hold open answers, each with the branches that it gets, and their numbers in the chunks.
+    """Return the rows that hold open answers, each with the branches that it gets, and their numbers in the chunks.
 
     A row with more to be answered than others is there several times, so that little of the rest is padding.
     """

@@ -60,7 +60,7 @@ class Drafter:
             self._votes[number] += spelling(text) == tuple(tokens)
 
     def forced(self, sample: Sample) -> Draft:
-        """The draft for a sample."""
+        """Return the draft for a sample."""
         (text, _), *_ = Counter(answer.strip() for answer in sample.answers if answer.strip()).most_common(1)
         tokens = self._given.get(text)
         if tokens is None:

@@ -174,7 +174,7 @@ class FastEvaluator:
     def _readable(
         self, request: EvaluatePlans
     ) -> tuple[list[SkipPlan], dict[str, Maps | None], dict[str, EvaluationFailure]]:
-        """The plans that can be run, their maps, and why the others cannot."""
+        """Return the plans that can be run, their maps, and why the others cannot."""
         plans, maps, failures = [], {}, {}
         for text in request.plans:
             try:
@@ -215,7 +215,7 @@ class FastEvaluator:
                         waiting = [*self._halve(part, group[0], scoring), *waiting[1:]]
 
     def _group(self, waiting: Sequence[Chunk]) -> Sequence[Chunk]:
-        """The chunks to walk beside each other: as many as the states on the way to a plan's end leave room for."""
+        """Return the chunks to walk beside each other: as many as the states of a plan leave room for."""
         room = self.states.budget // 2
         group = 1
         while group < min(self._most_chunks, len(waiting)):
@@ -305,7 +305,7 @@ class FastEvaluator:
 
 
 def _mixed(descriptor: FamilyDescriptor) -> SkipPlan:
-    """A plan with every action somewhere, as far as the model can take them, that leaves most layers running."""
+    """Return a plan with every action somewhere, as far as the model can take them, that leaves most layers running."""
     plan = SkipPlan.dense(descriptor.num_layers)
     wanted = [action for action in Action if action is not Action.RUN]
     for number, action in enumerate(wanted, start=1):

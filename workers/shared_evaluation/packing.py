@@ -129,7 +129,7 @@ class Context:
     masks_without_vision: dict[int, Tensor] = field(default_factory=dict)
 
     def without_vision(self, arguments: dict[str, Any], mask_name: str) -> dict[str, Any]:
-        """A layer's arguments with a mask that hides vision tokens from all others."""
+        """Return a layer's arguments with a mask that hides vision tokens from all others."""
         mask = arguments[mask_name]
         if id(mask) not in self.masks_without_vision:
             least = torch.finfo(mask.dtype).min
@@ -322,7 +322,7 @@ class _LaidOut:
 
 
 def split_of(chosen: Tensor) -> TokenSplit:
-    """The tokens that ``chosen`` (bool, ``[rows, tokens]``) marks apart from all others."""
+    """Return the tokens that ``chosen`` (bool, ``[rows, tokens]``) marks apart from all others."""
     return TokenSplit(text=TokenRows.from_mask(chosen), vision=TokenRows.from_mask(~chosen))
 
 

@@ -161,7 +161,7 @@ def _first_row(inputs: Any) -> list[int]:
 
 
 def _seen(mask: Any, causal: Tensor) -> Tensor:
-    """A layer's mask ``[1, 1, tokens, tokens]`` as bool ``[tokens, tokens]``; without a mask attention is causal."""
+    """Return a layer's mask ``[1, 1, tokens, tokens]`` as bool ``[tokens, tokens]``; without one it is causal."""
     if mask is None:
         return causal
     if not isinstance(mask, Tensor) or mask.shape != (1, 1, *causal.shape):

@@ -65,11 +65,11 @@ class ScoringRun:
         self.outcomes.update({plan.text: Outcome() for plan in self.plans})
 
     def sample(self, place: int) -> Sample:
-        """The sample at a place of the split."""
+        """Return the sample at a place of the split."""
         return self.samples[place - self.start]
 
     def of(self, places: Sequence[int]) -> list[Sample]:
-        """The samples at places of the split."""
+        """Return the samples at places of the split."""
         return [self.sample(place) for place in places]
 
 

@@ -60,7 +60,7 @@ def _search(run: Callable[[int], None], largest: int) -> int:
 
 
 def _seconds_per_token(run: Callable[[int], None], tokens: int) -> float | None:
-    """The shortest of three runs, after one to warm up; None when memory is short."""
+    """Time three runs and return the shortest, after one to warm up; None when memory is short."""
     shortest = float("inf")
     for repeat in range(4):
         started = time.perf_counter()

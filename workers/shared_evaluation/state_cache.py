@@ -25,7 +25,7 @@ class StateCache:
         self._branching: OrderedDict[Hashable, Kept] = OrderedDict()
 
     def get(self, key: Hashable) -> Kept | None:
-        """The state, which then counts as used last."""
+        """Return the state, which then counts as used last."""
         for states in (self._branching, self._plain):
             if key in states:
                 states.move_to_end(key)

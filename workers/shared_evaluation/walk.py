@@ -61,7 +61,7 @@ class Walker:
     # States ---------------------------------------------------------------------------------------------------------
 
     def state(self, node: Node, chunk: Chunk) -> LayerOutput:
-        """The state of all rows at a node, from the cache or computed from the nearest ancestor's."""
+        """Return the state of all rows at a node, from the cache or computed from the nearest ancestor's."""
         if node.parent is None:
             return LayerOutput(chunk.context.hidden)
         key = self._key(node, chunk)
@@ -107,7 +107,7 @@ class Walker:
     # Ends -----------------------------------------------------------------------------------------------------------
 
     def answer_states(self, node: Node, chunk: Chunk) -> Tensor:
-        """Final states of the answer positions, ``[answer positions, hidden]``; the last layer runs only these rows."""
+        """Return final states ``[answer positions, hidden]``; the last layer runs only these rows."""
         hidden = self._full_or_answers(node, chunk)
         return hidden[chunk.answer_rows, chunk.answer_columns]
 
@@ -123,7 +123,7 @@ class Walker:
         return self._answer_output(node, chunk).hidden
 
     def _answer_output(self, node: Node, chunk: Chunk) -> LayerOutput:
-        """A node's state that is right at the answer positions only."""
+        """Return a node's state that is right at the answer positions only."""
         assert node.parent is not None
         known = self._states.get(self._key(node, chunk))
         step = node.step
@@ -137,7 +137,7 @@ class Walker:
         )
 
     def _text_arguments(self, node: Node, context: Context) -> tuple[int, dict[str, Any]]:
-        """A node's layer, and its arguments for text tokens."""
+        """Return a node's layer, and its arguments for text tokens."""
         step = node.step
         assert isinstance(step, Execute)
         arguments = context.arguments[step.layer]
@@ -148,7 +148,7 @@ class Walker:
     # Continuations --------------------------------------------------------------------------------------------------
 
     def continued(self, node: Node, continuation: Continuation, before: Sequence[Keys]) -> tuple[Tensor, list[Keys]]:
-        """Final states ``[positions, hidden]`` of a continuation, under the plan that ends at a node.
+        """Return final states ``[positions, hidden]`` of a continuation, under the plan that ends at a node.
 
         ``before`` is what the pass before gave as second result: keys and values of the tokens it has fed, layer by
         layer. Like decoding on the plain path, it is not counted.

@@ -192,7 +192,7 @@ ChoiceMetric = Callable[[float, str], float]
 
 
 def multiple_choice(log_likelihood: float, option: str) -> float:
-    """The option's log-likelihood itself (``acc`` of the Language Model Evaluation Harness, Gao et al. 2021)."""
+    """Return the option's log-likelihood itself (``acc`` of the Language Model Evaluation Harness, Gao et al. 2021)."""
     return log_likelihood
 
 

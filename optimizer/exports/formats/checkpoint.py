@@ -18,12 +18,12 @@ def write(subject: Subject, directory: Path) -> None:
 
 
 def removal_of(plan: SkipPlan) -> SkipPlan:
-    """The plan with nothing but its removed layers."""
+    """Return the plan with nothing but its removed layers."""
     return SkipPlan(tuple(action if action.row.removes_layer else Action.RUN for action in plan))
 
 
 def remainder_of(plan: SkipPlan) -> SkipPlan:
-    """The plan over the layers that stay."""
+    """Return the plan over the layers that stay."""
     return SkipPlan(tuple(plan[layer] for layer in plan.kept))
 
 
@@ -40,7 +40,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
 
 
 def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
-    """The directory, by transformers without any code of ours."""
+    """Load the directory with transformers, without any code of ours."""
     return Loadable(directory, "transformers", python)
 
 

@@ -67,7 +67,7 @@ def per_layer_lists(config: dict[str, Any], num_layers: int) -> list[str]:
 
 
 def commands(plan: SkipPlan, checkpoint: str) -> str:
-    """The script: check the tool, convert language model and vision tower, prune."""
+    """Return the script: check the tool, convert language model and vision tower, prune."""
     layers = ",".join(map(str, plan.removed))
     convert = '"$python" "$llama_cpp/convert_hf_to_gguf.py"'
     source = shlex.quote(checkpoint)

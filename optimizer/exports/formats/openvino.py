@@ -46,7 +46,7 @@ INSTALL = (
 
 
 def interpreter() -> str:
-    """The Python that has optimum-intel. Raises ExportFault saying how to get it when there is none."""
+    """Return the Python that has optimum-intel. Raises ExportFault saying how to get it when there is none."""
     python = find_program(sys.executable, PYTHON_VARIABLE) or sys.executable
     done = _run([python, "-I", "-c", PROBE])
     if done.returncode:
@@ -135,7 +135,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
 
 
 def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
-    """The directory, by optimum-intel in the environment that has it."""
+    """Load the directory with optimum-intel in the environment that has it."""
     return Loadable(directory, "openvino", interpreter())
 
 

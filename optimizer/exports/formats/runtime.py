@@ -96,7 +96,7 @@ def write(subject: Subject, directory: Path) -> None:
 
 
 def runtime_modules() -> list[Path]:
-    """The source files of the runtime."""
+    """Return the source files of the runtime."""
     found = find_spec("workers.runtime")
     assert found is not None and found.submodule_search_locations is not None
     return sorted(Path(found.submodule_search_locations[0]).glob("*.py"))
@@ -170,7 +170,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
 
 
 def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
-    """The directory, by transformers with the directory's own code, if that code is ours."""
+    """Load the directory with transformers with the directory's own code, if that code is ours."""
     changed = changed_code(directory)
     if changed:
         raise ExportFault(

@@ -38,7 +38,7 @@ def write(subject: Subject, directory: Path) -> None:
 
 
 def command(directory: Path, location: str) -> str:
-    """The serve command for the checkpoint in ``directory``, as the shell sees it at ``location``."""
+    """Return the serve command for the checkpoint in ``directory``, as the shell sees it at ``location``."""
     parts = ["exec", "vllm", "serve", location, "--limit-mm-per-prompt", shlex.quote('{"image": 1}')]
     overrides = needed_overrides(directory)
     if overrides:

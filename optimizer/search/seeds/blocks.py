@@ -48,7 +48,7 @@ def _improve(table: dict[int, tuple[float, str]], skipped: int, cost: float, gen
 
 
 def unexplained_shares(table: LayerTable) -> dict[tuple[int, int], float]:
-    """The linear redundancy in a table of measurements, by (kept layer, last skipped layer); empty when not measured.
+    """Return the linear redundancy of a table, by (kept layer, last skipped layer); empty when not measured.
 
     The rows are named ``linear_redundancy@n`` with n the length of the block, and stand at the kept layer before it.
     """

@@ -63,7 +63,7 @@ class FeasiblePlans:
         return f"no plan meets {' and '.join(self.sums)} at once"
 
     def nearest(self, candidate: Candidate, risk: Risk) -> Candidate | None:
-        """The plan within the constraints that differs from ``candidate`` in the fewest layers; None if there is none.
+        """Return the plan within the constraints that differs from ``candidate`` in the fewest layers, or None.
 
         Among equally near ones it is that of the least total risk.
         """
@@ -82,7 +82,7 @@ class FeasiblePlans:
         return self._cheapest(part, cost)
 
     def draw(self, random: np.random.Generator) -> Candidate | None:
-        """A random plan that meets the constraints: the least sum of random costs, which may be negative."""
+        """Return a random plan that meets the constraints: the least sum of random costs, which may be negative."""
         if not self._open:
             return None
         part = self._open[int(random.integers(len(self._open)))]

@@ -35,7 +35,7 @@ class Seeds:
 
 
 def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
-    """The risk with a row for compensated skips (``C``), which are on the whole ``COMPENSATION_GAIN`` times as safe.
+    """Return the risk with a row for compensated skips (``C``), ``COMPENSATION_GAIN`` times as safe on the whole.
 
     Where linear redundancy was measured, it says how the risk is spread over the layers; else the plain skip does.
     """
@@ -52,7 +52,7 @@ def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
 
 
 def step_risks(space: PlanSpace, risk: Risk) -> dict[Step, float]:
-    """The risk of every step of a space."""
+    """Return the risk of every step of a space."""
     return {(layer, letter): risk.of(layer, letter) for layer, letter in steps_of(space)}
 
 

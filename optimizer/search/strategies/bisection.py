@@ -98,7 +98,7 @@ class Bisection:
         self._seen.update(answers)
 
     def _open(self) -> list[Candidate]:
-        """The next plan of every chain, each plan once."""
+        """Return the next plan of every chain, each plan once."""
         for chain in self._chains:
             while (middle := chain.next) is not None and middle in self._seen:
                 chain.narrow(self._may_meet_limit(self._seen[middle]))

@@ -95,7 +95,7 @@ class EvoPress:
         return list(found)
 
     def _mutated(self, level: Level) -> tuple[int, ...]:
-        """A random set for a level without parent, else the parent with a few swaps (few are likelier)."""
+        """Return a random set for a level without parent, else the parent with a few swaps (few are likelier)."""
         if level.parent is None:
             return tuple(int(layer) for layer in self._random.choice(self._free, level.size, replace=False))
         removed, kept = list(level.parent), [layer for layer in self._free if layer not in level.parent]

@@ -108,13 +108,13 @@ def published_chains(problem: Problem) -> tuple[tuple[Candidate, ...], ...]:
 
 
 def applied(space: PlanSpace, layers: Iterable[int], letter: str) -> Candidate:
-    """The plan that takes one action (or ``C``, a compensated skip) at the given layers."""
+    """Return the plan that takes one action (or ``C``, a compensated skip) at the given layers."""
     chosen = set(layers)
     return space.candidate("".join(letter if layer in chosen else RUN for layer in range(space.num_layers)))
 
 
 def need_plain_skips(problem: Problem, strategy: str) -> None:
-    """Raises UsageFault when the job has no skips without compensation."""
+    """Refuse a job without plain skips. Raises UsageFault."""
     _need_action(problem, strategy, Action.SKIP)
     if not any(SKIP in own for own in problem.space.genome_letters):
         raise UsageFault(f"search.strategy: {strategy} skips without compensation (compensation: none or both)")

@@ -137,7 +137,7 @@ class StudyStrategy:
         return self._problem.space.candidate(genome_of(self._problem.space, params))
 
     def _local_move(self) -> Candidate | None:
-        """A new plan that differs from one of the front in one or two layers, if a few attempts find one."""
+        """Return a new plan that differs from one of the front in one or two layers, if a few attempts find one."""
         space = self._problem.space
         moves = Moves(space.genome_letters, space.allows, self._random)
         front = front_of(self._trials)
@@ -150,7 +150,7 @@ class StudyStrategy:
         return None
 
     def _drawn(self) -> Candidate | None:
-        """A new random plan within the limits, if a few attempts find one."""
+        """Return a new random plan within the limits, if a few attempts find one."""
         for _ in range(DUPLICATES_IN_A_ROW):
             candidate = self._problem.feasible.draw(self._random)
             if candidate is not None and candidate not in self._known:
@@ -158,7 +158,7 @@ class StudyStrategy:
         return None
 
     def _first_unknown(self) -> Candidate | None:
-        """The first new plan of a space that is small enough to be listed."""
+        """Return the first new plan of a space that is small enough to be listed."""
         if not self._problem.space.is_listed:
             return None
         every = self._problem.space.enumerate()

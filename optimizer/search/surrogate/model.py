@@ -78,7 +78,7 @@ class Terms:
         self.pair = 0.5 * self.single * (self.single - 1.0)
 
     def covariance(self, scales: Scales) -> Floats:
-        """The kernel: the terms weighed by their scales."""
+        """Return the kernel: the terms weighed by their scales."""
         total = (scales.basis**2) * self.basis
         weights = (scales.single**2, scales.kin**2, scales.pair**2, scales.local**2)
         for weight, term in zip(weights, (self.single, self.kin, self.pair, self.local), strict=True):

@@ -67,7 +67,7 @@ class Moves:
         return child if self._allowed(child) else None
 
     def other_skip(self, text: str) -> str | None:
-        """The same layers with their skips compensated, or no longer compensated."""
+        """Compensate the skips of the same layers, or no longer compensate them."""
         if len(self.skip_letters) < 2:
             return None
         changed = text.replace(SKIP, COMPENSATED) if SKIP in text else text.replace(COMPENSATED, SKIP)

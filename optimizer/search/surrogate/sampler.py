@@ -136,7 +136,7 @@ class SurrogateSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The next proposal; a whole batch is made at once, so that its members differ."""
+        """Return the next proposal; a whole batch is made at once, so that its members differ."""
         if not self._queue:
             trials = study.get_trials(deepcopy=False)
             self._queue.extend(self._propose(self._read(trials), self._taken(trials)))
@@ -147,7 +147,7 @@ class SurrogateSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """A parameter that is no layer's, or any when the sampler found nothing new: uniform."""
+        """Return a parameter that is no layer's, or any when the sampler found nothing new: uniform."""
         choices = getattr(param_distribution, "choices", None)
         if choices is None:
             raise ValueError(f"{param_name}: this sampler proposes categorical parameters only")
@@ -243,7 +243,7 @@ class SurrogateSampler(BaseSampler):
         return list(dict.fromkeys([dense, *meeting]))
 
     def _parents(self, seen: Sequence[Observation]) -> list[str]:
-        """The front, then what would be the front without it, until there are enough."""
+        """Return the front, then what would be the front without it, until there are enough."""
         rest = [
             each for each in seen if each.complete and each.loss <= self._reference[1] and self._possible(each.genome)
         ]
@@ -260,7 +260,7 @@ class SurrogateSampler(BaseSampler):
         return (seen.ratio, seen.loss + (0.0 if np.isnan(seen.kl) else 1e-3 * min(1.0, seen.kl)))
 
     def _first_pool(self, parents: Sequence[str], taken: set[str]) -> list[str]:
-        """New candidates around the parents and from the reserve, each once, in a fixed order."""
+        """Return new candidates around the parents and from the reserve, each once, in a fixed order."""
         pool: dict[str, None] = dict.fromkeys(genome for genome in self._reserve if genome not in taken)
         starts = parents or self._drawn_starts()
         near = [genome for parent in starts for genome in self._moves.neighbours(parent)]
@@ -339,7 +339,7 @@ class SurrogateSampler(BaseSampler):
         return Design(np.stack([np.ones(len(rows)), total, np.sqrt(total), touched], axis=1), rows)
 
     def _choose(self, pool: Sequence[str], drawn: Floats, stairs: Stairs, count: int) -> tuple[list[int], Floats]:
-        """Indices of the most promising candidates, one per draw in turn, and the gain each expects."""
+        """Return indices of the most promising candidates, one per draw in turn, and the gain each expects."""
         ratios = np.array([self._ratio(genome) for genome in pool])
         # Nothing is taken to be more accurate than the most accurate plan seen: below that lies noise.
         losses = np.maximum(drawn[1:], stairs.lowest)

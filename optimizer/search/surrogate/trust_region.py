@@ -35,11 +35,11 @@ class TrustRegion:
             self.radius = min(self._layers, self.radius + 1)
 
     def within(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
-        """The genomes of a pool that are near one of the good ones, of which there must be some; in order."""
+        """Return the genomes of a pool that are near one of the good ones, of which there must be some; in order."""
         return _up_to(pool, self._distances(pool, good), self.radius)
 
     def nearest(self, pool: Sequence[str], good: Sequence[str]) -> list[str]:
-        """The same; where none is within the radius, the nearest ones. The region's own radius does not change."""
+        """Return the same; where none is within the radius, the nearest ones. The radius itself does not change."""
         distances = self._distances(pool, good)
         return _up_to(pool, distances, max(self.radius, int(distances.min(initial=self._layers))))
 

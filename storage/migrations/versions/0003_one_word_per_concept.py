@@ -101,7 +101,7 @@ def _rewrite(table: str, key: tuple[str, ...], column: str, change: Callable[[An
 
 
 def _renamed_fields(spec: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """The fields of a job under today's names, at their place."""
+    """Return the fields of a job under today's names, at their place."""
     return {
         SPEC.get(section + name, section + name).rpartition(".")[2]: (
             _renamed_fields(value, f"{section}{name}.") if isinstance(value, dict) else value

