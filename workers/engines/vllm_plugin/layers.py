@@ -163,12 +163,12 @@ class FrozenLayer(_SplitLayer):
         self._queries_alone = step.freeze(self._attention)
 
     def take_weights(self) -> None:
-        """Keep the weights of keys and values, which vLLM's CPU kernels pack together with those of queries."""
+        """Keep the weights of keys and values apart, where they are not quantised."""
         if type(self._projection.quant_method).__name__ == "UnquantizedLinearMethod":
             bias = self._projection.bias
             self._weights = (
-                self._projection.weight.detach()[self._queries :].clone(),
-                None if bias is None else bias.detach()[self._queries :].clone(),
+                _kept(self._projection.weight.detach()[self._queries :]),
+                None if bias is None else _kept(bias.detach()[self._queries :]),
             )
 
     def before(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> None:
@@ -217,6 +217,11 @@ class FrozenLayer(_SplitLayer):
             return self._attend(query, keys, values)
         queries = query.new_zeros(tokens, query.shape[-1]).index_copy_(0, rows.text, query)
         return self._attend(queries, keys, values)[rows.text]
+
+
+def _kept(part: Tensor) -> Tensor:
+    """Copy part of a weight for a CPU, whose kernels pack the whole and drop it."""
+    return part.clone() if part.device.type == "cpu" else part
 
 
 def _merged(tokens: int, *parts: tuple[Tensor, Tensor]) -> Tensor:

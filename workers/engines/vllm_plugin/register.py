@@ -104,8 +104,12 @@ class _Checked:
         if cls.known is not None:
             cls.known.verify_and_update_model_config(model_config)
         hf_config = model_config.hf_config
-        if model_config.architecture in MODULES:
-            read_plan(hf_config.to_dict())
+        if MODULES.keys() & set(hf_config.architectures or ()):
+            plan = read_plan(hf_config.to_dict())
+            if plan is not None and model_config.architecture not in MODULES:
+                raise PlanRefusedError(
+                    f"plans are not served by vLLM's {model_config.architecture}; leave out --model-impl"
+                )
             return
         text = hf_config.get_text_config()
         skips = getattr(text, "is_heterogeneous", False) and any(layer.skip for layer in text.per_layer_config)

@@ -2,7 +2,8 @@
 
 It reads a JSON list of tasks from standard input, each with ``model``, ``options`` of ``vllm.LLM``, ``new_tokens``, and
 ``waves``, lists of requests (``prompt``, ``images``) of which each is given to vLLM at once, one wave behind the other.
-Of a task that vLLM refuses it prints the error.
+Of a task that vLLM refuses it prints the error. ``all_rows`` has frozen layers attend with all rows as queries, as they
+do with the attention backends of GPUs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ def answers(task: dict[str, Any]) -> dict[str, Any]:
     from PIL import Image
     from vllm import LLM, SamplingParams
 
+    if task["all_rows"]:
+        from skipplan_vllm import step
+
+        step.CPU_ATTENTION = "none"
     model = LLM(task["model"], dtype="float32", max_logprobs=-1, seed=0, **task["options"])
     sampling = SamplingParams(temperature=0, max_tokens=task["new_tokens"], logprobs=-1, ignore_eos=True)
     found = []

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ SERVED = {
     "limit_mm_per_prompt": {"image": 3},
     "max_num_seqs": 4,
 }
-CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 12}
+CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 8}
+"""Less than a picture of LLaVA, so that steps hold vision tokens alone."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +85,29 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]
 def build(family: str, directory: Path) -> Path:
     if family == "llava":
         return tiny_llava.save(directory, sizes=SIZES)
-    return tiny_video_families.save(directory, family, sizes=SIZES)
+    tiny_video_families.save(directory, family, sizes=SIZES)
+    # The older transformers beside vLLM reads `min_pixels` and `max_pixels` otherwise than today's.
+    _, processor = loaded(directory)
+    for file in directory.glob("*processor_config.json"):
+        file.unlink()
+    processor.save_pretrained(directory)
+    return directory
 
 
-def served(vllm: tuple[str, dict[str, str]], tasks: Sequence[tuple[Path, Waves, dict[str, Any]]]) -> list[Any]:
-    """What vLLM answers, or how it refuses: for every task a model, waves of requests, and options."""
-    given = [
-        {
-            "model": str(model),
-            "options": SERVED | options,
-            "new_tokens": NEW_TOKENS,
-            "waves": [[vars(request) for request in wave] for wave in waves],
-        }
-        for model, waves, options in tasks
-    ]
+@dataclass(frozen=True)
+class Task:
+    """A model to serve, requests to it, and how: what `in_vllm.py` reads."""
+
+    model: str
+    waves: Waves = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    all_rows: bool = False
+    new_tokens: int = NEW_TOKENS
+
+
+def served(vllm: tuple[str, dict[str, str]], tasks: Sequence[Task]) -> list[Any]:
+    """What vLLM answers, or how it refuses."""
+    given = [asdict(task) | {"options": SERVED | task.options} for task in tasks]
     python, environment = vllm
     ran = subprocess.run(
         [python, str(Path(__file__).with_name("in_vllm.py"))],
@@ -183,8 +193,8 @@ def loaded(directory: Path) -> tuple[Any, Any]:
     return found.model, found.processor
 
 
-def exported(dense: Path, plan: str, output: Path) -> Path:
-    return export_plan(document(plan, dense), ModelSource(str(dense)), "runtime", output).directory
+def exported(dense: Path, plan: str, output: Path) -> str:
+    return str(export_plan(document(plan, dense), ModelSource(str(dense)), "runtime", output).directory)
 
 
 ATTENTION, MLP = (0, 2, 4), (1, 4)
@@ -192,17 +202,19 @@ ATTENTION, MLP = (0, 2, 4), (1, 4)
 PLANS = {
     "frozen": "RFFRSF",
     "frozen from the first layer on": "FRFFFR",
+    "frozen, all rows as queries": "RFFRSF",
     "bypassed": "BRBFRB",
+    "given as an option": "SFRSFR",
 }
 
 
-def described(dense: Path, output: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def described(dense: Path | str, output: Path, change: Callable[[dict[str, Any]], None]) -> str:
     """A copy of a checkpoint with a changed ``config.json``."""
     shutil.copytree(dense, output)
     config = json.loads((output / "config.json").read_text())
     change(config)
     (output / "config.json").write_text(json.dumps(config))
-    return output
+    return str(output)
 
 
 def per_layer_config(config: dict[str, Any]) -> None:
@@ -242,15 +254,21 @@ def case(
     folder = tmp_path_factory.mktemp(family)
     dense = build(family, folder / "dense")
     waves = requests_of(family, folder / "pictures")
-    models = {name: exported(dense, plan, folder / plan) for name, plan in PLANS.items()}
-    models["per_layer_config"] = described(dense, folder / "per_layer", per_layer_config)
-    models["block_configs"] = described(dense, folder / "blocks", block_configs)
-    tasks = [
-        (model, waves, CHUNKED | ({"enable_prefix_caching": False} if name == "bypassed" else {}))
-        for name, model in models.items()
-    ]
-    results = served(vllm, [(dense, waves, {}), *tasks])
-    return Case(family, dense, waves, dict(zip(["dense", *models], results, strict=True)))
+    overrides = {"hf_overrides": {"skip_plan": PLANS["given as an option"]}}
+    tasks = {
+        "dense": Task(str(dense), waves),
+        "frozen": Task(exported(dense, "RFFRSF", folder / "frozen"), waves, CHUNKED),
+        "frozen from the first layer on": Task(exported(dense, "FRFFFR", folder / "first"), waves, CHUNKED),
+        "frozen, all rows as queries": Task(str(folder / "frozen"), waves, CHUNKED, all_rows=True),
+        "bypassed": Task(
+            exported(dense, "BRBFRB", folder / "bypassed"), waves, CHUNKED | {"enable_prefix_caching": False}
+        ),
+        "given as an option": Task(str(dense), waves, CHUNKED | overrides),
+        "per_layer_config": Task(described(dense, folder / "per_layer", per_layer_config), waves, CHUNKED),
+        "block_configs": Task(described(dense, folder / "blocks", block_configs), waves, CHUNKED),
+    }
+    results = served(vllm, list(tasks.values()))
+    return Case(family, dense, waves, dict(zip(tasks, results, strict=True)))
 
 
 def expected(case: Case, changed: Callable[[Any], AbstractContextManager[Any]]) -> list[tuple[list[int], torch.Tensor]]:
@@ -292,25 +310,27 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(vllm: tuple[
     frozen = exported(dense, "RFFRRR", tmp_path / "frozen")
     bypassed = exported(dense, "RBRRRR", tmp_path / "bypassed")
     smolvlm = tiny_video_families.save(tmp_path / "smolvlm", "smolvlm", sizes=SIZES)
-    refused: dict[str, tuple[Path, dict[str, Any]]] = {
-        "layer 1 is frozen: .* add --enforce-eager": (frozen, {"enforce_eager": False}),
-        "layer 1 is bypassed: .* add --no-enable-prefix-caching": (bypassed, {}),
-        "not served with --pipeline-parallel-size": (frozen, {"pipeline_parallel_size": 2}),
-        "is for 5 layers and the model has 6: it is another model's": (
-            described(frozen, tmp_path / "other", changed(skip_plan="RFFRR")),
-            {},
+    refused = {
+        "layer 1 is frozen: .* add --enforce-eager": Task(frozen, options={"enforce_eager": False}),
+        "layer 1 is bypassed: .* add --no-enable-prefix-caching": Task(bypassed),
+        "not served with --pipeline-parallel-size": Task(frozen, options={"pipeline_parallel_size": 2}),
+        "not served by vLLM's Transformers.*; leave out --model-impl": Task(
+            frozen, options={"model_impl": "transformers"}
         ),
-        "layer 2: 'X' is none of R, F, B, S": (described(frozen, tmp_path / "bad", changed(skip_plan="RFXRRR")), {}),
-        "served for llava, qwen2_vl, qwen2_5_vl, internvl, not for gemma3": (
-            described(frozen, tmp_path / "gemma3", changed(model_type="skipplan_gemma3")),
-            {},
+        "is for 5 layers and the model has 6: it is another model's": Task(
+            str(dense), options={"hf_overrides": {"skip_plan": "RFFRR"}}
         ),
-        "served for llava, .*, not for SmolVLMForConditionalGeneration": (
-            described(smolvlm, tmp_path / "skipping", per_layer_config),
-            {},
+        "layer 2: 'X' is none of R, F, B, S": Task(
+            described(frozen, tmp_path / "bad", changed(skip_plan="RFXRRR")),
+        ),
+        "served for llava, qwen2_vl, qwen2_5_vl, internvl, not for gemma3": Task(
+            described(frozen, tmp_path / "gemma3", changed(model_type="skipplan_gemma3"))
+        ),
+        "served for llava, .*, not for SmolVLMForConditionalGeneration": Task(
+            described(smolvlm, tmp_path / "skipping", per_layer_config)
         ),
     }
-    results = served(vllm, [(model, [], options) for model, options in refused.values()])
+    results = served(vllm, list(refused.values()))
     for reason, result in zip(refused, results, strict=True):
         line = next((line for line in result["error"].splitlines() if "skipplan: " in line), result["error"])
         assert re.search(reason, line), result["error"]
