@@ -76,7 +76,7 @@ def best(
     max_accuracy_drop: float | None = None,
     min_accuracy: float | None = None,
     min_speedup: float | None = None,
-    max_latency: float | None = None,
+    max_latency_seconds: float | None = None,
     device: str | None = None,
     all_versions: bool = False,
     database: str | None = None,
@@ -84,8 +84,8 @@ def best(
     """Find the fastest published plan of a model on a task within limits; None where the dense model is the answer.
 
     ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
-    the upper end of the loss's interval, the other limits against what was measured; ``max_latency`` is in seconds a
-    request of the job's workload. Without a limit on loss or accuracy, plans that their own job refused are left out.
+    the upper end of the loss's interval, the other limits against what was measured.
+    Without a limit on loss or accuracy, plans that their own job refused are left out.
     Plans of former model files, data, prompts or metrics are left out unless ``all_versions``.
     """
     from optimizer.errors import NoFeasiblePlan
@@ -100,7 +100,7 @@ def best(
             max_accuracy_drop=max_accuracy_drop,
             min_accuracy=min_accuracy,
             min_speedup=min_speedup,
-            max_latency=max_latency,
+            max_latency_seconds=max_latency_seconds,
         )
         try:
             return find_best(db, query, all_versions=all_versions)[0]
@@ -146,7 +146,7 @@ def plans(
     )
     with _open(database) as db:
         present = PresentVersions(db)
-        found = published.list_plans(db, present.named(query) if all_versions else present.only(query))
+        found = published.list_plans(db, present.resolve(query, all_versions=all_versions))
         answers = [PlanAnswer.of(plan, present.changes(plan)) for plan in found]
     return overview.frame(answers, PlanAnswer).drop(columns=["secondary", "layers"]).set_index("id")
 

@@ -108,7 +108,7 @@ def list_plans(
     )
     with open_database(context) as db:
         present = PresentVersions(db)
-        found = plans.list_plans(db, present.named(query) if all_versions else present.only(query))
+        found = plans.list_plans(db, present.resolve(query, all_versions=all_versions))
         changes = [present.changes(plan) for plan in found]
     if as_json:
         print_json([plan_json(*each) for each in zip(found, changes, strict=True)])

@@ -97,7 +97,7 @@ def list_plans(
 ) -> list[PlanAnswer]:
     """Return published plans within limits; 404 where model, task or device is not known."""
     present = PresentVersions(db)
-    found = plans.list_plans(db, present.named(query) if all_versions else present.only(query))
+    found = plans.list_plans(db, present.resolve(query, all_versions=all_versions))
     return [PlanAnswer.of(each, present.changes(each)) for each in found]
 
 

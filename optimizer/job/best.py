@@ -40,7 +40,7 @@ def find_best(
                 return plan
         return None
 
-    asked = present.named(query) if all_versions else present.only(query)
+    asked = present.resolve(query, all_versions=all_versions)
     found = find(asked)
     if found is not None:
         return found, present.changes(found)

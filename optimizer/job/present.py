@@ -39,6 +39,10 @@ class PresentVersions:
         self._fingerprints: dict[str, str] = {}
         self._specs: dict[str, TaskSpec | None] = {}
 
+    def resolve(self, query: PlanQuery, *, all_versions: bool) -> PlanQuery:
+        """Let a query mean present versions alone, or all versions of what it names. Raises NotFound."""
+        return self.named(query) if all_versions else self.only(query)
+
     def only(self, query: PlanQuery) -> PlanQuery:
         """Restrict a query to present versions. Raises NotFound for a model or task that the database does not know.
 

@@ -93,9 +93,9 @@ class Plan(PlanFigures):
 class PlanQuery:
     """Which plans are asked for, and in what order.
 
-    ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate;
-    ``max_latency`` is in seconds. ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids``
-    say which versions of models and tasks are meant, and then stand in the place of ``model`` and ``task``.
+    ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate.
+    ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids`` say which versions
+    are meant, and then stand in the place of ``model`` and ``task``.
     """
 
     model: str | None = None
@@ -106,7 +106,7 @@ class PlanQuery:
     max_accuracy_drop: float | None = None
     min_accuracy: float | None = None
     min_speedup: float | None = None
-    max_latency: float | None = None
+    max_latency_seconds: float | None = None
     on_front: bool = False
     sort: Sort = "speedup"
     limit: int | None = 50
@@ -281,8 +281,8 @@ def _where(session: Session, query: PlanQuery) -> list[ColumnElement[bool]]:
         conditions.append(PlanRow.accuracy >= query.min_accuracy)
     if query.min_speedup is not None:
         conditions.append(PlanRow.speedup >= query.min_speedup)
-    if query.max_latency is not None:
-        conditions.append(PlanRow.latency_seconds <= query.max_latency)
+    if query.max_latency_seconds is not None:
+        conditions.append(PlanRow.latency_seconds <= query.max_latency_seconds)
     return conditions
 
 

@@ -211,7 +211,8 @@ def measure(db: Database, show_plans: bool) -> None:
         "best, fullest group": lambda: plans.best(db, PlanQuery(*hot, **one)),
         "best, drop at most 0.02": lambda: plans.best(db, PlanQuery(*hot, **one, max_accuracy_drop=0.02)),
         "best, four constraints": lambda: plans.best(
-            db, PlanQuery(*hot, **one, max_accuracy_drop=0.05, min_accuracy=0.9, min_speedup=1.2, max_latency=0.8)
+            db,
+            PlanQuery(*hot, **one, max_accuracy_drop=0.05, min_accuracy=0.9, min_speedup=1.2, max_latency_seconds=0.8),
         ),
         "best, none meets them": lambda: plans.best(db, PlanQuery(*hot, **one, max_accuracy_drop=0.0, min_speedup=2.4)),
         "best, any device and workload": lambda: plans.best(db, PlanQuery(*hot, max_accuracy_drop=0.02)),

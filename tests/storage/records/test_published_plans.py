@@ -252,8 +252,8 @@ CONSTRAINTS = [
     {"max_accuracy_drop": 0.1},
     {"max_accuracy_drop": 0.25, "min_speedup": 1.4},
     {"min_accuracy": 0.8},
-    {"min_accuracy": 0.7, "max_latency": 0.6},
-    {"max_latency": 0.55, "max_accuracy_drop": 0.4},
+    {"min_accuracy": 0.7, "max_latency_seconds": 0.6},
+    {"max_latency_seconds": 0.55, "max_accuracy_drop": 0.4},
     {"min_speedup": 99.0},
 ]
 ORDERS = {
@@ -287,8 +287,8 @@ def reference(frame, model, task, device, workload, constraints, sort):
         frame = frame[frame["accuracy"] >= constraints["min_accuracy"]]
     if "min_speedup" in constraints:
         frame = frame[frame["speedup"] >= constraints["min_speedup"]]
-    if "max_latency" in constraints:
-        frame = frame[frame["latency_seconds"] <= constraints["max_latency"]]
+    if "max_latency_seconds" in constraints:
+        frame = frame[frame["latency_seconds"] <= constraints["max_latency_seconds"]]
     columns, ascending = ORDERS[sort]
     return frame.sort_values(columns, ascending=ascending)["id"].tolist()
 
