@@ -163,6 +163,8 @@ class Evaluations:
 
     results: tuple[Evaluation | EvaluationFailure, ...]
     note: str = ""
+    failed_calibration: dict[str, str] = field(default_factory=dict)
+    """Calibration samples that the maps were fitted without, and why."""
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,8 @@ class LatencyComparison:
     dense_peak_bytes: int | None = None
     """Most memory in use during a request beyond what was in use before it; None where the system does not tell."""
     peak_bytes: int | None = None
+    failed_samples: dict[str, str] = field(default_factory=dict)
+    """Samples whose prompts were to be timed and could not be made."""
 
 
 # --- Redundancy ---

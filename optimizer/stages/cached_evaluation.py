@@ -21,7 +21,15 @@ from optimizer.stages.context import JobContext
 from storage.queue import stages
 from storage.records import evaluations
 from storage.records.evaluations import EvaluationKey, EvaluationRecord, EvaluationResult
-from workers.messages import Artifact, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations, Failure
+from workers.messages import (
+    NO_COMPENSATION,
+    Artifact,
+    EvaluatePlans,
+    Evaluation,
+    EvaluationFailure,
+    Evaluations,
+    Failure,
+)
 from workers.runtime import SkipPlan
 
 LARGEST_GROUP = 64
@@ -68,7 +76,7 @@ class CachedEvaluation:
                 split_hash=self._hash,
                 settings=context.settings,
             )
-            if self._has_same_maps(each)
+            if self._has_same_maps(each) and self._settings(each.compensation) == context.settings
         }
         self._noted: set[str] = set()
         self.secondary: dict[Candidate, dict[str, float]] = {}
@@ -127,6 +135,7 @@ class CachedEvaluation:
         if isinstance(result, Failure):
             return [result] * count
         assert isinstance(result, Evaluations)
+        self._context.failed_samples.add("calibration", result.failed_calibration)
         if result.note and result.note not in self._noted:
             self._noted.add(result.note)
             self._context.progress.note(result.note)
@@ -161,6 +170,13 @@ class CachedEvaluation:
         given = self._maps.get(_candidate(each))
         return given is None or each.artifact_checksum == given.checksum
 
+    def _settings(self, compensation: str) -> str:
+        """Return an evaluation's settings: maps that were fitted without some samples are not those of other jobs."""
+        failed = self._context.failed_samples.of("calibration")
+        if compensation == NO_COMPENSATION or not failed:
+            return self._context.settings
+        return f"{self._context.settings} calibration_without={','.join(sorted(failed))}"
+
     def _longest_prefix(self, candidate: Candidate, n_samples: int) -> int:
         """Return the largest smaller prefix that the candidate has scores on; zero when there is none."""
         own = self._own.get(candidate, {})
@@ -181,7 +197,7 @@ class CachedEvaluation:
             task_id=context.task_id,
             plan=candidate.plan.text,
             compensation=candidate.compensation,
-            settings=context.settings,
+            settings=self._settings(candidate.compensation),
             split=self._split,
             split_hash=self._hash,
             n_samples=each.n_samples,

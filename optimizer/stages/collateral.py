@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
 from optimizer.search.space import Candidate
+from optimizer.search.trial import answered_by_both
 from optimizer.stages.context import JobContext
+from optimizer.stages.failed_samples import TooManyFailed
 from optimizer.stages.verify import Finalist
 from workers.messages import Artifact, CompareText, EvaluateOtherTask, Evaluation, TextDivergence
 from workers.runtime import SkipPlan
@@ -15,7 +18,7 @@ from workers.tasks import Task
 
 @dataclass(frozen=True)
 class OtherTask:
-    """Accuracy on the held-out split of a task that the plan was not chosen for."""
+    """Accuracy on held-out samples of a task that the plan was not chosen for, where neither plan nor dense failed."""
 
     n_samples: int
     accuracy: float
@@ -28,6 +31,10 @@ class Collateral:
 
     tasks: dict[str, OtherTask] = field(default_factory=dict)
     text: TextDivergence | None = None
+
+
+Scores = tuple[float | None, ...]
+"""Per sample; None where it failed."""
 
 
 def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, Collateral]:
@@ -47,28 +54,45 @@ def _measure(context: JobContext, finalist: Finalist) -> Collateral:
     candidate, artifact = finalist.candidate, finalist.artifact
     others: dict[str, OtherTask] = {}
     for task in context.inputs.other_tasks:
-        result, dense = _evaluate(context, candidate, artifact, task), _dense(context, task)
-        if result is not None and dense is not None:
-            others[task.name] = OtherTask(result.n_samples, result.accuracy, dense)
+        plan, dense = _evaluate(context, candidate, artifact, task), _dense(context, task)
+        if plan is not None and dense is not None and (compared := compare(plan, dense)) is not None:
+            others[task.name] = compared
     return Collateral(others, _compare_text(context, candidate, artifact))
 
 
-def _dense(context: JobContext, task: Task) -> float | None:
-    def accuracy() -> float | None:
-        candidate = Candidate(SkipPlan.dense(context.worker.num_layers))
-        result = _evaluate(context, candidate, None, task)
-        return None if result is None else result.accuracy
+def compare(plan: Scores, dense: Scores) -> OtherTask | None:
+    """Compare a plan with dense on the samples that neither failed on; None where there are none."""
+    as_floats = [[math.nan if score is None else score for score in scores] for scores in (dense, plan)]
+    its_dense, own = answered_by_both(*as_floats)
+    if not own:
+        return None
+    return OtherTask(len(own), math.fsum(own) / len(own), math.fsum(its_dense) / len(own))
 
-    known: float | None = context.load_or_compute(f"collateral dense {task.name}", float | None, accuracy)
+
+def _dense(context: JobContext, task: Task) -> Scores | None:
+    dense = Candidate(SkipPlan.dense(context.worker.num_layers))
+    known: Scores | None = context.load_or_compute(
+        f"collateral scores {task.name}", Scores | None, lambda: _evaluate(context, dense, None, task)
+    )
     return known
 
 
-def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | None, task: Task) -> Evaluation | None:
+def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | None, task: Task) -> Scores | None:
+    """Score a plan on another task, marking samples that fail; None where it cannot be done, which is noted."""
     request = EvaluateOtherTask(
         candidate.plan.text, task, context.spec.collateral.samples, candidate.compensation, artifact
     )
     reply = context.ask_one(request, f"{candidate} on {task.name}")
-    return reply if isinstance(reply, Evaluation) else None
+    if not isinstance(reply, Evaluation):
+        return None
+    scores = dict(zip(reply.sample_ids, reply.scores, strict=True))
+    marked = {sample: reply.failed_samples[sample] for sample, score in scores.items() if math.isnan(score)}
+    try:
+        context.failed_samples.add(f"collateral {task.name}", marked, len(scores))
+    except TooManyFailed as error:
+        context.progress.note(f"{candidate} on {task.name} is left out: {error}")
+        return None
+    return tuple(None if math.isnan(score) else score for score in reply.scores)
 
 
 def _compare_text(context: JobContext, candidate: Candidate, artifact: Artifact | None) -> TextDivergence | None:

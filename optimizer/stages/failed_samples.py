@@ -33,23 +33,27 @@ class FailedSamples:
         """Return the reasons by sample."""
         return dict(self._reasons.get(split, {}))
 
-    def add(self, split: str, found: Mapping[str, str]) -> None:
-        """Mark samples of a split. Raises TooManyFailed with all of them where the job does not allow so many."""
+    def add(self, split: str, found: Mapping[str, str], size: int | None = None) -> None:
+        """Mark samples of a split, or of ``size`` samples of another task.
+
+        Raises TooManyFailed with all of them where the job does not allow so many.
+        """
         context, known = self._context, self._reasons.setdefault(split, {})
+        place = "held-out" if split == "held_out" else split
         for sample, reason in found.items():
             if sample not in known:
                 known[sample] = reason
-                text = f"{split.replace('_', '-')} sample {sample}: {reason}"
+                text = f"{place} sample {sample}: {reason}"
                 data = {"split": split, "sample": sample, "reason": reason}
                 events.add(context.db, context.job.id, context.job.attempt, KIND, text, data)
                 context.progress.note(f"{text}; it is left out")
-        share, size = context.spec.max_failed_samples, len(context.task.split(split))
+        share, size = context.spec.max_failed_samples, size or len(context.task.split(split))
         if len(known) <= (max(1.0, share * size) if share else 0):
             return
         lines = [f"sample {sample}: {reason}" for sample, reason in known.items()]
         more = [f"and {len(lines) - MOST_SHOWN} more (skipplan jobs show {context.job.id})"] * (len(lines) > MOST_SHOWN)
         raise TooManyFailed(
-            f"{len(known)} of {size} {split.replace('_', '-')} samples failed, more than max_failed_samples {share:g}",
+            f"{len(known)} of {size} {place} samples failed, more than max_failed_samples {share:g}",
             [*lines[:MOST_SHOWN], *more],
         )
 

@@ -36,4 +36,6 @@ def _compare(context: JobContext, finalist: Finalist) -> LatencyComparison | Non
     )
     result = context.ask_one(request, f"latency of plan {finalist.candidate}")
     assert result is None or isinstance(result, LatencyComparison)
+    if result is not None:
+        context.failed_samples.add("calibration", result.failed_samples)
     return result

@@ -82,6 +82,7 @@ def _measure_cache(context: JobContext) -> CacheSizes:
     if isinstance(result, Failure):
         raise JobFailed(f"the size of the KV cache could not be measured: {result.reason}")
     assert isinstance(result, LatencyComparison)
+    context.failed_samples.add("calibration", result.failed_samples)
     run = result.dense_kv_cache_bytes / info.num_layers
     bypassed = sum(action.row.hides_vision for action in plan)
     saved = result.dense_kv_cache_bytes - result.kv_cache_bytes

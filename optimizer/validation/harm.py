@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +38,9 @@ class Measured:
     dense: Floats
     scores: dict[str, Floats]
     kl: dict[str, Floats]
+    """Divergences, on the samples where every plan has one."""
+    kl_images: tuple[str, ...]
+    """Images of these samples."""
     failed: dict[str, str]
 
     def harm(self, plan: str, confidence: float, seed: int) -> PlanHarm | None:
@@ -79,17 +81,27 @@ def measure(context: JobContext, plans: Sequence[str], samples: int, split: str 
             continue
         scores[plan.text] = np.asarray(result.values, dtype=np.float64)
         if result.kl is not None:
-            # NaN under a plan that counts as wrong among the scores; it says nothing about divergence.
-            divergences[plan.text] = np.array([0.0 if math.isnan(value) else value for value in result.kl])
+            divergences[plan.text] = np.asarray(result.kl, dtype=np.float64)
     dense = scores.get(wanted[0])
     if dense is None:
         raise JobFailed(f"the dense model cannot be evaluated: {failed[wanted[0]]}")
-    answered = np.asarray(~np.isnan([*scores.values()]).any(0))  # under every plan
-    pairs = zip(context.task.split(split)[:samples], answered, strict=True)
+    images = [sample.image_key for sample in context.task.split(split)[:samples]]
+    answered = _without_nan(scores)
+    compared = answered & _without_nan(divergences)  # NaN logits under one plan say nothing about its divergence
     return Measured(
-        tuple(sample.image_key for sample, kept in pairs if kept),
-        dense[answered],
-        {plan: values[answered] for plan, values in scores.items()},
-        {plan: values[answered] for plan, values in divergences.items()},
-        failed,
+        images=_where(answered, images),
+        dense=dense[answered],
+        scores={plan: values[answered] for plan, values in scores.items()},
+        kl={plan: values[compared] for plan, values in divergences.items() if compared.any()},
+        kl_images=_where(compared, images),
+        failed=failed,
     )
+
+
+def _without_nan(values: Mapping[str, Floats]) -> NDArray[np.bool_]:
+    """Which samples have a number under every plan; all where there are no plans."""
+    return np.asarray(~np.isnan(np.stack([*values.values()])).any(0)) if values else np.ones(1, dtype=np.bool_)
+
+
+def _where(kept: NDArray[np.bool_], images: Sequence[str]) -> tuple[str, ...]:
+    return tuple(image for image, wanted in zip(images, kept, strict=True) if wanted)

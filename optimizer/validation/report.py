@@ -254,9 +254,9 @@ def _action(
     divergences = np.array([harm.kl[plans[layer]] for layer in there]) if with_kl else None
     risks = {name: tuple(risk.of(layer, letter) for layer in there) for name, risk in predicted.risks.items()}
 
-    def agreements(measured_harm: np.ndarray) -> dict[str, Agreement]:
+    def agreements(measured_harm: np.ndarray, images: Sequence[str]) -> dict[str, Agreement]:
         return {
-            name: Agreement.over_layers(values, measured_harm, harm.images, confidence, seed)
+            name: Agreement.over_layers(values, measured_harm, images, confidence, seed)
             for name, values in risks.items()
         }
 
@@ -266,8 +266,8 @@ def _action(
         kl=None if divergences is None else tuple(divergences.mean(1).tolist()),
         difference=tuple(differences.mean(1).tolist()),
         risks=risks,
-        by_kl={} if divergences is None else agreements(divergences),
-        by_accuracy=agreements(-differences),
+        by_kl={} if divergences is None else agreements(divergences, harm.kl_images),
+        by_accuracy=agreements(-differences, harm.images),
         called_safe=tuple(layer for layer in there if predicted.own.of(layer, letter) <= 1.0),
     )
 

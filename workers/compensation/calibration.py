@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature
+from transformers import BatchFeature, LogitsProcessorList
 
 from workers.layerwise.hooks import Hooks, hidden_of
-from workers.models.inputs import prepare_batch
+from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
-from workers.models.multiple_choice import chosen_tokens
+from workers.models.multiple_choice import NAN_LOGITS, chosen_tokens
 from workers.models.prompts import to_device
+from workers.models.ties import AnswerWatch, end_tokens
 from workers.runtime.families import describe
 from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
 from workers.runtime.locate import DecoderStack, locate
@@ -225,20 +226,46 @@ def _with_answers(
     failed.update(prepared.failed)
     if prepared.inputs is None:
         return None
-    pad, prompt = loaded.processor.tokenizer.pad_token_id, prepared.inputs["input_ids"].shape[1]
-    if task.spec.is_choice:
-        with torch.inference_mode():
-            chosen = [torch.tensor(chosen_tokens(loaded, task, s)[:-1], dtype=torch.long) for s in prepared.samples]
-        return _Sequences(prepared.samples, append_answers(prepared.inputs, chosen, pad), prompt)
-    inputs = to_device(prepared.inputs, loaded.device, loaded.model.dtype)
     with torch.inference_mode():
-        sequences = loaded.model.generate(
-            **inputs, do_sample=False, num_beams=1, max_new_tokens=task.spec.answer.max_new_tokens, pad_token_id=pad
-        )
+        answers, unanswered = (_choose_answers if task.spec.is_choice else _generate_answers)(loaded, task, prepared)
+    if unanswered:  # what the model cannot answer has no states to fit maps to
+        failed.update(unanswered)
+        return _with_answers(loaded, task, [s for s in prepared.samples if s.id not in unanswered], failed)
+    pad, prompt = loaded.processor.tokenizer.pad_token_id, prepared.inputs["input_ids"].shape[1]
+    return _Sequences(prepared.samples, append_answers(prepared.inputs, answers, pad), prompt)
+
+
+def _choose_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> tuple[list[Tensor], dict[str, str]]:
+    """Return the tokens of the options that the model chooses, without the last; and why samples have none."""
+    answers, failed = [], {}
+    for sample in batch.samples:
+        tokens, reason = chosen_tokens(loaded, task, sample)
+        answers.append(torch.tensor(tokens[:-1], dtype=torch.long))
+        if reason:
+            failed[sample.id] = reason
+    return answers, failed
+
+
+def _generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> tuple[list[Tensor], dict[str, str]]:
+    """Return the tokens that decoding feeds back, by sample; and why samples have none."""
+    assert batch.inputs is not None
+    inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
+    rows, prompt = inputs["input_ids"].shape
+    watch = AnswerWatch(rows, prompt, end_tokens(loaded.model), loaded.model.dtype)
+    sequences = loaded.model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=task.spec.answer.max_new_tokens,
+        pad_token_id=loaded.processor.tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([watch]),
+        return_dict_in_generate=False,
+    )
     if not torch.equal(sequences[:, :prompt], inputs["input_ids"]):
         raise CompensationError("this family's generate() returns no prompts, so answers cannot be put behind them")
     answers = [_fed_tokens(row, loaded.model.generation_config.eos_token_id) for row in sequences[:, prompt:].cpu()]
-    return _Sequences(prepared.samples, append_answers(prepared.inputs, answers, pad), prompt)
+    nan = zip(batch.samples, watch.nan.tolist(), strict=True)
+    return answers, {sample.id: NAN_LOGITS for sample, is_nan in nan if is_nan}
 
 
 def _fed_tokens(answer: Tensor, end: int | Sequence[int] | None) -> Tensor:

@@ -72,6 +72,11 @@ class Compensator:
         self._fitted.move_to_end(key)
         return self._fitted[key]
 
+    @property
+    def failed_samples(self) -> dict[str, str]:
+        """Calibration samples that the last maps were fitted without, and why."""
+        return {} if self._calibration is None else self._calibration[1].failed_samples
+
     def fit(self, request: FitCompensation) -> FittedCompensation:
         """Fit a plan's maps for keeping: the file's content, and how well they fit."""
         recipe = Recipe.parse(request.compensation)

@@ -5,6 +5,8 @@ A compensation is fitted to one task's samples; this says what it did to the res
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def text_divergence(loaded: LoadedModel, plan: SkipPlan, maps: Maps | None, text
     """Mean KL(dense || plan) per token in nats, and both perplexities, on the beginning of ``text``.
 
     Raises:
-        MeasurementError: the text has fewer than two tokens.
+        MeasurementError: the text has fewer than two tokens, or logits hold NaN on it.
         PlanError: the model cannot take the plan.
     """
     ids = loaded.processor.tokenizer(text, add_special_tokens=False)["input_ids"][:MOST_TOKENS]
@@ -44,6 +46,8 @@ def text_divergence(loaded: LoadedModel, plan: SkipPlan, maps: Maps | None, text
             dense_loss -= float(dense.gather(1, tokens[0, 1:, None]).sum())
             plan_loss -= float(own.gather(1, tokens[0, 1:, None]).sum())
             predicted += len(window) - 1
+    if not math.isfinite(divergence + dense_loss + plan_loss):
+        raise MeasurementError("logits hold NaN on the text, so nothing can be compared on it")
     return TextDivergence(
         plan=plan.text,
         tokens=predicted,

@@ -201,6 +201,7 @@ def _compare_alone(
         kv_cache_bytes=caches[1],
         dense_peak_bytes=peaks[0],
         peak_bytes=peaks[1],
+        failed_samples=timed.failed_samples,
     )
 
 

@@ -169,16 +169,16 @@ class Choice:
         return any((option in sample.answers) != (self.option in sample.answers) for option in self.tied)
 
 
-def chosen_tokens(loaded: LoadedModel, task: Task, sample: Sample) -> tuple[int, ...]:
-    """Return the tokens of the option that the model chooses by itself; none where that cannot be found out."""
+def chosen_tokens(loaded: LoadedModel, task: Task, sample: Sample) -> tuple[tuple[int, ...], str]:
+    """Return the tokens of the option that the model chooses by itself; none, and why, where it can choose none."""
     batch = prepare_batch(loaded, task, one_by_one([sample]))
     if batch.inputs is None:
-        return ()
-    found, _ = join([sample], *option_likelihoods(loaded, task, batch))
+        return (), next(iter(batch.failed.values()))
+    found, failed = join([sample], *option_likelihoods(loaded, task, batch))
     if sample.id not in found:
-        return ()
+        return (), failed[sample.id]
     choice = Choice.of(task.spec.metric, sample.choices, found[sample.id])
-    return option_tokens(loaded.processor, task.spec, sample)[sample.choices.index(choice.option)]
+    return option_tokens(loaded.processor, task.spec, sample)[sample.choices.index(choice.option)], ""
 
 
 def join(

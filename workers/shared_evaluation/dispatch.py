@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.decoder import NotExactError
-from workers.messages import EvaluatePlans, Evaluations
+from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluations
 from workers.runtime.descriptor import UnsupportedFamilyError
 
 from .fast import FastEvaluator
@@ -32,6 +34,12 @@ class EvaluationDispatch:
             NotExactError: the fast path is demanded where it is not exact.
         """
         self.plain.task.split(request.split)
+        found = self._evaluate(request)
+        if request.compensation == NO_COMPENSATION or any(request.artifacts):
+            return found
+        return replace(found, failed_calibration=self.plain.compensator.failed_samples)
+
+    def _evaluate(self, request: EvaluatePlans) -> Evaluations:
         if request.path == "plain":
             return self.plain.evaluate_all(request)
         reason = self._reason(request.split)

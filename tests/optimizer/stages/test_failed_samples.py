@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +17,20 @@ from optimizer.job.sections import ConstraintSpec
 from optimizer.reports.html import write_report
 from optimizer.search.space import Candidate
 from optimizer.search.trial import Scores, trial_of
-from optimizer.stages import dense, profile, redundancy
+from optimizer.stages import collateral, compensate, dense, measure, profile, redundancy
 from optimizer.stages.cached_evaluation import CachedEvaluation
+from optimizer.stages.collateral import OtherTask
 from optimizer.stages.context import JobContext
 from optimizer.stages.failed_samples import TooManyFailed
+from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import verify
 from storage.database import Database
 from storage.queue import events, leases
-from workers.messages import EvaluatePlans
+from workers.compensation.compensator import Compensator
+from workers.evaluation.plain import PlainEvaluator
+from workers.messages import EvaluateOtherTask, EvaluatePlans, FitCompensation, MeasureLinearRedundancy
 from workers.runtime import SkipPlan
-from workers.tasks import Task
+from workers.tasks import Task, load_spec, load_task
 from workers.tasks.images import ImageFile
 
 DENSE = Candidate(SkipPlan.dense(12))
@@ -130,6 +135,110 @@ def test_measuring_and_timing_leave_them_out(begin, store: Database) -> None:
     assert key == redundancy.measurement_key(context) != redundancy.measurement_key(begin({}))
     events_of = [each.message for each in events.for_job(store, context.job.id) if each.kind == "sample_failed"]
     assert len(events_of) == 1
+
+
+RECIPE = "linear ridge=0.001 weighting=answers tokens=16384"
+COMPENSATED = Candidate(PLAN.plan, RECIPE)
+
+
+def without(task: Task, split: str, place: int) -> Task:
+    samples = task.split(split)
+    return replace(task, **{split: samples[:place] + samples[place + 1 :]})
+
+
+def test_maps_are_fitted_without_them_and_belong_to_this_job_alone(
+    begin, store: Database, worker: in_process.OneWorker, tmp_path: Path
+) -> None:
+    context = begin({"calibration": (1,)}, compensation={"kind": "linear"}, artifacts=str(tmp_path / "maps"))
+    name = context.task.calibration[1].id
+    evaluated(context, (COMPENSATED, 8))  # by maps that the worker fits on the way
+    assert list(context.failed_samples.of("calibration")) == [name]
+    kept = compensate.run(context, [COMPENSATED])[COMPENSATED]
+    fits = [
+        Compensator(worker.handler.loaded, task).fit(FitCompensation(PLAN.plan.text, RECIPE))
+        for task in (without(context.task, "calibration", 1), context.task)
+    ]
+    assert (kept.samples, kept.tokens) == (9, fits[0].tokens) != (10, fits[1].tokens)
+    shares = [kept.gaps[0].unexplained, *(each.gaps[0].unexplained for each in fits)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-3) != pytest.approx(shares[2], rel=1e-3)
+    messages = [each.message for each in events.for_job(store, context.job.id) if each.kind == "sample_failed"]
+    assert len(messages) == 1 and messages[0].startswith(f"calibration sample {name}: image ")
+    another = begin({}, compensation={"kind": "linear"})
+    evaluated(another, (COMPENSATED, 8), (PLAN, 8))
+    assert [type(each) for each in another.pool.requests] == [EvaluatePlans, EvaluatePlans]  # nothing is taken over
+    third = begin({}, compensation={"kind": "linear"})
+    evaluated(third, (COMPENSATED, 8), (PLAN, 8))
+    assert third.pool.requests == []
+
+
+def test_the_linear_redundancy_is_measured_without_them(begin, worker: in_process.OneWorker) -> None:
+    context = begin({"calibration": (1,)})
+    table = redundancy.measured(context, [redundancy.LINEAR])
+    assert list(context.failed_samples.of("calibration")) == [context.task.calibration[1].id]
+    expected = [
+        {
+            (each.layer, each.end): each.unexplained
+            for each in compensator.linear_redundancy(MeasureLinearRedundancy()).shares
+        }
+        for compensator in (
+            Compensator(worker.handler.loaded, task) for task in (without(context.task, "calibration", 1), context.task)
+        )
+    ]
+    found = {(row.layer, row.layer + int(row.name.rpartition("@")[2])): row.value for row in table.rows}
+    assert found == pytest.approx(expected[0], rel=1e-3) != pytest.approx(expected[1], rel=1e-3)
+
+
+def finalist(plan: Candidate) -> Finalist:
+    scores = {plan.plan.text: [1.0, 0.0]}
+    (verdict,) = verify([1.0, 1.0], scores, ["a", "b"], ConstraintSpec(max_accuracy_drop=1), seed=0)
+    return Finalist(verdict)
+
+
+def test_comparing_latency_names_them(begin) -> None:
+    context = begin({"calibration": (0,)}, latency_seconds=0.01)
+    measured = measure.run(context, (finalist(PLAN),))[PLAN]
+    name = context.task.calibration[0].id
+    assert list(measured.failed_samples) == list(context.failed_samples.of("calibration")) == [name]
+    assert profile.cache_sizes(begin({"calibration": (0,)})).run > 0
+
+
+class Fading(in_process.OneWorker):
+    """Loses the image of a sample once it has been asked about another task for the first time."""
+
+    def __init__(self, worker: in_process.OneWorker, image: Path) -> None:
+        self.handler, self.info, self.size, self.requests, self.image = worker.handler, worker.info, 1, [], image
+
+    def run(self, requests):
+        for reply in super().run(requests):
+            if isinstance(self.requests[-1], EvaluateOtherTask):
+                self.image.unlink(missing_ok=True)
+            yield reply
+
+
+@pytest.mark.parametrize("share", [0.2, 0.0])
+def test_beside_the_task_plan_and_dense_are_compared_where_neither_failed(
+    store: Database, worker: in_process.OneWorker, tmp_path: Path, share: float
+) -> None:
+    other = load_task(load_spec("easy-vqa").with_splits(calibration=1, search=1, held_out=3))
+    place = 2
+    copy = shutil.copy(other.held_out[place].image.path, tmp_path / "image.png")
+    other = replace(other, spec=other.spec.changed(name="my_other"))
+    gone = replace(other.held_out[place], image=ImageFile(str(copy)))
+    other = replace(other, held_out=(*other.held_out[:place], gone, *other.held_out[place + 1 :]))
+    wanted = in_process.spec(splits=SIZES, max_failed_samples=share)
+    context = in_process.context(store, Fading(worker, tmp_path / "image.png"), wanted)
+    context = replace(context, inputs=replace(context.inputs, other_tasks=(other,)))
+    (found,) = collateral.run(context, (finalist(PLAN),)).values()
+    if not share:  # none may fail: the figure is left out, the job goes on
+        assert found.tasks == {}
+        return
+    kept = [sample for sample in other.held_out if sample.id != gone.id]
+    alone = PlainEvaluator(worker.handler.loaded, replace(other, held_out=tuple(kept)))
+    plan, dense_ = (alone.evaluate(each.plan, "held_out") for each in (PLAN, DENSE))
+    assert found.tasks["my_other"] == OtherTask(len(kept), plan.accuracy, dense_.accuracy)
+    (event,) = [each for each in events.for_job(store, context.job.id) if each.kind == "sample_failed"]
+    assert event.message.startswith(f"collateral my_other sample {gone.id}: image ")
+    assert collateral.run(context, (finalist(PLAN),)) == {PLAN: found}  # read back
 
 
 # Pairs --------------------------------------------------------------------------------------------------------------

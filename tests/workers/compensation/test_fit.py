@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ from workers.compensation.calibration import (
 from workers.compensation.fit import Fitted, fit
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.evaluation.plain import PlainEvaluator
-from workers.models.loading import LoadedModel
+from workers.messages import ModelSource
+from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
 from workers.runtime.folding import GapMap
 from workers.runtime.gaps import gaps
 from workers.runtime.locate import locate
 from workers.tasks import Task
+from workers.tasks.spec import Answer
 
 ALL = 10**6
 LINEAR = Recipe.parse(f"linear tokens={ALL}")
@@ -338,3 +341,30 @@ def test_each_image_is_asked_once_before_any_is_asked_twice(small_task: Task) ->
     assert sorted(sample.id for sample in ordered) == sorted(sample.id for sample in small_task.calibration)
     images = len({sample.image_key for sample in ordered})
     assert images < len(ordered) and len({sample.image_key for sample in ordered[:images]}) == images
+
+
+CHOICE = {"kind": "choice", "max_new_tokens": 4, "options": "texts"}
+
+
+@pytest.mark.parametrize("is_choice", [False, True])
+def test_samples_that_the_model_cannot_answer_are_left_out(
+    tiny_directory: Path, tiny: LoadedModel, small_task: Task, is_choice: bool
+) -> None:
+    poisoned = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    word = poisoned.processor.tokenizer("triangle", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        poisoned.model.get_input_embeddings().weight[word] = float("nan")
+    samples = [replace(each, question="is it red?") for each in small_task.calibration[:5]]
+    if is_choice:
+        samples = [replace(each, answers=("yes",), choices=("yes", "no")) for each in samples]
+        spec = small_task.spec.changed(answer=Answer.model_validate(CHOICE), metric="multiple_choice")
+        small_task = replace(small_task, spec=spec)
+    rest = (*samples[:2], *samples[3:])
+    samples[2] = replace(samples[2], question="triangle?")
+    found = calibrate(poisoned, replace(small_task, calibration=tuple(samples)), tokens=ALL)
+    expected = calibrate(tiny, replace(small_task, calibration=rest), tokens=ALL)
+    assert found.failed_samples == {samples[2].id: "the logits hold NaN"}
+    assert found.samples == expected.samples and found.tokens == expected.tokens
+    plan = SkipPlan.parse("RRSRRR")
+    maps, alike = (fit(tiny.model, each, plan, LINEAR).maps for each in (found, expected))
+    assert torch.equal(maps[1].matrix, alike[1].matrix)

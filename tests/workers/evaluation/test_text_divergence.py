@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from workers.errors import MeasurementError
 from workers.evaluation.text_divergence import WINDOW, text_divergence
-from workers.models.loading import LoadedModel
+from workers.messages import ModelSource
+from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
 
 TEXT = "is there a red circle in the image? what shape is green? " * 40
@@ -45,3 +48,13 @@ def test_the_dense_plan_does_not_diverge(tiny: LoadedModel) -> None:
 def test_a_text_without_tokens_is_refused(tiny: LoadedModel) -> None:
     with pytest.raises(MeasurementError, match="fewer than two tokens"):
         text_divergence(tiny, SkipPlan.dense(6), None, "")
+
+
+def test_a_text_on_which_logits_hold_nan_is_no_number(tiny_directory: Path) -> None:
+    poisoned = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    word = poisoned.processor.tokenizer("triangle", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        poisoned.model.get_input_embeddings().weight[word] = float("nan")
+    assert text_divergence(poisoned, SkipPlan.dense(6), None, TEXT).kl == 0.0
+    with pytest.raises(MeasurementError, match="hold NaN"):
+        text_divergence(poisoned, SkipPlan.parse("RSRRSR"), None, f"{TEXT} triangle blue")

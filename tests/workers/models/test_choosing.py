@@ -195,7 +195,7 @@ def test_calibration_feeds_the_option_that_the_dense_model_chooses(tiny: LoadedM
     totals = [log_likelihood_by_hand(tiny.model, tiny, sample, option) for option in sample.choices]
     best = sample.choices[totals.index(max(totals))]
     tokens = tuple(tiny.processor.tokenizer(" " + best)["input_ids"])
-    assert chosen_tokens(tiny, choices, sample) == tokens
+    assert chosen_tokens(tiny, choices, sample) == (tokens, "")
     prompt = PlainEvaluator(tiny, choices)._prepare([sample]).inputs
     assert prompt is not None
     found = calibrate(tiny, choices, tokens=1)
