@@ -46,6 +46,7 @@ def score(
     """
     from optimizer import criteria
     from optimizer.job.loading import load_job
+    from optimizer.stages import dense
     from optimizer.stages.redundancy import measured
     from optimizer.validation import pictures, tables
     from workers.redundancy.kinds import AFTER_ALL, KINDS
@@ -56,9 +57,11 @@ def score(
     criterion = criteria.load(spec.criterion, spec.thresholds)
     kinds = [kind for kind in KINDS if causal or kind not in AFTER_ALL or kind in criterion.needs]
     with _context(context, spec, "score", as_json) as (job, screen):
+        warning = dense.warn(job)
         table = measured(job, kinds)
     risk = criterion.risk(table)
-    document = {"model": spec.model.path, "task": job.task.name, **tables.measurements_json(table, risk)}
+    about = {"model": spec.model.path, "task": job.task.name, "warning": warning}
+    document = {**about, **tables.measurements_json(table, risk)}
     if output is not None:
         write_file(output, json.dumps(document, indent=2) + "\n")
     if csv is not None:
@@ -69,6 +72,8 @@ def score(
         print_json(document)
     else:
         screen.table(tables.layers_table(table, risk))
+    if warning:
+        screen.warn(f"warning: {warning}")
     return 0
 
 
@@ -95,6 +100,7 @@ def validate_theory(
     """
     from optimizer.errors import UsageFault
     from optimizer.job.loading import load_job
+    from optimizer.stages import dense
     from optimizer.validation import pictures, tables
     from optimizer.validation.report import validate
 
@@ -105,13 +111,15 @@ def validate_theory(
         there = len(job.task.held_out)
         if samples is not None and samples > there:
             raise UsageFault(f"--samples: {samples} is more than the {there} samples of the held-out split")
+        warning = dense.warn(job)
         report = validate(job, samples=samples or there, set_size=set_size)
+    document = {"warning": warning, **report.to_json()}
     if output is not None:
-        write_file(output, json.dumps(report.to_json(), indent=2) + "\n")
+        write_file(output, json.dumps(document, indent=2) + "\n")
     if plot is not None:
         pictures.validation_figure(report).savefig(plot)
     if as_json:
-        print_json(report.to_json())
+        print_json(document)
     else:
         for each in tables.validation_tables(report):
             screen.table(each)
@@ -119,6 +127,8 @@ def validate_theory(
             screen.say(f"plan {plan} could not be evaluated: {reason}")
         for name, reason in report.left_out.items():
             screen.say(f"criterion {name} is left out: {reason}")
+    if warning:
+        screen.warn(f"warning: {warning}")
     return 0
 
 

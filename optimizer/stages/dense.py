@@ -51,11 +51,53 @@ def run(context: JobContext) -> DenseCheck:
     return check
 
 
+def warn(context: JobContext) -> str:
+    """Check the dense model for a command that publishes no plan; return what is wrong with its answers, if anything.
+
+    What it measures is nothing that anybody should act on then, but not wrong, so the command goes on.
+    """
+    context.progress.begin("check dense", 1)
+    found = _find(context)
+    context.progress.advance(news=f"accuracy {found.accuracy:.3f}")
+    reasons = "; ".join(found.reasons)
+    return f"{reasons}: what is measured of its layers says little about the task" if reasons else ""
+
+
 def _known(context: JobContext) -> DenseCheck:
     return context.load_or_compute("dense", DenseCheck, lambda: _check(context))
 
 
 def _check(context: JobContext) -> DenseCheck:
+    found, floor = _find(context), context.spec.constraint.min_dense_accuracy
+    goes_on_anyway = floor is not None and floor <= found.chance
+    if found.below_floor or (found.findings and not goes_on_anyway):
+        raise UselessModel(
+            f"task {context.task.name}, model {context.spec.model.path}: {'; '.join(found.reasons)}; check the task's "
+            "prompt, answers and metric (constraint.min_dense_accuracy: 0 goes on anyway)",
+            [describe(each) for each in _worst(found.looked_at)],
+        )
+    return DenseCheck(found.n_samples, found.accuracy, found.chance, "; ".join(found.findings))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The dense model's accuracy on the search split, what is wrong with its answers, and those looked at."""
+
+    n_samples: int
+    accuracy: float
+    chance: float
+    below_floor: str
+    """That it is below ``min_dense_accuracy``, in words; empty where it is not."""
+    findings: tuple[str, ...]
+    looked_at: tuple[ShownSample, ...]
+
+    @property
+    def reasons(self) -> list[str]:
+        """All that is wrong."""
+        return [*filter(None, [self.below_floor]), *self.findings]
+
+
+def _find(context: JobContext) -> _Found:
     dense = Candidate(SkipPlan.dense(context.worker.num_layers))
     n_samples = rung_sizes(context.spec.search.rungs, len(context.task.search))[-1]
     ((_, scores),) = CachedEvaluation(context, "search")([(dense, n_samples)])
@@ -67,22 +109,17 @@ def _check(context: JobContext) -> DenseCheck:
     accuracy = math.fsum(answered.values()) / len(answered)
     blind = chance(context.task.spec, list(answered))
     is_above_chance = accuracy > blind.score
-    is_below_floor = floor is not None and accuracy < floor
     findings = [] if is_above_chance else [not_above_chance(accuracy, n_samples, "search", blind.score, blind.means)]
-    looked_at: Sequence[ShownSample] = ()
-    if findings or is_below_floor or sum(score == 1 for score in answered.values()) < len(answered) / 2:
+    below_floor = ""
+    if floor is not None and accuracy < floor:
+        below_floor = (
+            f"the dense model's {accuracy:.3f} on {n_samples} search samples is below min_dense_accuracy {floor}"
+        )
+    looked_at: tuple[ShownSample, ...] = ()
+    if findings or below_floor or sum(score == 1 for score in answered.values()) < len(answered) / 2:
         looked_at = _look_at(context, n_samples)
         findings += _odd_answers(context, looked_at)
-    goes_on_anyway = floor is not None and floor <= blind.score
-    if is_below_floor or (findings and not goes_on_anyway):
-        low = f"the dense model's {accuracy:.3f} on {n_samples} search samples is below min_dense_accuracy {floor}"
-        reasons = "; ".join([low, *findings] if is_below_floor else findings)
-        raise UselessModel(
-            f"task {context.task.name}, model {context.spec.model.path}: {reasons}; check the task's prompt, answers "
-            "and metric (constraint.min_dense_accuracy: 0 goes on anyway)",
-            [describe(each) for each in _worst(looked_at)],
-        )
-    return DenseCheck(n_samples, accuracy, blind.score, "; ".join(findings))
+    return _Found(n_samples, accuracy, blind.score, below_floor, tuple(findings), looked_at)
 
 
 def not_above_chance(accuracy: float, n_samples: int, split: str, score: float, means: str) -> str:

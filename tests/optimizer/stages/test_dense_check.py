@@ -119,3 +119,15 @@ def test_a_floor_above_chance_holds_by_itself(job, tmp_path: Path) -> None:
     task = task_file(tmp_path, lambda q, a: a if next(half) % 2 else "teapot")
     with pytest.raises(UsageFault, match=r"below min_dense_accuracy 0\.9"):
         dense.run(job(task, min_dense_accuracy=0.9)[0])
+
+
+def test_commands_that_publish_no_plan_are_warned_and_go_on(job, tmp_path: Path, store: Database) -> None:
+    context, worker = job(task_file(tmp_path))
+    assert dense.warn(context) == ""
+    assert dense.run(context).warning == "" and len(worker.requests) == 1  # a later job has the evaluation already
+    half = iter(range(100))
+    strict, _ = job(task_file(tmp_path, lambda q, a: a if next(half) % 2 else "teapot"), min_dense_accuracy=0.9)
+    assert "below min_dense_accuracy 0.9" in dense.warn(strict)
+    useless, _ = job(task_file(tmp_path, lambda q, a: WRONG.get(a, "teapot")))
+    assert dense.warn(useless).startswith("the dense model is not above chance: accuracy 0.000 on 16 search samples")
+    assert "says little" in dense.warn(useless) and stages.stages(store, useless.job.id) == {}
