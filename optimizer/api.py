@@ -50,23 +50,22 @@ def submit(job: JobFile, *, database: str | None = None, force: bool = False) ->
 
 
 def run(job: JobFile, *, database: str | None = None, force: bool = False) -> Job:
-    """Do a job here and now and return it as it ended; one that has a result already is not run again.
+    """Do a job now and return it as it ended; one that has a result already is not run again.
 
-    An interrupted job goes on where it was. The state is ``succeeded``, or ``infeasible`` when no plan met the
-    constraint. Raises UsageFault for wrong input, ``workers.errors.ClusterError`` when the cluster cannot be used,
-    and ``optimizer.stages.context.JobFailed`` when the job cannot be done.
+    It runs in a process of its own, with a Ray of its own where ``cluster.address`` is local, because Ray's core may
+    end the process that uses it. An interrupted job goes on where it was. The state is ``succeeded``, or ``infeasible``
+    when no plan met the constraint. Raises UsageFault for wrong input, ``workers.errors.ClusterError`` when the cluster
+    cannot be used, ``ClusterLost`` (one of these) when it or the process ended under the job, which is then back in the
+    queue, and ``optimizer.stages.context.JobFailed`` when the job cannot be done.
     """
-    from optimizer.job.inputs import prepare
-    from optimizer.service.runner import run_job
-    from optimizer.stages.progress import Progress
+    from optimizer.service.apart import run_apart
     from storage.database import Database
     from storage.queue import jobs
 
     spec = _spec(job, database)
-    inputs = prepare(spec)
+    number = run_apart(spec, force=force)
     with Database.open(spec.database) as db:
-        known = None if force or not inputs.fingerprint else jobs.find_finished(db, inputs.spec_hash)
-        return known or run_job(db, inputs, Progress(), anew=force)
+        return jobs.get(db, number)
 
 
 def best(

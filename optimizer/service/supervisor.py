@@ -15,12 +15,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from optimizer.errors import ClusterOrDatabaseFault, Interrupted
 from optimizer.service import channel, logs
+from workers.errors import ClusterLost
 from workers.text import one_line
 
 STEADY_SECONDS = 600.0
@@ -57,18 +60,40 @@ class Ended:
 
 
 class Supervisor:
-    """Run one command, in one child after another where it ``restarts``."""
+    """Run one command, in one child after another where it ``restarts``; ``given`` is each one's standard input."""
 
-    def __init__(self, command: list[str], *, restarts: bool) -> None:
-        self._command, self._restarts = command, restarts
+    def __init__(self, command: list[str], *, restarts: bool = False, given: str | None = None) -> None:
+        self._command, self._restarts, self._given = command, restarts, given
         self._child: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
 
     def run(self) -> int:
         """Run the command to its orderly end, or to a sudden one that is not followed by another try: its exit code."""
+        with self._forwarding():
+            return self._run()
+
+    def run_once(self) -> dict[str, Any]:
+        """Run the command to its orderly end, and return what it told.
+
+        Raises ClusterLost where it ended suddenly, and Interrupted where a signal ended it; its job is put back before.
+        """
+        with self._forwarding():
+            ended = self._run_child()
+        if ended.orderly:
+            return ended.facts
+        stopped = self._stop.is_set()
+        outcome = _give_back(ended, stopped=stopped)
+        raise Interrupted(f"interrupted{outcome}") if stopped else ClusterLost(f"{ended.reason}{outcome}")
+
+    @contextmanager
+    def _forwarding(self) -> Iterator[None]:
+        """Pass signals on to the child; Python lets only the main thread do so."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {each: signal.signal(each, self._forward) for each in FORWARDED}
         try:
-            return self._run()
+            yield
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -102,12 +127,16 @@ class Supervisor:
             self._child = subprocess.Popen(
                 self._command,
                 env={**os.environ, channel.ENVIRONMENT: f"{writing}:{errors}:{os.getpid()}"},
+                stdin=None if self._given is None else subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=[writing, errors],
                 process_group=0,  # so that a terminal's Ctrl-C reaches it once, from here
             )
             os.close(writing)
             os.close(errors)
+            if self._child.stdin is not None:
+                with suppress(OSError), self._child.stdin as stdin:  # it may have ended already
+                    stdin.write((self._given or "").encode())
             if self._stop.is_set():
                 self._child.terminate()
             facts: dict[str, Any] = {}
@@ -137,7 +166,7 @@ def _read(stream: Any, facts: dict[str, Any]) -> None:
 def _pass_on(stream: Any) -> None:
     for line in stream:
         if not LINE_OF_RAY.match(line.decode(errors="replace")):
-            sys.stderr.buffer.write(line)
+            sys.stderr.write(line.decode(errors="replace"))  # in a notebook it has no buffer for bytes
             sys.stderr.flush()
 
 
@@ -150,7 +179,6 @@ def _give_back(ended: Ended, *, stopped: bool) -> str:
     from storage.database import Database
     from storage.errors import StorageError
     from storage.queue import jobs, leases
-    from workers.errors import ClusterLost
 
     try:
         with Database.open(held["url"], create=False) as db, logs.of_job(held["job"]):

@@ -12,7 +12,7 @@ import pytest
 from report_builders import LAYERS, finished_job
 
 import optimizer
-from optimizer import best, evaluations, export, plans, redundancy, report, submit
+from optimizer import best, evaluations, export, plans, redundancy, report, run, submit
 from optimizer.errors import NoFeasiblePlan, UsageFault
 from optimizer.job.best import find_best
 from storage.database import Database
@@ -125,6 +125,14 @@ def test_submit_takes_a_file_or_its_fields(url: str, tmp_path: Path) -> None:
         assert jobs.count(db)["queued"] == 2
     with pytest.raises(UsageFault, match="job: tsk: unknown field; did you mean task"):
         submit({"model": {"path": "llava-12"}, "tsk": "scenes"})
+
+
+def test_run_raises_what_is_wrong_as_the_command_says_it(url: str, tmp_path: Path) -> None:
+    splits = {"calibration": 2, "search": 4, "held_out": 4, "unit": "images"}
+    with pytest.raises(UsageFault, match="model tiny-lava: no such directory"):
+        run({"model": {"path": "tiny-lava"}, "task": "scenes", "splits": splits})
+    with pytest.raises(UsageFault, match="job: tsk: unknown field; did you mean task"):
+        run({"model": {"path": "llava-12"}, "tsk": "scenes"})
 
 
 def test_missing_database(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,12 @@ import yaml
 from processes import PROJECT, Serving, command_line, descendants, front, measured, send_kill, submit, tiny_job
 from processes import wait_until_done as wait_for_jobs
 
+from optimizer import run
 from optimizer.job.spec import JobSpec
 from storage.database import Database
 from storage.queue import events, jobs
 from storage.records import evaluations
+from workers.errors import ClusterLost
 
 AGENT, RAYLET, HEAD = b"ray::DashboardAgent", b"/raylet/raylet", b"/gcs/gcs_server"
 NAMES = {AGENT: "agent", RAYLET: "raylet", HEAD: "head"}
@@ -95,6 +98,29 @@ def test_run_ends_with_one_line_and_the_job_can_go_on_at_once(name, db, tiny_mod
     now = jobs.get(db, job.id)
     assert (now.state, now.owner, now.attempt_limit - now.attempt) == ("queued", None, 1)
     assert events.for_job(db, job.id)[-1].kind == "cluster_lost"
+
+
+@pytest.mark.slow
+def test_the_python_function_raises_one_error_and_goes_on_when_called_again(db, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the device's lock lies
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    job = spec(tiny_model, 12).model_copy(update={"database": f"sqlite:///{tmp_path / 'skipplan.db'}"})
+    fields = job.model_dump(mode="json")
+
+    def kill() -> None:
+        wait_for(lambda: jobs.list_jobs(db) and evaluations.for_job(db, 1), lambda: "no evaluation")
+        (target,) = of_ray(os.getpid(), AGENT)
+        send_kill(target)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ClusterLost, match="job 1 is back in the queue and goes on where it was"):
+        run(fields)
+    killer.join()
+    assert (jobs.get(db, 1).state, jobs.get(db, 1).attempt) == ("queued", 1)
+    done = run(fields)
+    assert (done.id, done.attempt) == (1, 2) and done.state in ("succeeded", "infeasible")
+    assert run(fields) == done  # which has its result
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 from processes import PROJECT, command_line, descendants
 
+from optimizer.errors import UsageFault
 from optimizer.service import runner
-from optimizer.service.supervisor import Ended
+from optimizer.service.apart import _read_error, _written_error
+from optimizer.service.supervisor import Ended, Supervisor
+from optimizer.stages.failed_samples import TooManyFailed
 from storage.database import Database
+from storage.errors import NotFound
 from storage.queue import events, jobs, leases
 from workers.errors import ClusterAway, ClusterError, ClusterLost
 
@@ -168,6 +173,41 @@ def test_a_killed_supervisor_takes_its_child_along(tmp_path):
     while command_line(child):
         assert time.monotonic() < deadline, "the child goes on alone"
         time.sleep(0.05)
+
+
+def test_a_caller_in_python_gets_one_exception_each_time_and_the_job_fails_in_the_end(db, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    jobs.submit(db, {}, "hash", max_attempts=1)
+    child = Supervisor([sys.executable, "-c", HOLDING.replace("RESUMABLE", "True") + "os._exit(1)"])
+    for number in range(1, runner.MOST_LOSSES + 1):
+        with pytest.raises(ClusterLost, match=r"Ray ended the process \(exit code 1\).*; job 1 is ") as raised:
+            child.run_once()
+        now = jobs.get(db, 1)
+        last = number == runner.MOST_LOSSES
+        assert (now.state, now.owner, now.attempt) == ("failed" if last else "queued", None, number)
+        assert ("job 1 is back in the queue" in str(raised.value)) is not last
+    assert str(raised.value).endswith("5 times in a row, with nothing recorded in between)")
+
+
+def test_a_caller_in_python_gets_what_the_child_told(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    child = CHILD + "channel.tell(job=int(sys.stdin.read()), orderly=True)"
+    assert Supervisor([sys.executable, "-c", child], given="7").run_once()["job"] == 7
+
+
+def test_errors_of_the_child_are_raised_as_they_were():
+    for error in (
+        UsageFault("task x: 3 of it", ["sample 1: a", "sample 2: b"]),
+        TooManyFailed("2 of 8", ["sample 1: a"]),
+        ClusterAway("nothing answers"),
+        NotFound("there is no job 9"),
+    ):
+        again = _read_error(json.loads(json.dumps(_written_error(error))))
+        assert (type(again), str(again)) == (type(error), str(error))
+        assert getattr(again, "details", ()) == getattr(error, "details", ())
+    defect = _read_error(_written_error(ZeroDivisionError("division by zero")))
+    assert type(defect) is RuntimeError and "ZeroDivisionError: division by zero" in str(defect)
 
 
 def test_a_job_under_which_ray_dies_each_time_fails_in_the_end(db):
