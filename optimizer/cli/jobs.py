@@ -66,10 +66,12 @@ def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int
 
     [bold]Example:[/bold] skipplan jobs show 7
     """
+    from optimizer.service.runner import unreadable
     from storage.queue import events, jobs, stages
 
     with open_database(context) as db:
         found = jobs.get(db, job)
+        problem = unreadable(found)
         counters = _counters(found, stages.counters(db, job))
         finished = stages.stages(db, job)
         history = events.for_job(db, job)
@@ -77,6 +79,7 @@ def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int
         print_json(
             _row(found)
             | {
+                "problem": problem or None,
                 "counters": counters,
                 "stages": {name: stage.recorded_at.isoformat() for name, stage in finished.items()},
                 "events": [_event(event) for event in history],
@@ -87,6 +90,8 @@ def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int
     for name, value in _row(found).items():
         if value not in (None, "", {}):
             print_line(f"{name:<10} {_progress(found) if name == 'progress' else value}")
+    if problem:
+        print_line(f"{'problem':<10} {problem}")
     print_line(f"{'counters':<10} {', '.join(f'{name} {value:,g}' for name, value in counters.items()) or 'none'}")
     print_line(f"{'stages':<10} {', '.join(finished) or 'none finished'}")
     for event in history:
@@ -155,11 +160,12 @@ def resume(context: typer.Context, job: JobNumbers) -> int:
 
     [bold]Example:[/bold] skipplan jobs resume 7
     """
+    from optimizer.service.runner import read_spec
     from storage.queue import jobs
 
     with open_database(context) as db:
         for number in job:
-            jobs.resume(db, number, int(jobs.get(db, number).spec.get("attempts", jobs.MAX_ATTEMPTS)))
+            jobs.resume(db, number, read_spec(jobs.get(db, number)).attempts)
             print_line(f"job {number} queued")
     return 0
 

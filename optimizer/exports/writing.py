@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -55,8 +55,9 @@ def export_published(
 def model_source(db: Database, plan: Plan, model_path: str | None = None) -> ModelSource:
     """Return the model as the plan's job loaded it, or the one at ``model_path``."""
     # Of the specification the model alone: whatever else a job of another version says must not stand in the way.
-    stored = {"path": plan.model} if plan.job_id is None else dict(jobs.get(db, plan.job_id).spec["model"])
-    source = ModelSource(**stored | {"allow_pickle": tuple(stored.get("allow_pickle", ()))})
+    stored = {"path": plan.model} if plan.job_id is None else jobs.get(db, plan.job_id).spec["model"]
+    known = {each.name: stored[each.name] for each in fields(ModelSource) if each.name in stored}
+    source = ModelSource(**known | {"allow_pickle": tuple(stored.get("allow_pickle", ()))})
     return source if model_path is None else moved(source, model_path)
 
 

@@ -71,11 +71,28 @@ def submit(db: Database, inputs: JobInputs, *, anew: bool) -> tuple[Job, bool]:
 def read_spec(job: Job) -> JobSpec:
     """Read a stored job's specification, on the cluster that this process's environment names, if it does.
 
-    Raises UsageFault when this version cannot read it.
+    Raises UsageFault naming the field when this version cannot read it.
     """
     document = {**job.spec, "database": DEFAULT_DATABASE, "cluster": dict(job.spec.get("cluster") or {})}
+    try:
+        validate_job(document, f"job {job.id}")
+    except UsageFault as fault:
+        raise UsageFault(
+            f"{fault} (another version of skipplan stored this job; submit its job file again, without that)"
+        ) from None
     override(document, os.environ, section="cluster")
     return validate_job(document, f"job {job.id}")
+
+
+def unreadable(job: Job) -> str:
+    """Say why a job that may go on cannot be run by this version; empty where it can, or has its result."""
+    if job.state in ("succeeded", "infeasible"):
+        return ""
+    try:
+        read_spec(job)
+    except UsageFault as fault:
+        return str(fault)
+    return ""
 
 
 def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] = lambda text: None) -> Job:
