@@ -58,9 +58,7 @@ def save_pruned(
         if plan.removed:
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)
-        model.save_pretrained(  # type: ignore[operator]
-            unchecked, max_shard_size=max_shard_size, save_original_format=original_names
-        )
+        _write(model, unchecked, max_shard_size, original_names=original_names)
         require_faithful_files(applied._stack, unchecked)
         if processor is not None:
             processor.save_pretrained(unchecked)
@@ -69,3 +67,16 @@ def save_pruned(
         edits.undo()
         shutil.rmtree(unchecked, ignore_errors=True)
     return target
+
+
+def _write(model: nn.Module, directory: Path, max_shard_size: int | str, *, original_names: bool) -> None:
+    """Save a model's weights and configuration. Raises :class:`PlanError` where transformers cannot."""
+    try:
+        model.save_pretrained(  # type: ignore[operator]
+            directory, max_shard_size=max_shard_size, save_original_format=original_names
+        )
+    except OSError:
+        raise
+    except Exception as error:  # weights that are no plain tensors, such as those of a model quantised in memory
+        reason = " ".join(str(error).split())
+        raise PlanError(f"transformers cannot save the {type(model).__name__}: {reason}") from error

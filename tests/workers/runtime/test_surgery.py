@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import build_model, build_processor
+from torch.ao.quantization import quantize_dynamic
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from workers.runtime import PlanError, SkipPlan, apply, apply_permanently, save_pruned
@@ -66,6 +68,22 @@ def test_a_directory_with_something_in_it_is_left_alone(model: LlavaForCondition
     with pytest.raises(FileExistsError, match="not an empty directory"):
         save_pruned(model, PLAN, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("text", ["SRRSRR", "RRRRRR"])
+def test_a_model_that_was_quantised_in_memory_is_refused_and_stays_whole(
+    processor: LlavaProcessor, tmp_path: Path, text: str
+) -> None:
+    """Its weights are packed: no tensors, which only pickles hold. People keep such models so."""
+    whole = build_model(processor)
+    quantize_dynamic(whole.model.language_model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    model = pickle.loads(pickle.dumps(whole))
+    expected = ask(model, processor)
+    with pytest.raises(PlanError, match=r"differently|cannot save the LlavaForConditionalGeneration"):
+        save_pruned(model, SkipPlan.parse(text), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(ask(model, processor), expected)
 
 
 def test_a_failed_save_leaves_no_directory_and_the_model_whole(
