@@ -215,6 +215,7 @@ def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> A
         max_new_tokens=task.spec.answer.max_new_tokens,
         pad_token_id=loaded.processor.tokenizer.pad_token_id,
         logits_processor=LogitsProcessorList([watch]),
+        return_dict_in_generate=False,  # whatever the model's generation settings say
     )
     new = _without_prompt(sequences, prompt)
     decoded = loaded.processor.batch_decode(new, skip_special_tokens=True)

@@ -86,6 +86,7 @@ def run_request(loaded: LoadedModel, request: PreparedRequest) -> Any:
             min_new_tokens=request.new_tokens,
             max_new_tokens=request.new_tokens,
             pad_token_id=loaded.processor.tokenizer.pad_token_id,
+            use_cache=True,  # checkpoints often say no, left over from training; whoever serves them has one
             return_dict_in_generate=True,
         )
 

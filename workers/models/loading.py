@@ -65,7 +65,7 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
     """
     target = choose_device(device or source.device)
     directory = find_checkpoint(source)
-    check_checkpoint(directory, source.allow_pickle)
+    check_checkpoint(directory, source.allow_pickle, trust_remote_code=source.trust_remote_code)
     config = load_config(directory, source)
     replaced = ""
     if measuring and source.dtype == "auto":
@@ -140,6 +140,11 @@ def _load_weights(directory: Path, source: ModelSource, config: Any) -> PreTrain
         raise ModelError(
             f"model {source.path}: {len(missing)} weights are missing or of another shape than the config says, "
             f"for example {missing[0]}"
+        )
+    if getattr(getattr(model, "generation_config", None), "max_time", None) is not None:
+        raise ModelError(
+            f"model {source.path}: max_time in its generation settings lets a clock decide where an answer ends; "
+            "take it out of generation_config.json"
         )
     loaded: PreTrainedModel = model
     return loaded

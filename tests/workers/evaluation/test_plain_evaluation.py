@@ -249,3 +249,13 @@ def test_wrong_splits_and_plans_are_refused(tiny: LoadedModel, long_answers: Tas
         evaluator.evaluate(DENSE, "test")
     with pytest.raises(PlanError, match="5 layers"):
         evaluator.evaluate(SkipPlan.parse("RRRRR"), "search")
+
+
+def test_settings_that_change_the_form_of_an_answer_do_not_change_the_answer(
+    tiny: LoadedModel, small_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, evaluator = SkipPlan.parse("RRRSRR"), PlainEvaluator(tiny, small_task)
+    expected = evaluator.answer(plan, small_task.search)
+    monkeypatch.setattr(tiny.model.generation_config, "return_dict_in_generate", True)
+    monkeypatch.setattr(tiny.model.generation_config, "output_scores", True)
+    assert evaluator.answer(plan, small_task.search) == expected

@@ -79,6 +79,20 @@ def test_a_comparison_shows_what_skipping_the_slow_layer_saves(lopsided: LoadedM
     assert comparison.dense_peak_bytes is not None and comparison.dense_peak_bytes >= 0
 
 
+def test_a_cache_is_timed_and_counted_though_the_checkpoint_was_saved_in_training(
+    tiny: LoadedModel, small_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = CompareLatency("RRRSRR", Workload(1, 2), 10.0, max_seconds=0.0)
+    expected = compare_latency(tiny, small_task, wanted)
+    monkeypatch.setattr(tiny.model.generation_config, "use_cache", False)
+    found = compare_latency(tiny, small_task, wanted)
+    assert (found.dense_kv_cache_bytes, found.kv_cache_bytes) == (
+        expected.dense_kv_cache_bytes,
+        expected.kv_cache_bytes,
+    )
+    assert found.kv_cache_bytes > 0
+
+
 def test_a_comparison_stops_when_precise_enough_or_late(tiny: LoadedModel, small_task: Task) -> None:
     dense = SkipPlan.parse("RRRRRR")
     precise = compare_latency(tiny, small_task, CompareLatency(dense.text, Workload(1, 1), 10.0, max_seconds=60))

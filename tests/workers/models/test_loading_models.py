@@ -222,6 +222,12 @@ def test_a_family_the_runtime_does_not_understand_is_a_model_error(
         handler.Handler.load(ModelSource(str(tiny_directory), device="cpu"), small_task, WorkerSettings(0))
 
 
+def test_a_clock_in_the_generation_settings_is_refused(copy: Path) -> None:
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(settings | {"max_time": 0.5}))
+    refused(copy, "max_time in its generation settings lets a clock decide")
+
+
 def test_bad_settings_are_named(tiny_directory: Path) -> None:
     refused(tiny_directory, "dtype 'float99' is no torch dtype", dtype="float99")
     with pytest.raises(ModelError, match="none of auto, cpu, cuda"):
