@@ -51,25 +51,28 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
     complete = [(each, measured[each.candidate]) for each in finalists if each.candidate in measured]
     if not complete:
         return Published((), None, "no plan that the search tried could meet the constraint")
-    device_id = lookup.ensure_device(context.db, complete[0][1].device)
     verdict = complete[0][0].verdict
     warning = dense.warning_of(context, verdict.dense_accuracy, verdict.n_samples)
-    rows = plans.publish(
-        context.db,
-        context.job,
-        Group(context.model_id, context.task_id, device_id, context.workload_name),
-        figures=[
-            figures(finalist, latency, constraint, beside.get(finalist.candidate), warning)
-            for finalist, latency in complete
-        ],
-    )
+    rows: dict[Candidate, plans.Plan] = {}
+    for device in dict.fromkeys(latency.device for _, latency in complete):  # a job may go on on another one
+        timed = [each for each in complete if each[1].device == device]
+        published = plans.publish(
+            context.db,
+            context.job,
+            Group(context.model_id, context.task_id, lookup.ensure_device(context.db, device), context.workload_name),
+            figures=[
+                figures(finalist, latency, constraint, beside.get(finalist.candidate), warning)
+                for finalist, latency in timed
+            ],
+        )
+        rows |= {finalist.candidate: row for (finalist, _), row in zip(timed, published, strict=True)}
     feasible = [
-        row
-        for row, (finalist, latency) in zip(rows, complete, strict=True)
+        rows[finalist.candidate]
+        for finalist, latency in complete
         if finalist.verdict.accepted and fast_enough(latency, constraint)
     ]
     best = max(feasible, key=lambda row: (row.speedup, row.accuracy), default=None)
-    plan_ids = tuple(row.id for row in rows)
+    plan_ids = tuple(rows[finalist.candidate].id for finalist, _ in complete)
     if best is not None:
         return Published(plan_ids, best.id, "")
     return Published(plan_ids, None, _why_none([(each.verdict, latency) for each, latency in complete], constraint))

@@ -13,7 +13,7 @@ from optimizer.search.latency import Ratio
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores, Trial, trial_of
 from optimizer.stages.context import JobContext
-from storage.records import evaluations, plans
+from storage.records import evaluations, lookup, plans
 from storage.records.evaluations import EvaluationRecord
 from storage.records.plans import PlanQuery
 from workers.runtime import SkipPlan
@@ -44,12 +44,18 @@ def _choose(context: JobContext) -> WarmStart:
     elsewhere = [
         (plan.plan, plan.compensation)
         for plan in plans.list_plans(context.db, PlanQuery(on_front=True, limit=None))
-        if plan.model_id == context.model_id and plan.task_id != context.task_id
+        if plan.model_id == context.model_id and not _shares_data(context, plan.task_id)
     ]
     return WarmStart(
         tuple(sorted(each.id for each in largest.values())),
         tuple(dict.fromkeys(elsewhere))[:MOST_PLANS],
     )
+
+
+def _shares_data(context: JobContext, task_id: int) -> bool:
+    """Whether a task is of the same data: its plans were chosen with samples that are held out here."""
+    task = lookup.task(context.db, task_id)
+    return task.data_hash == context.task.data_hash or (not task.data_hash and task.name == context.task.name)
 
 
 def _known(context: JobContext) -> list[EvaluationRecord]:
