@@ -43,7 +43,7 @@ def main(request_file: str) -> None:
     processor = processors["load_auto_processor"](request["directory"])
     answers, logits = [], {}
     for number, question in enumerate(request["questions"]):
-        inputs = _inputs(processor, question, request["chat"])
+        inputs = _inputs(processor, question, request["chat"], request["template"])
         answer, steps = generate_with_logits(model, processor, inputs, request["max_new_tokens"])
         answers.append(answer)
         logits[str(number)] = steps
@@ -69,7 +69,7 @@ def _load(loader: str, directory: str, dtype: str) -> Any:
     return model.eval()
 
 
-def _inputs(processor: Any, question: dict[str, str], chat: bool) -> Any:
+def _inputs(processor: Any, question: dict[str, str], chat: bool, template: dict[str, str]) -> Any:
     from PIL import Image
 
     with Image.open(question["image"]) as opened:
@@ -83,6 +83,7 @@ def _inputs(processor: Any, question: dict[str, str], chat: bool) -> Any:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        **template,
     )
 
 

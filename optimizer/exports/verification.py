@@ -211,7 +211,7 @@ class _Asked:
         import torch
 
         from workers.models import without_torchvision
-        from workers.models.prompts import has_chat_template, prompt_text
+        from workers.models.prompts import has_chat_template, prompt_text, template_settings
 
         chat = has_chat_template(self.loaded.processor)
         token = getattr(self.loaded.processor, "image_token", None) or "<image>"
@@ -229,6 +229,7 @@ class _Asked:
             "loader": loadable.loader,
             "dtype": self.dtype,
             "chat": chat,
+            "template": template_settings(self.loaded.processor),
             "questions": questions,
             "max_new_tokens": self.task.spec.answer.max_new_tokens,
             "threads": torch.get_num_threads(),

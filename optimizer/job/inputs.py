@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def prepare(spec: JobSpec) -> JobInputs:
         tasks = tuple(load_task(name) for name in spec.collateral.tasks)
     except TaskError as error:
         raise UsageFault(f"collateral.tasks: {error}") from None
+    if twice := [name for name, times in Counter(each.name for each in tasks).items() if times > 1]:
+        raise UsageFault(f"collateral.tasks: several tasks are named {twice[0]}; results are told apart by name")
     text = None if spec.collateral.text is None else _read_text(Path(spec.collateral.text))
     return JobInputs(spec, task, fingerprint, tasks, text)
 
@@ -134,7 +137,7 @@ def find_model(spec: JobSpec) -> Path:
     """Find the directory of the job's model, with all the files that it needs. Raises UsageFault."""
     try:
         directory = find_checkpoint(model_source(spec))
-        check_checkpoint(directory, spec.model.allow_pickle)
+        check_checkpoint(directory, spec.model.allow_pickle, trust_remote_code=spec.model.trust_remote_code)
     except ModelError as error:
         raise UsageFault(str(error)) from None
     return directory

@@ -91,7 +91,8 @@ class PresentVersions:
     def _names(self, model: str) -> set[str]:
         wanted = lookup.trimmed(model)
         names = {each.name for each in self._models}
-        exact = names & {wanted, str(Path(wanted).expanduser().resolve())}
+        here = str(Path(wanted).expanduser().resolve())  # as in a job file, before a name
+        exact = {here} if here in names else names & {wanted}
         last = next((each.name for each in self._models if lookup.short_name(each.name) == wanted), None)
         return exact or ({last} if last is not None else set())
 
@@ -138,7 +139,7 @@ class PresentVersions:
         found = self._specs[task.name]
         if found is None:
             return last.data_hash, last.definition_hash
-        if isinstance(found.source, HubSource):  # to be fetched; a revision in the task file pins it
+        if isinstance(found.source, HubSource) and not Path(found.source.id).is_dir():  # its rows would be fetched
             return last.data_hash, hash_definition(found)
         if isinstance(found.source, ScenesSource):  # as many are drawn as the splits hold
             found = found.with_splits(

@@ -109,7 +109,8 @@ class WorkerPool:
         """
         if self.cluster.address == LOCAL:
             # This machine's files are the workers' files: say what is wrong at once, and download only once.
-            check_checkpoint(find_checkpoint(self.model), self.model.allow_pickle)
+            model = self.model
+            check_checkpoint(find_checkpoint(model), model.allow_pickle, trust_remote_code=model.trust_remote_code)
         self._owns_connection = connect(self.cluster)
         try:
             self._start_workers()

@@ -99,17 +99,45 @@ def find_here(source: ModelSource) -> Path | None:
     return None
 
 
-def check_checkpoint(directory: Path, allow_pickle: Collection[str] = ()) -> None:
-    """Check config and weight files without reading the weights.
+def check_checkpoint(directory: Path, allow_pickle: Collection[str] = (), *, trust_remote_code: bool = False) -> None:
+    """Check config, code and weight files without reading the weights.
 
     Raises:
         ModelError: no config, no safetensors (pickled weights not allowed by name are refused), a missing or a
-            corrupt file.
+            corrupt file, or code that would be run from another place.
     """
     read_config(directory)
+    if trust_remote_code:
+        _refuse_code_from_elsewhere(directory)
     for file in weight_files(directory, allow_pickle):
         if not is_pickled([file]):
             _tensors(file)
+
+
+def _refuse_code_from_elsewhere(directory: Path) -> None:
+    """Refuse code that ``auto_map`` takes from another repository (``owner/name--module.Class``).
+
+    It is fetched when the model is loaded, by its latest revision: nothing here tells whether it has changed.
+    """
+    names = ["config.json", *(name for name in settings_files(directory) if name.endswith("config.json"))]
+    for name in names:
+        with suppress(ValueError, OSError):  # what cannot be read is said by who needs it
+            for reference in _auto_map(json.loads((directory / name).read_text(encoding="utf-8"))):
+                place, separator, code = reference.partition("--")
+                if separator:
+                    raise ModelError(
+                        f"model {directory}: auto_map of {name} takes {code} from {place}, which may change unseen; "
+                        f"copy that code into the directory and write {code!r}"
+                    )
+
+
+def _auto_map(content: Any) -> Iterator[str]:
+    """Find the references to code in a configuration: texts, and lists of a slow and a fast tokenizer's."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if key == "auto_map" and isinstance(value, dict):
+            for each in value.values():
+                yield from (part for part in (each if isinstance(each, list) else [each]) if isinstance(part, str))
+        yield from _auto_map(value)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -211,6 +239,8 @@ def fingerprint_checkpoint(
         ModelError: as :func:`check_checkpoint`.
     """
     config = read_config(directory)
+    if trust_remote_code:
+        _refuse_code_from_elsewhere(directory)
     digest = hashlib.sha256(canonical_config(config).encode())
     entries = [(name, _hash_settings(path)) for name, path in settings_files(directory, trust_remote_code).items()]
     entries.append(("saved before transformers 5", str(_is_saved_before_5(config))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +30,29 @@ def has_chat_template(processor: ProcessorMixin) -> bool:
     return bool(getattr(processor, "chat_template", None))
 
 
+PROMPT_DATE = datetime.date(2024, 7, 26)
+"""Date in prompts of templates that write the present one; that of Llama 3.2's template where it cannot ask for it."""
+
+
+_PRESENT_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+def template_settings(processor: ProcessorMixin) -> dict[str, str]:
+    """Let a template that writes the date write the same one every day: evaluations of different days are compared."""
+    template = getattr(processor, "chat_template", None)
+    if not isinstance(template, str) or not _PRESENT_DATE.search(template):
+        return {}
+    fixed = _PRESENT_DATE.sub(lambda found: repr(PROMPT_DATE.strftime(found[2])), template)
+    return {"chat_template": fixed}
+
+
 def rendered(processor: ProcessorMixin, spec: TaskSpec, sample: Sample) -> str:
     """Return the prompt as text, with one image token for the whole image."""
     if has_chat_template(processor):
         conversation = [_turn(spec, sample, {"type": "image"})]
-        text: str = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        text: str = processor.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=False, **template_settings(processor)
+        )
         return text
     return _plain_text(processor, spec, sample)
 
@@ -81,6 +101,7 @@ def build_inputs(
             return_dict=True,
             return_tensors="pt",
             processor_kwargs=padding,
+            **template_settings(processor),
         )
     texts = [_plain_text(processor, spec, sample) for sample in samples]
     return processor(text=texts, images=[[image] for image in images], return_tensors="pt", **padding)

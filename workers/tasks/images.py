@@ -27,10 +27,12 @@ class ImageFile:
     """Image in a file of its own."""
 
     path: str
+    key: str = ""
+    """Hash that the file had when the task was read; empty: not known."""
 
     def open(self) -> Image:
-        """Decode the image as RGB. Raises ImageError naming the file."""
-        return _decode(Path(self.path), f"image {self.path} cannot be decoded")
+        """Decode the image as RGB. Raises ImageError naming the file, also where it is another one by now."""
+        return _decode(Path(self.path), f"image {self.path} cannot be decoded", self.key)
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class HubImage:
     revision: str | None
     column: str
     row: int
+    key: str = ""
+    """As of :class:`ImageFile`."""
 
     def open(self) -> Image:
-        """Decode the image as RGB. Raises ImageError naming dataset and row."""
+        """Decode the image as RGB. Raises ImageError naming dataset and row, also where it is another one by now."""
         stored = _hub_images(self.dataset, self.subset, self.split, self.revision, self.column)[self.row][self.column]
-        source = Path(stored["path"]) if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
-        return _decode(source, f"dataset {self.dataset}, row {self.row}: cannot decode")
+        source = Path(stored["path"]) if stored.get("bytes") is None else stored["bytes"]
+        return _decode(source, f"dataset {self.dataset}, row {self.row}: cannot decode", self.key)
 
 
 @lru_cache(maxsize=4)
@@ -73,15 +77,17 @@ def _hub_images(dataset: str, subset: str | None, split: str, revision: str | No
 ImageReference = ImageFile | SceneImage | HubImage
 
 
-def _decode(source: Path | io.BytesIO, problem: str) -> Image:
+def _decode(source: Path | bytes, problem: str, key: str = "") -> Image:
     from PIL import Image, UnidentifiedImageError
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice that size is an error
     try:
-        with Image.open(source) as image:
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        if key and hashlib.sha256(content).hexdigest() != key:
+            raise ValueError("it is another image than when the task was read")
+        with Image.open(io.BytesIO(content)) as image:
             return read_image(image)
     except UnidentifiedImageError:
-        content = source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
         raise ImageError(f"{problem}: {'its format is not known' if content else 'it is empty'}") from None
     except MemoryError:
         raise

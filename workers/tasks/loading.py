@@ -13,7 +13,7 @@ from workers.errors import TaskError
 from .images import READING, ImageFile, SceneImage, hash_image
 from .metrics import VQA_MINIMUM_ANSWERS, metric_version
 from .samples import Sample
-from .spec import EasyVqaSource, FileSource, ScenesSource, SplitSizes, TaskSpec, load_spec
+from .spec import EasyVqaSource, FileSource, HubSource, ScenesSource, SplitSizes, TaskSpec, load_spec
 from .splits import SPLITS, Region, make_splits
 from .tables import read_file, read_hub
 
@@ -80,8 +80,13 @@ def hash_data(spec: TaskSpec) -> str:
 
 
 def hash_definition(spec: TaskSpec) -> str:
-    """Hash how samples are asked and scored: prompt, answer format, metrics, and the versions of what does it."""
-    fields = (spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary)
+    """Hash how samples are asked and scored: prompt, answer format, metrics, and the versions of what does it.
+
+    Of a dataset of the hub also which one it is, since its rows are too many to be read only to compare them.
+    """
+    fields: tuple[object, ...] = (spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary)
+    if isinstance(spec.source, HubSource):
+        fields += (spec.source,)
     versions = {"images": READING, "prompts": ASKING_VERSION} | {name: metric_version(name) for name in spec.metrics}
     return _hash_text(repr((fields, versions)))
 
@@ -124,7 +129,7 @@ def _read_easy_vqa() -> _Data:
     for part, (paths, (questions, answers, images)) in parts.items():
         keys = {number: hash_image(Path(path), f"easy-vqa {part} image {number}") for number, path in paths.items()}
         samples[part] = tuple(
-            Sample(f"{part}-{image}-{number}", ImageFile(paths[image]), keys[image], question, (answer,))
+            Sample(f"{part}-{image}-{number}", ImageFile(paths[image], keys[image]), keys[image], question, (answer,))
             for number, (question, answer, image) in enumerate(zip(questions, answers, images, strict=True))
         )
     return _Data([Region(("calibration",), samples["train"]), Region(("search", "held_out"), samples["test"])])

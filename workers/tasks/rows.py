@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, time
@@ -19,6 +20,8 @@ from .spec import Columns, TaskSpec
 
 FEWEST_OPTIONS = 2
 _BYTES = (bytes, bytearray, memoryview)
+_INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+"""Characters without width that spreadsheets and web pages leave around texts."""
 
 ImageOf = Callable[[Any, int, str], tuple[ImageReference, str]]
 """Finds the image of a row from its cell, the row's number and its place: where it is, and the hash of its content."""
@@ -50,7 +53,7 @@ def read_rows(spec: TaskSpec, columns: Columns, table: Table, image_of: ImageOf,
     for number, row in enumerate(table.rows, start=table.first):
         where = f"{table.name}, row {number}"
         image, key = image_of(row[columns.image], number, where)
-        question = cell_text(row[columns.question], where, columns.question) if spec.uses_question else ""
+        question = shown_text(row[columns.question], where, columns.question) if spec.uses_question else ""
         if columns.choices is None:
             asked = Asked(question, _answers(row[columns.answers], separator, where, columns.answers))
         else:
@@ -81,7 +84,7 @@ def _place(value: Any, texts: tuple[str, ...], columns: Columns, where: str, opt
     if options != "texts" and len(texts) > len(string.ascii_uppercase):
         raise TaskError(f"{where}: column {columns.choices!r} has {len(texts)} options, more than there are letters")
     place = str(value) if _is_blank(value) else cell_text(value, where, columns.answers)
-    if not place.isdigit() or int(place) >= len(texts):
+    if not place.isdecimal() or int(place) >= len(texts):
         raise TaskError(
             f"{where}: column {columns.answers!r} must be the place of an option, 0 to {len(texts) - 1}, not {place!r}"
         )
@@ -119,6 +122,18 @@ def cell_text(value: Any, where: str, column: str) -> str:
     return str(int(value) if _is_whole(value) else value).strip()
 
 
+def shown_text(value: Any, where: str, column: str) -> str:
+    """Return a cell's text as it is seen: accents composed (NFC), as models write them, nothing invisible around it.
+
+    Raises TaskError as :func:`cell_text`.
+    """
+    return _trimmed(unicodedata.normalize("NFC", cell_text(value, where, column)))
+
+
+def _trimmed(text: str) -> str:
+    return text.strip().strip(_INVISIBLE).strip()
+
+
 def _answers(
     value: Any, separator: str | None, where: str, column: str, what: str = "answer", *, blanks: bool = False
 ) -> tuple[str, ...]:
@@ -137,7 +152,7 @@ def _answers(
         parts = [part.get("answer") if isinstance(part, Mapping) else part for part in value]
     else:
         parts = [value]
-    answers = tuple(cell_text(part, where, column) for part in parts if not _is_blank(part))
+    answers = tuple(shown_text(part, where, column) for part in parts if not _is_blank(part))
     if not answers:
         raise TaskError(f"{where}: column {column!r} has no {what}")
     if blanks and len(answers) < len(parts):
@@ -149,7 +164,7 @@ def _is_blank(value: Any) -> bool:
     """Tell whether a cell is missing, NaN, or white space."""
     if hasattr(value, "__len__") and not isinstance(value, str):
         return len(value) == 0
-    return bool(value is None or value != value or (isinstance(value, str) and not value.strip()))
+    return bool(value is None or value != value or (isinstance(value, str) and not _trimmed(value)))
 
 
 def _is_whole(value: Any) -> bool:

@@ -54,7 +54,7 @@ def read_file(spec: TaskSpec, source: FileSource) -> list[Sample]:
         path = Path(source.images or ".") / cell_text(cell, where, source.columns.image)
         if path not in keys:
             keys[path] = hash_image(path, where)
-        return ImageFile(str(path)), keys[path]
+        return ImageFile(str(path), keys[path]), keys[path]
 
     rows = Table(source.path, columns, cells, first=1)
     samples = read_rows(spec, source.columns, rows, image_of, source.answer_separator)
@@ -73,7 +73,7 @@ def read_hub(spec: TaskSpec, source: HubSource) -> list[Sample]:
             raise TaskError(f"{where}: has no image")
         stored = cell.get("bytes")
         key = hash_image(Path(cell["path"]), where) if stored is None else hashlib.sha256(stored).hexdigest()
-        return HubImage(*place, number), key
+        return HubImage(*place, number, key), key
 
     rows = Table(f"dataset {source.id}", table.column_names, table, first=0)
     return read_rows(spec, source.columns, rows, image_of, None)

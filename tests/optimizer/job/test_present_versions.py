@@ -266,3 +266,17 @@ def test_a_job_that_goes_on_with_other_inputs_ends_with_their_names(folder: Path
     row("answers")(folder, random.Random(0))
     with pytest.raises(JobFailed, match="was begun before task changed"):
         begin(read(folder))
+
+
+def test_a_directory_goes_before_a_name_as_in_job_files(
+    folder: Path, store: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edited("job.yaml", lambda c, _: c.update(model={"path": "llava-12"}))(folder, random.Random(0))
+    bundled = published(store, read(folder), "RS")
+    flipped("model/chat_template.jinja")(folder, random.Random(0))
+    (folder / "model").rename(folder / "llava-12")
+    own = published(store, read(folder), "SS")
+    monkeypatch.chdir(folder)
+    assert answered(store, PlanQuery("llava-12", "shapes")) == own
+    monkeypatch.chdir("/")
+    assert answered(store, PlanQuery("llava-12", "shapes")) == bundled

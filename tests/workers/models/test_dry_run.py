@@ -166,3 +166,13 @@ def test_an_adapter_is_called_one(tmp_path: Path) -> None:
     for use in (load_model, describe_model):
         with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config.json\), not a model; merge it"):
             use(source(tmp_path))
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(copy: Path, small_task: Task) -> None:
+    plain = inputs(copy, small_task)
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }} " + template)
+    dated = inputs(copy, small_task)
+    (copy / "chat_template.jinja").write_text("26 Jul 2024 " + template)
+    assert same(dated, inputs(copy, small_task)) and not same(dated, plain)
+    assert problems(copy, small_task) == []

@@ -14,7 +14,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from workers.errors import ModelError
 from workers.messages import ModelSource
-from workers.models.checkpoint import BUNDLED_MODELS, fingerprint_checkpoint, weight_files
+from workers.models.checkpoint import BUNDLED_MODELS, check_checkpoint, fingerprint_checkpoint, weight_files
 from workers.models.loading import load_model
 
 VOLATILE = {"transformers_version", "_name_or_path", "_commit_hash"}
@@ -194,3 +194,32 @@ def test_weights_that_the_configuration_names_are_loaded_and_hashed(tiny_directo
         (copy / "config.json").write_text(json.dumps(config | {"transformers_weights": wrong}))
         with pytest.raises(ModelError, match=r"config\.json"):
             weight_files(copy)
+
+
+ELSEWHERE = "owner/name--modeling_x.Model"
+
+
+@pytest.mark.parametrize(
+    ("file", "auto_map", "code"),
+    [
+        ("config.json", {"AutoConfig": "configuration_x.Config", "AutoModel": ELSEWHERE}, "modeling_x.Model"),
+        ("processor_config.json", {"AutoProcessor": ELSEWHERE}, "modeling_x.Model"),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "a/b--tok.Fast"]}, "tok.Fast"),
+    ],
+)
+def test_code_that_would_be_fetched_from_elsewhere_is_refused_where_code_is_run(
+    model: Path, file: str, auto_map: dict[str, Any], code: str
+) -> None:
+    content = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(content | {"auto_map": auto_map}))
+    check_checkpoint(model)
+    fingerprint_checkpoint(model)
+    for check in (check_checkpoint, fingerprint_checkpoint):
+        with pytest.raises(ModelError, match=f"auto_map of {file} takes {code} from .*, which may change unseen; copy"):
+            check(model, trust_remote_code=True)
+    own = json.dumps(auto_map).replace("owner/name--", "").replace("a/b--", "")
+    (model / file).write_text(json.dumps(content | {"auto_map": json.loads(own)}))
+    check_checkpoint(model, trust_remote_code=True)
+    with pytest.raises(ModelError, match="which may change unseen"):
+        (model / file).write_text(json.dumps(content | {"auto_map": auto_map}))
+        load_model(ModelSource(str(model), device="cpu", trust_remote_code=True))

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from workers.errors import ImageError
-from workers.tasks.images import ImageFile
+from workers.tasks.images import ImageFile, hash_image
 
 Pixels = NDArray[Any]
 ORIENTATION = 274
@@ -237,4 +237,13 @@ def test_damaged_files_are_read_or_refused_in_one_line(data: st.DataObject) -> N
 def opened(content: bytes) -> Pixels:
     from workers.tasks.images import _decode
 
-    return np.asarray(_decode(io.BytesIO(content), "image")).astype(np.uint8)
+    return np.asarray(_decode(content, "image")).astype(np.uint8)
+
+
+def test_an_image_that_was_replaced_since_the_task_was_read_is_no_answer_to_its_question(tmp_path: Path) -> None:
+    path = save(Image.new("RGB", (4, 4), "red"), tmp_path / "a.png")
+    image = ImageFile(str(path), hash_image(path, "row 1"))
+    assert np.array_equal(np.asarray(image.open()), seen(path))
+    save(Image.new("RGB", (4, 4), "blue"), path)
+    with pytest.raises(ImageError, match=r"a\.png cannot be decoded: it is another image than when the task was read"):
+        image.open()

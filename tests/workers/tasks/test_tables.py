@@ -223,3 +223,14 @@ def test_any_bytes_are_read_or_refused_in_one_line(
         _read_table(FileSource(path=str(path)), HEADER)
     except TaskError as error:
         assert "\n" not in str(error) and path.name in str(error)
+
+
+def test_texts_are_what_is_seen_of_them(load: Load) -> None:
+    """Accents in two characters, as macOS writes them, and characters without width are no difference that is seen."""
+    rows = [("0.png", "caf\u0065\u0301?", "\u200bsch\u006f\u0308n\ufeff"), *ROWS[1:]]
+    text = "\n".join(",".join(f'"{cell}"' for cell in row) for row in (HEADER, *rows))
+    assert load("d.csv", text)[0] == ("0.png", "caf\u00e9?", ("sch\u00f6n",))
+    rows[3] = ("3.png", "what?", " \u200b\ufeff")
+    text = "\n".join(",".join(f'"{cell}"' for cell in row) for row in (HEADER, *rows))
+    with pytest.raises(TaskError, match="row 4: column 'answers' has no answer"):
+        load("d.csv", text)
