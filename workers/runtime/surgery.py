@@ -12,6 +12,7 @@ from torch import nn
 from .applied import AppliedPlan
 from .edits import Edits
 from .folding import Maps, fold
+from .hub_names import use_hub_names
 from .layer_removal import remove_layers
 from .plan import Action, PlanError, SkipPlan
 from .reload_check import require_faithful_files, require_faithful_reload
@@ -32,7 +33,7 @@ def save_pruned(
     Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
     of the live model while it is saved, so no second copy of it is held. The directory appears when it is complete and
     was checked (:mod:`workers.runtime.reload_check`): a failed save leaves none.
-    ``original_names`` names the tensors as the family's published checkpoints do; otherwise they have their
+    ``original_names`` names the tensors as the family's checkpoints on the hub do; otherwise they have their
     names in memory, which is what model code outside transformers loads. ``compensation`` holds the maps of the plan's
     gaps, which are folded into the written weights. Raises :class:`PlanError` for plans with
     other actions than run and skip and for models that transformers would not load as they were saved, and
@@ -58,6 +59,8 @@ def save_pruned(
         if plan.removed:
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)
+        if original_names:
+            use_hub_names(edits, model)
         _write(model, unchecked, max_shard_size, original_names=original_names)
         require_faithful_files(applied._stack, unchecked)
         if processor is not None:

@@ -9,12 +9,14 @@ from workers.runtime import Action, SkipPlan
 
 
 def write(subject: Subject, directory: Path) -> None:
-    """Write the model without the layers that the plan skips."""
+    """Write the model without the layers that the plan skips, in the form of the hub's checkpoints."""
+    from optimizer.exports.published_form import write_published_form
     from workers.runtime import save_pruned
 
     save_pruned(
         subject.model.model, subject.plan, directory, processor=subject.model.processor, compensation=subject.maps
     )
+    write_published_form(subject.model, directory)
 
 
 def removal_of(plan: SkipPlan) -> SkipPlan:

@@ -1,9 +1,9 @@
 """Format ``openvino``: the checkpoint without the skipped layers, exported through optimum-intel.
 
 optimum-intel pins a version of transformers of its own (2.2 wants one below 5.6), so it usually lives in another
-environment, whose interpreter is named in ``SKIPPLAN_OPENVINO_PYTHON``. That version may know some tensors by other
-names than the one that saved the checkpoint, and would then fill them with random numbers and go on: so the names are
-checked there first, and changed where the difference is known.
+environment, whose interpreter is named in ``SKIPPLAN_OPENVINO_PYTHON``. A version that knows some tensors by other
+names than the hub's, which the checkpoint has, would fill them with random numbers and go on: so the names are checked
+there first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from optimizer.exports.formats import checkpoint
 from optimizer.exports.interface import (
@@ -24,9 +23,9 @@ from optimizer.exports.interface import (
     Guide,
     Loadable,
     Subject,
-    find_program,
     needs_plain_skips,
 )
+from workers.engines.process import find_program
 from workers.text import last_line
 
 PYTHON_VARIABLE = "SKIPPLAN_OPENVINO_PYTHON"
@@ -37,8 +36,6 @@ REPORT_NAMES = (
     "json.dump({kind: sorted(map(str, report[kind])) for kind in ('missing_keys', 'unexpected_keys')}, "
     "open(sys.argv[2], 'w'))"
 )
-OLD_TOWER, NEW_TOWER = "vision_tower.vision_model.", "vision_tower."
-"""CLIP and SigLIP towers lost a level of names in transformers 5.6; published checkpoints have the old one."""
 INSTALL = (
     "install it into an environment of its own (pip install 'optimum-intel[openvino]') and name that environment's "
     f"python in {PYTHON_VARIABLE}"
@@ -60,7 +57,7 @@ def write(subject: Subject, directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="skipplan-openvino-", dir=directory.parent) as scratch:
         pruned = Path(scratch) / "checkpoint"
         checkpoint.write(subject, pruned)
-        use_known_names(python, pruned)
+        require_known_names(python, pruned)
         entry = "from optimum.commands.optimum_cli import main; main()"
         task = ["--task", "image-text-to-text", "--weight-format", "fp32"]
         done = _run([python, "-I", "-c", entry, "export", "openvino", "--model", str(pruned), *task, str(directory)])
@@ -68,12 +65,9 @@ def write(subject: Subject, directory: Path) -> None:
         raise ExportFault(f"--format: openvino: optimum-intel failed: {last_line(done.stderr, 'no message')}")
 
 
-def use_known_names(python: str, directory: Path) -> None:
-    """Name the checkpoint's tensors as the transformers of that Python does. Raises ExportFault when that fails."""
+def require_known_names(python: str, directory: Path) -> None:
+    """Raise ExportFault when the transformers of that Python knows tensors of the checkpoint by other names."""
     report = _loading_report(python, directory)
-    if report["missing_keys"] and any(NEW_TOWER in name for name in report["unexpected_keys"]):
-        _rename(directory, set(report["unexpected_keys"]))
-        report = _loading_report(python, directory)
     if any(report.values()):
         example = next(name for names in report.values() for name in names)
         raise ExportFault(
@@ -92,22 +86,6 @@ def _loading_report(python: str, directory: Path) -> dict[str, list[str]]:
         )
     report: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
     return report
-
-
-def _rename(directory: Path, unknown: set[str]) -> None:
-    """Give the tower's tensors their old names, one weight file at a time."""
-    from safetensors.torch import load_file, save_file
-
-    def old(name: str) -> str:
-        return name.replace(NEW_TOWER, OLD_TOWER, 1) if name in unknown and OLD_TOWER not in name else name
-
-    for file in sorted(directory.glob("*.safetensors")):
-        save_file({old(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] = {old(name): file for name, file in content["weight_map"].items()}
-        index.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
