@@ -13,7 +13,9 @@ from optimizer.cli.plans import cautions
 from optimizer.registries import EXPORT_FORMATS
 
 if TYPE_CHECKING:
+    from optimizer.exports.engine_verification import EngineVerification
     from optimizer.exports.verification import Verification
+    from storage.records.plans import MeasuredFigures
 
 app = typer.Typer()
 
@@ -99,13 +101,22 @@ def verify(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
     task: Annotated[str | None, typer.Option("--task", help="Task file, if the task is not bundled.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="How many held-out samples to run.")] = 8,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", min=1, help="How many held-out samples to run; 8, in an engine 200.", show_default=False
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="Engine that serves the export; the format's own, where it is here."),
+    ] = None,
     python: Annotated[str | None, typer.Option("--python", help="Interpreter that loads the export.")] = None,
     model_path: options.ModelPath = None,
     force_model: options.ForceModel = False,
     as_json: options.AsJson = False,
 ) -> int:
-    """Load an export in a fresh process and compare its logits and answers with the live model.
+    """Load an export in a fresh process, or serve it in its engine, and compare its answers with the live model's.
 
     The exit code is 1 when they differ. [bold]Example:[/bold] skipplan verify-export exports/fast
     """
@@ -113,17 +124,21 @@ def verify(
 
     from optimizer.cli.screen import Screen
     from optimizer.exports import document
-    from optimizer.exports.verification import verify_export
+    from optimizer.exports.verification import Verification, verify_export
     from optimizer.exports.writing import moved
     from workers.messages import ModelSource
 
-    source = ModelSource(document.read(directory).model.name)
+    read = document.read(directory)
+    source = ModelSource(read.model.name)
     if model_path is not None:
         source = moved(source, model_path)
     screen = Screen(quiet=global_options(context).quiet, as_json=as_json)
-    with screen.status("loading the export in a fresh process, and the live model"):
-        found = verify_export(directory, source, task=task, samples=samples, python=python, force_model=force_model)
-    print_either(as_json, asdict(found) | {"passed": found.passed}, _lines(found))
+    with screen.status("loading the export where it is to run, and the live model"):
+        found = verify_export(
+            directory, source, task=task, samples=samples, python=python, engine=engine, force_model=force_model
+        )
+    lines = _lines(found) if isinstance(found, Verification) else _engine_lines(found, read.figures)
+    print_either(as_json, asdict(found) | {"passed": found.passed}, lines)
     return 0 if found.passed else 1
 
 
@@ -145,6 +160,34 @@ def _lines(found: Verification) -> list[str]:
     else:
         lines.append(f"format {found.format} holds no model to load")
     return [*lines, *(f"note: {note}" for note in found.notes), "passed" if found.passed else "FAILED"]
+
+
+def _engine_lines(found: EngineVerification, published: MeasuredFigures) -> list[str]:
+    from optimizer.exports.engine_verification import Accuracy
+
+    where = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    equal, tied = found.having("equal"), found.having("near tie")
+    accuracies = {
+        f"in {found.engine}": found.accuracy,
+        "of the live model": found.live_accuracy,
+        "published": Accuracy(published.accuracy, published.accuracy_low, published.accuracy_high),
+    }
+    return [
+        f"{found.files} files are as they were written",
+        f"served by {found.engine} {found.version}" + (f" ({where})" if where else ""),
+        f"{len(equal)} of {len(found.answers)} answers equal, {len(tied)} others by near ties; log-probabilities "
+        f"differ by at most {found.largest_logprob_difference:.1e} of the largest logit (of {found.tolerance:.0e})",
+        *(
+            f"accuracy {name}: {each.value:.4f} ({each.low:.4f} to {each.high:.4f})"
+            for name, each in accuracies.items()
+        ),
+        *(
+            f"{sample}: live {answer.live!r}, {found.engine} {answer.served!r}: {answer.outcome}, {answer.detail}"
+            for sample, answer in found.answers.items()
+            if answer.outcome != "equal"
+        ),
+        "passed" if found.passed else "FAILED",
+    ]
 
 
 @app.command("export-study")

@@ -44,7 +44,7 @@ def main(request_file: str) -> None:
     answers, logits = [], {}
     for number, question in enumerate(request["questions"]):
         inputs = _inputs(processor, question, request["chat"], request["template"])
-        answer, steps = generate_with_logits(model, processor, inputs, request["max_new_tokens"])
+        answer, _, steps = generate_with_logits(model, processor, inputs, request["max_new_tokens"])
         answers.append(answer)
         logits[str(number)] = steps
     save_file(logits, str(place / "logits.safetensors"))
@@ -87,8 +87,8 @@ def _inputs(processor: Any, question: dict[str, str], chat: bool, template: dict
     )
 
 
-def generate_with_logits(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, Any]:
-    """Generate the answer and the logits of every step, ``[steps, vocabulary]`` in float32."""
+def generate_with_logits(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, list[int], Any]:
+    """Generate the answer, its tokens, and the logits of every step, ``[steps, vocabulary]`` in float32."""
     import torch
 
     dtype = getattr(model, "dtype", torch.float32)
@@ -106,7 +106,7 @@ def generate_with_logits(model: Any, processor: Any, inputs: Any, max_new_tokens
     tokens, length = out.sequences, moved["input_ids"].shape[1]
     new = tokens[:, length:] if torch.equal(tokens[:, :length], moved["input_ids"]) else tokens
     answer = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-    return answer, torch.stack(tuple(out.logits))[:, 0].float().contiguous()
+    return answer, new[0].tolist(), torch.stack(tuple(out.logits))[:, 0].float().contiguous()
 
 
 if __name__ == "__main__":

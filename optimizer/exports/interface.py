@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +70,9 @@ class ExportFormat:
 
     ``refusal`` says why a plan (with its kind of compensation) cannot be handed on this way, or None. ``write`` fills
     an empty directory. ``loadable`` gives what ``verify-export`` loads, from the written directory, a scratch
-    directory and the interpreter asked for; None for formats that hold no model. ``check`` says what can be said about
-    the surroundings, such as whether the program that the commands call is there.
+    directory and the interpreter asked for; None for formats that hold no model. ``engine`` names the engine of
+    ``workers.engines`` that serves what is written. ``check`` says what can be said about the surroundings, such as
+    whether the program that the commands call is there.
     """
 
     name: str
@@ -83,6 +82,7 @@ class ExportFormat:
     write: Callable[[Subject, Path], None]
     guide: Callable[[Subject, Path], Guide]
     loadable: Callable[[Path, Path, str], Loadable] | None = None
+    engine: str | None = None
     check: Callable[[], Sequence[str]] = tuple
     lossless: bool = True
     """Whether the written model computes in the same arithmetic, so that logits may differ by rounding at most."""
@@ -103,17 +103,3 @@ def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
 
 class ExportFault(UsageFault):
     """An export that cannot be written or verified; the message says why and what can be done."""
-
-
-def find_program(name: str, variable: str) -> str | None:
-    """Return the program that the environment variable names, else the one on the PATH, else None.
-
-    Raises ExportFault when the variable names what is no program.
-    """
-    named = os.environ.get(variable)
-    if named:
-        found = shutil.which(Path(named).expanduser())
-        if found is None:
-            raise ExportFault(f"{variable} names {named}, which is no program")
-        return found
-    return shutil.which(name)

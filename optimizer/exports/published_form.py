@@ -38,7 +38,7 @@ def write_published_form(loaded: LoadedModel, directory: Path) -> None:
 
 
 def _settings(loaded: LoadedModel, directory: Path) -> dict[str, Any]:
-    """What transformers reads of the configuration, sections flattened, fields of both forms left to one."""
+    """Read the configuration as transformers does, sections flattened, fields of both forms left to one."""
 
     def flat(content: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
         for name, value in content.items():
@@ -118,7 +118,7 @@ def _require_same_prompt(loaded: LoadedModel, directory: Path) -> None:
 
     from workers.models.without_torchvision import load_auto_processor
 
-    picture = Image.new("RGB", (64, 48), (200, 30, 60))
+    picture = Image.new("RGB", (256, 192), (200, 30, 60))
     turn = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
     if not getattr(loaded.processor, "chat_template", None):
         return

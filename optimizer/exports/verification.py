@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.exports import document, fresh_process, maps
 from optimizer.exports.document import PlanDocument
+from optimizer.exports.engine_verification import EngineVerification, verify_in_engine
 from optimizer.exports.interface import ExportFault, ExportFormat, Loadable
 from optimizer.exports.target import checksum, inside, require_contained
 from optimizer.exports.writing import UNLISTED, check_model, find_format
+from workers.engines.interface import ENGINES, Engine
+from workers.errors import EngineAbsent, UnknownNameError
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 from workers.text import last_line
@@ -33,6 +36,8 @@ LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 OTHER_KERNELS_TOLERANCE = 2e-2
 """The same for runtimes with kernels of their own."""
 TIMEOUT_SECONDS = 3600
+FRESH_PROCESS_SAMPLES, ENGINE_SAMPLES = 8, 200
+"""Held-out samples that are asked unless another number is given."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +76,27 @@ def verify_export(
     source: ModelSource,
     *,
     task: str | Path | None = None,
-    samples: int = 8,
+    samples: int | None = None,
     python: str | None = None,
+    engine: str | None = None,
     force_model: bool = False,
-) -> Verification:
-    """Load what ``directory`` holds in a fresh process and compare logits and answers with the live model.
+) -> Verification | EngineVerification:
+    """Load what ``directory`` holds in a fresh process, or in an engine, and compare answers with the live model.
 
     ``task`` names the task whose held-out samples are asked (the plan's by default); ``python`` is the interpreter of
-    the fresh process (this one by default). Formats without a model are checked for what they hold. Raises
-    UsageFault when the export is damaged, or cannot be verified here.
+    the fresh process (this one by default). ``engine`` names an engine; by default the format's own where it is here.
+    Formats without a model are checked for what they hold. Raises UsageFault when the export is damaged, or cannot be
+    verified here, and as the engine does.
     """
     plan = document.read(directory)
     chosen = check_files(plan, directory)
+    serving = find_engine(engine, chosen) if python is None or engine else None
+    if serving is not None:
+        check_model(plan, source, force_model=force_model)
+        own_maps = maps.read(plan, maps.of_directory(plan, directory))
+        questions = _load_task(plan, task), samples or ENGINE_SAMPLES
+        return verify_in_engine(directory.resolve(), plan, own_maps, serving, source, questions)
+    samples = samples or FRESH_PROCESS_SAMPLES
     notes = tuple(chosen.check())
     if chosen.loadable is None:
         return Verification(chosen.name, plan.plan, _count(plan), {}, 0.0, 0.0, "", {}, notes)
@@ -107,6 +121,34 @@ def verify_export(
         versions=result["versions"],
         notes=notes,
     )
+
+
+def find_engine(name: str | None, chosen: ExportFormat) -> Engine | None:
+    """Find the engine of this name, or that of the format where it is installed. Raises EngineError, ExportFault."""
+    if name is None and chosen.engine is None:
+        return None
+    try:
+        found = ENGINES[name or chosen.engine or ""]
+    except UnknownNameError as error:
+        raise ExportFault(f"--engine: {error}") from None
+    try:
+        found.installed()
+    except EngineAbsent:
+        if name is not None:
+            raise
+        return None  # which the format's check says
+    return found
+
+
+def _load_task(plan: PlanDocument, task: str | Path | None) -> Task:
+    """Load the task whose samples are asked. Raises ExportFault saying how to name it."""
+    from workers.errors import TaskError
+    from workers.tasks import load_task
+
+    try:
+        return load_task(task or plan.task.name)
+    except TaskError as error:
+        raise ExportFault(f"{error}; --task names the task file whose samples are asked") from None
 
 
 def check_files(plan: PlanDocument, directory: Path) -> ExportFormat:
@@ -151,14 +193,9 @@ class _Asked:
     def of(
         cls, plan: PlanDocument, source: ModelSource, task: str | Path | None, samples: int, chosen: ExportFormat
     ) -> _Asked:
-        from workers.errors import TaskError
         from workers.models.loading import load_model
-        from workers.tasks import load_task
 
-        try:
-            loaded_task = load_task(task or plan.task.name)
-        except TaskError as error:
-            raise ExportFault(f"{error}; --task names the task file whose samples are asked") from None
+        loaded_task = _load_task(plan, task)
         if not chosen.lossless:
             source = replace(source, dtype="float32")  # what other runtimes compute in
         loaded = load_model(source, device="cpu")
@@ -173,7 +210,7 @@ class _Asked:
         with apply(self.loaded.model, plan, own_maps):
             for sample in self.samples:
                 inputs = build_inputs(self.loaded.processor, self.task.spec, [sample], [sample.image.open()])
-                answer, steps = fresh_process.generate_with_logits(
+                answer, _, steps = fresh_process.generate_with_logits(
                     self.loaded.model, self.loaded.processor, inputs, self.task.spec.answer.max_new_tokens
                 )
                 answers.append(answer)

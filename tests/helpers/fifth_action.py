@@ -113,10 +113,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
         "document's schema": lambda: json.dumps(json_schema()),
         "model card": lambda: _what(document("RD")),
         "plain checkpoint": lambda: needs_plain_skips(plan, "none") or f"takes {plan}",
-        "llama.cpp": lambda: (
-            llama_cpp.refusal(plan, "none")
-            or ("D: pruned" if "--prune-layers 1 " in llama_cpp.commands(plan, "model") else "not pruned")
-        ),
+        "llama.cpp": lambda: llama_cpp.FORMAT.refusal(plan, "none") or f"takes {plan}",
         "removal": lambda: f"{checkpoint.removal_of(plan)} then {checkpoint.remainder_of(plan)}",
         "screen": lambda: screen.coloured("RD").plain,
         "report's words": lambda: formatting.layers("RD"),

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights of families whose processors have a part for videos, as a hub would hold them.
+"""Checkpoints with random weights of families with processors of their own, as a hub would hold them.
 
 The processor's files are written by hand, not by transformers: loading them is what is tested.
 """
@@ -6,11 +6,13 @@ The processor's files are written by hand, not by transformers: loading them is 
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
 import tiny_llava
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 LAYERS = 6
@@ -33,18 +35,27 @@ INTERNVL = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
+GEMMA3 = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
+"""Those with a part for videos; ``gemma3`` has none."""
 
 
-def save(directory: Path, family: str, sizes: dict[str, int] = SIZES) -> Path:
-    """Write a checkpoint of a family, with tokenizer and processor; ``sizes`` are those of its text model."""
+def save(directory: Path, family: str, sizes: dict[str, int] = SIZES, *, letters: bool = False) -> Path:
+    """Write a checkpoint of a family, with tokenizer and processor; ``sizes`` are those of its text model.
+
+    ``letters``: a tokenizer in the manner of Llama 2 with a token for every letter and byte, which llama.cpp's
+    converter knows without a table of its own.
+    """
     directory.mkdir(parents=True)
     tokens, picture = {
         "smolvlm": (SMOLVLM, "<image>"),
         "internvl": (INTERNVL, "<IMG_CONTEXT>"),
+        "gemma3": (GEMMA3, "<start_of_image>"),
     }.get(family, (QWEN, "<|vision_start|><|image_pad|><|vision_end|>"))
-    tokenizer = _tokenizer(tokens)
+    tokenizer = _tokenizer(tokens, _letters() if letters else tiny_llava.build_processor().tokenizer)
+    if family == "gemma3":
+        tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # which its processor in vLLM asks for
     tokenizer.save_pretrained(directory)
     for name, content in _processor(family).items():
         (directory / name).write_text(json.dumps(content))
@@ -56,8 +67,19 @@ def save(directory: Path, family: str, sizes: dict[str, int] = SIZES) -> Path:
     return directory
 
 
-def _tokenizer(tokens: dict[str, str]) -> PreTrainedTokenizerFast:
-    plain = tiny_llava.build_processor().tokenizer
+def _letters() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of letters, with bytes for other characters; without merges a text is cut in one way."""
+    words = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:94]]
+    model = models.BPE({word: number for number, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def _tokenizer(tokens: dict[str, str], plain: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     plain.add_tokens(sorted(set(tokens.values())), special_tokens=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=plain.backend_tokenizer,
@@ -91,6 +113,12 @@ def _processor(family: str) -> dict[str, dict[str, Any]]:
             "preprocessor_config.json": {"processor_class": "InternVLProcessor"} | images,
             "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", "num_frames": 3},
             "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+        }
+    if family == "gemma3":
+        images = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}}
+        return {
+            "preprocessor_config.json": {"processor_class": "Gemma3Processor"} | images,
+            "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
         }
     name = {
         "qwen2_vl": "Qwen2VLProcessor",
@@ -129,6 +157,16 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast, sizes: dict[str, in
             vision_config=tower | {"image_size": (32, 32), "patch_size": (8, 8)},
             image_token_id=number("context_image_token"),
             image_seq_length=4,
+        )
+    if family == "gemma3":
+        head = sizes["hidden_size"] // sizes["num_attention_heads"]
+        return CONFIG_MAPPING[family](
+            text_config=text | {"head_dim": head, "sliding_window": 16, "sliding_window_pattern": 3},
+            vision_config=tower | {"image_size": 32, "patch_size": 8},
+            mm_tokens_per_image=4,
+            image_token_id=number("image_token"),
+            boi_token_index=number("boi_token"),
+            eoi_token_index=number("eoi_token"),
         )
     hidden = sizes["hidden_size"]
     head = hidden // sizes["num_attention_heads"]

@@ -30,6 +30,8 @@ class Serving:
     """Cores to compute on; None: the engine's own choice."""
     kv_cache_bytes: int | None = None
     """Memory for keys and values; None: the engine's own choice."""
+    compiled: bool = True
+    """Whether an engine that can compile the model does; it starts sooner without, and computes slower."""
     prefix_caching: bool = False
     """Whether a prompt that begins as an earlier one did may take over what was computed for that."""
     port: int = 0
@@ -147,5 +149,6 @@ ENGINES: Registry[Engine] = Registry(
     "skipplan.engines",
     {
         "vllm": "workers.engines.vllm:ENGINE",
+        "llama.cpp": "workers.engines.llama_cpp:ENGINE",
     },
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
 from optimizer.exports.formats import checkpoint
 from optimizer.exports.interface import ExportFormat, Guide, Subject, needs_plain_skips
+from workers.engines.interface import ENGINES
+from workers.errors import EngineAbsent
 
 SCRIPT = "serve.sh"
 
@@ -79,8 +80,12 @@ def guide(subject: Subject, directory: Path) -> Guide:
 
 
 def check() -> Sequence[str]:
-    """Whether vLLM is here."""
-    return () if find_spec("vllm") else ("vLLM is not installed here: the serve command was not run",)
+    """Which vLLM would serve it."""
+    try:
+        found = ENGINES["vllm"].installed()
+    except EngineAbsent as error:
+        return (f"it was not served: {error}",)
+    return (f"vLLM {found.version} is here: verify-export serves it there",)
 
 
 FORMAT = ExportFormat(
@@ -91,5 +96,6 @@ FORMAT = ExportFormat(
     write=write,
     guide=guide,
     loadable=checkpoint.loadable,
+    engine="vllm",
     check=check,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from export_builders import document
@@ -15,6 +16,7 @@ from optimizer.errors import UsageFault
 from optimizer.exports.formats import llama_cpp, vllm
 from optimizer.exports.writing import export_plan, find_format, require_takes
 from optimizer.registries import EXPORT_FORMATS
+from workers.errors import EngineError
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 
@@ -36,21 +38,13 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
     for refusal in refusals:
         assert set(refusal.rpartition("formats that can: ")[2].split(", ")) == taking
     assert "runtime" in taking
-    without_code = {"checkpoint", "openvino", "vllm"}
+    without_code = {"checkpoint", "llama-cpp", "openvino", "vllm"}
     assert taking & without_code == (set() if plan.needs_vision_tokens else without_code)
-    prunable = "S" in plan.text and not plan.needs_vision_tokens and compensation == "none"
-    assert ("llama-cpp" in taking) == prunable
 
 
 def test_an_unknown_format_is_refused():
     with pytest.raises(UsageFault, match="'zip' is unknown; choose one of plan, checkpoint, runtime"):
         find_format("zip")
-
-
-def llama_cpp_export(model_directory: Path, output: Path) -> Path:
-    return export_plan(
-        document("RSRRSR", model_directory), ModelSource(str(model_directory)), "llama-cpp", output
-    ).directory
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
@@ -63,7 +57,7 @@ def test_exported_files_take_the_users_umask(model_directory: Path, tmp_path: Pa
         )
     finally:
         os.umask(before)
-    scripts = {"vllm": ["serve.sh"], "llama-cpp": ["prune.sh"]}.get(name, [])
+    scripts = {"vllm": ["serve.sh"], "llama-cpp": ["convert.sh"]}.get(name, [])
     for path in (written.directory.parent, written.directory, *written.directory.rglob("*")):
         executable = path.is_dir() or path.name in scripts
         assert path.stat().st_mode & 0o777 == (0o777 if executable else 0o666) & ~umask, path.name
@@ -81,39 +75,40 @@ def program(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_llama_cpp_commands_check_the_installed_version_first(model_directory: Path, tmp_path: Path):
-    script = llama_cpp_export(model_directory, tmp_path / "export") / "prune.sh"
-    here = {"LLAMA_CPP": str(tmp_path)}
-    missing = run_script(script, str(tmp_path / "gguf"), **here, SKIPPLAN_LLAMA_QUANTIZE="no-such-program")
-    assert missing.returncode == 1 and "no-such-program was not found" in missing.stderr
-    old = program(tmp_path / "old", "echo usage: [--allow-requantize]")
-    refused = run_script(script, str(tmp_path / "gguf"), **here, SKIPPLAN_LLAMA_QUANTIZE=old)
-    assert refused.returncode == 1 and "does not know --prune-layers" in refused.stderr
-    assert not (tmp_path / "gguf").exists()
-    log = tmp_path / "log"
-    new = program(tmp_path / "new", f'echo "[--prune-layers]"; echo "$@" >> {log}')
-    python = program(tmp_path / "python", f'echo "$@" >> {log}')
-    done = run_script(script, str(tmp_path / "gguf"), "Q8_0", **here, SKIPPLAN_LLAMA_QUANTIZE=new, PYTHON=python)
-    assert done.returncode == 0, done.stderr
-    _, dense, projector, prune = log.read_text().splitlines()
-    assert dense.split()[1] == str(model_directory) and "--mmproj" in projector
-    gguf = tmp_path / "gguf"
-    assert prune.split() == ["--prune-layers", "1,4", f"{gguf}/dense.gguf", f"{gguf}/pruned.gguf", "Q8_0"]
+def test_llama_cpp_commands_convert_and_quantise_where_asked(model_directory: Path, tmp_path: Path):
+    export = export_plan(
+        document("RSRRSR", model_directory), ModelSource(str(model_directory)), "llama-cpp", tmp_path / "x"
+    )
+    script, log, gguf = export.directory / "convert.sh", tmp_path / "log", tmp_path / "gguf"
+    here = {"LLAMA_CPP": str(tmp_path), "PYTHON": program(tmp_path / "python", f'echo "$@" >> {log}')}
+    missing = run_script(script, str(gguf), "Q8_0", **here, QUANTIZE="no-such-program")
+    assert missing.returncode == 1 and "no-such-program was not found" in missing.stderr and not gguf.exists()
+    assert run_script(script, str(gguf), **here).returncode == 0
+    assert log.read_text().splitlines() == [
+        f"{tmp_path}/convert_hf_to_gguf.py {script.parent} --outfile {gguf}/model.gguf",
+        f"{tmp_path}/convert_hf_to_gguf.py {script.parent} --mmproj --outfile {gguf}/mmproj.gguf",
+    ]
+    (gguf / "model.gguf").write_text("large")
+    quantise = program(tmp_path / "quantise", f'echo "$@" >> {log}; echo small > "$2"')
+    assert run_script(script, str(gguf), "Q8_0", **here, QUANTIZE=quantise).returncode == 0
+    assert log.read_text().splitlines()[-1] == f"{gguf}/model.gguf {gguf}/quantised.gguf Q8_0"
+    assert {path.name: path.read_text() for path in gguf.iterdir()} == {"model.gguf": "small\n"}
 
 
-def test_llama_cpp_says_whether_the_tool_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.delenv("SKIPPLAN_LLAMA_QUANTIZE", raising=False)
+@pytest.mark.parametrize(
+    ("chosen", "variable", "tool"),
+    [(llama_cpp, "SKIPPLAN_LLAMA_SERVER", "llama-server"), (vllm, "SKIPPLAN_VLLM_PYTHON", "vllm")],
+)
+def test_it_is_said_whether_the_engine_is_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: ModuleType, variable: str, tool: str
+):
+    monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "llama.cpp is not installed here" in llama_cpp.check()[0]
-    monkeypatch.setenv("SKIPPLAN_LLAMA_QUANTIZE", str(tmp_path / "absent"))
-    with pytest.raises(UsageFault, match="which is no program"):
-        llama_cpp.check()
-
-
-def test_llama_cpp_refuses_models_with_an_entry_for_each_layer():
-    config = {"text_config": {"layer_types": ["full_attention"] * 6, "eos_token_id": [1, 2]}}
-    assert llama_cpp.per_layer_lists(config, 6) == ["layer_types"]
-    assert llama_cpp.per_layer_lists(config["text_config"], 5) == []
+    (said,) = chosen.check()
+    assert said.startswith("it was not served: ") and tool in said and variable in said
+    monkeypatch.setenv(variable, str(tmp_path / "absent"))
+    with pytest.raises(EngineError, match="which is no program"):
+        chosen.check()
 
 
 def test_vllm_is_told_the_model_class_only_where_the_configuration_is_silent(tmp_path: Path):

@@ -54,13 +54,18 @@ def test_model_generation_config_and_processor_travel_together(
     assert reloaded.config.text_config.num_hidden_layers == 4
 
 
-def test_a_permanent_plan_saves_as_the_pruned_checkpoint_does(processor: LlavaProcessor, tmp_path: Path) -> None:
+def test_a_permanent_plan_saves_as_the_pruned_checkpoint_does_but_for_the_hubs_names(
+    processor: LlavaProcessor, tmp_path: Path
+) -> None:
     whole, cut = build_model(processor), build_model(processor)
     save_pruned(whole, PLAN, tmp_path / "pruned")
     apply_permanently(cut, PLAN)
     cut.save_pretrained(tmp_path / "cut")
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes()
+    assert (tmp_path / "cut/config.json").read_bytes() == (tmp_path / "pruned/config.json").read_bytes()
+    own, hub = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "pruned"))
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in own.items()}
+    assert renamed.keys() == hub.keys() != own.keys()
+    assert all(torch.equal(tensor, hub[name]) for name, tensor in renamed.items())
 
 
 def test_a_directory_with_something_in_it_is_left_alone(model: LlavaForConditionalGeneration, tmp_path: Path) -> None:

@@ -1,0 +1,285 @@
+"""``verify-export`` in an engine: what it answers when it serves an export, against the live model under the plan.
+
+An engine computes with kernels of its own, so its numbers differ in their last digits. That is bounded: at every
+position up to the first token that differs, the log-probabilities that the engine reports are compared with the live
+model's. A token that differs is explained where the live model's two logits are tied by the rule of
+``workers.models.ties``; everything else is a difference.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import whitespace
+from typing import TYPE_CHECKING, Literal
+
+from optimizer.exports import fresh_process
+from optimizer.exports.document import PlanDocument
+from optimizer.exports.interface import ExportFault
+from workers.engines.interface import ChatReply, ChatRequest, Engine, Installed, Serving
+from workers.messages import ModelSource
+from workers.runtime import SkipPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.models.loading import LoadedModel
+    from workers.runtime.folding import Maps
+    from workers.tasks import Sample, Task
+
+LOGPROB_TOLERANCE = 1e-4
+"""Largest allowed difference of log-probabilities as a share of the largest logit, both computing in float32."""
+TOP_LOGPROBS = 5
+LEAST_CONTEXT, LEAST_CACHE_BYTES = 2048, 2**28
+"""Of the server: engines plan for larger images than a task may have."""
+LEAST_LOGPROB = -100.0
+"""Below this a log-probability says no more than that a token is out of the question."""
+
+Outcome = Literal["equal", "near tie", "other prompt", "different"]
+
+
+@dataclass(frozen=True)
+class LiveAnswer:
+    """What the live model answers: ``logits`` ``[steps, vocabulary]`` in float32 gave ``tokens``."""
+
+    text: str
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logits: Tensor
+    ends: frozenset[int] = frozenset()
+    """Tokens that end an answer."""
+
+
+@dataclass(frozen=True)
+class ServedAnswer:
+    """One sample's answers, and how they differ."""
+
+    live: str
+    served: str
+    outcome: Outcome
+    detail: str = ""
+    logprob_difference: float = 0.0
+    """The largest over its positions up to the first other token, as a share of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of samples with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EngineVerification:
+    """Outcome of a verification in an engine."""
+
+    format: str
+    plan: str
+    files: int
+    engine: str
+    version: str
+    versions: dict[str, str]
+    answers: dict[str, ServedAnswer]
+    accuracy: Accuracy
+    live_accuracy: Accuracy
+    tolerance: float = LOGPROB_TOLERANCE
+
+    def having(self, *outcomes: Outcome) -> dict[str, ServedAnswer]:
+        """Pick the samples with these outcomes."""
+        return {sample: answer for sample, answer in self.answers.items() if answer.outcome in outcomes}
+
+    @property
+    def largest_logprob_difference(self) -> float:
+        """Over all samples, as a share of the largest logit."""
+        return max(answer.logprob_difference for answer in self.answers.values())
+
+    @property
+    def passed(self) -> bool:
+        """No difference beyond near ties, and log-probabilities within the tolerance."""
+        return not self.having("other prompt", "different") and self.largest_logprob_difference <= self.tolerance
+
+
+def verify_in_engine(
+    directory: Path,
+    plan: PlanDocument,
+    maps: Maps | None,
+    engine: Engine,
+    source: ModelSource,
+    questions: tuple[Task, int],
+) -> EngineVerification:
+    """Serve ``directory`` and compare answers to the first held-out samples of a task with the live model's.
+
+    ``questions`` is the task, and how many samples of it. Both compute in float32. Raises ExportFault for what an
+    engine cannot be asked, EngineError and EngineLost as the engine does.
+    """
+    task, count = questions
+    samples = task.held_out[:count]
+    if task.spec.is_choice:
+        raise ExportFault(
+            f"task {task.name} has the model choose among options by their likelihood, for which engines are not "
+            "asked; --task names one that generates"
+        )
+    loaded = _load(source)
+    serving = _serving(loaded, task, samples)
+    installed, replies = _ask(engine, directory, serving, [_request(task, sample) for sample in samples])
+    answers = {
+        sample.id: compare(live, reply)
+        for sample, live, reply in zip(
+            samples, _live_answers(loaded, SkipPlan.parse(plan.plan), maps, task, samples), replies, strict=True
+        )
+    }
+    confidence = plan.figures.confidence
+    return EngineVerification(
+        format=plan.export.format if plan.export else "",
+        plan=plan.plan,
+        files=len(plan.export.files) if plan.export else 0,
+        engine=engine.name,
+        version=installed.version,
+        versions=installed.versions,
+        answers=answers,
+        accuracy=_accuracy(task, samples, {key: each.served for key, each in answers.items()}, confidence),
+        live_accuracy=_accuracy(task, samples, {key: each.live for key, each in answers.items()}, confidence),
+    )
+
+
+def _load(source: ModelSource) -> LoadedModel:
+    from workers.models.loading import load_model
+    from workers.models.prompts import has_chat_template
+
+    loaded = load_model(replace(source, dtype="float32"), device="cpu")
+    if not has_chat_template(loaded.processor):
+        raise ExportFault(f"model {source.path} has no chat template, and engines are asked by chat; give it one")
+    return loaded
+
+
+def _serving(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> Serving:
+    """Room for one request of these samples at a time, so that a model of long contexts asks for no more memory."""
+    import torch
+
+    from workers.models.prompts import build_inputs
+
+    lengths = [
+        build_inputs(loaded.processor, task.spec, [sample], [sample.image.open()])["input_ids"].shape[1]
+        for sample in samples
+    ]
+    config = loaded.model.config.get_text_config(decoder=True)
+    context = min(config.max_position_embeddings, max(LEAST_CONTEXT, max(lengths) + task.spec.answer.max_new_tokens))
+    # Keys and values of all heads in float32, and a quarter more: an upper bound where heads are shared.
+    cache = 10 * config.num_hidden_layers * config.hidden_size * context
+    cache_bytes = max(LEAST_CACHE_BYTES, cache)
+    return Serving(
+        context_tokens=context,
+        concurrency=1,
+        threads=torch.get_num_threads(),
+        kv_cache_bytes=cache_bytes,
+        compiled=False,
+    )
+
+
+def _ask(
+    engine: Engine, directory: Path, serving: Serving, requests: Sequence[ChatRequest]
+) -> tuple[Installed, list[ChatReply]]:
+    installed = engine.installed()
+    with engine.serve(directory, serving) as server:
+        return installed, server.ask_all(requests)
+
+
+def _request(task: Task, sample: Sample) -> ChatRequest:
+    from workers.models.prompts import prompt_text
+
+    picture = io.BytesIO()
+    sample.image.open().save(picture, "PNG")
+    return ChatRequest(
+        text=prompt_text(task.spec, sample),
+        images=(picture.getvalue(),),
+        max_tokens=task.spec.answer.max_new_tokens,
+        top_logprobs=TOP_LOGPROBS,
+    )
+
+
+def _live_answers(
+    loaded: LoadedModel, plan: SkipPlan, maps: Maps | None, task: Task, samples: Sequence[Sample]
+) -> Iterator[LiveAnswer]:
+    """Ask the live model under the plan and its maps, one sample at a time."""
+    from workers.models.prompts import build_inputs
+    from workers.models.ties import end_tokens
+    from workers.runtime import apply
+
+    ends = end_tokens(loaded.model)
+    with apply(loaded.model, plan, maps):
+        for sample in samples:
+            inputs = build_inputs(loaded.processor, task.spec, [sample], [sample.image.open()])
+            text, tokens, logits = fresh_process.generate_with_logits(
+                loaded.model, loaded.processor, inputs, task.spec.answer.max_new_tokens
+            )
+            yield LiveAnswer(text, tuple(inputs["input_ids"][0].tolist()), tuple(tokens), logits, ends)
+
+
+def compare(live: LiveAnswer, reply: ChatReply) -> ServedAnswer:
+    """Compare one answer of the live model with the engine's."""
+    served = reply.text.strip()
+    if reply.prompt_token_ids is not None and reply.prompt_token_ids != live.prompt:
+        pairs = enumerate(zip(live.prompt, reply.prompt_token_ids, strict=False))
+        at = next((number for number, (own, other) in pairs if own != other), "its end")
+        lengths = f"{len(reply.prompt_token_ids)} tokens, the live model's {len(live.prompt)}"
+        detail = f"the engine's prompt has {lengths}; they differ at {at}"
+        return ServedAnswer(live.text, served, "other prompt", detail)
+    tokens = reply.token_ids or ()
+    steps = list(zip(live.tokens, tokens, strict=False))
+    same = next((step for step, (own, other) in enumerate(steps) if own != other), len(steps))
+    difference = _logprob_difference(live.logits, reply, min(same + 1, len(steps)))
+    if _whole(served) == _whole(live.text):
+        return ServedAnswer(live.text, served, "equal", logprob_difference=difference)
+    if same == len(steps) < len(live.tokens) and reply.finish_reason == "stop":
+        # The engine ended its answer, by a token that it does not always report.
+        ends = [end for end in live.ends if end != live.tokens[same]]
+        if ends:
+            steps.append((live.tokens[same], max(ends, key=lambda end: float(live.logits[same][end]))))
+    if same == len(steps):
+        return ServedAnswer(live.text, served, "different", "the tokens do not say where", difference)
+    own, other = steps[same]
+    outcome, detail = _first_difference(live.logits[same], own, other, same)
+    return ServedAnswer(live.text, served, outcome, detail, difference)
+
+
+def _whole(text: str) -> str:
+    """Leave out a last character of which the answer's length cut a part off, as engines do."""
+    return text.strip().rstrip("\ufffd" + whitespace)
+
+
+def _first_difference(logits: Tensor, own: int, other: int, step: int) -> tuple[Outcome, str]:
+    """Judge the first token that differs by the live model's logits ``[vocabulary]`` there."""
+    from workers.models.ties import tie_bound
+
+    gap, bound = float(logits[own] - logits[other]), float(tie_bound(logits.max(), logits.dtype))
+    said = f"at token {step} the live model's logits of the two are {gap:.1e} apart (tied within {bound:.1e})"
+    return ("near tie" if gap <= bound else "different"), said
+
+
+def _logprob_difference(logits: Tensor, reply: ChatReply, steps: int) -> float:
+    """Largest difference of reported log-probabilities over the first steps, as a share of the largest logit."""
+    largest = 0.0
+    for step in range(min(steps, len(reply.tokens))):
+        live = logits[step].log_softmax(-1)
+        scale = max(1.0, float(logits[step].abs().max()))
+        for token in (reply.tokens[step], *reply.tokens[step].most_likely):
+            if token.id is not None and not token.logprob <= LEAST_LOGPROB:  # NaN is compared
+                difference = abs(float(live[token.id]) - token.logprob)
+                largest = max(largest, math.inf if math.isnan(difference) else difference / scale)
+    return largest
+
+
+def _accuracy(task: Task, samples: Sequence[Sample], answers: Mapping[str, str], confidence: float) -> Accuracy:
+    from optimizer.verification.statistics import effective_sample_size, wilson_interval
+    from workers.tasks.metrics import METRICS
+
+    scores = [METRICS[task.spec.metric](answers[sample.id], sample.answers) for sample in samples]
+    share = math.fsum(scores) / len(scores)
+    size = effective_sample_size(scores, [sample.image_key for sample in samples])
+    interval = wilson_interval(share, size, confidence)
+    return Accuracy(share, interval.low, interval.high)
