@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,12 @@ READING = 2
 """Version of :func:`read_image`; in 1, pixels were what ``Image.convert("RGB")`` makes of them."""
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0  # tags of TIFF and EXIF
 _BYTE, _WORD = 255, 65535
+_SCALED: dict[str, Callable[[int], int]] = {
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "RGB;16B": lambda value: value >> 8,
+}
+"""How Pillow brings the values of a PNG to 8 bits, by its raw mode, where the transparent one stays as it is stored."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,11 @@ def read_image(image: Image) -> Image:
     """
     from PIL import Image
 
+    tiles = getattr(image, "tile", ()) if image.format == "PNG" else ()
+    stored = tiles[0][3] if tiles else None
     image.load()
+    if "transparency" in image.info and stored in _SCALED:
+        image.info["transparency"] = _scaled(image.info["transparency"], _SCALED[stored])
     turn = _turn(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_bytes(image)
@@ -117,6 +128,10 @@ def read_image(image: Image) -> Image:
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
+
+
+def _scaled(value: int | tuple[int, ...], scale: Callable[[int], int]) -> int | tuple[int, ...]:
+    return tuple(map(scale, value)) if isinstance(value, tuple) else scale(value)
 
 
 def _turn(image: Image) -> Any:

@@ -105,7 +105,7 @@ def cell_text(value: Any, where: str, column: str) -> str:
     """Return a cell's text: bytes as UTF-8, a whole number without a fraction whatever type it is stored in, a date.
 
     Raises:
-        TaskError: the cell is empty, or holds a list, a mapping, or bytes that are no UTF-8 text.
+        TaskError: the cell is empty, or holds a list, a mapping, an infinite number, or what is no UTF-8 text.
     """
     if isinstance(value, _BYTES):
         try:
@@ -117,9 +117,14 @@ def cell_text(value: Any, where: str, column: str) -> str:
         raise TaskError(f"{where}: column {column!r} holds a {kind} where one text is needed")
     if _is_blank(value):
         raise TaskError(f"{where}: column {column!r} is empty")
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        raise TaskError(f"{where}: column {column!r} holds {value}, which is no number")
     if isinstance(value, datetime) and value.time() == time():
         value = value.date()
-    return str(int(value) if _is_whole(value) else value).strip()
+    text = str(int(value) if _is_whole(value) else value).strip()
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise TaskError(f"{where}: column {column!r} holds a null character or half of a surrogate pair: {text!r}")
+    return text
 
 
 def shown_text(value: Any, where: str, column: str) -> str:

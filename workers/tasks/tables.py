@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -24,11 +25,13 @@ from .rows import Table, cell_text, needed_columns, read_rows
 from .samples import Sample
 from .spec import FileSource, HubSource, TaskSpec
 
-_PACKED: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+_PACKED: dict[bytes, Callable[[io.BytesIO], io.BufferedIOBase]] = {
+    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
+MOST_UNPACKED = 2**31
+"""No table of questions unpacks to more bytes; a file that was made to fill the memory does."""
 _ARCHIVES = {b"PK\x03\x04": "ZIP", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf\x27\x1c": "7z"}
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -38,6 +41,8 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _SEPARATORS = (",", ";", "\t", "|")
+_SEPARATOR_LINE = re.compile(r'\A"?sep=[,;\t|]"?\r?\n')
+"""Spreadsheets write it before the header, and show it nowhere."""
 
 
 def read_file(spec: TaskSpec, source: FileSource) -> list[Sample]:
@@ -105,10 +110,17 @@ def _read_table(source: FileSource, needed: Collection[str]) -> Cells:
 
 
 def unpacked(content: bytes) -> bytes:
-    """Decompress gzip, bzip2 or xz, told by how the content begins. Raises ValueError for other archives."""
-    for beginning, decompress in _PACKED.items():
+    """Decompress gzip, bzip2 or xz, told by how the content begins.
+
+    Raises ValueError for other archives, and for more than ``MOST_UNPACKED`` bytes.
+    """
+    for beginning, open_packed in _PACKED.items():
         if content.startswith(beginning):
-            return decompress(content)
+            with open_packed(io.BytesIO(content)) as file:
+                found = file.read(MOST_UNPACKED + 1)
+            if len(found) > MOST_UNPACKED:
+                raise ValueError(f"it unpacks to more than {MOST_UNPACKED / 2**30:g} GiB")
+            return found
     for beginning, name in _ARCHIVES.items():
         if content.startswith(beginning):
             raise ValueError(f"it is a {name} file; unpack it, or compress it with gzip")
@@ -135,11 +147,14 @@ def decoded(content: bytes) -> str:
 
 def _csv(text: str, needed: Collection[str]) -> Cells:
     """Read cells as text, separated by the character under which the first line names the needed columns."""
+    text = _SEPARATOR_LINE.sub("", text, count=1)
     separator = next((each for each in _SEPARATORS if set(needed) <= set(_header(_reader(text, each)))), ",")
     reader = _reader(text, separator, strict=True)
     header = _header(reader)
     if not header:
         raise ValueError("it is empty")
+    if not set(needed) <= set(header):
+        return header, []  # which column is missing says more than which row does not fit
     rows = []
     for number, row in enumerate(filter(None, reader), start=1):
         while len(row) > len(header) and not row[-1].strip():
@@ -192,7 +207,7 @@ def _parquet(content: bytes) -> Cells:
     import pyarrow
     from pyarrow import parquet
 
-    table = parquet.read_table(io.BytesIO(content))
+    table = parquet.ParquetFile(io.BytesIO(content)).read()  # read_table's error for a name that is there twice is long
     cells = []
     for field, column in zip(table.schema, table.columns, strict=True):
         values = column.to_pylist()

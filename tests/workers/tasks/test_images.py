@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,50 @@ def test_transparency_of_every_kind_is_white(tmp_path: Path, mode: str) -> None:
         options = {"transparency": {"L": 80, "RGB": (80, 80, 80), "1": 0}[mode]}
     path = tmp_path / ("a.gif" if mode == "PA" else "a.png")
     assert seen(save(image, path, **options))[0, :, 0].tolist() == [255 if mode == "1" else 40, 255]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, bits: int, kind: int, row: bytes, transparent: tuple[int, ...] = ()) -> bytes:
+    """A PNG of one row of what Pillow cannot write: grey (kind 0), colour (2), grey or colour with alpha (4, 6)."""
+    header = struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)
+    hidden = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + hidden + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (png(4, 2, 0, bytes([0b00011011])), [0, 85, 170, 255]),
+        (png(4, 2, 0, bytes([0b00011011]), (1,)), [0, 255, 170, 255]),
+        (png(4, 4, 0, bytes([0x05, 0xAF]), (5,)), [0, 255, 170, 255]),
+        (png(8, 1, 0, bytes([0b10101010]), (0,)), [255] * 8),
+    ],
+)
+def test_grey_of_few_bits_is_scaled_and_its_transparent_value_white(content: bytes, expected: list[int]) -> None:
+    assert opened(content)[0, :, 0].tolist() == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.uint16, (3, 4)), st.integers(0, 2))
+def test_sixteen_bits_a_colour_are_scaled_and_what_is_transparent_is_white(pixels: Pixels, hidden: int) -> None:
+    """Pillow leaves out the lower byte, so that a value may be one less."""
+    pixels[:, 3] = 65535
+    expected = np.rint(pixels[None, :, :3] / 257)
+    opaque = pixels[:, :3].astype(">u2").tobytes()
+    assert np.abs(opened(png(3, 16, 2, opaque)) - expected).max() <= 1
+    pixels[hidden, 3] = 0
+    alike = (pixels[:, :3] >> 8 == pixels[hidden, :3] >> 8).all(axis=1)
+    for content, white in (
+        (png(3, 16, 6, pixels.astype(">u2").tobytes()), pixels[:, 3] == 0),
+        (png(3, 16, 2, opaque, tuple(pixels[hidden, :3].tolist())), alike),
+    ):
+        assert np.abs(opened(content) - np.where(white[None, :, None], 255, expected)).max() <= 1
+    grey = pixels[:, [0, 3]].astype(">u2").tobytes()
+    assert np.abs(opened(png(3, 16, 4, grey)) - np.where(pixels[:, 3:] == 0, 255, expected[..., :1])).max() <= 1
 
 
 def test_the_first_frame_of_an_animation_is_seen(tmp_path: Path) -> None:

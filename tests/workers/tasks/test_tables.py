@@ -10,14 +10,17 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from workers.errors import TaskError
 from workers.tasks import load_task, parse_spec
@@ -109,6 +112,29 @@ def test_separators_at_the_end_of_lines_add_no_column(load: Load) -> None:
     assert load("d.csv", f"{' , '.join(HEADER)} ,,\n{rows}") == EXPECTED
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_the_line_that_names_the_separator_is_no_header(load: Load, separator: str, mark: str) -> None:
+    file = io.StringIO()
+    csv.writer(file, delimiter=separator).writerows([HEADER, *ROWS])
+    assert load("d.csv", f"{mark}sep={separator}\r\n{file.getvalue()}") == EXPECTED
+
+
+def test_a_first_line_that_is_no_header_is_shown(load: Load) -> None:
+    with pytest.raises(TaskError, match=r"d\.csv: no column 'image'; it has # by hand \(source\.columns"):
+        load("d.csv", f"# by hand\n{CSV}")
+
+
+def test_a_table_that_unpacks_to_fill_the_memory_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.tasks.tables.MOST_UNPACKED", 2**20)
+    for pack in (gzip.compress, bz2.compress, lzma.compress):
+        assert load("d.csv.gz", pack((CSV + "\n" * (2**20 - len(CSV.encode()))).encode())) == EXPECTED
+        with pytest.raises(
+            TaskError, match=r"d\.csv\.gz: not a readable csv file: it unpacks to more than 0\.00\d+ GiB"
+        ):
+            load("d.csv.gz", pack((CSV + "\n" * (2**20 + 1 - len(CSV.encode()))).encode()))
+
+
 def test_ragged_rows_are_named(load: Load) -> None:
     for row, cells in (("a.png,what", 2), ("a.png,what,yes,no", 4)):
         with pytest.raises(TaskError, match=rf"d\.csv: .* row 2 \(line 4\) has {cells} cells, the header 3"):
@@ -122,6 +148,11 @@ def test_a_column_that_is_there_twice_is_refused_where_it_is_needed(load: Load) 
         load("d.csv", "image,question,answers,answers\n0.png,what,a,b\n")
     with pytest.raises(TaskError, match=r"d\.jsonl: .* line 1 is not JSON: 'answers' is given twice"):
         load("d.jsonl", '{"image": "0.png", "question": "q", "answers": "a", "answers": "b"}')
+    twice = pyarrow.table([[f"{n}.png" for n in range(6)], ["q"] * 6, ["a"] * 6, ["b"] * 6], [*HEADER, "answers"])
+    table = io.BytesIO()
+    parquet.write_table(twice, table)
+    with pytest.raises(TaskError, match=r"d\.parquet: has 2 columns 'answers'; which one is meant\?"):
+        load("d.parquet", table.getvalue())
     rows = "\n".join(f'{image},"{question}",{answer},1,2' for image, question, answer in ROWS)
     assert load("d.csv", f"image,question,answers,note,note\n{rows}") == EXPECTED
 
@@ -169,6 +200,40 @@ def test_a_cell_of_any_type_is_its_text_and_a_missing_one_is_named(load: Load, c
                 load("d.parquet", table.getvalue())
         else:
             assert load("d.parquet", table.getvalue())[0][2] == (text,)
+
+
+@pytest.mark.parametrize(
+    ("cells", "meant"),
+    [
+        (pyarrow.array([b"rot"] * 6, pyarrow.large_binary()), ("rot",)),
+        (pyarrow.array([b"rot"] * 6, pyarrow.binary(3)).dictionary_encode(), ("rot",)),
+        (pyarrow.array([[b"rot", b"blau"]] * 6, pyarrow.large_list(pyarrow.binary())), ("rot", "blau")),
+        (pyarrow.array(["rot"] * 6, pyarrow.large_string()).dictionary_encode(), ("rot",)),
+        (pyarrow.array([Decimal("12.50")] * 6, pyarrow.decimal128(9, 2)), ("12.50",)),
+        (pyarrow.array([Decimal("5.00")] * 6, pyarrow.decimal256(40, 2)), ("5",)),
+        (pyarrow.array([0.1] * 6, pyarrow.float16()), ("0.1",)),
+        (pyarrow.array([[("answer", "rot")]] * 6, pyarrow.map_(pyarrow.string(), pyarrow.string())), "holds a list"),
+        (pyarrow.array([float("inf")] * 6), "holds inf, which is no number"),
+        (pyarrow.array([b"\xff"] * 6), "holds bytes that are no UTF-8 text"),
+        (pyarrow.nulls(6), "has no answer"),
+    ],
+    ids=str,
+)
+def test_a_parquet_column_of_any_type_is_its_text_or_refused(load: Load, cells: Any, meant: tuple[str] | str) -> None:
+    table = io.BytesIO()
+    parquet.write_table(pyarrow.table([[f"{n}.png" for n in range(6)], ["q"] * 6, cells], list(HEADER)), table)
+    if isinstance(meant, str):
+        with pytest.raises(TaskError, match=rf"d\.parquet, row 1: column 'answers' {meant}"):
+            load("d.parquet", table.getvalue())
+    else:
+        assert {answers for _, _, answers in load("d.parquet", table.getvalue())} == {meant}
+
+
+@pytest.mark.parametrize("value", [r'"\ud83d"', r'["red", "a\u0000b"]', "Infinity", "-Infinity"])
+def test_what_is_no_text_is_refused_in_json(load: Load, value: str) -> None:
+    rows = "\n".join(f'{{"image": "{n}.png", "question": "q", "answers": {value}}}' for n in range(6))
+    with pytest.raises(TaskError, match=r"d\.jsonl, row 1: column 'answers' holds (-?inf, which|a null character or)"):
+        load("d.jsonl", rows)
 
 
 def test_a_number_keeps_its_digits_where_others_are_missing(tmp_path: Path) -> None:
