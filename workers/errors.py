@@ -31,7 +31,7 @@ class ClusterError(WorkersError):
 
 
 class ClusterLost(ClusterError):  # noqa: N818 - named like the database's LeaseLost
-    """The cluster that ran the workers ended under them: its head, or this machine's node, is gone."""
+    """The cluster of the workers ended, under them or while it started: its head, or this machine's node, is gone."""
 
 
 class ClusterAway(ClusterError):  # noqa: N818

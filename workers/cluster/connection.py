@@ -64,7 +64,8 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
     environment is the only way to do without; for any other address the environment decides alone.
 
     Raises:
-        ClusterError: nothing answers at the address, within ``connect_timeout_seconds``.
+        ClusterError: nothing answers at the address, within ``connect_timeout_seconds``; ClusterLost where a local
+            cluster does not start.
     """
     if ray.is_initialized():
         return False
@@ -90,7 +91,9 @@ def connect(settings: ClusterSettings, *, cpus: int | None = None) -> bool:
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, its own kinds, and ImportError
         long = "AF_UNIX path length" in str(error)  # the sockets that Ray makes lie deep below it
         remedy = "; set RAY_TMPDIR to a directory with a short path, such as /tmp" if long else ""
-        raise ClusterError(f"cluster {settings.address}: cannot be used: {first_line(error)}{remedy}") from None
+        # A local one that does not start has lost a process, or the machine is busy: no job is to blame for it.
+        kind = ClusterLost if settings.address == LOCAL and not long else ClusterError
+        raise kind(f"cluster {settings.address}: cannot be used: {first_line(error)}{remedy}") from None
     if settings.address == LOCAL and os.environ.get("RAY_AUTH_MODE", "").lower() not in ("token", "disabled"):
         disconnect()
         raise ClusterError("cluster local: Ray started without token authentication; set RAY_AUTH_MODE=token")

@@ -126,7 +126,8 @@ def test_the_python_function_raises_one_error_and_goes_on_when_called_again(db, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [AGENT, RAYLET, HEAD, b"process itself"], ids=lambda each: NAMES.get(each, "process"))
 def test_a_service_goes_on_with_a_new_ray(name, db, tiny_model, tmp_path):
-    number = submit(db, spec(tiny_model, 60)).id
+    # Workers go on without their raylet, until the head has missed it for some fifteen seconds.
+    number = submit(db, spec(tiny_model, 600 if name == RAYLET else 60)).id
     serving = Serving.start(f"sqlite:///{tmp_path / 'skipplan.db'}", tmp_path / "serve.log")
     try:
         wait_for(lambda: len(evaluations.for_job(db, number)) >= 3, serving.log.read_text)
