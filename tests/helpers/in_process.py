@@ -22,6 +22,7 @@ class OneWorker:
             ModelSource(model, device="cpu", dtype="float32"), task, WorkerSettings(0, batch_size=8)
         )
         self.info = (self.handler.info,)
+        self.fingerprint = self.handler.info.fingerprint
         self.size = 1
         self.requests: list[Request] = []
 
