@@ -19,13 +19,19 @@ SortKey = Literal["speedup", "accuracy", "latency_seconds", "difference", "newes
 
 
 def cautions(plan: Plan, changes: tuple[str, ...]) -> list[str]:
-    """Warn of a plan that its own job refused, whose dense model is worth nothing, or of former model files or data."""
+    """Warn of a plan that its job refused, or took with little confidence, of a useless dense model, and of changes."""
     from optimizer.job.result import dense_warning, meets_constraint
+    from optimizer.job.sections import ConstraintSpec
 
     found = []
     if meets_constraint(plan) is False:
         found.append(
             f"plan {plan.id} does not meet the constraint of its job {plan.job_id}; --max-accuracy-drop sets a limit"
+        )
+    if plan.confidence < (usual := ConstraintSpec().confidence):
+        found.append(
+            f"plan {plan.id}: its intervals hold with a confidence of {plan.confidence:g}, "
+            f"as its job asked, not {usual:g}"
         )
     if dense_warning(plan):
         found.append(f"plan {plan.id}: {dense_warning(plan)}")

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from storage_builders import figures
 
+from optimizer.cli.plans import cautions
 from optimizer.job.inputs import JobInputs, prepare, split_hash, task_hash
 from optimizer.job.loading import load_job
 from optimizer.job.present import PresentVersions, _data_of
@@ -58,7 +59,7 @@ def read(folder: Path) -> JobInputs:
     return prepare(load_job(folder / "job.yaml", environment={}))
 
 
-def published(db: Database, inputs: JobInputs, plan: str = "RS") -> int:
+def published(db: Database, inputs: JobInputs, plan: str = "RS", **changes: Any) -> int:
     """Publish a plan as a job of these inputs would."""
     job = leases.claim(db, "me", 60, jobs.submit(db, stored_spec(inputs.spec), inputs.spec_hash).id)
     assert job is not None
@@ -74,7 +75,7 @@ def published(db: Database, inputs: JobInputs, plan: str = "RS") -> int:
     group = Group(
         lookup.ensure_model(db, model), lookup.ensure_task(db, record), lookup.ensure_device(db, "cpu"), "batch=1"
     )
-    (plan_row,) = plans.publish(db, job, group, [figures(plan)])
+    (plan_row,) = plans.publish(db, job, group, [figures(plan, **changes)])
     leases.finish(db, job)
     return plan_row.id
 
@@ -280,3 +281,10 @@ def test_a_directory_goes_before_a_name_as_in_job_files(
     assert answered(store, PlanQuery("llava-12", "shapes")) == own
     monkeypatch.chdir("/")
     assert answered(store, PlanQuery("llava-12", "shapes")) == bundled
+
+
+def test_a_plan_that_was_accepted_with_less_confidence_than_usual_is_said_to_be(folder: Path, store: Database) -> None:
+    usual, lax = (published(store, read(folder), plan, confidence=level) for plan, level in (("RS", 0.95), ("SS", 0.5)))
+    assert cautions(plans.get(store, usual), ()) == []
+    (line,) = cautions(plans.get(store, lax), ())
+    assert line == f"plan {lax}: its intervals hold with a confidence of 0.5, as its job asked, not 0.95"
