@@ -99,10 +99,13 @@ class _Found:
 
 def _find(context: JobContext) -> _Found:
     dense = Candidate(SkipPlan.dense(context.worker.num_layers))
-    n_samples = rung_sizes(context.spec.search.rungs, len(context.task.search))[-1]
+    rungs = rung_sizes(context.spec.search.rungs, len(context.task.search))
+    n_samples = rungs[-1]
     ((_, scores),) = CachedEvaluation(context, "search")([(dense, n_samples)])
     if scores.failure is not None:
         raise JobFailed(f"the dense model cannot be evaluated: {scores.failure}")
+    if all(map(math.isnan, scores.values[: rungs[0]])):
+        raise JobFailed(f"search.rungs: all of the first {rungs[0]} samples failed; begin with a larger number")
     floor = context.spec.constraint.min_dense_accuracy
     samples = context.task.search[:n_samples]
     answered = {s: score for s, score in zip(samples, scores.values, strict=True) if not math.isnan(score)}

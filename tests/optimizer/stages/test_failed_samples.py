@@ -20,7 +20,7 @@ from optimizer.search.trial import Scores, trial_of
 from optimizer.stages import collateral, compensate, dense, measure, profile, redundancy
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.collateral import OtherTask
-from optimizer.stages.context import JobContext
+from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.failed_samples import TooManyFailed
 from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import verify
@@ -108,6 +108,11 @@ def test_too_many_end_the_job_with_their_list(begin, share: float, places: tuple
     assert [line.partition(":")[0] for line in raised.value.details] == [
         f"sample {context.task.search[place].id}" for place in places
     ]
+
+
+def test_a_first_rung_on_which_no_plan_can_be_compared_is_no_sign_against_plans(begin) -> None:
+    with pytest.raises(JobFailed, match=r"search\.rungs: all of the first 1 samples failed"):
+        dense.run(begin({"search": (0,)}, search={"rungs": [1, 20]}))
 
 
 def test_another_job_evaluates_anew(begin) -> None:
