@@ -174,7 +174,7 @@ JOBS: dict[str, Change] = {
     "dtype": edited("job.yaml", lambda c: c["model"].update(dtype="bfloat16")),
 }
 CHANGES = MODEL | TASKS | JOBS
-QUICK = ("weights", "chat template", "images", "labels")
+QUICK = ("chat template", "labels")
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(CHANGES), marks=pytest.mark.slow)], ids=["some", "all"])

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from workers.errors import ImageError, TaskError
-from workers.tasks import load_task, parse_spec
+from workers.tasks import images, load_task, parse_spec
+from workers.tasks.loading import hash_definition
 
 INSTALLED = importlib.util.find_spec("datasets") is not None
 
@@ -68,3 +69,26 @@ def test_what_is_wrong_with_a_dataset_is_named(dataset: str) -> None:
         load_task(parse_spec(spec(dataset, columns={"image": "question"})))
     with pytest.raises(TaskError, match="cannot be loaded"):
         load_task(parse_spec(spec(dataset + "-gone", columns={"image": "picture"})))
+
+
+def test_a_dataset_that_moves_under_a_job_gives_no_other_images(dataset: str) -> None:
+    """Another revision of a default branch puts other images into the same rows."""
+    import datasets
+
+    task = load_task(parse_spec(spec(dataset, columns={"image": "picture"})))
+    table = datasets.load_dataset(dataset, split="train")
+    table.select([1, 2, 3, 4, 6, 7, 0, 5]).to_parquet(Path(dataset) / "train.parquet")
+    images._hub_images.cache_clear()
+    for sample in (*task.calibration, *task.search):
+        with pytest.raises(ImageError, match="it is another image than when the task was read"):
+            sample.image.open()
+    again = load_task(parse_spec(spec(dataset, columns={"image": "picture"})))
+    assert again.data_hash == task.data_hash  # the same rows in another order
+
+
+def test_another_dataset_is_another_definition() -> None:
+    found = {
+        hash_definition(parse_spec(spec("owner/data", **source)))
+        for source in ({}, {"split": "test"}, {"revision": "a1"}, {"subset": "b"}, {"columns": {"question": "q"}})
+    }
+    assert len(found) == 5
