@@ -66,7 +66,7 @@ def show(context: typer.Context, job: JobNumber, as_json: AsJson = False) -> int
 
     [bold]Example:[/bold] skipplan jobs show 7
     """
-    from optimizer.service.runner import unreadable
+    from optimizer.job.loading import unreadable
     from storage.queue import events, jobs, stages
 
     with open_database(context) as db:
@@ -160,7 +160,7 @@ def resume(context: typer.Context, job: JobNumbers) -> int:
 
     [bold]Example:[/bold] skipplan jobs resume 7
     """
-    from optimizer.service.runner import read_spec
+    from optimizer.job.loading import read_spec
     from storage.queue import jobs
 
     with open_database(context) as db:

@@ -140,7 +140,7 @@ def refit(
     from optimizer.errors import UsageFault
     from optimizer.exports.writing import moved
     from optimizer.job.inputs import model_source
-    from optimizer.service.runner import read_spec
+    from optimizer.job.loading import read_spec
     from optimizer.stages import compensate
     from storage.queue import jobs
     from storage.records import plans

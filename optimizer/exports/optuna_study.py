@@ -13,11 +13,11 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from optimizer.errors import ClusterOrDatabaseFault, UsageFault
+from optimizer.job.loading import read_spec
 from optimizer.job.spec import JobSpec
 from optimizer.search.latency import LayerCounts, LayerTimes, latency_ratio
 from optimizer.search.trial import answered_by_both
 from optimizer.service.logs import hide_passwords
-from optimizer.service.runner import read_spec
 from storage.database import Database
 from storage.queue import jobs
 from storage.records import evaluations, measurements

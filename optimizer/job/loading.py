@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from optimizer.errors import UsageFault
-from optimizer.job.spec import JobSpec
+from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
 from workers.validation import explain, load_yaml
+
+if TYPE_CHECKING:
+    from storage.queue.jobs import Job
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "SKIPPLAN_DATABASE": ("database",),
@@ -82,6 +85,33 @@ def validate_job(document: dict[str, Any], source: str) -> JobSpec:
                 "file for it"
             ) from None
         raise UsageFault(f"{source}: {explain(error, JobSpec)}") from None
+
+
+def read_spec(job: Job) -> JobSpec:
+    """Read a stored job's specification, on the cluster that this process's environment names, if it does.
+
+    Raises UsageFault naming the field when this version cannot read it.
+    """
+    document = {**job.spec, "database": DEFAULT_DATABASE, "cluster": dict(job.spec.get("cluster") or {})}
+    try:
+        validate_job(document, f"job {job.id}")
+    except UsageFault as fault:
+        raise UsageFault(
+            f"{fault} (another version of skipplan stored this job; submit its job file again, without that)"
+        ) from None
+    override(document, os.environ, section="cluster")
+    return validate_job(document, f"job {job.id}")
+
+
+def unreadable(job: Job) -> str:
+    """Say why a job that may go on cannot be run by this version; empty where it can, or has its result."""
+    if job.state in ("succeeded", "infeasible"):
+        return ""
+    try:
+        read_spec(job)
+    except UsageFault as fault:
+        return str(fault)
+    return ""
 
 
 def override(document: dict[str, Any], environment: Mapping[str, str], section: str | None = None) -> None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import Interrupted, LeaseLost, UsageFault, explain
 from optimizer.job.inputs import JobInputs
-from optimizer.job.loading import ENVIRONMENT, override, validate_job
-from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
+from optimizer.job.loading import ENVIRONMENT
+from optimizer.job.spec import JobSpec
 from optimizer.service import channel, logs
 from optimizer.service.pool import open_pool
 from optimizer.service.preflight import too_few_to_prove
@@ -66,33 +66,6 @@ def submit(db: Database, inputs: JobInputs, *, anew: bool) -> tuple[Job, bool]:
     if anew:
         return jobs.submit(db, stored, known_by, priority=spec.priority, max_attempts=spec.attempts), True
     return jobs.submit_once(db, stored, known_by, priority=spec.priority, max_attempts=spec.attempts)
-
-
-def read_spec(job: Job) -> JobSpec:
-    """Read a stored job's specification, on the cluster that this process's environment names, if it does.
-
-    Raises UsageFault naming the field when this version cannot read it.
-    """
-    document = {**job.spec, "database": DEFAULT_DATABASE, "cluster": dict(job.spec.get("cluster") or {})}
-    try:
-        validate_job(document, f"job {job.id}")
-    except UsageFault as fault:
-        raise UsageFault(
-            f"{fault} (another version of skipplan stored this job; submit its job file again, without that)"
-        ) from None
-    override(document, os.environ, section="cluster")
-    return validate_job(document, f"job {job.id}")
-
-
-def unreadable(job: Job) -> str:
-    """Say why a job that may go on cannot be run by this version; empty where it can, or has its result."""
-    if job.state in ("succeeded", "infeasible"):
-        return ""
-    try:
-        read_spec(job)
-    except UsageFault as fault:
-        return str(fault)
-    return ""
 
 
 def claim_this(db: Database, job: Job, owner: str, note: Callable[[str], None] = lambda text: None) -> Job:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from optimizer.errors import Fault, Interrupted
 from optimizer.job.inputs import JobInputs, prepare
+from optimizer.job.loading import read_spec
 from optimizer.service import logs
 from optimizer.service.pool import PoolCache
-from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, process, read_spec, stop_signals
+from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, process, stop_signals
 from optimizer.stages.progress import Progress, StageLines, State
 from storage import errors as storage_errors
 from storage.database import Database

@@ -11,9 +11,9 @@ import psycopg
 import pytest
 from sqlalchemy import make_url, text
 
+from optimizer.job.loading import read_spec
 from optimizer.job.result import load_result
 from optimizer.reports.data import collect
-from optimizer.service.runner import read_spec
 from storage import migration
 from storage.database import Database
 from storage.queue import events, jobs, stages
