@@ -33,6 +33,9 @@ OWNER_ARGUMENTS = frozenset(
 )
 """What the decoder may be given besides settings: packed prompts know how to supply these."""
 
+REMEMBERED = "rope_deltas"
+"""What multimodal-rotary models keep of their last prompts' positions, and add to those of embeddings without ids."""
+
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)
 
@@ -192,12 +195,12 @@ class Decoder:
         return Recording(owner[0], first[0], tuple(arguments))
 
     @contextmanager
-    def _in_place_of_layers(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    def _in_place_of_layers(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[Edits]:
         edits = Edits()
         for layer, forward in zip(self.layers, forwards, strict=True):
             edits.set_instance_attribute(layer, "forward", forward)
         try:
-            yield
+            yield edits
         finally:
             edits.undo()
 
@@ -302,7 +305,10 @@ class Decoder:
         def give(*args: Any, **kwargs: Any) -> Any:
             return (states,) if self._gives_tuple else states
 
-        with self._in_place_of_layers([give] * len(self.layers)):
+        with self._in_place_of_layers([give] * len(self.layers)) as edits:
+            for module in self.model.modules():
+                if REMEMBERED in module.__dict__:
+                    edits.set_instance_attribute(module, REMEMBERED, None)
             logits: Tensor = self.model(inputs_embeds=states, use_cache=False).logits
         return logits[:, -1].float()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_video_families
 import torch
 
 from workers.evaluation.plain import PlainEvaluator
@@ -44,16 +45,20 @@ def evaluations(results: Any) -> list[Evaluation]:
     return list(results.results)
 
 
-@pytest.fixture(scope="module")
-def answered(tiny: LoadedModel, small_task: Task) -> Task:
+def answered_by(model: LoadedModel, task: Task) -> Task:
     """Every second sample gets what the dense model answers as the right answer, so that scores are not all zero."""
-    samples = small_task.search[:48]
-    texts = PlainEvaluator(tiny, small_task).answer(SkipPlan.dense(LAYERS), samples).texts
+    samples = task.search[:48]
+    texts = PlainEvaluator(model, task).answer(SkipPlan.dense(LAYERS), samples).texts
     search = tuple(
         replace(sample, answers=(texts[sample.id] if number % 2 and texts[sample.id] else "red",))
         for number, sample in enumerate(samples)
     )
-    return replace(small_task, search=search)
+    return replace(task, search=search)
+
+
+@pytest.fixture(scope="module")
+def answered(tiny: LoadedModel, small_task: Task) -> Task:
+    return answered_by(tiny, small_task)
 
 
 @pytest.fixture
@@ -76,6 +81,25 @@ def test_random_plans_score_the_same_on_every_sample(plain: PlainEvaluator, fast
     assert [each.sample_ids for each in quick] == [each.sample_ids for each in slow]
     assert [each.plan for each in quick] == list(plans)
     assert len({each.scores for each in quick}) > 6  # else the comparison would show little
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_positions_that_a_model_keeps_of_earlier_prompts_do_no_harm(
+    family: str, tmp_path: Path, small_task: Task
+) -> None:
+    """Multimodal-rotary models add what they keep of their last batch to the positions of whatever comes next."""
+    directory = tiny_video_families.save(tmp_path / family, family)
+    model = load_model(ModelSource(str(directory), device="cpu"))
+    plain = PlainEvaluator(model, answered_by(model, small_task))
+    fast = FastEvaluator(plain, chunk_tokens=700)
+    fast.check("search")
+    request = EvaluatePlans(("RRRRRR", "RRRSRR", "RSSSSR", "SRRRRS"), "search", 8)
+    slow = evaluations(plain.evaluate_all(request))
+    for size in (8, 7):  # sizes that do not divide each other, nor what the fast path runs at a time
+        plain.answer(SkipPlan.dense(LAYERS), plain.task.search[:size])
+        quick = evaluations(fast.evaluate_all(request))
+        assert [each.scores for each in quick] == [each.scores for each in slow]
+    assert {each.scores for each in slow} == {(0.0,) * 8, (0.0, 1.0) * 4}
 
 
 @pytest.mark.parametrize("annotators", [4, 5, 10])
