@@ -24,10 +24,7 @@ def choose_finalists(outcome: SearchOutcome, limits: Limits, count: int) -> tupl
     eligible = [
         trial
         for trial in outcome.trials
-        if trial.complete
-        and trial.latency_ratio < 1.0
-        and limits.possible(SkipPlan.parse(trial.plan), trial.latency_ratio)
-        and trial.optimistic_difference >= least
+        if trial.complete and _may_be_fast(trial, limits) and trial.optimistic_difference >= least
     ]
     front = _front(eligible, [trial.costs for trial in eligible])
     chosen = _spread(front, count, least)
@@ -42,6 +39,36 @@ def choose_finalists(outcome: SearchOutcome, limits: Limits, count: int) -> tupl
         chosen += _evenly(front, count - len(chosen))
         eligible = [trial for trial in eligible if trial not in front]
     return tuple(trial.candidate for trial in chosen)
+
+
+def why_none(outcome: SearchOutcome, limits: Limits) -> str:
+    """Explain why :func:`choose_finalists` chooses none, with how near the nearest candidate came."""
+    tried = [trial for trial in outcome.trials if not trial.candidate.is_dense]
+    fast = [trial for trial in tried if _may_be_fast(trial, limits)]
+    reasons = []
+    if fast:
+        nearest = max(fast, key=lambda trial: trial.difference)
+        reasons.append(
+            f"{len(fast)} lose more accuracy than allowed (the nearest, {nearest.candidate}, is at "
+            f"{100 * nearest.difference:+.2f} points to dense on {nearest.n_samples} search samples)"
+        )
+    if len(tried) > len(fast):
+        reasons.append(f"{len(tried) - len(fast)} are predicted to be no faster than dense, or outside the limits")
+    if outcome.failed:
+        reasons.append(f"{len(outcome.failed)} failed (such as {failure_of(outcome)})")
+    total = len(tried) + len(outcome.failed)
+    return f"no plan that the search tried could meet the constraint: of {total}, {', '.join(reasons) or 'none ran'}"
+
+
+def failure_of(outcome: SearchOutcome) -> str:
+    """Name the first candidate that failed, and its reason."""
+    candidate, reason = next(iter(outcome.failed.items()))
+    return f"{candidate}: {reason}"
+
+
+def _may_be_fast(trial: Trial, limits: Limits) -> bool:
+    """Whether a candidate is predicted to be faster than dense and within the limits that need no evaluation."""
+    return trial.latency_ratio < 1.0 and limits.possible(SkipPlan.parse(trial.plan), trial.latency_ratio)
 
 
 def _front(trials: Sequence[Trial], costs: Sequence[Point]) -> list[Trial]:

@@ -21,6 +21,8 @@ def run(context: JobContext) -> Published:
     table = redundancy.run(context)
     outcome = search.run(context, latency, table)
     finalists = verify.run(context, latency, outcome)
+    if not finalists:
+        return publish.none(context, verify.why_nothing(context, latency, outcome))
     measured = measure.run(context, finalists)
     beside = collateral.run(context, finalists)
     return publish.run(context, finalists, measured, beside)

@@ -10,7 +10,7 @@ from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import Candidate, touched
 from optimizer.stages import dense
 from optimizer.stages.collateral import Collateral
-from optimizer.stages.context import JobContext
+from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import Verdict
 from storage.pareto import Group
@@ -42,7 +42,7 @@ def run(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured
 
 
 def none(context: JobContext, reason: str) -> Published:
-    """Record that no plan is the answer, where that is known before any is evaluated."""
+    """Record that no plan is the answer, where that is known before any is verified."""
     return context.load_or_compute("publish", Published, lambda: Published((), None, reason))
 
 
@@ -50,7 +50,7 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
     constraint = context.spec.constraint
     complete = [(each, measured[each.candidate]) for each in finalists if each.candidate in measured]
     if not complete:
-        return Published((), None, "no plan that the search tried could meet the constraint")
+        raise JobFailed(f"none of the {len(finalists)} verified plans could be timed")
     verdict = complete[0][0].verdict
     warning = dense.warning_of(context, verdict.dense_accuracy, verdict.n_samples)
     rows: dict[Candidate, plans.Plan] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from optimizer import criteria
@@ -9,12 +10,14 @@ from optimizer.errors import UsageFault
 from optimizer.registries import METHODS, STRATEGIES, find
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
+from optimizer.search.finalists import failure_of
 from optimizer.search.latency import LayerTimes, latency_ratio
 from optimizer.search.loop import Search
 from optimizer.search.problem import Problem
 from optimizer.search.seeding import with_given, with_seeds
 from optimizer.search.seeds.feasible import FeasiblePlans
-from optimizer.search.trial import SearchOutcome, Trial
+from optimizer.search.space import Candidate
+from optimizer.search.trial import Scores, SearchOutcome, Trial
 from optimizer.stages import warm_start
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
@@ -56,13 +59,19 @@ def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:
 
 
 def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOutcome:
-    evaluate = CachedEvaluation(context, "search", seconds_counter=SECONDS)
+    cached = CachedEvaluation(context, "search", seconds_counter=SECONDS)
+
+    def evaluate(requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
+        # Plans count as done once their whole batch is: until then this tells that they are under way.
+        context.progress.advance(0, news=f"{len(requests)} plans on {requests[0][1]} samples each under way")
+        yield from cached(requests)
+
     try:
         problem = _problem(context, profile, table)
         search = Search(
             problem,
             find(STRATEGIES, context.spec.search.strategy, "search.strategy")(problem),
-            Budget(context.spec.search, evaluate.elapsed),
+            Budget(context.spec.search, cached.elapsed),
             evaluate=evaluate,
             on_trial=lambda trial: context.progress.advance(news=_news(trial)),
         )
@@ -70,6 +79,8 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
     except (RuntimeError, MeasurementError, UsageFault) as error:
         raise JobFailed(str(error)) from None
     context.progress.note(f"search ended: {outcome.stopped_because}")
+    if outcome.failed and all(trial.candidate.is_dense for trial in outcome.trials):
+        raise JobFailed(f"none of the {len(outcome.failed)} plans tried could be evaluated: {failure_of(outcome)}")
     return outcome
 
 

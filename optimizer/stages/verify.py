@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from optimizer.search.finalists import choose_finalists
+from optimizer.search.finalists import choose_finalists, why_none
 from optimizer.search.latency import LayerTimes
 from optimizer.search.space import Candidate
 from optimizer.search.trial import SearchOutcome
@@ -46,6 +46,11 @@ def run(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> tup
     return tuple(Finalist(verdict, maps.get(verdict.candidate)) for verdict in verdicts)
 
 
+def why_nothing(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> str:
+    """Explain why the search left no plan worth verifying."""
+    return why_none(outcome, limits_of(context, profile))
+
+
 def _verify(
     context: JobContext, finalists: tuple[Candidate, ...], maps: Mapping[Candidate, KeptMaps]
 ) -> tuple[Verdict, ...]:
@@ -65,6 +70,8 @@ def _verify(
         else:
             context.progress.note(f"plan {candidate} could not be verified: {result.failure}")
     verified = {str(each): each for each in finalists if each in scores}
+    if not verified:
+        raise JobFailed(f"none of the {len(finalists)} plans that the search chose could be verified")
     verdicts = verify(
         scores[dense],
         {name: scores[each] for name, each in verified.items()},

@@ -10,7 +10,7 @@ from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import SAMPLERS, STRATEGIES
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
-from optimizer.search.finalists import choose_finalists
+from optimizer.search.finalists import choose_finalists, why_none
 from optimizer.search.loop import Search
 from optimizer.search.space import Candidate
 from optimizer.search.trial import SearchOutcome, Trial, paired_difference
@@ -203,6 +203,17 @@ def test_runners_up_are_spread_from_fast_to_careful_by_their_divergence():
     assert finalists(outcome, 4, max_accuracy_drop=0.05) == [plan(7), plan(6), plan(3), plan(1)]
     assert finalists(outcome, 2, max_accuracy_drop=0.05) == [plan(7), plan(3)]
     assert finalists(outcome, 7, max_accuracy_drop=0.05)[-1] == plan(4)
+
+
+def test_a_search_without_finalists_says_what_kept_each_plan_out():
+    tried = (trial_at(0, 1.0, 0.0), trial_at(5, 0.5, 0.3), trial_at(6, 0.4, 0.2), trial_at(1, 1.1, 0.0))
+    outcome = SearchOutcome(1.0, 200, tried, failed={plan(9): "out of memory", plan(8): "NaN"})
+    assert finalists(outcome, 3, max_accuracy_drop=0.05) == []
+    assert why_none(outcome, Limits(ConstraintSpec(max_accuracy_drop=0.05))) == (
+        "no plan that the search tried could meet the constraint: of 5, 2 lose more accuracy than allowed (the "
+        f"nearest, {plan(6)}, is at -20.00 points to dense on 200 search samples), 1 are predicted to be no faster "
+        f"than dense, or outside the limits, 2 failed (such as {plan(9)}: out of memory)"
+    )
 
 
 def test_constraints_are_numbers_met_at_zero():
