@@ -62,6 +62,7 @@ def _seen_from(directory: Path, name: str) -> str:
 
 @app.command()
 def validate(
+    context: typer.Context,
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Job files (YAML).", show_default=False)],
     quick: Annotated[
         bool,
@@ -88,13 +89,19 @@ def validate(
 
     [bold]Example:[/bold] skipplan validate configs/examples/*.yaml
     """
+    from optimizer.cli.screen import Screen
     from optimizer.errors import UsageFault
     from optimizer.service.preflight import check_job_file
+    from optimizer.stages.progress import Progress
 
     if html is not None and (show == 0 or len(configs) > 1):
         raise UsageFault("--html shows samples of one job file: name one, and --show 3")
-    found = [check_job_file(path, quick=quick) for path in configs]
-    shown = [_shown(path, show, html) for path in configs] if show else [[] for _ in configs]
+    with Screen(quiet=global_options(context).quiet, as_json=as_json).stages() as display:
+        progress = Progress(display)
+        found = [check_job_file(path, quick=quick, progress=progress) for path in configs]
+        if show:
+            progress.begin(f"load the model and ask it about {show} samples")
+        shown = [_shown(path, show, html) for path in configs] if show else [[] for _ in configs]
     if as_json:
         both = zip(found, shown, strict=True)
         print_json([asdict(each) | ({"samples": samples} if show else {}) for each, samples in both])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from optimizer.errors import UsageFault
 from optimizer.job.inputs import check_images, check_rungs, find_model, load_job_task, model_source, task_of
 from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
+from optimizer.stages.progress import Progress
 from optimizer.verification.verdict import least_provable_drop
 from workers.errors import ModelError
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
@@ -37,12 +38,20 @@ SHOWN_PROBLEMS = 5
 """Samples that cannot be asked that are named; the others are counted."""
 
 
-def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None, quick: bool = False) -> Checked:
+def check_job_file(
+    path: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> Checked:
     """Check the job's fields, its task file, and whatever of data and model lies on this machine.
 
     Every sample goes through the model's processor as in the job, with ``quick`` the first and last of each split.
     Nothing is downloaded. Raises UsageFault naming the file and the field, column, row, image or model file.
     """
+    progress = progress or Progress()
+    progress.begin(f"check {path}: data and images")
     spec = load_job(path, environment=environment)
     try:
         task = task_of(spec)
@@ -61,33 +70,45 @@ def check_job_file(path: Path, *, environment: Mapping[str, str] | None = None, 
         good.append(f"data of task {task.name}: {sizes}, every image opens")
         notes += too_few_to_prove(spec, data)
     if is_local(spec.model.path):
+        progress.begin(f"check {path}: model")
         find_model(spec)
         good.append(f"model {spec.model.path}: configuration, weight files and processor")
-        asked = _require_askable(spec, data, quick=quick)
+        asked = _asked(data, quick=quick)
+        progress.begin(f"check {path}: prompts", len(asked))
+        _require_askable(spec, data, asked, progress)
         if asked:
-            good.append(f"{asked} prompts, as the model's processor makes them")
+            good.append(f"{len(asked)} prompts, as the model's processor makes them")
     else:
         unknown.append(f"model {spec.model.path}: its files are on the hub")
     return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown), tuple(notes))
 
 
-def _require_askable(spec: JobSpec, task: Task | None, *, quick: bool) -> int:
-    """Put samples through the model's processor and count them. Raises UsageFault naming file, row and column."""
-    from workers.models.dry_run import find_problems
-
+def _asked(task: Task | None, *, quick: bool) -> list[Sample]:
+    """All samples, or with ``quick`` the first and last of each split."""
     samples: list[Sample] = []
     for split in SPLITS:
         whole = task.split(split) if task else ()
         samples += [whole[0], whole[-1]] if quick and whole else whole
+    return samples
+
+
+def _require_askable(spec: JobSpec, task: Task | None, samples: Sequence[Sample], progress: Progress) -> None:
+    """Put samples through the model's processor. Raises UsageFault naming file, row and column."""
+    from workers.models.dry_run import find_problems
+
+    def counted() -> Iterator[Sample]:
+        for sample in samples:
+            yield sample
+            progress.advance()
+
     try:
-        problems = list(find_problems(model_source(spec), task_of(spec), samples))
+        problems = list(find_problems(model_source(spec), task_of(spec), counted()))
     except ModelError as error:
         raise UsageFault(str(error)) from None
     if task and problems:
         lines = [_place(task, sample, field) + reason for sample, (field, reason) in problems[:SHOWN_PROBLEMS]]
         more = len(problems) - len(lines)
         raise UsageFault("; ".join(lines) + (f"; and {more} more of {len(samples)} samples" if more > 0 else ""))
-    return len(samples)
 
 
 def _place(task: Task, sample: Sample, field: str) -> str:

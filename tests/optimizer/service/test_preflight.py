@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from PIL import Image
 
 from optimizer.errors import UsageFault
 from optimizer.service.preflight import check_job_file
+from optimizer.stages.progress import Progress, State
 
 ROWS = 12
 
@@ -44,6 +46,13 @@ def test_every_prompt_goes_through_the_processor(job: Path) -> None:
     assert "12 prompts, as the model's processor makes them" in check_job_file(job, environment={}).checked
     quick = check_job_file(job, environment={}, quick=True)
     assert "6 prompts, as the model's processor makes them" in quick.checked
+
+
+def test_progress_counts_the_prompts(job: Path) -> None:
+    said: list[State] = []
+    check_job_file(job, environment={}, progress=Progress(Mock(update=said.append)))
+    assert said[0].text == f"check {job}: data and images"
+    assert said[-1].text == f"check {job}: prompts 12/12"
 
 
 def test_samples_that_cannot_be_asked_are_named_by_file_row_and_column(job: Path) -> None:
