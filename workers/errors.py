@@ -18,6 +18,14 @@ class TaskError(WorkersError):
     """A task file, its data, or one of its images is not usable."""
 
 
+class TooFewSamplesError(TaskError):
+    """A task's data has fewer images or samples than its splits ask for; ``fitting`` are sizes that it has room for."""
+
+    def __init__(self, message: str, fitting: dict[str, int]) -> None:
+        super().__init__(message)
+        self.fitting = fitting
+
+
 class ImageError(TaskError):
     """One image cannot be decoded; the sample that shows it fails, the job goes on."""
 

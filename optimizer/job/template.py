@@ -10,12 +10,12 @@ import yaml
 
 from optimizer.errors import UsageFault
 from optimizer.job.loading import resolve_name
-from workers.errors import ModelError, TaskError
+from workers.errors import ModelError, TaskError, TooFewSamplesError
 from workers.messages import ModelSource
 from workers.models.describe import ModelDescription, describe_model
 from workers.runtime.plan import Action
-from workers.tasks import load_spec
-from workers.tasks.spec import TaskSpec
+from workers.tasks import load_spec, load_task
+from workers.tasks.spec import FileSource, SplitSizes, TaskSpec
 
 ACTIONS = tuple(action.label for action in Action if action is not Action.RUN)
 EVALUATIONS_PER_LAYER = 8
@@ -40,15 +40,31 @@ def describe(model: str, task: str, directory: Path) -> FirstJob:
     try:
         found = describe_model(ModelSource(resolve_name(model, directory)))
         spec = load_spec(resolve_name(task, directory))
+        splits, remark = _splits(spec)
     except (ModelError, TaskError) as error:
         raise UsageFault(str(error)) from None
     actions = tuple(action for action in ACTIONS if found.layers_for(action))
     if not actions:
         raise UsageFault(f"model {model}: no layer may take any action: {_reasons(found, ACTIONS)}")
-    return FirstJob(_text(model, task, found, spec, actions), found.num_layers, actions)
+    fitted = spec.model_copy(update={"splits": splits})
+    return FirstJob(_text(model, task, found, fitted, remark, actions), found.num_layers, actions)
 
 
-def _text(model: str, task: str, found: ModelDescription, spec: TaskSpec, actions: Sequence[str]) -> str:
+def _splits(spec: TaskSpec) -> tuple[SplitSizes, str]:
+    """Return the sizes of the task's splits, and a remark on them; smaller ones where its file has too few samples."""
+    if isinstance(spec.source, FileSource):
+        try:
+            load_task(spec)
+        except TooFewSamplesError as error:
+            if not error.fitting:
+                raise
+            asked = " + ".join(str(getattr(spec.splits, name)) for name in error.fitting)
+            fitting = spec.splits.model_copy(update=error.fitting)
+            return fitting, f"the task asks for {asked} {spec.splits.unit}, more than its data has; these fit"
+    return spec.splits, "as the task says; disjoint by image"
+
+
+def _text(model: str, task: str, found: ModelDescription, spec: TaskSpec, remark: str, actions: Sequence[str]) -> str:
     evaluations = max(FEWEST_EVALUATIONS, EVALUATIONS_PER_LAYER * found.num_layers)
     splits, unit = spec.splits, spec.splits.unit
     others = [action for action in actions if action != "skip"]
@@ -82,7 +98,7 @@ search:
   seed: 0
   finalists: 6              # plans that are verified on held-out samples
 
-splits:                     # as the task says; disjoint by image
+splits:                     # {remark}
   calibration: {splits.calibration}
   search: {splits.search}
   held_out: {splits.held_out}{after_held_out}# more samples, narrower intervals

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from workers.errors import TaskError
+from workers.errors import TooFewSamplesError
 
 from .samples import Sample
 from .spec import SplitSizes
@@ -31,7 +31,7 @@ def make_splits(regions: Sequence[Region], sizes: SplitSizes, task: str) -> dict
     image, and a larger n contains the smaller one. Questions that a limit per image leaves out go to no split.
 
     Raises:
-        TaskError: too few images (or samples) for the sizes asked for.
+        TooFewSamplesError: too few images (or samples) for the sizes asked for.
     """
     result: dict[str, tuple[Sample, ...]] = {}
     taken: set[str] = set()
@@ -42,13 +42,15 @@ def make_splits(regions: Sequence[Region], sizes: SplitSizes, task: str) -> dict
             size = getattr(sizes, split)
             chosen, position = _take(images, position, size, sizes.unit, sizes.most_per_image(split))
             if chosen is None:
-                raise TaskError(_too_few(task, region.splits, sizes, images))
+                raise _too_few(task, region.splits, sizes, images)
             result[split] = tuple(chosen)
         taken.update(group[0].image_key for group in images[:position])
     return {split: result[split] for split in SPLITS}
 
 
-def _too_few(task: str, splits: Sequence[str], sizes: SplitSizes, images: Sequence[Sequence[Sample]]) -> str:
+def _too_few(
+    task: str, splits: Sequence[str], sizes: SplitSizes, images: Sequence[Sequence[Sample]]
+) -> TooFewSamplesError:
     """Say how many were asked for and are there, and propose sizes in the same proportions that are sure to fit."""
     asked = {split: int(getattr(sizes, split)) for split in splits}
     wanted = " + ".join(f"{split} {size}" for split, size in asked.items())
@@ -58,10 +60,13 @@ def _too_few(task: str, splits: Sequence[str], sizes: SplitSizes, images: Sequen
         room = sum(min([len(group), *limits]) for group in images)
         room -= len(splits) * (max((len(group) for group in images), default=1) - 1)
     fitting = {split: size * room // sum(asked.values()) for split, size in asked.items()}
+    if min(fitting.values()) == 0:
+        fitting = {}
     advice = ", ".join(f"{split}: {size}" for split, size in fitting.items())
-    return (
+    return TooFewSamplesError(
         f"task {task}: too few {sizes.unit} for the splits: {wanted} asked for, {available} there (splits are disjoint "
-        f"by image)" + (f"; these would fit: {advice}" if min(fitting.values()) > 0 else "")
+        f"by image)" + (f"; these would fit: {advice}" if fitting else ""),
+        fitting,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer.main
 import yaml
+from PIL import Image
 
 from optimizer.cli.diagnostics import examine
 from optimizer.cli.main import _run, app
@@ -91,6 +92,29 @@ def test_init_writes_a_job_file_that_is_usable(
     assert "12 decoder layers (0 to 11)" in Path("job.yaml").read_text()
     assert _run(["init", "--model", "llava-12", "--task", "scenes", "--output", "job.yaml"]) == 2
     assert "job.yaml: exists already; --force replaces it" in capsys.readouterr().err
+
+
+def test_init_proposes_sizes_that_the_tasks_data_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(f"{number}.png")
+    Path("d.csv").write_text("image,question,answers\n" + "".join(f"{n}.png,Is it {n}?,yes\n" for n in range(12)))
+    task = (
+        "name: mine\nsource: {kind: file, path: d.csv}\nprompt: '{question}'\nmetric: exact_match\n"
+        "answer: {kind: short, max_new_tokens: 2}\nsplits: {calibration: 50, search: 150, held_out: 300}\n"
+    )
+    Path("task.yaml").write_text(task)
+    assert _run(["init", "--model", "llava-12", "--task", "task.yaml"]) == 0
+    written = Path("job.yaml").read_text()
+    assert "# the task asks for 50 + 150 + 300 images, more than its data has; these fit" in written
+    assert yaml.safe_load(written)["splits"] == {"calibration": 1, "search": 3, "held_out": 7, "unit": "images"}
+    assert _run(["validate", "job.yaml"]) == 0
+    Path("task.yaml").write_text(task.replace("300", "3000"))
+    capsys.readouterr()
+    assert _run(["init", "--model", "llava-12", "--task", "task.yaml", "--force"]) == 2
+    assert "too few images for the splits" in capsys.readouterr().err
 
 
 def test_init_finds_paths_given_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
