@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 LOCKS := configs/requirements
 UV_VERSION := 0.13.9
 TORCH := 2.13.0
+# What `make test-transformers` tries: the lowest release, one between and the highest; and with which tests.
+TRANSFORMERS ?= 5.16 5.20 5.24
+CALLS_MODELS ?= tests/workers/runtime tests/workers/models tests/workers/shared_evaluation
 # Wheels that pip is set up to find on disk are found by uv too; without any, uv takes torch's build for the device.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
 # Modules are compiled once: the test run and Ray start dozens of processes that import torch and transformers.
 export PYTHONDONTWRITEBYTECODE :=
 UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS),$(if $(filter cpu,$(DEVICE)),UV_TORCH_BACKEND=cpu)) $(BIN)/uv pip
 
-.PHONY: install install-test lock quickstart test lint format docs fields clean
+.PHONY: install install-test lock quickstart test test-transformers lint format docs fields clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +54,19 @@ quickstart:
 
 test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The model families and all that calls models, on other releases of transformers: an environment for each of them, the
+# locked versions but for what its release asks for. An hour each on two cores.
+test-transformers: $(TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
+	for release in $(TRANSFORMERS); do \
+	  $(VENV)/transformers-$$release/bin/python -m pytest -n 2 -m 'slow or not slow' $(CALLS_MODELS) || exit 1; \
+	done
+
+$(VENV)/transformers-%/.installed: $(VENV)/.installed-test
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(@D)
+	$(UV) install --quiet --python $(@D)/bin/python --no-deps -r $(LOCKS)/$(DEVICE).txt -r $(LOCKS)/test.txt -e .
+	$(UV) install --quiet --python $(@D)/bin/python 'transformers==$*.*'
+	touch $@
 
 lint: install-test
 	$(BIN)/ruff check

@@ -32,6 +32,7 @@ from .request import (
     RequestTimer,
     RequestTimes,
     cache_bytes,
+    cache_of,
     device_name,
     prepare_request,
     run_request,
@@ -170,7 +171,7 @@ def _compare_alone(
         with apply(loaded.model, candidate, folded):
             for _ in range(WARM_UP_REQUESTS):
                 time_request(loaded, timed)
-            caches.append(cache_bytes(run_request(loaded, timed).cache))
+            caches.append(cache_bytes(cache_of(run_request(loaded, timed))))
             peaks.append(peak_bytes(lambda: run_request(loaded, timed), loaded.device))
     dense_times: list[float] = []
     plan_times: list[float] = []

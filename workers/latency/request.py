@@ -100,6 +100,11 @@ def time_request(loaded: LoadedModel, request: PreparedRequest) -> float:
     return time.perf_counter() - started
 
 
+def cache_of(output: Any) -> Any:
+    """Return the KV cache in what ``generate`` returned, which transformers before 5.24 calls ``past_key_values``."""
+    return output.cache if "cache" in output else output.past_key_values
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a KV cache object holds, each storage counted once."""
     storages: dict[int, int] = {}

@@ -69,7 +69,13 @@ FAMILIES: Mapping[str, Family] = {
     "gemma4_text": PER_LAYER_EMBEDDINGS,
     "gemma4_unified_text": PER_LAYER_EMBEDDINGS,
     "mllama_text_model": Family(
-        loop_uses=frozenset({"_has_cached_cross_attention_states(cache, i)"}),
+        loop_uses=frozenset(
+            {
+                "_has_cached_cross_attention_states(cache, i)",
+                "_has_cached_cross_attention_states(past_key_values, i)",  # before transformers 5.24
+                "past_key_values.get_seq_length(i)",  # before 5.20
+            }
+        ),
         keep_one=special.self_attention_before_cross_attention,
         no_vision_tokens=CROSS_ATTENTION,
     ),

@@ -7,9 +7,10 @@ from copy import copy
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from .descriptor import KeepOne
+from .descriptor import KeepOne, UnsupportedFamilyError
 from .edits import Edits
 from .layer_config import LayerNames, keep_layers, renumbering, stored
 from .locate import DecoderStack
@@ -72,9 +73,20 @@ def self_attention_before_cross_attention(stack: DecoderStack) -> tuple[KeepOne,
     return (KeepOne(own, reason, before=cross), KeepOne(own, "one self-attention layer must stay"))
 
 
+def _sharing_modes(stack: DecoderStack) -> Sequence[str | None]:
+    """Read by layer whether it stores its keys for later layers (``"store"``) or uses those of one (``"reuse"``)."""
+    modes: Sequence[str | None] | None = getattr(stack.text_config, "kv_sharing_modes", None)
+    if modes is None:
+        raise UnsupportedFamilyError(
+            f"which of its layers share keys and values cannot be read from transformers {transformers.__version__}; "
+            "its plans need 5.23 or newer"
+        )
+    return modes
+
+
 def refuse_shared_keys(stack: DecoderStack, refusals: Refusals) -> None:
     """Later layers use the keys of the last earlier layer of their kind, vision tokens' included."""
-    modes = stack.text_config.kv_sharing_modes
+    modes = _sharing_modes(stack)
     consumers = [layer for layer, mode in enumerate(modes) if mode == "reuse"]
     providers = [layer for layer, mode in enumerate(modes) if mode == "store"]
     if not consumers:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_llava
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,12 +104,17 @@ def test_an_option_without_tokens_is_named(tiny_directory: Path, small_task: Tas
     assert problem == ("", f"the model's processor refuses it: sample {sample.id}: the option '' has no tokens")
 
 
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+NO_IMAGE = "refuses it: " if RELEASE >= (5, 23) else "leaves out the image"
+"""Since transformers 5.23 processors refuse prompts without an image's place themselves."""
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m['content'][1]['text'] }}{% endfor %}", "refuses it: "),
+        ("{% for m in messages %}{{ m['content'][1]['text'] }}{% endfor %}", NO_IMAGE),
         ("{% for m in messages %}<image>{% endfor %}", "leaves out the prompt's text"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "refuses it: "),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", NO_IMAGE),
         ("{% for m in messages %}{{ m['content'] + '!' }}{% endfor %}", "refuses it: TypeError: can only concatenate"),
         ("{% for m in messages %}<image><image>{{ m['content'][1]['text'] }}{% endfor %}", "refuses it: "),
     ],

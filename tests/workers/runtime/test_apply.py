@@ -14,6 +14,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from families.tiny import CACHE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -385,9 +386,9 @@ def test_a_conversation_with_a_second_picture_continues_on_the_cache() -> None:
     for text in ("RFRRRR", "BRRRRB", "SFRBRR"):
         with torch.no_grad(), apply(MODEL, SkipPlan.parse(text)):
             expected = MODEL(**together).logits[:, first["input_ids"].shape[1] :]
-            cache = MODEL(**first, use_cache=True).cache
+            cache = MODEL(**first, use_cache=True)[CACHE]
             second_turn = {**second, "attention_mask": together["attention_mask"]}
-            found = MODEL(**second_turn, cache=cache).logits
+            found = MODEL(**second_turn, **{CACHE: cache}).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -472,14 +473,14 @@ def test_cropping_a_cache_goes_back_exactly(window: int | None, text: str) -> No
     inputs = prompt()
     more = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), apply(model, SkipPlan.parse(text)):
-        cache = model(**inputs, use_cache=True).cache
+        cache = model(**inputs, use_cache=True)[CACHE]
         cache.activate_past_recording()
-        expected = model(input_ids=more, cache=cache).logits
+        expected = model(input_ids=more, **{CACHE: cache}).logits
         for tokens in (3, 2, 3):
             cache.crop(-3)
-            model(input_ids=torch.full((1, tokens), 9), cache=cache)
+            model(input_ids=torch.full((1, tokens), 9), **{CACHE: cache})
             cache.crop(-tokens)
-            found = model(input_ids=more, cache=cache).logits
+            found = model(input_ids=more, **{CACHE: cache}).logits
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 3
 

@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .catalogue import SUPPRESSED
+from workers.runtime import UnsupportedFamilyError, describe
+
+from .catalogue import SUPPRESSED, model_of
 from .tiny import Family, Prompt, batch_inputs, forget_positions
+
+
+def supported(family: Family) -> PreTrainedModel:
+    """The family's model; the test is skipped when the runtime may decline the family and does so by a clear error."""
+    model = model_of(family.name)
+    if family.may_be_unsupported:
+        try:
+            describe(model)
+        except UnsupportedFamilyError as error:
+            assert len(str(error)) > 20
+            pytest.skip(f"declined: {error}")
+    return model
 
 
 def plain_logits(model: PreTrainedModel, family: Family, prompt: Prompt) -> Tensor:

@@ -12,7 +12,6 @@ from transformers import (
     Gemma4UnifiedConfig,
     Glm5NextConfig,
     MiniMaxM3VLConfig,
-    MistralLarge4Config,
     MuseGlimmerConfig,
     PreTrainedConfig,
     Qwen4ExpConfig,
@@ -33,7 +32,21 @@ from .patch_grids import (
     patch_grid,
 )
 from .picture_towers import LANGUAGE_MODEL, TEXT, TOWER, text, tower, with_sizes
-from .tiny import IMAGE, IMAGE_END, IMAGE_START, VIDEO, Family, Seeds, everywhere, flat, keeps_one_of, pixels, sliced
+from .tiny import (
+    BATCH,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    VIDEO,
+    Family,
+    Seeds,
+    everywhere,
+    flat,
+    keeps_one_of,
+    pixels,
+    since,
+    sliced,
+)
 from .uneven_stacks import GEMMA4_TYPES, positioned_patches
 
 ANYTHING = everywhere("FBS", range(8))
@@ -122,6 +135,8 @@ def _latent(**changes: Any) -> dict[str, Any]:
 
 
 def _mistral_large4() -> PreTrainedConfig:
+    from transformers import MistralLarge4Config
+
     return MistralLarge4Config(
         text_config={
             "model_type": "mistral_large4_text",
@@ -304,6 +319,7 @@ FAMILIES = (
         BOTH,
         may_refuse=everywhere("FB", range(8)),  # its attention can hold an indexer that counts rows
         saved_lists=sliced(mlp_layer_types=STEP_MLPS),
+        traps={} if since("5.23") else {BATCH: "all pictures of a batch see each other"},
     ),
     Family(
         "step3p7",

@@ -13,10 +13,8 @@ from transformers import (
     Glm4vMoeConfig,
     GlmOcrConfig,
     HunYuanVLConfig,
-    HyperCLOVAXVisionV2Config,
     IdeficsConfig,
     Kimi_K25Config,
-    Lfm3VlConfig,
     PaddleOCRVLConfig,
     PreTrainedConfig,
     Qwen3_5MoeConfig,
@@ -243,6 +241,8 @@ def _compass() -> PreTrainedConfig:
 
 
 def _lfm3() -> PreTrainedConfig:
+    from transformers import Lfm3VlConfig
+
     return Lfm3VlConfig(
         text_config=text(
             "lfm3", num_hidden_layers=8, layer_types=LFM3_TYPES, sliding_window=6, tie_word_embeddings=True
@@ -263,6 +263,8 @@ def _lfm3() -> PreTrainedConfig:
 
 
 def _hyperclovax() -> PreTrainedConfig:
+    from transformers import HyperCLOVAXVisionV2Config
+
     return HyperCLOVAXVisionV2Config(
         text_config=text("hyperclovax", residual_multiplier=0.8, attention_multiplier=0.4),
         vision_config={

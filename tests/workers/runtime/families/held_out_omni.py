@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    GraniteDoclingConfig,
     MiniCPMV4_6Config,
-    Molmo2Config,
     PreTrainedConfig,
     Qwen2_5OmniThinkerConfig,
     Qwen3OmniMoeThinkerConfig,
@@ -41,6 +39,7 @@ from .tiny import (
     keeps_one_of,
     mixers,
     pixels,
+    since,
     sliced,
 )
 
@@ -90,6 +89,8 @@ def _qwen3_omni_moe() -> PreTrainedConfig:
 
 
 def _granite_docling() -> PreTrainedConfig:
+    from transformers import GraniteDoclingConfig
+
     return GraniteDoclingConfig(
         text_config=text("granite_docling_text", tie_word_embeddings=True),
         vision_config={
@@ -142,6 +143,8 @@ def _one_long_row(seeds: Seeds) -> dict[str, Tensor]:
 
 
 def _molmo2() -> PreTrainedConfig:
+    from transformers import Molmo2Config
+
     return Molmo2Config(
         text_config={
             "model_type": "molmo2_text",
@@ -185,9 +188,10 @@ def _pooled_crops(seeds: Seeds) -> dict[str, Tensor]:
     }
 
 
+THINKER = LANGUAGE_MODEL if since("5.22") else "model.layers"
 FAMILIES = (
-    Family("qwen2_5_omni_thinker", _qwen2_5_omni, LANGUAGE_MODEL, 7, patch_grid, SIX, BOTH),
-    Family("qwen3_omni_moe_thinker", _qwen3_omni_moe, LANGUAGE_MODEL, 7, patch_grid, SIX, BOTH, refused=DEEPSTACK),
+    Family("qwen2_5_omni_thinker", _qwen2_5_omni, THINKER, 7, patch_grid, SIX, BOTH),
+    Family("qwen3_omni_moe_thinker", _qwen3_omni_moe, THINKER, 7, patch_grid, SIX, BOTH, refused=DEEPSTACK),
     Family(
         "granite_docling",
         _granite_docling,

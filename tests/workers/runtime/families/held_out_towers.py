@@ -37,7 +37,21 @@ from .picture_towers import (
     tower,
     with_sizes,
 )
-from .tiny import IMAGE, IMAGE_END, IMAGE_START, PAD, VIDEO, VOCABULARY, Family, Seeds, everywhere, flat, pixels, sliced
+from .tiny import (
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    PAD,
+    VIDEO,
+    VOCABULARY,
+    Family,
+    Seeds,
+    everywhere,
+    flat,
+    pixels,
+    since,
+    sliced,
+)
 
 FOUR = (IMAGE,) * 4
 ALTERNATING = ["full_attention", "sliding_attention"] * 3 + ["full_attention"]
@@ -302,13 +316,19 @@ def _chameleon() -> PreTrainedConfig:
 def _fuyu() -> PreTrainedConfig:
     settings = {key: value for key, value in TEXT.items() if key not in ("head_dim", "num_key_value_heads")}
     return FuyuConfig(
-        text_config={"model_type": "persimmon", **settings}, patch_size=4, image_size=SIDE, image_token_id=IMAGE
+        text_config={"model_type": "persimmon", **settings},
+        patch_size=4,
+        image_size=SIDE,
+        image_token_id=IMAGE,
+        hidden_size=TEXT["hidden_size"],  # read here before 5.20, in the text's configuration since
     )
 
 
 def _patches(seeds: Seeds) -> dict[str, Tensor]:
-    """Fuyu: pixel_values [pictures, 4 patches, patch * patch * 3]."""
-    return {"pixel_values": torch.stack([pixels(seed, 4, 48) for seed in flat(seeds)])}
+    """Fuyu: [pictures, 4 patches, patch * patch * 3]."""
+    return {
+        "pixel_values" if since("5.22") else "image_patches": torch.stack([pixels(seed, 4, 48) for seed in flat(seeds)])
+    }
 
 
 def _granite4_vision() -> PreTrainedConfig:
@@ -320,6 +340,10 @@ def _granite4_vision() -> PreTrainedConfig:
             "intermediate_size": 24,
             "num_hidden_layers": 1,
             "cross_attention_frequency": 1,
+            # Those of the tower, which 5.20 and newer set by themselves.
+            "hidden_size": 64,
+            "num_attention_heads": 1,
+            "encoder_hidden_size": 64,
         },
         image_token_index=IMAGE,
         downsample_rate="1/2",
@@ -384,6 +408,8 @@ FAMILIES = (
         max_images=1,
         text_only=False,
         may_refuse=everywhere("FB", range(6)),  # its config names no placeholder id
+        # Before 5.23 its way from pictures to text looks back only where attention is sdpa, and both ways where eager.
+        attention="sdpa" if since("5.23") else "eager",
     ),
     Family(
         "instructblip",

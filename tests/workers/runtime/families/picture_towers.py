@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from .tiny import BATCH, IMAGE, IMAGE_END, IMAGE_START, PAD, VOCABULARY, Family, Seeds, flat, pixels, sliced
+from .tiny import BATCH, IMAGE, IMAGE_END, IMAGE_START, PAD, VOCABULARY, Family, Seeds, flat, pixels, since, sliced
 
 SIDE = 8
 TEXT: dict[str, Any] = {
@@ -130,8 +130,8 @@ def _vipllava() -> VipLlavaConfig:
         vision_config=tower("clip_vision_model", num_hidden_layers=3),
         text_config=text("llama"),
         image_token_index=IMAGE,
-        vision_feature_layer=(-1, -2),
         image_seq_length=4,
+        **{"vision_feature_layer" if since("5.23") else "vision_feature_layers": (-1, -2)},
     )
 
 

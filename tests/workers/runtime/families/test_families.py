@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from workers.runtime import Action, PlanError, SkipPlan, UnsupportedFamilyError, apply, describe
+from workers.runtime import Action, PlanError, SkipPlan, apply, describe
 
 from .catalogue import (
     ALL,
@@ -27,7 +27,7 @@ from .catalogue import (
     prompts_of,
     single,
 )
-from .comparing import assert_close, distance, greedy, plain_logits
+from .comparing import assert_close, distance, greedy, plain_logits, supported
 from .expected import expected_generation, expected_logits
 from .tiny import BATCH, VIDEO, Family, Prompt
 
@@ -64,18 +64,6 @@ def check_generation(family: Family, plan: str, prompts: list[Prompt], attention
     for prompt, (ids, logits), (expected_ids, expected) in zip(prompts, found, references, strict=True):
         assert_close(family, logits, expected, f"{plan} {prompt}")
         assert ids == expected_ids, f"{plan} {prompt}"
-
-
-def supported(family: Family) -> PreTrainedModel:
-    """The family's model; the test is skipped when the runtime may decline the family and does so by a clear error."""
-    model = model_of(family.name)
-    if family.may_be_unsupported:
-        try:
-            describe(model)
-        except UnsupportedFamilyError as error:
-            assert len(str(error)) > 20
-            pytest.skip(f"declined: {error}")
-    return model
 
 
 @every_family

@@ -12,12 +12,13 @@ from workers.runtime.folding import FoldingError, added_share, fold_site
 from workers.runtime.locate import locate
 
 from .catalogue import every_family, model_of, prompts_of
-from .tiny import Family, batch_inputs, forget_positions
+from .tiny import Family, batch_inputs, forget_positions, since
 
 NO_LINEAR_END = {
     "gemma3", "glm4v", "gemma3n", "gemma4", "gemma3n_text", "llava over gemma2", "gemma3 of another pattern",
     "glm_ocr", "exaone4_5", "lfm3_vl", "hyperclovax_vision_v2", "muse_glimmer", "gemma4_unified", "qwen4_exp",
     "glm5_next",
+    *(() if since("5.18") else ("aria",)),
 }  # fmt: skip
 """Families whose blocks normalise, gate or mix what the MLP gives before it enters the residual stream."""
 SHARES = {"llava over granite": 0.7}

@@ -13,6 +13,7 @@ from workers.runtime import SkipPlan, apply
 
 from .catalogue import (
     ONE_PICTURE,
+    PICTURE_FIRST,
     SUPPRESSED,
     TWO_PICTURES,
     batch_of,
@@ -25,7 +26,7 @@ from .comparing import assert_close, greedy
 from .expected import expected_generation, expected_logits, expected_next
 from .patch_grids import patch_grid
 from .references import reference_logits
-from .tiny import VIDEO, Family, Prompt, Seeds, batch_inputs, forget_positions, prompt_ids
+from .tiny import CACHE, VIDEO, Family, Prompt, Seeds, batch_inputs, forget_positions, prompt_ids, since
 
 NAMES = ("llava", "qwen2_vl", "gemma3", "idefics3", "paligemma", "qwen3_vl", "aya_vision", "mistral3")
 LENGTH = 5
@@ -91,7 +92,8 @@ def test_sampling_with_a_seed(family: Family) -> None:
 @handful
 def test_beam_search_over_a_padded_batch(family: Family) -> None:
     model = model_of(family.name)
-    prompts = [ONE_PICTURE, TWO_PICTURES]
+    # Before 5.18 the beams of a prompt with two pictures are wrong in plain transformers, dense ones too.
+    prompts = [ONE_PICTURE, TWO_PICTURES if since("5.18") else PICTURE_FIRST]
     for plan in hardest_plans_of(family):
         expected = [beam_reference(family, plan, prompt, 3) for prompt in prompts]
         with apply(model, SkipPlan.parse(plan)):
@@ -120,6 +122,8 @@ def test_several_answers_per_prompt(family: Family) -> None:
 
 @handful
 def test_a_static_cache(family: Family) -> None:
+    if family.name == "gemma3" and not since("5.17"):
+        pytest.skip("transformers itself makes no mask for it, with or without a plan")
     model = model_of(family.name)
     for plan in ["R" * family.layers, *hardest_plans_of(family)]:
         for prompts in ([ONE_PICTURE], batch_of(family)):
@@ -172,7 +176,7 @@ def test_a_second_turn_continues_the_cache_of_the_first(family: Family) -> None:
             found = model.generate(
                 input_ids=longer,
                 attention_mask=torch.ones_like(longer),
-                cache=output.cache,
+                **{CACHE: output[CACHE]},
                 **settings(do_sample=False),
             )
         assert found[0, -LENGTH:].tolist() == second, plan

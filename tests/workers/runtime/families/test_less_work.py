@@ -16,7 +16,7 @@ from workers.runtime import SkipPlan, apply
 
 from .catalogue import by_name, model_of
 from .comparing import greedy
-from .tiny import Family, Prompt, batch_inputs, decoder_layers, forget_positions, prompt_ids, vision_mask
+from .tiny import CACHE, Family, Prompt, batch_inputs, decoder_layers, forget_positions, prompt_ids, vision_mask
 
 FAMILY_NAMES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "mistral3", "internvl", "glm4v", "gemma3")
 families = pytest.mark.parametrize("family", [by_name(name) for name in FAMILY_NAMES], ids=str, scope="module")
@@ -59,7 +59,7 @@ def lengths(family: Family, prompt: Prompt) -> tuple[int, int]:
 def prefill(model: PreTrainedModel, family: Family, prompts: list[Prompt]) -> Cache:
     forget_positions(model)
     with torch.no_grad():
-        cache = model(**batch_inputs(family, prompts), use_cache=True).cache
+        cache = model(**batch_inputs(family, prompts), use_cache=True)[CACHE]
     assert isinstance(cache, Cache)
     return cache
 

@@ -16,7 +16,7 @@ from workers.shared_evaluation.state_cache import StateCache
 from workers.shared_evaluation.walk import Walker
 
 from .catalogue import by_name, mixed_plans
-from .comparing import distance
+from .comparing import distance, supported
 from .tiny import Family, Prompt, batch_inputs, build, forget_positions, prompt_ids
 
 EXACT = ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "idefics3", "internvl", "mistral3")
@@ -71,6 +71,7 @@ def test_packed_questions_give_the_logits_of_each_alone(name: str) -> None:
 @pytest.mark.parametrize("name", DECLINED)
 def test_what_is_not_exact_is_declined(name: str) -> None:
     family = by_name(name)
+    supported(family)
     model = build(family)
     forget_positions(model)
     prompts = [[*prompt_ids(family, Prompt((2, 0, 1), seed=1)).tolist(), *question] for question in QUESTIONS]

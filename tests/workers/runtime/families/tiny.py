@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,17 @@ BATCH = "batch"
 TEXT_BESIDE_PICTURES = "text-only prompt beside pictures"
 RELOAD = "reload"
 """Keys of `Family.traps`."""
+
+MAJOR, MINOR = map(int, transformers.__version__.split(".")[:2])
+
+
+def since(release: str) -> bool:
+    """Whether this release of transformers, such as "5.22", is that one or a newer one."""
+    return tuple(map(int, release.split("."))) <= (MAJOR, MINOR)
+
+
+CACHE = "cache" if since("5.24") else "past_key_values"
+"""What a model's forward and its output call the KV cache."""
 
 Seeds = Sequence[Sequence[int]]
 """Seeds of the pictures of every prompt of a batch: one inner sequence per prompt."""
