@@ -17,7 +17,9 @@ from workers.models.loading import LoadedModel
 
 _FAST_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Classes of tokenizers by their names since transformers 5, with those before; both releases know the latter."""
-_OLD_FIELDS = ("torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq")
+_TEXT_ARCHITECTURES = {"idefics3": "VLlama3ForCausalLM", "smolvlm": "VLlama3ForCausalLM"}
+"""What the hub's text configurations of a family name, by which llama.cpp's converter finds its class."""
+_OLD_FIELDS = ("torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "architectures")
 _CONVERSATION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
@@ -58,7 +60,10 @@ def _change(file: Path, change: Any) -> None:
 
 
 def _old_fields(config: dict[str, Any]) -> None:
-    """Add to every section the rotary embedding's settings and the dtype under their names of before."""
+    """Add the text model's class, and to every section the rotary embedding's settings and the dtype as of before."""
+    if (family := config.get("model_type")) in _TEXT_ARCHITECTURES and "text_config" in config:
+        text = config["text_config"]
+        text["architectures"] = text.get("architectures") or [_TEXT_ARCHITECTURES[family]]
     for section in _sections(config):
         if "dtype" in section:
             section.setdefault("torch_dtype", section["dtype"])

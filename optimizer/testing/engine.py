@@ -12,6 +12,7 @@ from workers.engines.interface import ChatRequest, Engine, Server, Serving
 from workers.errors import EngineError
 
 TOKENS = 5
+CACHE_BYTES = 2**28
 
 
 def check_engine(engine: Engine, directory: Path | None = None, images: Sequence[bytes] = ()) -> None:
@@ -33,7 +34,8 @@ def check_engine(engine: Engine, directory: Path | None = None, images: Sequence
         require(directory is None, f"the engine is there when a directory is to be served ({error})")
     if directory is None:
         return
-    with engine.serve(directory, Serving(concurrency=2, images=max(1, len(images)))) as server:
+    small = Serving(concurrency=2, images=max(1, len(images)), kv_cache_bytes=CACHE_BYTES, compiled=False)
+    with engine.serve(directory, small) as server:
         _check_server(server, tuple(images))
     try:
         server.ask(ChatRequest("still there?", max_tokens=1))

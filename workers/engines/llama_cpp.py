@@ -21,6 +21,8 @@ from workers.errors import EngineAbsent, EngineError, EngineLost
 from workers.text import last_line
 
 SERVER_VARIABLE, CONVERTER_VARIABLE = "SKIPPLAN_LLAMA_SERVER", "SKIPPLAN_LLAMA_CONVERTER"
+PYTHON_VARIABLE = "SKIPPLAN_LLAMA_PYTHON"
+"""The Python that runs the converter, which needs packages of its own, sentencepiece among them."""
 MODEL, PROJECTOR = "model.gguf", "mmproj.gguf"
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Of llama.cpp's weights and of its keys and values, by torch's names."""
@@ -104,8 +106,9 @@ def converted(directory: Path, scratch: Path, outtype: str) -> tuple[Path, Path]
             f"llama.cpp's convert_hf_to_gguf.py is needed to serve {directory.name}; name it in {CONVERTER_VARIABLE}"
         )
     files = scratch / MODEL, scratch / PROJECTOR
+    python = find_program(sys.executable, PYTHON_VARIABLE) or sys.executable
     for file, options in zip(files, ([], ["--mmproj"]), strict=True):
-        call = [sys.executable, converter, str(directory), "--outtype", outtype, "--outfile", str(file), *options]
+        call = [python, converter, str(directory), "--outtype", outtype, "--outfile", str(file), *options]
         done = _run(call)
         if done.returncode or not file.is_file():
             raise EngineLost(f"llama.cpp cannot convert the model: {last_line(done.stderr, 'no message')}")
