@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .plan import Plan, PlanRefusedError, Treatment
 from .step import Step
@@ -146,6 +145,27 @@ class _Captured(Exception):  # noqa: N818
         self.keys, self.values = keys, values
 
 
+class _KeysValues(nn.Module):
+    """The part of a projection behind its first ``queries`` outputs, by the projection's own method."""
+
+    def __init__(self, projection: Any, queries: int) -> None:
+        super().__init__()
+        self.quant_method = projection.quant_method
+        self.weight = _part(projection.weight, queries)
+        self.bias = None if projection.bias is None else _part(projection.bias, queries)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Project ``[tokens, hidden]`` to keys and values side by side."""
+        projected: Tensor = self.quant_method.apply(self, hidden_states, self.bias)
+        return projected
+
+
+def _part(whole: Tensor, start: int) -> nn.Parameter:
+    part = whole.detach()[start:]
+    # Kernels of CPUs pack the whole and drop it; elsewhere the part stays in its place.
+    return nn.Parameter(part.clone() if part.device.type == "cpu" else part, requires_grad=False)
+
+
 class FrozenLayer(_SplitLayer):
     """A layer whose vision rows give keys and values only, to which text rows attend."""
 
@@ -159,17 +179,14 @@ class FrozenLayer(_SplitLayer):
         self._queries: int = self._projection.num_heads * self._projection.head_size
         self._capturing = False
         self._captured: _Captured | None = None
-        self._weights: tuple[Tensor, Tensor | None] | None = None
+        self._keys_values: _KeysValues | None = None
         self._queries_alone = step.freeze(self._attention)
 
     def take_weights(self) -> None:
-        """Keep the weights of keys and values apart, where they are not quantised."""
+        """Make a projection to keys and values alone of the loaded weights, where they are not quantised."""
         if type(self._projection.quant_method).__name__ == "UnquantizedLinearMethod":
-            bias = self._projection.bias
-            self._weights = (
-                _kept(self._projection.weight.detach()[self._queries :]),
-                None if bias is None else _kept(bias.detach()[self._queries :]),
-            )
+            # vLLM prepares modules that have a method once all weights are loaded, this one too.
+            self._keys_values = self._layer.self_attn.keys_values = _KeysValues(self._projection, self._queries)
 
     def before(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Compute keys and values of vision rows by the layer's own modules, which stop before attention."""
@@ -193,9 +210,9 @@ class FrozenLayer(_SplitLayer):
 
     def project(self, hidden_states: Tensor) -> Any:
         """Project to queries, keys and values, side by side; without queries (zeros) while those are not asked for."""
-        if not self._capturing or self._weights is None:
+        if not self._capturing or self._keys_values is None:
             return self._project(hidden_states)
-        keys_values = functional.linear(hidden_states, *self._weights)
+        keys_values = self._keys_values(hidden_states)
         return torch.cat([keys_values.new_zeros(len(keys_values), self._queries), keys_values], dim=-1), None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -217,11 +234,6 @@ class FrozenLayer(_SplitLayer):
             return self._attend(query, keys, values)
         queries = query.new_zeros(tokens, query.shape[-1]).index_copy_(0, rows.text, query)
         return self._attend(queries, keys, values)[rows.text]
-
-
-def _kept(part: Tensor) -> Tensor:
-    """Copy part of a weight for a CPU, whose kernels pack the whole and drop it."""
-    return part.clone() if part.device.type == "cpu" else part
 
 
 def _merged(tokens: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
