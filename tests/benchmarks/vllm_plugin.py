@@ -102,6 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0"  # one thread: threads that wait for another one count as busy
         environment["PYTHONPATH"] = os.environ.get("SKIPPLAN_VLLM_PATH", "")
         command = [os.environ["SKIPPLAN_VLLM_PYTHON"], __file__, "--inside", folder, "--rounds", str(options.rounds)]
         ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
