@@ -55,8 +55,8 @@ quickstart:
 test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The model families and all that calls models, on other releases of transformers: an environment for each of them, the
-# locked versions but for what its release asks for. An hour each on two cores.
+# The model families and all else that calls models, on other releases of transformers: an environment for each of them,
+# with the locked versions but for what its release asks for. Five minutes of processor time each without `slow`.
 test-transformers: $(TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
 	for release in $(TRANSFORMERS); do \
 	  $(VENV)/transformers-$$release/bin/python -m pytest -n 2 -m 'slow or not slow' $(CALLS_MODELS) || exit 1; \

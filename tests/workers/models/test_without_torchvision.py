@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_video_families
 import torch
+import transformers
 from command_line import PROJECT
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -33,6 +34,9 @@ from workers.models.without_torchvision import torchvision_problem
 print(torchvision_problem())
 print(type(load_processor(sys.argv[1], ModelSource(sys.argv[1]), None)).__name__)
 """
+
+
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def load(directory: Path) -> Any:
@@ -57,6 +61,10 @@ def without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_torchvision")
 @pytest.mark.parametrize("family", tiny_video_families.FAMILIES)
 def test_a_processor_reads_images_without_its_video_part(checkpoints: Path, small_task: Task, family: str) -> None:
+    if family == "smolvlm" and RELEASE < (5, 18):  # its image processor without torchvision is not found
+        with pytest.raises(ModelError, match="torchvision: not installed"):
+            load(checkpoints / family)
+        return
     processor = load(checkpoints / family)
     samples = small_task.search[:2]
     inputs = build_inputs(processor, small_task.spec, samples, [sample.image.open() for sample in samples])
