@@ -14,7 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,12 +69,11 @@ ELSEWHERE = {
     "reference build smollm2": "downloads 270 MB; tests/workers/reference builds one from a small wheel",
     "doctor --cluster head-node:6379": "needs a cluster; tests/optimizer/cli has doctor's answers",
     "doctor --cluster auto": "needs a cluster",
+    "export 7 --format openvino --output exports/ir": "needs OpenVINO; tests/optimizer/exports can have it",
     "refit 12": "needs a plan with maps; tests/end_to_end/test_compensated_job refits one",
     "--install-completion": "writes to the shell's start file",
     "--show-completion": "asks which shell it runs in",
 }
-BUSY = "1 surely keep the accuracy and 0 are surely fast enough"
-"""What a job says, with exit code 3, where half a second on a busy machine does not tell how fast a plan is."""
 IN_PROCESSES = ("serve", "dashboard", "score", "validate-theory")
 
 
@@ -147,17 +148,18 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_inputs(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
+        patch.setattr(tempfile, "tempdir", str(directory))  # where the device's lock lies
         assert command("init", "--model", "llava-12", "--task", "receipts.yaml") == 0
         make_small(directory / "job.yaml")
         inputs = prepare(load_job(directory / "job.yaml", environment={}))
-    worker = in_process.OneWorker(inputs.spec.model.path, inputs.task)
-    with Database.open(f"sqlite:///{directory / 'skipplan.db'}") as db:
-        for _ in range(2):
-            submitted, _ = runner.submit(db, inputs, anew=True)
-            job = leases.claim(db, "me", 600, submitted.id)
-            assert job is not None
-            runner.process(db, job, Progress(), lambda: (inputs, worker))  # type: ignore[arg-type, return-value]
-            assert jobs.get(db, job.id).is_finished and plans.for_job(db, job.id)
+        worker = in_process.OneWorker(inputs.spec.model.path, inputs.task)
+        with Database.open(f"sqlite:///{directory / 'skipplan.db'}") as db:
+            for _ in range(2):
+                submitted, _ = runner.submit(db, inputs, anew=True)
+                job = leases.claim(db, "me", 600, submitted.id)
+                assert job is not None
+                runner.process(db, job, Progress(), lambda: (inputs, worker))  # type: ignore[arg-type, return-value]
+                assert jobs.get(db, job.id).is_finished and plans.for_job(db, job.id)
     shutil.copy(directory / "skipplan.db", directory / "finished.db")
     return directory
 
@@ -197,13 +199,15 @@ def test_the_commands_of_a_page_run_in_their_order(
         words for words in SHOWN[page] if " ".join(words) not in ELSEWHERE and name_of(words) not in IN_PROCESSES
     ]
     with Database.open("sqlite:///skipplan.db") as db:
+        # Half a second on a busy machine may not tell how fast a plan is; the job then says so with exit code 3.
+        busy = [3 for job in jobs.list_jobs(db) if job.state == "infeasible"]
         for words in commands:
             meant = stand_in(words, db)
             for path in outputs(meant):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             code = command(*meant)
             said = capsys.readouterr()
-            assert code == 0 or (words[0] == "run" and BUSY in said.err), (meant, said.err)
+            assert code == 0 or (code in busy and words[0] in ("run", "jobs")), (meant, said.err)
             assert all(path.exists() for path in outputs(meant)), meant
             if words[0] == "init":
                 make_small(outputs(meant)[0])
@@ -222,7 +226,7 @@ def answer_of(process: subprocess.Popen[str], port: int, token: str) -> int:
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return int(answer.status)
-        except ConnectionError:
+        except urllib.error.URLError:  # not yet
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
@@ -232,7 +236,7 @@ def test_the_commands_that_start_workers_or_stay(prepared: Path, tmp_path: Path)
     write_inputs(tmp_path)
     shutil.copy(prepared / "job.yaml", tmp_path)
     ended = command_line.command(tmp_path, "run", "job.yaml")
-    assert ended.code == 0 or BUSY in ended.errors, ended.errors
+    assert ended.code in (0, 3), ended.errors
     url = f"sqlite:///{tmp_path / 'skipplan.db'}"
     commands = {tuple(words): None for page in SHOWN.values() for words in page if name_of(words) in IN_PROCESSES}
     with Database.open(url) as db:
@@ -265,7 +269,7 @@ def show_dashboard(directory: Path, words: list[str]) -> None:
     try:
         assert answer_of(process, port, token) == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(60) in (0, 130)
     finally:
         process.kill()
         process.wait()
