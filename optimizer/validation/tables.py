@@ -74,8 +74,13 @@ def measurements_json(table: LayerTable, risk: Risk) -> dict[str, Any]:
         "criterion": risk.criterion,
         "layers": table.num_layers,
         "risk": {Action.of(letter).label: finite(values) for letter, values in risk.risk.items()},
-        "measurements": [asdict(row) for row in table.rows],
+        "measurements": [asdict(row) for row in _sorted(table)],
     }
+
+
+def _sorted(table: LayerTable) -> list[LayerMeasurement]:
+    """Sort measurements by name, token group and layer, whether they were just made or read from the database."""
+    return sorted(table.rows, key=lambda row: (row.name, row.token_group, row.layer))
 
 
 def measurements_csv(table: LayerTable) -> str:
@@ -83,7 +88,7 @@ def measurements_csv(table: LayerTable) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(LayerMeasurement)])
-    writer.writerows(astuple(row) for row in table.rows)
+    writer.writerows(astuple(row) for row in _sorted(table))
     return text.getvalue()
 
 
