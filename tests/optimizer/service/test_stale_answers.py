@@ -203,9 +203,11 @@ def test_after_a_change_the_answer_is_that_of_an_empty_database(
                 present |= set(found.published.values())
             else:
                 assert answer.job_id == found.job.id != first.job.id, name
-            if answer.job_id == found.job.id:
+            if (
+                answer.job_id == found.job.id
+            ):  # another split or dtype is of the same task: the fastest plan is the answer
                 assert figures(answer) == expected.published[answer.plan], name
-            _check_export(db, answer, expected if answer.job_id == found.job.id else first, folder, tmp_path / name)
+                _check_export(db, answer, expected, folder, tmp_path / name)
             if name in MODEL:
                 with pytest.raises(UsageFault, match="is not the one that the plan was measured on"):
                     export_published(db, original, "checkpoint", tmp_path / "stale")
@@ -224,4 +226,4 @@ def _check_export(db: Database, plan: Plan, expected: Answered, folder: Path, ou
     dtype = "float32" if spec.model.dtype == "auto" else spec.model.dtype
     loaded = load_model(ModelSource(str(output), device="cpu", dtype=dtype))
     written = PlainEvaluator(loaded, task, batch_size=8).evaluate(SkipPlan.dense(5), "held_out")
-    assert written.scores == expected.scores[plan.plan, "held_out"][: len(written.scores)], output.name
+    assert written.scores == expected.scores[plan.plan, "held_out"], output.name
