@@ -51,12 +51,15 @@ def check_job_file(
     Nothing is downloaded. Raises UsageFault naming the file and the field, column, row, image or model file.
     """
     progress = progress or Progress()
-    progress.begin(f"check {path}: data and images")
     spec = load_job(path, environment=environment)
     try:
         task = task_of(spec)
     except UsageFault as fault:
         raise UsageFault(f"{path}: {fault}") from None
+    is_here = is_local(spec.model.path)
+    if is_here:
+        find_model(spec)
+    progress.begin(f"check {path}: data and images")  # what is named wrongly has been found by now, in one line
     good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
     notes: list[str] = []
     data = None
@@ -69,9 +72,7 @@ def check_job_file(
         sizes = f"{len(data.calibration)} calibration, {len(data.search)} search, {len(data.held_out)} held-out samples"
         good.append(f"data of task {task.name}: {sizes}, every image opens")
         notes += too_few_to_prove(spec, data)
-    if is_local(spec.model.path):
-        progress.begin(f"check {path}: model")
-        find_model(spec)
+    if is_here:
         good.append(f"model {spec.model.path}: configuration, weight files and processor")
         asked = _asked(data, quick=quick)
         progress.begin(f"check {path}: prompts", len(asked))
