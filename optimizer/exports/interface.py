@@ -66,7 +66,7 @@ class Loadable:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One way of handing a plan on.
+    """An export format: which plans it takes, how it writes them, and how that is loaded.
 
     ``refusal`` says why a plan (with its kind of compensation) cannot be handed on this way, or None. ``write`` fills
     an empty directory. ``loadable`` gives what ``verify-export`` loads, from the written directory, a scratch
@@ -77,7 +77,7 @@ class ExportFormat:
 
     name: str
     summary: str
-    needs: Literal["nothing", "files", "model"]
+    needs_model: bool
     refusal: Callable[[SkipPlan, str], str | None]
     write: Callable[[Subject, Path], None]
     guide: Callable[[Subject, Path], Guide]
@@ -89,7 +89,7 @@ class ExportFormat:
 
 
 def takes_everything(plan: SkipPlan, compensation: str) -> str | None:
-    """No plan is refused."""
+    """Refuse no plan."""
     return None
 
 

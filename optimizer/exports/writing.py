@@ -119,11 +119,9 @@ def _describe(subject: Subject, chosen: ExportFormat, guide: Guide, directory: P
 def _subject(
     plan: PlanDocument, source: ModelSource, chosen: ExportFormat, content: bytes | None, *, force_model: bool
 ) -> Subject:
-    if chosen.needs == "nothing":
+    if not chosen.needs_model:
         return Subject(plan, source, checkpoint=None, fingerprint=None, loaded=None)
     directory, fingerprint = check_model(plan, source, force_model=force_model)
-    if chosen.needs == "files":
-        return Subject(plan, source, directory, fingerprint, loaded=None)
     from workers.models.loading import load_model
     from workers.runtime import describe, validate
 

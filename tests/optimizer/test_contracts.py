@@ -36,7 +36,7 @@ def test_criterion(name: str) -> None:
 def test_export_format(name: str) -> None:
     chosen = EXPORT_FORMATS[name]
     # The formats that need a model's files or weights are written in tests/optimizer/exports.
-    subject = Subject(document("RSRR"), ModelSource("m"), None, None, None) if chosen.needs == "nothing" else None
+    subject = Subject(document("RSRR"), ModelSource("m"), None, None, None) if not chosen.needs_model else None
     check_export_format(chosen, subject)
     assert chosen.name == name
 

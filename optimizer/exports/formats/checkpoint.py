@@ -49,7 +49,7 @@ def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
 FORMAT = ExportFormat(
     name="checkpoint",
     summary="a plain Hugging Face checkpoint without the skipped layers",
-    needs="model",
+    needs_model=True,
     refusal=needs_plain_skips,
     write=write,
     guide=guide,

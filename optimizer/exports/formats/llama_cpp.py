@@ -72,7 +72,7 @@ def check() -> Sequence[str]:
 FORMAT = ExportFormat(
     name="llama-cpp",
     summary="the checkpoint with the commands that convert it for llama.cpp",
-    needs="model",
+    needs_model=True,
     refusal=needs_plain_skips,
     write=write,
     guide=guide,

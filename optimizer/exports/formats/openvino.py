@@ -129,7 +129,7 @@ def check() -> Sequence[str]:
 FORMAT = ExportFormat(
     name="openvino",
     summary="OpenVINO files through optimum-intel, for CPUs",
-    needs="model",
+    needs_model=True,
     refusal=needs_plain_skips,
     write=write,
     guide=guide,

@@ -24,7 +24,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
 FORMAT = ExportFormat(
     name="plan",
     summary="the plan and its figures as JSON",
-    needs="nothing",
+    needs_model=False,
     refusal=takes_everything,
     write=write,
     guide=guide,

@@ -183,7 +183,7 @@ def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
 FORMAT = ExportFormat(
     name="runtime",
     summary="the checkpoint without the skipped layers, and the code that freezes and bypasses others",
-    needs="model",
+    needs_model=True,
     refusal=takes_everything,
     write=write,
     guide=guide,

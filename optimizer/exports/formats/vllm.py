@@ -91,7 +91,7 @@ def check() -> Sequence[str]:
 FORMAT = ExportFormat(
     name="vllm",
     summary="the checkpoint with vLLM's serve command",
-    needs="model",
+    needs_model=True,
     refusal=needs_plain_skips,
     write=write,
     guide=guide,
