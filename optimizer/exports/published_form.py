@@ -29,7 +29,6 @@ def write_published_form(loaded: LoadedModel, directory: Path) -> None:
     _change(directory / "config.json", _old_fields)
     _change(directory / "tokenizer_config.json", _old_tokenizer)
     _write_preprocessor(directory)
-    _write_start_of_text(loaded, directory)
     after = _settings(loaded, directory)
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise ExportFault(
@@ -102,11 +101,11 @@ def _write_preprocessor(directory: Path) -> None:
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_start_of_text(loaded: LoadedModel, directory: Path) -> None:
-    """Have the chat template begin with the token that the tokenizer puts first by itself.
+def write_start_of_text(loaded: LoadedModel, directory: Path) -> None:
+    """Let the chat template begin with the token that the tokenizer puts first by itself, for engines.
 
-    Processors of transformers leave special tokens to the tokenizer where the template has none; engines and
-    tokenizers never add any to a chat.
+    They add no special token to a chat, transformers does. Not for exports that are loaded in transformers: who renders
+    the template to text and gives that to the processor would have the token twice.
     """
     tokenizer, template = getattr(loaded.processor, "tokenizer", None), directory / "chat_template.jinja"
     if tokenizer is None or tokenizer.bos_token is None or not template.is_file():
@@ -115,6 +114,7 @@ def _write_start_of_text(loaded: LoadedModel, directory: Path) -> None:
     first = tokenizer(text)["input_ids"][:1]
     if first == [tokenizer.bos_token_id] and not text.startswith(tokenizer.bos_token):
         template.write_text("{{ bos_token }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
+        _require_same_prompt(loaded, directory)
 
 
 def _require_same_prompt(loaded: LoadedModel, directory: Path) -> None:

@@ -19,6 +19,14 @@ def write(subject: Subject, directory: Path) -> None:
     write_published_form(subject.model, directory)
 
 
+def write_for_engine(subject: Subject, directory: Path) -> None:
+    """Write the checkpoint with a chat template that engines read as transformers does."""
+    from optimizer.exports.published_form import write_start_of_text
+
+    write(subject, directory)
+    write_start_of_text(subject.model, directory)
+
+
 def removal_of(plan: SkipPlan) -> SkipPlan:
     """Return the plan with nothing but its removed layers."""
     return SkipPlan(tuple(action if action.row.removes_layer else Action.RUN for action in plan))

@@ -41,7 +41,7 @@ fi
 
 def write(subject: Subject, directory: Path) -> None:
     """Write the checkpoint and the commands."""
-    checkpoint.write(subject, directory)
+    checkpoint.write_for_engine(subject, directory)
     script = directory / SCRIPT
     script.write_text(COMMANDS, encoding="utf-8")
     script.chmod(0o755)

@@ -32,7 +32,7 @@ def write(subject: Subject, directory: Path) -> None:
     """Write the checkpoint and the serve command."""
     from optimizer.exports.target import inside
 
-    checkpoint.write(subject, directory)
+    checkpoint.write_for_engine(subject, directory)
     script = inside(directory, SCRIPT)
     script.write_text("#!/bin/sh\nset -e\n" + command(directory, '"$(dirname "$0")"') + ' "$@"\n', encoding="utf-8")
     script.chmod(0o755)

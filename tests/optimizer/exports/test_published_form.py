@@ -76,6 +76,18 @@ def test_the_chat_template_says_the_token_that_the_tokenizer_puts_first(source: 
     assert after.apply_chat_template(turn, tokenize=False).startswith("<s>USER")
 
 
+def test_a_checkpoint_for_transformers_keeps_its_template(source: Path, tmp_path: Path) -> None:
+    """Rendered to text and given to the processor, as many scripts do, the prompt is the model's, with one <s>."""
+    written = export_plan(document("RSRRSR", source), ModelSource(str(source)), "checkpoint", tmp_path / "plain")
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    picture = torch.zeros((3, 40, 60), dtype=torch.uint8)
+    asked = []
+    for processor in (AutoProcessor.from_pretrained(source), AutoProcessor.from_pretrained(written.directory)):
+        text = processor.apply_chat_template(turn, tokenize=False)
+        asked.append(processor(images=[picture], text=[text], return_tensors="pt")["input_ids"].tolist())
+    assert asked[0] == asked[1]
+
+
 def test_transformers_reads_what_the_model_was(source: Path, written: Path) -> None:
     loaded = load_model(ModelSource(str(source)), device="cpu")
     model, processor = AutoModelForImageTextToText.from_pretrained(written), AutoProcessor.from_pretrained(written)
