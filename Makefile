@@ -53,7 +53,7 @@ quickstart:
 	@set -- $$(cat $(VENV)/times) && echo "installation $$(($$2 - $$1)) s, job $$(($$3 - $$2)) s"
 
 test: install-test
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The model families and all else that calls models, on other releases of transformers: an environment for each of them,
 # with the locked versions but for what its release asks for. Five minutes of processor time each without `slow`.

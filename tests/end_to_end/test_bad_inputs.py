@@ -26,6 +26,7 @@ from storage.records import lookup, plans
 JOB = """\
 model: {path: llava-12}
 task: task.yaml
+actions: [skip]
 search: {evaluations: 2}
 cluster: {workers: 1}
 """
@@ -147,7 +148,7 @@ CASES = [
     Case(
         "unknown nested field", 2, ("constraint.max_drop", "max_accuracy_drop"), append("constraint: {max_drop: 1}\n")
     ),
-    Case("field twice", 2, ("'task' is given twice", "line 5"), append("task: easy-vqa\n")),
+    Case("field twice", 2, ("'task' is given twice", "line 6"), append("task: easy-vqa\n")),
     Case("no model", 2, ("model", "missing"), replace("job.yaml", "model: {path: llava-12}\n", "")),
     Case("model is a number", 2, ("model", "mapping", "path"), replace("job.yaml", "{path: llava-12}", "5")),
     Case("evaluations is a word", 2, ("search.evaluations", "'many'"), replace("job.yaml", "ns: 2", "ns: many")),
@@ -156,8 +157,8 @@ CASES = [
     ),
     Case("drop in points", 2, ("constraint.max_accuracy_drop", "3"), append("constraint: {max_accuracy_drop: 3}\n")),
     Case("certain", 2, ("constraint.confidence", "less than 1"), append("constraint: {confidence: 1.0}\n")),
-    Case("unknown action", 2, ("actions", "'skip'", "'skp'", "did you mean skip"), append("actions: [skp]\n")),
-    Case("no action", 2, ("actions",), append("actions: []\n")),
+    Case("unknown action", 2, ("actions", "'skp'", "did you mean skip"), replace("job.yaml", "[skip]", "[skp]")),
+    Case("no action", 2, ("actions",), replace("job.yaml", "[skip]", "[]")),
     Case("unknown strategy", 2, ("search.strategy", "'tpe'"), replace("job.yaml", "ns: 2", "ns: 2, strategy: tpr")),
     Case("rungs shrink", 2, ("search.rungs", "grow"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [9, 3]")),
     Case("rung too large", 2, ("search.rungs", "2 samples"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [900]")),

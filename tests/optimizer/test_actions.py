@@ -26,7 +26,7 @@ UNRUN = {"live model", "pruned checkpoint"}
 @pytest.mark.parametrize(
     ("flags", "unrun"),
     [
-        ("vision_only=True", UNRUN | {"layer-wise decoder"}),
+        pytest.param("vision_only=True", UNRUN | {"layer-wise decoder"}, marks=pytest.mark.slow),
         ("removes_layer=True", set()),
         pytest.param("", UNRUN, marks=pytest.mark.slow),
     ],

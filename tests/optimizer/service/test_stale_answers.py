@@ -177,7 +177,8 @@ CHANGES = MODEL | TASKS | JOBS
 QUICK = ("chat template", "labels")
 
 
-@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(CHANGES), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.slow  # the identities themselves are tested one by one; here jobs are run
+@pytest.mark.parametrize("names", [QUICK, tuple(CHANGES)], ids=["some", "all"])
 def test_after_a_change_the_answer_is_that_of_an_empty_database(
     folder: Path, tmp_path: Path, names: tuple[str, ...]
 ) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import in_process
 import pytest
@@ -130,14 +131,15 @@ def test_an_attempt_knows_what_failed_before(begin, store: Database) -> None:
 
 
 def test_measuring_and_timing_leave_them_out(begin, store: Database) -> None:
-    context = begin({"calibration": (0,)}, criterion="block-influence")
+    fields: dict[str, Any] = {"criterion": "block-influence", "actions": ["skip"]}
+    context = begin({"calibration": (0,)}, **fields)
     profile.run(context)
     name = context.task.calibration[0].id
     assert list(context.failed_samples.of("calibration")) == [name]
     key = redundancy.measurement_key(context)
     table = redundancy.run(context)
     assert table.rows and list(context.failed_samples.of("calibration")) == [name]
-    assert key == redundancy.measurement_key(context) != redundancy.measurement_key(begin({}))
+    assert key == redundancy.measurement_key(context) != redundancy.measurement_key(begin({}, **fields))
     events_of = [each.message for each in events.for_job(store, context.job.id) if each.kind == "sample_failed"]
     assert len(events_of) == 1
 

@@ -53,7 +53,7 @@ def lives(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_it_ends_with_the_process_that_started_it_whatever_ended_that(tmp_path: Path, number: int) -> None:
     (tmp_path / "code").write_text(STUBBORN)
     with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env=os.environ) as parent:
