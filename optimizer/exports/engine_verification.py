@@ -43,7 +43,7 @@ Outcome = Literal["equal", "near tie", "other prompt", "different"]
 
 @dataclass(frozen=True)
 class LiveAnswer:
-    """What the live model answers: ``logits`` ``[steps, vocabulary]`` in float32 gave ``tokens``."""
+    """The live model's answer: its prompt, tokens, and the logits ``[steps, vocabulary]`` in float32 behind them."""
 
     text: str
     prompt: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What engines read of a checkpoint besides its tensors, as the hub's checkpoints have it.
+"""Write configuration, tokenizer and processor files in the form of the hub's checkpoints, which engines read.
 
 transformers 5 writes some files and fields in another form than its predecessors, and reads both. Engines are written
 for what the hub has: other libraries' checkpoints of years, and many read an old field's default without a word where

@@ -23,7 +23,7 @@ _DEATH_SECONDS = 5.0
 
 @dataclass
 class _Parts:
-    """What has come of an answer."""
+    """Collect the parts of a streamed answer and the times at which they came."""
 
     started: float
     text: str = ""

@@ -116,12 +116,11 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Installed:
-    """What of an engine is here."""
+    """Describe an installed engine: its version, its program, and the versions of what it computes with."""
 
     version: str
     program: str
     versions: dict[str, str] = field(default_factory=dict)
-    """Of what it computes with, by name."""
 
 
 class Engine(Protocol):

@@ -50,7 +50,7 @@ ELSEWHERE = (
 
 
 class _Call(threading.local):
-    """What is known of the calls that run in one thread."""
+    """Hold one thread's running calls: how deep they nest, and the token split of the outermost."""
 
     def __init__(self) -> None:
         self.depth = 0

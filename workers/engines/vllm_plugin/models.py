@@ -16,7 +16,7 @@ from .step import Step
 
 
 class Planned:
-    """What a model class of vLLM does more, where the checkpoint's configuration holds a plan; else nothing."""
+    """Apply the plan of a checkpoint's configuration to a model class of vLLM; change nothing where there is none."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]

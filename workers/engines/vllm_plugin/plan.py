@@ -149,7 +149,7 @@ def _refuse_other_sizes(where: str, values: Mapping[str, Any], text: Mapping[str
 
 @dataclass(frozen=True)
 class Serving:
-    """What of a vLLM configuration decides whether a plan can be served; the words are those of its options."""
+    """Settings of vLLM that decide whether a plan can be served, under its options' names."""
 
     compiled: bool = False
     prefix_caching: bool = False

@@ -93,7 +93,7 @@ def _unknown(name: str) -> PlanRefusedError:
 
 
 class _Checked:
-    """What vLLM calls once it has a model's configuration, and again once it has all options."""
+    """Check a plan when vLLM has read the model's configuration, and again when it knows all options."""
 
     known: Any = None
     """vLLM's own check of the architecture."""
