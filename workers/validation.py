@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
@@ -69,8 +70,8 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     around = sections[-2] if len(sections) > 1 else None
     if kind == "extra_forbidden":
         known = _fields(around)
-        hint = did_you_mean(str(location[-1]), known) or f"; known are {', '.join(known)}"
-        return f"{field}: unknown field{hint}"
+        hint = _one_section_down(str(location[-1]), around) or did_you_mean(str(location[-1]), known)
+        return f"{field}: unknown field{hint or '; known are ' + ', '.join(known)}"
     if kind == "missing":
         described = around.model_fields[str(location[-1])].description if around else None
         return f"{field}: missing; {(described or 'this field is needed').rstrip('.')}"
@@ -113,6 +114,18 @@ def _members(section: _Kind, field: int | str) -> list[type[BaseModel]]:
     return [
         kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)
     ]
+
+
+def _one_section_down(name: str, section: _Kind) -> str:
+    """Suggest ``latency.max_seconds`` for ``latency_seconds``: the right field, written outside its section."""
+    inner = {
+        f"{outer}_{field}": f"{outer}.{field}"
+        for outer in _fields(section)
+        for member in _members(section, outer)
+        for field in member.model_fields
+    }
+    close = difflib.get_close_matches(name, inner, n=1, cutoff=0.75)
+    return f"; did you mean {inner[close[0]]}?" if close else ""
 
 
 def _tags(section: type[BaseModel]) -> tuple[Any, ...]:

@@ -249,6 +249,20 @@ class WorkloadSpec(Section):
     new_tokens: int = Field(default=4, ge=1, le=65536, description="Tokens generated per prompt.")
 
 
+class LatencySpec(Section):
+    """How the latency of the plans that are verified is measured, in turns with dense."""
+
+    precision: float = Field(
+        default=0.02, gt=0, le=0.5, description="Width of the speed-up's interval, relative, at which measuring stops."
+    )
+    max_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=86_400,
+        description="Most seconds spent on measuring one plan.",
+    )
+
+
 class ClusterSpec(Section):
     """Where the workers run."""
 

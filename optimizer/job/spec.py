@@ -15,6 +15,7 @@ from optimizer.job.sections import (
     CollateralSpec,
     CompensationSpec,
     ConstraintSpec,
+    LatencySpec,
     ModelSpec,
     SearchSpec,
     Section,
@@ -48,8 +49,7 @@ DETERMINES_RESULT = {
     "splits",
     "workload",
     "evaluation",
-    "latency_precision",
-    "latency_seconds",
+    "latency",
 }
 """Fields that count when jobs are compared, each with everything in it."""
 ONLY_WHERE_AND_WHEN = {"max_failed_samples", "cluster", "priority", "attempts", "database", "artifacts"}
@@ -86,16 +86,11 @@ class JobSpec(Section):
     collateral: CollateralSpec = CollateralSpec()
     splits: SplitSpec = SplitSpec()
     workload: WorkloadSpec = WorkloadSpec()
+    latency: LatencySpec = LatencySpec()
     evaluation: Literal["auto", "fast", "plain"] = Field(
         default="auto",
         description="How plans are scored. fast: plans share work; an error where that would not be exact. plain: one "
         "generate call a batch. auto: fast where it is exact for the model and the task, else plain.",
-    )
-    latency_precision: float = Field(
-        default=0.02, gt=0, le=0.5, description="Width of the speed-up's interval to measure down to, relative."
-    )
-    latency_seconds: float = Field(
-        default=60.0, gt=0, le=86_400, description="Most seconds spent on re-measuring one finalist."
     )
     max_failed_samples: Share = Field(
         default=0.01,

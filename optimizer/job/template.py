@@ -107,7 +107,8 @@ splits:                     # {remark}
 workload:                   # what latency is measured for
   batch_size: 1
   new_tokens: {spec.answer.max_new_tokens}
-latency_seconds: 60         # at most, for each plan that is verified; less is sooner done, with wider intervals
+latency:
+  max_seconds: 60           # for each plan that is verified; less is sooner done, with wider intervals
 
 # database: sqlite:///skipplan.db
 # cluster: {{address: local, workers: auto}}

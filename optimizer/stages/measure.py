@@ -27,9 +27,9 @@ def _compare(context: JobContext, finalist: Finalist) -> LatencyComparison | Non
     request = CompareLatency(
         finalist.candidate.plan.text,
         workload=context.workload,
-        precision=context.spec.latency_precision,
+        precision=context.spec.latency.precision,
         confidence=context.spec.constraint.confidence,
-        max_seconds=context.spec.latency_seconds,
+        max_seconds=context.spec.latency.max_seconds,
         seed=context.spec.search.seed,
         compensation=finalist.candidate.compensation,
         artifact=finalist.artifact,

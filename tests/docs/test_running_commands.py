@@ -60,8 +60,7 @@ SMALL: dict[str, Any] = {
     "constraint": {"max_accuracy_drop": 1.0, "min_dense_accuracy": 0},  # the model is random
     "search": {"evaluations": 4, "batch": 4, "finalists": 1, "rungs": [4], "latency": "layers"},
     "model": {"device": "cpu", "dtype": "float32"},
-    "latency_seconds": 0.5,
-    "latency_precision": 0.5,
+    "latency": {"precision": 0.5, "max_seconds": 0.5},
     "cluster": {"workers": 1},
 }
 ELSEWHERE = {

@@ -358,7 +358,7 @@ def test_debug_shows_the_traceback(directory: Path):
 
 def test_a_constraint_nobody_can_meet(directory: Path):
     replace("job.yaml", "llava-12", "llava-12, dtype: float32")(directory)  # faster where bfloat16 is emulated
-    append("constraint: {min_speedup: 900}\nworkload: {new_tokens: 1}\nlatency_seconds: 2\n")(directory)
+    append("constraint: {min_speedup: 900}\nworkload: {new_tokens: 1}\nlatency: {max_seconds: 2}\n")(directory)
     ended = command(directory, *RUN, "--quiet")
     assert ended.code == 3
     assert len(ended.errors.splitlines()) == 1 and "dense model is the answer" in ended.errors

@@ -28,8 +28,7 @@ constraint: {max_accuracy_drop: 1.0}
 search: {evaluations: 6, batch: 6, finalists: 2, rungs: [16]}
 splits: {calibration: 60, search: 32, held_out: 60, unit: samples}
 workload: {new_tokens: 2}
-latency_seconds: 4
-latency_precision: 0.1
+latency: {precision: 0.1, max_seconds: 4}
 cluster: {workers: 1}
 """
 TEXT = "What shape is in the image? There is a red circle. " * 20

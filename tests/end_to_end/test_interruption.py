@@ -27,8 +27,7 @@ constraint: {max_accuracy_drop: 1.0}
 search: {evaluations: 8, batch: 2, finalists: 1, rungs: [8]}
 splits: {calibration: 4, search: 16, held_out: 32, unit: samples}
 workload: {new_tokens: 1}
-latency_seconds: 2
-latency_precision: 0.2
+latency: {precision: 0.2, max_seconds: 2}
 cluster: {workers: 1}
 """
 

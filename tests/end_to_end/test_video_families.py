@@ -18,7 +18,7 @@ SMALL = {
     "search": {"plans": ["RRSSSS"], "evaluations": 4, "batch": 4, "finalists": 1, "rungs": [8]},
     "splits": {"calibration": 4, "search": 8, "held_out": 8, "unit": "samples"},
     "workload": {"new_tokens": 16},
-    "latency_seconds": 3,
+    "latency": {"max_seconds": 3},
     "cluster": {"workers": 1},
 }
 

@@ -22,8 +22,7 @@ constraint: {max_accuracy_drop: 1.0}  # also plans that skip half of the layers:
 search: {evaluations: 12, batch: 6, finalists: 3, rungs: [16]}
 splits: {calibration: 8, search: 48, held_out: 160, unit: samples}
 workload: {new_tokens: 2}
-latency_seconds: 4
-latency_precision: 0.1
+latency: {precision: 0.1, max_seconds: 4}
 cluster: {workers: 2}
 """
 

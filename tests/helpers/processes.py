@@ -102,8 +102,7 @@ def tiny_job(model: Path, number: int, **cluster: Any) -> JobSpec:
             },
             "splits": {"calibration": 4, "search": 12 + number % 64, "held_out": 24, "unit": "samples"},
             "workload": {"new_tokens": 1},
-            "latency_seconds": 0.2,
-            "latency_precision": 0.5,
+            "latency": {"precision": 0.5, "max_seconds": 0.2},
             "attempts": 1000,
             "cluster": {"workers": 1 + number % 2, "cpus_per_worker": 0.5, "max_attempts": 100, **cluster},
         }

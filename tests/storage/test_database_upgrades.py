@@ -58,6 +58,7 @@ def test_jobs_are_read(upgraded):
     assert (succeeded.state, failed.state, failed.error) == ("succeeded", "failed", "its cluster was lost")
     spec = read_spec(failed)
     assert (spec.redundancy_samples, spec.artifacts, spec.search.seed) == (48, "skipplan-artefacts", 1)
+    assert (spec.latency.precision, spec.latency.max_seconds) == (0.02, 12.0)
     assert read_spec(succeeded).model.path == "llava-12"
     assert [each.kind for each in events.for_job(upgraded, 1)].count("stage_finished") == 9
 

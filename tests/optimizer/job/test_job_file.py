@@ -72,6 +72,16 @@ def test_option_wins_over_environment_wins_over_file(tmp_path: Path):
     assert job(tmp_path, text, environment=environment, database="sqlite:///o.db").database == "sqlite:///o.db"
 
 
+def test_a_field_outside_its_section_is_pointed_to_it(tmp_path: Path):
+    for line, right in {
+        "latency_seconds: 5": "latency.max_seconds",
+        "latency_precision: 0.1": "latency.precision",
+        "max_accuracy_drop: 0.02": "constraint.max_accuracy_drop",
+    }.items():
+        with pytest.raises(UsageFault, match=rf"job.yaml: {line.split(':')[0]}: unknown field; did you mean {right}\?"):
+            job(tmp_path, f"model: {{path: llava-12}}\ntask: easy-vqa\n{line}\n")
+
+
 def test_every_field_either_counts_in_the_digest_or_does_not():
     assert JobSpec.model_fields.keys() == DETERMINES_RESULT | ONLY_WHERE_AND_WHEN
     assert not DETERMINES_RESULT & ONLY_WHERE_AND_WHEN

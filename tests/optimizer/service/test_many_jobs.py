@@ -34,7 +34,7 @@ def tiniest_job(model: Path, number: int, address: str) -> JobSpec:
             "task": str(own_task),
             "search": spec.search.model_copy(update={"evaluations": 1, "batch": 1, "finalists": 1, "rungs": None}),
             "splits": spec.splits.model_copy(update={"calibration": 2, "search": 4, "held_out": 4}),
-            "latency_seconds": 0.05,
+            "latency": spec.latency.model_copy(update={"max_seconds": 0.05}),
         }
     )
 

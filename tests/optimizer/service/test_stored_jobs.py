@@ -27,6 +27,8 @@ STALE = [
     ({"compensation": {"kind": "linear", "groups": 4}}, "compensation.groups: unknown field"),
     ({"export": "mergekit"}, "export: unknown field"),
     ({"search": {"sampler": "tpe"}}, "search.sampler: unknown field"),
+    ({"latency_seconds": 20.0}, "latency_seconds: unknown field; did you mean latency.max_seconds?"),
+    ({"latency_precision": 0.02}, "latency_precision: unknown field; did you mean latency.precision?"),
 ]
 REMEDY = "another version of skipplan stored this job; submit its job file again, without that"
 

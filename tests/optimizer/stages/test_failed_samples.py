@@ -202,7 +202,7 @@ def finalist(plan: Candidate) -> Finalist:
 
 
 def test_comparing_latency_names_them(begin) -> None:
-    context = begin({"calibration": (0,)}, latency_seconds=0.01)
+    context = begin({"calibration": (0,)}, latency={"max_seconds": 0.01})
     measured = measure.run(context, (finalist(PLAN),))[PLAN]
     name = context.task.calibration[0].id
     assert list(measured.failed_samples) == list(context.failed_samples.of("calibration")) == [name]

@@ -36,8 +36,7 @@ SMALL: dict[str, Any] = {
     "splits": {"unit": "images", "calibration": 2, "search": 4, "held_out": 8},
     "constraint": {"max_accuracy_drop": 1.0, "min_dense_accuracy": 0},
     "search": {"evaluations": 4, "batch": 4, "finalists": 1, "rungs": [4], "latency": "layers"},
-    "latency_seconds": 0.1,
-    "latency_precision": 0.5,
+    "latency": {"precision": 0.5, "max_seconds": 0.1},
 }
 
 Row = Callable[[int], dict[str, Any]]
