@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 TORCH := 2.13.0
 # What `make test-transformers` tries: the lowest release, one between and the highest; and with which tests.
 TRANSFORMERS ?= 5.16 5.20 5.24
-CALLS_MODELS ?= tests/workers/runtime tests/workers/models tests/workers/shared_evaluation
+CALLS_MODELS ?= tests/workers/runtime tests/workers/models tests/workers/evaluation/shared
 # Wheels that pip is set up to find on disk are found by uv too; without any, uv takes torch's build for the device.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
 # Modules are compiled once: the test run and Ray start dozens of processes that import torch and transformers.

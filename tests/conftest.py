@@ -32,7 +32,7 @@ LONGEST_FIRST = (
     "test_serving.py",
     "test_checkpoint.py",
     "test_training.py",
-    "test_score_stage.py",
+    "test_redundancy_stage.py",
 )
 """Files that take a minute or more, the longest first: begun last, they would keep one processor waiting."""
 

@@ -91,7 +91,7 @@ def validate(
     """
     from optimizer.cli.screen import Screen
     from optimizer.errors import UsageFault
-    from optimizer.service.preflight import check_job_file
+    from optimizer.preflight.checks import check_job_file
     from optimizer.stages.progress import Progress
 
     if html is not None and (show == 0 or len(configs) > 1):
@@ -120,12 +120,12 @@ def validate(
 def _shown(config: Path, count: int, html: Path | None) -> list[dict[str, str]]:
     """Ask the model about samples, write the page, and return what to print of each."""
     from optimizer.job.loading import load_job
-    from optimizer.service import showing
+    from optimizer.preflight import samples as preview
 
-    samples = showing.show(load_job(config), count)
+    samples = preview.show(load_job(config), count)
     if html is not None:
-        write_file(html, showing.page(f"{len(samples)} samples of {config}", samples))
-    return [{"sample": each.id} | dict(showing.lines(each)) for each in samples]
+        write_file(html, preview.page(f"{len(samples)} samples of {config}", samples))
+    return [{"sample": each.id} | dict(preview.lines(each)) for each in samples]
 
 
 @app.command()

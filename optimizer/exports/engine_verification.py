@@ -275,7 +275,7 @@ def _logprob_difference(logits: Tensor, reply: ChatReply, steps: int) -> float:
 
 
 def _accuracy(task: Task, samples: Sequence[Sample], answers: Mapping[str, str], confidence: float) -> Accuracy:
-    from optimizer.verification.statistics import effective_sample_size, wilson_interval
+    from optimizer.statistics.intervals import effective_sample_size, wilson_interval
     from workers.tasks.metrics import METRICS
 
     scores = [METRICS[task.spec.metric](answers[sample.id], sample.answers) for sample in samples]

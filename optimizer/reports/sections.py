@@ -13,7 +13,7 @@ from optimizer.reports.chart import Chart
 from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
-from optimizer.verification.agreement import Agreement
+from optimizer.statistics.rank_agreement import Agreement
 from storage.records.measurements import Redundancy
 from storage.records.plans import Plan
 from workers.runtime.plan import Action

@@ -10,7 +10,7 @@ from optimizer import criteria
 from optimizer.criteria import Risk
 from optimizer.errors import UsageFault
 from optimizer.reports.data import JobReport
-from optimizer.verification.agreement import Agreement
+from optimizer.statistics.rank_agreement import Agreement
 from workers.errors import MeasurementError
 from workers.messages import NO_COMPENSATION
 from workers.redundancy.kinds import INTERVENTIONS

@@ -19,9 +19,9 @@ from optimizer.errors import Interrupted, LeaseLost, UsageFault, explain
 from optimizer.job.inputs import JobInputs
 from optimizer.job.loading import ENVIRONMENT
 from optimizer.job.spec import JobSpec
+from optimizer.preflight.checks import too_few_to_prove
 from optimizer.service import channel, logs
 from optimizer.service.pool import open_pool
-from optimizer.service.preflight import too_few_to_prove
 from optimizer.stages import pipeline
 from optimizer.stages.context import JobContext
 from optimizer.stages.progress import Progress

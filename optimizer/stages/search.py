@@ -10,7 +10,6 @@ from optimizer.errors import UsageFault
 from optimizer.registries import METHODS, STRATEGIES, find
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
-from optimizer.search.finalists import failure_of
 from optimizer.search.latency import LayerTimes, latency_ratio
 from optimizer.search.loop import Search
 from optimizer.search.problem import Problem
@@ -22,6 +21,7 @@ from optimizer.stages import warm_start
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.profile import cache_sizes
+from optimizer.verification.finalists import failure_of
 from workers.errors import MeasurementError
 from workers.redundancy.table import LayerTable
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from optimizer.search.finalists import choose_finalists, why_none
 from optimizer.search.latency import LayerTimes
 from optimizer.search.space import Candidate
 from optimizer.search.trial import SearchOutcome
@@ -14,6 +13,7 @@ from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.compensate import KeptMaps
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.search import limits_of
+from optimizer.verification.finalists import choose_finalists, why_none
 from optimizer.verification.verdict import Verdict, verify
 from workers.messages import Artifact
 from workers.runtime import SkipPlan

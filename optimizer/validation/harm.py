@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from optimizer.search.space import Candidate
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.verification.statistics import bootstrap_difference, difference_interval
+from optimizer.statistics.intervals import bootstrap_difference, difference_interval
 from workers.runtime import SkipPlan
 
 Floats = NDArray[np.float64]

@@ -18,8 +18,8 @@ from optimizer.criteria import Criterion, Risk
 from optimizer.registries import CRITERIA
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.redundancy import measured
+from optimizer.statistics.rank_agreement import Agreement
 from optimizer.validation.harm import Measured, PlanHarm, measure
-from optimizer.verification.agreement import Agreement
 from workers.errors import MeasurementError
 from workers.redundancy.kinds import KINDS
 from workers.redundancy.table import LayerTable

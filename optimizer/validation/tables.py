@@ -12,8 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from optimizer.criteria import Risk
+from optimizer.statistics.rank_agreement import Agreement
 from optimizer.validation.report import ValidationReport, finite
-from optimizer.verification.agreement import Agreement
 from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime.plan import Action
 

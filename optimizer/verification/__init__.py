@@ -1,1 +1,1 @@
-"""Held-out verification of plans, and the statistics behind it."""
+"""Held-out verification: which plans are verified, and whether they are within the constraint."""

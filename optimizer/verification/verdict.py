@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import Candidate
-from optimizer.verification.statistics import (
+from optimizer.statistics.intervals import (
     Interval,
     bootstrap_difference,
     difference_interval,

@@ -31,6 +31,7 @@ from workers.compensation.calibration import Calibration
 from workers.compensation.linear_redundancy import linear_redundancy
 from workers.compensation.recipe import Recipe
 from workers.compensation.shared import SharedFits
+from workers.evaluation.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
 from workers.layerwise.decoder import Decoder
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
@@ -38,7 +39,6 @@ from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
 from workers.runtime.gaps import gaps
 from workers.runtime.locate import locate
-from workers.shared_evaluation.dispatch import EvaluationDispatch
 from workers.tasks import Task, load_spec, load_task
 
 SETS: dict[int, tuple[tuple[int, ...], ...]] = {

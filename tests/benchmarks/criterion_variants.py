@@ -28,9 +28,9 @@ from optimizer.job.loading import load_job
 from optimizer.service.adhoc import adhoc_job
 from optimizer.stages.progress import Progress
 from optimizer.stages.redundancy import measured
+from optimizer.statistics.rank_agreement import spearman
 from optimizer.validation.harm import Measured, measure
 from optimizer.validation.report import plan_of
-from optimizer.verification.agreement import spearman
 from storage.database import Database
 from workers.redundancy.kinds import KINDS
 from workers.redundancy.table import LayerTable

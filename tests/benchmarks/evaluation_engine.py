@@ -23,11 +23,11 @@ from math import comb
 import torch
 
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.shared.fast import FastEvaluator
 from workers.layerwise.trie import Execute, build_trie
 from workers.messages import EvaluatePlans, Evaluation, ModelSource
 from workers.models.loading import load_model
 from workers.runtime.plan import Action, SkipPlan
-from workers.shared_evaluation.fast import FastEvaluator
 from workers.tasks import load_spec, load_task
 
 

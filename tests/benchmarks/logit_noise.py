@@ -17,6 +17,7 @@ from evaluation_engine import brood, run, upper
 from torch import Tensor
 
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.shared.fast import FastEvaluator
 from workers.layerwise.trie import build_trie
 from workers.messages import DEFAULT_BATCH_SIZE, ModelSource
 from workers.models.inputs import prepare_batch
@@ -25,7 +26,6 @@ from workers.models.prompts import to_device
 from workers.models.ties import tie_bound
 from workers.runtime import apply
 from workers.runtime.plan import SkipPlan
-from workers.shared_evaluation.fast import FastEvaluator
 from workers.tasks import Sample, Task, load_spec, load_task
 
 RIVALS = 8

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import in_process
 import pytest
+import tiny_llava
+from processes import write_task
 
 from optimizer.job.inputs import prepare
 from storage.database import Database
@@ -19,3 +21,11 @@ def worker() -> in_process.OneWorker:
 def store(tmp_path: Path) -> Iterator[Database]:
     with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
         yield database
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the tiny model, with a task in it."""
+    model: Path = tiny_llava.save(tmp_path_factory.mktemp("tiny-llava"))
+    write_task(model)
+    return model

@@ -14,6 +14,7 @@ from workers.cluster.settings import WorkerSettings
 from workers.device import lock as device_lock
 from workers.device.arithmetic import dtype_name, slow_arithmetic
 from workers.errors import ModelError
+from workers.evaluation.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
 from workers.evaluation.shown import show
 from workers.evaluation.text_divergence import text_divergence
@@ -41,7 +42,6 @@ from workers.redundancy.measure import measure_redundancy
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
 from workers.runtime.plan import LETTERS, SkipPlan
-from workers.shared_evaluation.dispatch import EvaluationDispatch
 from workers.tasks import Task
 from workers.versions import installed_versions
 

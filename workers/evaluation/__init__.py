@@ -1,1 +1,1 @@
-"""Plain evaluation, the reference that the shared evaluation is held to."""
+"""Evaluation of plans: plain, the reference, and shared, which is held to it."""

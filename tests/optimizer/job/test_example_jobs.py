@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.job.loading import load_job
-from optimizer.service.preflight import check_job_file
+from optimizer.preflight.checks import check_job_file
 from workers.tasks import load_spec
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "configs" / "examples"

@@ -10,10 +10,10 @@ from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import SAMPLERS, STRATEGIES
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
-from optimizer.search.finalists import choose_finalists, why_none
 from optimizer.search.loop import Search
 from optimizer.search.space import Candidate
 from optimizer.search.trial import SearchOutcome, Trial, paired_difference
+from optimizer.verification.finalists import choose_finalists, why_none
 from workers.runtime import SkipPlan
 
 LAYERS = 8

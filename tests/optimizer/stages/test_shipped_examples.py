@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from optimizer.job.loading import load_job
-from optimizer.service.preflight import check_job_file
+from optimizer.preflight.checks import check_job_file
 from optimizer.stages import pipeline
 from storage.database import Database
 from storage.records import plans

@@ -11,11 +11,11 @@ import torch
 from workers.compensation import store
 from workers.compensation.artifact import decode
 from workers.compensation.recipe import CompensationError, Recipe
+from workers.evaluation.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, FitCompensation
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, apply
-from workers.shared_evaluation.dispatch import EvaluationDispatch
 from workers.tasks import Task
 
 LINEAR = "linear ridge=0.001 weighting=answers tokens=200"

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.evaluation.shared.draft import Draft
+from workers.evaluation.shared.packing import Packer, make_rows
+from workers.evaluation.shared.prompts import shared_prompts
+from workers.evaluation.shared.scoring import OptionLikelihoods
+from workers.evaluation.shared.state_cache import StateCache
+from workers.evaluation.shared.walk import Walker
 from workers.layerwise.decoder import Decoder
 from workers.layerwise.trie import build_trie
 from workers.models.multiple_choice import Choice, Likelihood, feed
 from workers.runtime import SkipPlan, apply
-from workers.shared_evaluation.draft import Draft
-from workers.shared_evaluation.packing import Packer, make_rows
-from workers.shared_evaluation.prompts import shared_prompts
-from workers.shared_evaluation.scoring import OptionLikelihoods
-from workers.shared_evaluation.state_cache import StateCache
-from workers.shared_evaluation.walk import Walker
 
 from .catalogue import FAMILIES, batch_of, by_name, mixed_plans, model_of
 from .expected import expected_logits

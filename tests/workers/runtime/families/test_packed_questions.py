@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.evaluation.shared.draft import Draft
+from workers.evaluation.shared.packing import Packer, make_rows
+from workers.evaluation.shared.prompts import shared_prompts
+from workers.evaluation.shared.state_cache import StateCache
+from workers.evaluation.shared.walk import Walker
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
 from workers.runtime import SkipPlan, apply
-from workers.shared_evaluation.draft import Draft
-from workers.shared_evaluation.packing import Packer, make_rows
-from workers.shared_evaluation.prompts import shared_prompts
-from workers.shared_evaluation.state_cache import StateCache
-from workers.shared_evaluation.walk import Walker
 
 from .catalogue import by_name, mixed_plans
 from .comparing import distance, supported

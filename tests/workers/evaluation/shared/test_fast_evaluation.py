@@ -14,16 +14,16 @@ import pytest
 import tiny_video_families
 import torch
 
+from workers.evaluation.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.shared import prompts
+from workers.evaluation.shared.continuation import Continuation
+from workers.evaluation.shared.fast import FastEvaluator
 from workers.layerwise.decoder import Keys, NotExactError
 from workers.layerwise.trie import Execute, Node, build_trie
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime.plan import SkipPlan
-from workers.shared_evaluation import prompts
-from workers.shared_evaluation.continuation import Continuation
-from workers.shared_evaluation.dispatch import EvaluationDispatch
-from workers.shared_evaluation.fast import FastEvaluator
 from workers.tasks import Task, load_spec, load_task
 from workers.tasks.images import ImageFile
 
@@ -144,7 +144,7 @@ def test_every_token_of_an_open_answer_is_computed_once(
     spec = answered.spec.changed(metric="token_f1", answer=answered.spec.answer.changed(max_new_tokens=5))
     fast = FastEvaluator(PlainEvaluator(tiny, replace(answered, spec=spec)), chunk_tokens=700)
     fast.check("search")
-    monkeypatch.setattr("workers.shared_evaluation.draft.FREE_TOKENS", 0)  # nothing is tried out
+    monkeypatch.setattr("workers.evaluation.shared.draft.FREE_TOKENS", 0)  # nothing is tried out
     passes: list[tuple[int, int, set[int]]] = []
     continued = fast.walker.continued
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.shared.fast import FastEvaluator
 from workers.layerwise.decoder import NotExactError
 from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluations
 from workers.runtime.descriptor import UnsupportedFamilyError
-
-from .fast import FastEvaluator
 
 
 class EvaluationDispatch:

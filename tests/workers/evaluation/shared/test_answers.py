@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from workers.shared_evaluation.answers import AnswerScorer, GreedyTokens, grade_answer
-from workers.shared_evaluation.divergence import DenseAnswers
-from workers.shared_evaluation.draft import Draft
+from workers.evaluation.shared.answers import AnswerScorer, GreedyTokens, grade_answer
+from workers.evaluation.shared.divergence import DenseAnswers
+from workers.evaluation.shared.draft import Draft
 from workers.tasks import Sample, load_spec
 from workers.tasks.images import SceneImage
 from workers.tasks.metrics import METRICS

@@ -11,7 +11,9 @@ import torch
 from choice_tasks import WORDS, as_choices, log_likelihood_by_hand
 from test_fast_evaluation import edges, evaluations, random_plans
 
+from workers.evaluation.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.shared.fast import FastEvaluator
 from workers.layerwise.decoder import NotExactError
 from workers.layerwise.trie import build_trie
 from workers.messages import EvaluatePlans, ModelSource
@@ -20,8 +22,6 @@ from workers.models.multiple_choice import option_tokens
 from workers.models.prompts import build_inputs
 from workers.runtime import apply
 from workers.runtime.plan import SkipPlan
-from workers.shared_evaluation.dispatch import EvaluationDispatch
-from workers.shared_evaluation.fast import FastEvaluator
 from workers.tasks import Sample, Task, load_spec, load_task
 from workers.tasks.images import ImageFile
 

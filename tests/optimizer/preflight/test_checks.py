@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from optimizer.errors import UsageFault
-from optimizer.service.preflight import check_job_file
+from optimizer.preflight.checks import check_job_file
 from optimizer.stages.progress import Progress, State
 
 ROWS = 12

@@ -4,7 +4,7 @@ The walk goes depth first, one chunk after another, so that only the states of o
 keeps as many more as its budget holds, for plans that are asked for later.
 
 Shapes: a chunk's state is ``[rows, tokens, hidden]``, its answer positions' ``[positions, hidden]``
-(:mod:`workers.shared_evaluation.packing`); keys and values are ``[rows, heads, tokens, size]`` each.
+(:mod:`workers.evaluation.shared.packing`); keys and values are ``[rows, heads, tokens, size]`` each.
 """
 
 from __future__ import annotations

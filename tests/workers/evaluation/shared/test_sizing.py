@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from workers.shared_evaluation import sizing
-from workers.shared_evaluation.sizing import SMALLEST, Device, chunk_tokens, remember
+from workers.evaluation.shared import sizing
+from workers.evaluation.shared.sizing import SMALLEST, Device, chunk_tokens, remember
 
 DEVICE = Device("fingerprint", "float32", "cpu", 2)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from optimizer.verification.agreement import Agreement, rank_correlations, spearman
+from optimizer.statistics.rank_agreement import Agreement, rank_correlations, spearman
 
 IMAGES = [f"image {number // 2}" for number in range(60)]
 

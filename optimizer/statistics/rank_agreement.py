@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from optimizer.verification.statistics import Interval, two_sided
+from optimizer.statistics.intervals import Interval, two_sided
 
 Floats = NDArray[np.float64]
 

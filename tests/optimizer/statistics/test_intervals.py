@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.verification.statistics import (
+from optimizer.statistics.intervals import (
     bootstrap_difference,
     difference_interval,
     effective_sample_size,

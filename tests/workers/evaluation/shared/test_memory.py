@@ -13,9 +13,9 @@ from test_fast_evaluation import evaluations, random_plans
 
 from workers.compensation.recipe import Recipe
 from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.shared.fast import FastEvaluator
 from workers.messages import EvaluatePlans
 from workers.models.loading import LoadedModel
-from workers.shared_evaluation.fast import FastEvaluator
 from workers.tasks import Task
 
 LAYERS = 6

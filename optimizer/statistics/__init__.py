@@ -1,0 +1,1 @@
+"""Statistics behind every published number: intervals, tests, and the agreement of ranks."""
