@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from workers.cluster.settings import WorkerSettings
@@ -24,10 +25,13 @@ class Worker:
 
     def setup(self) -> WorkerInfo:
         """Load the model. Raises ModelError when that is not possible."""
+        gc.disable()  # what imports make stays: going through it again and again takes a fifth of their time
         from transformers.utils import logging as transformers_logging
 
         from .handler import Handler
 
+        gc.freeze()
+        gc.enable()
         transformers_logging.disable_progress_bar()
         self._handler = Handler.load(self._source, self._task, self._settings)
         return self._handler.info
