@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis import Case
 
 from optimizer.dashboard.app import create_app
 from storage.database import Database
@@ -24,11 +24,13 @@ OPERATIONS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OPERATIONS)
 def test_answers_are_as_described(filled: Database, path: str) -> None:
+    import schemathesis  # here, because every process of the tests imports this file
+
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(filled))
 
     @given(case=schema[path]["GET"].as_strategy())
     @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    def check(case: Case) -> None:
+    def check(case: Any) -> None:
         case.call_and_validate()
 
     check()
