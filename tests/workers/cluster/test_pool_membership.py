@@ -20,7 +20,7 @@ from workers.cluster import pool as pools
 from workers.cluster.connection import MISSED_CALLS, HeadWatch
 from workers.cluster.pool import WorkerPool
 from workers.cluster.settings import ClusterSettings, WorkerSettings
-from workers.errors import ClusterError
+from workers.errors import ClusterError, ModelError
 from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
 from workers.tasks import Task, load_spec, load_task
 
@@ -58,6 +58,13 @@ class Fragile(Sleeper):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().setup()
+
+
+class Unable(Sleeper):
+    """Finds its model wrong."""
+
+    def setup(self) -> WorkerInfo:
+        raise ModelError("architecture 'llama' is none")
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -127,6 +134,31 @@ def test_the_task_of_an_idle_pool_can_be_exchanged(pool: WorkerPool) -> None:
     pool.submit(EvaluatePlans(("RR",), "search", 1))
     with pytest.raises(RuntimeError, match="while it is idle"):
         pool.change_task(small_task(4))
+
+
+def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: WorkerPool) -> None:
+    before = {info.process for info in pool.info}
+    numbers = [pool.submit(EvaluatePlans(("RR",), "search", 1)) for _ in range(3)]
+    os.kill(pool.info[0].process, signal.SIGKILL)
+    results = {}
+    while pool.pending:
+        done = pool.next_done()
+        assert done is not None
+        results[done[0]] = done[1]
+    assert sorted(results) == sorted(numbers)
+    assert all(isinstance(result, Evaluations) for result in results.values())
+    deadline = time.monotonic() + 60
+    while len(pool.info) < 2 and time.monotonic() < deadline:
+        answers(pool, [1])
+    assert len(pool.info) == 2 and len({info.process for info in pool.info} - before) == 1
+
+
+def test_a_model_that_only_the_worker_can_find_wrong_is_one_clear_error(
+    ray_cluster: None, tiny_directory: Path
+) -> None:
+    with pytest.raises(ModelError, match="architecture 'llama' is none") as caught:
+        build(tiny_directory, Unable, workers=1).start()
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, ray.exceptions.RayTaskError)
 
 
 ENDLESS = EvaluatePlans(("RR",), "search", 600)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -61,11 +59,6 @@ def evaluate(plan: str, split: str, n_samples: int | None = None) -> EvaluatePla
     return EvaluatePlans((plan,), split, n_samples, path="plain")
 
 
-def refill(pool: WorkerPool) -> None:
-    """Wait until the place of a killed worker is filled again: an exclusive request waits until all places are."""
-    list(pool.run([CompareLatency("RSRRRR", Workload(1, 1), precision=9.0)]))
-
-
 def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel, task: Task) -> None:
     assert [info.worker for info in pool.info] == [0, 1]
     assert len({info.process for info in pool.info} | {os.getpid()}) == 3
@@ -108,21 +101,6 @@ def test_timing_requests_run_alone(pool: WorkerPool) -> None:
     assert order.index(1) == 1  # after the evaluation before it, before both that came later
 
 
-def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: WorkerPool) -> None:
-    before = {info.process for info in pool.info}
-    numbers = [pool.submit(evaluate(plan, "search")) for plan in ("RRRRRR", "RRRRSR", "RRRSRR")]
-    os.kill(pool.info[0].process, signal.SIGKILL)
-    results = {}
-    while pool.pending:
-        done = pool.next_done()
-        assert done is not None
-        results[done[0]] = done[1]
-    assert sorted(results) == sorted(numbers)
-    assert all(isinstance(result, Evaluations) for result in results.values())
-    refill(pool)
-    assert len(pool.info) == 2 and len({info.process for info in pool.info} - before) == 1
-
-
 def test_an_error_in_a_request_is_its_failure_alone(pool: WorkerPool) -> None:
     requests = [
         CompareLatency("RRR", Workload(1, 2)),
@@ -143,17 +121,6 @@ def test_nothing_pending_and_nothing_finished_in_time(pool: WorkerPool) -> None:
     assert pool.next_done(timeout=0.01) is None and pool.pending == 1
     done = pool.next_done()
     assert done is not None and done[0] == number and pool.pending == 0
-
-
-def test_a_model_that_only_the_worker_can_find_wrong_is_one_clear_error(
-    ray_cluster: None, tiny_directory: Path, task: Task, tmp_path: Path
-) -> None:
-    broken = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(ModelError, match="architecture 'llama' is no image-text-to-text model") as caught:
-        WorkerPool(replace(SETTINGS, workers=1), ModelSource(str(broken)), task).start()
-    assert "\n" not in str(caught.value) and not isinstance(caught.value, ray.exceptions.RayTaskError)
 
 
 def test_what_is_wrong_before_any_worker_starts(ray_cluster: None, tiny_directory: Path, task: Task) -> None:
