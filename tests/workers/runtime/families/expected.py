@@ -30,11 +30,34 @@ def expected_next(family: Family, plan: str, prompt: Prompt, answer: Sequence[in
     return last
 
 
-def expected_generation(family: Family, plan: str, prompt: Prompt, length: int) -> tuple[list[int], Tensor]:
-    """Greedy answer, the whole sequence run again for every token, and its logits [length, vocabulary]."""
+_found: dict[tuple[str, str, Prompt], list[int]] = {}
+
+
+def expected_generation(
+    family: Family, plan: str, prompt: Prompt, length: int, guess: Sequence[int] = ()
+) -> tuple[list[int], Tensor]:
+    """Greedy answer, uncached, and its logits [length, vocabulary].
+
+    Without a guess the whole sequence is run again for every token. Positions see none after them, so that a run with
+    the guessed tokens gives all steps up to the first one that is not the reference's own. What was found before is a
+    guess as well.
+    """
+    guess = guess or _found.get((family.name, plan, prompt), ())
     answer: list[int] = []
     logits: list[Tensor] = []
-    for _ in range(length):
-        logits.append(expected_logits(family, plan, prompt, answer)[-1])
-        answer.append(int(expected_next(family, plan, prompt, answer).argmax()))
+    while len(answer) < length:
+        guessed = list(guess[len(answer) : length - 1])
+        steps = expected_logits(family, plan, prompt, [*answer, *guessed])[-len(guessed) - 1 :]
+        for step, token in zip(steps, [*guessed, None], strict=True):
+            logits.append(step)
+            answer.append(_next(step))
+            if answer[-1] != token:
+                break
+    _found[family.name, plan, prompt] = answer
     return answer, torch.stack(logits)
+
+
+def _next(step: Tensor) -> int:
+    allowed = step.clone()
+    allowed[list(SUPPRESSED)] = -torch.inf
+    return int(allowed.argmax())
