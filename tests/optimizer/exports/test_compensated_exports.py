@@ -43,10 +43,7 @@ def compensated(plan: str, directory: Path, kept: dict[str, Artifact]) -> PlanDo
     return document(plan, directory, compensation=RECIPES[plan], artifact_checksum=kept[plan].checksum)
 
 
-@pytest.mark.parametrize(("name", "plan"), [("checkpoint", PLAN), ("runtime", MIXED)])
-def test_a_folded_model_answers_as_the_live_one_in_a_fresh_process(
-    name: str, plan: str, kept: dict[str, Artifact], model_directory: Path, tmp_path: Path
-) -> None:
+def check_folded(name: str, plan: str, kept: dict[str, Artifact], model_directory: Path, tmp_path: Path) -> None:
     source = ModelSource(str(model_directory))
     written = export_plan(compensated(plan, model_directory, kept), source, name, tmp_path / name, artifact=kept[plan])
     assert (written.directory / FILE_NAME).read_bytes() == store.get(kept[plan])
@@ -55,7 +52,21 @@ def test_a_folded_model_answers_as_the_live_one_in_a_fresh_process(
     assert FILE_NAME in written.document.export.files
 
 
-def test_weights_without_the_maps_do_not_pass(kept: dict[str, Artifact], model_directory: Path, tmp_path: Path) -> None:
+def test_a_folded_checkpoint_answers_as_the_live_model(
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path, loaded_here: None
+) -> None:
+    check_folded("checkpoint", PLAN, kept, model_directory, tmp_path)
+
+
+def test_a_folded_model_with_its_runtime_answers_as_the_live_one_in_a_fresh_process(
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path
+) -> None:
+    check_folded("runtime", MIXED, kept, model_directory, tmp_path)
+
+
+def test_weights_without_the_maps_do_not_pass(
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path, loaded_here: None
+) -> None:
     """Verification can fail: the plain skip's weights in place of the folded ones."""
     source = ModelSource(str(model_directory))
     folded = export_plan(

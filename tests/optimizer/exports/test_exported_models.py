@@ -45,7 +45,7 @@ def test_a_mixed_plan_answers_in_a_fresh_process(runtime_export: Path, model_dir
     assert found.model_class == "SkipPlanForImageTextToText"
 
 
-def test_another_plan_does_not_pass(checkpoint_export: Path, model_directory: Path, tmp_path: Path):
+def test_another_plan_does_not_pass(checkpoint_export: Path, model_directory: Path, loaded_here: None):
     """Verification can fail: the document of another plan beside the same weights."""
     file = checkpoint_export / "skipplan.json"
     kept = file.read_text()
