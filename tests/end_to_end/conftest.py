@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import JOB, FinishedJob, command
+from command_line import JOB, Ended, FinishedJob, command
 from filelock import FileLock
+
+from optimizer.cli.main import _run, main
 
 STAGES = [
     "start workers",
@@ -44,11 +48,31 @@ def finished_job(tmp_path_factory: pytest.TempPathFactory, worker_id: str, pytes
     return FinishedJob(directory, directory / "job.yaml", json.loads((directory / "result.json").read_text()))
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs ``skipplan`` in this process, in a directory and with no settings but those given."""
+
+    def here(directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
+        monkeypatch.chdir(directory)
+        for name in [name for name in os.environ if name.startswith("SKIPPLAN_")]:
+            monkeypatch.delenv(name)
+        for name, value in (environment or {}).items():
+            monkeypatch.setenv(name, value)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        said = capfd.readouterr()
+        assert isinstance(stop.value.code, int)
+        return Ended(stop.value.code, said.out, said.err)
+
+    return here
+
+
 @pytest.fixture(scope="session")
 def exported(finished_job: FinishedJob) -> Path:
     """The best plan's checkpoint."""
-    ended = command(
-        finished_job.directory, "export", str(finished_job.best["id"]), "--format", "checkpoint", "--output", "exported"
-    )
-    assert ended.code == 0, ended.errors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished_job.directory)
+        patch.delenv("SKIPPLAN_DATABASE", raising=False)
+        assert _run(["export", str(finished_job.best["id"]), "--format", "checkpoint", "--output", "exported"]) == 0
     return finished_job.directory / "exported"

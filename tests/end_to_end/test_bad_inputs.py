@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from command_line import PROJECT, Ended, FinishedJob, command
+from in_process import OneWorker
 from PIL import Image
 
-from optimizer.cli.main import main
 from optimizer.exports import document
+from optimizer.service import pool
 from storage.database import Database
 from storage.pareto import Group
 from storage.records import lookup, plans
+from workers.tasks import load_task
 
 JOB = """\
 model: {path: llava-12}
@@ -128,13 +131,10 @@ class Case:
 OWN_PROCESS = {
     "no such job file",  # one that stands for all
     "protected layer that is not there",
-    "truncated weights",
-    "pickled weights",
-    "no cluster",
-    "cluster too small",
     "more memory than there is",
 }
-"""Cases that start a cluster or load a model; the others are found wrong before, and run in the tests' own process."""
+"""Cases in processes of their own; the others run in the tests' own, which for some of them is on a cluster."""
+ON_A_CLUSTER = {"cluster too small"}
 
 CASES = [
     # job files
@@ -312,33 +312,26 @@ def listing(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if not path.name.endswith(("-wal", "-shm")))
 
 
-def here(directory: Path, case: Case, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ended:
-    """Run ``skipplan`` in this process, in ``directory``, with the case's environment."""
-    monkeypatch.chdir(directory)
-    for name in [name for name in os.environ if name.startswith("SKIPPLAN_")]:
-        monkeypatch.delenv(name)
-    for name, value in case.environment.items():
-        monkeypatch.setenv(name, value)
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(case.arguments))
-    said = capfd.readouterr()
-    assert isinstance(stop.value.code, int)
-    return Ended(stop.value.code, said.out, said.err)
-
-
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] * case.slow, id=case.name) for case in CASES]
 )
 def test_bad_input(
-    case: Case, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    case: Case,
+    directory: Path,
+    here: Callable[..., Ended],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if case.name in ON_A_CLUSTER:
+        request.getfixturevalue("ray_cluster")
+    else:  # whatever test came before in this process
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
     case.change(directory)
     before, files = contents(directory), listing(directory)
     if case.name in OWN_PROCESS:
         ended = command(directory, *case.arguments, environment=case.environment)
     else:
-        ended = here(directory, case, monkeypatch, capfd)
+        ended = here(directory, *case.arguments, environment=case.environment)
     assert ended.code == case.code, ended.errors
     assert ended.output == ""
     *progress, error = ended.errors.splitlines()
@@ -350,22 +343,27 @@ def test_bad_input(
     assert listing(directory) == files
 
 
-def test_debug_shows_the_traceback(directory: Path):
-    ended = command(directory, "run", "nothing.yaml", "--debug")
+def test_debug_shows_the_traceback(directory: Path, here: Callable[..., Ended]):
+    ended = here(directory, "run", "nothing.yaml", "--debug")
     assert ended.code == 2 and "Traceback" in ended.errors
     assert ended.errors.splitlines()[-1] == "skipplan: nothing.yaml: no such job file"
 
 
-def test_a_constraint_nobody_can_meet(directory: Path):
+def test_a_constraint_nobody_can_meet(
+    directory: Path, here: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a worker in this process: how long its layers take is all that decides."""
+    worker = OneWorker("llava-12", load_task(directory / "task.yaml"))
+    monkeypatch.setattr(pool, "_start", lambda inputs: worker)
     replace("job.yaml", "llava-12", "llava-12, dtype: float32")(directory)  # faster where bfloat16 is emulated
     append("constraint: {min_speedup: 900}\nworkload: {new_tokens: 1}\nlatency: {max_seconds: 2}\n")(directory)
-    ended = command(directory, *RUN, "--quiet")
+    ended = here(directory, *RUN, "--quiet")
     assert ended.code == 3
     assert len(ended.errors.splitlines()) == 1 and "dense model is the answer" in ended.errors
     assert "no plan can meet min_speedup 900: the fastest is predicted to run" in ended.errors
     assert ended.output.endswith(": infeasible\n")
-    assert "infeasible" in command(directory, "jobs", "list", "--json").output
-    again = command(directory, *RUN, timeout=60)
+    assert "infeasible" in here(directory, "jobs", "list", "--json").output
+    again = here(directory, *RUN)
     assert again.code == 3 and "dense model is the answer" in again.errors
 
 
@@ -402,14 +400,24 @@ def frozen_plan(directory: Path) -> plans.Plan:
         return plan
 
 
-def test_a_plan_that_a_checkpoint_cannot_express_is_refused_with_the_formats_that_can(directory: Path):
+def test_a_plan_that_a_checkpoint_cannot_express_is_refused_with_the_formats_that_can(
+    directory: Path, here: Callable[..., Ended]
+):
     plan = frozen_plan(directory)
-    refused = command(directory, "export", str(plan.id), "--format", "checkpoint", "--output", "out")
+    refused = here(directory, "export", str(plan.id), "--format", "checkpoint", "--output", "out")
     assert refused.code == 2 and not (directory / "out").exists()
     assert "(freeze)" in refused.errors and refused.errors.strip().endswith("formats that can: plan, runtime")
-    assert command(directory, "export", str(plan.id), "--format", "plan", "--output", "out").code == 0
+    assert here(directory, "export", str(plan.id), "--format", "plan", "--output", "out").code == 0
 
 
-def test_a_plan_is_refused_on_another_model(directory: Path, exported: Path):
-    refused = command(directory, "export", "1", "--model-path", str(exported), "--output", "out")
+def flip_a_bit(model: Path) -> None:
+    (weights,) = model.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def test_a_plan_is_refused_on_another_model(directory: Path, here: Callable[..., Ended]):
+    model_directory(flip_a_bit)(directory)
+    refused = here(directory, "export", "1", "--model-path", "model", "--output", "out")
     assert refused.code == 2 and "fingerprint" in refused.errors and not (directory / "out").exists()

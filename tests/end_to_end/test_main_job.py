@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import MODEL, PROJECT, FinishedJob, command
+from command_line import MODEL, PROJECT, Ended, FinishedJob
+from PIL import Image
 
 from storage.database import Database
 from storage.queue import jobs, stages
@@ -24,15 +26,11 @@ BENCHMARKS = PROJECT / "tests" / "benchmarks"
 @pytest.fixture(scope="module")
 def held_out(finished_job: FinishedJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job's held-out samples as plain files."""
-    directory = tmp_path_factory.mktemp("held_out")
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "held_out_samples.py", finished_job.job_file, directory],
-        cwd=PROJECT,
-        env={"PYTHONPATH": str(PROJECT)},
-        check=True,
-        capture_output=True,
-    )
-    return directory / "samples.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        from held_out_samples import write_samples
+
+        return write_samples(finished_job.job_file, tmp_path_factory.mktemp("held_out"))
 
 
 def outsider(checkpoint: Path, samples: Path, *more: str | Path) -> dict[str, float]:
@@ -66,9 +64,9 @@ def test_published_figures_come_from_the_held_out_split_alone(finished_job: Fini
     held_out = {each.plan: each for each in every if each.split == "held_out"}
     dense = held_out["R" * 12]
     for plan in finished_job.result["plans"]:
-        assert plan["n_samples"] == 160 == len(held_out[plan["plan"]].scores)
-        assert plan["accuracy"] == pytest.approx(sum(held_out[plan["plan"]].scores) / 160)
-        assert plan["dense_accuracy"] == pytest.approx(sum(dense.scores) / 160)
+        assert plan["n_samples"] == 96 == len(held_out[plan["plan"]].scores)
+        assert plan["accuracy"] == pytest.approx(sum(held_out[plan["plan"]].scores) / 96)
+        assert plan["dense_accuracy"] == pytest.approx(sum(dense.scores) / 96)
         assert plan["difference_low"] <= plan["difference"] <= plan["difference_high"]
         assert plan["speedup_low"] <= plan["speedup"] <= plan["speedup_high"]
     assert {each.n_samples for each in every if each.split == "search"} <= {16, 48}
@@ -97,24 +95,25 @@ def test_dense_model_answers_well(finished_job: FinishedJob):
     assert finished_job.best["dense_accuracy"] > 0.8
 
 
-def test_best_and_plans_and_jobs_answer_from_the_database(finished_job: FinishedJob):
-    found = command(finished_job.directory, "best", "--model", MODEL, "--task", "easy-vqa", "--json")
+def test_best_and_plans_and_jobs_answer_from_the_database(finished_job: FinishedJob, here: Callable[..., Ended]):
+    found = here(finished_job.directory, "best", "--model", MODEL, "--task", "easy-vqa", "--json")
     fastest = max(plan["speedup"] for plan in finished_job.result["plans"])
     assert found.code == 0 and json.loads(found.output)["speedup"] == fastest
-    strict = command(
+    strict = here(
         finished_job.directory, "best", "--model", MODEL, "--task", "easy-vqa", "--min-speedup", "50", "--json"
     )
     assert strict.code == 3 and strict.output == "" and "dense model is the answer" in strict.errors
-    listed = command(finished_job.directory, "plans", "--model", MODEL, "--json")
+    listed = here(finished_job.directory, "plans", "--model", MODEL, "--json")
     assert {plan["id"] for plan in json.loads(listed.output)} == {plan["id"] for plan in finished_job.result["plans"]}
-    (job,) = json.loads(command(finished_job.directory, "jobs", "list", "--json").output)
+    (job,) = json.loads(here(finished_job.directory, "jobs", "list", "--json").output)
     assert (job["id"], job["state"], job["task"]) == (finished_job.result["job"], "succeeded", "easy-vqa")
 
 
-def test_the_same_specification_is_not_run_twice(finished_job: FinishedJob):
-    again = command(finished_job.directory, "run", "job.yaml", "--json", timeout=60)
+def test_the_same_specification_is_not_run_twice(finished_job: FinishedJob, here: Callable[..., Ended]):
+    again = here(finished_job.directory, "run", "job.yaml", "--json")
     assert again.code == 0 and json.loads(again.output) == finished_job.result
-    queued = command(finished_job.directory, "submit", "job.yaml", "--json")
+    assert "start workers" not in again.errors
+    queued = here(finished_job.directory, "submit", "job.yaml", "--json")
     assert json.loads(queued.output) == {"job": finished_job.result["job"], "state": "succeeded", "new": False}
 
 
@@ -146,12 +145,9 @@ def test_an_outsider_reproduces_accuracy_and_logits(finished_job: FinishedJob, e
 
 
 def _inputs(processor, samples, directory, dtype):
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
         from exported_accuracy import build_inputs
-        from PIL import Image
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     inputs = build_inputs(
         processor, samples, [Image.open(directory / each["image"]).convert("RGB") for each in samples]
     )
@@ -159,21 +155,21 @@ def _inputs(processor, samples, directory, dtype):
     return inputs
 
 
-def test_existing_export_is_kept_unless_forced(finished_job: FinishedJob, exported: Path):
+def test_existing_export_is_kept_unless_forced(finished_job: FinishedJob, exported: Path, here: Callable[..., Ended]):
     before = (exported / "config.json").stat().st_mtime_ns
     plan = str(finished_job.best["id"])
-    refused = command(finished_job.directory, "export", plan, "--output", "exported")
+    refused = here(finished_job.directory, "export", plan, "--output", "exported")
     assert refused.code == 2 and "--force" in refused.errors
     assert (exported / "config.json").stat().st_mtime_ns == before
-    written = command(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan")
+    written = here(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan")
     assert written.code == 0
     described = json.loads((finished_job.directory / "plan" / "skipplan.json").read_text())
     assert described["plan"] == finished_job.best["plan"]
-    replaced = command(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan", "--force")
+    replaced = here(finished_job.directory, "export", plan, "--format", "plan", "--output", "plan", "--force")
     assert replaced.code == 0
     assert sorted(path.name for path in (finished_job.directory / "plan").iterdir()) == ["README.md", "skipplan.json"]
     assert not [path for path in finished_job.directory.iterdir() if path.name.startswith(".")]
 
 
-def test_database_is_as_this_version_writes_it(finished_job: FinishedJob):
-    assert command(finished_job.directory, "db", "check").code == 0
+def test_database_is_as_this_version_writes_it(finished_job: FinishedJob, here: Callable[..., Ended]):
+    assert here(finished_job.directory, "db", "check").code == 0

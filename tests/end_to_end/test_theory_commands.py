@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import command
+from command_line import Ended, command
 
 JOB = """\
 model: {path: llava-12, dtype: float32}
@@ -25,9 +26,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_pictures_of_an_unknown_kind_are_refused_before_anything_is_done(directory: Path) -> None:
+def test_pictures_of_an_unknown_kind_are_refused_before_anything_is_done(
+    directory: Path, here: Callable[..., Ended]
+) -> None:
     for name in ("score", "validate-theory"):
-        ended = command(directory, name, "job.yaml", "--plot", "layers.gif")
+        ended = here(directory, name, "job.yaml", "--plot", "layers.gif")
         assert ended.code == 2 and "layers.gif: pictures are drawn as .png, .svg, .pdf" in ended.errors
     assert not (directory / "skipplan.db").exists()
 

@@ -23,6 +23,7 @@ class OneWorker:
         )
         self.info = (self.handler.info,)
         self.fingerprint = self.handler.info.fingerprint
+        self.dtype = self.handler.info.dtype
         self.size = 1
         self.requests: list[Request] = []
 
@@ -33,6 +34,9 @@ class OneWorker:
 
     def take_retries(self) -> int:
         return 0
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 def spec(**fields: object) -> JobSpec:
