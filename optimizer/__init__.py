@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimizer.api import best, evaluations, export, plans, redundancy, report, run, submit
+    from optimizer.api import best, engine_latencies, evaluations, export, plans, redundancy, report, run, submit
 
-__all__ = ["best", "evaluations", "export", "plans", "redundancy", "report", "run", "submit"]
+__all__ = ["best", "engine_latencies", "evaluations", "export", "plans", "redundancy", "report", "run", "submit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,6 +77,8 @@ def best(
     min_speedup: float | None = None,
     max_latency_seconds: float | None = None,
     device: str | None = None,
+    engine: str | None = None,
+    concurrency: int = 1,
     all_versions: bool = False,
     database: str | None = None,
 ) -> Plan | None:
@@ -84,6 +86,8 @@ def best(
 
     ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
     the upper end of the loss's interval, the other limits against what was measured.
+    With an ``engine`` (vllm, llama.cpp, ...) speed and latency are what it took with ``concurrency`` requests in
+    flight, and plans that it did not serve are left out.
     Without a limit on loss or accuracy, plans that their own job refused are left out.
     Plans of former model files, data, prompts or metrics are left out unless ``all_versions``.
     """
@@ -96,6 +100,8 @@ def best(
             model,
             task,
             device=device,
+            engine=engine,
+            concurrency=concurrency,
             max_accuracy_drop=max_accuracy_drop,
             min_accuracy=min_accuracy,
             min_speedup=min_speedup,
@@ -112,6 +118,8 @@ def plans(
     model: str | None = None,
     task: str | None = None,
     device: str | None = None,
+    engine: str | None = None,
+    concurrency: int = 1,
     max_accuracy_drop: float | None = None,
     min_speedup: float | None = None,
     on_front: bool = False,
@@ -122,6 +130,8 @@ def plans(
 ) -> pd.DataFrame:
     """List published plans, best first by ``sort``: one row a plan within the limits, indexed by its id.
 
+    With an ``engine`` the limit and the order are by what it took at ``concurrency``, as in :func:`best`;
+    :func:`engine_latencies` has those figures.
     Columns: what was verified and measured (``accuracy``, ``difference``, ``speedup``, each with ``_low`` and
     ``_high``; ``latency_seconds``, ``kv_cache_bytes``, ...), and ``plan``, ``compensation``, ``model``, ``task``,
     ``device``, ``workload``, ``job_id``, ``on_front``, ``meets_constraint`` (of its own job; None where not known),
@@ -137,6 +147,8 @@ def plans(
         model,
         task,
         device=device,
+        engine=engine,
+        concurrency=concurrency,
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
         on_front=on_front,
@@ -147,7 +159,29 @@ def plans(
         present = PresentVersions(db)
         found = published.list_plans(db, present.resolve(query, all_versions=all_versions))
         answers = [PlanAnswer.of(plan, present.changes(plan)) for plan in found]
-    return overview.frame(answers, PlanAnswer).drop(columns=["secondary", "layers"]).set_index("id")
+    return overview.frame(answers, PlanAnswer).drop(columns=["secondary", "layers", "engine_latencies"]).set_index("id")
+
+
+def engine_latencies(job_id: int, *, database: str | None = None) -> pd.DataFrame:
+    """List what engines took to serve a job's plans: one row a plan, engine, version and concurrency.
+
+    Columns: ``plan_id``, ``plan``, ``engine``, ``version``, ``dtype``, ``concurrency``, ``rounds``, ``speedup`` with
+    ``_low`` and ``_high``, and for the plan and (``dense_``) the dense model ``first_token_seconds``,
+    ``seconds_per_token``, ``latency_seconds``, ``requests_per_second`` and ``kv_cache_tokens``.
+    """
+    from dataclasses import asdict, fields
+
+    import pandas
+
+    from storage.queue import jobs
+    from storage.records import plans as published
+    from storage.records.engine_latencies import EngineLatency
+
+    with _open(database) as db:
+        jobs.get(db, job_id)
+        found = published.for_job(db, job_id)
+    rows = [{"plan_id": each.id, "plan": each.plan} | asdict(own) for each in found for own in each.engine_latencies]
+    return pandas.DataFrame(rows, columns=["plan_id", "plan", *(each.name for each in fields(EngineLatency))])
 
 
 def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:

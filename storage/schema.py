@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
-REVISION = "0005"
+REVISION = "0006"
 """The migration that these tables correspond to."""
 
 JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
@@ -355,3 +355,33 @@ class PlanRow(Base):
     artifact: Mapped[str | None]
     """Where the fitted compensation lies, and the checksum of that file."""
     artifact_checksum: Mapped[str | None]
+
+
+class EngineLatencyRow(Base):
+    """What an engine took to serve a published plan, beside dense, at one concurrency."""
+
+    __tablename__ = "engine_latencies"
+    __table_args__ = (UniqueConstraint("plan_id", "engine", "version", "concurrency"),)
+
+    id: Mapped[int] = _id()
+    plan_id: Mapped[int] = _reference("plans", "CASCADE")
+    engine: Mapped[str]
+    version: Mapped[str]
+    dtype: Mapped[str]
+    concurrency: Mapped[int]
+    rounds: Mapped[int]
+    speedup: Mapped[float]
+    speedup_low: Mapped[float]
+    speedup_high: Mapped[float]
+    first_token_seconds: Mapped[float]
+    dense_first_token_seconds: Mapped[float]
+    latency_seconds: Mapped[float]
+    dense_latency_seconds: Mapped[float]
+    requests_per_second: Mapped[float]
+    dense_requests_per_second: Mapped[float]
+    seconds_per_token: Mapped[float | None]
+    dense_seconds_per_token: Mapped[float | None]
+    kv_cache_bytes: Mapped[int] = mapped_column(RowId)
+    kv_cache_tokens: Mapped[int | None] = mapped_column(RowId)
+    dense_kv_cache_tokens: Mapped[int | None] = mapped_column(RowId)
+    measured_at: Mapped[datetime] = _now()

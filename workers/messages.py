@@ -319,6 +319,89 @@ class LatencyComparison:
     """Samples whose prompts were to be timed and could not be made."""
 
 
+# --- Latency in an engine ---
+@dataclass(frozen=True)
+class FindEngine:
+    """Find an engine of ``workers.engines`` by its name on the worker's machine."""
+
+    engine: str
+
+
+@dataclass(frozen=True)
+class EngineFound:
+    """An engine that is there: its version, and those of what it computes with."""
+
+    engine: str
+    version: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompareEngineLatency:
+    """Time a plan against dense, both served by an engine, at every number of ``concurrencies`` of requests at once.
+
+    The other fields are those of ``CompareLatency``; ``max_seconds`` holds for each concurrency.
+    """
+
+    plan: str
+    engine: str
+    concurrencies: tuple[int, ...] = (1,)
+    workload: Workload = Workload()
+    precision: float = 0.02
+    confidence: float = 0.95
+    max_seconds: float = 60.0
+    seed: int = 0
+    compensation: str = NO_COMPENSATION
+    artifact: Artifact | None = None
+
+
+@dataclass(frozen=True)
+class EngineTimes:
+    """Times of a server's requests: medians in seconds, and the throughput over all rounds."""
+
+    first_token_seconds: float
+    seconds_per_token: float | None
+    """Of each token after the first; None where a request asks for one token."""
+    latency_seconds: float
+    """Of a whole request."""
+    requests_per_second: float
+
+
+@dataclass(frozen=True)
+class EngineLevel:
+    """Measured at one concurrency: the speed-up is the median over pairs of rounds of dense seconds / plan seconds.
+
+    A round is one request, or twice as many as are in flight at once.
+    """
+
+    concurrency: int
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    rounds: int
+    dense: EngineTimes
+    plan: EngineTimes
+
+
+@dataclass(frozen=True)
+class EngineComparison:
+    """A plan and dense as an engine serves them, with as many bytes for keys and values each."""
+
+    plan: str
+    engine: str
+    version: str
+    device: str
+    dtype: str
+    workload: Workload
+    levels: tuple[EngineLevel, ...]
+    kv_cache_bytes: int
+    dense_kv_cache_tokens: int | None
+    """Tokens whose keys and values fit into ``kv_cache_bytes``; None where the engine does not say."""
+    kv_cache_tokens: int | None
+    failed_samples: dict[str, str] = field(default_factory=dict)
+    """Samples that were to be asked and whose images do not open."""
+
+
 # --- Redundancy ---
 @dataclass(frozen=True)
 class MeasureRedundancy:
@@ -420,11 +503,12 @@ class LinearRedundancy:
     failed_samples: dict[str, str] = field(default_factory=dict)
 
 
-Timing = ProfileLatency | CompareLatency
+Timing = ProfileLatency | CompareLatency | CompareEngineLatency
 """Requests that measure time: no other worker may use the device meanwhile."""
 
 Request = (
     Timing
+    | FindEngine
     | EvaluatePlans
     | EvaluateOtherTask
     | ShowSamples
@@ -440,6 +524,8 @@ Reply = (
     | TextDivergence
     | LatencyProfile
     | LatencyComparison
+    | EngineFound
+    | EngineComparison
     | RedundancySums
     | FittedCompensation
     | LinearRedundancy

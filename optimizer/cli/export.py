@@ -33,6 +33,8 @@ def export(
     max_accuracy_drop: options.MaxDrop = None,
     min_speedup: options.MinSpeedup = None,
     device: options.Device = None,
+    engine: options.Engine = None,
+    concurrency: options.Concurrency = None,
     all_versions: options.AllVersions = False,
     model_path: options.ModelPath = None,
     force: options.Force = False,
@@ -54,7 +56,15 @@ def export(
     from storage.records import plans
     from storage.records.plans import PlanQuery
 
-    query = PlanQuery(model, task, device=device, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup)
+    query = PlanQuery(
+        model,
+        task,
+        device=device,
+        engine=engine,
+        concurrency=options.concurrency_of(engine, concurrency),
+        max_accuracy_drop=max_accuracy_drop,
+        min_speedup=min_speedup,
+    )
     with open_database(context) as db:
         if plan_id is None:
             plan, changes = find_best(db, query, all_versions=all_versions)

@@ -34,6 +34,15 @@ MaxDrop = Annotated[
 MinSpeedup = Annotated[
     float | None, typer.Option("--min-speedup", min=0.0, help="Smallest speed-up, as measured (the median).")
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", metavar="NAME", help="Speed as this engine served the plans (vllm, llama.cpp, ...); no other plans."
+    ),
+]
+Concurrency = Annotated[
+    int | None, typer.Option("--concurrency", min=1, help="With --engine: requests in flight at once; 1 when absent.")
+]
 AllVersions = Annotated[
     bool,
     typer.Option(
@@ -121,3 +130,12 @@ def write_file(path: Path, content: str | bytes) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise UsageFault(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def concurrency_of(engine: str | None, concurrency: int | None) -> int:
+    """Return the concurrency that speed is asked for at. Raises UsageFault where it is given without an engine."""
+    from optimizer.errors import UsageFault
+
+    if concurrency is not None and engine is None:
+        raise UsageFault("--concurrency: says at which concurrency an engine served; name it with --engine")
+    return concurrency or 1

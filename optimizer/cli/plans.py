@@ -48,6 +48,8 @@ def best(
     max_accuracy_drop: options.MaxDrop = None,
     min_speedup: options.MinSpeedup = None,
     device: options.Device = None,
+    engine: options.Engine = None,
+    concurrency: options.Concurrency = None,
     max_collateral_drop: options.MaxCollateralDrop = None,
     max_text_kl: options.MaxTextKl = None,
     all_versions: options.AllVersions = False,
@@ -60,7 +62,15 @@ def best(
     from optimizer.job.best import find_best
     from storage.records.plans import PlanQuery
 
-    query = PlanQuery(model, task, device=device, max_accuracy_drop=max_accuracy_drop, min_speedup=min_speedup)
+    query = PlanQuery(
+        model,
+        task,
+        device=device,
+        engine=engine,
+        concurrency=options.concurrency_of(engine, concurrency),
+        max_accuracy_drop=max_accuracy_drop,
+        min_speedup=min_speedup,
+    )
     with open_database(context) as db:
         found, changes = find_best(
             db, query, all_versions=all_versions, max_collateral_drop=max_collateral_drop, max_text_kl=max_text_kl
@@ -87,6 +97,8 @@ def list_plans(
     max_accuracy_drop: options.MaxDrop = None,
     min_speedup: options.MinSpeedup = None,
     device: options.Device = None,
+    engine: options.Engine = None,
+    concurrency: options.Concurrency = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Only members of the Pareto front.")] = False,
     sort: Annotated[SortKey, typer.Option(help="Order.")] = "speedup",
     limit: Annotated[int, typer.Option(min=1, help="Most plans to list.")] = 50,
@@ -106,6 +118,8 @@ def list_plans(
         model,
         task,
         device=device,
+        engine=engine,
+        concurrency=options.concurrency_of(engine, concurrency),
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
         on_front=pareto,

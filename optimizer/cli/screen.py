@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.job.result import JobResult, judgement, layers_by_action
+from optimizer.reports.formatting import engine_speedup
 from optimizer.stages.progress import Display, StageLines, State
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
@@ -153,6 +154,7 @@ def plans_table(
     plans: tuple[Plan, ...], *, best: Plan | None, title: str | None, changes: Sequence[tuple[str, ...]] = ()
 ) -> Table:
     """Lay published plans out as a table, one a row; with what changed since, where anything did."""
+    in_engines = any(plan.engine_latencies for plan in plans)
     table = Table(title=title, title_justify="left", header_style="bold")
     for name, justify in (
         ("id", "right"),
@@ -165,6 +167,8 @@ def plans_table(
         ("limits", "left"),
     ):
         table.add_column(name, justify=justify, no_wrap=name in ("id", "plan"))  # type: ignore[arg-type]
+    if in_engines:
+        table.add_column("speed-up in engines")
     if any(changes):
         table.add_column("changed since")
     for number, plan in enumerate(plans):
@@ -178,6 +182,7 @@ def plans_table(
             f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
             f"{plan.kv_cache_bytes / plan.dense_kv_cache_bytes:.0%}" if plan.dense_kv_cache_bytes else "",
             judgement(plan, {True: "met", False: "missed", None: ""}),
+            *(["\n".join(map(engine_speedup, plan.engine_latencies))] if in_engines else []),
             *([", ".join(changes[number])] if any(changes) else []),
             style="bold" if marked else None,
         )
@@ -212,5 +217,5 @@ def answer(plan: Plan) -> str:
         f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {plan.speedup:.2f} times as fast as dense "
         f"({1000 * plan.dense_latency_seconds:.1f} -> {1000 * plan.latency_seconds:.1f} ms a request, "
         f"{plan.workload}), accuracy {plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n_samples} "
-        f"held-out samples."
+        f"held-out samples." + "".join(f" {engine_speedup(each)}." for each in plan.engine_latencies)
     )

@@ -65,6 +65,10 @@ def plan_query(
     model: Annotated[Name, Query(description="Name, path, hub id or fingerprint.")] = None,
     task: Annotated[Name, Query(description="Name of the task.")] = None,
     device: Annotated[Name, Query(description="Device, or a part of its name.")] = None,
+    engine: Annotated[
+        Name, Query(description="Speed as this engine served the plans (vllm, llama.cpp, ...); no other plans.")
+    ] = None,
+    concurrency: Annotated[int, Query(ge=1, le=4096, description="With an engine: requests in flight at once.")] = 1,
     max_accuracy_drop: Annotated[
         float | None, Query(ge=0, le=1, description="Largest loss as a share, by the upper end of its interval.")
     ] = None,
@@ -78,6 +82,8 @@ def plan_query(
         model,
         task,
         device=device,
+        engine=engine,
+        concurrency=concurrency,
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
         on_front=front,

@@ -94,6 +94,15 @@ def _table(document: PlanDocument) -> str:
         ("speed-up", "1", f"{own.speedup:.3f}", _interval(own.speedup_low, own.speedup_high, "{:.3f}")),
         ("KV cache, bytes", str(own.dense_kv_cache_bytes), str(own.kv_cache_bytes), ""),
     ]
+    rows += [
+        (
+            f"speed-up in {_inline(each.engine)} {_inline(each.version)}, {each.concurrency} at once",
+            "1",
+            f"{each.speedup:.3f}",
+            _interval(each.speedup_low, each.speedup_high, "{:.3f}"),
+        )
+        for each in own.engine_latencies
+    ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
         f"{table}\n\nTask: {_inline(document.task.name)} (held-out split, which the search never saw). "

@@ -8,7 +8,6 @@ model's. A token that differs is explained where the live model's two logits are
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 LOGPROB_TOLERANCE = 1e-4
 """Largest allowed difference of log-probabilities as a share of the largest logit, both computing in float32."""
 TOP_LOGPROBS = 5
-LEAST_CONTEXT, LEAST_CACHE_BYTES = 2048, 2**28
-"""Of the server: engines plan for larger images than a task may have."""
 LEAST_LOGPROB = -100.0
 """Below this a log-probability says no more than that a token is out of the question."""
 
@@ -124,9 +121,13 @@ def verify_in_engine(
             f"task {task.name} has the model choose among options by their likelihood, for which engines are not "
             "asked; --task names one that generates"
         )
+    from workers.serving.requests import chat_request
+
     loaded = _load(source)
     serving = _serving(loaded, task, samples)
-    installed, replies = _ask(engine, directory, serving, [_request(task, sample) for sample in samples])
+    options = {"max_tokens": task.spec.answer.max_new_tokens, "top_logprobs": TOP_LOGPROBS}
+    requests = [chat_request(task, sample, **options) for sample in samples]
+    installed, replies = _ask(engine, directory, serving, requests)
     answers = {
         sample.id: compare(live, reply)
         for sample, live, reply in zip(
@@ -162,13 +163,14 @@ def _serving(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> Serv
     import torch
 
     from workers.models.prompts import build_inputs
+    from workers.serving.requests import LEAST_CACHE_BYTES, context_of
 
     lengths = [
         build_inputs(loaded.processor, task.spec, [sample], [sample.image.open()])["input_ids"].shape[1]
         for sample in samples
     ]
     config = loaded.model.config.get_text_config(decoder=True)
-    context = min(config.max_position_embeddings, max(LEAST_CONTEXT, max(lengths) + task.spec.answer.max_new_tokens))
+    context = context_of(config, max(lengths) + task.spec.answer.max_new_tokens)
     # Keys and values of all heads in float32, and a quarter more: an upper bound where heads are shared.
     cache = 10 * config.num_hidden_layers * config.hidden_size * context
     cache_bytes = max(LEAST_CACHE_BYTES, cache)
@@ -187,19 +189,6 @@ def _ask(
     installed = engine.installed()
     with engine.serve(directory, serving) as server:
         return installed, server.ask_all(requests)
-
-
-def _request(task: Task, sample: Sample) -> ChatRequest:
-    from workers.models.prompts import prompt_text
-
-    picture = io.BytesIO()
-    sample.image.open().save(picture, "PNG")
-    return ChatRequest(
-        text=prompt_text(task.spec, sample),
-        images=(picture.getvalue(),),
-        max_tokens=task.spec.answer.max_new_tokens,
-        top_logprobs=TOP_LOGPROBS,
-    )
 
 
 def _live_answers(

@@ -45,6 +45,8 @@ def find_best(
     if found is not None:
         return found, present.changes(found)
     what = f"no published plan of {query.model} on {query.task}"
+    if query.engine is not None:
+        what += f" that {query.engine} served with {query.concurrency} requests at once"
     if refused := find(asked, refused=True):
         raise NoFeasiblePlan(
             f"{what} meets the limits of its own job; the dense model is the answer. The fastest, plan {refused.id}, "

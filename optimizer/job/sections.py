@@ -9,8 +9,13 @@ from pydantic_core import PydanticKnownError
 
 from optimizer.registries import STRATEGIES
 from workers.compensation.recipe import NONE, Recipe
+from workers.engines.interface import ENGINES
 from workers.runtime import PlanError, SkipPlan
 from workers.runtime.plan import LEGEND
+from workers.validation import require_one_of
+
+TRANSFORMERS = "transformers"
+"""In place of an engine: the live model is timed alone."""
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
@@ -247,11 +252,24 @@ class WorkloadSpec(Section):
 
     batch_size: int = Field(default=1, ge=1, le=4096, description="Prompts per request.")
     new_tokens: int = Field(default=4, ge=1, le=65536, description="Tokens generated per prompt.")
+    concurrency: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Requests in flight at once where latency.engine serves; 1, 4 and 16 are measured beside it.",
+    )
 
 
 class LatencySpec(Section):
     """How the latency of the plans that are verified is measured, in turns with dense."""
 
+    engine: str = Field(
+        default=TRANSFORMERS,
+        min_length=1,
+        description="What judges whether a plan is fast enough. transformers: generate on the live model. An engine "
+        "(vllm, llama.cpp, or one of an entry point): dense and plan are served by it as well, and its speed-up at "
+        "workload.concurrency decides.",
+    )
     precision: float = Field(
         default=0.02, gt=0, le=0.5, description="Width of the speed-up's interval, relative, at which measuring stops."
     )
@@ -259,8 +277,13 @@ class LatencySpec(Section):
         default=60.0,
         gt=0,
         le=86_400,
-        description="Most seconds spent on measuring one plan.",
+        description="Most seconds spent on measuring one plan; in an engine, at each concurrency.",
     )
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_registered(cls, name: str) -> str:
+        return require_one_of(name, (TRANSFORMERS, *ENGINES))
 
 
 class ClusterSpec(Section):

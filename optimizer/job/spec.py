@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from optimizer import criteria
 from optimizer.errors import UsageFault
 from optimizer.job.sections import (
+    TRANSFORMERS,
     ClusterSpec,
     CollateralSpec,
     CompensationSpec,
@@ -143,6 +144,23 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_can_be_asked(self) -> JobSpec:
+        engine, workload = self.latency.engine, self.workload
+        if engine == TRANSFORMERS and workload.concurrency != 1:
+            raise ValueError("workload.concurrency: needs an engine that serves; name it in latency.engine")
+        if engine != TRANSFORMERS and workload.batch_size != 1:
+            raise ValueError(
+                f"workload.batch_size: latency.engine {engine} is asked one prompt a request; leave it at 1, and use "
+                "workload.concurrency"
+            )
+        foreign = [action.label for action in Action if action.label in self.actions and not action.row.removes_layer]
+        if engine != TRANSFORMERS and foreign:
+            raise ValueError(
+                f"actions: latency.engine {engine} serves checkpoints, which cannot say {', '.join(foreign)}; use skip"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rungs_fit(self) -> JobSpec:
         largest = self.search.rungs[-1] if self.search.rungs else 0
         if self.splits.search is not None and largest > self.splits.search:
@@ -159,6 +177,8 @@ class JobSpec(Section):
         fields = self.model_dump(mode="json", include=DETERMINES_RESULT)
         if self.constraint.min_dense_accuracy is None:  # jobs of before there was this limit are found again
             del fields["constraint"]["min_dense_accuracy"]
+        if self.latency.engine == TRANSFORMERS:  # and those of before there were engines
+            del fields["latency"]["engine"], fields["workload"]["concurrency"]
         return fields
 
     def digest(self, **inputs: str) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 from optimizer.errors import UsageFault
 from optimizer.job.inputs import check_images, check_rungs, find_model, load_job_task, model_source, task_of
 from optimizer.job.loading import load_job
+from optimizer.job.sections import TRANSFORMERS
 from optimizer.job.spec import JobSpec
 from optimizer.stages.progress import Progress
 from optimizer.verification.verdict import least_provable_drop
-from workers.errors import ModelError
+from workers.engines.interface import ENGINES
+from workers.errors import EngineError, ModelError
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
 from workers.tasks import Sample, Task
 from workers.tasks.spec import FileSource, HubSource
@@ -56,11 +58,16 @@ def check_job_file(
         task = task_of(spec)
     except UsageFault as fault:
         raise UsageFault(f"{path}: {fault}") from None
+    served_by = _served_by(spec)
     is_here = is_local(spec.model.path)
     if is_here:
         find_model(spec)
     progress.begin(f"check {path}: data and images")  # what is named wrongly has been found by now, in one line
     good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
+    if served_by is not None:
+        good.append(served_by)
+    elif spec.latency.engine != TRANSFORMERS:
+        unknown.append(f"latency.engine: {spec.latency.engine} on the workers' machines")
     notes: list[str] = []
     data = None
     if isinstance(task.source, HubSource):
@@ -82,6 +89,17 @@ def check_job_file(
     else:
         unknown.append(f"model {spec.model.path}: its files are on the hub")
     return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown), tuple(notes))
+
+
+def _served_by(spec: JobSpec) -> str | None:
+    """Name the engine that judges latency where workers run here. Raises UsageFault where it is not there."""
+    name = spec.latency.engine
+    if name == TRANSFORMERS or spec.cluster.address != "local":
+        return None
+    try:
+        return f"latency.engine: {name} {ENGINES[name].installed().version}"
+    except EngineError as error:
+        raise UsageFault(f"latency.engine: {error}") from None
 
 
 def _asked(task: Task | None, *, quick: bool) -> list[Sample]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from optimizer.reports.data import JobReport, TrialSummary
+from storage.records.engine_latencies import EngineLatency
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
@@ -169,6 +170,12 @@ def difference(plan: Plan) -> str:
 def speedup(plan: Plan) -> str:
     """Return a plan's measured speed-up, with its interval."""
     return span(plan.speedup, plan.speedup_low, plan.speedup_high)
+
+
+def engine_speedup(latency: EngineLatency) -> str:
+    """Return a plan's speed-up in an engine: ``"vllm 0.32.0, 16 at once: 1.52 [1.48, 1.56]"``."""
+    speedup = span(latency.speedup, latency.speedup_low, latency.speedup_high)
+    return f"{latency.engine} {latency.version}, {latency.concurrency} at once: {speedup}"
 
 
 def request(plan: Plan) -> str:

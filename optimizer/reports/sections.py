@@ -14,6 +14,7 @@ from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from optimizer.statistics.rank_agreement import Agreement
+from storage.records.engine_latencies import EngineLatency
 from storage.records.measurements import Redundancy
 from storage.records.plans import Plan
 from workers.runtime.plan import Action
@@ -109,6 +110,35 @@ _PLAN_COLUMNS: tuple[Column[Plan], ...] = (
     Column("KV cache", formatting.kv_cache, number=True),
     Column("compensation", lambda plan: plan.compensation),
     Column("within the limits", lambda plan: judgement(plan, _JUDGEMENTS)),
+)
+
+Served = tuple[Plan, EngineLatency]
+
+
+def _beside_dense(name: str, write: Callable[[float], str]) -> Callable[[Served], str]:
+    """Return the cell of a figure with dense's behind it."""
+
+    def cell(served: Served) -> str:
+        own, dense = getattr(served[1], name), getattr(served[1], f"dense_{name}")
+        return _known(own, write) + (f" (dense {write(dense)})" if dense is not None else "")
+
+    return cell
+
+
+_ENGINE_COLUMNS: tuple[Column[Served], ...] = (
+    Column("plan", lambda each: str(each[0].id)),
+    Column("engine", lambda each: f"{each[1].engine} {each[1].version}, {each[1].dtype}"),
+    Column("requests at once", lambda each: str(each[1].concurrency), number=True),
+    Column(
+        "speed-up",
+        lambda each: formatting.span(each[1].speedup, each[1].speedup_low, each[1].speedup_high),
+        number=True,
+    ),
+    Column("first token", _beside_dense("first_token_seconds", formatting.milliseconds), number=True),
+    Column("each further token", _beside_dense("seconds_per_token", formatting.milliseconds), number=True),
+    Column("a request", _beside_dense("latency_seconds", formatting.milliseconds), number=True),
+    Column("requests a second", _beside_dense("requests_per_second", "{:.1f}".format), number=True),
+    Column("tokens in the KV cache", _beside_dense("kv_cache_tokens", formatting.count), number=True),
 )
 
 _TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (
@@ -300,7 +330,9 @@ def breakdown(report: JobReport) -> Section:
     ]
     layers = range(len(profile.layer_seconds[Action.RUN.letter]))
     table = Table.of("Milliseconds of every layer", layers, columns)
-    return replace(section, paragraphs=(text,), charts=(chart, latency.layers(profile)), tables=(table,))
+    served = [(plan, each) for plan in report.plans for each in plan.engine_latencies]
+    tables = (Table.of(f"Latency in engines ({len(served)})", served, _ENGINE_COLUMNS), table) if served else (table,)
+    return replace(section, paragraphs=(text,), charts=(chart, latency.layers(profile)), tables=tables)
 
 
 def _layer_milliseconds(seconds: Sequence[float], layer: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.stages import collateral, dense, measure, profile, publish, redundancy, search, verify
+from optimizer.stages import collateral, dense, engine_latency, measure, profile, publish, redundancy, search, verify
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.publish import Published
 from storage.queue import stages
@@ -13,6 +13,7 @@ _STAGE = "inputs"
 def run(context: JobContext) -> Published:
     """Take a claimed job from the model to published plans. Raises JobFailed when a stage cannot be passed."""
     check_begun_alike(context)
+    engine_latency.require_engine(context)
     latency = profile.run(context)
     nothing = search.out_of_reach(context, latency)
     if nothing is not None:
@@ -24,8 +25,9 @@ def run(context: JobContext) -> Published:
     if not finalists:
         return publish.none(context, verify.why_nothing(context, latency, outcome))
     measured = measure.run(context, finalists)
+    served = engine_latency.run(context, finalists)
     beside = collateral.run(context, finalists)
-    return publish.run(context, finalists, measured, beside)
+    return publish.run(context, finalists, publish.Measured(measured, served, beside))
 
 
 def check_begun_alike(context: JobContext) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from optimizer.job.sections import ConstraintSpec
+from optimizer.job.sections import TRANSFORMERS, ConstraintSpec
 from optimizer.search.space import Candidate, touched
 from optimizer.stages import dense
 from optimizer.stages.collateral import Collateral
@@ -15,12 +16,50 @@ from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import Verdict
 from storage.pareto import Group
 from storage.records import lookup, plans
+from storage.records.engine_latencies import EngineLatency
 from storage.records.plans import PlanFigures
-from workers.messages import LatencyComparison
+from workers.messages import EngineComparison, EngineLevel, LatencyComparison
 from workers.runtime import SkipPlan
 
-Measured = dict[Candidate, LatencyComparison]
-Beside = dict[Candidate, Collateral]
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the verified plans, by candidate: on the live model, in an engine, and beside the task."""
+
+    latency: Mapping[Candidate, LatencyComparison]
+    in_engine: Mapping[Candidate, EngineComparison] = field(default_factory=dict)
+    collateral: Mapping[Candidate, Collateral] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a job judges a plan's speed by: the live model's latency, and the engine's at the workload's concurrency."""
+
+    latency: LatencyComparison
+    engine: str = TRANSFORMERS
+    level: EngineLevel | None = None
+    """None where the engine did not serve the plan."""
+
+    @property
+    def low(self) -> float:
+        """Lower end of the speed-up's interval; 0 where the engine did not serve the plan."""
+        if self.engine == TRANSFORMERS:
+            return self.latency.speedup_low
+        return 0.0 if self.level is None else self.level.speedup_low
+
+    @property
+    def median(self) -> float:
+        """The speed-up."""
+        if self.engine == TRANSFORMERS:
+            return self.latency.speedup
+        return 0.0 if self.level is None else self.level.speedup
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a request."""
+        if self.engine == TRANSFORMERS:
+            return self.latency.latency_seconds
+        return math.inf if self.level is None else self.level.plan.latency_seconds
 
 
 @dataclass(frozen=True)
@@ -33,10 +72,10 @@ class Published:
     """Why no plan is the answer; empty when one is."""
 
 
-def run(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured, beside: Beside) -> Published:
+def run(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured) -> Published:
     """Publish every verified and measured plan, whether it meets the job's constraint or not."""
     context.progress.begin("publish", 1)
-    published = context.load_or_compute("publish", Published, lambda: _publish(context, finalists, measured, beside))
+    published = context.load_or_compute("publish", Published, lambda: _publish(context, finalists, measured))
     context.progress.advance()
     return published
 
@@ -46,89 +85,98 @@ def none(context: JobContext, reason: str) -> Published:
     return context.load_or_compute("publish", Published, lambda: Published((), None, reason))
 
 
-def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured, beside: Beside) -> Published:
+def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured) -> Published:
     constraint = context.spec.constraint
-    complete = [(each, measured[each.candidate]) for each in finalists if each.candidate in measured]
+    complete = [
+        (each, _speed(context, each.candidate, measured)) for each in finalists if each.candidate in measured.latency
+    ]
     if not complete:
         raise JobFailed(f"none of the {len(finalists)} verified plans could be timed")
     verdict = complete[0][0].verdict
     warning = dense.warning_of(context, verdict.dense_accuracy, verdict.n_samples)
     rows: dict[Candidate, plans.Plan] = {}
-    for device in dict.fromkeys(latency.device for _, latency in complete):  # a job may go on on another one
-        timed = [each for each in complete if each[1].device == device]
+    for device in dict.fromkeys(speed.latency.device for _, speed in complete):  # a job may go on on another one
+        timed = [each for each in complete if each[1].latency.device == device]
         published = plans.publish(
             context.db,
             context.job,
             Group(context.model_id, context.task_id, lookup.ensure_device(context.db, device), context.workload_name),
-            figures=[
-                figures(finalist, latency, constraint, beside.get(finalist.candidate), warning)
-                for finalist, latency in timed
-            ],
+            figures=[figures(finalist, speed, constraint, measured, warning) for finalist, speed in timed],
         )
         rows |= {finalist.candidate: row for (finalist, _), row in zip(timed, published, strict=True)}
     feasible = [
-        rows[finalist.candidate]
-        for finalist, latency in complete
-        if finalist.verdict.accepted and fast_enough(latency, constraint)
+        (speed.median, finalist.verdict.accuracy, rows[finalist.candidate].id)
+        for finalist, speed in complete
+        if finalist.verdict.accepted and fast_enough(speed, constraint)
     ]
-    best = max(feasible, key=lambda row: (row.speedup, row.accuracy), default=None)
     plan_ids = tuple(rows[finalist.candidate].id for finalist, _ in complete)
-    if best is not None:
-        return Published(plan_ids, best.id, "")
-    return Published(plan_ids, None, _why_none([(each.verdict, latency) for each, latency in complete], constraint))
+    if feasible:
+        _, _, best = max(feasible, key=lambda each: each[:2])
+        return Published(plan_ids, best, "")
+    return Published(plan_ids, None, _why_none([(each.verdict, speed) for each, speed in complete], constraint))
 
 
-def _why_none(complete: Sequence[tuple[Verdict, LatencyComparison]], constraint: ConstraintSpec) -> str:
+def _speed(context: JobContext, candidate: Candidate, measured: Measured) -> Speed:
+    """Return what the job judges a plan's speed by."""
+    engine, concurrency = context.spec.latency.engine, context.spec.workload.concurrency
+    served = measured.in_engine.get(candidate)
+    levels = {} if served is None else {level.concurrency: level for level in served.levels}
+    return Speed(measured.latency[candidate], engine, levels.get(concurrency))
+
+
+def _why_none(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintSpec) -> str:
     """Explain why no plan is the answer, and how near the nearest came."""
     accurate = sum(verdict.accepted for verdict, _ in complete)
-    fast = sum(fast_enough(latency, constraint) for _, latency in complete)
+    fast = sum(fast_enough(speed, constraint) for _, speed in complete)
+    engine = complete[0][1].engine
+    where = "" if engine == TRANSFORMERS else f" in {engine}"
+    if where and all(speed.level is None for _, speed in complete):
+        return f"no plan meets the constraint: {engine} served none of the {len(complete)} verified; the log says why"
     reason = (
         f"no plan meets the constraint: of {len(complete)} verified on {complete[0][0].n_samples} held-out samples, "
-        f"{accurate} surely keep the accuracy and {fast} are surely fast enough"
+        f"{accurate} surely keep the accuracy and {fast} are surely fast enough{where}"
     )
     if not accurate:
         nearest = max((verdict for verdict, _ in complete), key=lambda verdict: verdict.difference_low)
         difference, low = round(100 * nearest.difference, 2) + 0.0, 100 * nearest.difference_low
         return f"{reason}; the nearest, {nearest.plan}, is at {difference:+.2f} points to dense, {low:+.2f} at worst"
     if not fast:
-        quickest, latency = max(complete, key=lambda each: each[1].speedup_low)
-        return f"{reason}; the fastest, {quickest.plan}, is {latency.speedup_low:.2f} times as fast at worst"
+        quickest, speed = max(complete, key=lambda each: each[1].low)
+        return f"{reason}; the fastest, {quickest.plan}, is {speed.low:.2f} times as fast at worst"
     return f"{reason}, none is both"
 
 
-def fast_enough(latency: LatencyComparison, constraint: ConstraintSpec) -> bool:
+def fast_enough(speed: Speed, constraint: ConstraintSpec) -> bool:
     """Tell whether measured latency and cache are within the constraint; a plan must at least surely beat dense.
 
     The speed-up is judged by the lower end of its interval, milliseconds by the median request.
     """
-    if constraint.max_latency_ms is not None and 1000 * latency.latency_seconds > constraint.max_latency_ms:
+    if constraint.max_latency_ms is not None and 1000 * speed.seconds > constraint.max_latency_ms:
         return False
-    if constraint.max_kv_cache_bytes is not None and latency.kv_cache_bytes > constraint.max_kv_cache_bytes:
+    if constraint.max_kv_cache_bytes is not None and speed.latency.kv_cache_bytes > constraint.max_kv_cache_bytes:
         return False
-    return latency.speedup_low >= constraint.min_speedup if constraint.min_speedup else latency.speedup_low > 1.0
+    return speed.low >= constraint.min_speedup if constraint.min_speedup else speed.low > 1.0
 
 
 def figures(
-    finalist: Finalist,
-    latency: LatencyComparison,
-    constraint: ConstraintSpec,
-    beside: Collateral | None = None,
-    warning: str = "",
+    finalist: Finalist, speed: Speed, constraint: ConstraintSpec, measured: Measured, warning: str = ""
 ) -> PlanFigures:
     """Put the published figures of a plan together. Differences are accuracies less dense's, so a loss is negative."""
-    verdict, kept = finalist.verdict, finalist.maps
+    verdict, kept, latency = finalist.verdict, finalist.maps, speed.latency
+    beside, served = measured.collateral.get(finalist.candidate), measured.in_engine.get(finalist.candidate)
     fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
     return PlanFigures(
         **_shared(verdict) | _shared(latency),
         artifact=None if kept is None else kept.artifact.location,
         artifact_checksum=None if kept is None else kept.artifact.checksum,
         layers_touched=touched(SkipPlan.parse(verdict.plan)),
+        engine_latencies=() if served is None else tuple(_in_engine(served, level) for level in served.levels),
         secondary={
             "metrics": verdict.secondary,
             "images": verdict.images,
             "difference_confidence": verdict.difference_confidence,
             "mcnemar_p": verdict.mcnemar_p,
-            "meets_constraint": verdict.accepted and fast_enough(latency, constraint),
+            "meets_constraint": verdict.accepted and fast_enough(speed, constraint),
             "latency_pairs": latency.pairs,
             "peak_bytes": {"dense": latency.dense_peak_bytes, "plan": latency.peak_bytes},
             **({} if fitted is None else {"compensation": fitted}),
@@ -136,6 +184,14 @@ def figures(
             **({"dense_warning": warning} if warning else {}),
         },
     )
+
+
+def _in_engine(served: EngineComparison, level: EngineLevel) -> EngineLatency:
+    """Flatten what was measured at one concurrency, dense's under ``dense_``."""
+    names = {each.name for each in fields(EngineLatency)}
+    shared = {name: getattr(source, name) for source in (served, level) for name in vars(source).keys() & names}
+    dense = {f"dense_{name}": value for name, value in asdict(level.dense).items()}
+    return EngineLatency(**shared | asdict(level.plan) | dense)
 
 
 _FIGURES = {each.name for each in fields(PlanFigures)} - {"secondary"}

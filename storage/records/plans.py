@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from storage.errors import InvalidValue, NotFound
 from storage.pareto import Group
 from storage.queue import leases
 from storage.queue.jobs import Job
-from storage.records import lookup
+from storage.records import engine_latencies, lookup
 from storage.records.described import check_ranges, described
-from storage.schema import DeviceRow, ModelRow, PlanRow, TaskRow
+from storage.records.engine_latencies import EngineLatency
+from storage.schema import DeviceRow, EngineLatencyRow, ModelRow, PlanRow, TaskRow
 
 Sort = Literal["speedup", "accuracy", "latency_seconds", "difference", "newest"]
 _BRANCHES = 64
@@ -51,6 +52,9 @@ class MeasuredFigures:
     kv_cache_bytes: int = described(ge=0)
     dense_kv_cache_bytes: int = described(ge=0)
     secondary: dict[str, Any] = field(default_factory=dict)
+    engine_latencies: tuple[EngineLatency, ...] = described(
+        "By engine, concurrency and version; empty where no engine served the plan", default=()
+    )
 
     def check(self, subject: str) -> None:
         """Refuse figures that cannot be true. Raises ``InvalidValue`` naming ``subject`` and the field."""
@@ -58,6 +62,8 @@ class MeasuredFigures:
         for name in ("accuracy", "difference", "speedup"):
             if getattr(self, f"{name}_low") > getattr(self, f"{name}_high"):
                 raise InvalidValue(f"{subject}: {name}_low is above {name}_high")
+        for latency in self.engine_latencies:
+            latency.check(subject)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +100,8 @@ class PlanQuery:
     """Which plans are asked for, and in what order.
 
     ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate.
-    ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids`` say which versions
+    With an ``engine``, speed-up and latency are that engine's at ``concurrency``, and only plans that it served are
+    meant. ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids`` say which versions
     are meant, and then stand in the place of ``model`` and ``task``.
     """
 
@@ -103,6 +110,8 @@ class PlanQuery:
     revision: str | None = None
     device: str | None = None
     workload: str | None = None
+    engine: str | None = None
+    concurrency: int = 1
     max_accuracy_drop: float | None = None
     min_accuracy: float | None = None
     min_speedup: float | None = None
@@ -114,7 +123,7 @@ class PlanQuery:
     task_ids: tuple[int, ...] | None = None
 
 
-_JOINED = ("model", "fingerprint", "task", "device")
+_JOINED = ("model", "fingerprint", "task", "device", "engine_latencies")
 _COLUMNS = tuple(each.name for each in fields(Plan) if each.name not in _JOINED)
 
 _GROUP_KEY = (
@@ -150,19 +159,23 @@ def _write(
         each.check(f"plan {each.plan}")
     pareto.lock(session, [group])
     same = {"job_id": job_id, "origin": origin, "on_front": False, "contender": False} | asdict(group)
-    rows = [same | asdict(each) for each in figures]
+    served = {(each.plan, each.compensation): each.engine_latencies for each in figures}
+    rows = [same | asdict(replace(each, engine_latencies=())) for each in figures]
+    for row in rows:
+        del row["engine_latencies"]
     if job_id is None:  # NULLs are not equal to each other, so imported plans have a unique index of their own
         upsert.insert_or_replace(session, PlanRow, rows, _GROUP_KEY, key_where=PlanRow.job_id.is_(None))
     else:
         upsert.insert_or_replace(session, PlanRow, rows, [PlanRow.job_id, *_GROUP_KEY])
     pareto.recompute(session, group)
     written = (
-        select(PlanRow.id)
+        select(PlanRow.plan, PlanRow.compensation, PlanRow.id)
         .filter_by(**asdict(group), job_id=job_id)
         .where(PlanRow.plan.in_([each.plan for each in figures]))
     )
-    ids = {(each.plan, each.compensation): each for each in _load(session, list(session.scalars(written)))}
-    return [ids[each.plan, each.compensation] for each in figures]
+    ids = {(plan, compensation): plan_id for plan, compensation, plan_id in session.execute(written)}
+    engine_latencies.write(session, {ids[candidate]: measured for candidate, measured in served.items()})
+    return _load(session, [ids[candidate] for candidate in served])
 
 
 @reads
@@ -197,10 +210,11 @@ def best(session: Session, query: PlanQuery) -> Plan | None:
         .where(
             PlanRow.model_id.in_(_models(session, query) or ()),
             PlanRow.task_id.in_(_tasks(session, query) or ()),
-            PlanRow.contender == true(),
+            # Contenders are those by the figures of generate; an engine's may be others.
+            *([] if query.engine else [PlanRow.contender == true()]),
             *_where(session, query),
         )
-        .order_by(*_order(query.sort))
+        .order_by(*_order(query))
         .limit(1)
     )
     found = _load(session, list(session.scalars(contenders)))
@@ -213,7 +227,7 @@ def list_plans(session: Session, query: PlanQuery = PlanQuery()) -> list[Plan]:
     conditions = _where(session, query)
     if query.on_front:
         conditions.append(PlanRow.on_front == true())
-    order = _order(query.sort)
+    order = _order(query)
     ids = _branched(session, _models(session, query), _tasks(session, query), conditions, order, query.limit)
     return _load(session, list(session.scalars(ids)))
 
@@ -279,17 +293,30 @@ def _where(session: Session, query: PlanQuery) -> list[ColumnElement[bool]]:
         conditions.append(PlanRow.difference_low >= -query.max_accuracy_drop)
     if query.min_accuracy is not None:
         conditions.append(PlanRow.accuracy >= query.min_accuracy)
+    speedup, latency = _timed(query)
+    if query.engine is not None:
+        conditions.append(speedup.is_not(None))
     if query.min_speedup is not None:
-        conditions.append(PlanRow.speedup >= query.min_speedup)
+        conditions.append(speedup >= query.min_speedup)
     if query.max_latency_seconds is not None:
-        conditions.append(PlanRow.latency_seconds <= query.max_latency_seconds)
+        conditions.append(latency <= query.max_latency_seconds)
     return conditions
 
 
-def _order(sort: Sort) -> list[UnaryExpression[Any]]:
+def _timed(query: PlanQuery) -> tuple[ColumnElement[float], ColumnElement[float]]:
+    """Return speed-up and latency that the query means: as measured by generate, or in its engine."""
+    if query.engine is None:
+        return PlanRow.speedup.expression, PlanRow.latency_seconds.expression
+    names = (EngineLatencyRow.speedup, EngineLatencyRow.latency_seconds)
+    speedup, latency = (engine_latencies.figure(name, query.engine, query.concurrency) for name in names)
+    return speedup, latency
+
+
+def _order(query: PlanQuery) -> list[UnaryExpression[Any]]:
     """Sorting terms; the ones after the first settle ties, always in favour of the better plan, then the older."""
-    speed, accuracy = PlanRow.speedup.desc(), PlanRow.accuracy.desc()
-    sure, latency, oldest = PlanRow.difference_low.desc(), PlanRow.latency_seconds.asc(), PlanRow.id.asc()
+    sort, (speedup, seconds) = query.sort, _timed(query)
+    speed, accuracy = speedup.desc(), PlanRow.accuracy.desc()
+    sure, latency, oldest = PlanRow.difference_low.desc(), seconds.asc(), PlanRow.id.asc()
     orders: dict[str, list[UnaryExpression[Any]]] = {
         "speedup": [speed, accuracy, sure, latency, oldest],
         "accuracy": [accuracy, sure, speed, latency, oldest],
@@ -307,7 +334,8 @@ def _load(session: Session, ids: Sequence[int]) -> list[Plan]:
     if not ids:
         return []
     found: dict[int, Plan] = {}
-    for start in range(0, len(ids), 500):  # engines limit the number of parameters
+    for start in range(0, len(ids), 500):  # databases limit the number of parameters
+        served = engine_latencies.of_plans(session, ids[start : start + 500])
         query = (
             select(PlanRow, lookup.latest_name(PlanRow.model_id), ModelRow.fingerprint, TaskRow.name, DeviceRow.name)
             .join(ModelRow, ModelRow.id == PlanRow.model_id)
@@ -322,6 +350,7 @@ def _load(session: Session, ids: Sequence[int]) -> list[Plan]:
                 "fingerprint": fingerprint,
                 "task": task,
                 "device": device,
+                "engine_latencies": served.get(row.id, ()),
             }
             found[row.id] = Plan(**joined, **{name: getattr(row, name) for name in _COLUMNS})
     return [found[each] for each in ids if each in found]

@@ -29,6 +29,7 @@ import tiny_llava
 import typer.main
 import yaml
 from PIL import Image
+from storage_builders import engine_latency
 
 from optimizer.cli.main import app, main
 from optimizer.job.inputs import prepare
@@ -37,7 +38,7 @@ from optimizer.service import runner
 from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import jobs, leases
-from storage.records import plans
+from storage.records import engine_latencies, plans
 
 PROJECT = Path(__file__).resolve().parents[2]
 IMAGES = 14
@@ -159,6 +160,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 assert job is not None
                 runner.process(db, job, Progress(), lambda: (inputs, worker))  # type: ignore[arg-type, return-value]
                 assert jobs.get(db, job.id).is_finished and plans.for_job(db, job.id)
+                with db.transaction() as session:  # as if the job had named vLLM
+                    served = (engine_latency(1.6), engine_latency(1.5, concurrency=16))
+                    engine_latencies.write(session, {plans.for_job(db, job.id)[0].id: served})
     shutil.copy(directory / "skipplan.db", directory / "finished.db")
     return directory
 

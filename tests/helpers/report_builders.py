@@ -35,6 +35,13 @@ SPEC: dict[str, Any] = {
 }
 
 
+IN_ENGINE = (
+    storage_builders.engine_latency(1.082),
+    storage_builders.engine_latency(1.043, concurrency=16, seconds_per_token=None, kv_cache_tokens=None),
+)
+"""What an engine took to serve the second of the published plans."""
+
+
 def skipping(*layers: int, of: int = LAYERS) -> str:
     return "".join("S" if layer in layers else "R" for layer in range(of))
 
@@ -152,7 +159,7 @@ def finished_job(db: Database, tried: int = 12, *, dense_warning: str = "", **ch
     device_id = lookup.ensure_device(db, "test device, 1 thread")
     to_publish = [
         figures(skipping(2, 3, 4), accuracy=0.944, speedup=1.523, meets=True),
-        figures(skipping(4), accuracy=0.951, speedup=1.131, meets=True),
+        figures(skipping(4), accuracy=0.951, speedup=1.131, meets=True, engine_latencies=IN_ENGINE),
         figures(skipping(1, 2, 3, 4), accuracy=0.811, speedup=1.871, meets=False),
     ]
     if dense_warning:

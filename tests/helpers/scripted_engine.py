@@ -6,6 +6,7 @@ moment.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from workers.text import last_line
 PROGRAM = r"""
 import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-port, model, fault = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+port, model, fault, wait = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
 if fault == "no start":
     sys.exit("weights: there is no tensor named head")
 if fault == "never ready":
@@ -52,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
             likely = [{"token": word, "id": number, "logprob": -0.1 - at} for at in range(top or 0)]
             logprobs = {"content": [{**likely[0], "top_logprobs": likely}]} if top else None
             self.part({"choices": [{"delta": {"content": word}, "logprobs": logprobs}]})
-            time.sleep(0.02)
+            time.sleep(wait)
         self.part({"choices": [{"delta": {}, "finish_reason": "length"}]})
         self.part({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(text)}})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -61,12 +62,17 @@ ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 class ScriptedEngine:
-    """``fault`` is one of those of the program, or empty."""
+    """``fault`` is one of those of the program, or empty.
+
+    A token takes 0.02 seconds, or so many for each decoder layer of the served checkpoint.
+    """
 
     name, export_format = "scripted", "checkpoint"
 
-    def __init__(self, fault: str = "") -> None:
-        self.fault = fault
+    def __init__(self, fault: str = "", *, layer_seconds: float | None = None) -> None:
+        self.fault, self.layer_seconds = fault, layer_seconds
+        self.served: list[tuple[int, Serving]] = []
+        """Layers of what was served, and how."""
 
     def installed(self) -> Installed:
         return Installed("1", sys.executable)
@@ -74,7 +80,12 @@ class ScriptedEngine:
     @contextmanager
     def serve(self, directory: Path, serving: Serving) -> Iterator[Server]:
         port, model = choose_port(serving.port), uuid4().hex
-        command = [sys.executable, "-I", "-c", PROGRAM, str(port), model, self.fault]
+        seconds = 0.02
+        if self.layer_seconds is not None:
+            config = json.loads((directory / "config.json").read_text())
+            self.served.append((config["text_config"]["num_hidden_layers"], serving))
+            seconds = self.layer_seconds * self.served[-1][0]
+        command = [sys.executable, "-I", "-c", PROGRAM, str(port), model, self.fault, str(seconds)]
         with running(self.name, command, {}) as process:
             server = ChatServer("1", process, f"http://{LOOPBACK}:{port}", model, serving.request_timeout_seconds)
             with server.client:

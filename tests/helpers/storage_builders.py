@@ -13,6 +13,7 @@ from storage.pareto import Group
 from storage.queue import jobs, leases
 from storage.queue.jobs import Job
 from storage.records import evaluations, lookup
+from storage.records.engine_latencies import EngineLatency
 from storage.records.evaluations import EvaluationKey, EvaluationRecord, EvaluationResult
 from storage.records.lookup import ModelRecord, TaskRecord
 from storage.records.plans import PlanFigures
@@ -105,5 +106,31 @@ def figures(plan: str, accuracy: float = 0.9, speedup: float = 1.5, **changes: A
         dense_kv_cache_bytes=4096,
         kv_cache_bytes=2048,
         layers_touched=sum(letter != "R" for letter in plan),
+    )
+    return replace(base, **changes)
+
+
+def engine_latency(speedup: float, **changes: Any) -> EngineLatency:
+    """Plausible figures of an engine against a dense request of 0.1 seconds."""
+    base = EngineLatency(
+        engine="vllm",
+        version="0.32.0",
+        dtype="float32",
+        concurrency=1,
+        rounds=20,
+        speedup=speedup,
+        speedup_low=0.95 * speedup,
+        speedup_high=1.05 * speedup,
+        first_token_seconds=0.05 / speedup,
+        dense_first_token_seconds=0.05,
+        seconds_per_token=0.01 / speedup,
+        dense_seconds_per_token=0.01,
+        latency_seconds=0.1 / speedup,
+        dense_latency_seconds=0.1,
+        requests_per_second=10 * speedup,
+        dense_requests_per_second=10.0,
+        kv_cache_bytes=1 << 20,
+        kv_cache_tokens=2048,
+        dense_kv_cache_tokens=1024,
     )
     return replace(base, **changes)

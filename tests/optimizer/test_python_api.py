@@ -12,7 +12,7 @@ import pytest
 from report_builders import LAYERS, finished_job
 
 import optimizer
-from optimizer import best, evaluations, export, plans, redundancy, report, run, submit
+from optimizer import best, engine_latencies, evaluations, export, plans, redundancy, report, run, submit
 from optimizer.errors import NoFeasiblePlan, UsageFault
 from optimizer.job.best import find_best
 from storage.database import Database
@@ -49,6 +49,18 @@ def test_every_function_is_listed_and_documented() -> None:
         assert name in dir(optimizer)
     with pytest.raises(AttributeError, match="no attribute 'plan'"):
         _ = optimizer.plan
+
+
+def test_latency_in_an_engine(url: str) -> None:
+    frame = engine_latencies(1)
+    assert list(frame["speedup"]) == [1.082, 1.043] and list(frame["concurrency"]) == [1, 16]
+    assert frame["plan_id"].nunique() == 1 and list(frame["dense_latency_seconds"]) == [0.1, 0.1]
+    found = best("tiny-llava", "shapes", max_accuracy_drop=0.5, engine="vllm")
+    assert found is not None and found.speedup == 1.131  # not the fastest by generate
+    assert best("tiny-llava", "shapes", max_accuracy_drop=0.5, engine="vllm", concurrency=2) is None
+    assert list(plans(engine="vllm", min_speedup=1.05)["speedup"]) == [1.131]
+    with pytest.raises(NotFound, match="there is no job 7"):
+        engine_latencies(7)
 
 
 def test_plans_as_a_frame(url: str) -> None:

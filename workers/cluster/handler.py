@@ -21,10 +21,12 @@ from workers.evaluation.text_divergence import text_divergence
 from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
 from workers.messages import (
+    CompareEngineLatency,
     CompareLatency,
     CompareText,
     EvaluateOtherTask,
     EvaluatePlans,
+    FindEngine,
     FitCompensation,
     MeasureLinearRedundancy,
     MeasureRedundancy,
@@ -42,6 +44,7 @@ from workers.redundancy.measure import measure_redundancy
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
 from workers.runtime.plan import LETTERS, SkipPlan
+from workers.serving.latency import compare_engine_latency, find_engine
 from workers.tasks import Task
 from workers.versions import installed_versions
 
@@ -133,6 +136,8 @@ class Handler:
                     n_samples=request.n_samples,
                     batch_size=self.evaluator.batch_size,
                 )
+            case FindEngine():
+                return find_engine(request.engine)
             case ProfileLatency():
                 return profile_latency(
                     loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload
@@ -148,3 +153,5 @@ class Handler:
                 return text_divergence(loaded, plan, maps, request.text)
             case CompareLatency():
                 return compare_latency(loaded, task, request, maps)
+            case CompareEngineLatency():
+                return compare_engine_latency(loaded, task, request, maps)

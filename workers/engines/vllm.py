@@ -103,10 +103,13 @@ def arguments(directory: Path, serving: Serving, port: int, model: str) -> list[
     listed += ["--dtype", serving.dtype, "--max-num-seqs", str(serving.concurrency)]
     listed += ["--limit-mm-per-prompt", json.dumps({"image": serving.images, "video": 0, "audio": 0})]
     listed += ["--enable-prefix-caching" if serving.prefix_caching else "--no-enable-prefix-caching"]
+    if not serving.prefix_caching:  # nor images, which vLLM would know again by their hashes
+        listed += ["--mm-processor-cache-gb", "0"]
     if not serving.compiled:
         listed += ["--enforce-eager"]
     if serving.kv_cache_bytes is not None:
-        listed += ["--kv-cache-memory-bytes", str(serving.kv_cache_bytes)]
+        # Without the share of memory, 0.9 by default, vLLM does not start where so much is not free.
+        listed += ["--kv-cache-memory-bytes", str(serving.kv_cache_bytes), "--gpu-memory-utilization", "0.01"]
     if serving.context_tokens is not None:
         listed += ["--max-model-len", str(serving.context_tokens)]
     return [*listed, *serving.options]
@@ -116,7 +119,7 @@ def environment(serving: Serving) -> dict[str, str]:
     """Return the environment that vLLM runs in: offline, without reports of its use."""
     mine = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if serving.threads is not None:
-        mine |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(serving.threads)}
+        mine |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(serving.threads), "KMP_BLOCKTIME": "5"}
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return inherited | mine
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from optimizer.exports.interface import ExportFormat, Guide, Loadable, Subject, needs_plain_skips
+from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
+from workers.errors import ModelError
 from workers.runtime import Action, SkipPlan
 
 
 def write(subject: Subject, directory: Path) -> None:
     """Write the model without the layers that the plan skips, in the form of the hub's checkpoints."""
-    from optimizer.exports.published_form import write_published_form
-    from workers.runtime import save_pruned
+    from workers.serving.checkpoint import write_checkpoint
 
-    save_pruned(
-        subject.model.model, subject.plan, directory, processor=subject.model.processor, compensation=subject.maps
-    )
-    write_published_form(subject.model, directory)
+    _write(write_checkpoint, subject, directory)
 
 
 def write_for_engine(subject: Subject, directory: Path) -> None:
     """Write the checkpoint with a chat template that engines read as transformers does."""
-    from optimizer.exports.published_form import write_start_of_text
+    from workers.serving.checkpoint import write_served_checkpoint
 
-    write(subject, directory)
-    write_start_of_text(subject.model, directory)
+    _write(write_served_checkpoint, subject, directory)
+
+
+def _write(writer: Callable[..., None], subject: Subject, directory: Path) -> None:
+    try:
+        writer(subject.model, subject.plan, directory, subject.maps)
+    except ModelError as error:
+        raise ExportFault(str(error)) from None
 
 
 def removal_of(plan: SkipPlan) -> SkipPlan:

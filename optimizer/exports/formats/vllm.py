@@ -65,6 +65,7 @@ def needed_overrides(directory: Path) -> dict[str, object]:
 def guide(subject: Subject, directory: Path) -> Guide:
     """How the checkpoint is served, with the family's limits."""
     family = subject.document.model.family
+    served = any(each.engine == "vllm" for each in subject.document.figures.engine_latencies)
     return Guide(
         usage=f"```sh\n{command(directory, shlex.quote(directory.name)).removeprefix('exec ')}\n```\n\n"
         f"or `./{SCRIPT}`, which passes further options on.",
@@ -73,7 +74,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
             f"vLLM must know the family `{family}`; a pruned checkpoint needs nothing beyond what the dense one needs.",
             "Tensor parallelism is not affected; pipeline parallelism splits the remaining layers.",
             "A speculative (draft, MTP or EAGLE) head trained on the dense model's states no longer fits.",
-            "The speed-up above was measured in transformers; vLLM's own will differ.",
+            *([] if served else ["The speed-up above was measured in transformers; vLLM's own will differ."]),
             *FAMILY_LIMITS.get(family, ()),
         ),
     )

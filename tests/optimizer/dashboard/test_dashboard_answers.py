@@ -61,6 +61,8 @@ def test_plans_are_the_database_s(client: TestClient, filled: Database) -> None:
     [
         ("max_accuracy_drop=0.02", [1.523, 1.131]),
         ("min_speedup=1.5", [1.871, 1.523]),
+        ("engine=vllm&min_speedup=1.05", [1.131]),
+        ("engine=vllm&concurrency=16&min_speedup=1.05", []),
         ("sort=accuracy", [1.131, 1.523, 1.871]),
         ("model=tiny-llava&task=shapes&device=test&limit=1", [1.871]),
     ],

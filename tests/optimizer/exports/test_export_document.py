@@ -10,6 +10,7 @@ import pytest
 from export_builders import document
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from storage_builders import engine_latency
 
 from optimizer.errors import UsageFault
 from optimizer.exports.card import model_card
@@ -29,12 +30,16 @@ REGENERATE = (
 )
 
 
+SERVED = (engine_latency(1.4, seconds_per_token=None),)
+
+
 def test_the_published_schema_is_the_one_in_force():
     assert json.loads(SCHEMA.read_text()) == json_schema(), REGENERATE
 
 
 def test_a_document_survives_its_file(tmp_path: Path):
-    written = document("RFBS")
+    figures = replace(document("RFBS").figures, engine_latencies=SERVED)
+    written = document("RFBS", figures=figures)
     file = tmp_path / "skipplan.json"
     file.write_text(written.to_json())
     assert read(file) == written == read(tmp_path)
@@ -135,9 +140,10 @@ def test_an_imported_plan_is_found_and_marked(db: Database, tmp_path: Path):
     assert asdict(stored)["secondary"] == original.figures.secondary
     assert stored.device == original.device
 
-    better = original.model_copy(update={"figures": replace(original.figures, n_samples=300)})
+    better = original.model_copy(update={"figures": replace(original.figures, n_samples=300, engine_latencies=SERVED)})
     file.write_text(better.to_json())
-    assert import_plan(db, read(tmp_path), tmp_path).n_samples == 300
+    found = import_plan(db, read(tmp_path), tmp_path)
+    assert found.n_samples == 300 and found.engine_latencies == SERVED
     assert len(plans.list_plans(db)) == 1  # the new figures took the place of the old
 
 
@@ -171,9 +177,11 @@ EXPORT = PlanDocument.model_validate_json(
 
 
 def test_the_card_tells_every_figure_and_what_was_forced_or_imported():
-    imported = document("RFBS", origin="imported").model_copy(update={"export": EXPORT})
+    figures = replace(document("RFBS").figures, engine_latencies=SERVED)
+    imported = document("RFBS", origin="imported", figures=figures).model_copy(update={"export": EXPORT})
     text = model_card(imported, EXPORT_FORMATS["runtime"], Guide("USAGE", ("LIMIT",)))
     for figure in ("0.9000", "0.8700 to 0.9300", "-0.0200", "98.75 %", "1.500", "1.400 to 1.600", "200", "4096"):
         assert figure in text
+    assert "| speed-up in vllm 0.32.0, 1 at once | 1 | 1.400 | 1.330 to 1.470 |" in text
     assert "imported, not measured" in text and "not of this model" in text
     assert "USAGE" in text and "- LIMIT" in text and "batch=1 new=4" in text

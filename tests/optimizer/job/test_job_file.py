@@ -99,6 +99,24 @@ def test_digest_is_of_what_determines_the_result(tmp_path: Path):
     assert len(set(different)) == 4
 
 
+def test_an_engine_goes_with_what_it_can_serve():
+    def spec(**changes) -> JobSpec:
+        return JobSpec.model_validate({**MINIMAL, "latency": {"engine": "vllm"}, **changes})
+
+    assert spec(workload={"concurrency": 8}).workload.concurrency == 8
+    plain, served = JobSpec.model_validate(MINIMAL), spec()
+    assert plain.digest() != served.digest() != spec(workload={"concurrency": 8}).digest()
+    assert "engine" not in plain.canonical()["latency"]  # jobs of before there were engines are found again
+    for changes, message in (
+        ({"latency": {"engine": "vlm"}}, "latency.engine: .*'transformers', 'vllm', 'llama.cpp'"),
+        ({"workload": {"batch_size": 4}}, "workload.batch_size: latency.engine vllm is asked one prompt a request"),
+        ({"actions": ["skip", "freeze"]}, "actions: latency.engine vllm serves checkpoints, which cannot say freeze"),
+        ({"latency": {}, "workload": {"concurrency": 4}}, "workload.concurrency: needs an engine that serves"),
+    ):
+        with pytest.raises(UsageFault, match=message):
+            validate_job({**MINIMAL, "latency": {"engine": "vllm"}, **changes}, "job")
+
+
 def test_letters_follow_the_actions():
     assert JobSpec.model_validate(MINIMAL).letters == "RS"
     assert JobSpec.model_validate({**MINIMAL, "actions": ["skip", "bypass", "freeze"]}).letters == "RFBS"

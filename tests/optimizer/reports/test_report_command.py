@@ -34,6 +34,26 @@ def test_page_of_the_latest_job(database: Database, tmp_path: Path, capsys: pyte
     assert "job 1 (tpe, seed 7)" in page  # drawn beside it: same model, task and samples
 
 
+def test_latency_in_engines_stands_in_page_and_tables(
+    database: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = finished_job(database)
+    assert _run(["report", str(job)]) == 0
+    page = (tmp_path / f"report-{job}.html").read_text()
+    assert "Latency in engines (2)" in page
+    for cell in ("vllm 0.32.0, float32", "1.08 [1.03, 1.14]", "92.4 ms (dense 100.0 ms)", "2,048 (dense 1,024)"):
+        assert cell in page, cell
+    capsys.readouterr()
+    best = ["best", "--model", "tiny-llava", "--task", "shapes", "--max-accuracy-drop", "0.5", "--engine", "vllm"]
+    assert _run(best) == 0
+    assert "vllm 0.32.0, 16 at once: 1.04" in " ".join(capsys.readouterr().out.split())
+    assert _run([*best, "--json", "--concurrency", "16"]) == 0
+    assert [each["speedup"] for each in json.loads(capsys.readouterr().out)["engine_latencies"]] == [1.082, 1.043]
+    assert _run([*best, "--concurrency", "2"]) == 3
+    assert _run([*best[:7], "--concurrency", "2"]) == 2
+    assert "--concurrency: says at which concurrency an engine served" in capsys.readouterr().err
+
+
 def test_pictures(database: Database, tmp_path: Path) -> None:
     finished_job(database)
     for name in ("front", "plans", "redundancy", "theory", "progress", "latency"):

@@ -67,7 +67,7 @@ def test_finalists_that_were_timed_on_several_devices_are_published_under_their_
         each.candidate: timed(each.verdict.plan, device, seconds)
         for each, device, seconds in zip(finalists, ("CPU A", "CPU B"), (0.1, 0.4), strict=True)
     }
-    found = publish.run(context, finalists, measured, {})
+    found = publish.run(context, finalists, publish.Measured(measured))
     rows = [plans.get(store, number) for number in found.plan_ids]
     assert [(row.plan, row.device, row.latency_seconds) for row in rows] == [
         (FAST, "CPU A", 0.1),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from optimizer.exports.interface import ExportFault
+from workers.errors import ModelError
 from workers.models.loading import LoadedModel
 
 _FAST_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -24,14 +24,14 @@ _CONVERSATION = [{"role": "user", "content": [{"type": "image"}, {"type": "text"
 
 
 def write_published_form(loaded: LoadedModel, directory: Path) -> None:
-    """Complete the written checkpoint in ``directory``. Raises ExportFault where it would then be read otherwise."""
+    """Complete the written checkpoint in ``directory``. Raises ModelError where it would then be read otherwise."""
     before = _settings(loaded, directory)
     _change(directory / "config.json", _old_fields)
     _change(directory / "tokenizer_config.json", _old_tokenizer)
     _write_preprocessor(directory)
     after = _settings(loaded, directory)
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-        raise ExportFault(
+        raise ModelError(
             f"with the fields that engines read, transformers reads {', '.join(changed)} otherwise: this family's "
             "configuration cannot be written in both forms"
         )
@@ -118,7 +118,7 @@ def write_start_of_text(loaded: LoadedModel, directory: Path) -> None:
 
 
 def _require_same_prompt(loaded: LoadedModel, directory: Path) -> None:
-    """Raise ExportFault when transformers makes another prompt by what was written than the live model is asked."""
+    """Raise ModelError when transformers makes another prompt by what was written than the live model is asked."""
     from PIL import Image
 
     from workers.models.without_torchvision import load_auto_processor
@@ -139,7 +139,7 @@ def _require_same_prompt(loaded: LoadedModel, directory: Path) -> None:
         for processor in (loaded.processor, written)
     ]
     if prompts[0] != prompts[1]:
-        raise ExportFault(
+        raise ModelError(
             f"the processor as it was written makes {len(prompts[1][0])} tokens of a prompt of which the model's makes "
             f"{len(prompts[0][0])}: this family's processor cannot be written in the form that engines read"
         )

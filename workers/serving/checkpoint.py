@@ -1,0 +1,26 @@
+"""Write the live model under a plan as the checkpoint that engines read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workers.models.loading import LoadedModel
+from workers.runtime import SkipPlan, save_pruned
+from workers.runtime.folding import Maps
+from workers.serving.published_form import write_published_form, write_start_of_text
+
+
+def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
+    """Write the model without the layers that ``plan`` skips, in the form of the hub's checkpoints.
+
+    Raises PlanError for a plan that a checkpoint cannot hold, ModelError where the family cannot be written in that
+    form.
+    """
+    save_pruned(loaded.model, plan, directory, processor=loaded.processor, compensation=maps)
+    write_published_form(loaded, directory)
+
+
+def write_served_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
+    """Write the checkpoint with a chat template that engines read as transformers does. Raises as write_checkpoint."""
+    write_checkpoint(loaded, plan, directory, maps)
+    write_start_of_text(loaded, directory)
