@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from string import whitespace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from optimizer.exports import fresh_process
@@ -31,9 +31,14 @@ if TYPE_CHECKING:
 
 LOGPROB_TOLERANCE = 1e-4
 """Largest allowed difference of log-probabilities as a share of the largest logit, both computing in float32."""
+ROUNDING: Mapping[str, float] = MappingProxyType({"llama.cpp": 1e-2})
+"""The same for engines that compute parts in less, by name: llama.cpp cuts images into patches in float16."""
 TOP_LOGPROBS = 5
 LEAST_LOGPROB = -100.0
 """Below this a log-probability says no more than that a token is out of the question."""
+
+_BLANKS = "".join(map(chr, range(33)))
+"""The space, and the control characters before it."""
 
 Outcome = Literal["equal", "near tie", "other prompt", "different"]
 
@@ -128,8 +133,9 @@ def verify_in_engine(
     options = {"max_tokens": task.spec.answer.max_new_tokens, "top_logprobs": TOP_LOGPROBS}
     requests = [chat_request(task, sample, **options) for sample in samples]
     installed, replies = _ask(engine, directory, serving, requests)
+    rounding = ROUNDING.get(engine.name, 0.0)
     answers = {
-        sample.id: compare(live, reply)
+        sample.id: compare(live, reply, rounding)
         for sample, live, reply in zip(
             samples, _live_answers(loaded, SkipPlan.parse(plan.plan), maps, task, samples), replies, strict=True
         )
@@ -145,6 +151,7 @@ def verify_in_engine(
         answers=answers,
         accuracy=_accuracy(task, samples, {key: each.served for key, each in answers.items()}, confidence),
         live_accuracy=_accuracy(task, samples, {key: each.live for key, each in answers.items()}, confidence),
+        tolerance=max(LOGPROB_TOLERANCE, rounding),
     )
 
 
@@ -209,14 +216,17 @@ def _live_answers(
             yield LiveAnswer(text, tuple(inputs["input_ids"][0].tolist()), tuple(tokens), logits, ends)
 
 
-def compare(live: LiveAnswer, reply: ChatReply) -> ServedAnswer:
-    """Compare one answer of the live model with the engine's."""
+def compare(live: LiveAnswer, reply: ChatReply, rounding: float = 0.0) -> ServedAnswer:
+    """Compare one answer of the live model with the engine's, whose logits may be off by that share of the largest."""
     served = reply.text.strip()
     if reply.prompt_token_ids is not None and reply.prompt_token_ids != live.prompt:
         pairs = enumerate(zip(live.prompt, reply.prompt_token_ids, strict=False))
         at = next((number for number, (own, other) in pairs if own != other), "its end")
         lengths = f"{len(reply.prompt_token_ids)} tokens, the live model's {len(live.prompt)}"
         detail = f"the engine's prompt has {lengths}; they differ at {at}"
+        return ServedAnswer(live.text, served, "other prompt", detail)
+    if reply.prompt_token_ids is None and reply.prompt_tokens not in (0, len(live.prompt)):
+        detail = f"the engine's prompt has {reply.prompt_tokens} tokens, the live model's {len(live.prompt)}"
         return ServedAnswer(live.text, served, "other prompt", detail)
     tokens = reply.token_ids or ()
     steps = list(zip(live.tokens, tokens, strict=False))
@@ -232,20 +242,21 @@ def compare(live: LiveAnswer, reply: ChatReply) -> ServedAnswer:
     if same == len(steps):
         return ServedAnswer(live.text, served, "different", "the tokens do not say where", difference)
     own, other = steps[same]
-    outcome, detail = _first_difference(live.logits[same], own, other, same)
+    outcome, detail = _first_difference(live.logits[same], own, other, same, rounding)
     return ServedAnswer(live.text, served, outcome, detail, difference)
 
 
 def _whole(text: str) -> str:
-    """Leave out a last character of which the answer's length cut a part off, as engines do."""
-    return text.strip().rstrip("\ufffd" + whitespace)
+    """Leave out a last character of which the answer's length cut a part off, and what engines hold back with it."""
+    return text.strip().rstrip("\ufffd" + _BLANKS)
 
 
-def _first_difference(logits: Tensor, own: int, other: int, step: int) -> tuple[Outcome, str]:
+def _first_difference(logits: Tensor, own: int, other: int, step: int, rounding: float) -> tuple[Outcome, str]:
     """Judge the first token that differs by the live model's logits ``[vocabulary]`` there."""
     from workers.models.ties import tie_bound
 
     gap, bound = float(logits[own] - logits[other]), float(tie_bound(logits.max(), logits.dtype))
+    bound = max(bound, 2 * rounding * float(logits.abs().max()))
     said = f"at token {step} the live model's logits of the two are {gap:.1e} apart (tied within {bound:.1e})"
     return ("near tie" if gap <= bound else "different"), said
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from typer.main import get_command
 
 from optimizer.cli.main import app
+from optimizer.exports.formats import vllm
 from optimizer.job.loading import ENVIRONMENT
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -107,6 +109,27 @@ def test_compose_file_keeps_the_database_to_itself():
         assert set(services[name]["environment"]) - {"SKIPPLAN_LOG", "RAY_AUTH_MODE"} <= set(ENVIRONMENT)
     written = (FILES / "docker-compose.yaml").read_text()
     assert re.findall(r"POSTGRES_PASSWORD(?!:\?set it in \.env)\}", written) == []  # no default, no literal
+
+
+def test_compose_file_serves_an_export_as_its_own_script_does(tmp_path: Path):
+    compose = load("vllm-compose.yaml")
+    (service,) = compose["services"].values()
+    known = {"image", "command", "environment", "volumes", "ports", "shm_size", "deploy", "healthcheck", "restart"}
+    assert set(service) == known and re.fullmatch(r"vllm/vllm-openai:v\d+\.\d+\.\d+", service["image"])
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlavaForConditionalGeneration"]}))
+    served = shlex.split(vllm.command(tmp_path, "/model"))
+    assert served[:3] == ["exec", "vllm", "serve"]  # the image's entry point
+    place = service["command"].index("--served-model-name")
+    assert [*service["command"][:place], *service["command"][place + 2 :]] == served[3:]
+    export, cache = (volume.split(":") for volume in service["volumes"])
+    assert export[-2:] == ["/model", "ro"] and cache[0] in compose["volumes"]
+    assert service["volumes"][0].startswith("${SKIPPLAN_EXPORT:?")  # no default
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    assert set(service["healthcheck"]) == {"test", "interval", "timeout", "retries", "start_period"}
+    test = service["healthcheck"]["test"]
+    assert test[:3] == ["CMD", "python3", "-c"] and "/health" in test[3]
+    compile(test[3], "healthcheck", "exec")
+    assert all(isinstance(value, str) for value in service["environment"].values())
 
 
 def test_dockerfile_copies_what_is_there_and_ends_unprivileged():

@@ -44,8 +44,8 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 def save(directory: Path, family: str, sizes: dict[str, int] = SIZES, *, letters: bool = False) -> Path:
     """Write a checkpoint of a family, with tokenizer and processor; ``sizes`` are those of its text model.
 
-    ``letters``: a tokenizer in the manner of Llama 2 with a token for every letter and byte, which llama.cpp's
-    converter knows without a table of its own.
+    ``letters``: for llama.cpp, whose converter knows a tokenizer in the manner of Llama 2 without a table of its own;
+    this one has a token for every letter and byte. SmolVLM's images are cut into four tiles, as that engine does.
     """
     directory.mkdir(parents=True)
     tokens, picture = {
@@ -54,15 +54,21 @@ def save(directory: Path, family: str, sizes: dict[str, int] = SIZES, *, letters
         "gemma3": (GEMMA3, "<start_of_image>"),
     }.get(family, (QWEN, "<|vision_start|><|image_pad|><|vision_end|>"))
     tokenizer = _tokenizer(tokens, _letters() if letters else tiny_llava.build_processor().tokenizer)
+    if letters and family == "smolvlm":
+        tokenizer.add_tokens([f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)], special_tokens=True)
+        tokenizer.add_tokens(["\n\n"])
     if family == "gemma3":
         tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # which its processor in vLLM asks for
     tokenizer.save_pretrained(directory)
-    for name, content in _processor(family).items():
+    for name, content in _processor(family, tiles=letters).items():
         (directory / name).write_text(json.dumps(content))
     (directory / "chat_template.jinja").write_text(tiny_llava.CHAT_TEMPLATE.replace("<image>\n", picture))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(_config(family, tokenizer, sizes))
     model.generation_config.eos_token_id = None  # every answer has its full length
+    if letters:  # no answers of bytes and special tokens, for which programs write different signs
+        words = tokenizer.get_vocab().items()
+        model.lm_head.weight.data[[number for word, number in words if len(word) > 1]] = 0.0
     model.save_pretrained(directory)
     return directory
 
@@ -91,13 +97,13 @@ def _tokenizer(tokens: dict[str, str], plain: PreTrainedTokenizerFast) -> PreTra
     )
 
 
-def _processor(family: str) -> dict[str, dict[str, Any]]:
+def _processor(family: str, *, tiles: bool) -> dict[str, dict[str, Any]]:
     if family == "smolvlm":
         images = {
             "image_processor_type": "SmolVLMImageProcessor",
-            "size": {"longest_edge": 32},
+            "size": {"longest_edge": 64 if tiles else 32},
             "max_image_size": {"longest_edge": 32},
-            "do_image_splitting": False,
+            "do_image_splitting": tiles,
         }
         return {
             "preprocessor_config.json": {"processor_class": "SmolVLMProcessor"} | images,

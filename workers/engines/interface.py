@@ -74,6 +74,7 @@ class ChatReply:
     text: str
     finish_reason: str
     prompt_tokens: int
+    """Of the prompt as the engine computes it, images included; 0 where the engine does not say it."""
     new_tokens: int
     seconds: float
     """Until the answer was whole."""

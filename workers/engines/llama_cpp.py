@@ -76,6 +76,8 @@ class LlamaCpp:
             command += ["--host", LOOPBACK, "--port", str(port), "--no-ui", "--cache-ram", "0"]
             command += ["--parallel", str(serving.concurrency), "--ctx-size", str(each * serving.concurrency)]
             command += ["--cache-type-k", TYPES[serving.dtype], "--cache-type-v", TYPES[serving.dtype]]
+            if serving.dtype == "float32":
+                command += ["--flash-attn", "off"]  # which computes in float16 whatever the cache's type
             command += [] if serving.threads is None else ["--threads", str(serving.threads)]
             with running(self.name, [*command, *serving.options], os.environ) as process:
                 server = LlamaServer(

@@ -7,7 +7,7 @@ from pathlib import Path
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, save_pruned
 from workers.runtime.folding import Maps
-from workers.serving.published_form import write_published_form, write_start_of_text
+from workers.serving.published_form import write_published_form, write_start_of_text, write_vocabulary
 
 
 def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
@@ -21,6 +21,7 @@ def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps:
 
 
 def write_served_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
-    """Write the checkpoint with a chat template that engines read as transformers does. Raises as write_checkpoint."""
+    """Write the checkpoint with a tokenizer that engines read as transformers does. Raises as write_checkpoint."""
     write_checkpoint(loaded, plan, directory, maps)
+    write_vocabulary(loaded, directory)
     write_start_of_text(loaded, directory)

@@ -8,6 +8,7 @@ there is only the new one. So both forms are written. ``docs/exports.md`` has th
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ _FAST_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Classes of tokenizers by their names since transformers 5, with those before; both releases know the latter."""
 _TEXT_ARCHITECTURES = {"idefics3": "VLlama3ForCausalLM", "smolvlm": "VLlama3ForCausalLM"}
 """What the hub's text configurations of a family name, by which llama.cpp's converter finds its class."""
+_INTERLEAVED_SECTIONS = frozenset({"qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text"})
+"""Text models of which transformers always interleaves the sections of multimodal rotary positions; engines read it."""
+_INTERLEAVED = "mrope_interleaved"
 _OLD_FIELDS = ("torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "architectures")
 _CONVERSATION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
@@ -45,6 +49,8 @@ def _settings(loaded: LoadedModel, directory: Path) -> dict[str, Any]:
         for name, value in content.items():
             if isinstance(value, dict) and name.endswith("_config"):
                 yield from flat(value, f"{path}{name}.")
+            elif isinstance(value, dict) and name == "rope_parameters":
+                yield f"{path}{name}", {key: own for key, own in value.items() if key != _INTERLEAVED}
             elif name not in _OLD_FIELDS:
                 yield f"{path}{name}", value
 
@@ -69,6 +75,8 @@ def _old_fields(config: dict[str, Any]) -> None:
         rope = section.get("rope_parameters")
         if not isinstance(rope, dict):
             continue
+        if section.get("model_type") in _INTERLEAVED_SECTIONS:
+            rope.setdefault(_INTERLEAVED, True)
         # Gemma 3 has a set for each type of layer; the hub's has one, and a base for layers with a window.
         local, own = rope.get("sliding_attention"), rope.get("full_attention", rope)
         if isinstance(local, dict) and "rope_theta" in local:
@@ -115,6 +123,29 @@ def write_start_of_text(loaded: LoadedModel, directory: Path) -> None:
     if first == [tokenizer.bos_token_id] and not text.startswith(tokenizer.bos_token):
         template.write_text("{{ bos_token }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
         _require_same_prompt(loaded, directory)
+
+
+def write_vocabulary(loaded: LoadedModel, directory: Path) -> None:
+    """Write what llama.cpp's converter reads of tokenizers like SentencePiece besides ``tokenizer.json``, for engines.
+
+    transformers 5 saves that file alone. Without the model's own ``tokenizer.model`` the converter gives every token
+    the same score, by which texts are cut otherwise; without these settings the engine begins every text with a space
+    and the first special token.
+    """
+    tokenizer, file = getattr(loaded.processor, "tokenizer", None), directory / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if tokenizer is None or not content.get("model", {}).get("byte_fallback"):
+        return
+    if (own := Path(tokenizer.name_or_path, "tokenizer.model")).is_file():
+        shutil.copyfile(own, directory / own.name)
+    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    settings = {
+        "add_bos_token": whole != plain and whole[0] == tokenizer.bos_token_id,
+        "add_prefix_space": tokenizer.convert_ids_to_tokens(plain)[0].startswith("▁"),
+        "added_tokens_decoder": {str(token.pop("id")): token for token in content["added_tokens"]},
+    }
+    _change(directory / "tokenizer_config.json", lambda config: config.update(settings | config))
+    _require_same_prompt(loaded, directory)
 
 
 def _require_same_prompt(loaded: LoadedModel, directory: Path) -> None:

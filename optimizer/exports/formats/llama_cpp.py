@@ -6,6 +6,7 @@ maps of compensated gaps, and leaves metadata with an entry for each layer at it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,11 @@ if test -n "$type"; then
     mv "$output/quantised.gguf" "$output/model.gguf"
 fi
 """
+CLIP_TOWER = (
+    "This model's vision tower is a CLIP one. llama.cpp's converter does not take it, so the commands end behind "
+    "`model.gguf`; with an `mmproj.gguf` from elsewhere its server misplaces patches, as it does the dense model's: "
+    "it puts the class token behind them and takes it for the last one (its issue 25814). Serve it in another engine.",
+)
 
 
 def write(subject: Subject, directory: Path) -> None:
@@ -56,8 +62,14 @@ def guide(subject: Subject, directory: Path) -> Guide:
             "llama.cpp's converter must know the family, its tokenizer and its vision tower.",
             "The vision tower and projector (`mmproj.gguf`) are not changed by the plan.",
             "Accuracy and speed-up above hold for the unquantised model in transformers.",
+            *(CLIP_TOWER if _vision_tower(directory) == "clip_vision_model" else ()),
         ),
     )
+
+
+def _vision_tower(directory: Path) -> object:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return (config.get("vision_config") or {}).get("model_type")
 
 
 def check() -> Sequence[str]:

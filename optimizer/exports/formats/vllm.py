@@ -15,10 +15,15 @@ from workers.errors import EngineAbsent
 
 SCRIPT = "serve.sh"
 
+IMAGE_TOKENS = (
+    "Image tokens see one another. vLLM's attention for CPUs has no such mask and lets them see earlier ones alone: on "
+    "a CPU answers about images differ, those of the dense model too. Requests without images are answered the same.",
+)
 DEEPSTACK = ("The first layers take vision features of their own (deepstack), so no plan skips them.",)
 FAMILY_LIMITS: Mapping[str, Sequence[str]] = MappingProxyType(
     {
         "mllama": ("vLLM dropped this family with its first engine; versions that still serve it are old.",),
+        "gemma3": IMAGE_TOKENS,
         "gemma3n": ("Layers that share keys and values are counted in `config.json`, which the export adapts.",),
         "gemma4": ("Layers that share keys and values are counted in `config.json`, which the export adapts.",),
         "qwen3_vl": DEEPSTACK,

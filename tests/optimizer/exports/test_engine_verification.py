@@ -44,6 +44,14 @@ def test_another_token_is_a_near_tie_only_where_the_live_logits_are_tied() -> No
     assert compare(replace(LIVE, logits=tied), reply("a b", (0, 1))).outcome == "different"
 
 
+def test_an_engine_that_computes_in_less_than_float32_may_choose_between_logits_so_far_apart() -> None:
+    tied = LOGITS.clone()
+    tied[1, 1] = 10 - 0.19  # within two times a hundredth of 10
+    assert compare(replace(LIVE, logits=tied), reply("a b", (0, 1)), rounding=1e-2).outcome == "near tie"
+    tied[1, 1] = 10 - 0.21
+    assert compare(replace(LIVE, logits=tied), reply("a b", (0, 1)), rounding=1e-2).outcome == "different"
+
+
 def test_nothing_is_compared_beyond_the_first_other_token() -> None:
     other = replace(reply("b c", (1, 2)), tokens=(Token(1, "b", QUARTER), Token(2, "c", -9.0)))
     assert compare(LIVE, other).logprob_difference < 1e-6
@@ -65,9 +73,18 @@ def test_an_end_that_the_engine_does_not_report_is_its_last_token() -> None:
     assert compare(replace(LIVE, logits=tied, ends=frozenset({0})), ended).outcome == "different"
 
 
+def test_a_prompt_of_another_length_is_another_prompt_where_the_engine_does_not_say_its_tokens() -> None:
+    silent = replace(reply(), prompt_token_ids=None)
+    assert compare(LIVE, silent).outcome == "equal"
+    found = compare(LIVE, replace(silent, prompt_tokens=5))
+    assert found.outcome == "other prompt" and found.detail == "the engine's prompt has 5 tokens, the live model's 4"
+    assert compare(LIVE, replace(silent, prompt_tokens=0)).outcome == "equal"  # it does not say that either
+
+
 def test_a_character_cut_at_the_end_is_no_difference() -> None:
     assert compare(replace(LIVE, text="a c \ufffd"), reply("a c")).outcome == "equal"
     assert compare(replace(LIVE, text="a \ufffd\r\ufffd"), reply("a \ufffd")).outcome == "equal"
+    assert compare(replace(LIVE, text="a c\x0c\x1f\ufffd"), reply("a c")).outcome == "equal"
     assert compare(replace(LIVE, text="a \ufffd c"), reply("a c")).outcome == "different"
 
 

@@ -79,6 +79,7 @@ def test_llama_cpp_commands_convert_and_quantise_where_asked(model_directory: Pa
     export = export_plan(
         document("RSRRSR", model_directory), ModelSource(str(model_directory)), "llama-cpp", tmp_path / "x"
     )
+    assert "vision tower is a CLIP one" in (export.directory / "README.md").read_text()  # which it cannot convert
     script, log, gguf = export.directory / "convert.sh", tmp_path / "log", tmp_path / "gguf"
     here = {"LLAMA_CPP": str(tmp_path), "PYTHON": program(tmp_path / "python", f'echo "$@" >> {log}')}
     missing = run_script(script, str(gguf), "Q8_0", **here, QUANTIZE="no-such-program")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny_llava
+import tiny_video_families
 import torch
 from export_builders import document
 from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from optimizer.exports.writing import export_plan
 from workers.messages import ModelSource
@@ -67,6 +68,36 @@ def test_settings_stand_under_their_names_before_and_since_transformers_5(writte
     images = json.loads((written / "preprocessor_config.json").read_text())
     assert images["image_processor_type"] == "CLIPImageProcessor" and images["crop_size"] == {"height": 32, "width": 32}
     assert json.loads((written / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_rotary_sections_that_transformers_interleaves_unasked_are_said_to_be(tmp_path: Path) -> None:
+    """Engines take the sections one behind the other unless `config.json` says otherwise, as the hub's does."""
+    model = tiny_video_families.save(tmp_path / "model", "qwen3_vl")
+    before = json.loads((model / "config.json").read_text())["text_config"]["rope_parameters"]
+    assert "mrope_interleaved" not in before
+    written = export_plan(
+        document("RRSRRR", model), ModelSource(str(model)), "checkpoint", tmp_path / "export"
+    ).directory
+    text = json.loads((written / "config.json").read_text())["text_config"]
+    assert text["rope_parameters"] == before | {"mrope_interleaved": True}
+    assert text["rope_scaling"]["mrope_interleaved"] is True
+    other = tiny_video_families.save(tmp_path / "other", "qwen2_vl")
+    plain = export_plan(document("RRSRRR", other), ModelSource(str(other)), "checkpoint", tmp_path / "plain").directory
+    assert "mrope_interleaved" not in (plain / "config.json").read_text()
+
+
+def test_llama_cpp_is_told_how_a_tokenizer_like_sentencepiece_begins_a_text(tmp_path: Path) -> None:
+    """Silent files would mean a space and <s> before every text, and one score for all tokens."""
+    model = tiny_video_families.save(tmp_path / "model", "smolvlm", letters=True)
+    (model / "tokenizer.model").write_bytes(b"scores")
+    written = export_plan(document("RSRRSR", model), ModelSource(str(model)), "llama-cpp", tmp_path / "gguf").directory
+    settings = json.loads((written / "tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] is False and settings["add_prefix_space"] is False
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    listed = {int(number): token["content"] for number, token in settings["added_tokens_decoder"].items()}
+    assert listed[tokenizer.convert_tokens_to_ids("<image>")] == "<image>"
+    assert listed[tokenizer.convert_tokens_to_ids("<row_2_col_1>")] == "<row_2_col_1>"
+    assert (written / "tokenizer.model").read_bytes() == b"scores"
 
 
 def test_the_chat_template_says_the_token_that_the_tokenizer_puts_first(source: Path, written: Path) -> None:
