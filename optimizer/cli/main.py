@@ -55,7 +55,7 @@ def options(
     context.obj = GlobalOptions(database=database_url, debug=debug, quiet=quiet)
 
 
-SUPERVISED = ("run", "serve", "score", "validate-theory")
+SUPERVISED = ("run", "serve", "redundancy", "validate-theory")
 """Commands that use Ray, which may end their process."""
 
 for module in (run, plans, export, report, setup, theory):

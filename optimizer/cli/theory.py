@@ -1,4 +1,4 @@
-"""``skipplan score`` and ``validate-theory``: measure the layers, and test whether that predicts harm."""
+"""``skipplan redundancy`` and ``validate-theory``: measure the layers, and test whether that predicts harm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Draw to this file (.p
 
 
 @app.command()
-def score(
+def redundancy(
     context: typer.Context,
     config: JobFile,
     causal: Annotated[
@@ -42,7 +42,7 @@ def score(
 
     Measurements in the database are not repeated.
 
-    [bold]Example:[/bold] skipplan score configs/quickstart.yaml --plot layers.png
+    [bold]Example:[/bold] skipplan redundancy configs/quickstart.yaml --plot layers.png
     """
     from optimizer import criteria
     from optimizer.job.loading import load_job
@@ -56,7 +56,7 @@ def score(
     spec = load_job(config, database=global_options(context).database)
     criterion = criteria.load(spec.criterion, spec.thresholds)
     kinds = [kind for kind in KINDS if causal or kind not in AFTER_ALL or kind in criterion.needs]
-    with _context(context, spec, "score", as_json) as (job, screen):
+    with _context(context, spec, "redundancy", as_json) as (job, screen):
         warning = dense.warn(job)
         table = measured(job, kinds)
     risk = criterion.risk(table)

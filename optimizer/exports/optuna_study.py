@@ -88,7 +88,7 @@ def _trials(db: Database, job_id: int, spec: JobSpec) -> Iterator[FrozenTrial]:
 
 def _layer_times(db: Database, dense: EvaluationRecord, spec: JobSpec) -> LayerTimes:
     """Read the profile that predicted latency in the job's search."""
-    profile = measurements.profile_of_job(db, dense.job_id) if spec.search.latency == "measured" else None
+    profile = measurements.profile_of_job(db, dense.job_id) if spec.search.latency_model == "profile" else None
     return profile if profile is not None else LayerCounts.of(len(dense.plan), LETTERS)
 
 

@@ -95,7 +95,7 @@ class ConstraintSpec(Section):
 class SearchSpec(Section):
     """How plans are proposed and how many are tried."""
 
-    evaluations: int = Field(default=200, ge=1, le=1_000_000, description="Number of distinct plans to evaluate.")
+    trials: int = Field(default=200, ge=1, le=1_000_000, description="Number of distinct plans to try.")
     layer_executions: int | None = Field(
         default=None,
         ge=1,
@@ -138,9 +138,10 @@ class SearchSpec(Section):
         description="Growing prefix sizes of the search split; a plan that cannot reach the front stops on an early "
         "one. Default: a quarter of the split, then all of it.",
     )
-    latency: Literal["measured", "layers"] = Field(
-        default="measured",
-        description="What predicts a plan's time during the search. measured: the profile of this device. layers: the "
+    latency_model: Literal["profile", "layers"] = Field(
+        default="profile",
+        description="What predicts a plan's time during the search. profile: the sum of its layers' times, measured on "
+        "this device once a job. layers: the "
         "number of layers that run (a frozen or bypassed one counts half), the same on any machine, so that a search "
         "can be repeated exactly.",
     )

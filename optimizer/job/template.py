@@ -18,9 +18,9 @@ from workers.tasks import load_spec, load_task
 from workers.tasks.spec import FileSource, SplitSizes, TaskSpec
 
 ACTIONS = tuple(action.label for action in Action if action is not Action.RUN)
-EVALUATIONS_PER_LAYER = 8
-"""Plans tried for every decoder layer, at least ``FEWEST_EVALUATIONS``."""
-FEWEST_EVALUATIONS = 100
+TRIALS_PER_LAYER = 8
+"""Plans tried for every decoder layer, at least ``FEWEST_TRIALS``."""
+FEWEST_TRIALS = 100
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,12 @@ def _splits(spec: TaskSpec) -> tuple[SplitSizes, str]:
 
 
 def _text(model: str, task: str, found: ModelDescription, spec: TaskSpec, remark: str, actions: Sequence[str]) -> str:
-    evaluations = max(FEWEST_EVALUATIONS, EVALUATIONS_PER_LAYER * found.num_layers)
+    trials = max(FEWEST_TRIALS, TRIALS_PER_LAYER * found.num_layers)
     splits, unit = spec.splits, spec.splits.unit
     others = [action for action in actions if action != "skip"]
     more = f" # this model also takes: {', '.join(others)}" if others and "skip" in actions else ""
     first = "skip" if "skip" in actions else actions[0]
-    after_evaluations, after_held_out = (
-        " " * (width - len(str(n))) for width, n in ((13, evaluations), (16, splits.held_out))
-    )
+    after_trials, after_held_out = (" " * (width - len(str(n))) for width, n in ((18, trials), (16, splits.held_out)))
     refused = "".join(f"\n# {line}" for line in _refused(found))
     return f"""\
 # skipplan run FILE     every field: docs/jobs.md, or `skipplan validate FILE` after a change
@@ -94,7 +92,7 @@ constraint:
   # min_speedup: 1.2        # measured on the live model, by the lower end of its interval
 
 search:
-  evaluations: {evaluations}{after_evaluations}# distinct plans to try; most are given up on a part of the search split
+  trials: {trials}{after_trials}# distinct plans to try; most are given up on a part of the search split
   seed: 0
   finalists: 6              # plans that are verified on held-out samples
 

@@ -29,14 +29,14 @@ class Budget:
     spec: SearchSpec
     elapsed: Callable[[], float]
     """Seconds that the search has taken; see the search stage for what counts."""
-    evaluations: int = 0
+    trials: int = 0
     layer_executions: int = 0
     _quiet: int = field(default=0, repr=False)
 
     def spent(self) -> str | None:
         """Why the search must stop, or None."""
-        if self.evaluations >= self.spec.evaluations:
-            return f"the budget of {self.spec.evaluations} evaluations is spent"
+        if self.trials >= self.spec.trials:
+            return f"the budget of {self.spec.trials} trials is spent"
         limit = self.spec.layer_executions
         if limit is not None and self.layer_executions >= limit:
             return f"the budget of {limit} layer executions is spent"
@@ -45,8 +45,8 @@ class Budget:
         return None
 
     def left(self) -> int:
-        """Count the evaluations left."""
-        return self.spec.evaluations - self.evaluations
+        """Count the trials left."""
+        return self.spec.trials - self.trials
 
     def quiet(self, expected_gain: float | None) -> str | None:
         """Why going on is not worth it: for ``patience`` batches in a row too little hypervolume was expected.

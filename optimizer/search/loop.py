@@ -90,7 +90,7 @@ class Search:
 
     def _climb(self, asked: Sequence[Ask]) -> None:
         """Evaluate a batch rung by rung; each rung's survivors are chosen from the same state for all."""
-        self._budget.evaluations += sum(
+        self._budget.trials += sum(
             ask.candidate not in self._trials and ask.candidate not in self._failed for ask in asked
         )
         climbing = list(asked)

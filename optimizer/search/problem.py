@@ -39,7 +39,7 @@ class Problem:
     chains: tuple[tuple[Candidate, ...], ...] = ()
     """Nested plans, each chain from careful to fast; the last good plan of each is searched by bisection."""
     bisections: int = 0
-    """Most evaluations of bisection."""
+    """Most trials of bisection."""
     known: tuple[Trial, ...] = field(default=(), repr=False)
     """Trials of earlier jobs on the same model and samples; never evaluated again."""
 

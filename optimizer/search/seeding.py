@@ -23,7 +23,7 @@ def with_seeds(
     """Return the problem with its seeds; ``known`` are earlier evaluations, ``elsewhere`` good plans of other tasks.
 
     The project's own sampler judges most seeds before it evaluates them; Optuna's samplers get them as first trials,
-    for at most half of the evaluations.
+    for at most half of the trials.
     """
     if spec.seeds == "none":
         return replace(problem, known=tuple(known))
@@ -36,10 +36,10 @@ def with_seeds(
             seeds=tuple(dict.fromkeys(first)),
             reserve=tuple(dict.fromkeys([*elsewhere, *seeds.reserve])),
             chains=seeds.chains,
-            bisections=spec.evaluations // 2,
+            bisections=spec.trials // 2,
             known=tuple(known),
         )
-    most = max(1, spec.evaluations // 2)
+    most = max(1, spec.trials // 2)
     if spec.seeds == "random":
         return replace(problem, seeds=random_seeds(problem.feasible, most, problem.seed).first, known=tuple(known))
     nested = [each for each in nested_sets(problem.space, problem.risk) if problem.possible(each)]

@@ -1,4 +1,4 @@
-"""Run one CLI command (``score``, ``validate-theory``) as a claimed job, so that a rerun resumes what it measured."""
+"""Run one CLI command (``redundancy``, ``validate-theory``) as a claimed job, so that a rerun resumes what it measured."""
 
 from __future__ import annotations
 

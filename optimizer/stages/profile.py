@@ -17,7 +17,7 @@ CACHE_SECONDS = 1.0
 
 def run(context: JobContext) -> LayerTimes:
     """Measure the profile on one worker while the others wait, or read it back; nothing where layers are counted."""
-    if context.spec.search.latency == "layers":
+    if context.spec.search.latency_model == "layers":
         return LayerCounts.of(context.worker.num_layers, context.spec.letters)
     context.progress.begin("profile latency", 1)
     profile = context.load_or_compute("profile", LatencyProfile, lambda: _measure(context))

@@ -35,16 +35,16 @@ def run(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOu
     An interrupted search is replayed: the same proposals come again, and those evaluated before are read from the
     database instead of being run.
     """
-    context.progress.begin("search", context.spec.search.evaluations)
+    context.progress.begin("search", context.spec.search.trials)
     return context.load_or_compute("search", SearchOutcome, lambda: _search(context, profile, table))
 
 
 def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
     """Combine the job's constraints with the predictors of a plan's latency and cache."""
     spec = context.spec.constraint
-    measured = context.spec.search.latency == "measured"
+    profiled = context.spec.search.latency_model == "profile"
     cache = None if spec.max_kv_cache_bytes is None else cache_sizes(context).of
-    return Limits(spec, profile.dense_latency_seconds if measured else None, cache)
+    return Limits(spec, profile.dense_latency_seconds if profiled else None, cache)
 
 
 def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:

@@ -20,7 +20,7 @@ from workers.runtime.plan import LETTERS, SAVING_LETTERS
 
 LAYERS = 6
 SAMPLES = 40
-EVALUATIONS = 12
+TRIALS = 12
 
 
 def check_strategy(factory: Callable[[Problem], Strategy]) -> None:
@@ -54,7 +54,7 @@ def made_up_problem() -> Problem:
 
 def _search(factory: Callable[[Problem], Strategy], failing: bool) -> SearchOutcome:
     problem = made_up_problem()
-    spec = SearchSpec(evaluations=EVALUATIONS, rungs=problem.rungs[:-1], batch=problem.batch)
+    spec = SearchSpec(trials=TRIALS, rungs=problem.rungs[:-1], batch=problem.batch)
     strategy = _Watched(factory(problem), problem)
     evaluate = partial(_evaluate, failing=failing)
     outcome = Search(problem, strategy, Budget(spec, lambda: 0.0), evaluate=evaluate).run()

@@ -105,7 +105,7 @@ def main() -> None:
             if key in cache.runs:
                 continue
             search = SearchSpec(
-                evaluations=EVALUATIONS[-1],
+                trials=EVALUATIONS[-1],
                 strategy=strategy,
                 seeds=seeds if strategy in SAMPLERS else "theory",
                 seed=seed,

@@ -30,7 +30,7 @@ BATCHES = 5
 def overhead(layers: int, evaluations: int) -> float:
     """Milliseconds per proposal, the median of some batches."""
     planted = random_problem(layers, "RFBS", 1)
-    spec = SearchSpec(evaluations=evaluations + 100, rungs=(100,))
+    spec = SearchSpec(trials=evaluations + 100, rungs=(100,))
     problem = problem_of(planted, "RFBS", spec=spec, constraint=ConstraintSpec(max_accuracy_drop=0.2), seeded=False)
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(layers))

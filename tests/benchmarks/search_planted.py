@@ -31,7 +31,7 @@ FIRST = 500
 
 def one(strategy: str, seeds: str, instance: int, layers: int, plans: int) -> list[Any]:
     planted = random_problem(layers, "RFBS", instance)
-    spec = SearchSpec(evaluations=plans, strategy=strategy, seeds=seeds, seed=instance - FIRST)
+    spec = SearchSpec(trials=plans, strategy=strategy, seeds=seeds, seed=instance - FIRST)
     random = np.random.default_rng(instance - FIRST)
     guess = {step: harm * float(random.lognormal(0, 1.0)) for step, harm in planted.singles.items()}
     constraint = ConstraintSpec(max_accuracy_drop=REFERENCE[1])

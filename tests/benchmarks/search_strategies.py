@@ -152,12 +152,12 @@ def run(problem: Problem, spec: SearchSpec, evaluate: Any) -> dict[str, Any]:
     def note(trial: Trial) -> None:
         if trial.complete:
             genome = problem.space.genome(trial.candidate)
-            steps.append((budget.layer_executions, budget.evaluations, genome, *trial.costs))
+            steps.append((budget.layer_executions, budget.trials, genome, *trial.costs))
 
     started = time.perf_counter()
     outcome = Search(problem, STRATEGIES[spec.strategy](problem), budget, evaluate=evaluate, on_trial=note).run()
     seconds = time.perf_counter() - started
-    return {"steps": steps, "stopped": outcome.stopped_because, "seconds": seconds, "evaluations": budget.evaluations}
+    return {"steps": steps, "stopped": outcome.stopped_because, "seconds": seconds, "evaluations": budget.trials}
 
 
 def front_of(steps: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
@@ -192,7 +192,7 @@ def run_all(options: argparse.Namespace) -> None:
                 recorded = Recorded.load(options.model, task)
                 executions = CHECKPOINTS[-1] * recorded.samples * recorded.layers
                 spec = SearchSpec(
-                    evaluations=min(options.evaluations, SLOW.get(strategy, options.evaluations)),
+                    trials=min(options.evaluations, SLOW.get(strategy, options.evaluations)),
                     layer_executions=executions,
                     strategy=strategy,
                     seeds=seeds if strategy in SAMPLERS else "theory",

@@ -59,7 +59,7 @@ STAND_INS = {
 SMALL: dict[str, Any] = {
     "splits": {"unit": "images", "calibration": 2, "search": 4, "held_out": 8},
     "constraint": {"max_accuracy_drop": 1.0, "min_dense_accuracy": 0},  # the model is random
-    "search": {"evaluations": 4, "batch": 4, "finalists": 1, "rungs": [4], "latency": "layers"},
+    "search": {"trials": 4, "batch": 4, "finalists": 1, "rungs": [4], "latency_model": "layers"},
     "model": {"device": "cpu", "dtype": "float32"},
     "latency": {"precision": 0.5, "max_seconds": 0.5},
     "cluster": {"workers": 1},
@@ -74,7 +74,7 @@ ELSEWHERE = {
     "--install-completion": "writes to the shell's start file",
     "--show-completion": "asks which shell it runs in",
 }
-IN_PROCESSES = ("serve", "dashboard", "score", "validate-theory")
+IN_PROCESSES = ("serve", "dashboard", "redundancy", "validate-theory")
 
 
 def blocks(text: str) -> list[list[str]]:

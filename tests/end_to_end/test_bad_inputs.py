@@ -30,7 +30,7 @@ JOB = """\
 model: {path: llava-12}
 task: task.yaml
 actions: [skip]
-search: {evaluations: 2}
+search: {trials: 2}
 cluster: {workers: 1}
 """
 TASK = """\
@@ -151,10 +151,8 @@ CASES = [
     Case("field twice", 2, ("'task' is given twice", "line 6"), append("task: easy-vqa\n")),
     Case("no model", 2, ("model", "missing"), replace("job.yaml", "model: {path: llava-12}\n", "")),
     Case("model is a number", 2, ("model", "mapping", "path"), replace("job.yaml", "{path: llava-12}", "5")),
-    Case("evaluations is a word", 2, ("search.evaluations", "'many'"), replace("job.yaml", "ns: 2", "ns: many")),
-    Case(
-        "no evaluations", 2, ("search.evaluations", "greater than or equal to 1"), replace("job.yaml", "ns: 2", "ns: 0")
-    ),
+    Case("trials is a word", 2, ("search.trials", "'many'"), replace("job.yaml", "ls: 2", "ls: many")),
+    Case("no trials", 2, ("search.trials", "greater than or equal to 1"), replace("job.yaml", "ls: 2", "ls: 0")),
     Case("drop in points", 2, ("constraint.max_accuracy_drop", "3"), append("constraint: {max_accuracy_drop: 3}\n")),
     Case("certain", 2, ("constraint.confidence", "less than 1"), append("constraint: {confidence: 1.0}\n")),
     Case("unknown action", 2, ("actions", "'skp'", "did you mean skip"), replace("job.yaml", "[skip]", "[skp]")),
@@ -274,8 +272,8 @@ CASES = [
     Case(
         "latency of another kind",
         2,
-        ("search.latency", "'measured'", "'layer'"),
-        replace("job.yaml", "ns: 2", "ns: 2, latency: layer"),
+        ("search.latency_model", "'profile'", "'layer'"),
+        replace("job.yaml", "ls: 2", "ls: 2, latency_model: layer"),
     ),
     Case("unknown log format", 2, ("--log-format", "text or json"), arguments=(*RUN, "--log-format", "xml")),
     Case("log format by environment", 2, ("SKIPPLAN_LOG", "text or json"), environment={"SKIPPLAN_LOG": "logfmt"}),

@@ -25,7 +25,7 @@ criterion: block-influence
 compensation: {kind: linear, tokens: 2048}
 collateral: {tasks: [scenes], text: general.txt, samples: 8}
 constraint: {max_accuracy_drop: 1.0}
-search: {evaluations: 6, batch: 6, finalists: 2, rungs: [16]}
+search: {trials: 6, batch: 6, finalists: 2, rungs: [16]}
 splits: {calibration: 60, search: 32, held_out: 60, unit: samples}
 workload: {new_tokens: 2}
 latency: {precision: 0.1, max_seconds: 4}

@@ -27,7 +27,7 @@ model: {path: llava-12, dtype: float32}
 task: easy-vqa
 actions: [skip]
 constraint: {max_accuracy_drop: 1.0}
-search: {evaluations: 8, batch: 2, finalists: 1, rungs: [8]}
+search: {trials: 8, batch: 2, finalists: 1, rungs: [8]}
 splits: {calibration: 4, search: 16, held_out: 32, unit: samples}
 workload: {new_tokens: 1}
 latency: {precision: 0.2, max_seconds: 2}

@@ -1,4 +1,4 @@
-"""``skipplan score`` and ``validate-theory`` in processes of their own."""
+"""``skipplan redundancy`` and ``validate-theory`` in processes of their own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pictures_of_an_unknown_kind_are_refused_before_anything_is_done(
     directory: Path, here: Callable[..., Ended]
 ) -> None:
-    for name in ("score", "validate-theory"):
+    for name in ("redundancy", "validate-theory"):
         ended = here(directory, name, "job.yaml", "--plot", "layers.gif")
         assert ended.code == 2 and "layers.gif: pictures are drawn as .png, .svg, .pdf" in ended.errors
     assert not (directory / "skipplan.db").exists()
@@ -38,7 +38,7 @@ def test_pictures_of_an_unknown_kind_are_refused_before_anything_is_done(
 @pytest.mark.slow
 def test_score_prints_writes_and_draws(directory: Path) -> None:
     wanted = ["--output", "layers.json", "--csv", "layers.csv", "--plot", "layers.svg"]
-    ended = command(directory, "score", "job.yaml", *wanted)
+    ended = command(directory, "redundancy", "job.yaml", *wanted)
     assert ended.code == 0, ended.errors
     assert "risk skip" in ended.output and ended.output.count("│") > 12 * 10
     document = json.loads((directory / "layers.json").read_text())
@@ -47,7 +47,7 @@ def test_score_prints_writes_and_draws(directory: Path) -> None:
     assert len(rows) == len(document["measurements"]) > 500
     assert {row["name"] for row in rows} >= {"cosine_distance", "vision_attention", "cka", "propagation_gain"}
     assert (directory / "layers.svg").read_text().startswith("<?xml")
-    again = command(directory, "score", "job.yaml", "--json")
+    again = command(directory, "redundancy", "job.yaml", "--json")
     assert json.loads(again.output) == document
 
 

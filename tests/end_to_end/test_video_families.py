@@ -15,7 +15,7 @@ from optimizer.cli.main import _run
 # Random weights answer nothing right, so any loss is allowed. A request of many tokens spends its time in the layers.
 SMALL = {
     "constraint": {"max_accuracy_drop": 1.0, "min_dense_accuracy": 0},
-    "search": {"plans": ["RRSSSS"], "evaluations": 4, "batch": 4, "finalists": 1, "rungs": [8]},
+    "search": {"plans": ["RRSSSS"], "trials": 4, "batch": 4, "finalists": 1, "rungs": [8]},
     "splits": {"calibration": 4, "search": 8, "held_out": 8, "unit": "samples"},
     "workload": {"new_tokens": 16},
     "latency": {"max_seconds": 3},

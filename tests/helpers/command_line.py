@@ -19,7 +19,7 @@ model: {path: llava-12, dtype: float32}
 task: easy-vqa
 actions: [skip]
 constraint: {max_accuracy_drop: 1.0}  # also plans that skip half of the layers: surely faster on any machine
-search: {evaluations: 8, batch: 4, finalists: 2, rungs: [16]}
+search: {trials: 8, batch: 4, finalists: 2, rungs: [16]}
 splits: {calibration: 8, search: 48, held_out: 96, unit: samples}
 workload: {new_tokens: 2}
 latency: {precision: 0.1, max_seconds: 2}

@@ -122,7 +122,7 @@ def search(
     own = {name: fields.pop(name) for name in ("max_touched", "compensations", "table") if name in fields}
     seeds = fields.pop("first", None)
     elapsed = fields.pop("elapsed", lambda: 0.0)
-    spec = SearchSpec(**{"evaluations": 60, "rungs": (50,), "strategy": "tpe", **fields})
+    spec = SearchSpec(**{"trials": 60, "rungs": (50,), "strategy": "tpe", **fields})
     problem = problem_of(planted, letters, spec=spec, constraint=constraint, **own)
     if seeds is not None:
         problem = replace(problem, seeds=tuple(Candidate(SkipPlan.parse(text)) for text in seeds))

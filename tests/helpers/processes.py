@@ -92,10 +92,10 @@ def tiny_job(model: Path, number: int, **cluster: Any) -> JobSpec:
             "task": str(model / TASK),
             "constraint": {"max_accuracy_drop": 1.0},
             "search": {
-                "evaluations": 16,
+                "trials": 16,
                 "batch": 4,
                 "finalists": 2,
-                "latency": "layers",
+                "latency_model": "layers",
                 "seeds": "none",
                 "warm_start": False,
                 "seed": number,

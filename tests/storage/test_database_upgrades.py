@@ -59,6 +59,7 @@ def test_jobs_are_read(upgraded):
     spec = read_spec(failed)
     assert (spec.redundancy_samples, spec.artifacts, spec.search.seed) == (48, "skipplan-artefacts", 1)
     assert (spec.latency.precision, spec.latency.max_seconds) == (0.02, 12.0)
+    assert (spec.search.trials, spec.search.latency_model) == (48, "profile")
     assert read_spec(succeeded).model.path == "llava-12"
     assert [each.kind for each in events.for_job(upgraded, 1)].count("stage_finished") == 9
 

@@ -39,7 +39,7 @@ TASK = {
     "metric": "exact_match",
     "splits": {"calibration": 2, "search": 2, "held_out": 3, "seed": 0},
 }
-JOB = {"model": {"path": "model"}, "task": "task.yaml", "search": {"evaluations": 5}}
+JOB = {"model": {"path": "model"}, "task": "task.yaml", "search": {"trials": 5}}
 QUERY = PlanQuery("model", "shapes")
 
 

@@ -40,7 +40,7 @@ def test_halving_finds_the_last_good_plan(size_and_good: tuple[int, int]) -> Non
 def test_the_last_good_plan_of_every_chain_is_tried(letters: str) -> None:
     planted = small()
     problem = problem_of(planted, letters, constraint=LIMIT)
-    outcome = search(planted, letters, strategy="surrogate", evaluations=100, constraint=LIMIT, rungs=None)
+    outcome = search(planted, letters, strategy="surrogate", trials=100, constraint=LIMIT, rungs=None)
     tried = {each.candidate for each in outcome.trials}
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES).values
     assert len(problem.chains) > 3
@@ -128,7 +128,7 @@ def test_a_failed_plan_counts_as_harmful() -> None:
 
 def test_a_search_with_chains_does_not_depend_on_the_order_of_arrival() -> None:
     first, second = (
-        search(replace(random_problem(12, "RFBS", 3), order=order), "RFBS", strategy="surrogate", evaluations=40)
+        search(replace(random_problem(12, "RFBS", 3), order=order), "RFBS", strategy="surrogate", trials=40)
         for order in (1, 2)
     )
     assert first == second

@@ -135,9 +135,7 @@ def test_no_sampler_evaluates_what_cannot_meet_the_limits(strategy: str, seeds: 
     # Half of the layers must go and at most five of eight may: few of the 6,561 plans, none of them near dense.
     constraint = ConstraintSpec(max_accuracy_drop=0.5, min_speedup=1.66)
     planted = small()
-    outcome = search(
-        planted, "RFS", strategy=strategy, seeds=seeds, constraint=constraint, max_touched=5, evaluations=24
-    )
+    outcome = search(planted, "RFS", strategy=strategy, seeds=seeds, constraint=constraint, max_touched=5, trials=24)
     tried = [each for each in outcome.trials if not SkipPlan.parse(each.plan).is_dense]
     assert len(tried) == 24
     assert all(each.latency_ratio * 1.66 <= 1 and touched(SkipPlan.parse(each.plan)) <= 5 for each in tried)
@@ -154,6 +152,6 @@ def test_published_lists_keep_to_the_limits(strategy: str) -> None:
 def test_ends_when_all_plans_within_the_limits_are_tried(strategy: str) -> None:
     # Of eight layers that only skip, six or more must go, and not all: 28 + 8 plans.
     constraint = ConstraintSpec(max_accuracy_drop=1.0, min_speedup=2.5)
-    outcome = search(small(), strategy=strategy, constraint=constraint, evaluations=200)
+    outcome = search(small(), strategy=strategy, constraint=constraint, trials=200)
     assert len(outcome.trials) == 1 + 28 + 8
     assert outcome.stopped_because == "every possible plan was tried"

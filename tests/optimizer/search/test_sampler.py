@@ -208,7 +208,7 @@ def test_finds_more_than_random_search_on_fresh_instances(cubed):
                 "RFS",
                 strategy=strategy,
                 seeds="none",
-                evaluations=48,
+                trials=48,
                 rungs=(100,),
                 constraint=ConstraintSpec(max_accuracy_drop=0.2),
             )

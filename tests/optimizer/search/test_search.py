@@ -22,7 +22,7 @@ LAYERS = 8
 @pytest.mark.parametrize("strategy", ["surrogate", "nsga2"])
 def test_finds_the_plan_of_all_harmless_layers_and_evaluates_nothing_twice(strategy):
     planted = small()
-    outcome = search(planted, strategy=strategy, evaluations=60 if strategy == "surrogate" else 120)
+    outcome = search(planted, strategy=strategy, trials=60 if strategy == "surrogate" else 120)
     assert len(planted.asked) == len(set(planted.asked))
     harmless = [trial for trial in outcome.front() if trial.difference == 0 and trial.plan.count("S") == 3]
     assert [trial.plan for trial in harmless] == ["RRSRSRSR"]
@@ -31,27 +31,27 @@ def test_finds_the_plan_of_all_harmless_layers_and_evaluates_nothing_twice(strat
 @pytest.mark.parametrize("strategy", SAMPLERS)
 def test_evaluations_are_as_many_as_asked_for_and_none_twice(strategy):
     planted = small()
-    outcome = search(planted, strategy=strategy, evaluations=12)
+    outcome = search(planted, strategy=strategy, trials=12)
     assert len(planted.asked) == len(set(planted.asked)) and len(outcome.trials) == 13
-    assert outcome.stopped_because == "the budget of 12 evaluations is spent"
+    assert outcome.stopped_because == "the budget of 12 trials is spent"
 
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe", "random", "evopress"])
 def test_same_seed_same_search_whatever_the_order_of_arrival(strategy):
-    first, second = (search(small(order=order), strategy=strategy, seeds="none", evaluations=24) for order in (1, 2))
+    first, second = (search(small(order=order), strategy=strategy, seeds="none", trials=24) for order in (1, 2))
     assert first == second
-    assert first.trials != search(small(), strategy=strategy, seeds="none", evaluations=24, seed=1).trials
+    assert first.trials != search(small(), strategy=strategy, seeds="none", trials=24, seed=1).trials
 
 
 def test_seeds_come_first_in_order():
     planted = small()
-    search(planted, first=["RRSRRRRR", "RRSRSRRR"], batch=2, evaluations=4)
+    search(planted, first=["RRSRRRRR", "RRSRSRRR"], batch=2, trials=4)
     assert [plan for plan, _ in planted.asked[1:3]] == ["RRSRRRRR", "RRSRSRRR"]
 
 
 def test_hopeless_plans_end_on_the_first_rung():
     planted = small()
-    outcome = search(planted, first=["SSSSSSSR", "RRSRRRRR"], evaluations=2)
+    outcome = search(planted, first=["SSSSSSSR", "RRSRRRRR"], trials=2)
     assert ("RRSRRRRR", SAMPLES) in planted.asked
     assert ("SSSSSSSR", SAMPLES) not in planted.asked
     by_plan = {trial.plan: trial for trial in outcome.trials}
@@ -62,13 +62,13 @@ def test_hopeless_plans_end_on_the_first_rung():
 def test_plans_that_cannot_meet_a_known_constraint_end_on_the_first_rung():
     constraint = ConstraintSpec(max_accuracy_drop=0.3, max_latency_ms=65.0)
     planted = small()
-    search(planted, first=["RRSRSRRR", "RRSRSRSR", "RSSRSRSR"], evaluations=3, constraint=constraint)
+    search(planted, first=["RRSRSRRR", "RRSRSRSR", "RSSRSRSR"], trials=3, constraint=constraint)
     assert ("RRSRSRSR", SAMPLES) not in planted.asked and ("RSSRSRSR", SAMPLES) in planted.asked
 
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe"])
 def test_a_failed_plan_is_recorded_and_the_search_goes_on(strategy):
-    outcome = search(small(fail="RRSRRRRR"), first=["RRSRRRRR"], evaluations=10, strategy=strategy)
+    outcome = search(small(fail="RRSRRRRR"), first=["RRSRRRRR"], trials=10, strategy=strategy)
     assert outcome.failed == {"RRSRRRRR": "worker died twice"}
     assert len(outcome.trials) == 10  # nine others and dense
 
@@ -80,27 +80,27 @@ def test_dense_that_fails_ends_the_search():
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe"])
 def test_stops_when_every_plan_was_tried_and_says_so(strategy):
-    outcome = search(small(), evaluations=10_000, max_touched=1, strategy=strategy)
+    outcome = search(small(), trials=10_000, max_touched=1, strategy=strategy)
     assert len(outcome.trials) == 1 + LAYERS
     assert outcome.stopped_because == "every possible plan was tried"
 
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe", "evopress", "sleb"])
 def test_never_touches_more_layers_than_allowed(strategy):
-    outcome = search(small(), max_touched=2, evaluations=30, strategy=strategy)
+    outcome = search(small(), max_touched=2, trials=30, strategy=strategy)
     assert max(trial.plan.count("S") for trial in outcome.trials) == 2
 
 
 @pytest.mark.parametrize("strategy", ["surrogate", "tpe"])
 def test_all_actions_can_be_proposed(strategy):
-    outcome = search(small(), "RFBS", evaluations=40, strategy=strategy)
+    outcome = search(small(), "RFBS", trials=40, strategy=strategy)
     assert set("".join(trial.plan for trial in outcome.trials)) == set("RFBS")
 
 
 def test_compensated_and_plain_plans_are_searched_together():
     harm = {(layer, letter): {"S": 0.2, "C": 0.01}[letter] for layer in range(LAYERS) for letter in "SC"}
     planted = Planted(harm, layers=LAYERS)
-    outcome = search(planted, strategy="surrogate", compensations=("none", "linear x"), evaluations=50)
+    outcome = search(planted, strategy="surrogate", compensations=("none", "linear x"), trials=50)
     assert len(planted.asked) == len(set(planted.asked))
     assert {trial.compensation for trial in outcome.trials} == {"none", "linear x"}
     fastest = outcome.front()[0]
@@ -122,10 +122,10 @@ def test_the_study_gets_the_constraints():
 
 def test_layer_executions_count_new_samples_times_layers_that_run():
     planted = small()
-    outcome = search(planted, first=["SSSSSSSR", "RRSRRRRR"], evaluations=2)
+    outcome = search(planted, first=["SSSSSSSR", "RRSRRRRR"], trials=2)
     # Dense on all samples, one layer on the first rung, seven layers on all samples (the first rung is part of them).
     assert outcome.layer_executions == 200 * 8 + 50 * 1 + 200 * 7
-    limited = search(small(), evaluations=10_000, layer_executions=20_000)
+    limited = search(small(), trials=10_000, layer_executions=20_000)
     assert 20_000 <= limited.layer_executions < 20_000 + 8 * 200 * 8
     assert limited.stopped_because == "the budget of 20000 layer executions is spent"
 
@@ -134,16 +134,16 @@ def test_ends_by_time_and_by_small_gain():
     clock = iter(range(1000))
     timed = search(small(), seconds=5.0, elapsed=lambda: float(next(clock)))
     assert timed.stopped_because == "the budget of 5 seconds is spent" and len(timed.trials) == 1 + 5 * 8
-    quiet = search(small(), strategy="surrogate", evaluations=240, min_gain=0.002, patience=3)
+    quiet = search(small(), strategy="surrogate", trials=240, min_gain=0.002, patience=3)
     assert "expected gain of the front's hypervolume stayed under 0.2 % for 3 batches" in quiet.stopped_because
     assert len(quiet.trials) < 200
 
 
 def test_what_earlier_jobs_know_is_used_and_not_evaluated_again():
-    first = search(small(), strategy="surrogate", evaluations=24)
+    first = search(small(), strategy="surrogate", trials=24)
     known = tuple(trial for trial in first.trials if trial.plan != "R" * LAYERS)
     planted = small()
-    spec = SearchSpec(strategy="surrogate", evaluations=16, rungs=(50,), seed=1)
+    spec = SearchSpec(strategy="surrogate", trials=16, rungs=(50,), seed=1)
     problem = replace(problem_of(planted, spec=spec), known=known)
     outcome = Search(problem, STRATEGIES["surrogate"](problem), Budget(spec, lambda: 0.0), evaluate=planted).run()
     complete = {trial.plan for trial in known}
@@ -237,7 +237,7 @@ def test_constraints_are_numbers_met_at_zero():
 def test_a_plan_without_any_layer_is_never_proposed():
     planted = small()
     outcome = search(
-        planted, strategy="random", evaluations=255, constraint=ConstraintSpec(max_accuracy_drop=None), seeds="none"
+        planted, strategy="random", trials=255, constraint=ConstraintSpec(max_accuracy_drop=None), seeds="none"
     )
     assert len(outcome.trials) == 255 and outcome.stopped_because == "every possible plan was tried"
     assert "S" * LAYERS not in {plan for plan, _ in planted.asked}

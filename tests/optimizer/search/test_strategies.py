@@ -58,7 +58,7 @@ def test_replaceme_compensates_the_same_blocks_and_never_layer_0():
 def test_sleb_removes_greedily_what_hurts_least_measured_anew():
     # Layer 2 and layer 4 are harmless alone but not together, so the second removal must avoid the pair.
     planted = Planted(small().singles, {((2, "S"), (4, "S")): 0.5})
-    search(planted, strategy="sleb", constraint=LOOSE, evaluations=8 + 1 + 7)
+    search(planted, strategy="sleb", constraint=LOOSE, trials=8 + 1 + 7)
     complete = [plan for plan, size in planted.asked if size == 200]
     assert complete == ["RRRRRRRR", taking([2]), taking([2, 6])]
     assert len(planted.asked) == len(set(planted.asked))
@@ -66,7 +66,7 @@ def test_sleb_removes_greedily_what_hurts_least_measured_anew():
 
 def test_evopress_keeps_the_budget_and_gets_better():
     planted = small()
-    outcome = search(planted, strategy="evopress", constraint=LOOSE, evaluations=220)
+    outcome = search(planted, strategy="evopress", constraint=LOOSE, trials=220)
     assert len(planted.asked) == len(set(planted.asked))
     complete = {trial.plan for trial in outcome.trials if trial.complete}
     assert taking(ORDER[:3]) in complete and taking(ORDER[:1]) in complete
@@ -106,10 +106,8 @@ def test_every_published_strategy_ends_and_says_why():
     for strategy in METHODS:
         planted = small()
         outcome = (
-            search(
-                planted, "RFBS", strategy=strategy, evaluations=40, compensations=("none", "linear x"), constraint=LOOSE
-            )
+            search(planted, "RFBS", strategy=strategy, trials=40, compensations=("none", "linear x"), constraint=LOOSE)
             if strategy != "exhaustive"
-            else search(planted, strategy=strategy, evaluations=40)
+            else search(planted, strategy=strategy, trials=40)
         )
         assert outcome.stopped_because and len(planted.asked) == len(set(planted.asked))

@@ -43,7 +43,7 @@ def test_the_radius_follows_what_comes_of_batches() -> None:
 
 def test_the_sampler_stays_near_dense_where_every_step_does_harm() -> None:
     planted = Planted({(layer, letter): 0.9 for layer in range(12) for letter in "FS"}, layers=12)
-    outcome = search(planted, "RFS", strategy="surrogate", seeds="none", evaluations=48, batch=8)
+    outcome = search(planted, "RFS", strategy="surrogate", seeds="none", trials=48, batch=8)
     changed = [12 - each.plan.count("R") for each in outcome.trials if "F" in each.plan or "S" in each.plan]
     assert max(changed[:8]) == 2  # nothing is known yet
     assert set(changed[8:20]) == {1}

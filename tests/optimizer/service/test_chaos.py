@@ -122,7 +122,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
 def chaos_job(model: Path, number: int, **cluster: Any) -> JobSpec:
     """A tiny job with half of its plans evaluated, so that several kills fit into it."""
     spec = tiny_job(model, number, **cluster)
-    return spec.model_copy(update={"search": spec.search.model_copy(update={"evaluations": 32})})
+    return spec.model_copy(update={"search": spec.search.model_copy(update={"trials": 32})})
 
 
 @pytest.mark.slow

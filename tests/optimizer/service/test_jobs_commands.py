@@ -17,7 +17,7 @@ from storage.queue import jobs, leases, stages
 SPEC = {
     "model": {"path": "llava-12"},
     "task": "easy-vqa",
-    "search": {"latency": "layers"},
+    "search": {"latency_model": "layers"},
     "attempts": 3,
 }
 

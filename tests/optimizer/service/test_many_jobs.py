@@ -32,7 +32,7 @@ def tiniest_job(model: Path, number: int, address: str) -> JobSpec:
     return spec.model_copy(
         update={
             "task": str(own_task),
-            "search": spec.search.model_copy(update={"evaluations": 1, "batch": 1, "finalists": 1, "rungs": None}),
+            "search": spec.search.model_copy(update={"trials": 1, "batch": 1, "finalists": 1, "rungs": None}),
             "splits": spec.splits.model_copy(update={"calibration": 2, "search": 4, "held_out": 4}),
             "latency": spec.latency.model_copy(update={"max_seconds": 0.05}),
         }

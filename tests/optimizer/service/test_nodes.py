@@ -31,7 +31,7 @@ def serve(nodes: TwoNodes, tmp_path: Path) -> Serving:
 
 def spec(nodes: TwoNodes, model: Path, evaluations_wanted: int) -> JobSpec:
     job = tiny_job(model, 40, address=nodes.address, workers=2, cpus_per_worker=1.0)
-    search = job.search.model_copy(update={"evaluations": evaluations_wanted})
+    search = job.search.model_copy(update={"trials": evaluations_wanted})
     return job.model_copy(update={"search": search, "actions": ("skip", "freeze", "bypass")})
 
 

@@ -35,7 +35,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 def spec(model: Path, evaluations_wanted: int, **fields: object) -> JobSpec:
     job = tiny_job(model, 40, workers=1)
-    search = job.search.model_copy(update={"evaluations": evaluations_wanted})
+    search = job.search.model_copy(update={"trials": evaluations_wanted})
     return job.model_copy(update={"search": search, "actions": ("skip", "freeze", "bypass"), "attempts": 1, **fields})
 
 

@@ -69,7 +69,7 @@ def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     job["criterion"], job["thresholds"] = "block-influence", {}
     job["splits"] = {"calibration": 4, "search": 8, "held_out": 16, "unit": "samples"}
     job["constraint"] |= {"min_dense_accuracy": 0.0}
-    job["search"] |= {"plans": list(PLANS), "evaluations": 2, "strategy": "random", "rungs": [8]}
+    job["search"] |= {"plans": list(PLANS), "trials": 2, "strategy": "random", "rungs": [8]}
     (tmp_path / "x" / "job.yaml").write_text(yaml.safe_dump(job))
     return tmp_path / "x"
 

@@ -27,7 +27,7 @@ def forget(worker: in_process.OneWorker) -> None:
 def test_a_second_job_on_the_same_model_and_task_measures_nothing(store: Database, worker) -> None:
     first = redundancy.run(in_process.context(store, worker, in_process.spec()))
     assert asked(worker)
-    second = redundancy.run(in_process.context(store, worker, in_process.spec(search={"evaluations": 7})))
+    second = redundancy.run(in_process.context(store, worker, in_process.spec(search={"trials": 7})))
     assert asked(worker) == []
     for name, group in columns(first):
         for layer in range(first.num_layers):

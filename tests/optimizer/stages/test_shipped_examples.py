@@ -35,7 +35,7 @@ IMAGES = 14
 SMALL: dict[str, Any] = {
     "splits": {"unit": "images", "calibration": 2, "search": 4, "held_out": 8},
     "constraint": {"max_accuracy_drop": 1.0, "min_dense_accuracy": 0},
-    "search": {"evaluations": 4, "batch": 4, "finalists": 1, "rungs": [4], "latency": "layers"},
+    "search": {"trials": 4, "batch": 4, "finalists": 1, "rungs": [4], "latency_model": "layers"},
     "latency": {"precision": 0.5, "max_seconds": 0.1},
 }
 

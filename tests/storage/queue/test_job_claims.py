@@ -349,4 +349,4 @@ def test_held_job_cannot_be_claimed_until_the_write_is_through(db, database_url)
         assert taken.attempt == 2
         assert stages.stages(other, job.id)["profile"].payload == {"by": "slow"}
         with pytest.raises(LeaseLost):
-            stages.record_stage(db, job, "score", {})
+            stages.record_stage(db, job, "redundancy", {})

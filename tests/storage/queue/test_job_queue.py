@@ -314,14 +314,14 @@ def test_stages_are_replaced_by_a_later_attempt_and_said_once(db):
     job = claimed(db, "a")
     stages.record_stage(db, job, "profile", {"x": 1})
     stages.record_stage(db, job, "profile", {"x": 1})
-    stages.record_stage(db, job, "score", {})
+    stages.record_stage(db, job, "redundancy", {})
     assert kinds(db, job.id).count("stage_finished") == 2
     leases.release(db, job)
     later = leases.claim(db, "b", 60)
     stages.record_stage(db, later, "profile", {"x": 2})
     recorded = stages.stages(db, job.id)
     assert (recorded["profile"].payload, recorded["profile"].attempt) == ({"x": 2}, 2)
-    assert set(recorded) == {"profile", "score"}
+    assert set(recorded) == {"profile", "redundancy"}
 
 
 def test_counters_add_up(db):

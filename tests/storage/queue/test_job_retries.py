@@ -88,7 +88,7 @@ def test_retries_in_a_row_are_counted_until_something_else_happens(db):
         leases.retry(db, job, "no cluster", 0)
         assert attempts.retries_in_a_row(db, job.id) == number
         job = leases.claim(db, "me", 60)
-    stages.record_stage(db, job, "score", {})
+    stages.record_stage(db, job, "redundancy", {})
     assert attempts.retries_in_a_row(db, job.id) == 0
 
 

@@ -1,4 +1,4 @@
-"""Put fields of stored jobs where job files have them today."""
+"""Give fields of stored jobs the places and names that job files have today."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,6 +11,12 @@ depends_on = None
 MOVED = {"latency_precision": ("latency", "precision"), "latency_seconds": ("latency", "max_seconds")}
 """Fields of a job, with the section and the name that they have today."""
 
+RENAMED = {"evaluations": "trials", "latency": "latency_model"}
+"""Fields of the section ``search``."""
+
+LATENCY_MODELS = {"measured": "profile"}
+"""Values of ``search.latency_model`` that have another name today."""
+
 
 def upgrade() -> None:
     jobs = sa.table("jobs", sa.column("id"), sa.column("spec", sa.JSON()))
@@ -20,5 +26,10 @@ def upgrade() -> None:
         for name, (section, field) in MOVED.items():
             if name in spec:
                 moved[section] = moved.get(section, {}) | {field: spec[name]}
+        if "search" in spec:
+            search = {RENAMED.get(name, name): value for name, value in spec["search"].items()}
+            if "latency_model" in search:
+                search["latency_model"] = LATENCY_MODELS.get(search["latency_model"], search["latency_model"])
+            moved["search"] = search
         if moved != spec:
             connection.execute(sa.update(jobs).where(jobs.c.id == job).values(spec=moved))
