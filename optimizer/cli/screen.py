@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.job.result import JobResult, judgement, layers_by_action
-from optimizer.reports.formatting import engine_speedup
+from optimizer.reports import formatting
 from optimizer.stages.progress import Display, StageLines, State
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
@@ -177,12 +177,12 @@ def plans_table(
             f"{'→ ' if marked else ''}{plan.id}",
             coloured(plan.plan),
             describe_layers(plan.plan) + ("" if plan.compensation == NO_COMPENSATION else f" ({plan.compensation})"),
-            f"{plan.accuracy:.3f} [{plan.accuracy_low:.3f}, {plan.accuracy_high:.3f}]",
-            f"{100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, {100 * plan.difference_high:+.2f}]",
-            f"{plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]",
+            formatting.accuracy(plan),
+            formatting.difference(plan),
+            formatting.speedup(plan, "x"),
             f"{plan.kv_cache_bytes / plan.dense_kv_cache_bytes:.0%}" if plan.dense_kv_cache_bytes else "",
             judgement(plan, {True: "met", False: "missed", None: ""}),
-            *(["\n".join(map(engine_speedup, plan.engine_latencies))] if in_engines else []),
+            *(["\n".join(map(formatting.engine_speedup, plan.engine_latencies))] if in_engines else []),
             *([", ".join(changes[number])] if any(changes) else []),
             style="bold" if marked else None,
         )
@@ -205,8 +205,7 @@ def describe_layers(plan: str) -> str:
 def figures(plan: Plan) -> str:
     """Summarize a plan's accuracy and speed in half a sentence."""
     return (
-        f"accuracy {plan.accuracy:.3f}, {100 * plan.difference:+.2f} [{100 * plan.difference_low:+.2f}, "
-        f"{100 * plan.difference_high:+.2f}] points to dense, {plan.speedup:.2f} times as fast"
+        f"accuracy {plan.accuracy:.3f}, {formatting.difference(plan)} points to dense, {plan.speedup:.2f} times as fast"
     )
 
 
@@ -217,5 +216,5 @@ def answer(plan: Plan) -> str:
         f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {plan.speedup:.2f} times as fast as dense "
         f"({1000 * plan.dense_latency_seconds:.1f} -> {1000 * plan.latency_seconds:.1f} ms a request, "
         f"{plan.workload}), accuracy {plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n_samples} "
-        f"held-out samples." + "".join(f" {engine_speedup(each)}." for each in plan.engine_latencies)
+        f"held-out samples." + "".join(f" {formatting.engine_speedup(each)}." for each in plan.engine_latencies)
     )

@@ -105,8 +105,8 @@ def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
 def _verified_line(plan: Plan) -> str:
     return (
         f"plan {plan.id}, held-out: {formatting.points(plan.difference)} "
-        f"{formatting.interval(plan.difference_low, plan.difference_high)}, "
-        f"measured {plan.speedup:.2f}x [{plan.speedup_low:.2f}, {plan.speedup_high:.2f}]{formatting.compensated(plan)}"
+        f"{formatting.difference_interval(plan)}, "
+        f"measured {formatting.speedup(plan, 'x')}{formatting.compensated(plan)}"
     )
 
 

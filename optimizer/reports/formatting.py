@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from optimizer.reports.data import JobReport, TrialSummary
 from storage.records.engine_latencies import EngineLatency
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
 
+if TYPE_CHECKING:
+    from optimizer.reports.data import JobReport, TrialSummary
+
 NOT_MEASURED = "not measured"
+SIGNED = "+z.2f"
+"""Format of signed points; what rounds to nothing has no minus."""
 
 
 @dataclass(frozen=True)
@@ -144,37 +149,42 @@ def points(value: float) -> str:
 
 def signed(value: float) -> str:
     """Return a share in signed points, without the word; what rounds to nothing has no minus: ``"+0.00"``."""
-    return f"{round(100 * value, 2) + 0.0:+.2f}"
+    return f"{100 * value:{SIGNED}}"
 
 
-def interval(low: float, high: float) -> str:
-    """Two shares in signed points: ``"[-0.27, +0.22]"``."""
-    return f"[{signed(low)}, {signed(high)}]"
+def interval(low: float, high: float, form: str = ".2f") -> str:
+    """Return the ends of an interval, each in a format of Python's: ``"[1.48, 1.56]"``."""
+    return f"[{low:{form}}, {high:{form}}]"
 
 
-def span(value: float, low: float, high: float, digits: int = 2) -> str:
-    """Return a figure with its interval: ``"1.52 [1.48, 1.56]"``."""
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def with_interval(value: float, low: float, high: float, form: str = ".2f", unit: str = "") -> str:
+    """Return a figure with its interval: ``"1.52x [1.48, 1.56]"``."""
+    return f"{value:{form}}{unit} {interval(low, high, form)}"
 
 
 def accuracy(plan: Plan) -> str:
     """Return a plan's accuracy as a share, with its interval."""
-    return span(plan.accuracy, plan.accuracy_low, plan.accuracy_high, 3)
+    return with_interval(plan.accuracy, plan.accuracy_low, plan.accuracy_high, ".3f")
 
 
 def difference(plan: Plan) -> str:
     """Return a plan's difference to dense in points, with its interval."""
-    return f"{signed(plan.difference)} {interval(plan.difference_low, plan.difference_high)}"
+    return f"{signed(plan.difference)} {difference_interval(plan)}"
 
 
-def speedup(plan: Plan) -> str:
+def difference_interval(plan: Plan) -> str:
+    """Return the interval of a plan's difference to dense, in signed points."""
+    return interval(100 * plan.difference_low, 100 * plan.difference_high, SIGNED)
+
+
+def speedup(plan: Plan, unit: str = "") -> str:
     """Return a plan's measured speed-up, with its interval."""
-    return span(plan.speedup, plan.speedup_low, plan.speedup_high)
+    return with_interval(plan.speedup, plan.speedup_low, plan.speedup_high, unit=unit)
 
 
 def engine_speedup(latency: EngineLatency) -> str:
     """Return a plan's speed-up in an engine: ``"vllm 0.32.0, 16 at once: 1.52 [1.48, 1.56]"``."""
-    speedup = span(latency.speedup, latency.speedup_low, latency.speedup_high)
+    speedup = with_interval(latency.speedup, latency.speedup_low, latency.speedup_high)
     return f"{latency.engine} {latency.version}, {latency.concurrency} at once: {speedup}"
 
 

@@ -80,8 +80,8 @@ def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
 
 def facts(best: Plan) -> tuple[tuple[str, str], ...]:
     """Return the answer in four figures with their labels; intervals are not broken across lines."""
-    speedup = f"[{best.speedup_low:.2f}, {best.speedup_high:.2f}]"
-    difference = formatting.interval(best.difference_low, best.difference_high)
+    speedup = formatting.interval(best.speedup_low, best.speedup_high)
+    difference = formatting.difference_interval(best)
     found = (
         (f"{best.speedup:.2f}x", f"measured speed-up {speedup}"),
         (formatting.signed(best.difference), f"points of accuracy {difference}"),

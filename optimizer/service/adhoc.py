@@ -1,4 +1,4 @@
-"""Run one CLI command (``redundancy``, ``validate-theory``) as a claimed job, so that a rerun resumes what it measured."""
+"""Run one CLI command (``redundancy``, ``validate-theory``) as a claimed job, so that a rerun resumes its results."""
 
 from __future__ import annotations
 

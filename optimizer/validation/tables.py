@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from optimizer.criteria import Risk
+from optimizer.reports.formatting import with_interval
 from optimizer.statistics.rank_agreement import Agreement
 from optimizer.validation.report import ValidationReport, finite
 from workers.redundancy.table import LayerMeasurement, LayerTable
@@ -118,9 +119,9 @@ def _correlations(report: ValidationReport) -> Table:
 
 def agreement(found: Agreement | None) -> str:
     """Rho and its interval."""
-    if found is None or found.rho is None:
+    if found is None or found.rho is None or found.low is None or found.high is None:
         return "-"
-    return f"{found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    return with_interval(found.rho, found.low, found.high, "+.2f")
 
 
 def _sets(report: ValidationReport) -> Table:
@@ -139,8 +140,9 @@ def _sets(report: ValidationReport) -> Table:
         if each.harm is None:
             drawn.add_row(action, name, layers, "cannot be run", "-", "-")
             continue
-        low, high = 100 * each.harm.difference_low, 100 * each.harm.difference_high
-        difference = f"{100 * each.harm.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+        harm = each.harm
+        points = (100 * harm.difference, 100 * harm.difference_low, 100 * harm.difference_high)
+        difference = with_interval(*points, "+.1f")
         drawn.add_row(action, name, layers, f"{each.harm.accuracy:.3f}", difference, number(each.harm.kl))
     return drawn
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections import OrderedDict
-from typing import Any
 
 import torch
 import transformers
 
 from workers.layerwise.decoder import Decoder, NotExactError
+from workers.lru import LruCache
 from workers.messages import (
     Artifact,
     FitCompensation,
@@ -45,8 +44,8 @@ class Compensator:
         self.loaded, self.task = loaded, task
         self._calibration: tuple[tuple[int, int], Calibration] | None = None
         self._shared: SharedFits | None = None
-        self._fitted: OrderedDict[tuple[str, str], Fitted] = OrderedDict()
-        self._read: OrderedDict[str, Maps] = OrderedDict()
+        self._fitted: LruCache[tuple[str, str], Fitted] = LruCache(KEPT_PLANS)
+        self._read: LruCache[str, Maps] = LruCache(KEPT_PLANS)
 
     def maps(self, plan: SkipPlan, compensation: str, artifact: Artifact | None = None) -> Maps | None:
         """Return a plan's maps: None where skips stay plain, those of ``artifact`` where given, else fitted ones.
@@ -58,19 +57,15 @@ class Compensator:
             return None
         if artifact is None:
             return self.fitted(plan, recipe).maps
-        if artifact.checksum not in self._read:
-            self._read[artifact.checksum] = decode(store.get(artifact), plan=plan.text).maps
-            _forget_oldest(self._read, KEPT_PLANS)
-        return self._read[artifact.checksum]
+        known = self._read.get(artifact.checksum)
+        if known is not None:
+            return known
+        return self._read.put(artifact.checksum, decode(store.get(artifact), plan=plan.text).maps)
 
     def fitted(self, plan: SkipPlan, recipe: Recipe) -> Fitted:
         """Return the fit of a plan, from memory where it is known."""
         key = (plan.text, recipe.text)
-        if key not in self._fitted:
-            self._fitted[key] = self._fit(plan, recipe)
-            _forget_oldest(self._fitted, KEPT_PLANS)
-        self._fitted.move_to_end(key)
-        return self._fitted[key]
+        return self._fitted.get(key) or self._fitted.put(key, self._fit(plan, recipe))
 
     @property
     def failed_samples(self) -> dict[str, str]:
@@ -141,8 +136,3 @@ class Compensator:
             f"device={self.loaded.device.type} threads={torch.get_num_threads()} python={platform.python_version()} "
             f"torch={torch.__version__} transformers={transformers.__version__}"
         )
-
-
-def _forget_oldest(kept: OrderedDict[Any, Any], limit: int) -> None:
-    while len(kept) > limit:
-        kept.popitem(last=False)

@@ -8,7 +8,6 @@ longest beginning that is known. The maps are those of :func:`workers.compensati
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from workers.device.memory import memory_bytes
 from workers.layerwise.decoder import Decoder, Recording
+from workers.lru import LruCache
 from workers.messages import GapShare
 from workers.runtime.folding import GapMap, acted_on, fold_site
 from workers.runtime.gaps import Gap, gaps
@@ -74,11 +74,12 @@ class SharedFits:
     ) -> None:
         self._decoder, self._calibration, self.recipe = decoder, calibration, recipe
         self._weigh = weigher(recipe.weighting, calibration)
-        self._budget = budget or max(LEAST_STATES_BUDGET, memory_bytes(calibration.device) // STATES_SHARE)
-        self._held, self._held_maps = 0, 0
-        self._states: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        self._states: LruCache[str, tuple[Tensor, ...]] = LruCache(
+            budget or max(LEAST_STATES_BUDGET, memory_bytes(calibration.device) // STATES_SHARE),
+            lambda states: sum(state.nbytes for state in states),
+        )
         self._last: _Executed | None = None
-        self._maps: OrderedDict[str, _FittedMap] = OrderedDict()
+        self._maps: LruCache[str, _FittedMap] = LruCache(MAPS_BUDGET, lambda fitted: fitted.nbytes)
         self.layer_executions = 0
         """Decoder layers run so far, each over all calibration tokens."""
         owner: Any = decoder.stack.owner
@@ -111,9 +112,9 @@ class SharedFits:
         return self._calibration.require(layer)
 
     def _map(self, prefix: str) -> _FittedMap:
-        if prefix in self._maps:
-            self._maps.move_to_end(prefix)
-            return self._maps[prefix]
+        known = self._maps.get(prefix)
+        if known is not None:
+            return known
         layer = len(prefix.rstrip(REMOVING_LETTERS)) - 1
         self._calibration.require(layer)
         require_holds(self._decoder.stack, layer, self.recipe)
@@ -121,12 +122,7 @@ class SharedFits:
             before = self._executed(prefix[: layer + 1] if self.recipe.source == "pruned" else RUN * (layer + 1))
             states = [GapStates(m, x.flatten(0, 1)) for m, x in zip(before.acted_on, before.hidden, strict=True)]
             own, quality = fit_gap(states, self._calibration, Gap(layer, len(prefix) - 1), self.recipe, self._weigh)
-        fitted = self._maps[prefix] = _FittedMap(own, quality, change_of(own, self._calibration.device))
-        self._held_maps += fitted.nbytes
-        while self._held_maps > MAPS_BUDGET and len(self._maps) > 1:
-            _, dropped = self._maps.popitem(last=False)
-            self._held_maps -= dropped.nbytes
-        return fitted
+        return self._maps.put(prefix, _FittedMap(own, quality, change_of(own, self._calibration.device)))
 
     # States -----------------------------------------------------------------------------------------------------------
 
@@ -135,17 +131,16 @@ class SharedFits:
         executed = prefix.rstrip(REMOVING_LETTERS)
         if not executed:  # layers skipped at the very bottom stay plain skips
             return tuple(recording.hidden for recording in self._recordings)
-        if prefix in self._states:
-            self._states.move_to_end(prefix)
-            return self._states[prefix]
+        known = self._states.get(prefix)
+        if known is not None:
+            return known
         gap_below = any(letter in executed.lstrip(REMOVING_LETTERS) for letter in REMOVING_LETTERS)
         if executed == prefix and not (self.recipe.drift and gap_below):
             states = tuple(hidden for hidden, _ in self._run(prefix, watching=False))
         else:
             before, change = self._executed(executed), self.change(prefix)
             states = tuple(changed_state(x, m, change) for x, m in zip(before.hidden, before.acted_on, strict=True))
-        self._keep(prefix, states)
-        return states
+        return self._states.put(prefix, states)
 
     def _executed(self, prefix: str) -> _Executed:
         """Run the layer that ends ``prefix``. The last result is kept, for its map and mapped states.
@@ -172,10 +167,3 @@ class SharedFits:
                 output = self._decoder.run_rows(layer, action, gathered, state, arguments).hidden
                 found = output if watched is None else on_all_tokens(watched.take(), output, batch.vision) * share
             yield output, found
-
-    def _keep(self, prefix: str, states: tuple[Tensor, ...]) -> None:
-        self._states[prefix] = states
-        self._held += sum(state.nbytes for state in states)
-        while self._held > self._budget and len(self._states) > 1:
-            _, dropped = self._states.popitem(last=False)
-            self._held -= sum(state.nbytes for state in dropped)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -20,6 +19,7 @@ from transformers import LogitsProcessorList
 from workers.compensation.compensator import Compensator
 from workers.compensation.recipe import CompensationError
 from workers.device.memory import OUT_OF_MEMORY, is_out_of_memory
+from workers.lru import LruCache
 from workers.messages import DEFAULT_BATCH_SIZE, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
@@ -78,9 +78,9 @@ class PlainEvaluator:
     ) -> None:
         self.loaded, self.task = loaded, task
         self.compensator = Compensator(loaded, task)
-        self.batch_size, self.cache_bytes = batch_size, cache_bytes
-        self._cache: OrderedDict[tuple[str, ...], PreparedBatch] = OrderedDict()
-        self._cached_bytes = 0
+        self.batch_size = batch_size
+        self.prepared: LruCache[tuple[str, ...], PreparedBatch] = LruCache(cache_bytes, lambda batch: batch.nbytes)
+        """Prepared batches, by the ids of their samples."""
 
     def evaluate_all(self, request: EvaluatePlans) -> Evaluations:
         """Score the plans of a request one after another; one that cannot be scored does not stop the others.
@@ -150,10 +150,11 @@ class PlainEvaluator:
     def _answer_chunks(self, chunks: Iterable[Sequence[Sample]]) -> Answers:
         answers = Answers({}, {})
         for chunk in chunks:
-            batch = self._prepare(chunk)
+            key = tuple(sample.id for sample in chunk)
+            batch = self.prepared.get(key) or self.prepared.put(key, prepare_batch(self.loaded, self.task, chunk))
             answers = answers.joined(Answers({}, batch.failed))
             if batch.inputs is not None:
-                answers = answers.joined(self._generate(batch))
+                answers = answers.joined(self._generate(batch, key))
         return answers
 
     def _chunks(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
@@ -163,25 +164,8 @@ class PlainEvaluator:
             yield samples[position : position + size]
             position += size
 
-    def _prepare(self, samples: Sequence[Sample]) -> PreparedBatch:
-        key = tuple(sample.id for sample in samples)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        batch = prepare_batch(self.loaded, self.task, samples)
-        self._cache[key] = batch
-        self._cached_bytes += batch.nbytes
-        while self._cached_bytes > self.cache_bytes and self._cache:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= dropped.nbytes
-        return batch
-
-    def _forget(self, batch: PreparedBatch) -> None:
-        for key in [key for key, cached in self._cache.items() if cached is batch]:
-            self._cached_bytes -= self._cache.pop(key).nbytes
-
-    def _generate(self, batch: PreparedBatch) -> Answers:
-        """Generate for a prepared batch; out of memory: halve the batch size and go on in halves."""
+    def _generate(self, batch: PreparedBatch, key: tuple[str, ...]) -> Answers:
+        """Generate for a batch prepared under ``key``; out of memory: halve the batch size and go on in halves."""
         assert batch.inputs is not None
         try:
             if self.task.spec.is_choice:
@@ -196,7 +180,7 @@ class PlainEvaluator:
             torch.cuda.empty_cache()
         if len(batch.samples) == 1:
             return Answers({}, {batch.samples[0].id: OUT_OF_MEMORY})
-        self._forget(batch)
+        self.prepared.drop(key)
         self.batch_size = min(self.batch_size, len(batch.samples) // 2)
         return self._answer_chunks(self._chunks(batch.samples))
 

@@ -28,7 +28,7 @@ STALE = [
     ({"export": "mergekit"}, "export: unknown field"),
     ({"search": {"sampler": "tpe"}}, "search.sampler: unknown field"),
     ({"search": {"evaluations": 48}}, "search.evaluations: unknown field; known are trials, "),
-    ({"search": {"latency": "measured"}}, "search.latency: unknown field; did you mean latency_model?"),
+    ({"search": {"latency": "measured"}}, "search.latency: unknown field; did you mean latency_model"),
     ({"latency_seconds": 20.0}, "latency_seconds: unknown field; did you mean latency.max_seconds?"),
     ({"latency_precision": 0.02}, "latency_precision: unknown field; did you mean latency.precision?"),
 ]

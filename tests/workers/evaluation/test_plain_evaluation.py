@@ -104,21 +104,14 @@ def test_the_same_plan_twice_gives_the_same_result(tiny: LoadedModel, long_answe
 
 
 def test_the_input_cache_stays_within_its_bound(tiny: LoadedModel, long_answers: Task) -> None:
-    unbounded, bounded = (
-        PlainEvaluator(tiny, long_answers, batch_size=4),
-        PlainEvaluator(tiny, long_answers, batch_size=4),
-    )
-    one_batch = next(iter(_cached(unbounded, long_answers)))
-    bounded.cache_bytes = int(2.5 * one_batch)
+    unbounded = PlainEvaluator(tiny, long_answers, batch_size=4)
+    unbounded.evaluate(DENSE, "search", 4)
+    one_batch = unbounded.prepared.held
+    bounded = PlainEvaluator(tiny, long_answers, batch_size=4, cache_bytes=int(2.5 * one_batch))
     assert replace(bounded.evaluate(DENSE, "search", 40), seconds=0) == replace(
         unbounded.evaluate(DENSE, "search", 40), seconds=0
     )
-    assert 0 < bounded._cached_bytes <= bounded.cache_bytes < unbounded._cached_bytes
-
-
-def _cached(evaluator: PlainEvaluator, task: Task) -> list[int]:
-    evaluator.evaluate(DENSE, "search", 4)
-    return [batch.nbytes for batch in evaluator._cache.values()]
+    assert 0 < bounded.prepared.held <= bounded.prepared.budget < unbounded.prepared.held
 
 
 def test_a_corrupt_image_fails_its_samples_alone(tiny: LoadedModel, long_answers: Task, tmp_path: Path) -> None:

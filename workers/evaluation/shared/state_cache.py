@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable
 
 from workers.layerwise.decoder import Keys, LayerOutput
+from workers.lru import LruCache
 
 Kept = LayerOutput | Keys
 """A state behind a layer, or what a layer's attention sees."""
@@ -20,17 +20,18 @@ class StateCache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.nbytes = 0
-        self._plain: OrderedDict[Hashable, Kept] = OrderedDict()
-        self._branching: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._plain: LruCache[Hashable, Kept] = LruCache(budget, _nbytes)
+        self._branching: LruCache[Hashable, Kept] = LruCache(budget, _nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states that are kept."""
+        return self._plain.held + self._branching.held
 
     def get(self, key: Hashable) -> Kept | None:
         """Return the state, which then counts as used last."""
-        for states in (self._branching, self._plain):
-            if key in states:
-                states.move_to_end(key)
-                return states[key]
-        return None
+        found = self._branching.get(key)
+        return self._plain.get(key) if found is None else found
 
     def put(self, key: Hashable, state: Kept, *, branching: bool) -> None:
         """Keep a state, and drop others for it; one that alone is larger than the budget is not kept."""
@@ -39,24 +40,19 @@ class StateCache:
         if size > self.budget:
             return
         while self.nbytes + size > self.budget:
-            self._evict()
-        (self._branching if branching else self._plain)[key] = state
-        self.nbytes += size
+            (self._plain or self._branching).drop_oldest()
+        (self._branching if branching else self._plain).put(key, state)
 
     def drop(self, key: Hashable) -> None:
         """Forget a state, if it is there."""
-        for states in (self._branching, self._plain):
-            state = states.pop(key, None)
-            if state is not None:
-                self.nbytes -= state.nbytes
+        self._branching.drop(key)
+        self._plain.drop(key)
 
     def clear(self) -> None:
         """Forget all states."""
         self._plain.clear()
         self._branching.clear()
-        self.nbytes = 0
 
-    def _evict(self) -> None:
-        states = self._plain or self._branching
-        _, state = states.popitem(last=False)
-        self.nbytes -= state.nbytes
+
+def _nbytes(state: Kept) -> int:
+    return state.nbytes
