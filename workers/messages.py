@@ -169,10 +169,10 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class ShowSamples:
-    """Ask the dense model about the samples at ``places`` of a split, and show what it is given and answers."""
+    """Ask the dense model about the samples at ``indices`` of a split, and show what it is given and answers."""
 
     split: str
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     pictures: bool = False
 
 

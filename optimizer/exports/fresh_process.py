@@ -30,7 +30,7 @@ class _Refuse(MetaPathFinder):
 def main(request_file: str) -> None:
     """Answer the request: ``answers``, ``versions`` to ``result.json``, logits to ``logits.safetensors``, beside it."""
     sys.meta_path.insert(0, _Refuse())
-    place = Path(request_file).resolve().parent
+    folder = Path(request_file).resolve().parent
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     processors = run_path(request["processors"])  # a file that needs nothing else of ours
     sys.meta_path.insert(0, processors["BeforeTransformers"]())
@@ -50,11 +50,11 @@ def main(request_file: str) -> None:
         answer, _, steps = generate_with_logits(model, processor, inputs, request["max_new_tokens"])
         answers.append(answer)
         logits[str(number)] = steps
-    save_file(logits, str(place / "logits.safetensors"))
+    save_file(logits, str(folder / "logits.safetensors"))
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     seen = sorted(name for name in sys.modules if name.partition(".")[0] in OURS)
     result = {"answers": answers, "versions": versions, "model_class": type(model).__name__, "ours": seen}
-    (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _load(loader: str, directory: str, dtype: str) -> Any:

@@ -22,21 +22,21 @@ def find_best(
 ) -> tuple[Plan, tuple[str, ...]]:
     """Return the fastest plan within limits, and what changed since it was measured.
 
-    A query that limits neither loss nor accuracy leaves out plans that their own job refused. Raises UsageFault when
-    model or task is not named, NoFeasiblePlan when no plan meets the limits.
+    A query that limits neither loss nor accuracy leaves out plans that miss their own job's constraint.
+    Raises UsageFault when model or task is not named, NoFeasiblePlan when no plan meets the limits.
     """
     if query.model is None or query.task is None:
         raise UsageFault("name both --model and --task")
     present = PresentVersions(db)
     own_limits = query.max_accuracy_drop is None and query.min_accuracy is None
 
-    def find(query: PlanQuery, *, refused: bool = False) -> Plan | None:
+    def find(query: PlanQuery, *, missing: bool = False) -> Plan | None:
         if not own_limits and max_collateral_drop is None and max_text_kl is None:
             return plans.best(db, query)
         # Judgements and what is measured beside the task have no columns of their own.
         for plan in plans.list_plans(db, replace(query, limit=None)):
-            accepted = refused or not own_limits or meets_constraint(plan) is not False
-            if accepted and _within(plan, max_collateral_drop, max_text_kl):
+            considered = missing or not own_limits or meets_constraint(plan) is not False
+            if considered and _within(plan, max_collateral_drop, max_text_kl):
                 return plan
         return None
 
@@ -47,10 +47,10 @@ def find_best(
     what = f"no published plan of {query.model} on {query.task}"
     if query.engine is not None:
         what += f" that {query.engine} served with {query.concurrency} requests at once"
-    if refused := find(asked, refused=True):
+    if fastest := find(asked, missing=True):
         raise NoFeasiblePlan(
-            f"{what} meets the limits of its own job; the dense model is the answer. The fastest, plan {refused.id}, "
-            "was refused; --max-accuracy-drop sets another limit"
+            f"{what} meets the constraint of its own job; the dense model is the answer. The fastest, plan "
+            f"{fastest.id}, misses it; --max-accuracy-drop sets another limit"
         )
     if not all_versions and (former := find(present.named(query))):
         raise NoFeasiblePlan(

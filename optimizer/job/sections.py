@@ -112,7 +112,7 @@ class SearchSpec(Section):
     )
     seeds: Literal["theory", "random", "none"] = Field(
         default="theory",
-        description="Where samplers begin: plans that the criterion proposes, random plans, or nothing.",
+        description="The plans that samplers begin with: what the criterion proposes, random plans, or none.",
     )
     plans: tuple[str, ...] = Field(
         default=(),
@@ -129,7 +129,9 @@ class SearchSpec(Section):
         "null: the budget alone ends the search.",
     )
     patience: int = Field(default=4, ge=1, le=1000, description="Batches in a row that min_gain must be missed.")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler and of every resampling.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the random numbers of the sampler and of every resampling."
+    )
     batch: int = Field(
         default=8, ge=1, le=4096, description="Plans proposed together; the same on any number of workers."
     )

@@ -30,7 +30,7 @@ def show(spec: JobSpec, count: int) -> tuple[ShownSample, ...]:
 
     task = load_job_task(spec)
     whole = len(task.search)
-    samples = [task.search[place] for place in sorted({number * whole // count for number in range(count)})]
+    samples = [task.search[index] for index in sorted({number * whole // count for number in range(count)})]
     try:
         return ask(PlainEvaluator(load_model(model_source(spec)), task), samples, pictures=True)
     except WorkersError as error:

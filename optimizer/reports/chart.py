@@ -94,8 +94,8 @@ def thinned(
     left, right = across or (min(xs), max(xs))
     bottom, top = upwards or (min(ys), max(ys))
     cells: dict[tuple[int, int], int] = {}
-    for place, (x, y) in enumerate(points):
+    for index, (x, y) in enumerate(points):
         if left <= x <= right and bottom <= y <= top:
             cell = (int(COLUMNS * (x - left) / (right - left or 1)), int(ROWS * (y - bottom) / (top - bottom or 1)))
-            cells.setdefault(cell, place)
+            cells.setdefault(cell, index)
     return sorted(cells.values())

@@ -84,7 +84,7 @@ _FIGURES: tuple[tuple[str, Callable[[JobReport], str]], ...] = (
     ("KV cache", _of_best(formatting.kv_cache)),
     ("compensation", _of_best(lambda plan: plan.compensation)),
     ("plans tried", lambda report: f"{len(report.trials):,}, {report.num_complete:,} on the whole search split"),
-    ("plans verified", lambda report: f"{len(report.plans)}, {report.num_kept} within the limits"),
+    ("plans verified", lambda report: f"{len(report.plans)}, {report.num_meeting} within the limits"),
 )
 
 

@@ -153,7 +153,7 @@ class JobReport:
         return sum(each.complete for each in self.trials)
 
     @property
-    def num_kept(self) -> int:
+    def num_meeting(self) -> int:
         """Published plans that meet the job's constraint."""
         return sum(meets_constraint(plan) is True for plan in self.plans)
 

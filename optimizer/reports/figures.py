@@ -31,7 +31,7 @@ def front(report: JobReport) -> Chart | None:
     many = len(placed) > MANY
     speeds, points = visible(report) or (None, None)
     if many:
-        placed = [placed[place] for place in thinned([(x, y) for _, x, y in placed], speeds, points)]
+        placed = [placed[index] for index in thinned([(x, y) for _, x, y in placed], speeds, points)]
 
     def tried(name: str, within: bool, colour: str, opacity: float) -> Trace:
         drawn = (Point(x, y, _trial_line(each), each.plan) for each, x, y in placed if each.within is within)
@@ -220,7 +220,7 @@ def theory(check: TheoryCheck) -> Chart:
     pairs = check.plans.pairs
     many = len(pairs) > MANY
     if many:
-        pairs = tuple(pairs[place] for place in thinned([(pair.predicted, pair.measured) for pair in pairs]))
+        pairs = tuple(pairs[index] for index in thinned([(pair.predicted, pair.measured) for pair in pairs]))
     points = [
         Point(
             pair.predicted,

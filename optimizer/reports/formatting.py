@@ -89,7 +89,7 @@ def _effort(report: JobReport) -> tuple[str, ...]:
     text += f". It ended because {stopped}." if stopped else "."
     if report.plans:
         text += f" {_plural(len(report.plans), 'plan')} verified on held-out samples, "
-        text += f"{count(report.num_kept)} of them within the limits."
+        text += f"{count(report.num_meeting)} of them within the limits."
     return (text,)
 
 

@@ -78,9 +78,9 @@ def _drawn(parts: Sequence[tuple[float, Callable[[SubFigure], None]]]) -> bytes:
 
     heights = [height for height, _ in parts]
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
-    places = figure.subfigures(len(parts), squeeze=False, height_ratios=heights)
-    for (place,), (_, draw_on) in zip(places, parts, strict=True):
-        draw_on(place)
+    rows = figure.subfigures(len(parts), squeeze=False, height_ratios=heights)
+    for (axes,), (_, draw_on) in zip(rows, parts, strict=True):
+        draw_on(axes)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": "skipplan"})
     return buffer.getvalue()
@@ -174,8 +174,8 @@ def strips(part: SubFigure, rows: Sequence[sections.StripRow]) -> None:
     axes = part.add_subplot()
     for number, row in enumerate(rows):
         for layer, letter in enumerate(row.plan):
-            place = (layer, number + 0.12)
-            axes.add_patch(Rectangle(place, 0.92, 0.76, color=colour(COLOURS[letter]), linewidth=0))
+            corner = (layer, number + 0.12)
+            axes.add_patch(Rectangle(corner, 0.92, 0.76, color=colour(COLOURS[letter]), linewidth=0))
     layers = max((len(row.plan) for row in rows), default=1)
     axes.set_xlim(0, layers)
     axes.set_ylim(len(rows), 0)

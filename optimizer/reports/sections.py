@@ -74,7 +74,7 @@ class Table:
             title,
             tuple(column.heading for column in columns),
             tuple(tuple(column.cell(row) for column in columns) for row in rows),
-            tuple(place for place, column in enumerate(columns) if column.number),
+            tuple(index for index, column in enumerate(columns) if column.number),
         )
 
 

@@ -42,7 +42,7 @@ class Limits:
             values["min_accuracy"] = self.spec.min_accuracy - trial.accuracy
         return values
 
-    def possible(self, plan: SkipPlan, ratio: float) -> bool:
+    def feasible(self, plan: SkipPlan, ratio: float) -> bool:
         """Whether a plan meets every constraint that needs no evaluation."""
         return all(value <= 0.0 for value in self.known(plan, ratio).values())
 
@@ -73,7 +73,7 @@ class Limits:
         """
         if trial.optimistic_difference < self.least_difference(dense_accuracy):
             return False
-        if not self.possible(SkipPlan.parse(trial.plan), trial.latency_ratio):
+        if not self.feasible(SkipPlan.parse(trial.plan), trial.latency_ratio):
             return False
         return not any(
             other.latency_ratio <= trial.latency_ratio

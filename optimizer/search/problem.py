@@ -51,11 +51,7 @@ class Problem:
     def foresee(self, candidate: Candidate) -> tuple[float, bool]:
         """Predicted latency as a share of dense, and whether every constraint that needs no evaluation is met."""
         ratio = self.ratio(candidate.plan)
-        return ratio, self.limits.possible(candidate.plan, ratio)
-
-    def possible(self, candidate: Candidate) -> bool:
-        """Whether a candidate meets every constraint that needs no evaluation."""
-        return self.foresee(candidate)[1]
+        return ratio, self.limits.feasible(candidate.plan, ratio)
 
 
 @dataclass(frozen=True)
@@ -82,9 +78,9 @@ class Strategy(Protocol):
     turn: every ``ask`` that returns something is followed by one ``tell``, which answers each :class:`Ask` in the
     order asked. The search ends when the budget is spent or ``ask`` returns nothing; ``done`` is read then.
 
-    A strategy may ask for any candidate of the problem's space. It should not ask for one that ``Problem.possible``
-    rejects, since such a candidate ends on the first rung. Candidates asked for again cost no evaluation, and are
-    answered from memory; a strategy that asks for nothing new for many batches in a row is stopped.
+    A strategy may ask for any candidate of the problem's space. It should not ask for one that is not in
+    ``Problem.feasible``, since such a candidate ends on the first rung. Candidates asked for again cost no
+    evaluation, and are answered from memory; a strategy that asks for nothing new for many batches in a row is stopped.
 
     A strategy is deterministic: for an equal problem (its ``seed`` included), equal answers in equal order give equal
     questions. An interrupted search is resumed by asking again, so randomness must come from ``Problem.seed`` alone.
@@ -119,7 +115,7 @@ class PlanList:
     expected_gain: float | None = None
 
     def __init__(self, plans: Sequence[Candidate], problem: Problem, name: str) -> None:
-        allowed = (plan for plan in dict.fromkeys(plans) if plan in problem.space and problem.possible(plan))
+        allowed = (plan for plan in dict.fromkeys(plans) if plan in problem.space and plan in problem.feasible)
         self.plans = tuple(plan for plan in allowed if not plan.is_dense)
         self._queue = list(self.plans)
         self.done = f"all {len(self.plans)} plans of {name} were tried"

@@ -27,7 +27,7 @@ def with_seeds(
     """
     if spec.seeds == "none":
         return replace(problem, known=tuple(known))
-    elsewhere = [each for each in elsewhere if problem.possible(each)]
+    elsewhere = [each for each in elsewhere if each in problem.feasible]
     if spec.strategy == "surrogate":
         seeds = _seeds(problem, spec, known)
         first = [*elsewhere[: problem.batch // 2], *seeds.first]
@@ -42,7 +42,7 @@ def with_seeds(
     most = max(1, spec.trials // 2)
     if spec.seeds == "random":
         return replace(problem, seeds=random_seeds(problem.feasible, most, problem.seed).first, known=tuple(known))
-    nested = [each for each in nested_sets(problem.space, problem.risk) if problem.possible(each)]
+    nested = [each for each in nested_sets(problem.space, problem.risk) if each in problem.feasible]
     return replace(problem, seeds=tuple(dict.fromkeys([*elsewhere, *nested]))[:most], known=tuple(known))
 
 

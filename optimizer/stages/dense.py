@@ -144,8 +144,8 @@ def warning_of(context: JobContext, accuracy: float, n_samples: int) -> str:
 
 def _look_at(context: JobContext, n_samples: int) -> tuple[ShownSample, ...]:
     """Show samples spread over the search split; none where that fails, which is noted."""
-    places = sorted({number * n_samples // LOOKED_AT for number in range(LOOKED_AT)})
-    reply = context.ask_one(ShowSamples("search", tuple(places)), "answers of the dense model")
+    indices = sorted({number * n_samples // LOOKED_AT for number in range(LOOKED_AT)})
+    reply = context.ask_one(ShowSamples("search", tuple(indices)), "answers of the dense model")
     return reply.samples if isinstance(reply, ShownSamples) else ()
 
 

@@ -39,11 +39,11 @@ class FailedSamples:
         Raises TooManyFailed with all of them where the job does not allow so many.
         """
         context, known = self._context, self._reasons.setdefault(split, {})
-        place = "held-out" if split == "held_out" else split
+        name = "held-out" if split == "held_out" else split
         for sample, reason in found.items():
             if sample not in known:
                 known[sample] = reason
-                text = f"{place} sample {sample}: {reason}"
+                text = f"{name} sample {sample}: {reason}"
                 data = {"split": split, "sample": sample, "reason": reason}
                 events.add(context.db, context.job.id, context.job.attempt, KIND, text, data)
                 context.progress.note(f"{text}; it is left out")
@@ -53,7 +53,7 @@ class FailedSamples:
         lines = [f"sample {sample}: {reason}" for sample, reason in known.items()]
         more = [f"and {len(lines) - MOST_SHOWN} more (skipplan jobs show {context.job.id})"] * (len(lines) > MOST_SHOWN)
         raise TooManyFailed(
-            f"{len(known)} of {size} {place} samples failed, more than max_failed_samples {share:g}",
+            f"{len(known)} of {size} {name} samples failed, more than max_failed_samples {share:g}",
             [*lines[:MOST_SHOWN], *more],
         )
 

@@ -104,14 +104,14 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
             figures=[figures(finalist, speed, constraint, measured, warning) for finalist, speed in timed],
         )
         rows |= {finalist.candidate: row for (finalist, _), row in zip(timed, published, strict=True)}
-    feasible = [
+    meeting = [
         (speed.median, finalist.verdict.accuracy, rows[finalist.candidate].id)
         for finalist, speed in complete
         if finalist.verdict.accepted and fast_enough(speed, constraint)
     ]
     plan_ids = tuple(rows[finalist.candidate].id for finalist, _ in complete)
-    if feasible:
-        _, _, best = max(feasible, key=lambda each: each[:2])
+    if meeting:
+        _, _, best = max(meeting, key=lambda each: each[:2])
         return Published(plan_ids, best, "")
     return Published(plan_ids, None, _why_none([(each.verdict, speed) for each, speed in complete], constraint))
 

@@ -79,11 +79,11 @@ def _scatter(axes: Any, action: ActionReport, report: ValidationReport) -> None:
 def _intervals(axes: Any, action: ActionReport, report: ValidationReport) -> None:
     found = action.by_kl or action.by_accuracy
     names = [name for name in found if found[name].rho is not None]
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         each = found[name]
         if each.low is not None and each.high is not None:
-            axes.plot([each.low, each.high], [place, place], color="tab:blue" if name == report.criterion else "grey")
-        axes.plot(each.rho, place, "o", color="tab:blue" if name == report.criterion else "grey", markersize=4)
+            axes.plot([each.low, each.high], [index, index], color="tab:blue" if name == report.criterion else "grey")
+        axes.plot(each.rho, index, "o", color="tab:blue" if name == report.criterion else "grey", markersize=4)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0.0, color="black", linewidth=0.6)

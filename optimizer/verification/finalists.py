@@ -68,7 +68,7 @@ def failure_of(outcome: SearchOutcome) -> str:
 
 def _may_be_fast(trial: Trial, limits: Limits) -> bool:
     """Whether a candidate is predicted to be faster than dense and within the limits that need no evaluation."""
-    return trial.latency_ratio < 1.0 and limits.possible(SkipPlan.parse(trial.plan), trial.latency_ratio)
+    return trial.latency_ratio < 1.0 and limits.feasible(SkipPlan.parse(trial.plan), trial.latency_ratio)
 
 
 def _front(trials: Sequence[Trial], costs: Sequence[Point]) -> list[Trial]:

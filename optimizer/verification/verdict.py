@@ -46,7 +46,7 @@ class Verdict:
     """Of this difference's two-sided interval, after Holm's correction for the number of finalists."""
     mcnemar_p: float
     accepted: bool
-    """Whether the accuracy part of the constraint is met."""
+    """Whether the accuracy is within the limits; a plan that is also fast enough meets the constraint."""
     secondary: dict[str, float]
     compensation: str = NO_COMPENSATION
 

@@ -13,7 +13,7 @@ from itertools import chain
 from storage.errors import InvalidValue
 
 _BITS, _DOUBLES = b"\x01", b"\x02"
-_SCORES_OF_BYTE = [tuple(float(byte >> place & 1) for place in range(7, -1, -1)) for byte in range(256)]
+_SCORES_OF_BYTE = [tuple(float(byte >> index & 1) for index in range(7, -1, -1)) for byte in range(256)]
 
 
 def pack(scores: Sequence[float]) -> bytes:
@@ -21,9 +21,9 @@ def pack(scores: Sequence[float]) -> bytes:
 
     Raises ``InvalidValue`` for a score outside [0, 1].
     """
-    for place, score in enumerate(scores):
+    for index, score in enumerate(scores):
         if not (math.isnan(score) or 0.0 <= score <= 1.0):
-            raise InvalidValue(f"score {score} of sample {place} is outside [0, 1]")
+            raise InvalidValue(f"score {score} of sample {index} is outside [0, 1]")
     if all(score in (0, 1) for score in scores):
         bits = "".join("1" if score else "0" for score in scores)
         padded = bits + "0" * (-len(bits) % 8)
@@ -46,9 +46,9 @@ def pack_divergences(values: Sequence[float]) -> bytes:
 
     Raises ``InvalidValue`` for a negative or infinite one.
     """
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if not (math.isnan(value) or 0.0 <= value < math.inf):
-            raise InvalidValue(f"divergence {value} of sample {place} is negative or infinite")
+            raise InvalidValue(f"divergence {value} of sample {index} is negative or infinite")
     return struct.pack(f"<{len(values)}f", *values)
 
 

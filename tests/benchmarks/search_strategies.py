@@ -298,7 +298,7 @@ def report(options: argparse.Namespace) -> None:
             pair: [shares(r["steps"], best, 0, limits) + shares(r["steps"], best, 1, EVALUATIONS) for r in results]
             for pair, results in found.items()
         }
-        print_table(f"{task}, search split ({recorded.samples} samples): median (least) of seeds", heads, on_search)
+        print_table(f"{task}, search split ({recorded.samples} samples): median (least) of runs", heads, on_search)
         theory, other = on_search.get(("surrogate", "theory")), on_search.get(("surrogate", "random"))
         if theory and other:
             print("\nTheory seeds less random seeds, mean and 95 % interval:\n")
@@ -315,7 +315,7 @@ def report(options: argparse.Namespace) -> None:
                 for pair, results in found.items()
                 if front_masks(results, limits) <= drops.keys()
             }
-            print_table(f"{task}, held-out split: median (least) of seeds", heads[: len(limits)], on_held_out)
+            print_table(f"{task}, held-out split: median (least) of runs", heads[: len(limits)], on_held_out)
         if options.picture:
             draw(options.picture.with_stem(f"{options.picture.stem}-{task}"), on_search)
 

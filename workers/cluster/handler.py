@@ -120,7 +120,7 @@ class Handler:
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
             case ShowSamples():
-                samples = [task.split(request.split)[place] for place in request.places]
+                samples = [task.split(request.split)[index] for index in request.indices]
                 return ShownSamples(show(self.evaluator, samples, pictures=request.pictures))
             case FitCompensation():
                 return compensator.fit(request)

@@ -122,11 +122,11 @@ def calibrate(
     prover = _Prover(stack)
     batches, passed = [], 0
     for each, mask, seen in zip(prepared, real, vision, strict=True):
-        places = mask.flatten().nonzero().flatten()
-        here = chosen[(chosen >= passed) & (chosen < passed + len(places))] - passed
-        passed += len(places)
+        indices = mask.flatten().nonzero().flatten()
+        here = chosen[(chosen >= passed) & (chosen < passed + len(indices))] - passed
+        passed += len(indices)
         with prover.proving():
-            batches.append(_dense_pass(loaded, stack, each.inputs, seen, each.answers, places[here]))
+            batches.append(_dense_pass(loaded, stack, each.inputs, seen, each.answers, indices[here]))
     return Calibration(
         batches=tuple(batches),
         samples=tuple(sample.id for each in prepared for sample in each.samples),
@@ -156,10 +156,10 @@ def _choose(kinds: Tensor, affordable: int, seed: int) -> Tensor:
     if len(kinds) <= affordable:
         return torch.arange(len(kinds))
     generator = torch.Generator().manual_seed(seed)
-    places = sorted(((kinds == kind).nonzero().flatten() for kind in (VISION, TEXT, ANSWER)), key=len)
+    indices = sorted(((kinds == kind).nonzero().flatten() for kind in (VISION, TEXT, ANSWER)), key=len)
     chosen: list[Tensor] = []
-    for number, own in enumerate(places):  # the rarest first: what it leaves over is the others'
-        share = (affordable - sum(map(len, chosen))) // (len(places) - number)
+    for number, own in enumerate(indices):  # the rarest first: what it leaves over is the others'
+        share = (affordable - sum(map(len, chosen))) // (len(indices) - number)
         chosen.append(own[torch.randperm(len(own), generator=generator)[:share]])
     return torch.cat(chosen).sort().values
 
@@ -301,7 +301,7 @@ def _dense_pass(
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     states: dict[int, Tensor] = {}
     device = loaded.device
-    places = kept.to(device)
+    indices = kept.to(device)
 
     def note_state(index: int, output: Any) -> None:
         state = hidden_of(output)
@@ -310,7 +310,7 @@ def _dense_pass(
                 f"the decoder's states are {list(state.shape)} where prompts are {list(vision.shape)}: maps need one "
                 "state per token of the prompt"
             )
-        states[index] = state.reshape(-1, state.shape[-1])[places].clone()
+        states[index] = state.reshape(-1, state.shape[-1])[indices].clone()
 
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
@@ -324,7 +324,7 @@ def _dense_pass(
         raise CompensationError(f"the decoder ran {len(calls)} times in one forward pass, which maps do not allow for")
     args, kwargs = calls[0]
     targets = tuple(states[index] for index in range(len(stack.layers)))
-    return CalibrationBatch(args, kwargs, vision.to(device), answers.to(device), places, targets)
+    return CalibrationBatch(args, kwargs, vision.to(device), answers.to(device), indices, targets)
 
 
 class _Prover:

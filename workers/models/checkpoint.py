@@ -123,10 +123,10 @@ def _refuse_code_from_elsewhere(directory: Path) -> None:
     for name in names:
         with suppress(ValueError, OSError):  # what cannot be read is said by who needs it
             for reference in _auto_map(json.loads((directory / name).read_text(encoding="utf-8"))):
-                place, separator, code = reference.partition("--")
+                hub_id, separator, code = reference.partition("--")
                 if separator:
                     raise ModelError(
-                        f"model {directory}: auto_map of {name} takes {code} from {place}, which may change unseen; "
+                        f"model {directory}: auto_map of {name} takes {code} from {hub_id}, which may change unseen; "
                         f"copy that code into the directory and write {code!r}"
                     )
 

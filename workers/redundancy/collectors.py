@@ -100,21 +100,21 @@ class Similarity:
         """Choose the batch's tokens of each group."""
         self._chosen: list[Tensor | None] = []
         for group, name in enumerate(TOKEN_GROUPS):
-            places = batch.groups[name].flatten().nonzero().flatten()
-            enough = len(places) >= 8
+            indices = batch.groups[name].flatten().nonzero().flatten()
+            enough = len(indices) >= 8
             if enough:
-                steps = torch.linspace(0, len(places) - 1, min(len(places), CKA_TOKENS), device=places.device)
-                places = places[steps.round().long()]
+                steps = torch.linspace(0, len(indices) - 1, min(len(indices), CKA_TOKENS), device=indices.device)
+                indices = indices[steps.round().long()]
                 self._batches[group] += 1
-                self._tokens[group] += len(places)
-            self._chosen.append(places if enough else None)
+                self._tokens[group] += len(indices)
+            self._chosen.append(indices if enough else None)
 
     def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
         flat = before.flatten(0, 1), after.flatten(0, 1)
-        for group, places in enumerate(self._chosen):
-            if places is None:
+        for group, indices in enumerate(self._chosen):
+            if indices is None:
                 continue
-            first, second = (_gram(states[places]) for states in flat)
+            first, second = (_gram(states[indices]) for states in flat)
             found = np.array([unbiased_hsic(first, second), unbiased_hsic(first, first), unbiased_hsic(second, second)])
             self._hsic[group, layer] += found
             self._products[group, layer] += np.outer(found, found)

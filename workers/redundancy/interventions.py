@@ -45,8 +45,8 @@ class Interventions:
                 self._remove(batch, dense, layer, changes[layer])
             for number, action in enumerate(INTERVENTIONS if "causal" in self._kinds else ()):
                 if action is not Action.SKIP:  # its replay serves the gain too
-                    plan, place = run.with_action(layer, action), f"{action.label} at {layer}"
-                    replayed = self._replay(("causal",), place, batch, dense, plan, layer)
+                    plan, name = run.with_action(layer, action), f"{action.label} at {layer}"
+                    replayed = self._replay(("causal",), name, batch, dense, plan, layer)
                     self._add_kl(self._kl, (number, layer), dense, replayed)
             if "withdrawal" in self._kinds:
                 plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
@@ -54,14 +54,14 @@ class Interventions:
                 self._add_kl(self._withdrawal, (0, layer), dense, replayed)
 
     def _replay(
-        self, kinds: Sequence[str], place: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int
+        self, kinds: Sequence[str], name: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int
     ) -> tuple[Tensor, Tensor] | None:
-        """Replay a plan for some kinds; None, and the reason recorded at ``place``, where the model cannot take it."""
+        """Replay a plan for some kinds; None, and the reason recorded under ``name``, where it is refused."""
         try:
             validate(plan, self._descriptor)
         except PlanError as error:
             for kind in kinds:
-                self.refused[kind][place] = str(error)
+                self.refused[kind][name] = str(error)
             return None
         start = first if self.shared_prefixes else 0
         self.executions[kinds[0]] += batch.size * (self._layers - start - len(plan.removed))
@@ -93,13 +93,13 @@ class Interventions:
         self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
 
     def _add_kl(
-        self, sums: np.ndarray, place: tuple[int, int], dense: DensePass, replayed: tuple[Tensor, Tensor] | None
+        self, sums: np.ndarray, index: tuple[int, int], dense: DensePass, replayed: tuple[Tensor, Tensor] | None
     ) -> None:
         if replayed is None:
             return
         assert dense.logits is not None
         divergence = array(answer_kl(dense.logits, replayed[0]))
-        sums[(slice(None), *place)] += sample_sums(divergence, np.ones(len(divergence)))
+        sums[(slice(None), *index)] += sample_sums(divergence, np.ones(len(divergence)))
 
     def sums(self) -> dict[str, KindSums]:
         found = {

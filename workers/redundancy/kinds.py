@@ -82,11 +82,11 @@ def histogram_quantile(counts: NDArray[np.generic], share: float) -> float:
     """Return the quantile of a distance from its histogram over ``HISTOGRAM_EDGES``, linear within the bin."""
     below = np.concatenate([[0.0], np.cumsum(counts.astype(float))])
     target = share * below[-1]
-    place = min(int(np.searchsorted(below, target, side="left")), len(HISTOGRAM_EDGES) - 1)
-    place = max(place, 1)
-    inside = below[place] - below[place - 1]
-    part = (target - below[place - 1]) / inside if inside else 0.0
-    low, high = HISTOGRAM_EDGES[place - 1], HISTOGRAM_EDGES[place]
+    index = min(int(np.searchsorted(below, target, side="left")), len(HISTOGRAM_EDGES) - 1)
+    index = max(index, 1)
+    inside = below[index] - below[index - 1]
+    part = (target - below[index - 1]) / inside if inside else 0.0
+    low, high = HISTOGRAM_EDGES[index - 1], HISTOGRAM_EDGES[index]
     return float(low + part * (high - low))
 
 

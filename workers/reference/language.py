@@ -99,9 +99,9 @@ def read_gguf(gguf: Path) -> LanguageModel:
         ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place, name = str(gguf.parent), gguf.name
-    quantised = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
+    directory, name = str(gguf.parent), gguf.name
+    quantised = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     return LanguageModel(_clean_model(quantised), with_image_token(tokenizer.backend_tokenizer))
 
 

@@ -58,8 +58,8 @@ def read_rows(spec: TaskSpec, columns: Columns, table: Table, image_of: ImageOf,
             asked = Asked(question, _answers(row[columns.answers], separator, where, columns.answers))
         else:
             texts = _answers(row[columns.choices], separator, where, columns.choices, what="option", blanks=True)
-            place = _place(row[columns.answers], texts, columns, where, spec.answer.options)
-            asked = _with_options(question, texts, place, spec.answer.options)
+            index = _place(row[columns.answers], texts, columns, where, spec.answer.options)
+            asked = _with_options(question, texts, index, spec.answer.options)
         samples.append(Sample(f"row-{number}", image, key, asked.text, asked.answers, asked.choices))
     return samples
 
@@ -74,7 +74,7 @@ class Asked:
 
 
 def _place(value: Any, texts: tuple[str, ...], columns: Columns, where: str, options: str | None) -> int:
-    """Return the place of the right option among ``texts``, from 0."""
+    """Return the index of the right option among ``texts``, from 0."""
     different = len(set(texts))
     if options is not None and different < FEWEST_OPTIONS:
         raise TaskError(
@@ -83,22 +83,22 @@ def _place(value: Any, texts: tuple[str, ...], columns: Columns, where: str, opt
         )
     if options != "texts" and len(texts) > len(string.ascii_uppercase):
         raise TaskError(f"{where}: column {columns.choices!r} has {len(texts)} options, more than there are letters")
-    place = str(value) if _is_blank(value) else cell_text(value, where, columns.answers)
-    if not place.isdecimal() or int(place) >= len(texts):
+    index = str(value) if _is_blank(value) else cell_text(value, where, columns.answers)
+    if not index.isdecimal() or int(index) >= len(texts):
         raise TaskError(
-            f"{where}: column {columns.answers!r} must be the place of an option, 0 to {len(texts) - 1}, not {place!r}"
+            f"{where}: column {columns.answers!r} must be the index of an option, 0 to {len(texts) - 1}, not {index!r}"
         )
-    return int(place)
+    return int(index)
 
 
-def _with_options(question: str, texts: tuple[str, ...], place: int, options: str | None) -> Asked:
+def _with_options(question: str, texts: tuple[str, ...], index: int, options: str | None) -> Asked:
     """Let the options follow the question, one a line, with a letter as the answer; ``"texts"`` leaves them out."""
     if options == "texts":
-        return Asked(question, (texts[place],), tuple(dict.fromkeys(texts)))
+        return Asked(question, (texts[index],), tuple(dict.fromkeys(texts)))
     letters = tuple(string.ascii_uppercase[: len(texts)])
     lettered = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
     text = "\n".join([question, *lettered] if question else lettered)
-    return Asked(text, (letters[place],), letters if options == "letters" else ())
+    return Asked(text, (letters[index],), letters if options == "letters" else ())
 
 
 def cell_text(value: Any, where: str, column: str) -> str:

@@ -85,7 +85,7 @@ class Columns(_Section):
     question: Text = "question"
     answers: Text = "answers"
     choices: Text | None = None
-    """Options of multiple-choice questions; the answer is then the place of the right one, from 0."""
+    """Options of multiple-choice questions; the answer is then the index of the right one, from 0."""
 
 
 class FileSource(_Section):

@@ -70,15 +70,15 @@ def read_file(spec: TaskSpec, source: FileSource) -> list[Sample]:
 
 def read_hub(spec: TaskSpec, source: HubSource) -> list[Sample]:
     """Read every row of a dataset. Raises TaskError naming dataset, column and row (from 0, as the hub shows them)."""
-    place = (source.id, source.subset, source.split, source.revision, source.columns.image)
-    table = load_undecoded(*place)
+    origin = (source.id, source.subset, source.split, source.revision, source.columns.image)
+    table = load_undecoded(*origin)
 
     def image_of(cell: dict[str, Any] | None, number: int, where: str) -> tuple[HubImage, str]:
         if cell is None:
             raise TaskError(f"{where}: has no image")
         stored = cell.get("bytes")
         key = hash_image(Path(cell["path"]), where) if stored is None else hashlib.sha256(stored).hexdigest()
-        return HubImage(*place, number, key), key
+        return HubImage(*origin, number, key), key
 
     rows = Table(f"dataset {source.id}", table.column_names, table, first=0)
     return read_rows(spec, source.columns, rows, image_of, None)

@@ -47,7 +47,7 @@ class AdditiveProblem:
         Steps of infinite risk are never taken.
         """
         steps = [step for step, risk in self.risk.items() if math.isfinite(risk)]
-        number = {step: place for place, step in enumerate(steps)}
+        number = {step: index for index, step in enumerate(steps)}
         if not steps:
             return None
         rows: list[tuple[dict[int, float], float, float]] = [
@@ -110,7 +110,7 @@ def budgets(saving: Mapping[Step, float], count: int) -> tuple[float, ...]:
         best[layer] = max(best.get(layer, 0.0), saved)
     total = sum(best.values())
     shares = np.linspace(0.1, 0.9, count)
-    return tuple(1.0 - float(shares[place]) * total for place in spread_order(count))
+    return tuple(1.0 - float(shares[index]) * total for index in spread_order(count))
 
 
 def spread_order(count: int) -> list[int]:

@@ -35,7 +35,7 @@ class FeasiblePlans:
     """Predicted latency as a share of dense."""
 
     def __contains__(self, candidate: Candidate) -> bool:
-        return self.limits.possible(candidate.plan, self.ratio(candidate.plan))
+        return self.limits.feasible(candidate.plan, self.ratio(candidate.plan))
 
     @cached_property
     def sums(self) -> dict[str, Limit]:

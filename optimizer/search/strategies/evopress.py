@@ -49,7 +49,7 @@ class EvoPress:
         self._free = [layer for layer, own in enumerate(problem.space.letters) if SKIP in own]
         most = min(len(self._free), problem.space.max_touched, problem.space.num_layers - 1)
         sizes = sorted({max(1, round(most * (step + 1) / (LEVELS + 1))) for step in range(LEVELS)})
-        self._levels = [Level(sizes[place]) for place in spread_order(len(sizes))]
+        self._levels = [Level(sizes[index]) for index in spread_order(len(sizes))]
         self._turn = 0
         self._survivors: list[Candidate] = []
         """Of the generation under way; empty while its offspring are evaluated."""

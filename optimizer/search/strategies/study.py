@@ -145,7 +145,7 @@ class StudyStrategy:
             parent = space.genome(front[int(self._random.integers(len(front)))].candidate)
             genome = moves.change(parent, int(self._random.integers(1, 3)))
             candidate = None if genome is None else space.candidate(genome)
-            if candidate is not None and candidate not in self._known and self._problem.possible(candidate):
+            if candidate is not None and candidate not in self._known and candidate in self._problem.feasible:
                 return candidate
         return None
 
@@ -162,7 +162,7 @@ class StudyStrategy:
         if not self._problem.space.is_listed:
             return None
         every = self._problem.space.enumerate()
-        return next((each for each in every if each not in self._known and self._problem.possible(each)), None)
+        return next((each for each in every if each not in self._known and each in self._problem.feasible), None)
 
 
 def distributions(space: PlanSpace) -> dict[str, BaseDistribution]:

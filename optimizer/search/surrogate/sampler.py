@@ -230,10 +230,10 @@ class SurrogateSampler(BaseSampler):
             return []
         above = stairs.excess(np.array([self._ratio(pool[index]) for index in rest]), mean[list(rest)])
         better = np.argsort(above, kind="stable")[: max(1, int(self._settings.better * len(rest)))]
-        return [rest[int(place)] for place in self._random.permutation(better)]
+        return [rest[int(index)] for index in self._random.permutation(better)]
 
     def _front(self, seen: Sequence[Observation]) -> list[Observation]:
-        complete = [each for each in seen if each.complete and self._possible(each.genome)]
+        complete = [each for each in seen if each.complete and self._feasible(each.genome)]
         return [complete[index] for index in front_indices([(each.ratio, each.loss) for each in complete])]
 
     def _good(self, seen: Sequence[Observation]) -> list[str]:
@@ -245,7 +245,7 @@ class SurrogateSampler(BaseSampler):
     def _parents(self, seen: Sequence[Observation]) -> list[str]:
         """Return the front, then what would be the front without it, until there are enough."""
         rest = [
-            each for each in seen if each.complete and each.loss <= self._reference[1] and self._possible(each.genome)
+            each for each in seen if each.complete and each.loss <= self._reference[1] and self._feasible(each.genome)
         ]
         parents: list[str] = []
         while rest and len(parents) < self._settings.parents:
@@ -270,12 +270,12 @@ class SurrogateSampler(BaseSampler):
             genome = self._moved(starts)
             if genome is not None:
                 pool.setdefault(genome)
-        return [genome for genome in pool if genome not in taken and self._possible(genome)]
+        return [genome for genome in pool if genome not in taken and self._feasible(genome)]
 
     def _drawn_starts(self) -> list[str]:
         """Where no plan is known to start from: dense, or if that is beyond the constraints, plans within them."""
         dense = RUN * len(self._space.letters)
-        if self._possible(dense):
+        if self._feasible(dense):
             return [dense]
         drawn = [self._space.draw(self._random) for _ in range(self._settings.parents)]
         return [genome for genome in drawn if genome is not None]
@@ -299,7 +299,7 @@ class SurrogateSampler(BaseSampler):
                 genome = self._moves.exchange(parent)
                 if genome is not None:
                     near.setdefault(genome)
-        new = [genome for genome in near if genome not in known and self._possible(genome)]
+        new = [genome for genome in near if genome not in known and self._feasible(genome)]
         return [new[int(index)] for index in sorted(self._random.permutation(len(new))[: self._settings.pool])]
 
     def _draws(self, seen: Sequence[Observation]) -> Draws:
@@ -360,5 +360,5 @@ class SurrogateSampler(BaseSampler):
     def _ratio(self, genome: str) -> float:
         return self._foresee(genome)[0]
 
-    def _possible(self, genome: str) -> bool:
+    def _feasible(self, genome: str) -> bool:
         return self._foresee(genome)[1]

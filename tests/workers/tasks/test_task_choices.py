@@ -53,7 +53,7 @@ def test_options_are_lettered_and_the_answer_is_a_letter(tmp_path: Path) -> None
 @pytest.mark.parametrize("right", [2, -1, "A", None, 1.5])
 def test_an_answer_that_is_no_place_of_an_option(tmp_path: Path, right: object) -> None:
     rows = [{"options": ["red", "green"], "right": right}] * 6
-    with pytest.raises(TaskError, match="row 1: column 'right' must be the place of an option, 0 to 1"):
+    with pytest.raises(TaskError, match="row 1: column 'right' must be the index of an option, 0 to 1"):
         load_task(task_file(tmp_path, rows, choices="options", answers="right"))
 
 
@@ -98,7 +98,7 @@ def test_options_count_for_what_a_task_is(tmp_path: Path) -> None:
         (["red"], 0, "row 1: column 'options' has 1 different option, a choice needs at least 2"),
         (["red", "red"], 0, "row 1: column 'options' has 1 different option"),
         (["red", " "], 0, "row 1: column 'options' has a blank option"),
-        (["red", "green"], 2, "row 1: column 'right' must be the place of an option, 0 to 1, not '2'"),
+        (["red", "green"], 2, "row 1: column 'right' must be the index of an option, 0 to 1, not '2'"),
         ([], 0, "row 1: column 'options' has no option"),
     ],
 )

@@ -67,20 +67,20 @@ def text_runs(vision_mask: Tensor, query_start: Tensor, seq_lens: Tensor) -> Que
 def text_only(vision_mask: Tensor, query_start: Tensor, text_before: Tensor) -> tuple[Queries, Tensor]:
     """Give every request's text rows a sequence of text alone, behind ``text_before`` ones, ``[requests]``.
 
-    Also gives each text row's place in that sequence, ``[text rows]``. There must be a text row.
+    Also gives each text row's index in that sequence, ``[text rows]``. There must be a text row.
     """
     text = (~vision_mask[: int(query_start[-1])]).nonzero().flatten()
     request = torch.searchsorted(query_start[1:].long().contiguous(), text, right=True)
     counts = torch.bincount(request, minlength=len(text_before))
     first = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-    place = torch.arange(len(text)) - first[request] + text_before[request]
+    index = torch.arange(len(text)) - first[request] + text_before[request]
     present = counts.nonzero().flatten()
     queries = Queries(
         query_start=torch.cat([first[:1], counts[present].cumsum(0)]).int(),
         seq_lens=(text_before + counts)[present].int(),
         request=present,
     )
-    return queries, place
+    return queries, index
 
 
 class VisionSlots:
@@ -109,8 +109,8 @@ class VisionSlots:
         return counts
 
 
-def slots_of(places: Tensor, blocks: Tensor, block_size: int) -> Tensor:
-    """Give the slots of ``places`` in a sequence whose ``blocks`` are given, ``[blocks]`` or ``[places, blocks]``."""
-    block = places // block_size
+def slots_of(indices: Tensor, blocks: Tensor, block_size: int) -> Tensor:
+    """Give the slots of ``indices`` in a sequence whose ``blocks`` are given, ``[blocks]`` or ``[indices, blocks]``."""
+    block = indices // block_size
     own = blocks[block] if blocks.dim() == 1 else blocks.gather(1, block[:, None])[:, 0]
-    return own.long() * block_size + places % block_size
+    return own.long() * block_size + indices % block_size

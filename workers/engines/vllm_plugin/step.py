@@ -107,9 +107,9 @@ class Step:
         block_size = builder.kv_cache_spec.block_size
         computed = common.seq_lens.long() - (common.query_start_loc[1:] - common.query_start_loc[:-1]).long()
         before = vision.text_among(computed, common.block_table_tensor, block_size)
-        queries, places = text_only(rows.vision_mask, common.query_start_loc, before)
+        queries, indices = text_only(rows.vision_mask, common.query_start_loc, before)
         request = torch.repeat_interleave(queries.request, (queries.query_start[1:] - queries.query_start[:-1]).long())
-        slots = slots_of(places, common.block_table_tensor[request], block_size).to(common.slot_mapping.dtype)
+        slots = slots_of(indices, common.block_table_tensor[request], block_size).to(common.slot_mapping.dtype)
         return _described(metadata, queries, len(rows.text), slots), slots
 
     def store(self, attention: Any, keys: Tensor, values: Tensor, attend: Callable[..., Tensor]) -> None:

@@ -65,8 +65,8 @@ class GreedyTokens:
 
     def at(self, positions: Sequence[int]) -> GreedyTokens:
         """Select some positions, in their order."""
-        rivals = {number: self.rivals[place] for number, place in enumerate(positions) if place in self.rivals}
-        return GreedyTokens([self.best[place] for place in positions], [self.nan[place] for place in positions], rivals)
+        rivals = {number: self.rivals[index] for number, index in enumerate(positions) if index in self.rivals}
+        return GreedyTokens([self.best[index] for index in positions], [self.nan[index] for index in positions], rivals)
 
 
 def grade_answer(likely: GreedyTokens, span: tuple[int, int], draft: Draft, ends: frozenset[int]) -> GreedyAnswer:

@@ -16,7 +16,7 @@ from .prompts import ImagePrompts, PromptReader
 
 @dataclass
 class SampleChunks:
-    """Chunks of consecutive samples of a split (places ``first`` up to ``last``), and the samples that failed."""
+    """Chunks of consecutive samples of a split (indices ``first`` up to ``last``), and the samples that failed."""
 
     first: int
     last: int
@@ -57,7 +57,7 @@ class ChunkCache:
         return sum(part.nbytes for part in self._kept.values())
 
     def of(self, split: str, samples: Sequence[Sample], start: int, tokens: int) -> Iterator[SampleChunks]:
-        """Pack ``samples``, which stand in the split from place ``start`` on, in chunks of at most ``tokens``."""
+        """Pack ``samples``, which stand in the split from index ``start`` on, in chunks of at most ``tokens``."""
         whole = (split, start, start + len(samples))
         known = self._bounds.get(whole)
         if known is not None:
@@ -109,8 +109,8 @@ class ChunkCache:
             self._packer.chunk((*chunk.key, number), rows)
             for number, rows in enumerate((chunk.rows[:middle], chunk.rows[middle:]))
         )
-        place = part.chunks.index(chunk)
-        part.chunks = (*part.chunks[:place], *halves, *part.chunks[place + 1 :])
+        index = part.chunks.index(chunk)
+        part.chunks = (*part.chunks[:index], *halves, *part.chunks[index + 1 :])
         return halves
 
 

@@ -23,7 +23,7 @@ from .draft import Draft
 from .packing import Branch, Chunk, Context, Packer, Row
 
 Drafts = Mapping[int, Sequence[Draft]]
-"""By place of the sample in the split, how its open answer may go on."""
+"""By index of the sample in the split, how its open answer may go on."""
 
 Answer = tuple[int, tuple[int, ...]]
 """Place of a sample, and the first tokens of an answer to it."""
@@ -44,8 +44,8 @@ class Continuation:
     new: TokenRows
     fed: Mapping[Answer, int]
     """Numbers of the tokens behind the questions, by the answers that end with them."""
-    fed_places: Tensor
-    """Their places."""
+    fed_indices: Tensor
+    """Their indices."""
     carried: tuple[Tensor, Tensor]
     """Places of the tokens that the pass before has fed already, and their numbers there."""
     branches: tuple[Branch, ...]
@@ -60,23 +60,23 @@ class Continuation:
         rows, sources = _rows(chunks, drafts)
         extended = packer.chunk(("continuation",), [Row(row.image, (*row.branches, *more)) for row, more in rows])
         height, width = extended.context.hidden.shape[:2]
-        places = (extended.answer_rows * width + extended.answer_columns).tolist()
+        indices = (extended.answer_rows * width + extended.answer_columns).tolist()
         own = [
-            (branch, places[first:last])
+            (branch, indices[first:last])
             for branch, (first, last) in zip(extended.samples, extended.spans, strict=True)
             if branch.draft.known
         ]
         read = [at[branch.draft.known :] for branch, at in own]
-        asked = {place: number for number, place in enumerate(dict.fromkeys(chain.from_iterable(read)))}
+        asked = {index: number for number, index in enumerate(dict.fromkeys(chain.from_iterable(read)))}
         fed = {
-            (branch.sample, branch.draft.fed[:length]): place
+            (branch.sample, branch.draft.fed[:length]): index
             for branch, at in own
-            for length, place in enumerate(at)
-            if place % width >= rows[place // width][0].length
+            for length, index in enumerate(at)
+            if index % width >= rows[index // width][0].length
         }
         earlier = {} if before is None else before.fed
         # What is asked for is computed, even where another draft has fed the same token before.
-        carried = {place: earlier[answer] for answer, place in fed.items() if answer in earlier and place not in asked}
+        carried = {index: earlier[answer] for answer, index in fed.items() if answer in earlier and index not in asked}
         device = extended.context.hidden.device
         computed = torch.zeros(height * width, dtype=torch.bool)
         computed[[*asked, *fed.values()]] = True
@@ -88,14 +88,14 @@ class Continuation:
             sources=tuple((chunk, torch.tensor(numbers, device=device)) for chunk, numbers in sources.items()),
             new=new,
             fed={answer: number for number, answer in enumerate(fed)},
-            fed_places=torch.tensor([*fed.values()], device=device, dtype=torch.long),
+            fed_indices=torch.tensor([*fed.values()], device=device, dtype=torch.long),
             carried=(
                 torch.tensor([*carried], device=device, dtype=torch.long),
                 torch.tensor([*carried.values()], device=device, dtype=torch.long),
             ),
             branches=tuple(branch for branch, _ in own),
-            positions=torch.tensor([number_of[place] for place in asked], device=device),
-            reading=tuple(asked[place] for place in chain.from_iterable(read)),
+            positions=torch.tensor([number_of[index] for index in asked], device=device),
+            reading=tuple(asked[index] for index in chain.from_iterable(read)),
             spans=tuple(pairwise(accumulate((len(at) for at in read), initial=0))),
         )
 
@@ -105,7 +105,7 @@ class Continuation:
         return self.new.take(self.context.hidden, token_dim=1, batch_dim=0)
 
     def known(self, of_chunks: Sequence[Keys], before: Keys | None) -> Keys:
-        """Keys and values of all tokens of the rows, ``[places, heads, size]`` each, zero for the new ones.
+        """Keys and values of all tokens of the rows, ``[indices, heads, size]`` each, zero for the new ones.
 
         ``of_chunks`` are the chunks' own keys and values, ``before`` (``[tokens, heads, size]`` each) those that
         :meth:`kept` gave in the pass before.
@@ -123,13 +123,13 @@ class Continuation:
             first += len(rows)
         known = known.flatten(0, 1)
         if before is not None:
-            places, numbers = self.carried
-            known[places] = before[numbers]
+            indices, numbers = self.carried
+            known[indices] = before[numbers]
         return known
 
     def kept(self, seen: Keys) -> Keys:
-        """Select what another pass may use of a layer's keys and values, ``[places, heads, size]`` each."""
-        return Keys(seen.keys[self.fed_places], seen.values[self.fed_places])
+        """Select what another pass may use of a layer's keys and values, ``[indices, heads, size]`` each."""
+        return Keys(seen.keys[self.fed_indices], seen.values[self.fed_indices])
 
     def answers_in(self, states: Tensor) -> Tensor:
         """``[positions, hidden]`` out of ``[rows, new tokens, hidden]``."""

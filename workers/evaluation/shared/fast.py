@@ -116,8 +116,8 @@ class FastEvaluator:
             NotExactError: a sample's score differs.
         """
         samples = self.task.split(split)
-        places = sorted({number * (len(samples) - 1) // CHECKED_SAMPLES for number in range(CHECKED_SAMPLES + 1)})
-        chosen = [samples[place] for place in places]
+        indices = sorted({number * (len(samples) - 1) // CHECKED_SAMPLES for number in range(CHECKED_SAMPLES + 1)})
+        chosen = [samples[index] for index in indices]
         dense = SkipPlan.dense(self.decoder.num_layers)
         answers = self.plain.answer(dense, chosen)
         for sample in chosen:
@@ -135,8 +135,8 @@ class FastEvaluator:
         scoring = ScoringRun(plans, own)
         self._score(scoring, f"check {split}")
         for plan in plans:
-            for place, sample in enumerate(own):
-                found = scoring.outcomes[plan.text].scores.get(place)
+            for index, sample in enumerate(own):
+                found = scoring.outcomes[plan.text].scores.get(index)
                 if found is None or sample.id not in expected[plan.text].texts:
                     continue
                 scores = scores_of(self.task.spec, sample, expected[plan.text])
@@ -265,26 +265,26 @@ class FastEvaluator:
 
     def _ask_plain(self, plan: SkipPlan, scoring: ScoringRun, maps: Maps | None) -> None:
         outcome = scoring.outcomes[plan.text]
-        for places, ask in (
+        for indices, ask in (
             (sorted(outcome.alone), self.plain.answer_alone),
             (sorted(outcome.unfinished - outcome.alone), self.plain.answer),
         ):
-            if not places:
+            if not indices:
                 continue
-            samples = scoring.of(places)
+            samples = scoring.of(indices)
             answers = ask(plan, samples, maps)
             outcome.failed.update(answers.failed)
-            outcome.tied.update(p for p, sample in zip(places, samples, strict=True) if sample.id in answers.tied)
-            for place, sample in zip(places, samples, strict=True):
+            outcome.tied.update(p for p, sample in zip(indices, samples, strict=True) if sample.id in answers.tied)
+            for index, sample in zip(indices, samples, strict=True):
                 if sample.id in answers.texts:
-                    outcome.scores[place] = scores_of(self.task.spec, sample, answers)
+                    outcome.scores[index] = scores_of(self.task.spec, sample, answers)
 
     def _evaluation(self, text: str, request: EvaluatePlans, scoring: ScoringRun, seconds: float) -> Evaluation:
         outcome, samples = scoring.outcomes[text], scoring.samples
-        places = range(scoring.start, scoring.start + len(samples))
+        indices = range(scoring.start, scoring.start + len(samples))
         scores = {
-            sample.id: outcome.scores.get(place, self._scorer.nothing)
-            for place, sample in zip(places, samples, strict=True)
+            sample.id: outcome.scores.get(index, self._scorer.nothing)
+            for index, sample in zip(indices, samples, strict=True)
         }
         executed = self.walker.tally.by_plan.get(text, 0)
         needed = len(SkipPlan.parse(text).kept) * (len(samples) - len(outcome.failed))
@@ -296,7 +296,7 @@ class FastEvaluator:
             failed_samples=outcome.failed,
             seconds=seconds,
             compensation=request.compensation,
-            kl=tuple(outcome.kl.get(place, math.nan) for place in places),
+            kl=tuple(outcome.kl.get(index, math.nan) for index in indices),
             layer_executions=executed,
             layer_executions_saved=max(0, needed - executed),
             path="fast",

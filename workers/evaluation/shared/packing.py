@@ -1,12 +1,12 @@
 """Pack the questions about an image into one row: a tree of tokens behind one copy of the prompt's beginning.
 
 Questions, each with the draft that is fed behind it, share the tokens that they begin with. A token sees the prefix and
-the tokens before it in its own question, and its position is its place there, so every question is computed exactly as
+the tokens before it in its own question, and its position is its index there, so every question is computed exactly as
 it would be alone. Rows of similar length make a chunk, so that little of it is padding.
 
-Shapes: *rows* are the packed sequences of a chunk, *tokens* the places of a row with its padding, *positions* the
+Shapes: *rows* are the packed sequences of a chunk, *tokens* the slots of a row with its padding, *positions* the
 answer positions of all rows in the order of their branches, *hidden* the model's width. A row holds one image's prefix
-(``ImagePrompts.prefix``) and its *branches*: a sample's question with one draft. Integer places count from 0 within a
+(``ImagePrompts.prefix``) and its *branches*: a sample's question with one draft. Integer indices count from 0 within a
 row; a *node* is a token of the tree, numbered from 0 behind the prefix.
 """
 
@@ -182,7 +182,7 @@ class Chunk:
 
 
 def make_rows(images: Sequence[ImagePrompts], drafts: Callable[[int], Sequence[Draft]]) -> list[Row]:
-    """Pack the questions of each image; ``drafts`` gives the drafts for the sample at a place.
+    """Pack the questions of each image; ``drafts`` gives the drafts for the sample at an index.
 
     Those of one sample stay in one row.
     """
@@ -229,7 +229,7 @@ class Packer:
         embeddings = torch.stack([one.embeddings for one in laid])
         positions = torch.stack([one.positions for one in laid], dim=-2)
         real, vision = torch.stack([one.real for one in laid]), torch.stack([one.vision for one in laid])
-        places, seen = torch.stack([one.places for one in laid]), torch.stack([one.seen for one in laid])
+        indices, seen = torch.stack([one.indices for one in laid]), torch.stack([one.seen for one in laid])
         answers = [(number, path) for number, one in enumerate(laid) for path in one.answers]
         rows_index = torch.tensor([number for number, path in answers for _ in path], device=self._device)
         columns_index = torch.tensor([column for _, path in answers for column in path], device=self._device)
@@ -237,7 +237,7 @@ class Packer:
         return Chunk(
             key=key,
             rows=tuple(rows),
-            context=self._context(embeddings, positions, places, seen, real, vision),
+            context=self._context(embeddings, positions, indices, seen, real, vision),
             samples=tuple(branch for row in rows for branch in row.branches),
             answer_rows=rows_index,
             answer_columns=columns_index,
@@ -253,9 +253,9 @@ class Packer:
         positions = image.positions.new_zeros((*image.positions.shape[:-1], width))
         positions[..., :shared] = image.positions
         positions[..., shared:own] = image.next_position + depths.to(positions.dtype)
-        places = torch.zeros(width, dtype=torch.long, device=device)
-        places[:shared] = torch.arange(shared, device=device)
-        places[shared:own] = shared + depths
+        indices = torch.zeros(width, dtype=torch.long, device=device)
+        indices[:shared] = torch.arange(shared, device=device)
+        indices[shared:own] = shared + depths
         seen = torch.eye(width, dtype=torch.bool, device=device)  # padding sees itself, so that no row is empty
         seen[:shared, :shared] = image.pattern
         seen[shared:own, :shared] = True
@@ -263,7 +263,7 @@ class Packer:
         return _LaidOut(
             embeddings=functional.pad(torch.cat((image.prefix.to(device), own_tokens)), (0, 0, 0, width - own)),
             positions=positions,
-            places=places,
+            indices=indices,
             seen=seen,
             real=torch.arange(width, device=device) < own,
             vision=functional.pad(image.vision, (0, width - shared)),
@@ -274,11 +274,11 @@ class Packer:
         )
 
     def _context(
-        self, embeddings: Tensor, positions: Tensor, places: Tensor, seen: Tensor, real: Tensor, vision: Tensor
+        self, embeddings: Tensor, positions: Tensor, indices: Tensor, seen: Tensor, real: Tensor, vision: Tensor
     ) -> Context:
         recording = self._decoder.dry_run(embeddings, positions)
         masks = {
-            kind: self._mask(seen, places, self._window(kind), embeddings.dtype) for kind in set(self._decoder.kinds)
+            kind: self._mask(seen, indices, self._window(kind), embeddings.dtype) for kind in set(self._decoder.kinds)
         }
         arguments = tuple(
             {**given, self._decoder.mask_name: masks[kind]}
@@ -289,10 +289,10 @@ class Packer:
     def _window(self, kind: str) -> int | None:
         return int(self._decoder.stack.text_config.sliding_window) if kind == SLIDING else None
 
-    def _mask(self, seen: Tensor, places: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _mask(self, seen: Tensor, indices: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
         """``[rows, 1, tokens, tokens]``: numbers to add, which torch's kernels take faster than bool masks."""
         if window is not None:
-            seen = seen & (places[:, :, None] - places[:, None, :] < window)
+            seen = seen & (indices[:, :, None] - indices[:, None, :] < window)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
@@ -313,7 +313,7 @@ def tensors_of(value: object) -> Iterator[Tensor]:
 class _LaidOut:
     embeddings: Tensor
     positions: Tensor
-    places: Tensor
+    indices: Tensor
     seen: Tensor
     real: Tensor
     vision: Tensor

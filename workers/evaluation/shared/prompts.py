@@ -58,7 +58,7 @@ class PromptReader:
         self._loaded, self._task, self._decoder = loaded, task, decoder
 
     def read(self, samples: Sequence[tuple[int, Sample]], failed: dict[str, str]) -> list[ImagePrompts]:
-        """Group samples (with their places) by image; one that cannot be opened or processed goes to ``failed``.
+        """Group samples (with their indices) by image; one that cannot be opened or processed goes to ``failed``.
 
         Raises:
             NotExactError: the prompts cannot be shared.
@@ -99,11 +99,11 @@ class PromptReader:
             if prompts[0] != _first_row(alone):
                 raise NotExactError("its processor gives one prompt other tokens beside other prompts")
         inputs = to_device(alone, self._loaded.device, self._loaded.model.dtype)
-        return shared_prompts(self._decoder, inputs, prompts, tuple(place for place, _ in members))
+        return shared_prompts(self._decoder, inputs, prompts, tuple(index for index, _ in members))
 
 
 def shared_prompts(
-    decoder: Decoder, inputs: Mapping[str, Any], prompts: Sequence[Sequence[int]], places: tuple[int, ...]
+    decoder: Decoder, inputs: Mapping[str, Any], prompts: Sequence[Sequence[int]], indices: tuple[int, ...]
 ) -> ImagePrompts:
     """Find what ``prompts`` (token ids) about one image share; ``inputs`` are the model's inputs for the first of them.
 
@@ -132,7 +132,7 @@ def shared_prompts(
     if positions is None:
         positions = torch.arange(len(ids), device=embeddings.device)[None]
     return ImagePrompts(
-        samples=places,
+        samples=indices,
         prefix=embeddings[:shared].clone(),
         vision=vision[:shared].to(embeddings.device),
         positions=positions[..., 0, :shared].clone(),
@@ -179,7 +179,7 @@ def _common_length(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, leaving each at least one of its own."""
     shortest = min(len(prompt) for prompt in prompts) - 1
     first = prompts[0]
-    for place in range(shortest):
-        if any(prompt[place] != first[place] for prompt in prompts):
-            return place
+    for index in range(shortest):
+        if any(prompt[index] != first[index] for prompt in prompts):
+            return index
     return shortest

@@ -36,7 +36,7 @@ Spans = Sequence[tuple[int, int]]
 
 @dataclass
 class Outcome:
-    """Partial results of one plan, by the samples' places in the split."""
+    """Partial results of one plan, by the samples' indices in the split."""
 
     scores: dict[int, tuple[float, ...]] = field(default_factory=dict)
     kl: dict[int, float] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ScoringRun:
-    """Plans to be scored on consecutive samples of a split, the first of which stands at place ``start``."""
+    """Plans to be scored on consecutive samples of a split, the first of which has index ``start``."""
 
     plans: tuple[SkipPlan, ...]
     samples: Sequence[Sample]
@@ -64,13 +64,13 @@ class ScoringRun:
     def __post_init__(self) -> None:
         self.outcomes.update({plan.text: Outcome() for plan in self.plans})
 
-    def sample(self, place: int) -> Sample:
-        """Return the sample at a place of the split."""
-        return self.samples[place - self.start]
+    def sample(self, index: int) -> Sample:
+        """Return the sample at an index of the split."""
+        return self.samples[index - self.start]
 
-    def of(self, places: Sequence[int]) -> list[Sample]:
-        """Return the samples at places of the split."""
-        return [self.sample(place) for place in places]
+    def of(self, indices: Sequence[int]) -> list[Sample]:
+        """Return the samples at indices of the split."""
+        return [self.sample(index) for index in indices]
 
 
 class PlanScorer:
@@ -136,20 +136,20 @@ class PlanScorer:
         for branch, span in zip(branches, spans, strict=True):
             answers.setdefault(branch.sample, []).append(grade_answer(tokens, span, branch.draft, self._ends))
         still_open = {}
-        for place, each in answers.items():
+        for index, each in answers.items():
             answer = longest_answer(each)
             if answer.ended:
                 self._drafter.remember(answer.tokens)
-            scores = self._scorer.settled(scoring.sample(place), answer, self._drafter.limit, self._ends)
+            scores = self._scorer.settled(scoring.sample(index), answer, self._drafter.limit, self._ends)
             if answer.not_a_number:
-                outcome.alone.add(place)
+                outcome.alone.add(index)
             elif scores is not None:
-                outcome.scores[place] = scores
+                outcome.scores[index] = scores
             elif answer.rivals != ():
-                outcome.tied.add(place)
-                outcome.alone.add(place)
+                outcome.tied.add(index)
+                outcome.alone.add(index)
             else:
-                still_open[place] = answer.tokens
+                still_open[index] = answer.tokens
         return still_open
 
 
@@ -170,7 +170,7 @@ def option_drafts(loaded: LoadedModel, spec: TaskSpec) -> Callable[[Sample], tup
 
 @dataclass(frozen=True)
 class OptionLikelihoods:
-    """Log-likelihoods of the options in a chunk under a plan, by place of the sample."""
+    """Log-likelihoods of the options in a chunk under a plan, by index of the sample."""
 
     likelihoods: dict[int, tuple[Likelihood, ...]]
 
@@ -187,27 +187,27 @@ class OptionLikelihoods:
 
     def grade(self, spec: TaskSpec, scoring: ScoringRun, outcome: Outcome) -> None:
         """Record what the samples score in ``outcome``."""
-        for place, likelihoods in self.likelihoods.items():
-            sample = scoring.sample(place)
+        for index, likelihoods in self.likelihoods.items():
+            sample = scoring.sample(index)
             if any(math.isnan(each.total) for each in likelihoods):
-                outcome.alone.add(place)
+                outcome.alone.add(index)
                 continue
             choices = [Choice.of(name, sample.choices, likelihoods) for name in spec.metrics]
             if any(choice.is_open(sample) for choice in choices):
-                outcome.tied.add(place)
-                outcome.alone.add(place)
+                outcome.tied.add(index)
+                outcome.alone.add(index)
             else:
-                outcome.scores[place] = tuple(choice.score(sample) for choice in choices)
+                outcome.scores[index] = tuple(choice.score(sample) for choice in choices)
 
 
 def mean_divergence(chunk: Chunk, divergence: Tensor) -> dict[int, float]:
-    """By place of the sample, the mean of ``divergence`` ``[answer positions]`` over those of all its options.
+    """By index of the sample, the mean of ``divergence`` ``[answer positions]`` over those of all its options.
 
     A position that several options share counts once.
     """
     found: dict[int, dict[tuple[int, int], float]] = {}
-    places = list(zip(chunk.answer_rows.tolist(), chunk.answer_columns.tolist(), strict=True))
+    indices = list(zip(chunk.answer_rows.tolist(), chunk.answer_columns.tolist(), strict=True))
     values = divergence.tolist()
     for branch, (first, last) in zip(chunk.samples, chunk.spans, strict=True):
-        found.setdefault(branch.sample, {}).update(zip(places[first:last], values[first:last], strict=True))
-    return {place: sum(own.values()) / len(own) for place, own in found.items()}
+        found.setdefault(branch.sample, {}).update(zip(indices[first:last], values[first:last], strict=True))
+    return {index: sum(own.values()) / len(own) for index, own in found.items()}
