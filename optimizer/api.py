@@ -88,7 +88,7 @@ def best(
     the upper end of the loss's interval, the other limits against what was measured.
     With an ``engine`` (vllm, llama.cpp, ...) speed and latency are what it took with ``concurrency`` requests in
     flight, and plans that it did not serve are left out.
-    Without a limit on loss or accuracy, plans that their own job refused are left out.
+    Without a limit on loss or accuracy, plans that miss their own job's constraint are left out.
     Plans of former model files, data, prompts or metrics are left out unless ``all_versions``.
     """
     from optimizer.errors import NoFeasiblePlan

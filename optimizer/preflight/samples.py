@@ -61,6 +61,6 @@ def page(title: str, samples: Sequence[ShownSample]) -> str:
         if sample.picture:
             picture = b64encode(sample.picture).decode("ascii")
             parts.append(f'<img alt="the image as the model sees it" src="data:image/png;base64,{picture}">')
-        told = "".join(f"<dt>{name}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in lines(sample))
-        parts.append(f"<dl>{told}</dl>")
+        items = "".join(f"<dt>{name}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in lines(sample))
+        parts.append(f"<dl>{items}</dl>")
     return "\n".join(parts) + "</html>\n"

@@ -35,10 +35,10 @@ def run_apart(spec: JobSpec, *, force: bool) -> int:
     """
     given = json.dumps({"spec": spec.model_dump(mode="json"), "force": force})
     path = [str(Path(each).resolve()) for each in sys.path]  # where this process finds what its entry points name
-    told = Supervisor([sys.executable, "-c", CHILD.format(path=path)], given=given).run_once()
-    if "error" in told:
-        raise _read_error(told["error"])
-    return int(told["job"])
+    reported = Supervisor([sys.executable, "-c", CHILD.format(path=path)], given=given).run_once()
+    if "error" in reported:
+        raise _read_error(reported["error"])
+    return int(reported["job"])
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Ray's core ends the process that uses it, without a word and past every ``finally``, when its node or its head is gone.
 Commands that use Ray therefore run in a child process; see :mod:`optimizer.service.supervisor`. Where there is no
-supervisor (the Python API, tests), nothing is told.
+supervisor (the Python API, tests), nothing is sent.
 """
 
 from __future__ import annotations

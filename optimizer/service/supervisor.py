@@ -39,7 +39,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended, and what it had told until then."""
+    """How a child ended, and what it had reported until then."""
 
     code: int
     facts: dict[str, Any]
@@ -73,7 +73,7 @@ class Supervisor:
             return self._run()
 
     def run_once(self) -> dict[str, Any]:
-        """Run the command to its orderly end, and return what it told.
+        """Run the command to its orderly end, and return what it reported.
 
         Raises ClusterLost where it ended suddenly, and Interrupted where a signal ended it; its job is put back before.
         """

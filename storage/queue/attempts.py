@@ -50,7 +50,7 @@ def retries_in_a_row(session: Session, job_id: int) -> int:
     return len(_last_retries(session, job_id))
 
 
-def without_headway(session: Session, job_id: int, kind: str) -> int:
+def without_progress(session: Session, job_id: int, kind: str) -> int:
     """Count the events of one kind of retry since the last attempt that got somewhere, or anything else happened."""
     fruitless = takewhile(lambda event: not made(session, job_id, event[1]), _last_retries(session, job_id))
     return sum(event[0] == kind for event in fruitless)

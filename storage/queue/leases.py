@@ -243,7 +243,7 @@ def put_off(
     Where this happens ``most`` times in a row, and nothing was recorded in between, the job fails with ``reason``.
     Raises ``LeaseLost``.
     """
-    times = 1 if attempts.made(session, job.id, job.attempt) else 1 + attempts.without_headway(session, job.id, kind)
+    times = 1 if attempts.made(session, job.id, job.attempt) else 1 + attempts.without_progress(session, job.id, kind)
     if times >= most:
         return _end(session, job, "failed", f"{reason} ({times} times in a row, with nothing recorded in between)")
     return _queue_later(session, job, kind, reason, wait_seconds, 1)
