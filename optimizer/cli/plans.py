@@ -19,7 +19,7 @@ SortKey = Literal["speedup", "accuracy", "latency_seconds", "difference", "newes
 
 
 def cautions(plan: Plan, changes: tuple[str, ...]) -> list[str]:
-    """Warn of a plan that its job refused, or took with little confidence, of a useless dense model, and of changes."""
+    """Warn of a plan that misses its constraint, of little confidence, of a useless dense model, and of changes."""
     from optimizer.job.result import dense_warning, meets_constraint
     from optimizer.job.sections import ConstraintSpec
 
