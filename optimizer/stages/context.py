@@ -64,7 +64,7 @@ class JobContext:
     @cached_property
     def failed_samples(self) -> FailedSamples:
         """The samples that failed so far."""
-        return FailedSamples(self)
+        return FailedSamples(self.db, self.job, self.task, self.spec.max_failed_samples, self.progress.note)
 
     @property
     def workload(self) -> Workload:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from optimizer.errors import Fault
+from storage.database import Database
 from storage.queue import events
-
-if TYPE_CHECKING:
-    from optimizer.stages.context import JobContext
+from storage.queue.jobs import Job
+from workers.tasks import Task
 
 KIND = "sample_failed"
 MOST_SHOWN = 50
@@ -21,12 +20,15 @@ class TooManyFailed(Fault):
 
 
 class FailedSamples:
-    """The samples of one job that failed so far, in any attempt, by split."""
+    """The samples of one job that failed so far, in any attempt, by split.
 
-    def __init__(self, context: JobContext) -> None:
-        self._context = context
+    At most the share ``allowed`` of a split may fail; ``note`` is given a line about each sample.
+    """
+
+    def __init__(self, db: Database, job: Job, task: Task, allowed: float, note: Callable[[str], None]) -> None:
+        self._db, self._job, self._task, self._allowed, self._note = db, job, task, allowed, note
         self._reasons: dict[str, dict[str, str]] = {}
-        for split, sample, reason in recorded(events.for_job(context.db, context.job.id)):
+        for split, sample, reason in recorded(events.for_job(db, job.id)):
             self._reasons.setdefault(split, {})[sample] = reason
 
     def of(self, split: str) -> dict[str, str]:
@@ -38,20 +40,20 @@ class FailedSamples:
 
         Raises TooManyFailed with all of them where the job does not allow so many.
         """
-        context, known = self._context, self._reasons.setdefault(split, {})
+        known = self._reasons.setdefault(split, {})
         name = "held-out" if split == "held_out" else split
         for sample, reason in found.items():
             if sample not in known:
                 known[sample] = reason
                 text = f"{name} sample {sample}: {reason}"
                 data = {"split": split, "sample": sample, "reason": reason}
-                events.add(context.db, context.job.id, context.job.attempt, KIND, text, data)
-                context.progress.note(f"{text}; it is left out")
-        share, size = context.spec.max_failed_samples, size or len(context.task.split(split))
+                events.add(self._db, self._job.id, self._job.attempt, KIND, text, data)
+                self._note(f"{text}; it is left out")
+        share, size = self._allowed, size or len(self._task.split(split))
         if len(known) <= (max(1.0, share * size) if share else 0):
             return
         lines = [f"sample {sample}: {reason}" for sample, reason in known.items()]
-        more = [f"and {len(lines) - MOST_SHOWN} more (skipplan jobs show {context.job.id})"] * (len(lines) > MOST_SHOWN)
+        more = [f"and {len(lines) - MOST_SHOWN} more (skipplan jobs show {self._job.id})"] * (len(lines) > MOST_SHOWN)
         raise TooManyFailed(
             f"{len(known)} of {size} {name} samples failed, more than max_failed_samples {share:g}",
             [*lines[:MOST_SHOWN], *more],

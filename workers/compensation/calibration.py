@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature, LogitsProcessorList
+from transformers import BatchFeature
 
 from workers.layerwise.hooks import Hooks, hidden_of
+from workers.models.greedy import decode_greedily
 from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.multiple_choice import NAN_LOGITS, chosen_tokens
 from workers.models.prompts import to_device
-from workers.models.ties import AnswerWatch, end_tokens
 from workers.runtime.families import describe
 from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
 from workers.runtime.locate import DecoderStack, locate
@@ -248,22 +248,11 @@ def _choose_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> tu
 
 def _generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> tuple[list[Tensor], dict[str, str]]:
     """Return the tokens that decoding feeds back, by sample; and why samples have none."""
-    assert batch.inputs is not None
-    inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
-    rows, prompt = inputs["input_ids"].shape
-    watch = AnswerWatch(rows, prompt, end_tokens(loaded.model), loaded.model.dtype)
-    sequences = loaded.model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=task.spec.answer.max_new_tokens,
-        pad_token_id=loaded.processor.tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([watch]),
-        return_dict_in_generate=False,
-    )
-    if not torch.equal(sequences[:, :prompt], inputs["input_ids"]):
+    prompts, sequences, watch = decode_greedily(loaded, batch, task.spec.answer.max_new_tokens)
+    length = prompts.shape[1]
+    if not torch.equal(sequences[:, :length], prompts):
         raise CompensationError("this family's generate() returns no prompts, so answers cannot be put behind them")
-    answers = [_fed_tokens(row, loaded.model.generation_config.eos_token_id) for row in sequences[:, prompt:].cpu()]
+    answers = [_fed_tokens(row, loaded.model.generation_config.eos_token_id) for row in sequences[:, length:].cpu()]
     nan = zip(batch.samples, watch.nan.tolist(), strict=True)
     return answers, {sample.id: NAN_LOGITS for sample, is_nan in nan if is_nan}
 

@@ -14,18 +14,17 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 
 from workers.compensation.compensator import Compensator
 from workers.compensation.recipe import CompensationError
 from workers.device.memory import OUT_OF_MEMORY, is_out_of_memory
 from workers.lru import LruCache
 from workers.messages import DEFAULT_BATCH_SIZE, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
+from workers.models.greedy import decode_greedily
 from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.multiple_choice import NAN_LOGITS, Choice, Likelihood, join, one_by_one, option_likelihoods
-from workers.models.prompts import to_device
-from workers.models.ties import AnswerWatch, end_tokens
+from workers.models.ties import end_tokens
 from workers.runtime import apply
 from workers.runtime.folding import Maps
 from workers.runtime.plan import PlanError, SkipPlan
@@ -187,21 +186,8 @@ class PlainEvaluator:
 
 def generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> Answers:
     """Generate and decode the answers of one batch under whatever plan is applied to the model."""
-    assert batch.inputs is not None
-    inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
-    prompt = inputs["input_ids"]
-    ends = end_tokens(loaded.model)
-    watch = AnswerWatch(prompt.shape[0], prompt.shape[1], ends, loaded.model.dtype)
-    sequences = loaded.model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=task.spec.answer.max_new_tokens,
-        pad_token_id=loaded.processor.tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([watch]),
-        return_dict_in_generate=False,  # whatever the model's generation settings say
-    )
-    new = _without_prompt(sequences, prompt)
+    prompt, sequences, watch = decode_greedily(loaded, batch, task.spec.answer.max_new_tokens)
+    new, ends = _without_prompt(sequences, prompt), end_tokens(loaded.model)
     decoded = loaded.processor.batch_decode(new, skip_special_tokens=True)
     texts, failed, tokens = {}, {}, {}
     for sample, text, row, is_nan in zip(batch.samples, decoded, new.tolist(), watch.nan.tolist(), strict=True):
