@@ -157,9 +157,9 @@ CASES = [
     Case("certain", 2, ("constraint.confidence", "less than 1"), append("constraint: {confidence: 1.0}\n")),
     Case("unknown action", 2, ("actions", "'skp'", "did you mean skip"), replace("job.yaml", "[skip]", "[skp]")),
     Case("no action", 2, ("actions",), replace("job.yaml", "[skip]", "[]")),
-    Case("unknown strategy", 2, ("search.strategy", "'tpe'"), replace("job.yaml", "ns: 2", "ns: 2, strategy: tpr")),
-    Case("rungs shrink", 2, ("search.rungs", "grow"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [9, 3]")),
-    Case("rung too large", 2, ("search.rungs", "2 samples"), replace("job.yaml", "ns: 2", "ns: 2, rungs: [900]")),
+    Case("unknown strategy", 2, ("search.strategy", "'tpe'"), replace("job.yaml", "ls: 2", "ls: 2, strategy: tpr")),
+    Case("rungs shrink", 2, ("search.rungs", "grow"), replace("job.yaml", "ls: 2", "ls: 2, rungs: [9, 3]")),
+    Case("rung too large", 2, ("search.rungs", "2 samples"), replace("job.yaml", "ls: 2", "ls: 2, rungs: [900]")),
     Case(
         "code in YAML", 2, ("not valid YAML", "constructor"), append("database: !!python/object/apply:os.getcwd []\n")
     ),
