@@ -157,14 +157,14 @@ def interval(low: float, high: float, form: str = ".2f") -> str:
     return f"[{low:{form}}, {high:{form}}]"
 
 
-def with_interval(value: float, low: float, high: float, form: str = ".2f", unit: str = "") -> str:
+def span(value: float, low: float, high: float, form: str = ".2f", unit: str = "") -> str:
     """Return a figure with its interval: ``"1.52x [1.48, 1.56]"``."""
     return f"{value:{form}}{unit} {interval(low, high, form)}"
 
 
 def accuracy(plan: Plan) -> str:
     """Return a plan's accuracy as a share, with its interval."""
-    return with_interval(plan.accuracy, plan.accuracy_low, plan.accuracy_high, ".3f")
+    return span(plan.accuracy, plan.accuracy_low, plan.accuracy_high, ".3f")
 
 
 def difference(plan: Plan) -> str:
@@ -179,7 +179,7 @@ def difference_interval(plan: Plan) -> str:
 
 def speedup(plan: Plan, unit: str = "") -> str:
     """Return a plan's measured speed-up, with its interval."""
-    return with_interval(plan.speedup, plan.speedup_low, plan.speedup_high, unit=unit)
+    return span(plan.speedup, plan.speedup_low, plan.speedup_high, unit=unit)
 
 
 def engine_speedup(latency: EngineLatency) -> str:

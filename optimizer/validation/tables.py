@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from optimizer.criteria import Risk
-from optimizer.reports.formatting import with_interval
+from optimizer.reports.formatting import span
 from optimizer.statistics.rank_agreement import Agreement
 from optimizer.validation.report import ValidationReport, finite
 from workers.redundancy.table import LayerMeasurement, LayerTable
@@ -121,7 +121,7 @@ def agreement(found: Agreement | None) -> str:
     """Rho and its interval."""
     if found is None or found.rho is None or found.low is None or found.high is None:
         return "-"
-    return with_interval(found.rho, found.low, found.high, "+.2f")
+    return span(found.rho, found.low, found.high, "+.2f")
 
 
 def _sets(report: ValidationReport) -> Table:
@@ -142,7 +142,7 @@ def _sets(report: ValidationReport) -> Table:
             continue
         harm = each.harm
         points = (100 * harm.difference, 100 * harm.difference_low, 100 * harm.difference_high)
-        difference = with_interval(*points, "+.1f")
+        difference = span(*points, "+.1f")
         drawn.add_row(action, name, layers, f"{each.harm.accuracy:.3f}", difference, number(each.harm.kl))
     return drawn
 
