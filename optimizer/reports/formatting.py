@@ -184,7 +184,7 @@ def speedup(plan: Plan, unit: str = "") -> str:
 
 def engine_speedup(latency: EngineLatency) -> str:
     """Return a plan's speed-up in an engine: ``"vllm 0.32.0, 16 at once: 1.52 [1.48, 1.56]"``."""
-    speedup = with_interval(latency.speedup, latency.speedup_low, latency.speedup_high)
+    speedup = span(latency.speedup, latency.speedup_low, latency.speedup_high)
     return f"{latency.engine} {latency.version}, {latency.concurrency} at once: {speedup}"
 
 
