@@ -80,7 +80,7 @@ IN_PROCESSES = ("serve", "dashboard", "redundancy", "validate-theory")
 def blocks(text: str) -> list[list[str]]:
     """The commands in a page's blocks, as words without ``skipplan``."""
     found = re.findall(r"^```(?:sh|console|bash)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in found for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in found for line in block.replace("\\\n", " ").splitlines()]
     return [words[1:] for words in lines if words[:1] == ["skipplan"]]
 
 
