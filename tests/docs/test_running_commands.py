@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,10 @@ def stand_in(words: list[str], db: Database) -> list[str]:
     else:
         numbers = [plan] if name_of(words) in ("export", "refit") else finished
     waiting = iter(numbers)
-    meant = [str(next(waiting)) if word.isdigit() and word != "256" else STAND_INS.get(word, word) for word in words]
+    values = {word for option, word in pairwise(words) if option in ("--samples", "--concurrency")}
+    meant = [
+        str(next(waiting)) if word.isdigit() and word not in values else STAND_INS.get(word, word) for word in words
+    ]
     if words[0] == "init":
         meant[meant.index("--task") + 1] = "receipts.yaml"
     if words[0] == "verify-export":
