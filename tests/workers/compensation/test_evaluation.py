@@ -30,14 +30,14 @@ def evaluators(tiny: LoadedModel, small_task: Task) -> EvaluationDispatch:
 def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: EvaluationDispatch, recipe: str) -> None:
     generator = random.Random(3)
     plans = tuple({"".join(generator.choice("RRSSF") for _ in range(5)) + "R" for _ in range(8)})
-    asked = {"plans": plans, "split": "search", "compensation": recipe}
+    asked = {"plans": plans, "split": "search", "n_samples": 40, "compensation": recipe}
     fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
     for one, other in zip(fast.results, plain.results, strict=True):
         assert isinstance(one, Evaluation) and isinstance(other, Evaluation)
         assert one.path == "fast" and other.path == "plain"
         assert one.compensation == other.compensation == recipe
         assert one.scores == other.scores and one.failed_samples == other.failed_samples == {}
-    uncompensated = evaluators.evaluate(EvaluatePlans(plans, "search", path="fast"))
+    uncompensated = evaluators.evaluate(EvaluatePlans(plans, "search", 40, path="fast"))
     by_plan = dict(zip(plans, uncompensated.results, strict=True))
     closer = [r.plan for r in fast.results if "S" in r.plan.lstrip("S") and sum(r.kl) < sum(by_plan[r.plan].kl)]
     gapped = [plan for plan in plans if "S" in plan.lstrip("S")]

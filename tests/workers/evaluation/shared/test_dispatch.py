@@ -50,7 +50,7 @@ def fast(plain: PlainEvaluator) -> FastEvaluator:
 def test_random_plans_score_the_same_on_every_sample(
     plain: PlainEvaluator, fast: FastEvaluator, compensation: str
 ) -> None:
-    request = EvaluatePlans(random_plans(LAYERS, 12, seed=1), "search", 30, compensation=compensation)
+    request = EvaluatePlans(random_plans(LAYERS, 10, seed=1), "search", 20, compensation=compensation)
     quick, slow = evaluations(fast.evaluate_all(request)), evaluations(plain.evaluate_all(request))
     assert [each.scores for each in quick] == [each.scores for each in slow]
     assert [each.secondary for each in quick] == [each.secondary for each in slow]
@@ -60,11 +60,11 @@ def test_random_plans_score_the_same_on_every_sample(
 
 def test_a_layer_execution_is_a_sample_not_an_option(fast: FastEvaluator) -> None:
     plans = random_plans(LAYERS, 9, seed=2)
-    fast.evaluate_all(EvaluatePlans((DENSE,), "search", 24))
+    fast.evaluate_all(EvaluatePlans((DENSE,), "search", 16))
     fast.states.clear()
-    results = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 24)))
+    results = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 16)))
     spent = sum(each.layer_executions for each in results)
-    assert spent == 24 * edges(build_trie(SkipPlan.parse(plan) for plan in plans))
+    assert spent == 16 * edges(build_trie(SkipPlan.parse(plan) for plan in plans))
 
 
 def test_divergence_is_the_mean_over_the_options_positions(

@@ -75,7 +75,7 @@ def fast(plain: PlainEvaluator) -> FastEvaluator:
 
 def test_random_plans_score_the_same_on_every_sample(plain: PlainEvaluator, fast: FastEvaluator) -> None:
     plans = random_plans(LAYERS, 30, seed=1)
-    request = EvaluatePlans(plans, "search", 40)
+    request = EvaluatePlans(plans, "search", 24)
     quick, slow = evaluations(fast.evaluate_all(request)), evaluations(plain.evaluate_all(request))
     assert [each.scores for each in quick] == [each.scores for each in slow]
     assert [each.sample_ids for each in quick] == [each.sample_ids for each in slow]
@@ -125,9 +125,9 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
 ) -> None:
     # Under token F1 every answer can still score, so all are decoded to their end.
     spec = answered.spec.changed(metric="token_f1", answer=answered.spec.answer.changed(max_new_tokens=5))
-    again = [(one, replace(one, id=f"{one.id} again", answers=("red",))) for one in answered.search[:18]]
+    again = [(one, replace(one, id=f"{one.id} again", answers=("red",))) for one in answered.search[:12]]
     task = replace(answered, spec=spec, search=tuple(one for pair in again for one in pair))  # the same words are fed
-    request = EvaluatePlans(random_plans(LAYERS, 12, seed=4), "search", 36, compensation=compensation)
+    request = EvaluatePlans(random_plans(LAYERS, 8, seed=4), "search", 24, compensation=compensation)
     expected = evaluations(PlainEvaluator(tiny, task).evaluate_all(request))
     plain = PlainEvaluator(tiny, task)
     fast = FastEvaluator(plain, chunk_tokens=700)
@@ -166,15 +166,15 @@ def edges(root: Node) -> int:
 
 
 def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
-    plans = random_plans(LAYERS, 30, seed=2)
-    fast.evaluate_all(EvaluatePlans(("R" * LAYERS,), "search", 24))
+    plans = random_plans(LAYERS, 20, seed=2)
+    fast.evaluate_all(EvaluatePlans(("R" * LAYERS,), "search", 16))
     fast.states.clear()
     before = fast.walker.tally.executions
-    results = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 24)))
+    results = evaluations(fast.evaluate_all(EvaluatePlans(plans, "search", 16)))
     spent = fast.walker.tally.executions - before
-    assert spent == 24 * edges(build_trie(SkipPlan.parse(plan) for plan in plans))
+    assert spent == 16 * edges(build_trie(SkipPlan.parse(plan) for plan in plans))
     assert sum(each.layer_executions for each in results) == spent
-    needed = 24 * sum(len(SkipPlan.parse(plan).kept) for plan in plans)
+    needed = 16 * sum(len(SkipPlan.parse(plan).kept) for plan in plans)
     assert sum(each.layer_executions_saved for each in results) == needed - spent > 0
 
 
@@ -189,7 +189,7 @@ def test_states_of_earlier_requests_are_used_again(fast: FastEvaluator) -> None:
 def test_a_small_memory_budget_costs_executions_not_correctness(
     plain: PlainEvaluator, fast: FastEvaluator, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = EvaluatePlans(random_plans(LAYERS, 9, seed=3), "search", 24)
+    request = EvaluatePlans(random_plans(LAYERS, 9, seed=3), "search", 16)
     expected = evaluations(fast.evaluate_all(request))
     small = FastEvaluator(plain, memory_bytes=budget, chunk_tokens=700)
     small.check("search")
