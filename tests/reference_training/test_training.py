@@ -21,6 +21,7 @@ from reference_training.model import Architecture, build_model
 from workers.models.checkpoint import BUNDLED_MODELS
 from workers.tasks.scenes import COLOURS, scene
 
+from . import train
 from .batches import easy_batches
 from .optimisation import Optimiser, Schedule
 from .packing import Packer
@@ -263,11 +264,12 @@ def test_the_recipe_never_reaches_evaluation_scenes_and_ends_with_a_decay():
     assert RECIPE[-1].decay > 0
 
 
-def test_without_scenes_the_second_half_sees_other_images():
+def test_without_scenes_the_second_half_sees_other_images(monkeypatch):
+    images = easy_vqa_training_images()[:60]
+    monkeypatch.setattr(train, "easy_vqa_training_images", lambda: images)
     training = Training("alone", steps=2, easy_images=3, scenes=0)
     _, batches = second_half(TINY, training, 0)
     processor = reference_processor()
-    images = easy_vqa_training_images()
     packer = Packer(processor, TINY.vision_tokens)
     first, first_pixels = next(easy_batches(images, label_easy_vqa(images), packer, training, 0))
     second, second_pixels = next(batches)

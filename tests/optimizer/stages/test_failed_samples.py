@@ -131,7 +131,7 @@ def test_an_attempt_knows_what_failed_before(begin, store: Database) -> None:
 
 
 def test_measuring_and_timing_leave_them_out(begin, store: Database) -> None:
-    fields: dict[str, Any] = {"criterion": "block-influence", "actions": ["skip"]}
+    fields: dict[str, Any] = {"criterion": "block-influence", "actions": ["skip"], "workload": {"new_tokens": 1}}
     context = begin({"calibration": (0,)}, **fields)
     profile.run(context)
     name = context.task.calibration[0].id
@@ -202,11 +202,11 @@ def finalist(plan: Candidate) -> Finalist:
 
 
 def test_comparing_latency_names_them(begin) -> None:
-    context = begin({"calibration": (0,)}, latency={"max_seconds": 0.01})
+    context = begin({"calibration": (0,)}, latency={"max_seconds": 0.01}, workload={"new_tokens": 1})
     measured = measure.run(context, (finalist(PLAN),))[PLAN]
     name = context.task.calibration[0].id
     assert list(measured.failed_samples) == list(context.failed_samples.of("calibration")) == [name]
-    assert profile.cache_sizes(begin({"calibration": (0,)})).run > 0
+    assert profile.cache_sizes(begin({"calibration": (0,)}, workload={"new_tokens": 1})).run > 0
 
 
 class Fading(in_process.OneWorker):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import in_process
+import pytest
 
 from optimizer import criteria
 from optimizer.criteria import Risk
@@ -12,6 +14,13 @@ from optimizer.validation import tables
 from optimizer.validation.report import CONTROL, plan_of, safest, scrambled, validate
 from storage.database import Database
 from workers.redundancy.table import LayerTable
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """One database, so that what was measured of the layers is measured once."""
+    with Database.open(f"sqlite:///{tmp_path_factory.mktemp('validation') / 'skipplan.db'}") as database:
+        yield database
 
 
 def test_sets_and_plans_by_hand() -> None:
