@@ -24,18 +24,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 LONGEST_FIRST = (
-    "test_worker_pool.py",
     "test_bad_inputs.py",
     "test_families.py",
-    "test_main_job.py",
+    "test_pool_membership.py",
     "test_interruption.py",
-    "test_validation.py",
+    "test_worker_pool.py",
+    "test_exported_models.py",
+    "test_generation.py",
     "test_serving.py",
-    "test_checkpoint.py",
-    "test_training.py",
-    "test_redundancy_stage.py",
+    "test_running_commands.py",
+    "test_job_claims.py",
 )
-"""Files that take a minute or more, the longest first: begun last, they would keep one processor waiting."""
+"""Files that take longest: begun last, they would keep one processor waiting."""
 
 _numbers = itertools.count()
 

@@ -200,6 +200,7 @@ def test_the_commands_of_a_page_run_in_their_order(
     page: str, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(prepared)
+    in_process.load_exports_here(monkeypatch)
     shutil.copy("finished.db", "skipplan.db")
     shutil.rmtree("exports", ignore_errors=True)
     commands = [

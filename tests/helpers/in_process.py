@@ -1,9 +1,15 @@
-"""A pool of one worker in this process, which remembers what it was asked for."""
+"""What has processes of its own, in this one: a worker that remembers what it was asked for, and a loaded export."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import pytest
+
+from optimizer.exports import fresh_process, verification
 from optimizer.job.inputs import prepare
 from optimizer.job.spec import JobSpec
 from optimizer.stages.context import JobContext
@@ -51,3 +57,19 @@ def context(db: Database, worker: OneWorker, wanted: JobSpec) -> JobContext:
     inputs = prepare(wanted)
     job = jobs.submit_claimed(db, wanted.model_dump(mode="json", exclude={"database"}), "hash", "me", 600)
     return JobContext(db, job, inputs, worker, Progress())  # type: ignore[arg-type]
+
+
+def load_exports_here(patch: pytest.MonkeyPatch) -> None:
+    """Let what verifies an export load it in this process."""
+
+    plainly = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[1:3] != ["-I", fresh_process.__file__]:
+            return plainly(command, **options)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(sys, "meta_path", [*sys.meta_path])
+            fresh_process.main(command[3])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    patch.setattr(verification.subprocess, "run", run)

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import in_process
 import pytest
 import tiny_llava
 import torch
-
-from optimizer.exports import fresh_process, verification
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,13 +31,5 @@ def other_model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What verifies an export loads it in this process: for tests of what is compared, not of what can be imported."""
-
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        assert command[1:3] == ["-I", fresh_process.__file__]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "meta_path", [*sys.meta_path])
-            fresh_process.main(command[3])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(verification.subprocess, "run", run)
+    """For tests of what is compared, not of what can be imported."""
+    in_process.load_exports_here(monkeypatch)
