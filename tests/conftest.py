@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from command_line import own_locks
 from postgresql_server import PostgresqlServer, find_binaries
 from psycopg import sql
 from sqlalchemy import make_url
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A local Ray cluster with two CPUs, whatever the machine has; pools find it and leave it running.
 
     One for the whole session, because starting it takes seconds.
@@ -69,7 +70,10 @@ def ray_cluster() -> Iterator[None]:
     from workers.cluster.settings import ClusterSettings
 
     assert not ray.is_initialized()
-    connect(ClusterSettings(address="local"), cpus=2)
+    with pytest.MonkeyPatch.context() as patch:  # its workers must not wait for others on this machine
+        for name, value in own_locks(tmp_path_factory.mktemp("locks")).items():
+            patch.setenv(name, value)
+        connect(ClusterSettings(address="local"), cpus=2)
     yield
     disconnect()
 

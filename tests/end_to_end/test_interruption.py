@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from command_line import PROJECT, Ended
+from command_line import PROJECT, Ended, own_locks
 from in_process import OneWorker
 
 from optimizer.service import pool
@@ -45,7 +45,7 @@ def test_a_stopped_job_is_released_and_resumed(
     process = subprocess.Popen(
         [sys.executable, "-m", "optimizer.cli.main", "run", "job.yaml"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        env={**os.environ, **own_locks(tmp_path), "PYTHONPATH": str(PROJECT)},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

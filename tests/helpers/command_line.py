@@ -36,6 +36,11 @@ class Ended:
     errors: str
 
 
+def own_locks(directory: Path) -> dict[str, str]:
+    """Environment of a process whose workers neither wait for others on this machine nor hold them up."""
+    return {"TMPDIR": str(directory), "RAY_TMPDIR": "/tmp"}  # Ray's sockets need a short path
+
+
 def command(
     directory: Path,
     *arguments: str,
@@ -50,7 +55,7 @@ def command(
         subprocess.Popen(
             [sys.executable, "-m", "optimizer.cli.main", *arguments],
             cwd=directory,
-            env={**inherited, "PYTHONPATH": str(PROJECT), **(environment or {})},
+            env={**inherited, **own_locks(directory), "PYTHONPATH": str(PROJECT), **(environment or {})},
             stdout=output,
             stderr=subprocess.PIPE,
             text=True,
