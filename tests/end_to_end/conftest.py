@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import in_process
 import pytest
 from command_line import JOB, Ended, FinishedJob, command
 from filelock import FileLock
@@ -76,3 +77,8 @@ def exported(finished_job: FinishedJob) -> Path:
         patch.delenv("SKIPPLAN_DATABASE", raising=False)
         assert _run(["export", str(finished_job.best["id"]), "--format", "checkpoint", "--output", "exported"]) == 0
     return finished_job.directory / "exported"
+
+
+@pytest.fixture(autouse=True)
+def own_lock(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    in_process.lock_apart(monkeypatch, tmp_path_factory.getbasetemp())

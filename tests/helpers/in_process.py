@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from storage.database import Database
 from storage.queue import jobs
 from workers.cluster.handler import Handler
 from workers.cluster.settings import WorkerSettings
+from workers.device import lock
 from workers.messages import ModelSource, Reply, Request
 from workers.tasks import Task
 
@@ -73,3 +76,8 @@ def load_exports_here(patch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     patch.setattr(verification.subprocess, "run", run)
+
+
+def lock_apart(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Let what times in this process wait for no other process on this machine."""
+    patch.setattr(lock, "tempfile", SimpleNamespace(gettempdir=lambda: str(directory)))

@@ -29,3 +29,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model: Path = tiny_llava.save(tmp_path_factory.mktemp("tiny-llava"))
     write_task(model)
     return model
+
+
+@pytest.fixture(autouse=True)
+def own_lock(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    in_process.lock_apart(monkeypatch, tmp_path_factory.getbasetemp())
