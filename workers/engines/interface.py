@@ -150,5 +150,6 @@ ENGINES: Registry[Engine] = Registry(
     {
         "vllm": "workers.engines.vllm:ENGINE",
         "llama.cpp": "workers.engines.llama_cpp:ENGINE",
+        "openvino": "workers.engines.openvino:ENGINE",
     },
 )

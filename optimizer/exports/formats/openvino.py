@@ -1,17 +1,7 @@
-"""Format ``openvino``: the checkpoint without the skipped layers, exported through optimum-intel.
-
-optimum-intel pins a version of transformers of its own (2.2 wants one below 5.6), so it usually lives in another
-environment, whose interpreter is named in ``SKIPPLAN_OPENVINO_PYTHON``. A version that knows some tensors by other
-names than the hub's, which the checkpoint has, would fill them with random numbers and go on: so the names are checked
-there first.
-"""
+"""Format ``openvino``: the checkpoint without the skipped layers, exported through optimum-intel."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,30 +15,17 @@ from optimizer.exports.interface import (
     Subject,
     needs_plain_skips,
 )
-from workers.engines.process import find_program
-from workers.text import last_line
-
-PYTHON_VARIABLE = "SKIPPLAN_OPENVINO_PYTHON"
-PROBE = "import optimum.intel, importlib.metadata as m; print(m.version('optimum-intel'), m.version('openvino'))"
-REPORT_NAMES = (
-    "import json, sys; from transformers import AutoModelForImageTextToText as A; "
-    "report = A.from_pretrained(sys.argv[1], output_loading_info=True)[1]; "
-    "json.dump({kind: sorted(map(str, report[kind])) for kind in ('missing_keys', 'unexpected_keys')}, "
-    "open(sys.argv[2], 'w'))"
-)
-INSTALL = (
-    "install it into an environment of its own (pip install 'optimum-intel[openvino]') and name that environment's "
-    f"python in {PYTHON_VARIABLE}"
-)
+from workers.engines.interface import ENGINES
+from workers.engines.openvino import convert
+from workers.errors import EngineError
 
 
 def interpreter() -> str:
     """Return the Python that has optimum-intel. Raises ExportFault saying how to get it when there is none."""
-    python = find_program(sys.executable, PYTHON_VARIABLE) or sys.executable
-    done = _run([python, "-I", "-c", PROBE])
-    if done.returncode:
-        raise ExportFault(f"--format: openvino needs optimum-intel, which {python} cannot import; {INSTALL}")
-    return python
+    try:
+        return ENGINES["openvino"].installed().program
+    except EngineError as error:
+        raise ExportFault(f"--format: openvino: {error}") from None
 
 
 def write(subject: Subject, directory: Path) -> None:
@@ -57,41 +34,10 @@ def write(subject: Subject, directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="skipplan-openvino-", dir=directory.parent) as scratch:
         pruned = Path(scratch) / "checkpoint"
         checkpoint.write(subject, pruned)
-        require_known_names(python, pruned)
-        entry = "from optimum.commands.optimum_cli import main; main()"
-        task = ["--task", "image-text-to-text", "--weight-format", "fp32"]
-        done = _run([python, "-I", "-c", entry, "export", "openvino", "--model", str(pruned), *task, str(directory)])
-    if done.returncode or not (directory / "openvino_language_model.xml").is_file():
-        raise ExportFault(f"--format: openvino: optimum-intel failed: {last_line(done.stderr, 'no message')}")
-
-
-def require_known_names(python: str, directory: Path) -> None:
-    """Raise ExportFault when the transformers of that Python knows tensors of the checkpoint by other names."""
-    report = _loading_report(python, directory)
-    if any(report.values()):
-        example = next(name for names in report.values() for name in names)
-        raise ExportFault(
-            f"--format: openvino: the transformers that optimum-intel uses names this model's weights otherwise (for "
-            f"example {example}), so they would be left random; use format checkpoint"
-        )
-
-
-def _loading_report(python: str, directory: Path) -> dict[str, list[str]]:
-    """Which weights that Python's transformers finds missing from the checkpoint or does not know."""
-    file = directory.with_name("loading-report.json")
-    done = _run([python, "-I", "-c", REPORT_NAMES, str(directory), str(file)])
-    if done.returncode:
-        raise ExportFault(
-            f"--format: openvino: the checkpoint does not load there: {last_line(done.stderr, 'no message')}"
-        )
-    report: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
-    return report
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        try:
+            convert(python, pruned, directory)
+        except EngineError as error:
+            raise ExportFault(f"--format: openvino: {error}") from None
 
 
 def guide(subject: Subject, directory: Path) -> Guide:
@@ -119,11 +65,11 @@ def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
 
 def check() -> Sequence[str]:
     """Which optimum-intel would be used."""
-    done = _run([find_program(sys.executable, PYTHON_VARIABLE) or sys.executable, "-I", "-c", PROBE])
-    if done.returncode:
+    try:
+        found = ENGINES["openvino"].installed()
+    except EngineError:
         return ("optimum-intel is not installed here: the export was not run",)
-    optimum, runtime = done.stdout.split()
-    return (f"exported by optimum-intel {optimum} with OpenVINO {runtime}",)
+    return (f"exported by optimum-intel {found.versions['optimum-intel']} with OpenVINO {found.version}",)
 
 
 FORMAT = ExportFormat(
