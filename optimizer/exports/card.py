@@ -33,7 +33,7 @@ def model_card(document: PlanDocument, chosen: ExportFormat, guide: Guide) -> st
 
 def _front_matter(document: PlanDocument, chosen: ExportFormat) -> str:
     lines = ["---", "pipeline_tag: image-text-to-text", "tags: [skipplan, layer-skipping]"]
-    if chosen.loadable is not None:
+    if chosen.needs_model:
         lines.append(f"library_name: {'openvino' if chosen.name == 'openvino' else 'transformers'}")
     if _HUB_ID.fullmatch(document.model.name):
         lines.append(f"base_model: {document.model.name}")

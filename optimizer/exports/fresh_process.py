@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from importlib import import_module
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from runpy import run_path
@@ -58,8 +57,6 @@ def main(request_file: str) -> None:
 
 
 def _load(loader: str, directory: str, dtype: str) -> Any:
-    if loader == "openvino":
-        return import_module("optimum.intel").OVModelForVisualCausalLM.from_pretrained(directory)
     from transformers import AutoModelForImageTextToText
 
     remote = loader == "transformers-remote-code"

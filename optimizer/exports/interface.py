@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workers.models.loading import LoadedModel
     from workers.runtime.folding import Maps
 
-Loader = Literal["transformers", "transformers-remote-code", "openvino"]
+Loader = Literal["transformers", "transformers-remote-code"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,6 @@ class ExportFormat:
     loadable: Callable[[Path, Path, str], Loadable] | None = None
     engine: str | None = None
     check: Callable[[], Sequence[str]] = tuple
-    lossless: bool = True
-    """Whether the written model computes in the same arithmetic, so that logits may differ by rounding at most."""
 
 
 def takes_everything(plan: SkipPlan, compensation: str) -> str | None:

@@ -32,7 +32,7 @@ def find_program(name: str, variable: str) -> str | None:
         found = shutil.which(Path(named).expanduser())
         if found is None:
             raise EngineError(f"{variable} names {named}, which is no program")
-        return found
+        return str(found)
     return shutil.which(name)
 
 

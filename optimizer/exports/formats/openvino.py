@@ -11,7 +11,6 @@ from optimizer.exports.interface import (
     ExportFault,
     ExportFormat,
     Guide,
-    Loadable,
     Subject,
     needs_plain_skips,
 )
@@ -58,11 +57,6 @@ def guide(subject: Subject, directory: Path) -> Guide:
     )
 
 
-def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
-    """Load the directory with optimum-intel in the environment that has it."""
-    return Loadable(directory, "openvino", interpreter())
-
-
 def check() -> Sequence[str]:
     """Which optimum-intel would be used."""
     try:
@@ -79,7 +73,6 @@ FORMAT = ExportFormat(
     refusal=needs_plain_skips,
     write=write,
     guide=guide,
-    loadable=loadable,
+    engine="openvino",
     check=check,
-    lossless=False,
 )

@@ -32,6 +32,7 @@ from workers.compensation import store
 from workers.compensation.compensator import Compensator
 from workers.engines.interface import ENGINES, ChatRequest, Serving
 from workers.engines.llama_cpp import CONVERTER_VARIABLE, SERVER_VARIABLE
+from workers.engines.openvino import PYTHON_VARIABLE as OPENVINO_VARIABLE
 from workers.engines.vllm import PYTHON_VARIABLE
 from workers.errors import EngineLost
 from workers.messages import FitCompensation, ModelSource
@@ -187,3 +188,12 @@ def test_llama_cpp_answers_as_the_live_model_does(llama_cpp: None, tmp_path: Pat
     assert len(found.having("equal")) >= 190  # of random weights, whose largest logits are often close
     assert len({answer.live for answer in found.answers.values()}) > 20  # answers that could differ
     assert json.loads((tmp_path / "export/config.json").read_text())["text_config"]["num_hidden_layers"] == 4
+
+
+def test_openvino_answers_as_the_live_model_does(tmp_path: Path) -> None:
+    if shutil.which(os.environ.get(OPENVINO_VARIABLE, "")) is None:
+        pytest.skip(f"{OPENVINO_VARIABLE} names no Python that has optimum-intel")
+    model = BUNDLED_MODELS / "llava-12"
+    found = served(exported(model, PLAN, "openvino", tmp_path / "openvino"), model, 200)
+    assert found.passed, found
+    assert len(found.having("equal")) >= 198 and found.accuracy.value > 0.9

@@ -1,7 +1,4 @@
-"""Exports in environments of their own: plain transformers, optimum-intel.
-
-Each test needs an environment that a variable names; ``docs/exports.md`` says how they are made.
-"""
+"""Exports in an environment of plain transformers, which a variable names; ``docs/exports.md`` says how it is made."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from pathlib import Path
 import pytest
 from export_builders import document
 
-from optimizer.exports.formats.openvino import PYTHON_VARIABLE
 from optimizer.exports.verification import Verification, verify_export
 from optimizer.exports.writing import export_plan
 from workers.messages import ModelSource
@@ -61,8 +57,3 @@ def test_torch_and_transformers_alone_run_it(reference: Path, tmp_path: Path, fo
     assert not installed & {"skipplan", "ray", "optuna", "sqlalchemy"}
     found = verified(exported(reference, format_name, plan, tmp_path / "out"), reference, python=python)
     assert found.largest_logit_difference == 0.0
-
-
-def test_openvino_gives_the_same_answers(reference: Path, tmp_path: Path):
-    environment(PYTHON_VARIABLE, "a Python with optimum-intel and OpenVINO")
-    verified(exported(reference, "openvino", SKIPS, tmp_path / "openvino"), reference)
