@@ -17,7 +17,7 @@ from .tiny import Family, batch_inputs, forget_positions, since
 NO_LINEAR_END = {
     "gemma3", "glm4v", "gemma3n", "gemma4", "gemma3n_text", "llava over gemma2", "gemma3 of another pattern",
     "glm_ocr", "exaone4_5", "lfm3_vl", "hyperclovax_vision_v2", "muse_glimmer", "gemma4_unified", "qwen4_exp",
-    "glm5_next",
+    "glm5_next", "llava over exaone4", "llava over glm4", "llava over olmo2", "llava over olmo3",
     *(() if since("5.18") else ("aria",)),
 }  # fmt: skip
 """Families whose blocks normalise, gate or mix what the MLP gives before it enters the residual stream."""
