@@ -32,6 +32,14 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
 }
 """Environment variables and the fields they override (the variable wins over the job file)."""
 
+FORMER = {
+    "latency_precision": "latency.precision",
+    "latency_seconds": "latency.max_seconds",
+    "search.evaluations": "search.trials",
+    "search.latency": "search.latency_model (profile or layers)",
+}
+"""Fields that job files had under another name, and what they are called now."""
+
 
 def load_job(
     path: Path,
@@ -84,6 +92,10 @@ def validate_job(document: dict[str, Any], source: str) -> JobSpec:
                 f"{source}: is a task file, not a job file; skipplan init --model MODEL --task {source} writes a job "
                 "file for it"
             ) from None
+        unknown = {".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "extra_forbidden"}
+        if former := [name for name in FORMER if name in unknown]:
+            now = ", ".join(f"{name} is {FORMER[name]} now" for name in former)
+            raise UsageFault(f"{source}: {former[0]}: unknown field; {now}") from None
         raise UsageFault(f"{source}: {explain(error, JobSpec)}") from None
 
 

@@ -27,10 +27,10 @@ STALE = [
     ({"compensation": {"kind": "linear", "groups": 4}}, "compensation.groups: unknown field"),
     ({"export": "mergekit"}, "export: unknown field"),
     ({"search": {"sampler": "tpe"}}, "search.sampler: unknown field"),
-    ({"search": {"evaluations": 48}}, "search.evaluations: unknown field; known are trials, "),
-    ({"search": {"latency": "measured"}}, "search.latency: unknown field; did you mean latency_model"),
-    ({"latency_seconds": 20.0}, "latency_seconds: unknown field; did you mean latency.max_seconds?"),
-    ({"latency_precision": 0.02}, "latency_precision: unknown field; did you mean latency.precision?"),
+    ({"search": {"evaluations": 48}}, "search.evaluations: unknown field; search.evaluations is search.trials now"),
+    ({"search": {"latency": "measured"}}, "search.latency: unknown field; search.latency is search.latency_model "),
+    ({"latency_seconds": 20.0}, "latency_seconds: unknown field; latency_seconds is latency.max_seconds now"),
+    ({"latency_precision": 0.02}, "latency_precision: unknown field; latency_precision is latency.precision now"),
 ]
 REMEDY = "another version of skipplan stored this job; submit its job file again, without that"
 
