@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
 from optimizer.errors import explain
 from workers.text import one_line
+
+if TYPE_CHECKING:
+    from workers.engines.interface import Engine
 
 State = Literal["ok", "note", "problem"]
 LEAST_FREE_BYTES = 2_000_000_000
@@ -36,6 +39,7 @@ def examine(database_url: str, cluster_address: str) -> Iterator[Finding]:
     yield from _extras()
     yield _torchvision()
     yield from _devices()
+    yield from _engines()
     yield from _bundled()
     yield _guarded("database", lambda: _database(database_url), "check the URL; skipplan db upgrade creates the tables")
     yield _guarded("cluster", lambda: _cluster(cluster_address), "check cluster.address and that the head node runs")
@@ -123,6 +127,23 @@ def _bfloat16() -> Finding:
     if not emulates(torch.bfloat16, torch.device("cpu")):
         return Finding("cpu bfloat16", "ok", "multiplied by the CPU itself")
     return Finding("cpu bfloat16", "note", "emulated; model.dtype: auto computes in float32 instead, and much faster")
+
+
+def _engines() -> Iterator[Finding]:
+    """Name the engines that are here; their absence is no problem unless a variable names what is none."""
+    from workers.engines.interface import ENGINES
+    from workers.errors import EngineAbsent
+
+    for name, engine in ENGINES.items():
+
+        def look(engine: Engine = engine, name: str = name) -> Finding:
+            try:
+                found = engine.installed()
+            except EngineAbsent as error:
+                return Finding(f"engine {name}", "note", "not there", str(error))
+            return Finding(f"engine {name}", "ok", f"{found.version}, {found.program}")
+
+        yield _guarded(f"engine {name}", look, "see docs/how-to/serve.md")
 
 
 def _bundled() -> Iterator[Finding]:

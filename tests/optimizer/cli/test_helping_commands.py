@@ -164,17 +164,23 @@ def test_doctor_reports_and_ends_with_a_code(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SKIPPLAN_DATABASE", raising=False)
     monkeypatch.delenv("SKIPPLAN_CLUSTER_ADDRESS", raising=False)
+    for variable in ("SKIPPLAN_VLLM_PYTHON", "SKIPPLAN_LLAMA_SERVER", "SKIPPLAN_OPENVINO_PYTHON"):
+        monkeypatch.delenv(variable, raising=False)
     assert _run(["doctor", "--json"]) == 0
     found = {each["area"]: each for each in json.loads(capsys.readouterr().out)}
     assert found["torch"]["state"] == found["model llava-12"]["state"] == found["task easy-vqa"]["state"] == "ok"
     assert "is not there yet; the first job creates it" in found["database"]["detail"]
     assert list(tmp_path.iterdir()) == []  # looking creates nothing
+    assert (found["engine vllm"]["state"], found["engine vllm"]["detail"]) == ("note", "not there")
+    assert "SKIPPLAN_VLLM_PYTHON" in found["engine vllm"]["advice"]
+    monkeypatch.setenv("SKIPPLAN_VLLM_PYTHON", str(tmp_path / "absent"))
 
     (tmp_path / "broken.db").write_text("this is no database")
     assert _run(["--database", "sqlite:///broken.db", "doctor", "--json"]) == 4
     broken = {each["area"]: each for each in json.loads(capsys.readouterr().out)}
     assert broken["database"]["state"] == "problem"
     assert broken["database"]["advice"]
+    assert "absent, which is no program" in broken["engine vllm"]["detail"]
 
 
 @pytest.mark.parametrize(
