@@ -18,8 +18,8 @@ from workers.errors import EngineAbsent
 SCRIPT = "convert.sh"
 COMMANDS = f"""#!/bin/sh
 # Usage: LLAMA_CPP=path/to/llama.cpp ./{SCRIPT} OUTPUT [TYPE]
-# Writes OUTPUT/model.gguf and OUTPUT/mmproj.gguf (the vision tower) in the checkpoint's precision; with TYPE, such as
-# Q8_0, the language model quantised by llama-quantize, which QUANTIZE names where it is not on the PATH.
+# Writes OUTPUT/model.gguf and OUTPUT/mmproj.gguf (the vision tower) in 16 bits; with TYPE, such as Q8_0, the language
+# model quantised by llama-quantize, which QUANTIZE names where it is not on the PATH.
 set -e
 here=$(dirname "$0")
 llama_cpp=${{LLAMA_CPP:?set LLAMA_CPP to the directory of llama.cpp, which holds convert_hf_to_gguf.py}}

@@ -9,15 +9,19 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_video_families
+import torch
 from export_builders import document
 from safetensors.torch import load_file, save_file
 
+from optimizer.exports import engine_verification
 from optimizer.exports.engine_verification import (
+    LOGPROB_TOLERANCE,
     TOP_LOGPROBS,
     EngineVerification,
     LiveAnswer,
@@ -38,7 +42,7 @@ from workers.errors import EngineLost
 from workers.messages import FitCompensation, ModelSource
 from workers.models import prompts
 from workers.models.checkpoint import BUNDLED_MODELS, built_directory
-from workers.models.loading import load_model
+from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
 from workers.tasks import load_task
 
@@ -181,13 +185,35 @@ def asked_without_images(directory: Path, model: Path, plan: str) -> list[Served
     return found
 
 
-def test_llama_cpp_answers_as_the_live_model_does(llama_cpp: None, tmp_path: Path) -> None:
+def test_llama_cpp_answers_as_the_live_model_does(
+    llama_cpp: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_video_families.save(tmp_path / "model", "smolvlm", SIZES, letters=True)
-    found = served(exported(model, "RSRRSR", "llama-cpp", tmp_path / "export"), model, 200)
+    directory = exported(model, "RSRRSR", "llama-cpp", tmp_path / "export")
+    found = served(directory, model, 200)
     assert found.passed, found
     assert len(found.having("equal")) >= 190  # of random weights, whose largest logits are often close
     assert len({answer.live for answer in found.answers.values()}) > 20  # answers that could differ
-    assert json.loads((tmp_path / "export/config.json").read_text())["text_config"]["num_hidden_layers"] == 4
+    assert json.loads((directory / "config.json").read_text())["text_config"]["num_hidden_layers"] == 4
+    monkeypatch.setattr(engine_verification, "_load", with_an_eye_in_float16)
+    assert served(directory, model, 60).largest_logprob_difference <= LOGPROB_TOLERANCE  # nothing else differs
+
+
+def with_an_eye_in_float16(source: ModelSource) -> LoadedModel:
+    """Load a model that cuts images into patches and computes GELU in float16, as llama.cpp does."""
+    loaded = load_model(replace(source, dtype="float32"), device="cpu")
+    tower = loaded.model.model.vision_model
+
+    def half(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.half().float()
+
+    cut = tower.embeddings.patch_embedding
+    cut.weight.data = half(cut.weight.data)
+    cut.register_forward_pre_hook(lambda module, arguments: (half(arguments[0]),))
+    for layer in tower.encoder.layers:
+        layer.mlp.activation_fn.register_forward_pre_hook(lambda module, arguments: (half(arguments[0]),))
+        layer.mlp.activation_fn.register_forward_hook(lambda module, arguments, values: half(values))
+    return loaded
 
 
 def test_openvino_answers_as_the_live_model_does(tmp_path: Path) -> None:
