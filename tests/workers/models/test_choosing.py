@@ -16,6 +16,7 @@ from workers.compensation.calibration import calibrate
 from workers.errors import TaskError
 from workers.evaluation.plain import PlainEvaluator
 from workers.messages import ModelSource
+from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel, load_model
 from workers.models.multiple_choice import Choice, Likelihood, chosen_tokens, option_tokens
 from workers.runtime import apply
@@ -196,7 +197,7 @@ def test_calibration_feeds_the_option_that_the_dense_model_chooses(tiny: LoadedM
     best = sample.choices[totals.index(max(totals))]
     tokens = tuple(tiny.processor.tokenizer(" " + best)["input_ids"])
     assert chosen_tokens(tiny, choices, sample) == (tokens, "")
-    prompt = PlainEvaluator(tiny, choices)._prepare([sample]).inputs
+    prompt = prepare_batch(tiny, choices, [sample]).inputs
     assert prompt is not None
     found = calibrate(tiny, choices, tokens=1)
     assert found.samples[0] == sample.id
