@@ -89,12 +89,13 @@ def export_plan(
     require_takes(chosen, SkipPlan.parse(plan.plan), plan.compensation)
     check_target(output, force=force)
     content = maps.fetch(plan, artifact)
+    notes = tuple(chosen.check())  # an engine that a variable names and that is not there ends it before it is written
     subject = _subject(plan, source, chosen, content, force_model=force_model)
     with whole_directory(output, force=force) as directory:
         chosen.write(subject, directory)
         maps.write(content, directory)
         _describe(subject, chosen, chosen.guide(subject, directory), directory)
-    return Written(output, document.read(output), tuple(chosen.check()))
+    return Written(output, document.read(output), notes)
 
 
 def _describe(subject: Subject, chosen: ExportFormat, guide: Guide, directory: Path) -> None:

@@ -37,6 +37,7 @@ INTERNVL = {
 }
 GEMMA3 = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 """Those with a part for videos; ``gemma3`` has none."""
 
@@ -60,7 +61,7 @@ def save(directory: Path, family: str, sizes: dict[str, int] = SIZES, *, letters
     if family == "gemma3":
         tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # which its processor in vLLM asks for
     tokenizer.save_pretrained(directory)
-    for name, content in _processor(family, tiles=letters).items():
+    for name, content in processor_files(family, tiles=letters).items():
         (directory / name).write_text(json.dumps(content))
     (directory / "chat_template.jinja").write_text(tiny_llava.CHAT_TEMPLATE.replace("<image>\n", picture))
     torch.manual_seed(0)
@@ -97,7 +98,8 @@ def _tokenizer(tokens: dict[str, str], plain: PreTrainedTokenizerFast) -> PreTra
     )
 
 
-def _processor(family: str, *, tiles: bool) -> dict[str, dict[str, Any]]:
+def processor_files(family: str, *, tiles: bool) -> dict[str, dict[str, Any]]:
+    """Return the files of a family's processor; ``tiles``: SmolVLM's images are cut into four."""
     if family == "smolvlm":
         images = {
             "image_processor_type": "SmolVLMImageProcessor",
@@ -149,18 +151,17 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast, sizes: dict[str, in
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": None,
     }
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     if family == "smolvlm":
         return CONFIG_MAPPING[family](
             text_config={"model_type": "llama"} | text,
-            vision_config=tower | {"image_size": 32, "patch_size": 8},
+            vision_config=TOWER | {"image_size": 32, "patch_size": 8},
             image_token_id=number("image_token"),
             scale_factor=2,
         )
     if family == "internvl":
         return CONFIG_MAPPING[family](
             text_config={"model_type": "qwen2"} | text,
-            vision_config=tower | {"image_size": (32, 32), "patch_size": (8, 8)},
+            vision_config=TOWER | {"image_size": (32, 32), "patch_size": (8, 8)},
             image_token_id=number("context_image_token"),
             image_seq_length=4,
         )
@@ -168,7 +169,7 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast, sizes: dict[str, in
         head = sizes["hidden_size"] // sizes["num_attention_heads"]
         return CONFIG_MAPPING[family](
             text_config=text | {"head_dim": head, "sliding_window": 16, "sliding_window_pattern": 3},
-            vision_config=tower | {"image_size": 32, "patch_size": 8},
+            vision_config=TOWER | {"image_size": 32, "patch_size": 8},
             mm_tokens_per_image=4,
             image_token_id=number("image_token"),
             boi_token_index=number("boi_token"),

@@ -101,7 +101,12 @@ def test_llama_cpp_commands_convert_and_quantise_where_asked(model_directory: Pa
     [(llama_cpp, "SKIPPLAN_LLAMA_SERVER", "llama-server"), (vllm, "SKIPPLAN_VLLM_PYTHON", "vllm")],
 )
 def test_it_is_said_whether_the_engine_is_here(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: ModuleType, variable: str, tool: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model_directory: Path,
+    chosen: ModuleType,
+    variable: str,
+    tool: str,
 ):
     monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -109,7 +114,10 @@ def test_it_is_said_whether_the_engine_is_here(
     assert said.startswith("it was not served: ") and tool in said and variable in said
     monkeypatch.setenv(variable, str(tmp_path / "absent"))
     with pytest.raises(EngineError, match="which is no program"):
-        chosen.check()
+        export_plan(
+            document("RSRRSR", model_directory), ModelSource(str(model_directory)), chosen.FORMAT.name, tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_vllm_is_told_the_model_class_only_where_the_configuration_is_silent(tmp_path: Path):

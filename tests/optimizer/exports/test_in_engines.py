@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import smollm2_with_eyes
 import tiny_video_families
 import torch
 from export_builders import document
@@ -197,6 +198,17 @@ def test_llama_cpp_answers_as_the_live_model_does(
     assert json.loads((directory / "config.json").read_text())["text_config"]["num_hidden_layers"] == 4
     monkeypatch.setattr(engine_verification, "_load", with_an_eye_in_float16)
     assert served(directory, model, 60).largest_logprob_difference <= LOGPROB_TOLERANCE  # nothing else differs
+
+
+def test_llama_cpp_answers_by_a_plan_of_a_trained_language_model(llama_cpp: None, tmp_path: Path) -> None:
+    reference = built_directory("smollm2-30")
+    if not reference.is_dir():
+        pytest.skip("smollm2-30 is not built: skipplan reference build smollm2")
+    model = smollm2_with_eyes.save(tmp_path / "model", reference)
+    found = served(exported(model, "RRRRRRRRRRRRRSRRRRRRRRRRSRRRRR", "llama-cpp", tmp_path / "export"), model, 200)
+    assert found.passed, found
+    assert len(found.having("equal")) >= 198
+    assert len({answer.live for answer in found.answers.values()}) > 5  # answers that could differ
 
 
 def with_an_eye_in_float16(source: ModelSource) -> LoadedModel:
