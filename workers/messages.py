@@ -329,11 +329,12 @@ class FindEngine:
 
 @dataclass(frozen=True)
 class EngineFound:
-    """An engine that is there: its version, and those of what it computes with."""
+    """An engine that is there: its version, those of what it computes with, and the actions that it serves."""
 
     engine: str
     version: str
     versions: dict[str, str] = field(default_factory=dict)
+    letters: str = "RS"
 
 
 @dataclass(frozen=True)

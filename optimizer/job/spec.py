@@ -153,11 +153,6 @@ class JobSpec(Section):
                 f"workload.batch_size: latency.engine {engine} is asked one prompt a request; leave it at 1, and use "
                 "workload.concurrency"
             )
-        foreign = [action.label for action in Action if action.label in self.actions and not action.row.removes_layer]
-        if engine != TRANSFORMERS and foreign:
-            raise ValueError(
-                f"actions: latency.engine {engine} serves checkpoints, which cannot say {', '.join(foreign)}; use skip"
-            )
         return self
 
     @model_validator(mode="after")
@@ -171,6 +166,16 @@ class JobSpec(Section):
     def letters(self) -> str:
         """Letters of run and of the actions the search may use, for example ``"RS"``."""
         return "".join(action.letter for action in Action if action is Action.RUN or action.label in self.actions)
+
+    def not_served(self, letters: str) -> str:
+        """Say which actions of the job an engine that serves ``letters`` does not; empty where it serves all."""
+        foreign = [action.label for action in Action if action.letter in self.letters and action.letter not in letters]
+        if not foreign:
+            return ""
+        return (
+            f"actions: {self.latency.engine} as it is installed does not serve {', '.join(foreign)}; leave them out"
+            + (", or install skipplan-vllm beside it" if self.latency.engine == "vllm" else "")
+        )
 
     def canonical(self) -> dict[str, Any]:
         """Dump the fields of ``DETERMINES_RESULT`` as plain JSON values."""

@@ -97,9 +97,12 @@ def _served_by(spec: JobSpec) -> str | None:
     if name == TRANSFORMERS or spec.cluster.address != "local":
         return None
     try:
-        return f"latency.engine: {name} {ENGINES[name].installed().version}"
+        found = ENGINES[name].installed()
     except EngineError as error:
         raise UsageFault(f"latency.engine: {error}") from None
+    if reason := spec.not_served(found.letters):
+        raise UsageFault(reason)
+    return f"latency.engine: {name} {found.version}"
 
 
 def _asked(task: Task | None, *, quick: bool) -> list[Sample]:

@@ -8,20 +8,26 @@ from optimizer.job.sections import TRANSFORMERS
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.verify import Finalist
-from workers.messages import CompareEngineLatency, EngineComparison, Failure, FindEngine
+from workers.messages import CompareEngineLatency, EngineComparison, EngineFound, Failure, FindEngine
 
 CONCURRENCIES = (1, 4, 16)
 """Measured beside the workload's own."""
 
 
 def require_engine(context: JobContext) -> None:
-    """Ask a worker for the engine before anything is computed. Raises JobFailed where it is not there."""
+    """Ask a worker for the engine before anything is computed.
+
+    Raises JobFailed where it is not there, or does not serve the job's actions.
+    """
     engine = context.spec.latency.engine
     if engine == TRANSFORMERS:
         return
     ((_, found),) = context.pool.run([FindEngine(engine)])
     if isinstance(found, Failure):
         raise JobFailed(f"latency.engine: {found.reason}")
+    assert isinstance(found, EngineFound)
+    if reason := context.spec.not_served(found.letters):
+        raise JobFailed(reason)
 
 
 def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, EngineComparison]:

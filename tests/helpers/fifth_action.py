@@ -45,7 +45,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
     from optimizer.criteria.interface import everywhere
     from optimizer.exports.card import _what
     from optimizer.exports.document import json_schema
-    from optimizer.exports.formats import checkpoint, llama_cpp
+    from optimizer.exports.formats import llama_cpp
     from optimizer.exports.interface import needs_plain_skips
     from optimizer.job import template
     from optimizer.job.result import layers_by_action
@@ -114,7 +114,7 @@ def consumers() -> dict[str, Callable[[], Any]]:
         "model card": lambda: _what(document("RD")),
         "plain checkpoint": lambda: needs_plain_skips(plan, "none") or f"takes {plan}",
         "llama.cpp": lambda: llama_cpp.FORMAT.refusal(plan, "none") or f"takes {plan}",
-        "removal": lambda: f"{checkpoint.removal_of(plan)} then {checkpoint.remainder_of(plan)}",
+        "removal": lambda: f"{plan.removal} then {plan.remainder}",
         "screen": lambda: screen.coloured("RD").plain,
         "report's words": lambda: formatting.layers("RD"),
         "report's colours": lambda: picture.colour(chart.COLOURS["D"]),

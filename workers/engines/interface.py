@@ -122,6 +122,8 @@ class Installed:
     version: str
     program: str
     versions: dict[str, str] = field(default_factory=dict)
+    letters: str = "RS"
+    """Actions of plans that it serves; others than run and skip are named by ``skip_plan`` of ``config.json``."""
 
 
 class Engine(Protocol):

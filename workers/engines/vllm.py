@@ -26,7 +26,8 @@ from importlib.metadata import packages_distributions, version
 if importlib.util.find_spec("vllm") is None:
     sys.exit("it has no vllm")
 found = packages_distributions()
-print(json.dumps({name: version(found[name][0]) for name in ("vllm", "transformers", "torch") if name in found}))
+names = ("vllm", "transformers", "torch", "skipplan_vllm")
+print(json.dumps({name: version(found[name][0]) for name in names if name in found}))
 """
 MODULE = "vllm.entrypoints.openai.api_server"
 """What ``vllm serve`` runs; that command fails where the package has another name than vllm, as a CPU build has."""
@@ -70,7 +71,9 @@ class Vllm:
                 f"environment of its own and name that environment's python in {PYTHON_VARIABLE}"
             )
         versions: dict[str, str] = json.loads(last_line(done.stdout, "{}"))
-        return Installed(versions.pop("vllm"), python, versions)
+        return Installed(
+            versions.pop("vllm"), python, versions, letters="RFBS" if "skipplan_vllm" in versions else "RS"
+        )
 
     @contextmanager
     def serve(self, directory: Path, serving: Serving) -> Iterator[Server]:

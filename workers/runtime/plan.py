@@ -181,6 +181,16 @@ class SkipPlan:
         return tuple(layer for layer, own in enumerate(self.actions) if own.row.removes_layer)
 
     @property
+    def removal(self) -> SkipPlan:
+        """The plan with nothing but its removed layers."""
+        return SkipPlan(tuple(action if action.row.removes_layer else Action.RUN for action in self.actions))
+
+    @property
+    def remainder(self) -> SkipPlan:
+        """The plan over the layers that stay."""
+        return SkipPlan(tuple(self.actions[layer] for layer in self.kept))
+
+    @property
     def is_dense(self) -> bool:
         """Whether every layer runs."""
         return all(action is Action.RUN for action in self.actions)

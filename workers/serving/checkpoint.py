@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from workers.models.loading import LoadedModel
@@ -20,8 +21,22 @@ def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps:
     write_published_form(loaded, directory)
 
 
+def splits_tokens(plan: SkipPlan) -> bool:
+    """Whether layers treat vision tokens apart, which takes code to serve."""
+    return any(action.row.vision_only for action in plan)
+
+
 def write_served_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
-    """Write the checkpoint with a tokenizer that engines read as transformers does. Raises as write_checkpoint."""
-    write_checkpoint(loaded, plan, directory, maps)
+    """Write the checkpoint with a tokenizer that engines read as transformers does. Raises as write_checkpoint.
+
+    Layers that are neither run nor skipped are named by ``skip_plan`` of ``config.json``, one letter a layer that is
+    left: only an engine that knows the field serves the plan.
+    """
+    write_checkpoint(loaded, plan.removal, directory, maps)
     write_vocabulary(loaded, directory)
     write_start_of_text(loaded, directory)
+    if splits_tokens(plan):
+        file = directory / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["skip_plan"] = plan.remainder.text
+        file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from workers.models.loading import LoadedModel
 from workers.models.prompts import has_chat_template
 from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
-from workers.serving.checkpoint import write_served_checkpoint
+from workers.serving.checkpoint import splits_tokens, write_served_checkpoint
 from workers.serving.requests import LEAST_CACHE_BYTES, chat_request, context_of
 from workers.tasks import Task
 
@@ -78,7 +78,7 @@ class _Asked:
 def find_engine(name: str) -> EngineFound:
     """Find an engine on this machine. Raises EngineAbsent saying how to get it, UnknownNameError for another name."""
     installed = ENGINES[name].installed()
-    return EngineFound(name, installed.version, installed.versions)
+    return EngineFound(name, installed.version, installed.versions, installed.letters)
 
 
 def compare_engine_latency(
@@ -91,7 +91,7 @@ def compare_engine_latency(
     this concurrency (five pairs at least).
 
     Raises:
-        PlanError: a checkpoint cannot hold the plan.
+        PlanError: the model cannot take the plan.
         MeasurementError: other workers do not leave the device, or the task cannot be asked by chat.
         EngineError, EngineLost: the engine is not there, does not start, or does not answer.
     """
@@ -101,8 +101,7 @@ def compare_engine_latency(
     new_tokens = request.workload.new_tokens
     prompts, failed = _prompts(task, new_tokens)
     most = max(request.concurrencies)
-    serving = _serving(loaded, task, request, most)
-    levels = []
+    serving = replace(_serving(loaded, task, request, most), compiled=not splits_tokens(plan))
     with (
         device_lock.timing(loaded.device),
         tempfile.TemporaryDirectory(prefix="skipplan-served-") as scratch,

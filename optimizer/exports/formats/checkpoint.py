@@ -7,7 +7,6 @@ from pathlib import Path
 
 from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
 from workers.errors import ModelError
-from workers.runtime import Action, SkipPlan
 
 
 def write(subject: Subject, directory: Path) -> None:
@@ -29,16 +28,6 @@ def _write(writer: Callable[..., None], subject: Subject, directory: Path) -> No
         writer(subject.model, subject.plan, directory, subject.maps)
     except ModelError as error:
         raise ExportFault(str(error)) from None
-
-
-def removal_of(plan: SkipPlan) -> SkipPlan:
-    """Return the plan with nothing but its removed layers."""
-    return SkipPlan(tuple(action if action.row.removes_layer else Action.RUN for action in plan))
-
-
-def remainder_of(plan: SkipPlan) -> SkipPlan:
-    """Return the plan over the layers that stay."""
-    return SkipPlan(tuple(plan[layer] for layer in plan.kept))
 
 
 def guide(subject: Subject, directory: Path) -> Guide:

@@ -12,7 +12,6 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from optimizer.exports.formats import checkpoint
 from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, takes_everything
 
 CODE_DIRECTORY = "skipplan_runtime"
@@ -74,7 +73,7 @@ def write(subject: Subject, directory: Path) -> None:
     for kind in sources:
         if not kind.__module__.startswith("transformers.models."):
             raise ExportFault(f"--format: runtime needs a model class of transformers, not {kind.__module__}")
-    removal = checkpoint.removal_of(subject.plan)
+    removal = subject.plan.removal
     # transformers renames stored tensors for its own classes only.
     processor, maps = subject.model.processor, subject.maps
     save_pruned(model, removal, directory, processor=processor, original_names=False, compensation=maps)
@@ -92,7 +91,7 @@ def write(subject: Subject, directory: Path) -> None:
             MODEL_CLASS=MODEL_CLASS,
         )
         (code / ("modeling.py" if template is MODELING else "configuration.py")).write_text(text, encoding="utf-8")
-    _name_code(directory / "config.json", model_type, checkpoint.remainder_of(subject.plan).text)
+    _name_code(directory / "config.json", model_type, subject.plan.remainder.text)
 
 
 def runtime_modules() -> list[Path]:

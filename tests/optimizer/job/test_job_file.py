@@ -114,10 +114,14 @@ def test_an_engine_goes_with_what_it_can_serve():
     plain, served = JobSpec.model_validate(MINIMAL), spec()
     assert plain.digest() != served.digest() != spec(workload={"concurrency": 8}).digest()
     assert "engine" not in plain.canonical()["latency"]  # jobs of before there were engines are found again
+    mixed = spec(actions=["skip", "freeze", "bypass"])
+    assert mixed.not_served("RFBS") == "" == spec().not_served("RS")
+    assert mixed.not_served("RS").startswith(
+        "actions: vllm as it is installed does not serve freeze, bypass; leave them"
+    )
     for changes, message in (
         ({"latency": {"engine": "vlm"}}, "latency.engine: .*'transformers', 'vllm', 'llama.cpp'"),
         ({"workload": {"batch_size": 4}}, "workload.batch_size: latency.engine vllm is asked one prompt a request"),
-        ({"actions": ["skip", "freeze"]}, "actions: latency.engine vllm serves checkpoints, which cannot say freeze"),
         ({"latency": {}, "workload": {"concurrency": 4}}, "workload.concurrency: needs an engine that serves"),
     ):
         with pytest.raises(UsageFault, match=message):

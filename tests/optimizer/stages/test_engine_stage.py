@@ -128,6 +128,16 @@ def test_an_engine_that_is_not_there_ends_the_job_before_it_measures(
         engine_latency.require_engine(context)
 
 
+def test_actions_that_the_engine_does_not_serve_end_the_job_before_it_measures(
+    store: Database, worker: in_process.OneWorker, engine: ScriptedEngine
+) -> None:
+    context = in_process.context(store, worker, in_process.spec(**JOB | {"actions": ["skip", "freeze"]}))
+    with pytest.raises(
+        JobFailed, match=r"^actions: scripted as it is installed does not serve freeze; leave them out$"
+    ):
+        engine_latency.require_engine(context)
+
+
 def test_a_job_whose_engine_serves_nothing_says_so(
     store: Database, worker: in_process.OneWorker, engine: ScriptedEngine
 ) -> None:

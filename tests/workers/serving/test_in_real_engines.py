@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from workers.messages import CompareEngineLatency, ModelSource, Workload
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan
 from workers.serving.checkpoint import write_served_checkpoint
-from workers.serving.latency import compare_engine_latency
+from workers.serving.latency import LEAST_ROUNDS, compare_engine_latency
 from workers.serving.requests import chat_request
 from workers.tasks import Task
 
@@ -48,11 +49,13 @@ def test_latency_is_that_of_both(engine: Engine, reference: LoadedModel, small_t
     found = compare_engine_latency(reference, small_task, request)
     assert (found.engine, found.version) == (engine.name, engine.installed().version)
     for level in found.levels:
-        assert level.speedup_low > 1  # half of the layers are gone
+        assert level.speedup_low <= level.speedup <= level.speedup_high and level.rounds >= LEAST_ROUNDS
         for side in (level.dense, level.plan):
             assert side.seconds_per_token is not None
             assert 0 < side.first_token_seconds < side.latency_seconds
-            assert side.latency_seconds == pytest.approx(side.first_token_seconds + 7 * side.seconds_per_token, rel=0.3)
     if engine.name == "vllm":
+        if "F" in engine.installed().letters:  # the plug-in is there
+            frozen = replace(request, plan="RRRFRRFRSSSS", concurrencies=(1,))
+            assert compare_engine_latency(reference, small_task, frozen).levels[0].rounds >= LEAST_ROUNDS
         assert found.kv_cache_tokens is not None and found.dense_kv_cache_tokens is not None
         assert found.kv_cache_tokens == pytest.approx(2 * found.dense_kv_cache_tokens, rel=0.02)
