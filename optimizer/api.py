@@ -78,7 +78,7 @@ def best(
     max_latency_seconds: float | None = None,
     device: str | None = None,
     engine: str | None = None,
-    concurrency: int = 1,
+    concurrency: int | None = None,
     all_versions: bool = False,
     database: str | None = None,
 ) -> Plan | None:
@@ -87,7 +87,7 @@ def best(
     ``model`` is a name, path, hub id or fingerprint. ``max_accuracy_drop`` (a share; 0.01 is one point) is held against
     the upper end of the loss's interval, the other limits against what was measured.
     With an ``engine`` (vllm, llama.cpp, ...) speed and latency are what it took with ``concurrency`` requests in
-    flight, and plans that it did not serve are left out.
+    flight (1 when absent), and plans that it did not serve are left out.
     Without a limit on loss or accuracy, plans that miss their own job's constraint are left out.
     Plans of former model files, data, prompts or metrics are left out unless ``all_versions``.
     """
@@ -119,7 +119,7 @@ def plans(
     task: str | None = None,
     device: str | None = None,
     engine: str | None = None,
-    concurrency: int = 1,
+    concurrency: int | None = None,
     max_accuracy_drop: float | None = None,
     min_speedup: float | None = None,
     on_front: bool = False,

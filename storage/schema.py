@@ -381,7 +381,7 @@ class EngineLatencyRow(Base):
     dense_requests_per_second: Mapped[float]
     seconds_per_token: Mapped[float | None]
     dense_seconds_per_token: Mapped[float | None]
-    kv_cache_bytes: Mapped[int] = mapped_column(RowId)
+    kv_cache_bytes: Mapped[int | None] = mapped_column(RowId)
     kv_cache_tokens: Mapped[int | None] = mapped_column(RowId)
     dense_kv_cache_tokens: Mapped[int | None] = mapped_column(RowId)
     measured_at: Mapped[datetime] = _now()

@@ -322,7 +322,7 @@ class LatencyComparison:
 # --- Latency in an engine ---
 @dataclass(frozen=True)
 class FindEngine:
-    """Find an engine of ``workers.engines`` by its name on the worker's machine."""
+    """Find an engine of ``workers.engines`` on the worker's machine, and check that it can be asked about its model."""
 
     engine: str
 
@@ -352,6 +352,8 @@ class CompareEngineLatency:
     confidence: float = 0.95
     max_seconds: float = 60.0
     seed: int = 0
+    compiled: bool = True
+    """Whether the engine may compile; one that treats vision tokens apart does not, and one setting holds for a job."""
     compensation: str = NO_COMPENSATION
     artifact: Artifact | None = None
 
@@ -395,9 +397,9 @@ class EngineComparison:
     dtype: str
     workload: Workload
     levels: tuple[EngineLevel, ...]
-    kv_cache_bytes: int
+    kv_cache_bytes: int | None
     dense_kv_cache_tokens: int | None
-    """Tokens whose keys and values fit into ``kv_cache_bytes``; None where the engine does not say."""
+    """Tokens whose keys and values fit into ``kv_cache_bytes``; all None where the engine does not say."""
     kv_cache_tokens: int | None
     failed_samples: dict[str, str] = field(default_factory=dict)
     """Samples that were to be asked and whose images do not open."""

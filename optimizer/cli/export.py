@@ -61,7 +61,7 @@ def export(
         task,
         device=device,
         engine=engine,
-        concurrency=options.concurrency_of(engine, concurrency),
+        concurrency=concurrency,
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
     )

@@ -130,12 +130,3 @@ def write_file(path: Path, content: str | bytes) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise UsageFault(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def concurrency_of(engine: str | None, concurrency: int | None) -> int:
-    """Return the concurrency that speed is asked for at. Raises UsageFault where it is given without an engine."""
-    from optimizer.errors import UsageFault
-
-    if concurrency is not None and engine is None:
-        raise UsageFault("--concurrency: says at which concurrency an engine served; name it with --engine")
-    return concurrency or 1

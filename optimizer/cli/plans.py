@@ -67,7 +67,7 @@ def best(
         task,
         device=device,
         engine=engine,
-        concurrency=options.concurrency_of(engine, concurrency),
+        concurrency=concurrency,
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
     )
@@ -119,7 +119,7 @@ def list_plans(
         task,
         device=device,
         engine=engine,
-        concurrency=options.concurrency_of(engine, concurrency),
+        concurrency=concurrency,
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
         on_front=pareto,

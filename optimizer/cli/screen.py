@@ -22,7 +22,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.job.result import JobResult, judgement, layers_by_action
+from optimizer.job.result import JobResult, judgement, judging, layers_by_action
 from optimizer.reports import formatting
 from optimizer.stages.progress import Display, StageLines, State
 from storage.records.plans import Plan
@@ -205,7 +205,7 @@ def describe_layers(plan: str) -> str:
 def figures(plan: Plan) -> str:
     """Summarize a plan's accuracy and speed in half a sentence."""
     return (
-        f"accuracy {plan.accuracy:.3f}, {formatting.difference(plan)} points to dense, {plan.speedup:.2f} times as fast"
+        f"accuracy {plan.accuracy:.3f}, {formatting.difference(plan)} points to dense, {formatting.times_as_fast(plan)}"
     )
 
 
@@ -213,8 +213,9 @@ def answer(plan: Plan) -> str:
     """Describe the best plan in a sentence."""
     compensated = "" if plan.compensation == NO_COMPENSATION else ", gaps compensated"
     return (
-        f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {plan.speedup:.2f} times as fast as dense "
-        f"({1000 * plan.dense_latency_seconds:.1f} -> {1000 * plan.latency_seconds:.1f} ms a request, "
+        f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {formatting.times_as_fast(plan)} as dense "
+        f"({'under generate ' if judging(plan) else ''}"
+        f"{1000 * plan.dense_latency_seconds:.1f} -> {1000 * plan.latency_seconds:.1f} ms a request, "
         f"{plan.workload}), accuracy {plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n_samples} "
         f"held-out samples." + "".join(f" {formatting.engine_speedup(each)}." for each in plan.engine_latencies)
     )

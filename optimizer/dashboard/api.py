@@ -68,7 +68,9 @@ def plan_query(
     engine: Annotated[
         Name, Query(description="Speed as this engine served the plans (vllm, llama.cpp, ...); no other plans.")
     ] = None,
-    concurrency: Annotated[int, Query(ge=1, le=4096, description="With an engine: requests in flight at once.")] = 1,
+    concurrency: Annotated[
+        int | None, Query(ge=1, le=4096, description="With an engine: requests in flight at once; 1 when absent.")
+    ] = None,
     max_accuracy_drop: Annotated[
         float | None, Query(ge=0, le=1, description="Largest loss as a share, by the upper end of its interval.")
     ] = None,

@@ -31,12 +31,12 @@ def find_best(
     own_limits = query.max_accuracy_drop is None and query.min_accuracy is None
 
     def find(query: PlanQuery, *, missing: bool = False) -> Plan | None:
-        if not own_limits and max_collateral_drop is None and max_text_kl is None:
+        if query.engine is None and not own_limits and max_collateral_drop is None and max_text_kl is None:
             return plans.best(db, query)
         # Judgements and what is measured beside the task have no columns of their own.
         for plan in plans.list_plans(db, replace(query, limit=None)):
             considered = missing or not own_limits or meets_constraint(plan) is not False
-            if considered and _within(plan, max_collateral_drop, max_text_kl):
+            if considered and _faster(plan, query) and _within(plan, max_collateral_drop, max_text_kl):
                 return plan
         return None
 
@@ -46,7 +46,7 @@ def find_best(
         return found, present.changes(found)
     what = f"no published plan of {query.model} on {query.task}"
     if query.engine is not None:
-        what += f" that {query.engine} served with {query.concurrency} requests at once"
+        what += f" that {query.engine} served at a concurrency of {query.concurrency or 1}"
     if fastest := find(asked, missing=True):
         raise NoFeasiblePlan(
             f"{what} meets the constraint of its own job; the dense model is the answer. The fastest, plan "
@@ -58,6 +58,13 @@ def find_best(
             f"{', '.join(present.changes(former))} changed: run the job again, or take it with --all-versions"
         )
     raise NoFeasiblePlan(f"{what} meets these limits; the dense model is the answer")
+
+
+def _faster(plan: Plan, query: PlanQuery) -> bool:
+    """Tell whether the query's engine surely serves a plan faster than dense; the job judged one concurrency alone."""
+    asked = query.engine, query.concurrency or 1
+    served = [each for each in plan.engine_latencies if (each.engine, each.concurrency) == asked]
+    return query.engine is None or served[-1].speedup_low > 1
 
 
 def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:

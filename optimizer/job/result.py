@@ -11,6 +11,7 @@ from storage.queue import events, jobs, stages
 from storage.queue.jobs import Job
 from storage.records import plans
 from storage.records.described import described
+from storage.records.engine_latencies import EngineLatency
 from storage.records.plans import Plan
 from workers.runtime import Action, SkipPlan
 
@@ -94,6 +95,13 @@ def meets_constraint(plan: Plan) -> bool | None:
     """Return the job's judgement of a published plan; None where it was imported without one."""
     judged = plan.secondary.get("meets_constraint")
     return judged if isinstance(judged, bool) else None
+
+
+def judging(plan: Plan) -> EngineLatency | None:
+    """Return the engine's latency that its job judged a plan by; None where ``generate`` judged it."""
+    by = plan.secondary.get("judged_by") or {}
+    asked = by.get("engine"), by.get("concurrency")
+    return next((each for each in plan.engine_latencies if (each.engine, each.concurrency) == asked), None)
 
 
 def dense_warning(plan: Plan) -> str:

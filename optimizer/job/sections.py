@@ -270,8 +270,8 @@ class LatencySpec(Section):
         default=TRANSFORMERS,
         min_length=1,
         description="What judges whether a plan is fast enough. transformers: generate on the live model. An engine "
-        "(vllm, llama.cpp, or one of an entry point): dense and plan are served by it as well, and its speed-up at "
-        "workload.concurrency decides.",
+        "(vllm, llama.cpp, openvino, or one of an entry point): dense and plan are served by it as well, and its "
+        "speed-up at workload.concurrency decides.",
     )
     precision: float = Field(
         default=0.02, gt=0, le=0.5, description="Width of the speed-up's interval, relative, at which measuring stops."

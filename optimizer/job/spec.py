@@ -153,6 +153,12 @@ class JobSpec(Section):
                 f"workload.batch_size: latency.engine {engine} is asked one prompt a request; leave it at 1, and use "
                 "workload.concurrency"
             )
+        seconds = 4 * self.latency.max_seconds
+        if engine != TRANSFORMERS and seconds > self.cluster.request_timeout_seconds:
+            raise ValueError(
+                f"cluster.request_timeout_seconds: {self.cluster.request_timeout_seconds:g} is less than the "
+                f"{seconds:g} that latency.max_seconds allows at four concurrencies in {engine}; raise it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -182,7 +188,7 @@ class JobSpec(Section):
         fields = self.model_dump(mode="json", include=DETERMINES_RESULT)
         if self.constraint.min_dense_accuracy is None:  # jobs of before there was this limit are found again
             del fields["constraint"]["min_dense_accuracy"]
-        if self.latency.engine == TRANSFORMERS:  # and those of before there were engines
+        if self.latency.engine == TRANSFORMERS:  # what an engine alone reads
             del fields["latency"]["engine"], fields["workload"]["concurrency"]
         return fields
 

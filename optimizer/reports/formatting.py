@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from optimizer.job.result import judging
 from storage.records.engine_latencies import EngineLatency
 from storage.records.plans import Plan
 from workers.messages import NO_COMPENSATION
@@ -33,8 +34,8 @@ def summary(report: JobReport) -> Summary:
     """Say the result, its cost and how sure that is; every number is the database's, rounded."""
     warning = (f"Warning: {report.result.warning}.",) if report.result.warning else ()
     if report.best is not None:
-        answer = f"{report.model_name} on {report.task_name} runs {report.best.speedup:.2f} times as fast as the dense "
-        answer += f"model with {layers(report.best.plan)}."
+        answer = f"{report.model_name} on {report.task_name} runs {times_as_fast(report.best)} as the dense model with "
+        answer += f"{layers(report.best.plan)}."
         return Summary(answer, (*warning, *_qualifications(report, report.best)), "open" if warning else "good")
     if report.job.state == "infeasible":
         return Summary(
@@ -63,8 +64,11 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
     pairs = best.secondary.get("latency_pairs")
     images = best.secondary.get("images")
     lost = max(0.0, -best.difference_low)
+    served = judging(best)
     return (
-        f"Speed: {milliseconds(best.dense_latency_seconds)} become {milliseconds(best.latency_seconds)} a request "
+        *(() if served is None else (f"Judged in the engine: {engine_speedup(served)}.",)),
+        f"Speed{' of generate' if served else ''}: "
+        f"{milliseconds(best.dense_latency_seconds)} become {milliseconds(best.latency_seconds)} a request "
         f"({best.workload}) on {best.device}; the speed-up lies between {best.speedup_low:.2f} and "
         f"{best.speedup_high:.2f} ({percent(best.confidence)} confidence"
         + (f", {pairs} alternating pairs with dense)." if pairs else ").")
@@ -188,6 +192,14 @@ def engine_speedup(latency: EngineLatency) -> str:
     return f"{latency.engine} {latency.version}, {latency.concurrency} at once: {speedup}"
 
 
+def times_as_fast(plan: Plan) -> str:
+    """Return how fast a plan is by what judged it: ``"1.52 times as fast"``, with the engine where one did."""
+    served = judging(plan)
+    if served is None:
+        return f"{plan.speedup:.2f} times as fast"
+    return f"{served.speedup:.2f} times as fast in {served.engine} {served.version} ({served.concurrency} at once)"
+
+
 def request(plan: Plan) -> str:
     """Return the milliseconds of a request with a plan, and with the dense model."""
     return f"{milliseconds(plan.latency_seconds)} (dense {milliseconds(plan.dense_latency_seconds)})"
@@ -250,5 +262,5 @@ def short_answer(report: JobReport) -> str:
     """Return a job's answer in a few words."""
     if report.best is not None:
         doubt = ", but see its warning" if report.result.warning else ""
-        return f"{report.best.speedup:.2f} times as fast at {points(report.best.difference)}{doubt}"
+        return f"{times_as_fast(report.best)} at {points(report.best.difference)}{doubt}"
     return "dense is the answer" if report.job.state == "infeasible" else report.job.state

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from optimizer.job.result import judging
 from optimizer.reports import formatting, progress, provenance, sections, theory
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.formatting import Summary
@@ -21,6 +22,7 @@ from optimizer.reports.progress import Step
 from optimizer.reports.sections import Section
 from storage.database import Database
 from storage.records import overview
+from storage.records.engine_latencies import EngineLatency
 from storage.records.plans import Plan
 
 
@@ -80,10 +82,13 @@ def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
 
 def facts(best: Plan) -> tuple[tuple[str, str], ...]:
     """Return the answer in four figures with their labels; intervals are not broken across lines."""
-    speedup = formatting.interval(best.speedup_low, best.speedup_high)
+    served = judging(best)
+    judged: Plan | EngineLatency = served or best
+    where = "" if served is None else f" in {served.engine}"
+    speedup = formatting.interval(judged.speedup_low, judged.speedup_high)
     difference = formatting.difference_interval(best)
     found = (
-        (f"{best.speedup:.2f}x", f"measured speed-up {speedup}"),
+        (f"{judged.speedup:.2f}x", f"measured speed-up{where} {speedup}"),
         (formatting.signed(best.difference), f"points of accuracy {difference}"),
         (f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
         (formatting.kv_cache(best), "of the dense KV cache"),

@@ -314,8 +314,10 @@ def breakdown(report: JobReport) -> Section:
     """Show where the time of a request goes."""
     section = Section("latency", "Latency", "Where the time goes")
     chart = latency.breakdown(report)
+    served = [(plan, each) for plan in report.plans for each in plan.engine_latencies]
+    in_engines = (Table.of(f"Latency in engines ({len(served)})", served, _ENGINE_COLUMNS),) if served else ()
     if chart is None or report.profile is None:
-        return replace(section, paragraphs=(f"Latency profile: {formatting.NOT_MEASURED}.",))
+        return replace(section, paragraphs=(f"Latency profile: {formatting.NOT_MEASURED}.",), tables=in_engines)
     profile = report.profile
     text = (
         f"{profile.device}; {profile.workload}; prompts of {profile.prompt_tokens} tokens; a dense request takes "
@@ -330,9 +332,8 @@ def breakdown(report: JobReport) -> Section:
     ]
     layers = range(len(profile.layer_seconds[Action.RUN.letter]))
     table = Table.of("Milliseconds of every layer", layers, columns)
-    served = [(plan, each) for plan in report.plans for each in plan.engine_latencies]
-    tables = (Table.of(f"Latency in engines ({len(served)})", served, _ENGINE_COLUMNS), table) if served else (table,)
-    return replace(section, paragraphs=(text,), charts=(chart, latency.layers(profile)), tables=tables)
+    charts = (chart, latency.layers(profile))
+    return replace(section, paragraphs=(text,), charts=charts, tables=(*in_engines, table))
 
 
 def _layer_milliseconds(seconds: Sequence[float], layer: int) -> str:

@@ -9,29 +9,36 @@ from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.verify import Finalist
 from workers.messages import CompareEngineLatency, EngineComparison, EngineFound, Failure, FindEngine
+from workers.runtime.plan import Action
 
 CONCURRENCIES = (1, 4, 16)
 """Measured beside the workload's own."""
 
 
-def require_engine(context: JobContext) -> None:
-    """Ask a worker for the engine before anything is computed.
+def find_engine(context: JobContext) -> str:
+    """Ask a worker for the engine before anything is computed; return its name and versions, empty without an engine.
 
-    Raises JobFailed where it is not there, or does not serve the job's actions.
+    Raises JobFailed where it is not there, cannot be asked about the job's model, or does not serve its actions.
     """
     engine = context.spec.latency.engine
     if engine == TRANSFORMERS:
-        return
+        return ""
     ((_, found),) = context.pool.run([FindEngine(engine)])
     if isinstance(found, Failure):
         raise JobFailed(f"latency.engine: {found.reason}")
     assert isinstance(found, EngineFound)
     if reason := context.spec.not_served(found.letters):
         raise JobFailed(reason)
+    versions = " ".join(f"{name}={version}" for name, version in sorted(found.versions.items()))
+    return f"{engine} {found.version} {versions}".strip()
 
 
 def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, EngineComparison]:
-    """Measure each finalist in the engine, or read it back; one that cannot be served is left out."""
+    """Measure each finalist in the engine, or read it back.
+
+    Raises JobFailed where one cannot be served: it may be the best, so that nothing is answered without it. The job
+    goes on behind those that were measured when it is run again.
+    """
     engine = context.spec.latency.engine
     if engine == TRANSFORMERS:
         return {}
@@ -39,15 +46,14 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     measured: dict[Candidate, EngineComparison] = {}
     for finalist in finalists:
         name, compare = str(finalist.candidate), partial(_compare, context, finalist)
-        comparison = context.load_or_compute(f"measure {name} in {engine}", EngineComparison | None, compare)
-        if comparison is not None:
-            measured[finalist.candidate] = comparison
-            speedups = ", ".join(f"{level.speedup:.2f}x at {level.concurrency}" for level in comparison.levels)
-            context.progress.advance(news=f"{name} {speedups}")
+        comparison = context.load_or_compute(f"measure {name} in {engine}", EngineComparison, compare)
+        measured[finalist.candidate] = comparison
+        speedups = ", ".join(f"{level.speedup:.2f}x at {level.concurrency}" for level in comparison.levels)
+        context.progress.advance(news=f"{name} {speedups}")
     return measured
 
 
-def _compare(context: JobContext, finalist: Finalist) -> EngineComparison | None:
+def _compare(context: JobContext, finalist: Finalist) -> EngineComparison:
     spec = context.spec
     request = CompareEngineLatency(
         finalist.candidate.plan.text,
@@ -58,11 +64,13 @@ def _compare(context: JobContext, finalist: Finalist) -> EngineComparison | None
         confidence=spec.constraint.confidence,
         max_seconds=spec.latency.max_seconds,
         seed=spec.search.seed,
+        compiled=not any(Action.of(letter).row.vision_only for letter in spec.letters),
         compensation=finalist.candidate.compensation,
         artifact=finalist.artifact,
     )
-    result = context.ask_one(request, f"latency of plan {finalist.candidate} in {spec.latency.engine}")
-    assert result is None or isinstance(result, EngineComparison)
-    if result is not None:
-        context.failed_samples.add("calibration", result.failed_samples)
+    ((_, result),) = context.pool.run([request])
+    if isinstance(result, Failure):
+        raise JobFailed(f"plan {finalist.candidate} cannot be timed in {spec.latency.engine}: {result.reason}")
+    assert isinstance(result, EngineComparison)
+    context.failed_samples.add("calibration", result.failed_samples)
     return result

@@ -12,8 +12,7 @@ _STAGE = "inputs"
 
 def run(context: JobContext) -> Published:
     """Take a claimed job from the model to published plans. Raises JobFailed when a stage cannot be passed."""
-    check_begun_alike(context)
-    engine_latency.require_engine(context)
+    check_begun_alike(context, engine_latency.find_engine(context))
     latency = profile.run(context)
     nothing = search.out_of_reach(context, latency)
     if nothing is not None:
@@ -30,12 +29,14 @@ def run(context: JobContext) -> Published:
     return publish.run(context, finalists, publish.Measured(measured, served, beside))
 
 
-def check_begun_alike(context: JobContext) -> None:
+def check_begun_alike(context: JobContext, engine: str = "") -> None:
     """Record what the job is begun with. Raises JobFailed when an earlier attempt was begun with something else.
 
     What it stored stands for that: data, model files, a device or versions that changed would be mixed with it.
     """
     now = context.inputs.contents | {"device, dtype, attention and versions": context.settings}
+    if engine:
+        now["the engine"] = engine
     begun = stages.stages(context.db, context.job.id)
     if begun and _STAGE not in begun:
         changed = ["skipplan's way to identify a model"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from optimizer.job.sections import TRANSFORMERS, ConstraintSpec
+from optimizer.job.spec import JobSpec
 from optimizer.search.space import Candidate, touched
 from optimizer.stages import dense
 from optimizer.stages.collateral import Collateral
@@ -33,33 +33,28 @@ class Measured:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a job judges a plan's speed by: the live model's latency, and the engine's at the workload's concurrency."""
+    """What a job judges a plan's speed by: the live model's latency, or the engine's at the workload's concurrency."""
 
     latency: LatencyComparison
+    speedup: float
+    low: float
+    """Lower end of the speed-up's interval."""
+    seconds: float
+    """Of a request."""
     engine: str = TRANSFORMERS
-    level: EngineLevel | None = None
-    """None where the engine did not serve the plan."""
 
-    @property
-    def low(self) -> float:
-        """Lower end of the speed-up's interval; 0 where the engine did not serve the plan."""
-        if self.engine == TRANSFORMERS:
-            return self.latency.speedup_low
-        return 0.0 if self.level is None else self.level.speedup_low
-
-    @property
-    def median(self) -> float:
-        """The speed-up."""
-        if self.engine == TRANSFORMERS:
-            return self.latency.speedup
-        return 0.0 if self.level is None else self.level.speedup
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of a request."""
-        if self.engine == TRANSFORMERS:
-            return self.latency.latency_seconds
-        return math.inf if self.level is None else self.level.plan.latency_seconds
+    @classmethod
+    def of(cls, latency: LatencyComparison, served: EngineComparison | None, concurrency: int) -> Speed:
+        """Take the engine's figures where there are some. Raises JobFailed where it served on another device."""
+        if served is None:
+            return cls(latency, latency.speedup, latency.speedup_low, latency.latency_seconds)
+        if served.device != latency.device:
+            raise JobFailed(
+                f"plan {latency.plan} was timed on {latency.device} and served on {served.device}; name workers of one "
+                "kind of device"
+            )
+        level = next(each for each in served.levels if each.concurrency == concurrency)
+        return cls(latency, level.speedup, level.speedup_low, level.plan.latency_seconds, served.engine)
 
 
 @dataclass(frozen=True)
@@ -101,11 +96,11 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
             context.db,
             context.job,
             Group(context.model_id, context.task_id, lookup.ensure_device(context.db, device), context.workload_name),
-            figures=[figures(finalist, speed, constraint, measured, warning) for finalist, speed in timed],
+            figures=[figures(finalist, speed, context.spec, measured, warning) for finalist, speed in timed],
         )
         rows |= {finalist.candidate: row for (finalist, _), row in zip(timed, published, strict=True)}
     meeting = [
-        (speed.median, finalist.verdict.accuracy, rows[finalist.candidate].id)
+        (speed.speedup, finalist.verdict.accuracy, rows[finalist.candidate].id)
         for finalist, speed in complete
         if finalist.verdict.accepted and fast_enough(speed, constraint)
     ]
@@ -118,10 +113,8 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
 
 def _speed(context: JobContext, candidate: Candidate, measured: Measured) -> Speed:
     """Return what the job judges a plan's speed by."""
-    engine, concurrency = context.spec.latency.engine, context.spec.workload.concurrency
     served = measured.in_engine.get(candidate)
-    levels = {} if served is None else {level.concurrency: level for level in served.levels}
-    return Speed(measured.latency[candidate], engine, levels.get(concurrency))
+    return Speed.of(measured.latency[candidate], served, context.spec.workload.concurrency)
 
 
 def _why_none(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintSpec) -> str:
@@ -130,8 +123,6 @@ def _why_none(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintS
     fast = sum(fast_enough(speed, constraint) for _, speed in complete)
     engine = complete[0][1].engine
     where = "" if engine == TRANSFORMERS else f" in {engine}"
-    if where and all(speed.level is None for _, speed in complete):
-        return f"no plan meets the constraint: {engine} served none of the {len(complete)} verified; the log says why"
     reason = (
         f"no plan meets the constraint: of {len(complete)} verified on {complete[0][0].n_samples} held-out samples, "
         f"{accurate} surely keep the accuracy and {fast} are surely fast enough{where}"
@@ -158,11 +149,10 @@ def fast_enough(speed: Speed, constraint: ConstraintSpec) -> bool:
     return speed.low >= constraint.min_speedup if constraint.min_speedup else speed.low > 1.0
 
 
-def figures(
-    finalist: Finalist, speed: Speed, constraint: ConstraintSpec, measured: Measured, warning: str = ""
-) -> PlanFigures:
+def figures(finalist: Finalist, speed: Speed, spec: JobSpec, measured: Measured, warning: str = "") -> PlanFigures:
     """Put the published figures of a plan together. Differences are accuracies less dense's, so a loss is negative."""
     verdict, kept, latency = finalist.verdict, finalist.maps, speed.latency
+    constraint, concurrency = spec.constraint, spec.workload.concurrency
     beside, served = measured.collateral.get(finalist.candidate), measured.in_engine.get(finalist.candidate)
     fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
     return PlanFigures(
@@ -177,6 +167,7 @@ def figures(
             "difference_confidence": verdict.difference_confidence,
             "mcnemar_p": verdict.mcnemar_p,
             "meets_constraint": verdict.accepted and fast_enough(speed, constraint),
+            **({} if served is None else {"judged_by": {"engine": served.engine, "concurrency": concurrency}}),
             "latency_pairs": latency.pairs,
             "peak_bytes": {"dense": latency.dense_peak_bytes, "plan": latency.peak_bytes},
             **({} if fitted is None else {"compensation": fitted}),

@@ -7,6 +7,7 @@ from functools import partial
 
 from optimizer import criteria
 from optimizer.errors import UsageFault
+from optimizer.job.sections import TRANSFORMERS
 from optimizer.registries import METHODS, STRATEGIES, find
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
@@ -40,8 +41,13 @@ def run(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOu
 
 
 def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
-    """Combine the job's constraints with the predictors of a plan's latency and cache."""
+    """Combine the job's constraints with the predictors of a plan's latency and cache.
+
+    Where an engine judges how fast plans are, the live model's clock leaves none out: it orders them alone.
+    """
     spec = context.spec.constraint
+    if context.spec.latency.engine != TRANSFORMERS:
+        spec = spec.model_copy(update={"max_latency_ms": None, "min_speedup": None})
     profiled = context.spec.search.latency_model == "profile"
     cache = None if spec.max_kv_cache_bytes is None else cache_sizes(context).of
     return Limits(spec, profile.dense_latency_seconds if profiled else None, cache)

@@ -24,6 +24,7 @@ def check_engine(engine: Engine, directory: Path | None = None, images: Sequence
     - A server answers greedily: the same request gets the same answer, alone and beside others.
     - ``max_tokens`` bounds an answer, ``exactly`` reaches the bound; parts come in order of time.
     - Log-probabilities are given where they are asked for, the most likely token first.
+    - A server that was paused goes on when it is resumed.
     - When the block has ended, the server does not answer.
     """
     require(bool(engine.name) and engine.name == engine.name.strip().lower(), "the name is in lower case")
@@ -60,4 +61,6 @@ def _check_server(server: Server, images: tuple[bytes, ...]) -> None:
     for token in server.ask(replace(request, exactly=False)).tokens:
         require(token.logprob <= 0 and len(token.most_likely) >= 2, "as many of the most likely tokens as asked for")
         require(token.logprob >= max(each.logprob for each in token.most_likely) - 1e-6, "the most likely one is taken")
+    server.pause()
+    server.resume()
     require(server.ask(ChatRequest("again?", images, max_tokens=1)).tokens == (), "no log-probabilities unasked")

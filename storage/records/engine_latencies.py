@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from sqlalchemy import ScalarSelect, select
+from sqlalchemy import ScalarSelect, delete, insert, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from storage import upsert
 from storage.errors import InvalidValue
 from storage.records.described import check_ranges, described
 from storage.schema import EngineLatencyRow, PlanRow
-from storage.types import database_now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +35,12 @@ class EngineLatency:
     dense_latency_seconds: float = described(gt=0)
     requests_per_second: float = described("Throughput", gt=0)
     dense_requests_per_second: float = described(gt=0)
-    kv_cache_bytes: int = described("Memory for keys and values that dense and plan were served with", ge=0)
-    kv_cache_tokens: int | None = described(
-        "Tokens that fit into it; null where the engine does not say", default=None, ge=0
+    kv_cache_bytes: int | None = described(
+        "Memory for keys and values that dense and plan were served with; null where the engine does not say",
+        default=None,
+        ge=0,
     )
+    kv_cache_tokens: int | None = described("Tokens that fit into it", default=None, ge=0)
     dense_kv_cache_tokens: int | None = described(default=None, ge=0)
 
     def check(self, subject: str) -> None:
@@ -51,26 +51,22 @@ class EngineLatency:
 
 
 _NAMES = tuple(each.name for each in fields(EngineLatency))
-_KEY = (
-    EngineLatencyRow.plan_id,
-    EngineLatencyRow.engine,
-    EngineLatencyRow.version,
-    EngineLatencyRow.concurrency,
-)
 
 
 def write(session: Session, latencies: Mapping[int, Sequence[EngineLatency]]) -> None:
-    """Write latencies by the plan's id; measured again in the same version, they take the old ones' place."""
+    """Write latencies by the plan's id, in the place of all that the plans had before."""
+    session.execute(delete(EngineLatencyRow).where(EngineLatencyRow.plan_id.in_(list(latencies))))
     rows = [{"plan_id": plan} | asdict(each) for plan, measured in latencies.items() for each in measured]
-    upsert.insert_or_replace(session, EngineLatencyRow, rows, _KEY, also={"measured_at": database_now()})
+    if rows:
+        session.execute(insert(EngineLatencyRow), rows)
 
 
 def of_plans(session: Session, plan_ids: Sequence[int]) -> dict[int, tuple[EngineLatency, ...]]:
-    """Read the latencies of plans by their ids: by engine and concurrency, the version measured last at the end."""
+    """Read the latencies of plans by their ids, ordered by engine, version and concurrency."""
     query = (
         select(EngineLatencyRow)
         .where(EngineLatencyRow.plan_id.in_(plan_ids))
-        .order_by(EngineLatencyRow.engine, EngineLatencyRow.concurrency, EngineLatencyRow.id)
+        .order_by(EngineLatencyRow.engine, EngineLatencyRow.version, EngineLatencyRow.concurrency)
     )
     found: dict[int, tuple[EngineLatency, ...]] = {}
     for row in session.scalars(query.execution_options(populate_existing=True)):
@@ -79,8 +75,14 @@ def of_plans(session: Session, plan_ids: Sequence[int]) -> dict[int, tuple[Engin
     return found
 
 
+def known(session: Session) -> list[tuple[str, int]]:
+    """List the engines that served published plans, each with the concurrencies that were measured."""
+    query = select(EngineLatencyRow.engine, EngineLatencyRow.concurrency).distinct()
+    return sorted((engine, concurrency) for engine, concurrency in session.execute(query))
+
+
 def figure(column: InstrumentedAttribute[float], engine: str, concurrency: int) -> ScalarSelect[float]:
-    """Return a figure of the plan at hand in an engine, by its latest version, as part of a query of ``PlanRow``."""
+    """Return a figure of the plan at hand in an engine, of its last version, as part of a query of ``PlanRow``."""
     return (
         select(column)
         .where(

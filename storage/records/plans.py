@@ -100,9 +100,9 @@ class PlanQuery:
     """Which plans are asked for, and in what order.
 
     ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate.
-    With an ``engine``, speed-up and latency are that engine's at ``concurrency``, and only plans that it served are
-    meant. ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids`` say which versions
-    are meant, and then stand in the place of ``model`` and ``task``.
+    With an ``engine``, speed-up and latency are that engine's at ``concurrency`` (1 where it is ``None``), and only
+    plans that it served are meant. ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids``
+    say which versions are meant, and then stand in the place of ``model`` and ``task``.
     """
 
     model: str | None = None
@@ -111,7 +111,7 @@ class PlanQuery:
     device: str | None = None
     workload: str | None = None
     engine: str | None = None
-    concurrency: int = 1
+    concurrency: int | None = None
     max_accuracy_drop: float | None = None
     min_accuracy: float | None = None
     min_speedup: float | None = None
@@ -205,6 +205,7 @@ def best(session: Session, query: PlanQuery) -> Plan | None:
         raise InvalidValue("the best plan is that of a model and a task; name both")
     if query.sort not in ("speedup", "accuracy", "latency_seconds"):
         raise InvalidValue(f"best cannot be sorted by {query.sort!r}; choose speedup, accuracy or latency_seconds")
+    _check_engine(session, query)
     contenders = (
         select(PlanRow.id)
         .where(
@@ -228,8 +229,23 @@ def list_plans(session: Session, query: PlanQuery = PlanQuery()) -> list[Plan]:
     if query.on_front:
         conditions.append(PlanRow.on_front == true())
     order = _order(query)
+    _check_engine(session, query)
     ids = _branched(session, _models(session, query), _tasks(session, query), conditions, order, query.limit)
     return _load(session, list(session.scalars(ids)))
+
+
+def _check_engine(session: Session, query: PlanQuery) -> None:
+    """Refuse an engine or a concurrency that nothing was measured with, before it reads as "no plan"."""
+    if query.engine is None:
+        if query.concurrency is not None:
+            raise InvalidValue("concurrency is that of an engine; name the engine too")
+        return
+    known = engine_latencies.known(session)
+    if (query.engine, query.concurrency or 1) not in known:
+        there = ", ".join(f"{engine} at {concurrency}" for engine, concurrency in known) or "none"
+        raise NotFound(
+            f"no plan was served by {query.engine} with a concurrency of {query.concurrency or 1}; measured: {there}"
+        )
 
 
 def _models(session: Session, query: PlanQuery) -> list[int] | None:
@@ -308,7 +324,7 @@ def _timed(query: PlanQuery) -> tuple[ColumnElement[float], ColumnElement[float]
     if query.engine is None:
         return PlanRow.speedup.expression, PlanRow.latency_seconds.expression
     names = (EngineLatencyRow.speedup, EngineLatencyRow.latency_seconds)
-    speedup, latency = (engine_latencies.figure(name, query.engine, query.concurrency) for name in names)
+    speedup, latency = (engine_latencies.figure(name, query.engine, query.concurrency or 1) for name in names)
     return speedup, latency
 
 

@@ -20,6 +20,7 @@ from workers.latency.measure import compare_latency
 from workers.latency.request import device_name
 from workers.messages import CompareEngineLatency, CompareLatency, ModelSource, Workload
 from workers.models.loading import load_model
+from workers.runtime import SkipPlan
 from workers.serving.latency import compare_engine_latency
 from workers.tasks import load_spec, load_task
 
@@ -48,7 +49,7 @@ for plan in given.plans:
     request = CompareEngineLatency(plan, given.engine, tuple(given.concurrency), workload, max_seconds=given.seconds)
     found = compare_engine_latency(loaded, task, request)
     for level in found.levels:
-        left = plan.count("R")
+        left = len(SkipPlan.parse(plan).kept)
         tokens = [level.dense.seconds_per_token, level.plan.seconds_per_token]
         print(
             f"| `{plan}` | {left} of {len(plan)} | {len(plan) / left:.2f} "

@@ -137,7 +137,7 @@ class Handler:
                     batch_size=self.evaluator.batch_size,
                 )
             case FindEngine():
-                return find_engine(request.engine)
+                return find_engine(request.engine, loaded)
             case ProfileLatency():
                 return profile_latency(
                     loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 
+from workers.engines import guard
 from workers.engines.interface import ChatReply, ChatRequest, Token
 from workers.engines.process import EngineProcess
 from workers.errors import EngineError, EngineLost
@@ -141,6 +142,16 @@ class ChatServer:
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def pause(self) -> None:
+        """Halt the server's processes."""
+        self._process.signal(guard.HALT)
+
+    def resume(self) -> None:
+        """Let them go on, and wait until the server answers."""
+        self._process.signal(guard.GO_ON)
+        if not self.ready():
+            raise EngineLost(f"{self.engine} does not go on")
 
     def kv_cache_tokens(self) -> int | None:
         """Tokens whose keys and values fit; None: this engine does not say."""

@@ -19,6 +19,8 @@ from pathlib import Path
 GRACE_SECONDS = 10.0
 """How long the command has to end by itself before it is killed."""
 POLL_SECONDS = 0.1
+HALT, GO_ON = signal.SIGUSR1, signal.SIGUSR2
+"""Sent to this process: the command's processes are stopped, and go on."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -32,6 +34,18 @@ def main(command: list[str]) -> int:
         start_new_session=True,
         preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509 - this process has one thread
     )
+    asked = [signal.SIGCONT]
+
+    def pass_on(number: int, _: object) -> None:
+        asked[0] = signal.SIGSTOP if number == HALT else signal.SIGCONT
+        while True:
+            passed = asked[0]
+            _signal(child, passed)
+            if passed == asked[0]:  # else another one came, and was handled within this call: the last one counts
+                return
+
+    for number in (HALT, GO_ON):
+        signal.signal(number, pass_on)
     try:
         while child.poll() is None:
             readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
@@ -42,6 +56,12 @@ def main(command: list[str]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
+def _signal(child: subprocess.Popen[bytes], number: int) -> None:
+    """Pass a signal on to every process of the command's group."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
 def _prctl(option: int, value: int) -> None:
     """Linux's prctl; nothing where there is none: then what left the command's session is not ended."""
     with suppress(AttributeError, OSError):
@@ -49,6 +69,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
+    _signal(child, signal.SIGCONT)  # what is halted does not end
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         if child.poll() is None:
             with suppress(ProcessLookupError):

@@ -112,7 +112,13 @@ class Server(Protocol):
         """Ask many, so many at once; replies come in the requests' order."""
 
     def kv_cache_tokens(self) -> int | None:
-        """Tokens whose keys and values fit into the server's memory; None where the engine does not say it."""
+        """Tokens that fit into ``Serving.kv_cache_bytes``; None where the engine does not say it, or takes no such."""
+
+    def pause(self) -> None:
+        """Halt the server's processes, so that they take no processor time from what is measured meanwhile."""
+
+    def resume(self) -> None:
+        """Let a halted server go on; nothing where it is not halted."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,8 @@ class Installed:
     version: str
     program: str
     versions: dict[str, str] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Kinds of device that it computes on."""
     letters: str = "RS"
     """Actions of plans that it serves; others than run and skip are named by ``skip_plan`` of ``config.json``."""
 

@@ -33,17 +33,13 @@ _ERROR = re.compile(r"\b(?:error|failed|unsupported|unable)\b", re.IGNORECASE)
 class LlamaServer(ChatServer):
     """A running ``llama-server``."""
 
-    def __init__(self, *arguments: Any, prefix_caching: bool, capacity: int) -> None:
+    def __init__(self, *arguments: Any, prefix_caching: bool) -> None:
         super().__init__(*arguments)
-        self._prefix_caching, self._capacity = prefix_caching, capacity
+        self._prefix_caching = prefix_caching
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
         """Say whether earlier prompts may be used."""
         return super().body(request) | {"cache_prompt": self._prefix_caching}
-
-    def kv_cache_tokens(self) -> int | None:
-        """Give what it was started with: it takes the memory for that at once."""
-        return self._capacity
 
 
 class LlamaCpp:
@@ -87,7 +83,6 @@ class LlamaCpp:
                     name,
                     serving.request_timeout_seconds,
                     prefix_caching=serving.prefix_caching,
-                    capacity=each * serving.concurrency,
                 )
                 with server.client:
                     process.await_ready(server.ready, serving.start_timeout_seconds, reason)

@@ -55,7 +55,7 @@ class OpenVino:
                 f"'optimum-intel[openvino]') and name that environment's python in {PYTHON_VARIABLE}"
             )
         versions: dict[str, str] = json.loads(last_line(done.stdout, "{}"))
-        return Installed(versions.pop("openvino"), python, versions)
+        return Installed(versions.pop("openvino"), python, versions, devices=("cpu",))
 
     @contextmanager
     def serve(self, directory: Path, serving: Serving) -> Iterator[Server]:

@@ -180,6 +180,12 @@ def handler(model: Model, name: str) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Server(ThreadingHTTPServer):
+    """A server at whose door as many may wait as are asked at once."""
+
+    request_queue_size = 4096
+
+
 def main() -> None:
     """Load the model and answer until the process is ended."""
     parser = argparse.ArgumentParser()
@@ -190,7 +196,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     model = Model(given.directory, given.dtype, given.threads)
-    ThreadingHTTPServer(("127.0.0.1", given.port), handler(model, given.name)).serve_forever()
+    Server(("127.0.0.1", given.port), handler(model, given.name)).serve_forever()
 
 
 if __name__ == "__main__":

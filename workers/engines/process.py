@@ -61,6 +61,11 @@ class EngineProcess:
             self._process.wait(within_seconds)
         return self._process.returncode
 
+    def signal(self, number: int) -> None:
+        """Send the guard a signal."""
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
     def await_ready(self, ready: Callable[[], bool], seconds: float, explain: Callable[[str], str]) -> None:
         """Wait until the engine answers. Raises EngineLost where it ends before, or takes longer."""
         deadline = time.monotonic() + seconds

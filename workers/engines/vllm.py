@@ -62,7 +62,7 @@ class Vllm:
         """Find the Python that has vLLM. Raises EngineError saying how to get it."""
         python = _python()
         done = subprocess.run(
-            [python, "-I", "-c", PROBE], capture_output=True, text=True, errors="replace", timeout=120, check=False
+            [python, "-I", "-c", PROBE], capture_output=True, text=True, errors="replace", check=False
         )
         if done.returncode:
             kind = EngineError if os.environ.get(PYTHON_VARIABLE) else EngineAbsent

@@ -21,11 +21,6 @@ def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps:
     write_published_form(loaded, directory)
 
 
-def splits_tokens(plan: SkipPlan) -> bool:
-    """Whether layers treat vision tokens apart, which takes code to serve."""
-    return any(action.row.vision_only for action in plan)
-
-
 def write_served_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
     """Write the checkpoint with a tokenizer that engines read as transformers does. Raises as write_checkpoint.
 
@@ -35,7 +30,7 @@ def write_served_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path
     write_checkpoint(loaded, plan.removal, directory, maps)
     write_vocabulary(loaded, directory)
     write_start_of_text(loaded, directory)
-    if splits_tokens(plan):
+    if plan.needs_vision_tokens:
         file = directory / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         config["skip_plan"] = plan.remainder.text

@@ -26,7 +26,7 @@ def upgrade() -> None:
         *(sa.Column(name, sa.Double(), nullable=False) for name in RATIOS),
         *(sa.Column(f"{side}{name}", sa.Double(), nullable=False) for name in TIMES for side in ("", "dense_")),
         *(sa.Column(f"{side}seconds_per_token", sa.Double(), nullable=True) for side in ("", "dense_")),
-        sa.Column("kv_cache_bytes", big, nullable=False),
+        sa.Column("kv_cache_bytes", big, nullable=True),
         *(sa.Column(f"{side}kv_cache_tokens", big, nullable=True) for side in ("", "dense_")),
         sa.Column("measured_at", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(

@@ -113,7 +113,7 @@ def test_an_engine_goes_with_what_it_can_serve():
     assert spec(workload={"concurrency": 8}).workload.concurrency == 8
     plain, served = JobSpec.model_validate(MINIMAL), spec()
     assert plain.digest() != served.digest() != spec(workload={"concurrency": 8}).digest()
-    assert "engine" not in plain.canonical()["latency"]  # jobs of before there were engines are found again
+    assert "engine" not in plain.canonical()["latency"]
     mixed = spec(actions=["skip", "freeze", "bypass"])
     assert mixed.not_served("RFBS") == "" == spec().not_served("RS")
     assert mixed.not_served("RS").startswith(
@@ -122,6 +122,10 @@ def test_an_engine_goes_with_what_it_can_serve():
     for changes, message in (
         ({"latency": {"engine": "vlm"}}, "latency.engine: .*'transformers', 'vllm', 'llama.cpp'"),
         ({"workload": {"batch_size": 4}}, "workload.batch_size: latency.engine vllm is asked one prompt a request"),
+        (
+            {"latency": {"engine": "vllm", "max_seconds": 1000}},
+            "request_timeout_seconds: 3600 is less than the 4000 that latency.max_seconds allows",
+        ),
         ({"latency": {}, "workload": {"concurrency": 4}}, "workload.concurrency: needs an engine that serves"),
     ):
         with pytest.raises(UsageFault, match=message):

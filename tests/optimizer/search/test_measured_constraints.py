@@ -4,7 +4,7 @@ import pytest
 
 from optimizer.job.sections import ConstraintSpec
 from optimizer.stages.publish import Speed, fast_enough
-from workers.messages import EngineLevel, EngineTimes, LatencyComparison, Workload
+from workers.messages import EngineComparison, EngineLevel, EngineTimes, LatencyComparison, Workload
 
 MEASURED = LatencyComparison(
     plan="RSRS",
@@ -35,32 +35,36 @@ MEASURED = LatencyComparison(
     ],
 )
 def test_every_measured_limit_counts(limits, met):
-    assert fast_enough(Speed(MEASURED), ConstraintSpec(**limits)) is met
+    assert fast_enough(Speed.of(MEASURED, None, 1), ConstraintSpec(**limits)) is met
 
 
-IN_ENGINE = EngineLevel(
-    concurrency=4,
-    speedup=1.2,
-    speedup_low=1.1,
-    speedup_high=1.3,
-    rounds=10,
-    dense=EngineTimes(0.02, 0.01, 0.12, 8.0),
-    plan=EngineTimes(0.02, 0.01, 0.10, 10.0),
+IN_ENGINE = EngineComparison(
+    plan="RSRS",
+    engine="vllm",
+    version="1",
+    device="none",
+    dtype="float32",
+    workload=Workload(),
+    levels=(
+        EngineLevel(1, 3.0, 2.9, 3.1, 10, EngineTimes(0.02, 0.01, 0.12, 8.0), EngineTimes(0.01, 0.01, 0.04, 25.0)),
+        EngineLevel(4, 1.2, 1.1, 1.3, 10, EngineTimes(0.02, 0.01, 0.12, 8.0), EngineTimes(0.02, 0.01, 0.10, 10.0)),
+    ),
+    kv_cache_bytes=None,
+    dense_kv_cache_tokens=None,
+    kv_cache_tokens=None,
 )
 
 
 @pytest.mark.parametrize(
-    ("limits", "served", "met"),
+    ("limits", "met"),
     [
-        ({}, True, True),
-        ({}, False, False),  # what the engine did not serve is not fast there
-        ({"min_speedup": 1.1}, True, True),
-        ({"min_speedup": 1.4}, True, False),  # enough for generate, not for the engine
-        ({"max_latency_ms": 101}, True, True),
-        ({"max_latency_ms": 99}, True, False),
-        ({"max_kv_cache_bytes": 1999}, True, False),
+        ({}, True),
+        ({"min_speedup": 1.1}, True),
+        ({"min_speedup": 1.4}, False),  # enough for generate and for one request, not for four at once
+        ({"max_latency_ms": 101}, True),
+        ({"max_latency_ms": 99}, False),
+        ({"max_kv_cache_bytes": 1999}, False),
     ],
 )
-def test_an_engine_judges_where_the_job_names_one(limits, served, met):
-    speed = Speed(MEASURED, "vllm", IN_ENGINE if served else None)
-    assert fast_enough(speed, ConstraintSpec(**limits)) is met
+def test_an_engine_judges_where_the_job_names_one(limits, met):
+    assert fast_enough(Speed.of(MEASURED, IN_ENGINE, 4), ConstraintSpec(**limits)) is met

@@ -14,9 +14,11 @@ from optimizer.errors import NoFeasiblePlan
 from optimizer.job.best import find_best
 from optimizer.stages import engine_latency, publish
 from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.pipeline import check_begun_alike
 from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import verify
 from storage.database import Database
+from storage.errors import NotFound
 from storage.records import plans
 from storage.records.plans import PlanQuery
 from workers.engines.interface import ENGINES, Installed
@@ -46,20 +48,19 @@ def finalists(context: JobContext) -> tuple[Finalist, ...]:
     return tuple(map(Finalist, verify(right, {PLAN: right}, held_out, context.spec.constraint, seed=0)))
 
 
-def published(context: JobContext, generate_speedup: float) -> publish.Published:
+def published(context: JobContext, generate_speedup: float, device: str = "") -> publish.Published:
     chosen = finalists(context)
     served = engine_latency.run(context, chosen)
     low, high = 0.98 * generate_speedup, 1.02 * generate_speedup
-    timed = LatencyComparison(
-        PLAN, "cpu", Workload(1, 2), 1.0, 1 / generate_speedup, generate_speedup, low, high, 9, 8, 4
-    )
+    where, seconds = device or context.worker.device, (1.0, 1 / generate_speedup)
+    timed = LatencyComparison(PLAN, where, Workload(1, 2), *seconds, generate_speedup, low, high, 9, 8, 4)
     return publish.run(context, chosen, publish.Measured({chosen[0].candidate: timed}, served))
 
 
 def test_a_job_is_judged_by_its_engine(store: Database, worker: in_process.OneWorker, engine: ScriptedEngine) -> None:
     limits = {"max_accuracy_drop": 1, "min_speedup": 1.3}
     context = in_process.context(store, worker, in_process.spec(**JOB, constraint=limits))
-    engine_latency.require_engine(context)
+    engine_latency.find_engine(context)
     found = published(context, 1.01)  # too slow by generate, fast enough in the engine
     assert found.best == found.plan_ids[0]
     asked = [each for each in worker.requests if isinstance(each, CompareEngineLatency)]
@@ -83,7 +84,9 @@ def test_a_job_is_judged_by_its_engine(store: Database, worker: in_process.OneWo
         find_best(store, query)
     in_engine = PlanQuery(**{**vars(query), "engine": "scripted", "concurrency": 2})
     assert find_best(store, in_engine)[0].id == found.best
-    with pytest.raises(NoFeasiblePlan, match="that scripted served with 3 requests at once meets these limits"):
+    with pytest.raises(
+        NotFound, match="no plan was served by scripted with a concurrency of 3; measured: scripted at 1"
+    ):
         find_best(store, PlanQuery(**{**vars(in_engine), "concurrency": 3}))
 
 
@@ -125,7 +128,7 @@ def test_an_engine_that_is_not_there_ends_the_job_before_it_measures(
     monkeypatch.setattr(ScriptedEngine, "installed", absent)
     context = in_process.context(store, Without(worker), in_process.spec(**JOB))
     with pytest.raises(JobFailed, match=r"^latency\.engine: scripted is not on the PATH; install it$"):
-        engine_latency.require_engine(context)
+        engine_latency.find_engine(context)
 
 
 def test_actions_that_the_engine_does_not_serve_end_the_job_before_it_measures(
@@ -135,14 +138,33 @@ def test_actions_that_the_engine_does_not_serve_end_the_job_before_it_measures(
     with pytest.raises(
         JobFailed, match=r"^actions: scripted as it is installed does not serve freeze; leave them out$"
     ):
-        engine_latency.require_engine(context)
+        engine_latency.find_engine(context)
 
 
-def test_a_job_whose_engine_serves_nothing_says_so(
+def test_an_engine_that_fails_ends_the_job_and_is_asked_again(
     store: Database, worker: in_process.OneWorker, engine: ScriptedEngine
 ) -> None:
     engine.fault = "no start"
     context = in_process.context(store, Without(worker), in_process.spec(**JOB, constraint={"max_accuracy_drop": 1}))
-    found = published(context, 5.0)
-    assert found.best is None and "scripted served none of the 1 verified" in found.reason
-    assert plans.get(store, found.plan_ids[0]).engine_latencies == ()
+    with pytest.raises(JobFailed, match=f"^plan {PLAN} cannot be timed in scripted: scripted does not start"):
+        published(context, 5.0)
+    engine.fault = ""
+    assert published(context, 5.0).best is not None
+
+
+def test_a_job_is_not_gone_on_with_in_another_version(
+    store: Database, worker: in_process.OneWorker, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = in_process.context(store, worker, in_process.spec(**JOB))
+    check_begun_alike(context, engine_latency.find_engine(context))
+    monkeypatch.setattr(ScriptedEngine, "installed", lambda self: Installed("2", "program"))
+    with pytest.raises(JobFailed, match="was begun before the engine changed"):
+        check_begun_alike(context, engine_latency.find_engine(context))
+
+
+def test_what_was_served_elsewhere_than_timed_is_not_published(
+    store: Database, worker: in_process.OneWorker, engine: ScriptedEngine
+) -> None:
+    context = in_process.context(store, worker, in_process.spec(**JOB, constraint={"max_accuracy_drop": 1}))
+    with pytest.raises(JobFailed, match="was timed on another and served on "):
+        published(context, 5.0, device="another")

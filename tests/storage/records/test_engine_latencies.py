@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from storage_builders import engine_latency, figures, scene
 
 from storage.database import Database
-from storage.errors import InvalidValue
+from storage.errors import InvalidValue, NotFound
 from storage.pareto import Group
 from storage.queue import jobs
 from storage.records import plans
@@ -48,7 +48,6 @@ def test_best_by_an_engine_is_its_own(db: Database) -> None:
     assert best() == UNSERVED
     assert best(engine="vllm") == SLOW
     assert best(engine="vllm", concurrency=16) == FAST
-    assert best(engine="vllm", concurrency=4) is None
     assert best(engine="vllm", min_speedup=1.7) is None
     assert (
         best(engine="vllm", max_latency_seconds=0.0624) is None
@@ -75,15 +74,26 @@ def test_queries_against_python(db: Database) -> None:
     assert speedups == sorted(speedups, reverse=True)
 
 
-def test_measured_again_it_takes_the_old_place_and_another_version_stands_beside(db: Database) -> None:
+def test_published_again_it_takes_the_place_of_all_before(db: Database) -> None:
     made = scene(db)
-    publish(db, made, figures(FAST, engine_latencies=(engine_latency(1.2),)))
-    publish(db, made, figures(FAST, engine_latencies=(engine_latency(1.4),)))
-    (again,) = publish(db, made, figures(FAST, engine_latencies=(engine_latency(1.1, version="0.33.0"),)))
-    assert [(each.version, each.speedup) for each in again.engine_latencies] == [("0.32.0", 1.4), ("0.33.0", 1.1)]
-    named = {"model_ids": (made.model_id,), "task_ids": (made.task_id,), "model": "m", "task": "t", "engine": "vllm"}
-    assert plans.best(db, PlanQuery(**named, min_speedup=1.2)) is None  # the version measured last counts
-    assert plans.best(db, PlanQuery(**named, min_speedup=1.1)) == again
+    publish(db, made, figures(FAST, engine_latencies=(engine_latency(1.2), engine_latency(1.3, concurrency=4))))
+    publish(db, made, figures(FAST, engine_latencies=(engine_latency(1.1, version="0.33.0"),)))
+    (again,) = publish(db, made, figures(FAST, engine_latencies=(engine_latency(1.4),)))
+    assert [(each.version, each.speedup) for each in again.engine_latencies] == [("0.32.0", 1.4)]
+    assert publish(db, made, figures(FAST))[0].engine_latencies == ()
+
+
+def test_what_was_not_measured_is_named(db: Database) -> None:
+    made = scene(db)
+    publish(db, made, figures(FAST, engine_latencies=(engine_latency(1.2), engine_latency(1.3, concurrency=4))))
+    for query, message in (
+        (PlanQuery(engine="vlm"), "no plan was served by vlm with a concurrency of 1; measured: vllm at 1, vllm at 4"),
+        (PlanQuery(engine="vllm", concurrency=8), "no plan was served by vllm with a concurrency of 8"),
+    ):
+        with pytest.raises(NotFound, match=message):
+            plans.list_plans(db, query)
+    with pytest.raises(InvalidValue, match="concurrency is that of an engine"):
+        plans.list_plans(db, PlanQuery(concurrency=4))
 
 
 def test_figures_that_cannot_be_true_are_refused(db: Database) -> None:

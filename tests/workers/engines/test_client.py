@@ -49,3 +49,14 @@ def test_a_server_that_fails_is_named_in_one_line(fault: str, kind: type[EngineE
         server.ask_all([REQUEST, REQUEST], concurrency=2)
     assert type(caught.value) is kind
     Path(str(caught.value).rpartition(" ")[2]).unlink()
+
+
+def test_a_server_that_is_paused_goes_on_whenever_it_is_resumed() -> None:
+    with ScriptedEngine().serve(Path(), Serving()) as server:
+        for _ in range(30):
+            server.pause()
+            server.resume()
+        server.pause()
+        server.resume()
+        assert server.ask(ChatRequest("?", max_tokens=1)).new_tokens == 1
+        server.pause()  # and it ends with its block all the same

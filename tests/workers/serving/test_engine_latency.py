@@ -60,18 +60,28 @@ class Recording:
 
     def __init__(self, name: str, seconds: float, clock: list[float], log: list[tuple[str, tuple[str, ...]]]) -> None:
         self.name, self.seconds, self.clock, self.log = name, seconds, clock, log
+        self.awake = False
 
     def ask(self, request: ChatRequest) -> ChatReply:
         raise AssertionError
 
     def ask_all(self, requests: Sequence[ChatRequest], concurrency: int = 1) -> list[ChatReply]:
+        assert self.awake
         self.log.append((self.name, tuple(request.text for request in requests)))
         self.clock[0] += self.seconds * len(requests) / concurrency
         parts = (self.seconds / 2, self.seconds)
-        return [ChatReply("", "length", 9, 2, self.seconds, parts) for _ in requests]
+        return [ChatReply("", "length", 9, each.max_tokens, self.seconds, parts) for each in requests]
 
     def kv_cache_tokens(self) -> int | None:
         return None
+
+    def pause(self) -> None:
+        assert self.awake
+        self.awake = False
+
+    def resume(self) -> None:
+        assert not self.awake
+        self.awake = True
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -81,7 +91,7 @@ def test_pairs_of_rounds_ask_both_the_same_in_alternating_order(
     clock, log = [0.0], []  # type: ignore[var-annotated]
     monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
     servers = [Recording("dense", 0.3, clock, log), Recording("plan", 0.2, clock, log)]
-    prompts = [ChatRequest(str(number)) for number in range(7)]
+    prompts = [ChatRequest(str(number), max_tokens=2) for number in range(7)]
     level = latency._level(servers, prompts, concurrency, REQUEST, np.random.default_rng(0))
     names = [name for name, _ in log]
     assert len(log) == 2 * level.rounds and level.rounds == latency.LEAST_ROUNDS
@@ -107,7 +117,7 @@ def test_rounds_are_added_until_the_interval_is_narrow_or_time_is_up(monkeypatch
         return steady(requests, concurrency)
 
     monkeypatch.setattr(plan, "ask_all", unsteady)
-    prompts = [ChatRequest("0")]
+    prompts = [ChatRequest("0", max_tokens=2)]
 
     def level(precision: float, max_seconds: float) -> latency.EngineLevel:
         asked = replace(REQUEST, precision=precision, max_seconds=max_seconds)
@@ -131,6 +141,13 @@ def test_what_cannot_be_measured_is_named(
     engine.fault = "refuses"
     with pytest.raises(EngineError, match="scripted refuses the request: At most 0 image"):
         compare_engine_latency(tiny, small_task, replace(REQUEST, plan=plan))
-    assert find_engine("scripted").version == "1"
+    engine.fault = ""
+    found = find_engine("scripted", tiny)
+    assert (found.version, found.letters) == ("1", "RS")
+    with pytest.raises(MeasurementError, match="has no chat template"):
+        find_engine("scripted", silent)
+    too_many = replace(REQUEST, plan=plan, workload=Workload(1, 20))
+    with pytest.raises(EngineError, match="scripted answered 7 tokens where 20 were asked for"):
+        compare_engine_latency(tiny, small_task, too_many)
     with pytest.raises(UnknownNameError, match=r"'scriptd' is unknown; choose one of .*did you mean"):
-        find_engine("scriptd")
+        find_engine("scriptd", tiny)
