@@ -358,7 +358,7 @@ class PlanRow(Base):
 
 
 class EngineLatencyRow(Base):
-    """What an engine took to serve a published plan, beside dense, at one concurrency."""
+    """Latency and throughput of a published plan, and of dense, in one version of an engine at one concurrency."""
 
     __tablename__ = "engine_latencies"
     __table_args__ = (UniqueConstraint("plan_id", "engine", "version", "concurrency"),)

@@ -24,7 +24,7 @@ from workers.runtime import SkipPlan
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the verified plans, by candidate: on the live model, in an engine, and beside the task."""
+    """Hold the measurements of the verified plans by candidate: on the live model, in an engine, on other tasks."""
 
     latency: Mapping[Candidate, LatencyComparison]
     in_engine: Mapping[Candidate, EngineComparison] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a job judges a plan's speed by: the live model's latency, or the engine's at the workload's concurrency."""
+    """Hold a plan's speed-up and seconds as the job judges them: of the live model, or of its engine."""
 
     latency: LatencyComparison
     speedup: float

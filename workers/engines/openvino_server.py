@@ -142,7 +142,7 @@ def handler(model: Model, name: str) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Write no line a request, as http.server does by default."""
 
         def _reply(self, code: int, body: dict[str, Any]) -> None:
             self.send_response(code)

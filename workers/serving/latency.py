@@ -53,7 +53,7 @@ ROOM = 1.25
 
 @dataclass
 class _Asked:
-    """What was measured of one server at one concurrency."""
+    """Collect the rounds and replies of one server at one concurrency."""
 
     server: Server
     seconds: list[float] = field(default_factory=list)
