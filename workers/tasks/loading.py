@@ -108,7 +108,7 @@ def _read(spec: TaskSpec) -> _Data:
     if isinstance(source, EasyVqaSource):
         return _read_easy_vqa()
     if isinstance(source, ScenesSource):
-        return _Data(_read_scenes(source.seed, spec.splits))
+        return _Data(_read_scenes(source, spec.splits))
     rows = read_file(spec, source) if isinstance(source, FileSource) else read_hub(spec, source)
     return _Data([Region(SPLITS, tuple(rows))])
 
@@ -135,18 +135,20 @@ def _read_easy_vqa() -> _Data:
     return _Data([Region(("calibration",), samples["train"]), Region(("search", "held_out"), samples["test"])])
 
 
-def _read_scenes(seed: int, sizes: SplitSizes) -> list[Region]:
+def _read_scenes(source: ScenesSource, sizes: SplitSizes) -> list[Region]:
     """Draw calibration scenes from the range reference models are trained on, the others from beyond it."""
-    from .scenes import FIRST_EVALUATION_INDEX, scene
+    from .scenes import FIRST_EVALUATION_INDEX, QUESTIONS, scene
 
+    answer = QUESTIONS[source.question].answer
     regions = []
     for number, split in enumerate(SPLITS):
         first = number * FIRST_EVALUATION_INDEX
         samples = []
         for index in range(first, first + getattr(sizes, split)):
-            drawn = scene(index, seed)
+            drawn = scene(index, source.seed)
             key = hashlib.sha256(repr((drawn.image.size, drawn.image.mode)).encode() + drawn.image.tobytes())
-            samples.append(Sample(f"scene-{index}", SceneImage(index, seed), key.hexdigest(), "", (drawn.caption,)))
+            image = SceneImage(index, source.seed)
+            samples.append(Sample(f"scene-{index}", image, key.hexdigest(), "", (answer(drawn),)))
         regions.append(Region((split,), tuple(samples)))
     return regions
 

@@ -10,8 +10,10 @@ Indices below `FIRST_EVALUATION_INDEX` are for training the reference model, the
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -84,6 +86,36 @@ class Scene:
     caption: str
     shapes: tuple[Shape, ...]
     relation: str
+
+
+@dataclass(frozen=True)
+class SceneQuestion:
+    """A question that can be asked of every scene, and the function that answers it."""
+
+    prompt: str
+    answer: Callable[[Scene], str]
+
+
+_NUMBERS = {2: "two", 3: "three"}
+_ORDINALS = ("first", "second", "third")
+_LINES = {"left of": ("row", "left", "right"), "above": ("column", "top", "bottom")}
+
+
+def _describe(drawn: Scene) -> str:
+    line, begin, end = _LINES[drawn.relation]
+    sentences = [f"There are {_NUMBERS[len(drawn.shapes)]} shapes in a {line}, from {begin} to {end}."]
+    sentences += [f"The {_ORDINALS[place]} is {shape.phrase}." for place, shape in enumerate(drawn.shapes)]
+    for first, second in itertools.pairwise(drawn.shapes):
+        sentences.append(f"The {first.colour} {first.shape} is {drawn.relation} the {second.colour} {second.shape}.")
+    return " ".join(sentences)
+
+
+QUESTIONS: dict[str, SceneQuestion] = {
+    "caption": SceneQuestion("describe the image", lambda drawn: drawn.caption),
+    "description": SceneQuestion("describe the image in detail", _describe),
+    "count": SceneQuestion("how many shapes are there?", lambda drawn: _NUMBERS[len(drawn.shapes)]),
+}
+"""By name. A description has four or six sentences, 37 to 58 of SmolLM2's tokens."""
 
 
 def scene(index: int, seed: int) -> Scene:

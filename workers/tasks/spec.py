@@ -72,10 +72,12 @@ class EasyVqaSource(_Section):
 
 
 class ScenesSource(_Section):
-    """The project's own generator of captioned scenes."""
+    """The project's own generator of scenes, each with what answers a question about it."""
 
     kind: Literal["scenes"] = "scenes"
     seed: Seed = 0
+    question: Literal["caption", "description", "count"] = "caption"
+    """What is asked of every scene; the task's ``prompt`` asks it."""
 
 
 class Columns(_Section):

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.tasks.scenes import COLOURS, IMAGE_SIZE, SHAPES, scene
+from workers.tasks.loading import load_task
+from workers.tasks.scenes import COLOURS, IMAGE_SIZE, QUESTIONS, SHAPES, scene
+from workers.tasks.spec import load_spec
 
 PHRASE = rf"a (?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
 CAPTION = re.compile(
@@ -134,3 +136,35 @@ def test_both_relations_and_both_counts_occur_often():
 def test_negative_indices_are_refused():
     with pytest.raises(ValueError, match="-1 is negative"):
         scene(-1, 0)
+
+
+@given(indices, seeds)
+@settings(max_examples=60, deadline=None)
+def test_a_description_says_what_the_caption_says_in_sentences(index, seed):
+    drawn = scene(index, seed)
+    shapes, relations = parse(drawn.caption)
+    opening, *rest = re.fullmatch(r"(.*)\.", QUESTIONS["description"].answer(drawn))[1].split(". ")
+    line = "row, from left to right" if relations[0] == "left of" else "column, from top to bottom"
+    assert opening == f"There are {['two', 'three'][len(shapes) - 2]} shapes in a {line}"
+    assert [tuple(sentence.split()[-2:]) for sentence in rest[: len(shapes)]] == shapes
+    assert [sentence.split()[1] for sentence in rest[: len(shapes)]] == ["first", "second", "third"][: len(shapes)]
+    told = [re.fullmatch(r"The (\w+) (\w+) is (.+) the (\w+) (\w+)", each).groups() for each in rest[len(shapes) :]]
+    expected = zip(shapes, relations, shapes[1:], strict=False)
+    assert told == [(*first, relation, *second) for first, relation, second in expected]
+
+
+def test_scenes_are_counted():
+    answers = {index: QUESTIONS["count"].answer(scene(index, 0)) for index in range(40)}
+    assert answers == {index: {2: "two", 3: "three"}[len(scene(index, 0).shapes)] for index in range(40)}
+    assert set(answers.values()) == {"two", "three"}
+
+
+@pytest.mark.parametrize(
+    ("name", "question"), [("scenes", "caption"), ("scene-descriptions", "description"), ("scene-counts", "count")]
+)
+def test_a_bundled_task_asks_its_question_and_accepts_its_answer(name, question):
+    task = load_task(load_spec(name).with_splits(calibration=2, search=2, held_out=2))
+    assert task.spec.prompt == QUESTIONS[question].prompt
+    for sample in (*task.calibration, *task.held_out):
+        drawn = scene(int(sample.id.removeprefix("scene-")), 0)
+        assert sample.answers == (QUESTIONS[question].answer(drawn),)

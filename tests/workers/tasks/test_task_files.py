@@ -248,7 +248,7 @@ def test_bad_fields_are_named(path: str, value: Any, message: str) -> None:
 
 
 def test_a_task_that_is_not_there_names_the_bundled_ones(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="bundled: easy-vqa, scenes"):
+    with pytest.raises(TaskError, match="bundled: easy-vqa, scene-counts, scene-descriptions, scenes"):
         load_spec("vqav2")
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [")
