@@ -14,6 +14,7 @@ from workers.tasks.spec import TaskSpec
 from workers.text import describe_error
 
 from .checkpoint import find_checkpoint
+from .inputs import too_long
 from .loading import load_config
 from .multiple_choice import option_tokens
 from .processors import load_processor
@@ -55,6 +56,8 @@ def _problem(processor: ProcessorMixin, config: Any, spec: TaskSpec, sample: Sam
     image_token = getattr(config, "image_token_id", None)
     if image_token is not None and not bool((inputs["input_ids"] == image_token).any()):
         return "", "the model's chat template leaves out the image"
+    if reason := too_long(config, inputs["input_ids"].shape[1], spec.answer.max_new_tokens):
+        return "", reason
     return None
 
 

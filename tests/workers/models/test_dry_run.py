@@ -104,6 +104,23 @@ def test_an_option_without_tokens_is_named(tiny_directory: Path, small_task: Tas
     assert problem == ("", f"the model's processor refuses it: sample {sample.id}: the option '' has no tokens")
 
 
+@pytest.mark.parametrize(
+    ("rotary", "longest"),
+    [({}, 78), ({"rope_type": "yarn", "factor": 4.0}, 78), ({"rope_type": "linear", "factor": 4.0}, 4 * 78)],
+)
+def test_a_prompt_that_does_not_fit_into_the_models_positions_is_named(
+    copy: Path, small_task: Task, rotary: dict[str, Any], longest: int
+) -> None:
+    spec = small_task.spec.changed(answer=small_task.spec.answer.changed(max_new_tokens=longest - 70))
+    settings = json.loads((copy / "config.json").read_text())
+    settings["text_config"]["max_position_embeddings"] = 78
+    settings["text_config"]["rope_parameters"] |= rotary
+    (copy / "config.json").write_text(json.dumps(settings))
+    for _, reason in problems(copy, replace(small_task, spec=spec)):
+        assert f"and {longest - 70} new ones do not fit into the model's {longest} positions" in reason
+    assert not problems(copy, replace(small_task, spec=spec.changed(answer=spec.answer.changed(max_new_tokens=1))))
+
+
 RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 NO_IMAGE = "refuses it: " if RELEASE >= (5, 23) else "leaves out the image"
 """Since transformers 5.23 processors refuse prompts without an image's place themselves."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from workers.device.memory import OUT_OF_MEMORY, is_out_of_memory
-from workers.errors import ImageError
+from workers.errors import ImageError, PromptError
 from workers.layerwise.decoder import OWNER_ARGUMENTS, Decoder, NotExactError
-from workers.models.inputs import refused
+from workers.models.inputs import refused, too_long
 from workers.models.loading import LoadedModel
 from workers.models.prompts import build_inputs, to_device
 from workers.runtime.locate import forward_parameters
@@ -98,6 +98,9 @@ class PromptReader:
             prompts = [row[mask].tolist() for row, mask in zip(batch["input_ids"], kept, strict=True)]
             if prompts[0] != _first_row(alone):
                 raise NotExactError("its processor gives one prompt other tokens beside other prompts")
+        for prompt in prompts:
+            if reason := too_long(self._loaded.model.config, len(prompt), spec.answer.max_new_tokens):
+                raise PromptError(reason)
         inputs = to_device(alone, self._loaded.device, self._loaded.model.dtype)
         return shared_prompts(self._decoder, inputs, prompts, tuple(index for index, _ in members))
 

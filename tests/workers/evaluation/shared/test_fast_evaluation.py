@@ -313,6 +313,27 @@ def test_a_sample_that_the_processor_refuses_fails_alone(
     assert str(result.scores) == str((*expected.scores[:place], math.nan, *expected.scores[place + 1 :]))
 
 
+def test_a_prompt_longer_than_the_models_positions_fails_alone_on_both_paths(
+    tiny: LoadedModel, answered: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = answered.search[:20]
+    lengths = {}
+    for each in samples:
+        inputs = prompts.build_inputs(tiny.processor, answered.spec, [each], [each.image.open()])
+        lengths[each.id] = inputs["input_ids"].shape[1] + answered.spec.answer.max_new_tokens
+    longest = max(lengths.values()) - 1
+    long = {each for each, tokens in lengths.items() if tokens > longest}
+    assert 0 < len(long) < len(samples)
+    monkeypatch.setattr(tiny.model.config.get_text_config(), "max_position_embeddings", longest)
+    request, task = EvaluatePlans(("RRSRRR",), "search"), replace(answered, search=samples)
+    (quick,) = evaluations(FastEvaluator(PlainEvaluator(tiny, task)).evaluate_all(request))
+    (slow,) = evaluations(PlainEvaluator(tiny, task).evaluate_all(request))
+    for result in (quick, slow):
+        assert set(result.failed_samples) == long
+        assert all(f"do not fit into the model's {longest} positions" in why for why in result.failed_samples.values())
+    assert str(quick.scores) == str(slow.scores)
+
+
 def test_lack_of_memory_halves_the_chunks(plain: PlainEvaluator, fast: FastEvaluator) -> None:
     request = EvaluatePlans(random_plans(LAYERS, 7, seed=4), "search", 24)
     expected = evaluations(fast.evaluate_all(request))
