@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,22 +54,48 @@ class JobInputs:
 
 
 def prepare(spec: JobSpec) -> JobInputs:
-    """Load the tasks, open every image of the job's own, look at the model's files.
+    """Load the tasks, open every image that the job asks about, look at the model's files.
 
     Raises UsageFault naming the file, field, column, row or image.
     """
     task = load_job_task(spec)
     check_rungs(spec, task)
-    check_images(task)
+    check_images(samples_of(task))
     fingerprint = model_fingerprint(spec)
+    tasks = load_other_tasks(spec)
+    return JobInputs(spec, task, fingerprint, tasks, load_other_text(spec))
+
+
+def load_other_tasks(spec: JobSpec, names: Sequence[str] | None = None) -> tuple[Task, ...]:
+    """Load the data of ``collateral.tasks``, all or those named, and open the images that the job asks about.
+
+    Raises UsageFault naming the file, field, column, row or image.
+    """
     try:
-        tasks = tuple(load_task(name) for name in spec.collateral.tasks)
+        tasks = tuple(load_task(name) for name in (spec.collateral.tasks if names is None else names))
     except TaskError as error:
         raise UsageFault(f"collateral.tasks: {error}") from None
     if twice := [name for name, times in Counter(each.name for each in tasks).items() if times > 1]:
         raise UsageFault(f"collateral.tasks: several tasks are named {twice[0]}; results are told apart by name")
-    text = None if spec.collateral.text is None else _read_text(Path(spec.collateral.text))
-    return JobInputs(spec, task, fingerprint, tasks, text)
+    for each in tasks:
+        try:
+            check_images(each.held_out[: spec.collateral.samples])
+        except UsageFault as fault:
+            raise UsageFault(f"collateral.tasks: {fault}") from None
+    return tasks
+
+
+def load_other_text(spec: JobSpec) -> str | None:
+    """Read ``collateral.text`` as UTF-8. Raises UsageFault."""
+    if spec.collateral.text is None:
+        return None
+    path = Path(spec.collateral.text)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageFault(f"collateral.text: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageFault(f"collateral.text: {path} cannot be read as UTF-8 text ({error})") from None
 
 
 def task_of(spec: JobSpec) -> TaskSpec:
@@ -89,16 +115,6 @@ def load_job_task(spec: JobSpec) -> Task:
         raise UsageFault(str(error)) from None
 
 
-def _read_text(path: Path) -> str:
-    """Read a UTF-8 text file. Raises UsageFault."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageFault(f"collateral.text: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageFault(f"collateral.text: {path} cannot be read as UTF-8 text ({error})") from None
-
-
 def check_rungs(spec: JobSpec, task: Task) -> None:
     """Refuse rungs larger than the search split. Raises UsageFault."""
     largest = max(spec.search.rungs or (0,))
@@ -106,12 +122,17 @@ def check_rungs(spec: JobSpec, task: Task) -> None:
         raise UsageFault(f"search.rungs: {largest} is more than the {len(task.search)} samples of the search split")
 
 
-def check_images(task: Task) -> None:
-    """Decode every image of the three splits once, so that a bad one is named before hours of work.
+def samples_of(task: Task) -> list[Sample]:
+    """Return the samples of all three splits."""
+    return [sample for split in SPLITS for sample in task.split(split)]
+
+
+def check_images(samples: Iterable[Sample]) -> None:
+    """Decode every image once, so that a bad one is named before hours of work.
 
     Raises UsageFault naming the first image that cannot be decoded.
     """
-    images = {sample.image_key: sample for split in SPLITS for sample in task.split(split)}
+    images = {sample.image_key: sample for sample in samples}
     files = [sample for sample in images.values() if isinstance(sample.image, ImageFile)]
     with ThreadPoolExecutor() as threads:
         for problem in threads.map(_image_problem, files):

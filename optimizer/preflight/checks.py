@@ -7,17 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optimizer.errors import UsageFault
-from optimizer.job.inputs import check_images, check_rungs, find_model, load_job_task, model_source, task_of
+from optimizer.job.inputs import (
+    check_images,
+    check_rungs,
+    find_model,
+    load_job_task,
+    load_other_tasks,
+    load_other_text,
+    model_source,
+    samples_of,
+    task_of,
+)
 from optimizer.job.loading import load_job
 from optimizer.job.sections import TRANSFORMERS
 from optimizer.job.spec import JobSpec
 from optimizer.stages.progress import Progress
 from optimizer.verification.verdict import least_provable_drop
 from workers.engines.interface import ENGINES
-from workers.errors import EngineError, ModelError
+from workers.errors import EngineError, ModelError, TaskError
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
 from workers.tasks import Sample, Task
-from workers.tasks.spec import FileSource, HubSource
+from workers.tasks.spec import FileSource, HubSource, TaskSpec, load_spec
 from workers.tasks.splits import SPLITS
 
 
@@ -75,20 +85,42 @@ def check_job_file(
     else:
         data = load_job_task(spec)
         check_rungs(spec, data)
-        check_images(data)
+        check_images(samples_of(data))
         sizes = f"{len(data.calibration)} calibration, {len(data.search)} search, {len(data.held_out)} held-out samples"
         good.append(f"data of task {task.name}: {sizes}, every image opens")
         notes += too_few_to_prove(spec, data)
+    others, theirs = _other_tasks(spec, unknown), spec.collateral.samples
+    good += [f"task {each.name} beside it: {len(each.held_out[:theirs])} samples, every image opens" for each in others]
+    if load_other_text(spec) is not None:
+        good.append(f"text {spec.collateral.text}")
     if is_here:
         good.append(f"model {spec.model.path}: configuration, weight files and processor")
-        asked = _asked(data, quick=quick)
-        progress.begin(f"check {path}: prompts", len(asked))
-        _require_askable(spec, data, asked, progress)
-        if asked:
-            good.append(f"{len(asked)} prompts, as the model's processor makes them")
+        asked = [(task, _asked(data, quick=quick))]
+        asked += [(each.spec, list(each.held_out[: 2 if quick else theirs])) for each in others]
+        count = sum(len(samples) for _, samples in asked)
+        progress.begin(f"check {path}: prompts", count)
+        for each, samples in asked:
+            _require_askable(spec, each, samples, progress)
+        if count:
+            good.append(f"{count} prompts, as the model's processor makes them")
     else:
         unknown.append(f"model {spec.model.path}: its files are on the hub")
     return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown), tuple(notes))
+
+
+def _other_tasks(spec: JobSpec, unknown: list[str]) -> tuple[Task, ...]:
+    """Load the tasks of ``collateral`` that are on this machine; those on the hub are added to ``unknown``."""
+    here = []
+    for name in spec.collateral.tasks:
+        try:
+            source = load_spec(name).source
+        except TaskError as error:
+            raise UsageFault(f"collateral.tasks: {error}") from None
+        if isinstance(source, HubSource):
+            unknown.append(f"data set {source.id}: its rows and images are on the hub")
+        else:
+            here.append(name)
+    return load_other_tasks(spec, here)
 
 
 def _served_by(spec: JobSpec) -> str | None:
@@ -114,7 +146,7 @@ def _asked(task: Task | None, *, quick: bool) -> list[Sample]:
     return samples
 
 
-def _require_askable(spec: JobSpec, task: Task | None, samples: Sequence[Sample], progress: Progress) -> None:
+def _require_askable(spec: JobSpec, task: TaskSpec, samples: Sequence[Sample], progress: Progress) -> None:
     """Put samples through the model's processor. Raises UsageFault naming file, row and column."""
     from workers.models.dry_run import find_problems
 
@@ -124,18 +156,18 @@ def _require_askable(spec: JobSpec, task: Task | None, samples: Sequence[Sample]
             progress.advance()
 
     try:
-        problems = list(find_problems(model_source(spec), task_of(spec), counted()))
+        problems = list(find_problems(model_source(spec), task, counted()))
     except ModelError as error:
         raise UsageFault(str(error)) from None
-    if task and problems:
+    if problems:
         lines = [_place(task, sample, field) + reason for sample, (field, reason) in problems[:SHOWN_PROBLEMS]]
         more = len(problems) - len(lines)
         raise UsageFault("; ".join(lines) + (f"; and {more} more of {len(samples)} samples" if more > 0 else ""))
 
 
-def _place(task: Task, sample: Sample, field: str) -> str:
+def _place(task: TaskSpec, sample: Sample, field: str) -> str:
     """Name a sample's row of its file, and a column; a sample of another source by its id."""
-    source = task.spec.source
+    source = task.source
     if not isinstance(source, FileSource):
         return f"task {task.name}, sample {sample.id}: "
     column = f", column {getattr(source.columns, field)!r}: " if field else ": "

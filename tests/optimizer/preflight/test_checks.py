@@ -11,8 +11,11 @@ import yaml
 from PIL import Image
 
 from optimizer.errors import UsageFault
+from optimizer.job.inputs import prepare
+from optimizer.job.loading import load_job
 from optimizer.preflight.checks import check_job_file
 from optimizer.stages.progress import Progress, State
+from workers.tasks.loading import load_task
 
 ROWS = 12
 
@@ -74,4 +77,37 @@ def test_quantised_models_are_refused_before_anything_runs(job: Path, tiny_model
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     job.write_text(job.read_text().replace(str(tiny_model), str(copy)))
     with pytest.raises(UsageFault, match=r"its weights are quantised \(awq\)"):
+        check_job_file(job, environment={})
+
+
+def test_other_tasks_and_the_text_are_checked_as_the_job_reads_them(job: Path, tmp_path: Path) -> None:
+    other = yaml.safe_load((tmp_path / "task.yaml").read_text())
+    other |= {"name": "theirs", "source": other["source"] | {"path": "theirs.jsonl"}}
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(other))
+    (tmp_path / "theirs.jsonl").write_text((tmp_path / "d.jsonl").read_text())
+    (tmp_path / "text.txt").write_text("some text")
+    beside = {"tasks": ["theirs.yaml"], "text": "text.txt", "samples": 3}
+    job.write_text(yaml.safe_dump(yaml.safe_load(job.read_text()) | {"collateral": beside}))
+    checked = check_job_file(job, environment={}).checked
+    assert "task theirs beside it: 3 samples, every image opens" in checked
+    assert f"text {tmp_path / 'text.txt'}" in checked
+    assert "15 prompts, as the model's processor makes them" in checked
+
+    asked = load_task(tmp_path / "theirs.yaml").held_out[:3]
+    rows = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["ask"] == asked[1].question)
+    question, row["ask"] = row["ask"], "the end</s>"
+    (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UsageFault, match=r"theirs\.jsonl, row \d+, column 'ask': holds '</s>'"):
+        check_job_file(job, environment={})
+    row["ask"], row["file"] = question, "broken.png"
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UsageFault, match=r"collateral\.tasks: .*broken\.png cannot be decoded"):
+        check_job_file(job, environment={})
+    with pytest.raises(UsageFault, match=r"collateral\.tasks: .*broken\.png cannot be decoded"):
+        prepare(load_job(job, environment={}))
+    (tmp_path / "text.txt").unlink()
+    (tmp_path / "theirs.jsonl").write_text((tmp_path / "d.jsonl").read_text())
+    with pytest.raises(UsageFault, match=r"collateral\.text: .*text\.txt cannot be read"):
         check_job_file(job, environment={})
