@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .families import describe
     from .folding import GapMap
     from .plan import Action, PlanError, SkipPlan
+    from .speculation import Speculation, SpeculationStatistics, speculate
     from .surgery import save_pruned
 
 _HOMES = {
@@ -24,11 +25,14 @@ _HOMES = {
     "GapMap": "folding",
     "PlanError": "plan",
     "SkipPlan": "plan",
+    "Speculation": "speculation",
+    "SpeculationStatistics": "speculation",
     "UnsupportedFamilyError": "descriptor",
     "apply": "applied",
     "apply_permanently": "applied",
     "describe": "families",
     "save_pruned": "surgery",
+    "speculate": "speculation",
     "validate": "descriptor",
 }
 
@@ -39,11 +43,14 @@ __all__ = [
     "GapMap",
     "PlanError",
     "SkipPlan",
+    "Speculation",
+    "SpeculationStatistics",
     "UnsupportedFamilyError",
     "apply",
     "apply_permanently",
     "describe",
     "save_pruned",
+    "speculate",
     "validate",
 ]
 

@@ -1,0 +1,193 @@
+"""Lossless generation with a plan: the model under the plan drafts, the dense model decides every token."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from .draft_length import DraftLength, Round
+from .drafter import Drafting, bytes_beside, drafting_model
+from .folding import Maps
+from .plan import PlanError, SkipPlan
+from .speculation_loop import Counts, Decoding, Lengths, Settings
+
+REFUSED = ("assistant_model", "assistant_tokenizer", "custom_generate", "synced_gpus")
+
+
+@dataclass(frozen=True)
+class SpeculationStatistics:
+    """What the calls of one speculation did. Tokens are those of all rows that had not ended, except in ``rounds``."""
+
+    rounds: int = 0
+    """Drafts with their verification, each of a whole batch."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafted tokens that the dense model kept."""
+    plain_steps: int = 0
+    """Steps of the dense model alone, each of a whole batch, behind the prompt's own."""
+    tokens: int = 0
+    """Generated tokens."""
+    extra_bytes: int = 0
+    """Bytes beside the dense model and its caches: folded weights, and the largest cache of the drafter."""
+
+
+class Speculation:
+    """A model that generates as without the plan, faster where the plan drafts well; a context manager.
+
+    ``generate`` takes what the model's own takes and gives what that gives: the same tokens under greedy decoding, the
+    same distribution under sampling, with its logits processors and stopping criteria. In a batch all rows advance by
+    the tokens that are kept in every row: each position is decided on sequences of one length, as in plain decoding.
+    """
+
+    def __init__(self, model: nn.Module, plan: SkipPlan, maps: Maps | None, draft_length: int | None) -> None:
+        if draft_length is not None and draft_length < 1:
+            raise PlanError(f"draft_length is {draft_length}: a draft has at least one token; None adapts the length")
+        self.plan = plan
+        self._model = model
+        self._drafter: nn.Module | None = drafting_model(model, plan, maps)
+        self._weights = bytes_beside(model, self._drafter)
+        self._draft_length = draft_length
+        self._lock = threading.Lock()
+        self._lengths: dict[int, DraftLength] = defaultdict(DraftLength)
+        """By batch size, which decides what a draft costs and how often all rows keep it."""
+        self.reset_statistics()
+
+    def __enter__(self) -> Speculation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._drafter = None
+
+    @property
+    def statistics(self) -> SpeculationStatistics:
+        """What the calls since the start, or the last :meth:`reset_statistics`, did."""
+        return self._statistics
+
+    def reset_statistics(self) -> None:
+        """Count from zero again; what was learnt about drafting stays."""
+        self._statistics = SpeculationStatistics(extra_bytes=self._weights)
+
+    def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Any:
+        """Return what ``model.generate`` returns for these arguments, ids ``[batch, tokens]`` or its output object.
+
+        Raises :class:`PlanError` for beams, assistants, ``use_cache=False``, outputs of attentions and hidden states
+        and caches of earlier calls, and :class:`~workers.runtime.descriptor.UnsupportedFamilyError` when the model's
+        cache cannot be set back.
+        """
+        if self._drafter is None:
+            raise PlanError("this speculation has ended: call speculate() again")
+        for name in REFUSED:
+            if arguments.get(name) is not None:
+                raise PlanError(f"speculate() decides how tokens are drafted: leave {name} out")
+        self._take_stop_strings(arguments)
+        arguments["custom_generate"] = _loop(self, self._drafter, arguments.get("streamer"))
+        given = () if inputs is None else (inputs,)
+        return self._model.generate(*given, **arguments)  # type: ignore[operator]
+
+    def _take_stop_strings(self, arguments: dict[str, Any]) -> None:
+        """Make the criterion for stop strings here: transformers has no tokenizer for it beside another loop."""
+        config = arguments.get("generation_config") or self._model.generation_config
+        strings = arguments.get("stop_strings", getattr(config, "stop_strings", None))
+        tokenizer = arguments.pop("tokenizer", None)
+        if strings is None:
+            return
+        if tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: pass tokenizer= to generate")
+        # An empty list ends nothing and keeps generate from asking for a tokenizer.
+        arguments["stop_strings"] = None
+        if getattr(config, "stop_strings", None) is not None:
+            raise PlanError("give stop_strings to generate itself, not in a generation configuration")
+        criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or ())
+        arguments["stopping_criteria"] = StoppingCriteriaList(
+            [*criteria, StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)]
+        )
+
+    def _drafter_of(self, model: nn.Module, drafter: nn.Module) -> nn.Module:
+        """Return the drafter of the part that decodes: in some families the language model inside."""
+        path = next(name for name, module in self._model.named_modules() if module is model)
+        return drafter.get_submodule(path)
+
+    def _lengths_for(self, batch: int) -> Lengths:
+        if self._draft_length is not None:
+            return _Constant(self._draft_length)
+        with self._lock:
+            return self._lengths[batch]
+
+    def _count(self, counts: Counts) -> None:
+        with self._lock:
+            before = self._statistics
+            self._statistics = SpeculationStatistics(
+                rounds=before.rounds + counts.rounds,
+                drafted=before.drafted + counts.drafted,
+                accepted=before.accepted + counts.accepted,
+                plain_steps=before.plain_steps + counts.plain_steps,
+                tokens=before.tokens + counts.tokens,
+                extra_bytes=max(before.extra_bytes, self._weights + counts.cache_bytes),
+            )
+
+
+class _Constant:
+    """A draft length that stays."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def choose(self, left: int, generated: int, prefill: float | None) -> int:
+        """Return the length, or what is left but the token that the dense model adds."""
+        return max(min(self._length, left - 1), 0)
+
+    def observe_plain(self, seconds: float) -> None: ...
+
+    def observe_start(self, seconds: float, prefill: float) -> None: ...
+
+    def observe_round(self, seen: Round) -> None: ...
+
+    def observe_answer(self, tokens: int) -> None: ...
+
+
+def _loop(speculation: Speculation, drafter: nn.Module, streamer: Any) -> Any:
+    """Return the decoding loop that ``generate`` calls with everything prepared."""
+
+    def decode(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        settings = Settings(logits_processor, stopping_criteria, generation_config, streamer)
+        settings.refuse_unsupported(model_kwargs)
+        drafting = Drafting(
+            speculation._drafter_of(model, drafter), logits_processor, sample=bool(generation_config.do_sample)
+        )
+        decoding = Decoding(model, drafting, speculation._lengths_for(len(input_ids)), settings, input_ids)
+        try:
+            return decoding.run(model_kwargs)
+        finally:
+            speculation._count(decoding.counts)
+
+    return decode
+
+
+def speculate(
+    model: nn.Module, plan: SkipPlan, maps: Maps | None = None, draft_length: int | None = None
+) -> Speculation:
+    """Return a context manager whose ``generate`` gives the dense model's answers, drafted by the model under ``plan``.
+
+    Use it as ``with speculate(model, plan) as speculation: speculation.generate(**inputs)``.
+
+    The drafter shares all weights with ``model``, which stays as it is; ``maps`` (:mod:`workers.runtime.folding`) are
+    folded into copies of their projections. ``draft_length`` tokens are drafted at a time; ``None`` adapts the number
+    to the observed acceptance and speed, down to plain decoding. Raises :class:`PlanError` when the model cannot take
+    the plan for good, or the plan has other actions than run and skip.
+    """
+    return Speculation(model, plan, maps, draft_length)

@@ -1,0 +1,304 @@
+"""The decoding loop of speculation: drafts, their verification by the dense model, and what ``generate`` returns."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+
+from .cache_rollback import Rollback
+from .draft_length import Round
+from .drafter import Drafting, cache_name
+from .plan import PlanError
+
+NOT_CARRIED = ("logits", "loss", "attentions", "hidden_states")
+"""Outputs of a pass that no later pass needs."""
+
+
+class Lengths(Protocol):
+    """Chooses draft lengths, and learns from what came of them: :class:`~workers.runtime.draft_length.DraftLength`."""
+
+    def choose(self, left: int, generated: int, prefill: float | None) -> int: ...
+    def observe_plain(self, seconds: float) -> None: ...
+    def observe_start(self, seconds: float, prefill: float) -> None: ...
+    def observe_round(self, seen: Round) -> None: ...
+    def observe_answer(self, tokens: int) -> None: ...
+
+
+@dataclass
+class Counts:
+    """What one call of ``generate`` did, in tokens of all rows that had not ended."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    plain_steps: int = 0
+    tokens: int = 0
+    cache_bytes: int = 0
+    """Most bytes of the drafter's cache."""
+
+
+class Clock:
+    """Moments on a device, between which seconds are read once their work is known to be done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        """Return this moment in the device's work: an event on CUDA, which does not wait for it."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Return the seconds between two moments."""
+        return float(start.elapsed_time(end) / 1000 if self._cuda else end - start)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``generate`` has prepared for its decoding loop."""
+
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: Any
+    streamer: Any
+
+    def refuse_unsupported(self, inputs: dict[str, Any]) -> None:
+        """Raise :class:`PlanError` for what speculation does not give."""
+        mode = self.config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise PlanError(f"speculate() decodes greedily or samples; {mode.value} is not supported")
+        if not inputs.get("use_cache", True):
+            raise PlanError("speculate() needs the KV cache: leave use_cache=False out")
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(self.config, name, False):
+                raise PlanError(f"speculate() does not return {name.removeprefix('output_')}: leave {name} out")
+
+
+class Decoding:
+    """One request: the sequences so far, the dense model's cache, and the inputs of its next pass."""
+
+    def __init__(self, model: Any, drafting: Drafting, lengths: Lengths, settings: Settings, sequence: Tensor) -> None:
+        self._model, self._drafting, self._lengths, self._settings = model, drafting, lengths, settings
+        self.counts = Counts()
+        self.sequence = sequence
+        self._prompt = sequence
+        self._inputs: list[dict[str, Any]] = []
+        self._sample = bool(settings.config.do_sample)
+        self._ends = any(hasattr(each, "eos_token_id") for each in settings.criteria)
+        pad = settings.config._pad_token_tensor
+        self._pad: Any = None if pad is None else pad.to(sequence.device)
+        self._unfinished = torch.ones(len(sequence), dtype=torch.long, device=sequence.device)
+        self._alive = len(sequence)
+        keep = settings.config.return_dict_in_generate
+        self._scores: tuple[Tensor, ...] | None = () if keep and settings.config.output_scores else None
+        self._logits: tuple[Tensor, ...] | None = () if keep and settings.config.output_logits else None
+        self._clock = Clock(sequence.device)
+
+    # The whole request --------------------------------------------------------------------------------------------
+
+    def run(self, inputs: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
+        """Generate until the stopping criteria end every row. ``inputs`` are the model inputs for the prompt."""
+        cache_key = cache_name(self._model)
+        if self._settings.config.prefill_chunk_size is None and _length_of(inputs.get(cache_key)):
+            raise PlanError("speculate() takes no cache of an earlier call: the drafter has none for it")
+        prompt_inputs = {name: value for name, value in inputs.items() if name != cache_key}
+        start = self._clock.now()
+        outputs = self._model._prefill(self._prompt, self._settings.config, inputs)
+        end = self._clock.now()
+        self._begin(outputs, inputs)
+        logits = outputs.logits[:, -1:]
+        carried = _Carried((name, value) for name, value in outputs.items() if name not in NOT_CARRIED)
+        del outputs
+        self._carried = carried
+        self._inputs = [self._grown(inputs)]
+        self._take(logits, None, [])
+        prefill = self._clock.seconds(start, end)
+        longest = self._longest()
+        with self._model._optimize_model_for_decode():
+            while self._alive:
+                left = longest - self.sequence.shape[1]
+                generated = self.sequence.shape[1] - self._prompt.shape[1]
+                length = self._lengths.choose(left, generated, None if self._drafting.started else prefill)
+                if length and not self._drafting.started:
+                    self._start_drafting(prompt_inputs, prefill)
+                if length:
+                    self._round(length)
+                else:
+                    self._plain_step()
+        return self._finish()
+
+    def _begin(self, outputs: Any, inputs: dict[str, Any]) -> None:
+        cache = next((outputs[name] for name in (cache_name(self._model), "past_key_values") if name in outputs), None)
+        self._cache = cache
+        self._rollback = Rollback(cache, self._longest() - self._prompt.shape[1] + _length_of(cache))
+
+    def _longest(self) -> int:
+        longest = self._settings.criteria.max_length
+        return int(self._settings.config.max_length if longest is None else longest)
+
+    def _start_drafting(self, prompt_inputs: dict[str, Any], prefill: float) -> None:
+        start = self._clock.now()
+        self._drafting.start(self._prompt, self._settings.config, prompt_inputs, self._longest())
+        end = self._clock.now()
+        torch.cuda.synchronize() if self.sequence.device.type == "cuda" else None
+        self._lengths.observe_start(self._clock.seconds(start, end), prefill)
+
+    # Passes -------------------------------------------------------------------------------------------------------
+
+    def _ahead(self, tokens: int) -> dict[str, Any]:
+        """Return the model inputs for the sequence and ``tokens`` more."""
+        while len(self._inputs) <= tokens:
+            self._inputs.append(self._grown(self._inputs[-1]))
+        return self._inputs[tokens]
+
+    def _grown(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return model inputs for one more token: each family's own method knows how, for one at a time."""
+        grown: dict[str, Any] = self._model._update_model_kwargs_for_generation(
+            self._carried, dict(inputs), is_encoder_decoder=False
+        )
+        return grown
+
+    def _pass(self, drafts: Tensor) -> Tensor:
+        """Run the last token and the drafts ``[batch, n]`` through the dense model.
+
+        Returns logits ``[batch, n + 1, vocabulary]``.
+        """
+        width = drafts.shape[1] + 1
+        prepared = self._model.prepare_inputs_for_generation(
+            torch.cat([self.sequence, drafts], dim=-1), next_sequence_length=width, **self._ahead(width - 1)
+        )
+        if "logits_to_keep" in prepared:
+            prepared["logits_to_keep"] = width
+        self._rollback.before_pass()
+        outputs = self._model(**prepared, return_dict=True)
+        self._rollback.after_pass()
+        logits: Tensor = outputs.logits[:, -width:]
+        return logits
+
+    def _plain_step(self) -> None:
+        start = self._clock.now()
+        logits = self._pass(self.sequence[:, :0])
+        end = self._clock.now()
+        self.counts.plain_steps += 1
+        self._take(logits, None, [])
+        self._rollback.remove(0)
+        del self._inputs[:1]
+        self._lengths.observe_plain(self._clock.seconds(start, end))
+
+    def _round(self, length: int) -> None:
+        start = self._clock.now()
+        drafts, distributions = self._drafting.draft(self.sequence, length, self._ahead)
+        middle = self._clock.now()
+        logits = self._pass(drafts)
+        end = self._clock.now()
+        before, rows = self.sequence.shape[1], self._alive
+        accepted, of_rows = self._take(logits, drafts, distributions)
+        taken = self.sequence.shape[1] - before
+        self._rollback.remove(length + 1 - taken)
+        self._ahead(taken)
+        del self._inputs[:taken]
+        self._drafting.keep(self.sequence.shape[1] - 1)
+        self.counts.rounds += 1
+        self.counts.drafted += length * rows
+        self.counts.accepted += of_rows
+        self.counts.cache_bytes = max(self.counts.cache_bytes, self._drafting.cache_bytes)
+        tested = min(taken, length)
+        self._lengths.observe_round(
+            Round(length, tested, accepted, self._clock.seconds(start, middle), self._clock.seconds(middle, end))
+        )
+
+    # Tokens -------------------------------------------------------------------------------------------------------
+
+    def _take(self, logits: Tensor, drafts: Tensor | None, distributions: list[Tensor]) -> tuple[int, int]:
+        """Append the tokens that ``logits`` ``[batch, n, vocabulary]`` decide, up to the first refused draft.
+
+        Each is processed, chosen, streamed and put to the stopping criteria as in plain decoding, on the sequence
+        before it and nothing else. Returns at how many positions every row kept its draft, and how many drafted tokens
+        were kept in all, rows that had ended not counted.
+        """
+        accepted = of_rows = 0
+        drafted = 0 if drafts is None else drafts.shape[1]
+        for position in range(logits.shape[1]):
+            raw = logits[:, position].to(copy=True, dtype=torch.float32, device=self.sequence.device)
+            scores = self._settings.processors(self.sequence, raw)
+            if self._scores is not None:
+                self._scores += (scores,)
+            if self._logits is not None:
+                self._logits += (raw,)
+            self.counts.tokens += self._alive
+            if drafts is None or position == drafted:
+                self._append(self._choose(scores, None, None)[0], None)
+                break
+            drawn_from = distributions[position] if distributions else None
+            refused, kept = self._append(*self._choose(scores, drafts[:, position], drawn_from))
+            of_rows += kept
+            accepted += not refused
+            if refused or not self._alive:
+                break
+        return accepted, of_rows
+
+    def _choose(self, scores: Tensor, draft: Tensor | None, drawn_from: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the next tokens ``[batch]`` and where they are the drafted ones, ``None`` without a draft."""
+        if not self._sample:
+            tokens = scores.argmax(dim=-1)
+            return tokens, None if draft is None else tokens == draft
+        chances = scores.softmax(dim=-1)
+        if draft is None:
+            return torch.multinomial(chances, num_samples=1).squeeze(1), None
+        assert drawn_from is not None
+        # Speculative sampling (2211.17192, algorithm 1; 2302.01318, algorithm 2).
+        own = chances.gather(1, draft[:, None]).squeeze(1)
+        drafted = drawn_from.gather(1, draft[:, None]).squeeze(1)
+        kept = torch.rand_like(own) * drafted < own
+        rest = (chances - drawn_from).clamp(min=0)
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, chances)
+        instead = torch.multinomial(rest, num_samples=1).squeeze(1)
+        return torch.where(kept, draft, instead), kept
+
+    def _append(self, tokens: Tensor, kept: Tensor | None) -> tuple[int, int]:
+        """Append tokens ``[batch]``. Returns how many rows refused their draft, and how many kept it."""
+        unfinished = self._unfinished
+        if self._ends:  # rows that have ended get padding, whatever was drafted for them
+            tokens = tokens * unfinished + self._pad * (1 - unfinished)
+        self.sequence = torch.cat([self.sequence, tokens[:, None]], dim=-1)
+        if self._settings.streamer is not None:
+            self._settings.streamer.put(tokens.cpu())
+        self._unfinished = unfinished & ~self._settings.criteria(self.sequence, self._scores)
+        if kept is None:
+            self._alive = int(self._unfinished.sum())
+            return 0, 0
+        refused = ~kept & unfinished.bool() if self._ends else ~kept
+        counted = torch.stack([self._unfinished.sum(), refused.sum(), (kept & unfinished.bool()).sum()])
+        self._alive, refusals, kept_rows = counted.tolist()  # the one wait for the device in a position
+        return refusals, kept_rows
+
+    def _finish(self) -> Tensor | GenerateDecoderOnlyOutput:
+        self._rollback.end()
+        self._lengths.observe_answer(self.sequence.shape[1] - self._prompt.shape[1])
+        if self._settings.streamer is not None:
+            self._settings.streamer.end()
+        if not self._settings.config.return_dict_in_generate:
+            return self.sequence
+        names = {each.name for each in fields(GenerateDecoderOnlyOutput)}
+        cache = {"cache" if "cache" in names else "past_key_values": self._cache}
+        return GenerateDecoderOnlyOutput(sequences=self.sequence, scores=self._scores, logits=self._logits, **cache)
+
+
+class _Carried(dict[str, Any]):
+    """Outputs of a pass that model inputs take over, by key or as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+def _length_of(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
