@@ -82,7 +82,9 @@ class EvaluatePlans:
 
     ``compensation`` is ``"none"`` or the text of a recipe; it holds for all plans. ``path`` is ``"plain"`` (one plan
     after another through ``generate``), ``"fast"`` (work is shared; an error where that is not exact), or ``"auto"``.
-    ``artifacts`` gives per plan where its fitted maps lie; without it they are fitted.
+    ``artifacts`` gives per plan where its fitted maps lie; without it they are fitted. With ``targets``, the dense
+    model's own answer to each of the samples (the end token included; None where it gave none), plans are scored by
+    acceptance: the share of an answer's tokens that the plan would have drafted.
     """
 
     plans: tuple[str, ...]
@@ -92,10 +94,20 @@ class EvaluatePlans:
     start: int = 0
     path: str = "auto"
     artifacts: tuple[Artifact | None, ...] = ()
+    targets: tuple[tuple[int, ...] | None, ...] = ()
 
     def artifact_of(self, plan: str) -> Artifact | None:
         """Return where the maps of one of the plans lie."""
         return dict(zip(self.plans, self.artifacts, strict=False)).get(plan)
+
+
+@dataclass(frozen=True)
+class AnswerDense:
+    """Let the dense model answer samples ``start`` up to ``stop`` of a split greedily."""
+
+    split: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,17 @@ class Evaluation:
         """The mean over the samples that are not marked."""
         answered = [score for score in self.scores if score == score]
         return sum(answered) / len(answered) if answered else float("nan")
+
+
+@dataclass(frozen=True)
+class DenseAnswers:
+    """Reply to :class:`AnswerDense`: what the answers score, and their tokens up to the one that ends them.
+
+    None where a sample failed.
+    """
+
+    evaluation: Evaluation
+    tokens: tuple[tuple[int, ...] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -513,6 +536,7 @@ Request = (
     Timing
     | FindEngine
     | EvaluatePlans
+    | AnswerDense
     | EvaluateOtherTask
     | ShowSamples
     | CompareText
@@ -522,6 +546,7 @@ Request = (
 )
 Reply = (
     Evaluations
+    | DenseAnswers
     | Evaluation
     | ShownSamples
     | TextDivergence

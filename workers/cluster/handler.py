@@ -21,6 +21,7 @@ from workers.evaluation.text_divergence import text_divergence
 from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
 from workers.messages import (
+    AnswerDense,
     CompareEngineLatency,
     CompareLatency,
     CompareText,
@@ -119,6 +120,8 @@ class Handler:
         match request:
             case EvaluatePlans():
                 return self.evaluators.evaluate(request)
+            case AnswerDense():
+                return self.evaluator.answer_dense(request)
             case ShowSamples():
                 samples = [task.split(request.split)[index] for index in request.indices]
                 return ShownSamples(show(self.evaluator, samples, pictures=request.pictures))

@@ -24,6 +24,8 @@ class EvaluationDispatch:
         self._fast: FastEvaluator | None = None
         self._reasons: dict[str, str] = {}
         """By split, why the fast path is not taken; empty where it is."""
+        self._by_acceptance: EvaluationDispatch | None = None
+        self._targets: dict[str, tuple[int, ...] | None] = {}
 
     def evaluate(self, request: EvaluatePlans) -> Evaluations:
         """Score the plans of a request.
@@ -32,11 +34,23 @@ class EvaluationDispatch:
             TaskError: no such split.
             NotExactError: the fast path is demanded where it is not exact.
         """
-        self.plain.task.split(request.split)
+        samples = self.plain.task.split(request.split)[request.start : request.n_samples]
+        if request.targets and self.plain.targets is None:
+            targets = {each.id: target for each, target in zip(samples, request.targets, strict=True)}
+            return self._with(targets).evaluate(request)
         found = self._evaluate(request)
         if request.compensation == NO_COMPENSATION or any(request.artifacts):
             return found
         return replace(found, failed_calibration=self.plain.compensator.failed_samples)
+
+    def _with(self, targets: dict[str, tuple[int, ...] | None]) -> EvaluationDispatch:
+        """Return what evaluates by acceptance; what was computed for other targets of the samples is forgotten."""
+        known = self._targets
+        if self._by_acceptance is None or any(known.get(sample, own) != own for sample, own in targets.items()):
+            self._targets = {}
+            self._by_acceptance = EvaluationDispatch(self.plain.with_targets(self._targets), memory_bytes=self._memory)
+        self._targets.update(targets)
+        return self._by_acceptance
 
     def _evaluate(self, request: EvaluatePlans) -> Evaluations:
         if request.path == "plain":

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, ProcessorMixin
+from transformers import ProcessorMixin
 
 from workers.errors import TaskError
 from workers.tasks import Sample, Task, TaskSpec
 from workers.tasks.metrics import CHOICE_METRICS
 
+from .forced import force
 from .inputs import PreparedBatch, prepare_batch
 from .loading import LoadedModel
 from .prompts import rendered, to_device
-from .ties import end_tokens, tie_bound
+from .ties import tie_bound
 
 NAN_LOGITS = "the logits hold NaN"
 """Why a sample fails whose answer cannot be read."""
@@ -120,23 +121,15 @@ def option_likelihoods(
 
 def feed(model: Any, inputs: Mapping[str, Any], tokens: Sequence[Sequence[int]], pad: int) -> list[Likelihood]:
     """Return the likelihood of each row's own tokens behind the prompts in ``inputs``, which ``generate`` takes."""
-    feeder = _Feeder(tokens, min(end_tokens(model), default=pad), model.dtype)
-    # Some families (BLIP-2) leave generation to the language model inside them, which is then what is called.
-    generating = [module for module in model.modules() if isinstance(module, GenerationMixin)]
-    handles = [module.register_forward_hook(feeder.note) for module in generating]
-    try:
-        model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max(1, *map(len, tokens)),
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([feeder]),
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [feeder.likelihood(row) for row in range(len(tokens))]
+    found = [Likelihood(0.0, 0.0)] * len(tokens)
+
+    def read(step: int, following: list[int], logits: Tensor, scores: Tensor) -> None:
+        for row, likelihood in enumerate(token_likelihoods(logits, following, model.dtype)):
+            if step < len(tokens[row]):
+                found[row] += likelihood
+
+    force(model, inputs, tokens, pad, read)
+    return found
 
 
 @dataclass(frozen=True)
@@ -199,37 +192,3 @@ def join(
 
 def _option_id(sample: Sample, number: int) -> str:
     return f"{sample.id}, option {number + 1}"
-
-
-class _Feeder(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-    """Force given tokens on generation in every row, and ``end`` behind them; add up their likelihoods."""
-
-    def __init__(self, tokens: Sequence[Sequence[int]], end: int, dtype: torch.dtype) -> None:
-        self._tokens, self._end, self._dtype = tokens, end, dtype
-        self._logits: Tensor | None = None
-        self._step = 0
-        self._found = [Likelihood(0.0, 0.0)] * len(tokens)
-
-    def note(self, module: Any, args: Any, output: Any) -> None:
-        """Forward hook: the logits of the next token, ``[rows, tokens, vocabulary]``."""
-        if getattr(output, "logits", None) is not None:
-            self._logits = output.logits[:, -1]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Take note of the next tokens' likelihood, and put them above all others."""
-        assert self._logits is not None
-        step, self._step = self._step, self._step + 1
-        logits = self._logits.float()
-        forced = torch.full_like(scores, -math.inf)
-        following = [own[step] if step < len(own) else self._end for own in self._tokens]
-        forced[range(len(following)), following] = 0.0
-        for row, found in enumerate(token_likelihoods(logits, following, self._dtype)):
-            if step < len(self._tokens[row]):
-                self._found[row] += found
-        return forced
-
-    def likelihood(self, row: int) -> Likelihood:
-        """Return the summed likelihood of a row."""
-        if self._step < len(self._tokens[row]):
-            raise RuntimeError("generation stopped before an option was read to its end; do its settings limit time?")
-        return self._found[row]

@@ -31,6 +31,11 @@ def tie_bound(top: Tensor, dtype: torch.dtype) -> Tensor:
     return UNITS_IN_THE_LAST_PLACE * torch.finfo(dtype).eps / 2 * scale
 
 
+def decides_ties(dtype: torch.dtype) -> bool:
+    """Whether ties are rare enough to be decided apart, one by one: half precision has one in most long answers."""
+    return dtype in (torch.float32, torch.float64)
+
+
 class AnswerWatch(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
     """Record which rows of a batch had NaN among their logits, and which met a tie; change nothing.
 

@@ -12,7 +12,7 @@ import torch
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.compensation.trie_maps import TrieMaps
 from workers.device.memory import is_out_of_memory
-from workers.evaluation.plain import PlainEvaluator, excluded_samples, scores_of, summarise
+from workers.evaluation.plain import NO_TARGET, PlainEvaluator, excluded_samples, summarise
 from workers.latency.request import device_name
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
@@ -29,18 +29,17 @@ from .answers import AnswerScorer, require_plain_decoding
 from .chunks import ChunkCache, SampleChunks
 from .divergence import DenseAnswers
 from .draft import Drafter
-from .packing import Chunk, Packer
+from .packing import MOST_POSITIONS, Chunk, Packer
 from .prompts import PromptReader
-from .scoring import PlanScorer, ScoringRun, option_drafts
+from .scoring import PlanScorer, ScoringRun, option_drafts, target_drafts
 from .state_cache import StateCache
 from .walk import Walker
 
 DEFAULT_MEMORY_BYTES = 2 << 30
 
 
-MOST_CHUNKS, MOST_POSITIONS = 8, 2048
-"""Chunks that are walked beside each other, so that their logits are taken together, and the answer positions they may
-have: their logits are held at once."""
+MOST_CHUNKS = 8
+"""Chunks that are walked beside each other, so that their logits are taken together."""
 
 CHECKED_SAMPLES = 12
 """Samples on which the fast path is compared with the plain one before it is used."""
@@ -60,15 +59,16 @@ class FastEvaluator:
         self, plain: PlainEvaluator, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, chunk_tokens: int | None = None
     ) -> None:
         self.plain, self.loaded, self.task = plain, plain.loaded, plain.task
-        if self.task.spec.answer.kind == "free":
+        spec, targets = self.task.spec, plain.targets
+        if spec.answer.kind == "free" and targets is None:
             raise NotExactError("its answers are free text, which is generated")
-        if not self.task.spec.is_choice:
+        if targets is not None or not spec.is_choice:
             require_plain_decoding(self.loaded.model)
         self.decoder = Decoder(self.loaded.model)
         self.chunk_tokens = chunk_tokens or sizing.SMALLEST
         self._size_is_open = chunk_tokens is None
         self._memory, self._most_chunks = memory_bytes, MOST_CHUNKS
-        spec, tokenizer = self.task.spec, self.loaded.processor.tokenizer
+        tokenizer = self.loaded.processor.tokenizer
         self.drafter = Drafter(tokenizer, spec.answer.max_new_tokens)
         self._scorer = AnswerScorer(
             spec,
@@ -76,10 +76,15 @@ class FastEvaluator:
             METRICS,
             stable=not getattr(tokenizer, "clean_up_tokenization_spaces", False),
         )
-        drafts = option_drafts(self.loaded, spec) if spec.is_choice else lambda sample: (self.drafter.forced(sample),)
+        if targets is not None:
+            drafts = target_drafts(targets)
+        elif spec.is_choice:
+            drafts = option_drafts(self.loaded, spec)
+        else:
+            drafts = lambda sample: (self.drafter.forced(sample),)  # noqa: E731
         reader = PromptReader(self.loaded, self.task, self.decoder)
         self._packer = Packer(self.decoder, self.loaded.device)
-        self._plan_scorer = PlanScorer(spec, self.decoder, self._packer, self.drafter, self._scorer, self.loaded)
+        self._plan_scorer = PlanScorer(plain, self.decoder, self._packer, self.drafter, self._scorer)
         self.chunks = ChunkCache(self.decoder, reader, self._packer, drafts, budget=memory_bytes // 2)
         self.states = StateCache(memory_bytes // 2)
         self._trie_maps: TrieMaps | None = None
@@ -116,6 +121,10 @@ class FastEvaluator:
             NotExactError: a sample's score differs.
         """
         samples = self.task.split(split)
+        if self.plain.targets is not None:
+            samples = tuple(sample for sample in samples if self.plain.targets.get(sample.id) is not None)
+            if not samples:
+                return
         indices = sorted({number * (len(samples) - 1) // CHECKED_SAMPLES for number in range(CHECKED_SAMPLES + 1)})
         chosen = [samples[index] for index in indices]
         dense = SkipPlan.dense(self.decoder.num_layers)
@@ -136,10 +145,11 @@ class FastEvaluator:
         self._score(scoring, f"check {split}")
         for plan in plans:
             for index, sample in enumerate(own):
-                found = scoring.outcomes[plan.text].scores.get(index)
-                if found is None or sample.id not in expected[plan.text].texts:
+                outcome, answers = scoring.outcomes[plan.text], expected[plan.text]
+                found = outcome.scores.get(index)
+                if found is None or sample.id in answers.failed or index in outcome.tied:
                     continue
-                scores = scores_of(self.task.spec, sample, expected[plan.text])
+                scores = self.plain.scores(sample, answers)
                 if found != scores:
                     raise NotExactError(
                         f"under the plan {plan} sample {sample.id} scores {found[0]:g} when work is shared and "
@@ -202,6 +212,7 @@ class FastEvaluator:
             for part in self.chunks.of(split, scoring.samples, scoring.start, self.chunk_tokens):
                 for outcome in scoring.outcomes.values():
                     outcome.failed.update(part.failed)
+                    outcome.failed.update(self._without_target(scoring.samples))
                 waiting = list(part.chunks)
                 while waiting:
                     self.states.budget = max(0, self._memory - self.chunks.nbytes)
@@ -213,6 +224,10 @@ class FastEvaluator:
                         self._make_room()
                     else:
                         waiting = [*self._halve(part, group[0], scoring), *waiting[1:]]
+
+    def _without_target(self, samples: Sequence[Sample]) -> dict[str, str]:
+        targets = self.plain.targets
+        return {} if targets is None else {s.id: NO_TARGET for s in samples if targets[s.id] is None}
 
     def _group(self, waiting: Sequence[Chunk]) -> Sequence[Chunk]:
         """Return the chunks to walk beside each other: as many as the states of a plan leave room for."""
@@ -276,14 +291,18 @@ class FastEvaluator:
             outcome.failed.update(answers.failed)
             outcome.tied.update(p for p, sample in zip(indices, samples, strict=True) if sample.id in answers.tied)
             for index, sample in zip(indices, samples, strict=True):
-                if sample.id in answers.texts:
-                    outcome.scores[index] = scores_of(self.task.spec, sample, answers)
+                if sample.id not in answers.failed:
+                    outcome.scores[index] = self.plain.scores(sample, answers)
+
+    def _nothing(self, sample: Sample) -> tuple[float, ...]:
+        """Scores of a sample without an answer."""
+        return self._scorer.nothing if self.plain.targets is None else self.plain.agreement_scores(sample, None)
 
     def _evaluation(self, text: str, request: EvaluatePlans, scoring: ScoringRun, seconds: float) -> Evaluation:
         outcome, samples = scoring.outcomes[text], scoring.samples
         indices = range(scoring.start, scoring.start + len(samples))
         scores = {
-            sample.id: outcome.scores.get(index, self._scorer.nothing)
+            sample.id: outcome.scores.get(index) or self._nothing(sample)
             for index, sample in zip(indices, samples, strict=True)
         }
         executed = self.walker.tally.by_plan.get(text, 0)
@@ -292,7 +311,7 @@ class FastEvaluator:
             plan=text,
             split=request.split,
             sample_ids=tuple(sample.id for sample in samples),
-            **summarise(self.task.spec, scores, excluded_samples(SkipPlan.parse(text), outcome.failed)),
+            **summarise(self.plain.secondary, scores, excluded_samples(SkipPlan.parse(text), outcome.failed)),
             failed_samples=outcome.failed,
             seconds=seconds,
             compensation=request.compensation,

@@ -33,6 +33,10 @@ LONGEST_BRANCHES = 512
 """Tokens of questions in one row; more of them make another row, since attention grows with the square."""
 
 
+MOST_POSITIONS = 2048
+"""Answer positions of what is walked together, unless one row has more: their logits are held at once."""
+
+
 @dataclass(frozen=True)
 class Branch:
     """A sample's tokens after the prefix: its question, and the draft that is fed behind it."""
@@ -206,11 +210,14 @@ def cut(rows: Sequence[Row], tokens: int) -> list[tuple[Row, ...]]:
     """Group rows of similar length, each group at most ``tokens`` with its padding (or one row)."""
     groups: list[tuple[Row, ...]] = []
     current: list[Row] = []
+    positions = 0
     for row in sorted(rows, key=lambda row: (row.length, row.branches[0].sample)):
-        if current and (len(current) + 1) * row.length > tokens:
+        own = sum(len(branch.draft.fed) + 1 for branch in row.branches)
+        if current and ((len(current) + 1) * row.length > tokens or positions + own > MOST_POSITIONS):
             groups.append(tuple(current))
-            current = []
+            current, positions = [], 0
         current.append(row)
+        positions += own
     if current:
         groups.append(tuple(current))
     return groups

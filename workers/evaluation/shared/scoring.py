@@ -2,7 +2,8 @@
 
 Chunks are walked beside each other. A plan's end holds few tokens in each of them, and matrix products of few tokens
 are slow: logits are taken, and open answers decoded on, for all of them at once. Where the task is to choose, each
-option is a branch behind its question, and all of one question stand in the same row.
+option is a branch behind its question, and all of one question stand in the same row. Where the dense model's own
+answers are the targets, they are the drafts, and nothing is decoded on.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from workers.errors import TaskError
+from workers.evaluation.plain import PlainEvaluator, Targets
 from workers.layerwise.decoder import Decoder, Keys, NotExactError
 from workers.layerwise.trie import build_trie
 from workers.models.loading import LoadedModel
 from workers.models.multiple_choice import Choice, Likelihood, option_tokens, token_likelihoods
-from workers.models.ties import end_tokens
+from workers.models.ties import decides_ties, end_tokens
 from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Sample, TaskSpec
@@ -77,17 +79,11 @@ class PlanScorer:
     """Score plans on packed samples."""
 
     def __init__(
-        self,
-        spec: TaskSpec,
-        decoder: Decoder,
-        packer: Packer,
-        drafter: Drafter,
-        scorer: AnswerScorer,
-        loaded: LoadedModel,
+        self, plain: PlainEvaluator, decoder: Decoder, packer: Packer, drafter: Drafter, scorer: AnswerScorer
     ) -> None:
-        self._spec, self._decoder, self._packer = spec, decoder, packer
+        self._plain, self._spec, self._decoder, self._packer = plain, plain.task.spec, decoder, packer
         self._drafter, self._scorer = drafter, scorer
-        self._dtype, self._ends = loaded.model.dtype, end_tokens(loaded.model)
+        self._dtype, self._ends = plain.loaded.model.dtype, end_tokens(plain.loaded.model)
 
     def score(self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], scoring: ScoringRun) -> None:
         """Record in ``scoring`` what chunks, whose dense answers are known, score under plans."""
@@ -100,21 +96,25 @@ class PlanScorer:
             for chunk, before in zip(chunks, accumulate(sizes, initial=0), strict=False)
             for first, last in chunk.spans
         ]
+        chooses = self._spec.is_choice and self._plain.targets is None
         for ends in zip(*(walker.ends(trie, chunk) for chunk in chunks), strict=True):
             (node, _), *_ = ends
             logits = self._decoder.logits(torch.cat([states for _, states in ends]))
             for chunk, own in zip(chunks, torch.split(logits, sizes), strict=True):
                 assert chunk.dense is not None
                 divergence = mean_divergence(chunk, chunk.dense.divergence(own))
-                options = OptionLikelihoods.of(chunk, own, self._dtype) if self._spec.is_choice else None
+                options = OptionLikelihoods.of(chunk, own, self._dtype) if chooses else None
                 for plan in node.plans:
                     scoring.outcomes[plan].kl.update(divergence)
                     if options is not None:
                         options.grade(self._spec, scoring, scoring.outcomes[plan])
-            if self._spec.is_choice:
+            if chooses:
                 continue
             tokens = GreedyTokens.of(logits, self._dtype)
             for plan in node.plans:
+                if self._plain.targets is not None:
+                    self._agree(branches, spans, tokens, scoring, scoring.outcomes[plan])
+                    continue
                 outcome = scoring.outcomes[plan]
                 still_open = self._settle(branches, spans, tokens, scoring, outcome)
                 walker.keeps_keys = bool(still_open)  # plans that follow each other are alike
@@ -127,6 +127,29 @@ class PlanScorer:
                     more = GreedyTokens.of(self._decoder.logits(states), self._dtype).at(continuation.reading)
                     still_open = self._settle(continuation.branches, continuation.spans, more, scoring, outcome)
         walker.forget_keys()
+
+    def _agree(
+        self, branches: Sequence[Branch], spans: Spans, tokens: GreedyTokens, scoring: ScoringRun, outcome: Outcome
+    ) -> None:
+        """Record how far the branches' targets are what the plan would draft; the plain path decides rare ties."""
+        assert self._plain.targets is not None
+        for branch, (first, last) in zip(branches, spans, strict=True):
+            sample, index = scoring.sample(branch.sample), branch.sample
+            target = self._plain.targets[sample.id]
+            if target is None:
+                continue
+            best = tokens.best[first:last]
+            if any(tokens.nan[first:last]):
+                outcome.alone.add(index)
+                continue
+            own = enumerate(target, start=first)
+            if any(is_open(tokens, position, token) for position, token in own):
+                outcome.tied.add(index)
+                if decides_ties(self._dtype):
+                    outcome.alone.add(index)
+                    continue
+            agrees = [token == likely for token, likely in zip(target, best, strict=True)]
+            outcome.scores[index] = self._plain.agreement_scores(sample, agrees)
 
     def _settle(
         self, branches: Sequence[Branch], spans: Spans, tokens: GreedyTokens, scoring: ScoringRun, outcome: Outcome
@@ -153,7 +176,23 @@ class PlanScorer:
         return still_open
 
 
+def is_open(tokens: GreedyTokens, position: int, token: int) -> bool:
+    """Whether rounding may decide that ``token`` is the likeliest at a position, or that it is not."""
+    rivals = tokens.rivals.get(position, ())
+    return token in rivals or (bool(rivals) and token == tokens.best[position])
+
+
 # Options ------------------------------------------------------------------------------------------------------------
+
+
+def target_drafts(targets: Targets) -> Callable[[Sample], tuple[Draft, ...]]:
+    """Drafts of a sample: the dense model's own answer up to its last token, which need not be fed."""
+
+    def draft(sample: Sample) -> tuple[Draft, ...]:
+        tokens = targets[sample.id] or (0,)  # without an answer it fails, whatever is fed
+        return (Draft(tokens, len(tokens)),)
+
+    return draft
 
 
 def option_drafts(loaded: LoadedModel, spec: TaskSpec) -> Callable[[Sample], tuple[Draft, ...]]:
