@@ -160,6 +160,11 @@ class Decoding:
             self._inputs.append(self._grown(self._inputs[-1]))
         return self._inputs[tokens]
 
+    def _advance(self, tokens: int) -> None:
+        """Go on to the inputs of the sequence that is ``tokens`` longer."""
+        self._ahead(tokens)
+        del self._inputs[:tokens]
+
     def _grown(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return model inputs for one more token: each family's own method knows how, for one at a time."""
         grown: dict[str, Any] = self._model._update_model_kwargs_for_generation(
@@ -191,7 +196,7 @@ class Decoding:
         self.counts.plain_steps += 1
         self._take(logits, None, [])
         self._rollback.remove(0)
-        del self._inputs[:1]
+        self._advance(1)
         self._lengths.observe_plain(self._clock.seconds(start, end))
 
     def _round(self, length: int) -> None:
@@ -204,8 +209,7 @@ class Decoding:
         accepted, of_rows = self._take(logits, drafts, distributions)
         taken = self.sequence.shape[1] - before
         self._rollback.remove(length + 1 - taken)
-        self._ahead(taken)
-        del self._inputs[:taken]
+        self._advance(taken)
         self._drafting.keep(self.sequence.shape[1] - 1)
         self.counts.rounds += 1
         self.counts.drafted += length * rows
