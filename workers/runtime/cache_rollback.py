@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     DynamicIndexedLayer,
@@ -45,9 +44,6 @@ class Rollback:
         self._growing: list[int] | None = None
         """Layers that hold one entry a token; those of cross-attention hold an image's, and are left alone."""
         cache.activate_past_recording()
-        for layer in cache.layers:
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                _show_window_only(layer)
 
     def before_pass(self) -> None:
         """Take note of the layers' lengths before the first pass, to learn which of them grow."""
@@ -81,7 +77,6 @@ class Rollback:
         for layer in self._cache.layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False
-            layer.__dict__.pop("update", None)
 
 
 def _can_be_set_back(layer: Any, longest: int) -> bool:
@@ -94,15 +89,3 @@ def _can_be_set_back(layer: Any, longest: int) -> bool:
 
 def _length(layer: Any) -> int:
     return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
-
-
-def _show_window_only(layer: DynamicSlidingWindowLayer) -> None:
-    """Have attention get the window's keys alone where more are put aside, as transformers itself does since 5.18."""
-    original = layer.update
-
-    def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        visible = layer.sliding_window - 1 + keys.shape[-2]
-        stored_keys, stored_values = original(keys, values, *args, **kwargs)
-        return stored_keys[..., -visible:, :], stored_values[..., -visible:, :]
-
-    layer.update = update

@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 
 LONGEST_DRAFT = 12
+FIRST_STEPS = 2
+"""Plain steps timed before the first draft."""
+ROUNDS_A_STEP = 50
+"""Rounds after which a plain step is timed again."""
 FIRST_DRAFT = 4
 """Length of a draft when nothing is known of drafting yet."""
 PROBE_LENGTH = 3
@@ -54,49 +58,39 @@ class DraftLength:
         self._plain = _seconds()
         self._draft = _seconds()
         self._verify: dict[int, deque[float]] = defaultdict(_seconds)
-        self._start_ratio = _seconds()
-        """Seconds of the drafter's prefill over those of the dense model's."""
-        self._answers = _seconds()
-        """Lengths of the last answers, in tokens."""
+        self._rounds = 0
+        """Rounds since the last plain step."""
         self._allowance = 0.0
         """Seconds that may go into looking whether drafting pays."""
         self._promising = False
         """Whether the last draft was accepted as a whole."""
 
-    def choose(self, left: int, generated: int, prefill: float | None) -> int:
-        """Return how many tokens to draft now, 0 for a plain step.
-
-        ``left`` is the most tokens that may still come, ``generated`` how many the request has; ``prefill`` are the
-        seconds of the dense model's prefill where the drafter has not seen the prompt yet, else ``None``.
-        """
+    def choose(self, left: int) -> int:
+        """Return how many tokens to draft now, 0 for a plain step; ``left`` is the most tokens that may still come."""
         limit = min(left - 1, LONGEST_DRAFT)
         with self._lock:
-            if limit < 1 or not self._plain:
+            if limit < 1 or len(self._plain) < FIRST_STEPS or self._rounds >= ROUNDS_A_STEP:
                 return 0
             if not self._draft:
                 return min(limit, FIRST_DRAFT)
-            start = 0.0 if prefill is None else prefill * (median(self._start_ratio) if self._start_ratio else 1.0)
-            length, gain = self._best(limit)
-            if gain * min(left, self._still_expected(generated)) > start:
-                return length
-            return self._probe(limit, start)
+            return self._best(limit) or self._probe(limit)
 
-    def _best(self, limit: int) -> tuple[int, float]:
-        """Return the best draft length and the seconds a token that it gains; (0, 0.0) where drafting does not pay."""
-        plain, acceptance = median(self._plain), self._agreed / self._tested
-        best, gain = 0, LEAST_GAIN * plain
+    def _best(self, limit: int) -> int:
+        """Return the draft length with the most tokens a second, 0 where plain decoding is about as fast."""
+        plain, acceptance = median_low(self._plain), self._agreed / self._tested
+        best, least = 0, (1 - LEAST_GAIN) * plain
         for length in range(1, limit + 1):
-            gained = plain - self._round_seconds(length) / expected_tokens(acceptance, length)
-            if gained > gain:
-                best, gain = length, gained
-        return (best, gain) if best else (0, 0.0)
+            seconds = self._round_seconds(length) / expected_tokens(acceptance, length)
+            if seconds < least:
+                best, least = length, seconds
+        return best
 
     def _round_seconds(self, length: int) -> float:
         return length * median(self._draft) + self._verify_seconds(length + 1)
 
     def _verify_seconds(self, width: int) -> float:
         """Seconds of a dense pass over ``width`` tokens, between and beyond observed widths on a straight line."""
-        known = {1: median(self._plain)} | {each: median(seen) for each, seen in self._verify.items()}
+        known = {1: median_low(self._plain)} | {each: median(seen) for each, seen in self._verify.items()}
         if width in known:
             return known[width]
         below = max(each for each in known if each < width)
@@ -107,43 +101,33 @@ class DraftLength:
         slope = (known[below] - known[1]) / (below - 1) if below > 1 else 0.1 * known[1]
         return known[below] + max(slope, 0.0) * (width - below)
 
-    def _still_expected(self, generated: int) -> float:
-        longer = [length - generated for length in self._answers if length > generated]
-        return median(longer) if longer else float(max(generated, 16))
-
-    def _probe(self, limit: int, start: float) -> int:
+    def _probe(self, limit: int) -> int:
+        """Return a short draft's length where the time for looking is there, or the last one was accepted."""
         length = min(limit, PROBE_LENGTH)
-        if self._promising and not start:
-            return length
-        cost = start + self._round_seconds(length)
+        cost = self._round_seconds(length)
+        if cost >= median_low(self._plain) * (length + 1):
+            return 0  # not even if every draft were accepted
         self._allowance = min(self._allowance, 2 * cost)
-        if self._allowance < cost:
-            return 0
-        self._allowance -= cost
+        if not self._promising:
+            if self._allowance < cost:
+                return 0
+            self._allowance -= cost
         return length
 
     def observe_plain(self, seconds: float) -> None:
         """Take note of a plain step."""
         with self._lock:
             self._plain.append(seconds)
+            self._rounds = 0
             self._allowance += PROBE_SHARE * seconds
-
-    def observe_start(self, seconds: float, prefill: float) -> None:
-        """Take note of the drafter's prefill beside the dense model's."""
-        with self._lock:
-            self._start_ratio.append(seconds / max(prefill, 1e-9))
 
     def observe_round(self, seen: Round) -> None:
         """Take note of a draft and its verification."""
         with self._lock:
+            self._rounds += 1
             forget = 0.5 ** (seen.tested / HALF_LIFE)
             self._agreed = self._agreed * forget + seen.accepted
             self._tested = self._tested * forget + seen.tested
             self._draft.append(seen.draft_seconds / seen.drafted)
             self._verify[seen.drafted + 1].append(seen.verify_seconds)
             self._promising = seen.accepted == seen.drafted
-
-    def observe_answer(self, tokens: int) -> None:
-        """Take note of an answer's length."""
-        with self._lock:
-            self._answers.append(float(tokens))

@@ -1,26 +1,22 @@
-"""The model under a plan as a drafter: a copy that shares the live model's weights, and its own KV cache."""
+"""The model under a plan as a drafter: a copy that shares the live model's weights, and drafts on its cache."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation import logits_process
 
 from .applied import apply_permanently
-from .cache_rollback import Rollback
 from .folding import Maps
 from .plan import PlanError, SkipPlan
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""What a model's forward calls the KV cache: the first since transformers 5.24."""
 STATEFUL = (
     logits_process.SynthIDTextWatermarkLogitsProcessor,
     logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -62,12 +58,6 @@ def bytes_beside(model: nn.Module, drafter: nn.Module) -> int:
     )
 
 
-def cache_name(model: nn.Module) -> str:
-    """Return the name by which the model's inputs carry the KV cache."""
-    parameters = inspect.signature(model.prepare_inputs_for_generation).parameters  # type: ignore[arg-type]
-    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
-
-
 def without_memory(processors: LogitsProcessorList) -> LogitsProcessorList:
     """Return the processors that may be called for tokens that are then refused.
 
@@ -81,52 +71,36 @@ def without_memory(processors: LogitsProcessorList) -> LogitsProcessorList:
 
 
 class Drafting:
-    """One request's drafts: the drafter's cache, and how much of the sequence is in it."""
+    """Drafts tokens for one request, on the dense model's own cache.
 
-    def __init__(self, drafter: Any, processors: LogitsProcessorList, *, sample: bool) -> None:
-        self._drafter, self._sample = drafter, sample
+    Each draft begins from copies of the cache's entries of the kept layers (as in 2309.08168): the drafter needs no
+    prefill, sees the dense model's keys of prompt, images and answer, and leaves the cache as it was.
+    """
+
+    def __init__(self, drafter: Any, kept: Sequence[int], processors: LogitsProcessorList, *, sample: bool) -> None:
+        self._drafter, self._kept, self._sample = drafter, tuple(kept), sample
         self._processors = without_memory(processors)
-        self._cache_name = cache_name(drafter)
-        self._cache: DynamicCache | None = None
-        self._rollback: Rollback | None = None
-        self._stored = 0
-        """Columns of the sequence whose keys are in the cache."""
-
-    @property
-    def started(self) -> bool:
-        """Whether the prompt is in the drafter's cache."""
-        return self._cache is not None
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values in the drafter's cache."""
-        layers = () if self._cache is None else self._cache.layers
-        return sum(
-            value.numel() * value.element_size()
-            for layer in layers
-            for value in (getattr(layer, "keys", None), getattr(layer, "values", None))
-            if isinstance(value, Tensor)
-        )
-
-    def start(self, prompt: Tensor, settings: Any, inputs: dict[str, Any], longest: int) -> None:
-        """Run the prompt ``[batch, tokens]`` with the ``inputs`` of the dense model's own prefill."""
-        cache = DynamicCache(config=self._drafter.config.get_text_config(decoder=True))
-        own = {**inputs, self._cache_name: cache}
-        self._drafter._prefill(prompt, settings, own)
-        self._rollback = Rollback(cache, longest)
-        self._cache, self._stored = cache, prompt.shape[1]
+        self.cache_bytes = 0
+        """Most bytes of keys and values that a draft held."""
 
     def draft(
-        self, sequence: Tensor, length: int, inputs: Callable[[int], dict[str, Any]]
+        self, sequence: Tensor, length: int, cache: Cache, inputs: Callable[[int], dict[str, Any]], ends: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Draft ``length`` tokens behind ``sequence`` ``[batch, tokens]``.
+        """Draft at most ``length`` tokens behind ``sequence`` ``[batch, tokens]``, whose last is not in ``cache`` yet.
 
-        ``inputs(n)`` are the model inputs, without cache, of the sequence and n more tokens. Returns the tokens
-        ``[batch, length]`` and, under sampling, the distribution ``[batch, vocabulary]`` that each was drawn from.
+        ``inputs(n)`` are the model inputs of the sequence and n more tokens. With ``ends``, tokens that end an answer,
+        the draft ends where every row has drafted one. Returns the tokens ``[batch, drafted]`` and, under sampling, the
+        distribution ``[batch, vocabulary]`` that each was drawn from.
         """
+        own = draft_cache(cache, self._kept)
         distributions: list[Tensor] = []
+        start = sequence.shape[1]
+        going = sequence.new_ones(len(sequence), dtype=torch.bool)
         for drafted in range(length):
-            outputs = self._step(sequence, inputs(drafted))
+            prepared = self._drafter.prepare_inputs_for_generation(
+                sequence, next_sequence_length=1, **_with_cache(inputs(drafted), cache, own)
+            )
+            outputs = self._drafter(**prepared, return_dict=True)
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=sequence.device)
             scores = self._processors(sequence, logits)
             if self._sample:
@@ -135,24 +109,45 @@ class Drafting:
             else:
                 tokens = scores.argmax(dim=-1, keepdim=True)
             sequence = torch.cat([sequence, tokens], dim=-1)
-        return sequence[:, sequence.shape[1] - length :], distributions
+            if ends is not None:
+                going &= ~torch.isin(tokens[:, 0], ends)
+                if not going.any():
+                    break
+        self.cache_bytes = max(self.cache_bytes, _bytes_of(own))
+        return sequence[:, start:], distributions
 
-    def _step(self, sequence: Tensor, inputs: dict[str, Any]) -> Any:
-        """Run what is not in the cache yet, and put it there."""
-        assert self._rollback is not None
-        new = sequence.shape[1] - self._stored
-        prepared = self._drafter.prepare_inputs_for_generation(
-            sequence, next_sequence_length=new, **{**inputs, self._cache_name: self._cache}
-        )
-        self._rollback.before_pass()
-        outputs = self._drafter(**prepared, return_dict=True)
-        self._rollback.after_pass()
-        self._stored = sequence.shape[1]
-        return outputs
 
-    def keep(self, columns: int) -> None:
-        """Forget what is stored behind the first ``columns`` columns of the sequence."""
-        if self._rollback is not None:
-            surplus = max(self._stored - columns, 0)
-            self._rollback.remove(surplus)
-            self._stored -= surplus
+def draft_cache(cache: Cache, kept: Sequence[int]) -> Cache:
+    """Return a cache of the kept layers that begins as ``cache`` and may be written to without changing it."""
+    own = copy.copy(cache)
+    own.layers = [_branch(cache.layers[index]) for index in kept if index < len(cache.layers)]
+    return own
+
+
+def _branch(layer: Any) -> Any:
+    """Copy a cache layer so that it can go on alone; keys and values are shared as long as nothing is written."""
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer):
+        branch = copy.copy(layer)  # an update puts new tensors in the place of the old ones
+    elif isinstance(layer, StaticLayer):
+        # Drafts are written behind the length, where the verification writes anew.
+        branch = copy.copy(layer)
+        branch.cumulative_length = layer.cumulative_length.clone()
+    else:
+        branch = copy.deepcopy(layer)
+    if hasattr(branch, "record_past"):
+        branch.record_past = False
+    return branch
+
+
+def _with_cache(inputs: dict[str, Any], cache: Cache, own: Cache) -> dict[str, Any]:
+    return {name: own if value is cache else value for name, value in inputs.items()}
+
+
+def _bytes_of(cache: Cache) -> int:
+    """Bytes of keys and values."""
+    return sum(
+        value.numel() * value.element_size()
+        for layer in cache.layers
+        for value in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(value, Tensor)
+    )

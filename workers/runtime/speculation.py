@@ -34,7 +34,7 @@ class SpeculationStatistics:
     tokens: int = 0
     """Generated tokens."""
     extra_bytes: int = 0
-    """Bytes beside the dense model and its caches: folded weights, and the largest cache of the drafter."""
+    """Bytes beside the dense model and its cache: folded weights, and the most keys and values that a draft held."""
 
 
 class Speculation:
@@ -140,17 +140,13 @@ class _Constant:
     def __init__(self, length: int) -> None:
         self._length = length
 
-    def choose(self, left: int, generated: int, prefill: float | None) -> int:
+    def choose(self, left: int) -> int:
         """Return the length, or what is left but the token that the dense model adds."""
         return max(min(self._length, left - 1), 0)
 
     def observe_plain(self, seconds: float) -> None: ...
 
-    def observe_start(self, seconds: float, prefill: float) -> None: ...
-
     def observe_round(self, seen: Round) -> None: ...
-
-    def observe_answer(self, tokens: int) -> None: ...
 
 
 def _loop(speculation: Speculation, drafter: nn.Module, streamer: Any) -> Any:
@@ -166,9 +162,8 @@ def _loop(speculation: Speculation, drafter: nn.Module, streamer: Any) -> Any:
     ) -> Any:
         settings = Settings(logits_processor, stopping_criteria, generation_config, streamer)
         settings.refuse_unsupported(model_kwargs)
-        drafting = Drafting(
-            speculation._drafter_of(model, drafter), logits_processor, sample=bool(generation_config.do_sample)
-        )
+        kept, sample = speculation.plan.kept, bool(generation_config.do_sample)
+        drafting = Drafting(speculation._drafter_of(model, drafter), kept, logits_processor, sample=sample)
         decoding = Decoding(model, drafting, speculation._lengths_for(len(input_ids)), settings, input_ids)
         try:
             return decoding.run(model_kwargs)

@@ -13,9 +13,11 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .cache_rollback import Rollback
 from .draft_length import Round
-from .drafter import Drafting, cache_name
+from .drafter import Drafting
 from .plan import PlanError
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a model calls the KV cache: the first since transformers 5.24."""
 NOT_CARRIED = ("logits", "loss", "attentions", "hidden_states")
 """Outputs of a pass that no later pass needs."""
 
@@ -23,11 +25,9 @@ NOT_CARRIED = ("logits", "loss", "attentions", "hidden_states")
 class Lengths(Protocol):
     """Chooses draft lengths, and learns from what came of them: :class:`~workers.runtime.draft_length.DraftLength`."""
 
-    def choose(self, left: int, generated: int, prefill: float | None) -> int: ...
+    def choose(self, left: int) -> int: ...
     def observe_plain(self, seconds: float) -> None: ...
-    def observe_start(self, seconds: float, prefill: float) -> None: ...
     def observe_round(self, seen: Round) -> None: ...
-    def observe_answer(self, tokens: int) -> None: ...
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Counts:
     plain_steps: int = 0
     tokens: int = 0
     cache_bytes: int = 0
-    """Most bytes of the drafter's cache."""
+    """Most bytes of keys and values while a draft was made."""
 
 
 class Clock:
@@ -93,7 +93,10 @@ class Decoding:
         self._prompt = sequence
         self._inputs: list[dict[str, Any]] = []
         self._sample = bool(settings.config.do_sample)
-        self._ends = any(hasattr(each, "eos_token_id") for each in settings.criteria)
+        ends = [each.eos_token_id for each in settings.criteria if hasattr(each, "eos_token_id")]
+        self._ends = bool(ends)
+        # Elsewhere a look at what was drafted would wait for the device.
+        self._drafted_ends = torch.cat(ends).cpu() if ends and sequence.device.type == "cpu" else None
         pad = settings.config._pad_token_tensor
         self._pad: Any = None if pad is None else pad.to(sequence.device)
         self._unfinished = torch.ones(len(sequence), dtype=torch.long, device=sequence.device)
@@ -107,50 +110,33 @@ class Decoding:
 
     def run(self, inputs: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
         """Generate until the stopping criteria end every row. ``inputs`` are the model inputs for the prompt."""
-        cache_key = cache_name(self._model)
-        if self._settings.config.prefill_chunk_size is None and _length_of(inputs.get(cache_key)):
-            raise PlanError("speculate() takes no cache of an earlier call: the drafter has none for it")
-        prompt_inputs = {name: value for name, value in inputs.items() if name != cache_key}
-        start = self._clock.now()
+        if any(_length_of(inputs.get(name)) for name in CACHE_NAMES):
+            raise PlanError("speculate() takes no cache of an earlier call: give the whole prompt")
         outputs = self._model._prefill(self._prompt, self._settings.config, inputs)
-        end = self._clock.now()
-        self._begin(outputs, inputs)
+        self._begin(outputs)
         logits = outputs.logits[:, -1:]
-        carried = _Carried((name, value) for name, value in outputs.items() if name not in NOT_CARRIED)
+        self._carried = _Carried((name, value) for name, value in outputs.items() if name not in NOT_CARRIED)
         del outputs
-        self._carried = carried
         self._inputs = [self._grown(inputs)]
         self._take(logits, None, [])
-        prefill = self._clock.seconds(start, end)
-        longest = self._longest()
         with self._model._optimize_model_for_decode():
             while self._alive:
-                left = longest - self.sequence.shape[1]
-                generated = self.sequence.shape[1] - self._prompt.shape[1]
-                length = self._lengths.choose(left, generated, None if self._drafting.started else prefill)
-                if length and not self._drafting.started:
-                    self._start_drafting(prompt_inputs, prefill)
+                length = self._lengths.choose(self._longest() - self.sequence.shape[1])
                 if length:
                     self._round(length)
                 else:
                     self._plain_step()
         return self._finish()
 
-    def _begin(self, outputs: Any, inputs: dict[str, Any]) -> None:
-        cache = next((outputs[name] for name in (cache_name(self._model), "past_key_values") if name in outputs), None)
-        self._cache = cache
-        self._rollback = Rollback(cache, self._longest() - self._prompt.shape[1] + _length_of(cache))
+    def _begin(self, outputs: Any) -> None:
+        """Take over the cache of the prompt. Raises where it cannot be set back."""
+        self._cache = next((outputs[name] for name in CACHE_NAMES if name in outputs), None)
+        longest = self._longest() - self._prompt.shape[1] + _length_of(self._cache)
+        self._rollback = Rollback(self._cache, longest)
 
     def _longest(self) -> int:
         longest = self._settings.criteria.max_length
         return int(self._settings.config.max_length if longest is None else longest)
-
-    def _start_drafting(self, prompt_inputs: dict[str, Any], prefill: float) -> None:
-        start = self._clock.now()
-        self._drafting.start(self._prompt, self._settings.config, prompt_inputs, self._longest())
-        end = self._clock.now()
-        torch.cuda.synchronize() if self.sequence.device.type == "cuda" else None
-        self._lengths.observe_start(self._clock.seconds(start, end), prefill)
 
     # Passes -------------------------------------------------------------------------------------------------------
 
@@ -201,7 +187,10 @@ class Decoding:
 
     def _round(self, length: int) -> None:
         start = self._clock.now()
-        drafts, distributions = self._drafting.draft(self.sequence, length, self._ahead)
+        drafts, distributions = self._drafting.draft(
+            self.sequence, length, self._cache, self._ahead, self._drafted_ends
+        )
+        length = drafts.shape[1]
         middle = self._clock.now()
         logits = self._pass(drafts)
         end = self._clock.now()
@@ -210,7 +199,6 @@ class Decoding:
         taken = self.sequence.shape[1] - before
         self._rollback.remove(length + 1 - taken)
         self._advance(taken)
-        self._drafting.keep(self.sequence.shape[1] - 1)
         self.counts.rounds += 1
         self.counts.drafted += length * rows
         self.counts.accepted += of_rows
@@ -287,7 +275,6 @@ class Decoding:
 
     def _finish(self) -> Tensor | GenerateDecoderOnlyOutput:
         self._rollback.end()
-        self._lengths.observe_answer(self.sequence.shape[1] - self._prompt.shape[1])
         if self._settings.streamer is not None:
             self._settings.streamer.end()
         if not self._settings.config.return_dict_in_generate:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workers.runtime import GapMap, PlanError, SkipPlan, apply, speculate
 
 LAYERS = 4
+CACHE = "cache" if version.parse(transformers.__version__) >= version.parse("5.24") else "past_key_values"
 PLAN = SkipPlan.parse("RSRR")
 
 
@@ -65,37 +68,45 @@ def test_the_live_model_stays_bitwise_as_it_was_and_its_weights_are_shared() -> 
         speculation.generate(**INPUTS, max_new_tokens=12, do_sample=False)
         folded = MODEL.model.layers[0].mlp.down_proj.weight
         cache = speculation.statistics.extra_bytes - folded.numel() * folded.element_size()
-        # keys and values of the kept layers, for at most prompt and answer: [batch, heads, tokens, size]
+        # keys and values of three layers for at most prompt and answer: [batch, heads, tokens, size]
         assert 0 < cache <= 2 * 3 * len(PROMPTS) * 2 * (5 + 12) * 8 * 4
     assert state_of(MODEL) == before
     assert [each.data_ptr() for each in MODEL.parameters()] == addresses
 
 
 def test_drafts_are_those_of_the_model_under_the_plan_and_its_maps() -> None:
-    """The first draft is what the plan generates by itself behind the dense model's first token."""
+    """Behind a prompt of one token the cache says nothing: the first draft is the plan's own next token."""
     maps = random_map(1)
-    with apply(MODEL, PLAN, maps):
-        expected = MODEL.generate(**INPUTS, max_new_tokens=9, do_sample=False).tolist()
-    with speculate(MODEL, PLAN, maps, draft_length=8) as speculation:
-        drafted: list[Tensor] = []
+    first = torch.tensor([[5], [17], [23], [4]])
+    second = MODEL.generate(input_ids=first, max_new_tokens=1, do_sample=False)[:, 1:]
+    with speculate(MODEL, PLAN, maps, draft_length=1) as speculation:
+        seen: list[Tensor] = []
         drafter: Any = speculation._drafter
-        forward = drafter.forward
-
-        def watch(**inputs: Any) -> Any:
-            outputs = forward(**inputs)
-            drafted.append(outputs.logits[:, -1].argmax(-1))
-            return outputs
-
-        drafter.forward = watch
-        speculation.generate(**INPUTS, max_new_tokens=10, do_sample=False)
-    dense_first = MODEL.generate(**INPUTS, max_new_tokens=1, do_sample=False)[:, -1].tolist()
-    # The prefill's own prediction is not used: the drafter goes on behind the dense model's first token.
-    assert drafted[0].tolist() == [row[5] for row in expected]
+        drafter.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+        speculation.generate(input_ids=first, max_new_tokens=3, do_sample=False)
     with apply(MODEL, PLAN, maps):
-        behind = torch.cat([PROMPTS, torch.tensor(dense_first)[:, None]], dim=1)
-        mask = torch.cat([INPUTS["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
-        own = MODEL.generate(input_ids=behind, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, -8:]
-    assert torch.stack(drafted[1:9], dim=1).tolist() == own.tolist()
+        expected: list[Tensor] = []
+        with MODEL.model.layers[0].register_forward_hook(lambda module, inputs, output: expected.append(output)):
+            cache = MODEL(input_ids=first, use_cache=True)
+            MODEL(input_ids=second, position_ids=torch.ones_like(second), **{CACHE: cache[CACHE]})
+    assert len(seen) == 1
+    # Layer 0 is the dense one but for the map in its last projection: its cache entry is the dense model's too.
+    assert torch.allclose(seen[0], expected[1], atol=1e-5)
+    with speculate(MODEL, PLAN, draft_length=1) as plain:
+        assert plain._drafter.model.layers[0].mlp.down_proj.weight is MODEL.model.layers[0].mlp.down_proj.weight
+
+
+@pytest.mark.parametrize("plan", ["RRRR", "RSRR", "RSSR", "SSSR"])
+def test_lengths_that_adapt_change_no_answer(plan: str) -> None:
+    """Plain steps, rounds and drafts of every length follow one another."""
+    with speculate(MODEL, SkipPlan.parse(plan)) as speculation:
+        for count in (1, 2, 3, 60):
+            expected = MODEL.generate(**INPUTS, max_new_tokens=count, do_sample=False)
+            found = speculation.generate(**INPUTS, max_new_tokens=count, do_sample=False)
+            assert found.tolist() == expected.tolist(), count
+    counted = speculation.statistics
+    assert counted.tokens == len(PROMPTS) * (1 + 2 + 3 + 60)
+    assert counted.plain_steps and counted.rounds
 
 
 def test_an_ended_speculation_and_impossible_plans_are_refused() -> None:
