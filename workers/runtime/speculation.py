@@ -13,7 +13,9 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 
 from .draft_length import DraftLength, Round
 from .drafter import Drafting, bytes_beside, drafting_model
+from .families import APPLIED
 from .folding import Maps
+from .locate import locate
 from .plan import PlanError, SkipPlan
 from .speculation_loop import Counts, Decoding, Lengths, Settings
 
@@ -53,6 +55,7 @@ class Speculation:
         self._drafter: nn.Module | None = drafting_model(model, plan, maps)
         self._weights = bytes_beside(model, self._drafter)
         self._draft_length = draft_length
+        self._layers = locate(model).layers
         self._lock = threading.Lock()
         self._lengths: dict[int, DraftLength] = defaultdict(DraftLength)
         """By batch size, which decides what a draft costs and how often all rows keep it."""
@@ -84,6 +87,9 @@ class Speculation:
         """
         if self._drafter is None:
             raise PlanError("this speculation has ended: call speculate() again")
+        applied = self._layers.__dict__.get(APPLIED)
+        if applied is not None:
+            raise PlanError(f"the plan {applied.plan.text} is applied to this model: leave apply() before generating")
         for name in REFUSED:
             if arguments.get(name) is not None:
                 raise PlanError(f"speculate() decides how tokens are drafted: leave {name} out")

@@ -131,7 +131,8 @@ class Decoding:
     def _begin(self, outputs: Any) -> None:
         """Take over the cache of the prompt. Raises where it cannot be set back."""
         self._cache = next((outputs[name] for name in CACHE_NAMES if name in outputs), None)
-        longest = self._longest() - self._prompt.shape[1] + _length_of(self._cache)
+        # The last token of the longest answer is never stored.
+        longest = self._longest() - 1 - self._prompt.shape[1] + _length_of(self._cache)
         self._rollback = Rollback(self._cache, longest)
 
     def _longest(self) -> int:
