@@ -66,6 +66,7 @@ EXPORT_FORMATS: Registry[Any] = Registry(
         "llama-cpp": "optimizer.exports.formats.llama_cpp:FORMAT",
         "openvino": "optimizer.exports.formats.openvino:FORMAT",
         "vllm": "optimizer.exports.formats.vllm:FORMAT",
+        "drafter": "optimizer.exports.formats.drafter:FORMAT",
     },
 )
 """Values of ``optimizer.exports.interface.ExportFormat``."""

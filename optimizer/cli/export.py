@@ -185,6 +185,7 @@ def _engine_lines(found: EngineVerification, published: MeasuredFigures) -> list
     return [
         f"{found.files} files are as they were written",
         f"served by {found.engine} {found.version}" + (f" ({where})" if where else ""),
+        *_draft_lines(found),
         f"{len(equal)} of {len(found.answers)} answers equal, {len(tied)} others by near ties; log-probabilities "
         f"differ by at most {found.largest_logprob_difference:.1e} of the largest logit (of {found.tolerance:.0e})",
         *(
@@ -197,6 +198,16 @@ def _engine_lines(found: EngineVerification, published: MeasuredFigures) -> list
             if answer.outcome != "equal"
         ),
         "passed" if found.passed else "FAILED",
+    ]
+
+
+def _draft_lines(found: EngineVerification) -> list[str]:
+    counts = found.drafts
+    if counts is None or not counts.drafts:
+        return []
+    return [
+        f"{counts.accepted} of {counts.drafted} drafted tokens kept, "
+        f"{1 + counts.accepted / counts.drafts:.2f} tokens a round"
     ]
 
 

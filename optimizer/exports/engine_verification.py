@@ -9,7 +9,9 @@ model's. A token that differs is explained where the live model's two logits are
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from optimizer.exports import fresh_process
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFault
-from workers.engines.interface import ChatReply, ChatRequest, Engine, Installed, Serving
+from workers.engines.interface import ChatReply, ChatRequest, DraftCounts, Engine, Installed, Serving
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 
@@ -90,6 +92,8 @@ class EngineVerification:
     accuracy: Accuracy
     live_accuracy: Accuracy
     tolerance: float = LOGPROB_TOLERANCE
+    drafts: DraftCounts | None = None
+    """Where the engine served the dense model with the export as its drafter."""
 
     def having(self, *outcomes: Outcome) -> dict[str, ServedAnswer]:
         """Pick the samples with these outcomes."""
@@ -106,19 +110,27 @@ class EngineVerification:
         return not self.having("other prompt", "different") and self.largest_logprob_difference <= self.tolerance
 
 
+@dataclass(frozen=True)
+class Served:
+    """An export, and the plan with its maps under which the live model is to answer as the engine does."""
+
+    directory: Path
+    document: PlanDocument
+    plan: SkipPlan
+    maps: Maps | None
+    drafts: bool = False
+    """Whether the export drafts for the dense model, which is then served beside it."""
+
+
 def verify_in_engine(
-    directory: Path,
-    plan: PlanDocument,
-    maps: Maps | None,
-    engine: Engine,
-    source: ModelSource,
-    questions: tuple[Task, int],
+    subject: Served, engine: Engine, source: ModelSource, questions: tuple[Task, int]
 ) -> EngineVerification:
-    """Serve ``directory`` and compare answers to the first held-out samples of a task with the live model's.
+    """Serve an export and compare answers to the first held-out samples of a task with the live model's.
 
     ``questions`` is the task, and how many samples of it. Both compute in float32. Raises ExportFault for what an
     engine cannot be asked, EngineError and EngineLost as the engine does.
     """
+    plan = subject.document
     task, count = questions
     samples = task.held_out[:count]
     if task.spec.is_choice:
@@ -132,12 +144,12 @@ def verify_in_engine(
     serving = _serving(loaded, task, samples)
     options = {"max_tokens": task.spec.answer.max_new_tokens, "top_logprobs": TOP_LOGPROBS}
     requests = [chat_request(task, sample, **options) for sample in samples]
-    installed, replies = _ask(engine, directory, serving, requests)
+    installed, replies, drafts = _ask(engine, subject, loaded, serving, requests)
     rounding = ROUNDING.get(engine.name, 0.0)
     answers = {
         sample.id: compare(live, reply, rounding)
         for sample, live, reply in zip(
-            samples, _live_answers(loaded, SkipPlan.parse(plan.plan), maps, task, samples), replies, strict=True
+            samples, _live_answers(loaded, subject.plan, subject.maps, task, samples), replies, strict=True
         )
     }
     confidence = plan.figures.confidence
@@ -152,6 +164,7 @@ def verify_in_engine(
         accuracy=_accuracy(task, samples, {key: each.served for key, each in answers.items()}, confidence),
         live_accuracy=_accuracy(task, samples, {key: each.live for key, each in answers.items()}, confidence),
         tolerance=max(LOGPROB_TOLERANCE, rounding),
+        drafts=drafts,
     )
 
 
@@ -191,11 +204,21 @@ def _serving(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> Serv
 
 
 def _ask(
-    engine: Engine, directory: Path, serving: Serving, requests: Sequence[ChatRequest]
-) -> tuple[Installed, list[ChatReply]]:
+    engine: Engine, subject: Served, dense: LoadedModel, serving: Serving, requests: Sequence[ChatRequest]
+) -> tuple[Installed, list[ChatReply], DraftCounts | None]:
+    """Ask the engine that serves the export, or the dense model with the export as its drafter."""
+    from workers.serving.checkpoint import write_served_checkpoint
+
     installed = engine.installed()
-    with engine.serve(directory, serving) as server:
-        return installed, server.ask_all(requests)
+    with ExitStack() as stack:
+        directory = subject.directory
+        if subject.drafts:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="skipplan-dense-"))
+            directory = Path(scratch, "dense")
+            write_served_checkpoint(dense, subject.plan, directory)
+            serving = replace(serving, drafter=subject.directory, kv_cache_bytes=2 * (serving.kv_cache_bytes or 0))
+        server = stack.enter_context(engine.serve(directory, serving))
+        return installed, server.ask_all(requests), server.drafts() if subject.drafts else None
 
 
 def _live_answers(

@@ -42,17 +42,27 @@ def main(request_file: str) -> None:
     gc.enable()
     torch.set_num_threads(request["threads"])
     model = _load(request["loader"], request["directory"], request["dtype"])
+    options = _assistance(request["drafter"], request["dtype"]) if request["drafter"] else {}
+    passes: list[None] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(None))
     processor = processors["load_auto_processor"](request["directory"])
-    answers, logits = [], {}
+    answers, logits, generated = [], {}, 0
     for number, question in enumerate(request["questions"]):
         inputs = _inputs(processor, question, request["chat"], request["template"])
-        answer, _, steps = generate_with_logits(model, processor, inputs, request["max_new_tokens"])
+        answer, tokens, steps = generate_with_logits(model, processor, inputs, request["max_new_tokens"], **options)
         answers.append(answer)
+        generated += len(tokens)
         logits[str(number)] = steps
     save_file(logits, str(folder / "logits.safetensors"))
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     seen = sorted(name for name in sys.modules if name.partition(".")[0] in OURS)
-    result = {"answers": answers, "versions": versions, "model_class": type(model).__name__, "ours": seen}
+    result: dict[str, Any] = {
+        "answers": answers,
+        "versions": versions,
+        "model_class": type(model).__name__,
+        "ours": seen,
+    }
+    result = result | {"passes": len(passes), "tokens": generated}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -67,6 +77,12 @@ def _load(loader: str, directory: str, dtype: str) -> Any:
     if problems:
         raise SystemExit(f"the weights do not fit the configuration: {problems}")
     return model.eval()
+
+
+def _assistance(drafter: str, dtype: str) -> dict[str, Any]:
+    """Load an export's drafter by its own code."""
+    loaded = run_path(str(Path(drafter, "drafter.py")))["load_drafter"](drafter, dtype=dtype)
+    return {"assistant_model": loaded}
 
 
 def _inputs(processor: Any, question: dict[str, str], chat: bool, template: dict[str, str]) -> Any:
@@ -87,7 +103,9 @@ def _inputs(processor: Any, question: dict[str, str], chat: bool, template: dict
     )
 
 
-def generate_with_logits(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, list[int], Any]:
+def generate_with_logits(
+    model: Any, processor: Any, inputs: Any, max_new_tokens: int, **options: Any
+) -> tuple[str, list[int], Any]:
     """Generate the answer, its tokens, and the logits of every step, ``[steps, vocabulary]`` in float32."""
     import torch
 
@@ -102,6 +120,7 @@ def generate_with_logits(model: Any, processor: Any, inputs: Any, max_new_tokens
             pad_token_id=processor.tokenizer.pad_token_id,
             output_logits=True,
             return_dict_in_generate=True,
+            **options,
         )
     tokens, length = out.sequences, moved["input_ids"].shape[1]
     new = tokens[:, length:] if torch.equal(tokens[:, :length], moved["input_ids"]) else tokens

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workers.models.loading import LoadedModel
     from workers.runtime.folding import Maps
 
-Loader = Literal["transformers", "transformers-remote-code"]
+Loader = Literal["transformers", "transformers-remote-code", "drafter"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class Loadable:
-    """A written model and what loads it."""
+    """A written model and what loads it; ``drafter`` is loaded as the assistant of the dense model."""
 
     directory: Path
     loader: Loader
@@ -72,7 +72,8 @@ class ExportFormat:
     an empty directory. ``loadable`` gives what ``verify-export`` loads, from the written directory, a scratch
     directory and the interpreter asked for; None for formats that hold no model. ``engine`` names the engine of
     ``workers.engines`` that serves what is written. ``check`` says what can be said about the surroundings, such as
-    whether the program that the commands call is there.
+    whether the program that the commands call is there. ``drafts`` says that what is written drafts for the dense
+    model, so that the dense model's answers are verified.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ExportFormat:
     loadable: Callable[[Path, Path, str], Loadable] | None = None
     engine: str | None = None
     check: Callable[[], Sequence[str]] = tuple
+    drafts: bool = False
 
 
 def takes_everything(plan: SkipPlan, compensation: str) -> str | None:

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer.exports import document, fresh_process, maps
 from optimizer.exports.document import PlanDocument
-from optimizer.exports.engine_verification import EngineVerification, verify_in_engine
+from optimizer.exports.engine_verification import EngineVerification, Served, verify_in_engine
 from optimizer.exports.interface import ExportFault, ExportFormat, Loadable
 from optimizer.exports.target import checksum, inside, require_contained
 from optimizer.exports.writing import UNLISTED, check_model, find_format
@@ -95,7 +95,8 @@ def verify_export(
         check_model(plan, source, force_model=force_model)
         own_maps = maps.read(plan, maps.of_directory(plan, directory))
         questions = _load_task(plan, task), samples or ENGINE_SAMPLES
-        return verify_in_engine(directory.resolve(), plan, own_maps, serving, source, questions)
+        subject = Served(directory.resolve(), plan, *verified_plan(plan, chosen, own_maps), drafts=chosen.drafts)
+        return verify_in_engine(subject, serving, source, questions)
     samples = samples or FRESH_PROCESS_SAMPLES
     notes = tuple(chosen.check())
     if chosen.loadable is None:
@@ -104,10 +105,14 @@ def verify_export(
     with tempfile.TemporaryDirectory(prefix="skipplan-verify-") as name:
         scratch = Path(name)
         loadable = chosen.loadable(directory.resolve(), scratch, python or sys.executable)
+        if chosen.drafts:  # passes of other widths round otherwise, which decides ties in lower precision
+            source = replace(source, dtype="float32")
         asked = _Asked.of(plan, source, task, samples)
         own_maps = maps.read(plan, maps.of_directory(plan, directory))
-        live_answers, live_logits = asked.ask_live(SkipPlan.parse(plan.plan), own_maps)
+        live_answers, live_logits = asked.ask_live(*verified_plan(plan, chosen, own_maps))
         result, logits = asked.ask_written(loadable, scratch)
+    if chosen.drafts:
+        notes += (f"the dense model passed {result['passes']} times for {result['tokens']} tokens",)
     largest = max(_difference(live, other) for live, other in zip(live_logits, logits, strict=True))
     pairs = zip(live_answers, result["answers"], strict=True)
     return Verification(
@@ -121,6 +126,13 @@ def verify_export(
         versions=result["versions"],
         notes=notes,
     )
+
+
+def verified_plan(plan: PlanDocument, chosen: ExportFormat, own_maps: Maps | None) -> tuple[SkipPlan, Maps | None]:
+    """Return the plan and maps under which the live model answers as the export should: dense for a drafter."""
+    if chosen.drafts:
+        return SkipPlan.dense(len(plan.plan)), None
+    return SkipPlan.parse(plan.plan), own_maps
 
 
 def find_engine(name: str | None, chosen: ExportFormat) -> Engine | None:
@@ -185,17 +197,21 @@ class _Asked:
     """The questions, and the live model to compare with."""
 
     loaded: LoadedModel
+    checkpoint: Path
+    """The live model's directory."""
     task: Task
     samples: Sequence[Sample]
     dtype: str
 
     @classmethod
     def of(cls, plan: PlanDocument, source: ModelSource, task: str | Path | None, samples: int) -> _Asked:
+        from workers.models.checkpoint import find_checkpoint
         from workers.models.loading import load_model
 
         loaded_task = _load_task(plan, task)
         loaded = load_model(source, device="cpu")
-        return cls(loaded, loaded_task, loaded_task.held_out[:samples], str(loaded.model.dtype).removeprefix("torch."))
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        return cls(loaded, find_checkpoint(source), loaded_task, loaded_task.held_out[:samples], dtype)
 
     def ask_live(self, plan: SkipPlan, own_maps: Maps | None) -> tuple[list[str], list[Tensor]]:
         """Answers and logits of the live model under the plan and its maps, one sample at a time."""
@@ -256,8 +272,10 @@ class _Asked:
             if not chat:
                 text = self.task.spec.plain_prompt.format(image=token, prompt=text)
             questions.append({"image": str(image), "text": text})
+        drafts = loadable.loader == "drafter"
         return {
-            "directory": str(loadable.directory),
+            "directory": str(self.checkpoint if drafts else loadable.directory),
+            "drafter": str(loadable.directory) if drafts else None,
             "processors": without_torchvision.__file__,
             "loader": loadable.loader,
             "dtype": self.dtype,

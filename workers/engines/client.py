@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,12 @@ from typing import Any
 import httpx2
 
 from workers.engines import guard
-from workers.engines.interface import ChatReply, ChatRequest, Token
+from workers.engines.interface import ChatReply, ChatRequest, DraftCounts, Token
 from workers.engines.process import EngineProcess
 from workers.errors import EngineError, EngineLost
 from workers.text import one_line
 
+_DRAFT_COUNTER = re.compile(r"^\w+:spec_decode_num_(\w+)_total(?:\{.*\})? (\S+)$", re.M)
 _DEATH_SECONDS = 5.0
 """How long a program that no longer answers may take to be seen dead."""
 
@@ -156,6 +158,13 @@ class ChatServer:
     def kv_cache_tokens(self) -> int | None:
         """Tokens whose keys and values fit; None: this engine does not say."""
         return None
+
+    def drafts(self) -> DraftCounts | None:
+        """Read the counters by the names that vLLM and llama-server share."""
+        found = dict(_DRAFT_COUNTER.findall(self.client.get("/metrics").text))
+        if not found.keys() >= {"drafts", "draft_tokens", "accepted_tokens"}:
+            return None
+        return DraftCounts(*(int(float(found[name])) for name in ("drafts", "draft_tokens", "accepted_tokens")))
 
 
 def _events(answer: httpx2.Response) -> Iterator[dict[str, Any]]:

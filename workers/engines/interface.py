@@ -34,6 +34,10 @@ class Serving:
     """Whether an engine that can compile the model does; it starts sooner without, and computes slower."""
     prefix_caching: bool = False
     """Whether a prompt that begins as an earlier one did may take over what was computed for that."""
+    drafter: Path | None = None
+    """Directory of a ``drafter`` export, which drafts for the model that is served."""
+    draft_length: int = 3
+    """Tokens that it drafts at a time."""
     port: int = 0
     """On the loopback address; 0: a free one."""
     start_timeout_seconds: float = 900.0
@@ -99,6 +103,17 @@ class ChatReply:
         return (self.arrivals[-1] - self.arrivals[0]) / further if self.arrivals and further > 0 else float("nan")
 
 
+@dataclass(frozen=True)
+class DraftCounts:
+    """What a drafter did since the server's start."""
+
+    drafts: int
+    drafted: int
+    """Tokens of all drafts."""
+    accepted: int
+    """Of those, the ones that the served model kept."""
+
+
 class Server(Protocol):
     """A running engine with one model. Several threads may ask at once."""
 
@@ -113,6 +128,9 @@ class Server(Protocol):
 
     def kv_cache_tokens(self) -> int | None:
         """Tokens that fit into ``Serving.kv_cache_bytes``; None where the engine does not say it, or takes no such."""
+
+    def drafts(self) -> DraftCounts | None:
+        """Count what the drafter of ``Serving.drafter`` did; None where the engine does not say it."""
 
     def pause(self) -> None:
         """Halt the server's processes, so that they take no processor time from what is measured meanwhile."""

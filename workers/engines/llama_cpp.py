@@ -10,12 +10,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from workers.engines.client import ChatServer
-from workers.engines.interface import ChatRequest, Engine, Installed, Server, Serving
+from workers.engines.interface import ChatReply, ChatRequest, Engine, Installed, Server, Serving
 from workers.engines.process import LOOPBACK, choose_port, find_program, running
 from workers.errors import EngineAbsent, EngineError, EngineLost
 from workers.text import last_line
@@ -23,7 +24,7 @@ from workers.text import last_line
 SERVER_VARIABLE, CONVERTER_VARIABLE = "SKIPPLAN_LLAMA_SERVER", "SKIPPLAN_LLAMA_CONVERTER"
 PYTHON_VARIABLE = "SKIPPLAN_LLAMA_PYTHON"
 """The Python that runs the converter, which needs packages of its own, sentencepiece among them."""
-MODEL, PROJECTOR = "model.gguf", "mmproj.gguf"
+MODEL, PROJECTOR, DRAFTER = "model.gguf", "mmproj.gguf", "drafter.gguf"
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Of llama.cpp's weights and of its keys and values, by torch's names."""
 CONTEXT_TOKENS = 4096
@@ -33,13 +34,18 @@ _ERROR = re.compile(r"\b(?:error|failed|unsupported|unable)\b", re.IGNORECASE)
 class LlamaServer(ChatServer):
     """A running ``llama-server``."""
 
-    def __init__(self, *arguments: Any, prefix_caching: bool) -> None:
+    def __init__(self, *arguments: Any, prefix_caching: bool, drafts: bool) -> None:
         super().__init__(*arguments)
-        self._prefix_caching = prefix_caching
+        self._prefix_caching, self._drafts = prefix_caching, drafts
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
         """Say whether earlier prompts may be used."""
         return super().body(request) | {"cache_prompt": self._prefix_caching}
+
+    def ask(self, request: ChatRequest) -> ChatReply:
+        """Leave out the tokens where some were drafted: the server reports the others alone, and not where they are."""
+        reply = super().ask(request)
+        return replace(reply, tokens=(), token_ids=None) if self._drafts else reply
 
 
 class LlamaCpp:
@@ -75,6 +81,8 @@ class LlamaCpp:
             if serving.dtype == "float32":
                 command += ["--flash-attn", "off"]  # which computes in float16 whatever the cache's type
             command += [] if serving.threads is None else ["--threads", str(serving.threads)]
+            if serving.drafter is not None:
+                command += _drafting(serving, Path(scratch))
             with running(self.name, [*command, *serving.options], os.environ) as process:
                 server = LlamaServer(
                     installed.version,
@@ -83,10 +91,21 @@ class LlamaCpp:
                     name,
                     serving.request_timeout_seconds,
                     prefix_caching=serving.prefix_caching,
+                    drafts=serving.drafter is not None,
                 )
                 with server.client:
                     process.await_ready(server.ready, serving.start_timeout_seconds, reason)
                     yield server
+
+
+def _drafting(serving: Serving, scratch: Path) -> list[str]:
+    """Return the options for the drafter, converted in ``scratch``; its keys and values are of the model's type."""
+    assert serving.drafter is not None
+    dtype, file = TYPES[serving.dtype], scratch / DRAFTER
+    _convert(serving.drafter, file, dtype)
+    command = ["--spec-type", "draft-simple", "--spec-draft-model", str(file), "--metrics"]
+    command += ["--spec-draft-n-max", str(serving.draft_length)]
+    return [*command, "--spec-draft-type-k", dtype, "--spec-draft-type-v", dtype]
 
 
 def converted(directory: Path, scratch: Path, outtype: str) -> tuple[Path, Path]:
@@ -97,19 +116,22 @@ def converted(directory: Path, scratch: Path, outtype: str) -> tuple[Path, Path]
     own = directory / MODEL, directory / PROJECTOR
     if all(file.is_file() for file in own):
         return own
+    files = scratch / MODEL, scratch / PROJECTOR
+    for file, options in zip(files, ((), ("--mmproj",)), strict=True):
+        _convert(directory, file, outtype, *options)
+    return files
+
+
+def _convert(directory: Path, file: Path, outtype: str, *options: str) -> None:
     converter = os.environ.get(CONVERTER_VARIABLE) or shutil.which("convert_hf_to_gguf.py")
     if converter is None or not Path(converter).expanduser().is_file():
         raise EngineError(
             f"llama.cpp's convert_hf_to_gguf.py is needed to serve {directory.name}; name it in {CONVERTER_VARIABLE}"
         )
-    files = scratch / MODEL, scratch / PROJECTOR
     python = find_program(sys.executable, PYTHON_VARIABLE) or sys.executable
-    for file, options in zip(files, ([], ["--mmproj"]), strict=True):
-        call = [python, converter, str(directory), "--outtype", outtype, "--outfile", str(file), *options]
-        done = _run(call)
-        if done.returncode or not file.is_file():
-            raise EngineLost(f"llama.cpp cannot convert the model: {last_line(done.stderr, 'no message')}")
-    return files
+    done = _run([python, converter, str(directory), "--outtype", outtype, "--outfile", str(file), *options])
+    if done.returncode or not file.is_file():
+        raise EngineLost(f"llama.cpp cannot convert the model: {last_line(done.stderr, 'no message')}")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

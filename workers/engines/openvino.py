@@ -60,8 +60,10 @@ class OpenVino:
     @contextmanager
     def serve(self, directory: Path, serving: Serving) -> Iterator[Server]:
         """Serve an ``openvino`` export, or a checkpoint that is converted first."""
-        if serving.images != 1 or serving.prefix_caching or serving.options:
-            raise EngineError("openvino serves requests with one image, without prefix caching or further options")
+        if serving.images != 1 or serving.prefix_caching or serving.options or serving.drafter is not None:
+            raise EngineError(
+                "openvino serves requests with one image, without prefix caching, drafters or further options"
+            )
         installed = self.installed()
         port, name = choose_port(serving.port), f"skipplan-{uuid4().hex[:12]}"
         dtype = "float32" if serving.dtype == "auto" else serving.dtype

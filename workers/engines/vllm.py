@@ -29,6 +29,7 @@ found = packages_distributions()
 names = ("vllm", "transformers", "torch", "skipplan_vllm")
 print(json.dumps({name: version(found[name][0]) for name in names if name in found}))
 """
+PLUGIN = "skipplan_vllm"
 MODULE = "vllm.entrypoints.openai.api_server"
 """What ``vllm serve`` runs; that command fails where the package has another name than vllm, as a CPU build has."""
 _ERROR = re.compile(r"((?:\w+\.)*\w*(?:Error|Exception|Killed)\b: .+)")
@@ -71,14 +72,17 @@ class Vllm:
                 f"environment of its own and name that environment's python in {PYTHON_VARIABLE}"
             )
         versions: dict[str, str] = json.loads(last_line(done.stdout, "{}"))
-        return Installed(
-            versions.pop("vllm"), python, versions, letters="RFBS" if "skipplan_vllm" in versions else "RS"
-        )
+        return Installed(versions.pop("vllm"), python, versions, letters="RFBS" if PLUGIN in versions else "RS")
 
     @contextmanager
     def serve(self, directory: Path, serving: Serving) -> Iterator[Server]:
         """Run ``vllm serve`` on the loopback address."""
         installed = self.installed()
+        if serving.drafter is not None and PLUGIN not in installed.versions:
+            raise EngineError(
+                f"vLLM {installed.version} drafts for no request with an image unless the plug-in skipplan-vllm is in "
+                f"its environment: {installed.program} -m pip install ./workers/engines/vllm_plugin"
+            )
         port = choose_port(serving.port)
         model = f"skipplan-{uuid4().hex[:12]}"
         command = [installed.program, "-m", MODULE, *arguments(directory, serving, port, model)]
@@ -113,6 +117,9 @@ def arguments(directory: Path, serving: Serving, port: int, model: str) -> list[
     if serving.kv_cache_bytes is not None:
         # Without the share of memory, 0.9 by default, vLLM does not start where so much is not free.
         listed += ["--kv-cache-memory-bytes", str(serving.kv_cache_bytes), "--gpu-memory-utilization", "0.01"]
+    if serving.drafter is not None:
+        drafter = {"method": "draft_model", "model": str(serving.drafter)}
+        listed += ["--speculative-config", json.dumps(drafter | {"num_speculative_tokens": serving.draft_length})]
     if serving.context_tokens is not None:
         listed += ["--max-model-len", str(serving.context_tokens)]
     return [*listed, *serving.options]

@@ -62,12 +62,13 @@ def guide(subject: Subject, directory: Path) -> Guide:
             "llama.cpp's converter must know the family, its tokenizer and its vision tower.",
             "The vision tower and projector (`mmproj.gguf`) are not changed by the plan.",
             "Accuracy and speed-up above hold for the unquantised model in transformers.",
-            *(CLIP_TOWER if _vision_tower(directory) == "clip_vision_model" else ()),
+            *(CLIP_TOWER if vision_tower(directory) == "clip_vision_model" else ()),
         ),
     )
 
 
-def _vision_tower(directory: Path) -> object:
+def vision_tower(directory: Path) -> object:
+    """Return the family of the checkpoint's vision tower, if it has one."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return (config.get("vision_config") or {}).get("model_type")
 

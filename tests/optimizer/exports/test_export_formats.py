@@ -38,7 +38,7 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
     for refusal in refusals:
         assert set(refusal.rpartition("formats that can: ")[2].split(", ")) == taking
     assert "runtime" in taking
-    without_code = {"checkpoint", "llama-cpp", "openvino", "vllm"}
+    without_code = {"checkpoint", "drafter", "llama-cpp", "openvino", "vllm"}
     assert taking & without_code == (set() if plan.needs_vision_tokens else without_code)
 
 

@@ -81,6 +81,19 @@ def served(directory: Path, model: Path, samples: int) -> EngineVerification:
     return found
 
 
+def drafted(directory: Path, model: Path, engine: str, task: str, samples: int) -> EngineVerification:
+    """What the engine answers when it serves the dense model with the export as its drafter."""
+    found = verify_export(directory, ModelSource(str(model)), task=task, samples=samples, engine=engine)
+    assert isinstance(found, EngineVerification) and found.drafts is not None and len(found.answers) == samples
+    counts = found.drafts
+    print(
+        f"\n{found.engine} {found.version}, drafts by {found.plan}: {len(found.having('equal'))} of {samples} equal, "
+        f"{counts.accepted} of {counts.drafted} tokens kept in {counts.drafts} drafts"
+    )
+    assert found.passed, found
+    return found
+
+
 @pytest.fixture(scope="module")
 def reference_export(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(BUNDLED_MODELS / "llava-12", PLAN, "vllm", tmp_path_factory.mktemp("exports") / "vllm")
@@ -110,6 +123,15 @@ def test_vllm_answers_by_a_compensated_plan_of_thirty_layers(vllm: None, tmp_pat
     without = document(plan, model)
     plain = served(export_plan(without, source, "vllm", tmp_path / "plain").directory, model, 8)
     assert plain.accuracy.value < 0.5  # what the maps are for
+
+
+def test_vllm_answers_as_dense_with_a_drafter_that_sees_the_image(vllm: None, tmp_path: Path) -> None:
+    """The plan agrees with dense on nearly every token of scenes; without the image, it would on few."""
+    model = BUNDLED_MODELS / "llava-12"
+    directory = exported(model, "RRRSRSRSRRRS", "drafter", tmp_path / "drafter")
+    found = drafted(directory, model, "vllm", "scenes", 24)
+    assert len(found.having("equal")) == 24 and len({answer.live for answer in found.answers.values()}) > 12
+    assert found.drafts is not None and found.drafts.accepted > 0.95 * found.drafts.drafted > 0
 
 
 def test_vllm_keeps_the_contract_of_engines(reference_export: Path) -> None:
@@ -209,6 +231,17 @@ def test_llama_cpp_answers_by_a_plan_of_a_trained_language_model(llama_cpp: None
     assert found.passed, found
     assert len(found.having("equal")) >= 198
     assert len({answer.live for answer in found.answers.values()}) > 5  # answers that could differ
+
+
+def test_llama_cpp_answers_as_dense_with_a_drafter(llama_cpp: None, tmp_path: Path) -> None:
+    reference = built_directory("smollm2-30")
+    if not reference.is_dir():
+        pytest.skip("smollm2-30 is not built: skipplan reference build smollm2")
+    model = smollm2_with_eyes.save(tmp_path / "model", reference)
+    directory = exported(model, "RRRRSRSRRRRRSRSRRRRRRRRRRRRRRR", "drafter", tmp_path / "drafter")
+    found = drafted(directory, model, "llama.cpp", "easy-vqa", 24)
+    assert len(found.having("equal")) == 24
+    assert found.drafts is not None and found.drafts.accepted > 0.4 * found.drafts.drafted > 0
 
 
 def with_an_eye_in_float16(source: ModelSource) -> LoadedModel:

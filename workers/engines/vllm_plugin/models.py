@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .drafting import let_drafters_see_images
 from .layers import FrozenLayer, install
 from .plan import read_plan
 from .step import Step
@@ -20,6 +21,8 @@ class Planned:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        if (speculative := vllm_config.speculative_config) is not None and speculative.uses_draft_model():
+            let_drafters_see_images()
         plan = read_plan(vllm_config.model_config.hf_config.to_dict())
         self._skipplan_step: Step | None = None
         self._skipplan_frozen: list[FrozenLayer] = []

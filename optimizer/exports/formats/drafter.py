@@ -1,0 +1,99 @@
+"""Format ``drafter``: the checkpoint without the skipped layers, to draft for the dense model in other programs.
+
+A plan of skips, compensated or not, is a smaller model of the same vocabulary that reads the same image features, which
+is what programs with speculative decoding take as a draft model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from optimizer.exports.formats import checkpoint, llama_cpp
+from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
+
+LOADER = Path(__file__).with_name("drafter_loader.py")
+CODE = "drafter.py"
+DRAFT_LENGTH = 3
+"""Tokens drafted at a time in the commands."""
+
+NO_MROPE = (
+    "vLLM 0.32 takes no draft model with multimodal rotary positions: it ends with `Speculative Decoding with draft "
+    "models or parallel drafting does not support M-RoPE yet`.",
+)
+VLLM_LIMITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), NO_MROPE)
+)
+"""By ``model_type``: why vLLM does not draft with it."""
+
+
+def write(subject: Subject, directory: Path) -> None:
+    """Write the checkpoint as engines read it, and the module that transformers loads it with."""
+    checkpoint.write_for_engine(subject, directory)
+    shutil.copyfile(LOADER, directory / CODE)
+
+
+def guide(subject: Subject, directory: Path) -> Guide:
+    """How the drafter is used in each program, beside the dense model."""
+    name, family = directory.name, subject.document.model.family
+    dense = subject.document.model.name.replace("`", "")
+    return Guide(
+        usage=f"It drafts for the dense model, `{dense}` below, which decides every token: answers are the dense "
+        "model's, and the figures above are of the plan alone.\n\n"
+        "In transformers (batches of one, as its assisted generation has them):\n\n```python\n"
+        f'import sys; sys.path.insert(0, "{name}")\n'
+        f"from {CODE.removesuffix('.py')} import load_drafter\n"
+        "from transformers import AutoModelForImageTextToText\n\n"
+        f'dense = AutoModelForImageTextToText.from_pretrained("{dense}")\n'
+        "answer = dense.generate(**inputs, assistant_model=load_drafter())\n```\n\n"
+        "In vLLM, with the plug-in `skipplan-vllm` in its environment:\n\n```sh\n"
+        f"vllm serve {dense} --speculative-config '{speculative_config(name)}'\n```\n\n"
+        f"In llama.cpp, of which `dense/` holds the dense model's files:\n\n```sh\n"
+        f"python llama.cpp/convert_hf_to_gguf.py {name} --outfile drafter.gguf\n"
+        f"llama-server --model dense/model.gguf --mmproj dense/mmproj.gguf --model-draft drafter.gguf "
+        f"--spec-type draft-simple --spec-draft-n-max {DRAFT_LENGTH}\n```",
+        limits=(
+            f"Loaded without `{CODE}`, transformers drafts without the images: answers are the same, most drafts are "
+            "refused.",
+            *VLLM_LIMITS.get(
+                family,
+                (
+                    "vLLM 0.32 without the plug-in fails at the first request with an image: `IndexError: The shape of "
+                    "the mask ... does not match the shape of the indexed tensor`.",
+                ),
+            ),
+            *(llama_cpp.CLIP_TOWER if llama_cpp.vision_tower(directory) == "clip_vision_model" else ()),
+            "Weights, vision tower included, are held a second time; the runtime's `speculate` shares the dense "
+            "model's.",
+        ),
+    )
+
+
+def speculative_config(location: str) -> str:
+    """Return vLLM's option for the drafter at ``location``."""
+    return json.dumps({"method": "draft_model", "model": location, "num_speculative_tokens": DRAFT_LENGTH})
+
+
+def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
+    """Load it as the dense model's assistant by the directory's own code, if that code is ours."""
+    if (directory / CODE).read_bytes() != LOADER.read_bytes():
+        raise ExportFault(
+            f"{directory / CODE} is not what this version of skipplan writes, so it is not run; export again, or "
+            "verify with the version that wrote it"
+        )
+    return Loadable(directory, "drafter", python)
+
+
+FORMAT = ExportFormat(
+    name="drafter",
+    summary="the checkpoint without the skipped layers, to draft for the dense model",
+    needs_model=True,
+    refusal=needs_plain_skips,
+    write=write,
+    guide=guide,
+    loadable=loadable,
+    drafts=True,
+)
