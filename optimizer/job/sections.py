@@ -31,8 +31,8 @@ class ModelSpec(Section):
 
     path: str = Field(
         min_length=1,
-        description="Directory, name of a bundled reference model (llava-12) or of a built one (smollm2-30, see "
-        "`skipplan reference build`), or hub id.",
+        description="Directory, name of a bundled reference model (llava-12) or of a built one (smollm2-30, "
+        "smollm2-30-scenes, see `skipplan reference build`), or hub id.",
     )
     revision: str | None = Field(default=None, description="Revision of a hub model; the default branch when absent.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from reference_training.data import CAPTION_PROMPT, easy_vqa_images
-from workers.tasks.scenes import FIRST_EVALUATION_INDEX, scene
+from reference_training.data import easy_vqa_images
+from workers.tasks.scenes import FIRST_EVALUATION_INDEX, QUESTIONS, scene
 
 _NORMAL_QUANTILE = 1.959963984540054
 _BATCH = 64
@@ -66,11 +66,14 @@ def easy_vqa_questions(limit: int | None = None) -> Iterator[Question]:
             yield Question(image, question, answer)
 
 
-def scene_questions(count: int, seed: int, first: int = FIRST_EVALUATION_INDEX) -> Iterator[Question]:
-    """`count` scenes to describe, from index `first` on."""
+def scene_questions(
+    count: int, seed: int, first: int = FIRST_EVALUATION_INDEX, question: str = "caption"
+) -> Iterator[Question]:
+    """One of the questions about `count` scenes, from index `first` on."""
+    asked = QUESTIONS[question]
     for index in range(first, first + count):
         drawn = scene(index, seed)
-        yield Question(drawn.image, CAPTION_PROMPT, drawn.caption)
+        yield Question(drawn.image, asked.prompt, asked.answer(drawn))
 
 
 @torch.inference_mode()
@@ -85,7 +88,7 @@ def answers(model: Any, processor: Any, questions: list[Question]) -> list[str]:
     ]
     images = [asked.image for asked in questions]
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device, model.dtype)
-    generated = model.generate(**inputs, do_sample=False, max_new_tokens=32)
+    generated = model.generate(**inputs, do_sample=False, max_new_tokens=72)
     texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -113,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=Path("configs/reference/llava-12"))
     parser.add_argument("--images", type=int, default=None, help="easy-VQA test images (default: all)")
     parser.add_argument("--scenes", type=int, default=2000, help="number of scenes; 0 leaves them out")
+    parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS), default=["caption"], help="about each scene")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(argv)
@@ -127,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         "easy-vqa": easy_vqa_questions(options.images),
     }
     if options.scenes:
-        tasks["scenes"] = scene_questions(options.scenes, options.seed)
+        for question in options.questions:
+            tasks[f"scenes, {question}"] = scene_questions(options.scenes, options.seed, question=question)
     for name, questions in tasks.items():
         started = time.perf_counter()
         result = measure(model, processor, questions)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from reference_training.data import easy_vqa_development_images, easy_vqa_training_images, read_pixels, training_scenes
-from workers.reference.build import EYES_FILE, place_eyes, read_language
+from workers.reference.build import EYES, place_eyes, read_language
 from workers.reference.language import LanguageModel
 from workers.reference.smollm2 import VisionArchitecture
 from workers.tasks.scenes import QUESTIONS, Scene
@@ -51,6 +51,7 @@ RECIPE = Training(
     save_every=50,
 )
 
+DEVELOPMENT_SCENES = 60
 _REPORT_EVERY = 10
 _AVERAGE_DECAY = 0.98
 
@@ -74,7 +75,7 @@ def development_scenes(packer: Packer, seed: int, count: int) -> dict[str, Devel
     for name, question in QUESTIONS.items():
         batches = []
         for start in range(FIRST_DEVELOPMENT_SCENE, FIRST_DEVELOPMENT_SCENE + count, 20):
-            drawn = training_scenes(start, 20, seed)
+            drawn = training_scenes(start, min(20, FIRST_DEVELOPMENT_SCENE + count - start), seed)
             rows = [[packer.branch(question.prompt, question.answer(entry))] for entry in drawn]
             batches.append((packer.pack(rows, torch.bfloat16), to_input(read_pixels(entry.image for entry in drawn))))
         sets[name] = DevelopmentSet(tuple(batches))
@@ -83,11 +84,12 @@ def development_scenes(packer: Packer, seed: int, count: int) -> dict[str, Devel
 
 def train(trainee: Trainee, training: Training, output: Path, vision_tokens: int) -> None:
     """Train on answers alone; saves state, averaged weights and accuracy every `save_every` steps."""
+    output.mkdir(parents=True, exist_ok=True)
     model, eyes = trainee.model, trainee.eyes
     packer = Packer(trainee.processor, vision_tokens)
     images = easy_vqa_training_images()
     easy = development_set(packer, easy_vqa_development_images()[:30])
-    development = {"easy-vqa": easy, **development_scenes(packer, training.seed, 60)}
+    development = {"easy-vqa": easy, **development_scenes(packer, training.seed, DEVELOPMENT_SCENES)}
     schedule = Schedule(training.rate, training.warmup, training.steps, training.decay)
     slow = {"vision_tower.": training.tower_rate}
     optimiser = Optimiser(eyes, schedule, slow=slow, weight_decay=0.0, average_decay=_AVERAGE_DECAY)
@@ -132,7 +134,7 @@ def train_eyes(language: LanguageModel, output: Path, training: Training) -> Non
     """Train from the shipped weights."""
     architecture = VisionArchitecture()
     trainee = make_trainee(language, architecture, training.seed)
-    place_eyes(trainee.model, load_file(EYES_FILE))
+    place_eyes(trainee.model, load_file(EYES["smollm2"].file))
     log.info("scenes: %s", json.dumps(asdict(training)))
     train(trainee, training, output, architecture.vision_tokens)
 

