@@ -30,6 +30,8 @@ METHODS = {
     "replaceme": f"{_SEARCH}.published:replaceme",
     "sleb": f"{_SEARCH}.sleb:Sleb",
     "evopress": f"{_SEARCH}.evopress:EvoPress",
+    "swift": f"{_SEARCH}.swift:Swift",
+    "knapspec": f"{_SEARCH}.knapspec:knapspec",
     "shortv": f"{_SEARCH}.published:shortv",
     "vtw": f"{_SEARCH}.published:vtw",
     "exhaustive": f"{_SEARCH}.published:exhaustive",

@@ -13,7 +13,13 @@ from optimizer.search.space import COMPENSATED, MOST_LISTED, RUN, SKIP, Candidat
 from workers.errors import MeasurementError
 from workers.runtime import Action
 
-KINDS = {"shortgpt": ("distance",), "angular": ("angular",), "replaceme": ("angular",), "shortv": ("causal",)}
+KINDS = {
+    "shortgpt": ("distance",),
+    "angular": ("angular",),
+    "replaceme": ("angular",),
+    "shortv": ("causal",),
+    "knapspec": ("angular",),
+}
 """Kinds of measurement that a method reads beside the job's criterion."""
 
 
@@ -49,7 +55,7 @@ def angular(problem: Problem) -> PlanList:
     Source: Gromov et al., arXiv 2403.17887.
     """
     need_plain_skips(problem, "angular")
-    _need_blocks(problem, "angular")
+    need_blocks(problem, "angular")
     blocks = [Angular.best_block(problem.table, length) for length in range(1, problem.space.num_layers)]
     return PlanList([applied(problem.space, block, SKIP) for block in blocks], problem, "angular")
 
@@ -63,7 +69,7 @@ def replaceme(problem: Problem) -> PlanList:
     _need_action(problem, "replaceme", Action.SKIP)
     if problem.space.recipe is None:
         raise UsageFault("search.strategy: replaceme compensates what it skips (compensation: linear or both)")
-    _need_blocks(problem, "replaceme")
+    need_blocks(problem, "replaceme")
     layers, plans = problem.space.num_layers, []
     for length in range(1, layers - 1):
         # A block at the very bottom has no layer before it that could hold the map; the next one up takes its place.
@@ -125,7 +131,8 @@ def _need_action(problem: Problem, strategy: str, action: Action) -> None:
         raise UsageFault(f"search.strategy: {strategy} needs the action {action.label} (actions: [{action.label}])")
 
 
-def _need_blocks(problem: Problem, strategy: str) -> None:
+def need_blocks(problem: Problem, strategy: str) -> None:
+    """Refuse a job without angular distances of blocks. Raises MeasurementError."""
     if not problem.table.has("angular_distance@1", "last"):
         raise MeasurementError(f"{strategy} needs the angular distances of blocks of layers, which were not measured")
 

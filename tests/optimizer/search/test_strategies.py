@@ -1,5 +1,7 @@
 """Published methods on planted problems: what each must propose, worked out by hand."""
 
+import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,6 +11,7 @@ from planted import SMALL, Planted, problem_of, search, small
 from optimizer.errors import UsageFault
 from optimizer.job.sections import ConstraintSpec
 from optimizer.registries import METHODS, STRATEGIES
+from optimizer.search.strategies.swift import KAPPA, upper_bound
 from workers.errors import MeasurementError
 from workers.redundancy.table import LayerTable
 
@@ -73,6 +76,70 @@ def test_evopress_keeps_the_budget_and_gets_better():
     assert len(complete) < len(outcome.trials) / 2  # the others ended on the first rung
 
 
+@pytest.mark.parametrize("weights", [(1,) * 8, (1, 1, 2, 1, 1, 3, 1, 1)])
+def test_knapspec_fills_every_budget_with_the_layers_of_the_greatest_cosine(weights):
+    problem = replace(
+        problem_of(small(), seeded=False),
+        ratio=lambda plan: 1 - sum(w for w, action in zip(weights, plan, strict=True) if action.letter == "S") / 20,
+    )
+
+    def cosine(skipped):
+        gaps = "".join("S" if layer in skipped else " " for layer in range(8))
+        runs = [(at - len(run), at) for run, at in ends_of_runs(gaps)]
+        return math.prod(math.cos(math.pi * sum(SMALL[start:end])) for start, end in runs)
+
+    best = {}
+    for size in range(1, 7):
+        for layers in combinations(range(1, 7), size):
+            units = sum(weights[layer] for layer in layers)
+            if units <= sum(weights) // 2 and cosine(layers) >= 0.5:
+                best[units] = max(best.get(units, 0.0), cosine(layers))
+    found = [
+        [layer for layer, action in enumerate(each.plan) if action.letter == "S"]
+        for each in STRATEGIES["knapspec"](problem).plans
+    ]
+    assert {sum(weights[layer] for layer in layers): pytest.approx(cosine(layers)) for layers in found} == best
+    assert [sum(weights[layer] for layer in layers) for layers in found] == sorted(best)
+
+
+def ends_of_runs(text):
+    """Each run of skipped layers, and where it ends."""
+    at = 0
+    for part in text.split(" "):
+        at += len(part)
+        if part:
+            yield part, at
+        at += 1
+
+
+def test_swift_keeps_its_sizes_the_ends_and_the_sets_that_were_better():
+    planted = Planted({(layer, "S"): 0.01 * (layer + 1) for layer in range(14)}, layers=14)
+    outcome = search(planted, strategy="swift", constraint=LOOSE, trials=150)
+    plans = [trial.plan for trial in outcome.trials if trial.plan != "R" * 14]
+    assert all(plan[0] == plan[-1] == "R" for plan in plans)
+    assert {plan.count("S") for plan in plans} == {1, 2, 4, 5, 6}  # shares of twelve layers
+    assert len(planted.asked) == len(set(planted.asked))
+    for size in (2, 4):
+        values = {trial.plan: trial.kl for trial in outcome.trials if trial.plan.count("S") == size}
+        complete = {trial.plan for trial in outcome.trials if trial.complete}
+        first = [plan for plan, samples in planted.asked if samples == 50 and plan.count("S") == size]
+        best_so_far = [
+            plan
+            for at, plan in enumerate(first)
+            if at == 0 or planted.harm(plan) < min(planted.harm(other) for other in first[:at])
+        ]
+        assert len(complete & values.keys()) < len(values)
+        assert complete >= set(best_so_far[-1:])
+
+
+def test_swifts_process_goes_through_what_it_saw_and_knows_nothing_far_away():
+    seen = np.eye(6)[:4]
+    values = np.array([1.0, 2.0, 3.0, 6.0])
+    at_seen = upper_bound(seen, values, seen)
+    assert at_seen == pytest.approx((values - 3.0) / values.std(), abs=0.02)
+    assert upper_bound(seen, values, 1000 * np.ones((1, 6)))[0] == pytest.approx(KAPPA)
+
+
 def test_exhaustive_tries_every_plan_few_touched_layers_first():
     found = genomes("exhaustive", letters="RS", max_touched=2)
     assert found == [taking(layers) for size in (1, 2) for layers in sorted(combinations(range(8), size), key=taking)]
@@ -86,6 +153,8 @@ def test_exhaustive_tries_every_plan_few_touched_layers_first():
         ("shortgpt", "RF", "skip"),
         ("sleb", "RF", "skip"),
         ("evopress", "RB", "skip"),
+        ("swift", "RF", "skip"),
+        ("knapspec", "RB", "skip"),
         ("shortv", "RS", "freeze"),
         ("vtw", "RS", "bypass"),
         ("replaceme", "RS", "compensation: linear or both"),
@@ -96,7 +165,7 @@ def test_what_a_method_needs_is_said(strategy, letters, missing):
         genomes(strategy, letters=letters)
 
 
-@pytest.mark.parametrize("strategy", ["shortgpt", "angular", "shortv"])
+@pytest.mark.parametrize("strategy", ["shortgpt", "angular", "shortv", "knapspec"])
 def test_what_was_not_measured_is_said(strategy):
     with pytest.raises(MeasurementError, match="not measured"):
         genomes(strategy, table=LayerTable(8, ()))
