@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .applied import AppliedPlan, apply, apply_permanently
     from .descriptor import FamilyDescriptor, UnsupportedFamilyError, validate
+    from .exported import speculate_from
     from .families import describe
     from .folding import GapMap
     from .plan import Action, PlanError, SkipPlan
@@ -33,6 +34,7 @@ _HOMES = {
     "describe": "families",
     "save_pruned": "surgery",
     "speculate": "speculation",
+    "speculate_from": "exported",
     "validate": "descriptor",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "describe",
     "save_pruned",
     "speculate",
+    "speculate_from",
     "validate",
 ]
 

@@ -12,7 +12,15 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, takes_everything
+from optimizer.exports.interface import (
+    ExportFault,
+    ExportFormat,
+    Guide,
+    Loadable,
+    Subject,
+    needs_plain_skips,
+    takes_everything,
+)
 
 CODE_DIRECTORY = "skipplan_runtime"
 MODEL_TYPE_PREFIX = "skipplan_"
@@ -146,8 +154,20 @@ def _name_code(config_file: Path, model_type: str, remainder: str) -> None:
 
 
 def guide(subject: Subject, directory: Path) -> Guide:
-    """How the model is loaded, with and without remote code."""
-    name = directory.name
+    """How the model is loaded, with and without remote code, and drafts for the dense one."""
+    name, dense = directory.name, subject.document.model.name.replace("`", "")
+    lossless = ""
+    if needs_plain_skips(subject.plan, subject.document.compensation) is None:
+        lossless = (
+            f"\n\nOr losslessly, drafting for the dense model, `{dense}`, whose answers are then given; of this "
+            "directory the plan and its maps are read alone:\n\n```python\n"
+            f'import sys; sys.path.insert(0, "{name}")\n'
+            f"from {CODE_DIRECTORY} import speculate_from\n"
+            "from transformers import AutoModelForImageTextToText\n\n"
+            f'dense = AutoModelForImageTextToText.from_pretrained("{dense}")\n'
+            f'with speculate_from(dense, "{name}") as speculation:\n'
+            "    tokens = speculation.generate(**inputs)\n```"
+        )
     return Guide(
         usage="As Hugging Face remote code:\n\n```python\n"
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
@@ -156,7 +176,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
         "```\n\nOr with the code imported from here, in three lines:\n\n```python\n"
         f'import sys; sys.path.insert(0, "{name}")\n'
         f"from {CODE_DIRECTORY}.modeling import {MODEL_CLASS}\n"
-        f'model = {MODEL_CLASS}.from_pretrained("{name}")\n```',
+        f'model = {MODEL_CLASS}.from_pretrained("{name}")\n```' + lossless,
         limits=(
             f"`{CODE_DIRECTORY}/` needs torch and transformers only, of the versions below or close to them.",
             "Frozen and bypassed layers need `sdpa` (the default) or `eager` attention.",

@@ -56,10 +56,10 @@ def test_another_plan_does_not_pass(checkpoint_export: Path, model_directory: Pa
         file.write_text(kept)
 
 
-def isolated(program: str, directory: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+def isolated(program: str, directory: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-I", "-c", program, str(directory)],
+        [sys.executable, "-I", "-c", program, str(directory), *arguments],
         env=environment,
         cwd=cache,
         capture_output=True,
@@ -86,6 +86,30 @@ except ValueError as error:
 def test_three_lines_load_it_and_without_the_code_it_does_not_load(runtime_export: Path, tmp_path: Path):
     done = isolated(THREE_LINES, runtime_export, tmp_path)
     assert done.stdout.splitlines() == ["RFRBR 5 False", "True"], done.stderr[-2000:]
+
+
+LOSSLESS = """
+import sys; directory, model = sys.argv[1], sys.argv[2]
+sys.path.insert(0, directory)
+import torch
+from skipplan_runtime import speculate_from
+from transformers import AutoModelForImageTextToText
+dense = AutoModelForImageTextToText.from_pretrained(model).eval()
+inputs = {"input_ids": torch.arange(5, 17)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+with speculate_from(dense, directory, draft_length=3) as speculation:
+    found = speculation.generate(**inputs, **options)
+    print(torch.equal(found, dense.generate(**inputs, **options)), speculation.statistics.drafted > 0)
+print("workers" in sys.modules)
+"""
+
+
+def test_a_runtime_export_drafts_for_the_dense_model_in_a_fresh_process(model_directory: Path, tmp_path: Path):
+    plan, source = document("RSRRSR", model_directory), ModelSource(str(model_directory))
+    directory = export_plan(plan, source, "runtime", tmp_path / "runtime").directory
+    assert f'speculate_from(dense, "{directory.name}")' in (directory / "README.md").read_text()
+    done = isolated(LOSSLESS, directory, tmp_path, str(model_directory))
+    assert done.stdout.splitlines() == ["True True", "False"], done.stderr[-2000:]
 
 
 def test_the_code_is_the_workers_own_and_changed_code_is_not_run(
