@@ -1,8 +1,9 @@
-"""Mark the published plans that are worth offering, per model, task, device and workload.
+"""Mark the published plans that are worth offering, per model, task, device, workload and mode.
 
 Two sets are kept as flags on the plans, computed anew whenever the plans of a group change:
 
-- ``on_front``: the Pareto front that people look at, held-out accuracy against measured speed-up.
+- ``on_front``: the Pareto front that people look at, held-out accuracy against measured speed-up; of lossless plans,
+  which are all as accurate as dense, extra memory against measured speed-up.
 - ``contender``: the plans that no other one equals or beats in *everything* that ``best`` can be asked for. Whatever
   the thresholds, if any plan meets them then a contender does and is no slower, so ``best`` reads only the few
   contenders of a group, however many plans there are.
@@ -18,20 +19,23 @@ from sqlalchemy.orm import Session
 
 from storage.schema import ModelRow, PlanRow
 
+STANDALONE = "standalone"
+
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """The model, task, device and workload within which plans are compared."""
+    """The model, task, device, workload and mode within which plans are compared."""
 
     model_id: int
     task_id: int
     device_id: int
     workload: str
+    mode: str = STANDALONE
 
 
 @dataclass(frozen=True)
 class Point:
-    """The figures that plans are compared by."""
+    """The figures that plans are compared by; the less memory a lossless plan takes, the higher its ``accuracy``."""
 
     id: int
     speedup: float
@@ -70,7 +74,7 @@ def contenders(points: Iterable[Point]) -> set[int]:
 def groups_of_job(session: Session, job_id: int) -> list[Group]:
     """Return the groups that a job has published plans in, in a fixed order."""
     query = (
-        select(PlanRow.model_id, PlanRow.task_id, PlanRow.device_id, PlanRow.workload)
+        select(PlanRow.model_id, PlanRow.task_id, PlanRow.device_id, PlanRow.workload, PlanRow.mode)
         .where(PlanRow.job_id == job_id)
         .distinct()
     )
@@ -86,8 +90,11 @@ def lock(session: Session, groups: Sequence[Group]) -> None:
 
 def recompute(session: Session, group: Group) -> None:
     """Bring both flags of a group's plans up to date; ``lock`` the group before changing its plans."""
-    compared = [getattr(PlanRow, each.name) for each in fields(Point)]
-    query = select(*compared, PlanRow.on_front, PlanRow.contender).filter_by(**asdict(group))
+    compared = {each.name: getattr(PlanRow, each.name) for each in fields(Point)}
+    if group.mode != STANDALONE:
+        compared["accuracy"] = -PlanRow.extra_bytes
+    own = [getattr(PlanRow, name) == value for name, value in asdict(group).items()]
+    query = select(*compared.values(), PlanRow.on_front, PlanRow.contender).where(*own)
     rows = session.execute(query).all()
     points = [Point(*row[: len(compared)]) for row in rows]
     on_front, contending = front(points), contenders(points)

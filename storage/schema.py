@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
-REVISION = "0006"
+REVISION = "0007"
 """The migration that these tables correspond to."""
 
 JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
@@ -282,7 +282,7 @@ class EvaluationRow(Base):
     artifact_checksum: Mapped[str | None]
 
 
-_GROUP = ("model_id", "task_id", "device_id", "workload")
+_GROUP = ("model_id", "task_id", "device_id", "workload", "mode")
 _COMPARED = ("speedup", "accuracy", "difference_low", "latency_seconds", "id")
 
 
@@ -298,6 +298,7 @@ class PlanRow(Base):
             "task_id",
             "device_id",
             "workload",
+            "mode",
             "plan",
             "compensation",
             unique=True,
@@ -308,12 +309,12 @@ class PlanRow(Base):
         # which does not reckon with partial indexes being small, then takes them. The rest is there to be read from
         # the index alone.
         Index("ix_plans_contenders", "contender", *_GROUP, *_COMPARED),
-        Index("ix_plans_contenders_anywhere", "contender", "model_id", "task_id", *_COMPARED),
+        Index("ix_plans_contenders_anywhere", "contender", "model_id", "task_id", "mode", *_COMPARED),
         Index("ix_plans_front", "on_front", *_GROUP, *_COMPARED),
         Index("ix_plans_group", *_GROUP, *_COMPARED),
-        Index("ix_plans_speedup", "model_id", "task_id", "speedup"),
-        Index("ix_plans_accuracy", "model_id", "task_id", "accuracy"),
-        Index("ix_plans_fastest", "speedup"),
+        Index("ix_plans_speedup", "model_id", "task_id", "mode", "speedup"),
+        Index("ix_plans_accuracy", "model_id", "task_id", "mode", "accuracy"),
+        Index("ix_plans_fastest", "mode", "speedup"),
         CheckConstraint("accuracy BETWEEN 0 AND 1 AND dense_accuracy BETWEEN 0 AND 1", name="accuracy_range"),
         CheckConstraint("difference_low <= difference_high", name="difference_interval"),
         CheckConstraint("speedup > 0 AND speedup_low <= speedup_high", name="speedup_interval"),
@@ -355,6 +356,10 @@ class PlanRow(Base):
     artifact: Mapped[str | None]
     """Where the fitted compensation lies, and the checksum of that file."""
     artifact_checksum: Mapped[str | None]
+    mode: Mapped[str] = mapped_column(server_default="standalone")
+    """``standalone``, or ``lossless``: the plan drafts and the dense model verifies."""
+    extra_bytes: Mapped[int | None] = mapped_column(RowId)
+    """Memory beside the dense model and its cache, of a lossless plan."""
 
 
 class EngineLatencyRow(Base):

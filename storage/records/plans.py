@@ -22,6 +22,8 @@ from storage.records.engine_latencies import EngineLatency
 from storage.schema import DeviceRow, EngineLatencyRow, ModelRow, PlanRow, TaskRow
 
 Sort = Literal["speedup", "accuracy", "latency_seconds", "difference", "newest"]
+LOSSLESS = "lossless"
+"""Mode of plans that draft for the dense model."""
 _BRANCHES = 64
 """Up to this many pairs of model and task are read each from its own index range, and the results merged."""
 
@@ -51,6 +53,11 @@ class MeasuredFigures:
     speedup_high: float
     kv_cache_bytes: int = described(ge=0)
     dense_kv_cache_bytes: int = described(ge=0)
+    extra_bytes: int | None = described(
+        "Memory beside the dense model and its cache, for a lossless plan: the drafter's cache and folded weights",
+        ge=0,
+        default=None,
+    )
     secondary: dict[str, Any] = field(default_factory=dict)
     engine_latencies: tuple[EngineLatency, ...] = described(
         "By engine, concurrency and version; empty where no engine served the plan", default=()
@@ -90,6 +97,7 @@ class Plan(PlanFigures):
     task: str
     device: str
     workload: str
+    mode: str = described("standalone, or lossless: the plan drafts and the dense model verifies")
     origin: str = described("measured here, or imported")
     on_front: bool = described("Whether no plan of its group is better in accuracy and speed")
     published_at: datetime
@@ -102,7 +110,8 @@ class PlanQuery:
     ``max_accuracy_drop`` (0.01 is one point) is held against the upper bound of the loss, not its estimate.
     With an ``engine``, speed-up and latency are that engine's at ``concurrency`` (1 where it is ``None``), and only
     plans that it served are meant. ``on_front`` leaves only members of a Pareto front. ``model_ids`` and ``task_ids``
-    say which versions are meant, and then stand in the place of ``model`` and ``task``.
+    say which versions are meant, and then stand in the place of ``model`` and ``task``. ``mode`` is ``standalone`` or
+    ``lossless``.
     """
 
     model: str | None = None
@@ -121,6 +130,12 @@ class PlanQuery:
     limit: int | None = 50
     model_ids: tuple[int, ...] | None = None
     task_ids: tuple[int, ...] | None = None
+    mode: str = pareto.STANDALONE
+
+
+def mode_of(*, lossless: bool) -> str:
+    """Name the mode of the plans that are asked for."""
+    return LOSSLESS if lossless else pareto.STANDALONE
 
 
 _JOINED = ("model", "fingerprint", "task", "device", "engine_latencies")
@@ -131,9 +146,11 @@ _GROUP_KEY = (
     PlanRow.task_id,
     PlanRow.device_id,
     PlanRow.workload,
+    PlanRow.mode,
     PlanRow.plan,
     PlanRow.compensation,
 )
+_JOB_KEY = (PlanRow.job_id, *(column for column in _GROUP_KEY if column is not PlanRow.mode))  # a job has one mode
 
 
 @writes
@@ -166,7 +183,7 @@ def _write(
     if job_id is None:  # NULLs are not equal to each other, so imported plans have a unique index of their own
         upsert.insert_or_replace(session, PlanRow, rows, _GROUP_KEY, key_where=PlanRow.job_id.is_(None))
     else:
-        upsert.insert_or_replace(session, PlanRow, rows, [PlanRow.job_id, *_GROUP_KEY])
+        upsert.insert_or_replace(session, PlanRow, rows, _JOB_KEY)
     pareto.recompute(session, group)
     written = (
         select(PlanRow.plan, PlanRow.compensation, PlanRow.id)
@@ -300,7 +317,7 @@ def _branched(
 
 
 def _where(session: Session, query: PlanQuery) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
+    conditions: list[ColumnElement[bool]] = [PlanRow.mode == query.mode]
     if query.device is not None:
         conditions.append(PlanRow.device_id.in_(lookup.find_devices(session, query.device)))
     if query.workload is not None:

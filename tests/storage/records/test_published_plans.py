@@ -382,3 +382,35 @@ def test_plans_of_a_job(many):
     found = plans.for_job(many, job.id)
     assert len(found) == 96
     assert [each.speedup for each in found] == sorted((each.speedup for each in found), reverse=True)
+
+
+def test_lossless_plans_stand_apart(db):
+    """Their front is of speed-up and memory, and nobody gets one without asking."""
+    one = scene(db)
+    alone = plans.publish(db, one.job, one.group, [figures("RSRR", speedup=1.2, accuracy=0.8, difference=-0.1)])
+    other = claimed(db, "driver-2")
+    same = {"accuracy": 0.9, "difference": 0.0, "difference_low": 0.0, "difference_high": 0.0}
+    drafters = plans.publish(
+        db,
+        other,
+        replace(one.group, mode="lossless"),
+        [
+            figures("RSSR", speedup=1.5, extra_bytes=300, **same),
+            figures("RSRR", speedup=1.3, extra_bytes=200, **same),
+            figures("RRSR", speedup=1.2, extra_bytes=250, **same),
+        ],
+    )
+    assert [each.on_front for each in drafters] == [True, True, False]
+    assert {each.mode for each in drafters} == {"lossless"} and alone[0].mode == "standalone"
+    assert alone[0].on_front
+    asked = PlanQuery("tiny", "easy-vqa")
+    assert plans.best(db, asked).id == alone[0].id
+    assert plans.best(db, replace(asked, mode="lossless")).id == drafters[0].id
+    assert [each.id for each in plans.list_plans(db, asked)] == [alone[0].id]
+    assert [each.id for each in plans.list_plans(db, replace(asked, mode="lossless", on_front=True))] == [
+        each.id for each in drafters[:2]
+    ]
+    imported = [replace(one.group, mode=mode) for mode in ("standalone", "lossless")]
+    for group in imported:  # the same plan in both modes
+        plans.import_plans(db, group, [figures("RSRR", extra_bytes=1)])
+    assert len(plans.list_plans(db, asked)) == 2 and len(plans.list_plans(db, replace(asked, mode="lossless"))) == 4
