@@ -22,8 +22,10 @@ from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
 from workers.messages import (
     AnswerDense,
+    CheckSpeculation,
     CompareEngineLatency,
     CompareLatency,
+    CompareSpeculation,
     CompareText,
     EvaluateOtherTask,
     EvaluatePlans,
@@ -44,8 +46,11 @@ from workers.models.loading import LoadedModel, load_model
 from workers.redundancy.measure import measure_redundancy
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
+from workers.runtime.folding import folded_bytes
+from workers.runtime.locate import locate
 from workers.runtime.plan import LETTERS, SkipPlan
 from workers.serving.latency import compare_engine_latency, find_engine
+from workers.speculation.compare import check_speculation, compare_speculation, verify_seconds
 from workers.tasks import Task
 from workers.versions import installed_versions
 
@@ -97,6 +102,8 @@ class Handler:
             process=os.getpid(),
             versions={"python": platform.python_version(), **installed_versions()},
             hint=self._hint(),
+            weight_bytes=sum(each.nbytes for each in self.loaded.model.parameters()),
+            folded_bytes=folded_bytes(locate(self.loaded.model)),
         )
 
     def _hint(self) -> str:
@@ -142,9 +149,12 @@ class Handler:
             case FindEngine():
                 return find_engine(request.engine, loaded)
             case ProfileLatency():
-                return profile_latency(
+                profile = profile_latency(
                     loaded, task, actions=request.actions, repeats=request.repeats, workload=request.workload
                 )
+                if request.verify:
+                    profile = replace(profile, verify_seconds=verify_seconds(loaded, task, profile, request.repeats))
+                return profile
         plan = SkipPlan.parse(request.plan)
         maps = compensator.maps(plan, request.compensation, request.artifact)
         match request:
@@ -156,5 +166,9 @@ class Handler:
                 return text_divergence(loaded, plan, maps, request.text)
             case CompareLatency():
                 return compare_latency(loaded, task, request, maps)
+            case CompareSpeculation():
+                return compare_speculation(self.evaluator, request, maps)
+            case CheckSpeculation():
+                return check_speculation(self.evaluator, request, maps)
             case CompareEngineLatency():
                 return compare_engine_latency(loaded, task, request, maps)

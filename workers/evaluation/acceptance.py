@@ -29,9 +29,9 @@ class Rounds:
 def count_rounds(agrees: Sequence[bool], draft_length: int, limit: int) -> Rounds:
     """Count what greedy speculation takes to an answer whose tokens behind the first one are ``agrees`` long.
 
-    The first token comes with the prompt. A round drafts ``draft_length`` tokens, whatever they are, fewer where the
-    answer's ``limit`` is near, since the dense model adds one. It keeps those before the first that does not agree, and
-    the dense model's own token there. The last round ends with the answer.
+    The first token comes with the prompt. A round drafts up to ``draft_length`` tokens, fewer where the answer's
+    ``limit`` is near, since the dense model adds one, and none behind an end token. It keeps those before the first
+    that does not agree, and the dense model's own token there.
     """
     rounds = drafted = done = 0
     while done < len(agrees):
@@ -39,8 +39,9 @@ def count_rounds(agrees: Sequence[bool], draft_length: int, limit: int) -> Round
         kept = 0
         while kept < room and done + kept < len(agrees) and agrees[done + kept]:
             kept += 1
+        ended = done + kept == len(agrees)  # by the end token: the limit leaves room for one more
         rounds += 1
-        drafted += room
+        drafted += kept if ended else room
         done += kept + 1
     return Rounds(rounds, drafted)
 

@@ -105,6 +105,19 @@ def fold_site(stack: DecoderStack, index: int) -> FoldSite:
     return FoldSite(tuple(outputs), tuple(projections))
 
 
+def folded_bytes(stack: DecoderStack) -> tuple[int, ...]:
+    """Return per layer the bytes of the weights that a map is folded into; 0 where the layer can hold none."""
+    found = []
+    for index in range(len(stack.layers)):
+        try:
+            site = fold_site(stack, index)
+        except FoldingError:
+            found.append(0)
+            continue
+        found.append(sum(getattr(each.module, each.weight).nbytes for each in site.projections))
+    return tuple(found)
+
+
 def _projections(name: str, child: nn.Module, hidden: int, index: int) -> Iterator[Projection]:
     for path, module in child.named_modules():
         own_name = (path or name).rsplit(".", 1)[-1]

@@ -53,8 +53,8 @@ def speculate(answer: list[int], drafted_right: list[bool], draft_length: int, l
     rounds = drafted = 0
     while said[-1] != END and len(said) < limit:
         draft: list[int] = []
-        while len(draft) < min(draft_length, limit - len(said) - 1):
-            draft.append(10_000 if END in draft else drafter(said + draft))
+        while len(draft) < min(draft_length, limit - len(said) - 1) and END not in draft:
+            draft.append(drafter(said + draft))
         rounds, drafted = rounds + 1, drafted + len(draft)
         for token in draft:
             if dense(said) != token:

@@ -1,0 +1,468 @@
+"""Measure what drafting with a plan gains, and whether the answers are the dense model's.
+
+Dense and speculation answer the same prompts in turns, each to its end. Both are asked the way a caller asks, and what
+they generate is compared token by token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
+
+from workers.device import lock as device_lock
+from workers.device.memory import peak_bytes
+from workers.errors import MeasurementError
+from workers.evaluation.acceptance import LONGEST_DRAFT
+from workers.evaluation.plain import PlainEvaluator, read_agreement, without_prompt
+from workers.latency.measure import LATE_PAIRS, PAIRS_PER_LOOK, median_interval
+from workers.latency.request import cache_bytes, cache_of, device_name, prepare_request, run_request, synchronise
+from workers.layerwise.hooks import Hooks
+from workers.messages import (
+    CheckSpeculation,
+    CompareSpeculation,
+    Exactness,
+    LatencyComparison,
+    LatencyProfile,
+    SpeculationComparison,
+    Workload,
+)
+from workers.models.forced import force
+from workers.models.inputs import prepare_batch
+from workers.models.loading import LoadedModel
+from workers.models.prompts import to_device
+from workers.models.ties import end_tokens, tie_bound
+from workers.runtime import apply, speculate
+from workers.runtime.descriptor import FamilyDescriptor, validate
+from workers.runtime.families import describe
+from workers.runtime.folding import Maps
+from workers.runtime.plan import Action, PlanError, SkipPlan
+from workers.runtime.speculation import Speculation
+from workers.tasks import Sample, Task
+
+WARM_UP_REQUESTS = 4
+"""Requests before the timed ones, from which a speculation learns how much to draft."""
+READ_PROMPTS = 64
+"""Prompts on which acceptance is read."""
+WIDTHS = (1, 2, 3, 5, LONGEST_DRAFT + 1)
+"""New tokens of the passes that are timed; between them a straight line is taken."""
+PARAGRAPH_TOKENS = 48
+"""Tokens of a paragraph's beginning that make a prompt."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request's prompts: names of the rows, and what the model takes for all of them and for each alone."""
+
+    names: tuple[str, ...]
+    inputs: dict[str, Any]
+    alone: Callable[[int], dict[str, Any]]
+
+
+@dataclass
+class Pairs:
+    """Times of dense and of speculation on the same prompts, one entry a pair."""
+
+    dense: list[float] = field(default_factory=list)
+    drafted: list[float] = field(default_factory=list)
+    dense_decoding: list[float] = field(default_factory=list)
+    """Behind the first token, of pairs whose answers have more than that."""
+    drafted_decoding: list[float] = field(default_factory=list)
+    tokens: int = 0
+    """Behind the first ones, of one row: all rows take as long."""
+
+
+# Passes over several tokens ------------------------------------------------------------------------------------------
+
+
+def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, repeats: int) -> tuple[float, ...]:
+    """Time dense passes over 1 to ``LONGEST_DRAFT + 1`` new tokens, as speculation makes them.
+
+    Every width is timed in turns with a plain step, and is that many times as long as the profile's.
+
+    Raises:
+        MeasurementError: other workers do not leave the device.
+        UnsupportedFamilyError: the model's cache cannot be set back.
+    """
+    request = prepare_request(loaded, task, profile.workload)
+    plan = _cheap_drafter(describe(loaded.model))
+    ratios: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    with device_lock.timing(loaded.device):
+        _timed_passes(loaded, plan, 2, request.inputs)
+        for _ in range(max(1, repeats // 2)):  # a repeat times several passes of every width
+            step = statistics.median(_timed_passes(loaded, plan, 1, request.inputs))
+            for width in WIDTHS[1:]:
+                ratios[width].append(statistics.median(_timed_passes(loaded, plan, width, request.inputs)) / step)
+    known = [1.0, *(max(1.0, statistics.median(ratios[width])) for width in WIDTHS[1:])]
+    widths = np.arange(1, LONGEST_DRAFT + 2)
+    return tuple((profile.dense_decode_seconds * np.interp(widths, WIDTHS, known)).tolist())
+
+
+def _timed_passes(loaded: LoadedModel, plan: SkipPlan, width: int, inputs: Mapping[str, Any]) -> list[float]:
+    """Return the seconds of the dense model's passes over ``width`` new tokens in one request."""
+    model, device = loaded.model, loaded.device
+    starts: list[tuple[int, float]] = []
+    seconds: dict[int, list[float]] = defaultdict(list)
+
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        synchronise(device)
+        ids = kwargs.get("input_ids")
+        starts.append((0 if ids is None else int(ids.shape[1]), time.perf_counter()))
+
+    def after(output: object) -> None:
+        synchronise(device)
+        asked, start = starts.pop()
+        seconds[asked].append(time.perf_counter() - start)
+
+    with Hooks() as hooks, torch.inference_mode():
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                hooks.before(module, before)
+                hooks.after(module, after)
+        tokens = {"min_new_tokens": width + 4, "max_new_tokens": width + 4}
+        if width == 1:
+            _generate(loaded, model, inputs, **tokens)
+        else:
+            with speculate(model, plan, draft_length=width - 1) as speculation:
+                _generate(loaded, speculation, inputs, **tokens)
+    if not seconds[width]:
+        raise MeasurementError(f"no pass over {width} new tokens was made; the model takes no token ids")
+    return seconds[width]
+
+
+def _cheap_drafter(descriptor: FamilyDescriptor) -> SkipPlan:
+    """Return a plan that leaves little of the model: what it drafts does not matter."""
+    skipping = [layer for layer, allowed in enumerate(descriptor.allowed) if Action.SKIP in allowed]
+    for layers in (skipping[1:], skipping[:1]):
+        plan = SkipPlan.dense(descriptor.num_layers)
+        for layer in layers:
+            plan = plan.with_action(layer, Action.SKIP)
+        try:
+            validate(plan, descriptor)
+        except PlanError:
+            continue
+        return plan
+    raise MeasurementError("no layer of the model can be skipped, so nothing can draft for it")
+
+
+# Comparison ----------------------------------------------------------------------------------------------------------
+
+
+def compare_speculation(
+    evaluator: PlainEvaluator, request: CompareSpeculation, maps: Maps | None
+) -> SpeculationComparison:
+    """Time generation with drafts against dense, as ``compare_latency`` times a plan, and compare the answers.
+
+    Raises:
+        PlanError: the model cannot take the plan, or has other actions than run and skip.
+        UnsupportedFamilyError: the model's cache cannot be set back.
+        MeasurementError: there are no prompts, or other workers do not leave the device.
+    """
+    loaded, task = evaluator.loaded, request.task or evaluator.task
+    plan, failed = SkipPlan.parse(request.plan), dict[str, str]()
+    if request.text is None:
+        prompts = _task_prompts(loaded, task, request.workload, failed)
+    else:
+        prompts = _text_prompts(loaded, request.text)
+    with speculate(loaded.model, plan, maps) as speculation:
+        folded = speculation.statistics.extra_bytes
+        with device_lock.timing(loaded.device):
+            caches = _memory(loaded, evaluator.task, request.workload, speculation)
+            pairs, asked, exact = _time_pairs(loaded, itertools.cycle(prompts), request, speculation)
+    own = speculation.statistics
+    generator = np.random.default_rng(request.seed)
+    ratios = [first / second for first, second in zip(pairs.dense, pairs.drafted, strict=True)]
+    decoding = [first / second for first, second in zip(pairs.dense_decoding, pairs.drafted_decoding, strict=True)]
+    low, high = median_interval(ratios, request.confidence, generator)
+    decoding_low, decoding_high = median_interval(decoding or [1.0], request.confidence, generator)
+    return SpeculationComparison(
+        latency=LatencyComparison(
+            plan=plan.text,
+            device=device_name(loaded.device),
+            workload=request.workload,
+            dense_latency_seconds=statistics.median(pairs.dense),
+            latency_seconds=statistics.median(pairs.drafted),
+            speedup=statistics.median(ratios),
+            speedup_low=low,
+            speedup_high=high,
+            pairs=len(ratios),
+            dense_kv_cache_bytes=caches.dense,
+            kv_cache_bytes=caches.dense + own.extra_bytes - folded,
+            dense_peak_bytes=caches.dense_peak,
+            peak_bytes=caches.peak,
+            failed_samples=failed if request.task is None and request.text is None else {},
+        ),
+        decoding_speedup=statistics.median(decoding or [1.0]),
+        decoding_speedup_low=decoding_low,
+        decoding_speedup_high=decoding_high,
+        dense_seconds_per_token=math.fsum(pairs.dense_decoding) / max(1, pairs.tokens),
+        seconds_per_token=math.fsum(pairs.drafted_decoding) / max(1, pairs.tokens),
+        acceptance=_acceptance(loaded, plan, maps, asked),
+        tokens=own.tokens,
+        rounds=own.rounds,
+        drafted=own.drafted,
+        accepted=own.accepted,
+        plain_steps=own.plain_steps,
+        extra_bytes=own.extra_bytes,
+        exactness=exact,
+    )
+
+
+def check_speculation(evaluator: PlainEvaluator, request: CheckSpeculation, maps: Maps | None) -> Exactness:
+    """Generate with drafts, batch by batch, and compare with the dense model's answers.
+
+    Raises:
+        PlanError: the model cannot take the plan, or has other actions than run and skip.
+        UnsupportedFamilyError: the model's cache cannot be set back.
+    """
+    loaded, task = evaluator.loaded, evaluator.task
+    chosen = zip(task.held_out[request.start : request.stop], request.targets, strict=True)
+    samples = [(sample, target) for sample, target in chosen if target is not None]
+    found = Exactness(0)
+    tokens = {"max_new_tokens": task.spec.answer.max_new_tokens}
+    with speculate(loaded.model, SkipPlan.parse(request.plan), maps) as speculation:
+        for start in range(0, len(samples), evaluator.batch_size):
+            chunk = samples[start : start + evaluator.batch_size]
+            targets = {sample.id: target for sample, target in chunk}
+            batch = prepare_batch(loaded, task, [sample for sample, _ in chunk])
+            if batch.inputs is None:
+                continue
+            inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
+            answers = _answers(loaded, _generate(loaded, speculation, inputs, **tokens), inputs)
+            for sample, answer in zip(batch.samples, answers, strict=True):
+                own = partial(_inputs_of, loaded, task, sample)
+                found = found.joined(_compared(loaded, sample.id, own, targets[sample.id], answer))
+    return found
+
+
+@dataclass(frozen=True)
+class _Memory:
+    dense: int
+    dense_peak: int | None
+    peak: int | None
+
+
+def _memory(loaded: LoadedModel, task: Task, workload: Workload, speculation: Speculation) -> _Memory:
+    """Measure the dense model's cache, and the most memory of a request of each."""
+    request = prepare_request(loaded, task, workload)
+    tokens = {"min_new_tokens": workload.new_tokens, "max_new_tokens": workload.new_tokens}
+    with torch.inference_mode():
+        dense = cache_bytes(cache_of(run_request(loaded, request)))
+        dense_peak = peak_bytes(lambda: run_request(loaded, request), loaded.device)
+        _generate(loaded, speculation, request.inputs, **tokens)
+        peak = peak_bytes(lambda: _generate(loaded, speculation, request.inputs, **tokens), loaded.device)
+    return _Memory(dense, dense_peak, peak)
+
+
+def _time_pairs(
+    loaded: LoadedModel, prompts: Iterator[Prompt], request: CompareSpeculation, speculation: Speculation
+) -> tuple[Pairs, list[tuple[Prompt, list[tuple[int, ...]]]], Exactness]:
+    """Time pairs until the request speed-up's interval is narrow enough, or time is up.
+
+    Returns the times, the first prompts with dense's answers, and how exact the answers were.
+    """
+    pairs, exact = Pairs(), Exactness(0)
+    asked: list[tuple[Prompt, list[tuple[int, ...]]]] = []
+    generator = np.random.default_rng(request.seed)
+    tokens = {"max_new_tokens": request.workload.new_tokens}
+    for prompt in itertools.islice(prompts, WARM_UP_REQUESTS):
+        for model in (loaded.model, speculation):
+            _timed(loaded, model, prompt.inputs, **tokens)
+    speculation.reset_statistics()
+    deadline = time.perf_counter() + request.max_seconds
+    for prompt in prompts:
+        found = {}
+        for takes_dense in (True, False) if len(pairs.dense) % 2 == 0 else (False, True):
+            found[takes_dense] = _timed(loaded, loaded.model if takes_dense else speculation, prompt.inputs, **tokens)
+        pairs.dense.append(found[True].seconds)
+        pairs.drafted.append(found[False].seconds)
+        longest = max(map(len, found[True].answers))
+        if longest > 1:
+            pairs.dense_decoding.append(found[True].decoding)
+            pairs.drafted_decoding.append(found[False].decoding)
+            pairs.tokens += longest - 1
+        if len(asked) * len(prompt.names) < READ_PROMPTS:
+            asked.append((prompt, found[True].answers))
+        for row, name in enumerate(prompt.names):
+            own = partial(prompt.alone, row)
+            exact = exact.joined(_compared(loaded, name, own, found[True].answers[row], found[False].answers[row]))
+        count, late = len(pairs.dense), time.perf_counter() > deadline
+        if count < (LATE_PAIRS if late else PAIRS_PER_LOOK) or (count % PAIRS_PER_LOOK and not late):
+            continue
+        ratios = [first / second for first, second in zip(pairs.dense, pairs.drafted, strict=True)]
+        low, high = median_interval(ratios, request.confidence, generator)
+        if late or high - low <= request.precision * statistics.median(ratios):
+            break
+    return pairs, asked, exact
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+
+def _task_prompts(loaded: LoadedModel, task: Task, workload: Workload, failed: dict[str, str]) -> Iterator[Prompt]:
+    """Yield held-out samples in order, as many a request as the workload says; ``failed`` gets those that fail."""
+    waiting: list[Sample] = []
+    asked = False
+    for sample in task.held_out:
+        prepared = prepare_batch(loaded, task, [sample])
+        failed.update(prepared.failed)
+        waiting += prepared.samples
+        if len(waiting) < workload.batch_size:
+            continue
+        batch = prepare_batch(loaded, task, waiting)
+        assert batch.inputs is not None
+        alone = [partial(_inputs_of, loaded, task, each) for each in waiting]
+        yield Prompt(
+            tuple(each.id for each in waiting),
+            to_device(batch.inputs, loaded.device, loaded.model.dtype),
+            lambda row, alone=alone: alone[row](),  # type: ignore[misc]
+        )
+        waiting, asked = [], True
+    if not asked:
+        raise MeasurementError(f"task {task.name} has fewer usable held-out samples than {workload.batch_size}")
+
+
+def _inputs_of(loaded: LoadedModel, task: Task, sample: Sample) -> dict[str, Any]:
+    inputs = prepare_batch(loaded, task, [sample]).inputs
+    assert inputs is not None
+    return to_device(inputs, loaded.device, loaded.model.dtype)
+
+
+def _text_prompts(loaded: LoadedModel, text: str) -> Iterator[Prompt]:
+    """Yield the beginnings of the paragraphs of a text, one a request, without an image."""
+    asked = False
+    for number, paragraph in enumerate(re.split(r"\n\s*\n", text), start=1):
+        ids = loaded.processor.tokenizer(" ".join(paragraph.split()))["input_ids"][:PARAGRAPH_TOKENS]
+        if len(ids) < PARAGRAPH_TOKENS // 4:
+            continue
+        tokens = torch.tensor([ids], device=loaded.device)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        yield Prompt((f"paragraph {number}",), inputs, lambda row, inputs=inputs: inputs)  # type: ignore[misc]
+        asked = True
+    if not asked:
+        raise MeasurementError(f"the text has no paragraph of {PARAGRAPH_TOKENS // 4} tokens to begin a prompt with")
+
+
+# One request ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Seconds of a request, and of what comes behind its first token; the rows' tokens with those that end them."""
+
+    seconds: float
+    decoding: float
+    answers: list[tuple[int, ...]]
+
+
+class _FirstToken(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
+    """Note when the first token was there; end nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        """Look at ``input_ids`` ``[batch, tokens]``."""
+        if self.at is None:
+            synchronise(self._device)
+            self.at = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _timed(loaded: LoadedModel, model: Any, inputs: Mapping[str, Any], **tokens: int) -> _Answered:
+    """Time one request of the model, or of a speculation on it, the device idle before and after."""
+    first = _FirstToken(loaded.device)
+    synchronise(loaded.device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        sequences = _generate(loaded, model, inputs, stopping_criteria=StoppingCriteriaList([first]), **tokens)
+    synchronise(loaded.device)
+    ended = time.perf_counter()
+    decoding = ended - (ended if first.at is None else first.at)
+    return _Answered(ended - started, decoding, _answers(loaded, sequences, inputs))
+
+
+def _generate(loaded: LoadedModel, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Tensor:
+    """Generate greedily; ``model`` is the loaded one or a speculation on it."""
+    with torch.inference_mode():
+        sequences: Tensor = model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=loaded.processor.tokenizer.pad_token_id,
+            use_cache=True,  # checkpoints often say no, left over from training; whoever serves them has one
+            return_dict_in_generate=False,
+            **settings,
+        )
+    return sequences
+
+
+def _answers(loaded: LoadedModel, sequences: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    ends = end_tokens(loaded.model)
+    found = []
+    for row in without_prompt(sequences, inputs["input_ids"]).tolist():
+        length = next((number for number, token in enumerate(row, start=1) if token in ends), len(row))
+        found.append(tuple(row[:length]))
+    return found
+
+
+def _compared(
+    loaded: LoadedModel,
+    name: str,
+    alone: Callable[[], dict[str, Any]],
+    dense: Sequence[int],
+    drafted: Sequence[int],
+) -> Exactness:
+    """Compare two answers to a prompt. Where they part, the dense model is asked about it ``alone``."""
+    if tuple(dense) == tuple(drafted):
+        return Exactness(1)
+    parting = next(
+        (at for at, pair in enumerate(zip(dense, drafted, strict=False)) if pair[0] != pair[1]),
+        min(len(dense), len(drafted)),
+    )
+    both_go_on = parting < min(len(dense), len(drafted))
+    if both_go_on and _is_near_tie(loaded, alone(), dense[: parting + 1], drafted[parting]):
+        return Exactness(1, near_ties=(name,))
+    return Exactness(1, different=(name,))
+
+
+def _is_near_tie(loaded: LoadedModel, inputs: Mapping[str, Any], answer: Sequence[int], other: int) -> bool:
+    """Whether rounding decides between the last token of ``answer`` and the ``other`` one, by the rule of ``ties``."""
+    near = False
+
+    def read(step: int, following: list[int], logits: Tensor, scores: Tensor) -> None:
+        nonlocal near
+        if step == len(answer) - 1:
+            own = scores[0].float()
+            top = own.max()
+            bound = tie_bound(top, loaded.model.dtype)
+            near = bool(top - own[answer[-1]] <= bound) and bool(top - own[other] <= bound)
+
+    with torch.inference_mode():
+        force(loaded.model, inputs, [answer], loaded.processor.tokenizer.pad_token_id, read)
+    return near
+
+
+def _acceptance(
+    loaded: LoadedModel, plan: SkipPlan, maps: Maps | None, asked: Sequence[tuple[Prompt, list[tuple[int, ...]]]]
+) -> float:
+    """Mean share of the positions of dense's answers where the plan's next token is dense's."""
+    shares = []
+    with torch.inference_mode(), apply(loaded.model, plan, maps):
+        for prompt, answers in asked:
+            own = read_agreement(loaded, prompt.inputs, answers)
+            shares += [sum(each.agrees) / len(each.agrees) for each in own]
+    return statistics.fmean(shares)
