@@ -79,6 +79,7 @@ def best(
     device: str | None = None,
     engine: str | None = None,
     concurrency: int | None = None,
+    lossless: bool = False,
     all_versions: bool = False,
     database: str | None = None,
 ) -> Plan | None:
@@ -88,12 +89,13 @@ def best(
     the upper end of the loss's interval, the other limits against what was measured.
     With an ``engine`` (vllm, llama.cpp, ...) speed and latency are what it took with ``concurrency`` requests in
     flight (1 when absent), and plans that it did not serve are left out.
+    With ``lossless`` plans are meant that draft for the dense model (``Plan.mode``), without it those that stand alone.
     Without a limit on loss or accuracy, plans that miss their own job's constraint are left out.
     Plans of former model files, data, prompts or metrics are left out unless ``all_versions``.
     """
     from optimizer.errors import NoFeasiblePlan
     from optimizer.job.best import find_best
-    from storage.records.plans import PlanQuery
+    from storage.records.plans import PlanQuery, mode_of
 
     with _open(database) as db:
         query = PlanQuery(
@@ -102,6 +104,7 @@ def best(
             device=device,
             engine=engine,
             concurrency=concurrency,
+            mode=mode_of(lossless=lossless),
             max_accuracy_drop=max_accuracy_drop,
             min_accuracy=min_accuracy,
             min_speedup=min_speedup,
@@ -125,13 +128,14 @@ def plans(
     on_front: bool = False,
     sort: Sort = "speedup",
     limit: int | None = None,
+    lossless: bool = False,
     all_versions: bool = False,
     database: str | None = None,
 ) -> pd.DataFrame:
     """List published plans, best first by ``sort``: one row a plan within the limits, indexed by its id.
 
     With an ``engine`` the limit and the order are by what it took at ``concurrency``, as in :func:`best`;
-    :func:`engine_latencies` has those figures.
+    :func:`engine_latencies` has those figures. ``lossless`` lists plans that draft, as in :func:`best`.
     Columns: what was verified and measured (``accuracy``, ``difference``, ``speedup``, each with ``_low`` and
     ``_high``; ``latency_seconds``, ``kv_cache_bytes``, ...), and ``plan``, ``compensation``, ``model``, ``task``,
     ``device``, ``workload``, ``job_id``, ``on_front``, ``meets_constraint`` (of its own job; None where not known),
@@ -141,7 +145,7 @@ def plans(
     from optimizer.job.result import PlanAnswer
     from storage.records import overview
     from storage.records import plans as published
-    from storage.records.plans import PlanQuery
+    from storage.records.plans import PlanQuery, mode_of
 
     query = PlanQuery(
         model,
@@ -149,6 +153,7 @@ def plans(
         device=device,
         engine=engine,
         concurrency=concurrency,
+        mode=mode_of(lossless=lossless),
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
         on_front=on_front,

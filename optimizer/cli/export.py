@@ -35,6 +35,7 @@ def export(
     device: options.Device = None,
     engine: options.Engine = None,
     concurrency: options.Concurrency = None,
+    lossless: options.Lossless = False,
     all_versions: options.AllVersions = False,
     model_path: options.ModelPath = None,
     force: options.Force = False,
@@ -54,7 +55,7 @@ def export(
     from optimizer.job.best import find_best
     from optimizer.job.present import PresentVersions
     from storage.records import plans
-    from storage.records.plans import PlanQuery
+    from storage.records.plans import PlanQuery, mode_of
 
     query = PlanQuery(
         model,
@@ -62,6 +63,7 @@ def export(
         device=device,
         engine=engine,
         concurrency=concurrency,
+        mode=mode_of(lossless=lossless),
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
     )

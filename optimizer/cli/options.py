@@ -49,6 +49,10 @@ AllVersions = Annotated[
         "--all-versions", help="Include plans of earlier versions of the model files, data, prompt or metric, marked."
     ),
 ]
+Lossless = Annotated[
+    bool,
+    typer.Option("--lossless", help="Plans that draft for the dense model, which verifies, in the place of others."),
+]
 Device = Annotated[str | None, typer.Option("--device", help="Device, or a part of its name.")]
 MaxCollateralDrop = Annotated[
     float | None,

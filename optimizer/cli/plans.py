@@ -52,6 +52,7 @@ def best(
     concurrency: options.Concurrency = None,
     max_collateral_drop: options.MaxCollateralDrop = None,
     max_text_kl: options.MaxTextKl = None,
+    lossless: options.Lossless = False,
     all_versions: options.AllVersions = False,
     as_json: options.AsJson = False,
 ) -> int:
@@ -60,7 +61,7 @@ def best(
     [bold]Example:[/bold] skipplan best --model llava-12 --task easy-vqa --max-accuracy-drop 0.02
     """
     from optimizer.job.best import find_best
-    from storage.records.plans import PlanQuery
+    from storage.records.plans import PlanQuery, mode_of
 
     query = PlanQuery(
         model,
@@ -68,6 +69,7 @@ def best(
         device=device,
         engine=engine,
         concurrency=concurrency,
+        mode=mode_of(lossless=lossless),
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
     )
@@ -102,6 +104,7 @@ def list_plans(
     pareto: Annotated[bool, typer.Option("--pareto", help="Only members of the Pareto front.")] = False,
     sort: Annotated[SortKey, typer.Option(help="Order.")] = "speedup",
     limit: Annotated[int, typer.Option(min=1, help="Most plans to list.")] = 50,
+    lossless: options.Lossless = False,
     all_versions: options.AllVersions = False,
     as_json: options.AsJson = False,
 ) -> int:
@@ -112,7 +115,7 @@ def list_plans(
     from optimizer.job.present import PresentVersions
     from optimizer.job.result import plan_json
     from storage.records import plans
-    from storage.records.plans import PlanQuery
+    from storage.records.plans import PlanQuery, mode_of
 
     query = PlanQuery(
         model,
@@ -120,6 +123,7 @@ def list_plans(
         device=device,
         engine=engine,
         concurrency=concurrency,
+        mode=mode_of(lossless=lossless),
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
         on_front=pareto,

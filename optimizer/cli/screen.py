@@ -25,7 +25,7 @@ from rich.text import Text
 from optimizer.job.result import JobResult, judgement, judging, layers_by_action
 from optimizer.reports import formatting
 from optimizer.stages.progress import Display, StageLines, State
-from storage.records.plans import Plan
+from storage.records.plans import LOSSLESS, Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
 
@@ -167,6 +167,9 @@ def plans_table(
         ("limits", "left"),
     ):
         table.add_column(name, justify=justify, no_wrap=name in ("id", "plan"))  # type: ignore[arg-type]
+    drafting = any(plan.mode == LOSSLESS for plan in plans)
+    if drafting:
+        table.add_column("drafting")
     if in_engines:
         table.add_column("speed-up in engines")
     if any(changes):
@@ -182,6 +185,7 @@ def plans_table(
             formatting.speedup(plan, "x"),
             f"{plan.kv_cache_bytes / plan.dense_kv_cache_bytes:.0%}" if plan.dense_kv_cache_bytes else "",
             judgement(plan, {True: "met", False: "missed", None: ""}),
+            *([formatting.drafting(plan)] if drafting else []),
             *(["\n".join(map(formatting.engine_speedup, plan.engine_latencies))] if in_engines else []),
             *([", ".join(changes[number])] if any(changes) else []),
             style="bold" if marked else None,
@@ -204,6 +208,8 @@ def describe_layers(plan: str) -> str:
 
 def figures(plan: Plan) -> str:
     """Summarize a plan's accuracy and speed in half a sentence."""
+    if plan.mode == LOSSLESS:
+        return f"the dense model's answers, {formatting.times_as_fast(plan)}; {formatting.drafting(plan)}"
     return (
         f"accuracy {plan.accuracy:.3f}, {formatting.difference(plan)} points to dense, {formatting.times_as_fast(plan)}"
     )
@@ -216,6 +222,12 @@ def answer(plan: Plan) -> str:
         f"Best: plan {plan.id}, {describe_layers(plan.plan)}{compensated}: {formatting.times_as_fast(plan)} as dense "
         f"({'under generate ' if judging(plan) else ''}"
         f"{1000 * plan.dense_latency_seconds:.1f} -> {1000 * plan.latency_seconds:.1f} ms a request, "
-        f"{plan.workload}), accuracy {plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n_samples} "
-        f"held-out samples." + "".join(f" {formatting.engine_speedup(each)}." for each in plan.engine_latencies)
+        f"{plan.workload}), {_cost(plan)}."
+        + "".join(f" {formatting.engine_speedup(each)}." for each in plan.engine_latencies)
     )
+
+
+def _cost(plan: Plan) -> str:
+    if plan.mode == LOSSLESS:
+        return f"with the dense model's own answers: {formatting.drafting(plan)}"
+    return f"accuracy {plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n_samples} held-out samples"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 
@@ -75,6 +75,9 @@ def plan_query(
         float | None, Query(ge=0, le=1, description="Largest loss as a share, by the upper end of its interval.")
     ] = None,
     min_speedup: Annotated[float | None, Query(ge=0, le=1000, description="Smallest measured speed-up.")] = None,
+    mode: Annotated[
+        Literal["standalone", "lossless"], Query(description="lossless: plans that draft, the dense model verifies.")
+    ] = "standalone",
     front: Annotated[bool, Query(description="Only members of the Pareto front.")] = False,
     sort: Annotated[Sort, Query(description="Order, the best first.")] = "speedup",
     limit: Limit = 50,
@@ -88,6 +91,7 @@ def plan_query(
         concurrency=concurrency,
         max_accuracy_drop=max_accuracy_drop,
         min_speedup=min_speedup,
+        mode=mode,
         on_front=front,
         sort=sort,
         limit=limit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, HTTPException, Query, Request
@@ -102,6 +102,7 @@ class PlanForm(BaseModel):
     device: str = ""
     max_points: str = Field("", max_length=20)
     min_speedup: str = Field("", max_length=20)
+    mode: Literal["standalone", "lossless"] = "standalone"
     front: bool = False
     all_versions: bool = False
     sort: Sort = "speedup"
@@ -114,6 +115,7 @@ class PlanForm(BaseModel):
             device=self.device or None,
             max_accuracy_drop=_share(self.max_points),
             min_speedup=_number("smallest speed-up", self.min_speedup),
+            mode=self.mode,
             on_front=self.front,
             sort=self.sort,
             limit=200,

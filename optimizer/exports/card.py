@@ -56,6 +56,12 @@ def _what(document: PlanDocument) -> str:
 
 def _origin(document: PlanDocument) -> str:
     notes = []
+    if document.mode == "lossless":
+        notes.append(
+            "**This is a drafter.** The figures below hold where the dense model verifies its tokens (see "
+            "`skipplan.json`, `figures.secondary.lossless`); alone it answers otherwise, and nothing "
+            "is known of how well."
+        )
     if document.origin == "imported":
         notes.append("**The figures below were imported, not measured by the installation that wrote this.**")
     warning = document.figures.secondary.get("dense_warning")

@@ -91,6 +91,9 @@ class PlanDocument(Part):
     task: TaskRecord
     device: Name
     workload: Name
+    mode: Literal["standalone", "lossless"] = Field(
+        default="standalone", description="Whether the plan answers in the place of the dense model, or drafts for it"
+    )
     figures: MeasuredFigures
     origin: Literal["measured", "imported"]
     published_at: AwareDatetime
@@ -136,6 +139,7 @@ def describe(plan: Plan, model: ModelRecord, task: TaskRecord) -> PlanDocument:
         task=task,
         device=plan.device,
         workload=plan.workload,
+        mode="lossless" if plan.mode == "lossless" else "standalone",
         figures=MeasuredFigures(**{each.name: getattr(plan, each.name) for each in fields(MeasuredFigures)}),
         origin="imported" if plan.origin == "imported" else "measured",
         published_at=plan.published_at,

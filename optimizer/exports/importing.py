@@ -33,7 +33,7 @@ def import_plan(db: Database, imported: PlanDocument, path: Path) -> Plan:
         device_id = lookup.ensure_device(session, imported.device)
         (stored,) = plans.import_plans(
             session,
-            Group(model_id, task_id, device_id, imported.workload),
+            Group(model_id, task_id, device_id, imported.workload, imported.mode),
             figures=[figures],
         )
     return stored

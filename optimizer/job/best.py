@@ -8,6 +8,7 @@ from optimizer.errors import NoFeasiblePlan, UsageFault
 from optimizer.job.present import PresentVersions
 from optimizer.job.result import meets_constraint
 from storage.database import Database
+from storage.pareto import STANDALONE
 from storage.records import plans
 from storage.records.plans import Plan, PlanQuery
 
@@ -44,7 +45,8 @@ def find_best(
     found = find(asked)
     if found is not None:
         return found, present.changes(found)
-    what = f"no published plan of {query.model} on {query.task}"
+    kind = "" if query.mode == STANDALONE else f"{query.mode} "
+    what = f"no published {kind}plan of {query.model} on {query.task}"
     if query.engine is not None:
         what += f" that {query.engine} served at a concurrency of {query.concurrency or 1}"
     if fastest := find(asked, missing=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import UsageFault
-from optimizer.job.spec import JobSpec
+from optimizer.job.spec import LEAST_TOKENS, JobSpec
 from workers.errors import ImageError, ModelError, TaskError
 from workers.messages import ModelSource
 from workers.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint_checkpoint
@@ -102,9 +102,26 @@ def task_of(spec: JobSpec) -> TaskSpec:
     """Read the job's task file, with the job's split sizes. Raises UsageFault."""
     sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
     try:
-        return load_spec(spec.task).with_splits(**sizes)
+        task = load_spec(spec.task).with_splits(**sizes)
     except TaskError as error:
         raise UsageFault(str(error)) from None
+    if spec.is_lossless:
+        _require_long_answers(task)
+    return task
+
+
+def _require_long_answers(task: TaskSpec) -> None:
+    """Refuse tasks whose answers leave nothing to draft. Raises UsageFault."""
+    if task.is_choice:
+        raise UsageFault(
+            f"task {task.name}: its answers are chosen, not generated, so there is nothing to draft; a lossless job "
+            "needs answer.kind free"
+        )
+    if task.answer.max_new_tokens < LEAST_TOKENS:
+        raise UsageFault(
+            f"task {task.name}: answer.max_new_tokens {task.answer.max_new_tokens} leaves too little to draft; a "
+            f"lossless job needs {LEAST_TOKENS} or more"
+        )
 
 
 def load_job_task(spec: JobSpec) -> Task:

@@ -12,7 +12,7 @@ from storage.queue.jobs import Job
 from storage.records import plans
 from storage.records.described import described
 from storage.records.engine_latencies import EngineLatency
-from storage.records.plans import Plan
+from storage.records.plans import LOSSLESS, Plan
 from workers.runtime import Action, SkipPlan
 
 
@@ -102,6 +102,12 @@ def judging(plan: Plan) -> EngineLatency | None:
     by = plan.secondary.get("judged_by") or {}
     asked = by.get("engine"), by.get("concurrency")
     return next((each for each in plan.engine_latencies if (each.engine, each.concurrency) == asked), None)
+
+
+def drafting_of(plan: Plan) -> dict[str, Any] | None:
+    """Return what was measured of a lossless plan as a drafter; None where it is none."""
+    found = plan.secondary.get("lossless")
+    return found if plan.mode == LOSSLESS and isinstance(found, dict) else None
 
 
 def dense_warning(plan: Plan) -> str:

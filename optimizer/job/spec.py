@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 else:
     ActionName = Literal[tuple(action.label for action in Action if action is not Action.RUN)]
 
+LOSSLESS = "lossless"
+LEAST_TOKENS = 8
+"""Fewest new tokens of answers that drafting can gain anything on."""
+
 DETERMINES_RESULT = {
+    "mode",
     "model",
     "task",
     "actions",
@@ -60,6 +65,11 @@ ONLY_WHERE_AND_WHEN = {"max_failed_samples", "cluster", "priority", "attempts", 
 class JobSpec(Section):
     """Everything a job file says. Relative paths in a file are relative to that file."""
 
+    mode: Literal["standalone", "lossless"] = Field(
+        default="standalone",
+        description="standalone: the plan answers in the place of the dense model. lossless: it drafts, and the dense "
+        "model verifies, so that answers stay the dense model's (see docs/lossless.md).",
+    )
     model: ModelSpec
     task: str = Field(min_length=1, description="Name of a bundled task, or path of a task file.")
     actions: tuple[ActionName, ...] = Field(
@@ -162,11 +172,45 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _lossless_fits(self) -> JobSpec:
+        """Leave a lossless job without a limit on accuracy, which it cannot lose."""
+        if not self.is_lossless:
+            return self
+        constraint = self.constraint
+        for name in ("max_accuracy_drop", "min_accuracy"):
+            if name in constraint.model_fields_set and getattr(constraint, name) is not None:
+                raise ValueError(
+                    f"constraint.{name}: lossless plans answer as the dense model does, so there is nothing to limit; "
+                    "leave it out, or take mode: standalone"
+                )
+        if self.actions != (Action.SKIP.label,):
+            raise ValueError(
+                "actions: a lossless plan drafts text, where freeze and bypass save nothing; leave actions at [skip]"
+            )
+        if self.workload.new_tokens < LEAST_TOKENS:
+            raise ValueError(
+                f"workload.new_tokens: {self.workload.new_tokens} tokens leave too little to draft; a lossless job "
+                f"needs {LEAST_TOKENS} or more, about as many as the task's answers have"
+            )
+        if self.latency.engine != TRANSFORMERS:
+            raise ValueError(
+                f"latency.engine: lossless plans are timed on the live model, not in {self.latency.engine}; leave "
+                "it out"
+            )
+        self.__dict__["constraint"] = constraint.model_copy(update={"max_accuracy_drop": None})
+        return self
+
+    @model_validator(mode="after")
     def _rungs_fit(self) -> JobSpec:
         largest = self.search.rungs[-1] if self.search.rungs else 0
         if self.splits.search is not None and largest > self.splits.search:
             raise ValueError(f"search.rungs: {largest} is more than the {self.splits.search} samples of splits.search")
         return self
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether plans draft for the dense model."""
+        return self.mode == LOSSLESS
 
     @property
     def letters(self) -> str:
@@ -190,6 +234,8 @@ class JobSpec(Section):
             del fields["constraint"]["min_dense_accuracy"]
         if self.latency.engine == TRANSFORMERS:  # what an engine alone reads
             del fields["latency"]["engine"], fields["workload"]["concurrency"]
+        if not self.is_lossless:  # jobs of before there was a choice
+            del fields["mode"]
         return fields
 
     def digest(self, **inputs: str) -> str:

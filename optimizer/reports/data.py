@@ -14,8 +14,9 @@ from typing import Any
 from optimizer.job.result import JobResult, load_result, meets_constraint
 from optimizer.search.latency import ratio_of_text
 from optimizer.search.space import touched
-from optimizer.search.trial import answered_by_both
+from optimizer.search.trial import Drafter, answered_by_both
 from storage.database import Database
+from storage.pareto import STANDALONE
 from storage.queue import events, stages
 from storage.queue.events import Event
 from storage.queue.jobs import Job
@@ -40,6 +41,7 @@ class Specification:
     criterion: str | None = None
     """None for jobs of before criteria had names."""
     thresholds: dict[str, float] | None = None
+    mode: str = STANDALONE
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Specification:
@@ -58,6 +60,7 @@ class Specification:
             search=_section(stored, "search"),
             criterion=stored.get("criterion"),
             thresholds=stored.get("thresholds"),
+            mode=str(stored.get("mode", STANDALONE)),
         )
 
     @property
@@ -96,6 +99,8 @@ class TrialSummary:
     """By the additive latency profile; None where there is none for these actions. Never a measured figure."""
     within: bool
     """Whether it meets the job's constraint as far as the search could see (no intervals)."""
+    drafter: Drafter | None = None
+    """Of a lossless job, once its search has ended."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,7 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
     rows = evaluations.summaries(db, job_id)
     profile = profile or measurements.profile_of_job(db, job_id)
     ids = next(((each.model_id, each.task_id) for each in (profile, *rows) if each is not None), None)
+    drafters = _drafters(db, job_id) if spec.mode != STANDALONE else {}
     trials, samples = _trials(db, rows, profile, spec, has_failed_samples=bool(result.failed_samples))
     return JobReport(
         job=result.job,
@@ -181,7 +187,7 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
         result=result,
         profile=profile,
         redundancy=() if ids is None else tuple(measurements.redundancy_of_job(db, job_id, *ids)),
-        trials=trials,
+        trials=tuple(replace(each, drafter=drafters.get((each.plan, each.compensation))) for each in trials),
         failed=tuple((row.plan, row.failure) for row in rows if row.failure is not None),
         search_samples=samples,
         evaluations=sum(row.failure is None for row in rows),
@@ -194,6 +200,13 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
         events=tuple(events.for_job(db, job_id)),
         ids=ids,
     )
+
+
+def _drafters(db: Database, job_id: int) -> dict[tuple[str, str], Drafter]:
+    """Read what the search of a lossless job made of its trials, by plan and compensation."""
+    recorded = stages.get(db, job_id, "search")
+    trials = [] if recorded is None else recorded.payload["value"]["trials"]
+    return {(each["plan"], each["compensation"]): Drafter(**each["drafter"]) for each in trials if each["drafter"]}
 
 
 def _trials(

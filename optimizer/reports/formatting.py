@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from optimizer.job.result import judging
+from optimizer.job.result import drafting_of, judging
 from storage.records.engine_latencies import EngineLatency
-from storage.records.plans import Plan
+from storage.records.plans import LOSSLESS, Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
 
@@ -34,7 +34,8 @@ def summary(report: JobReport) -> Summary:
     """Say the result, its cost and how sure that is; every number is the database's, rounded."""
     warning = (f"Warning: {report.result.warning}.",) if report.result.warning else ()
     if report.best is not None:
-        answer = f"{report.model_name} on {report.task_name} runs {times_as_fast(report.best)} as the dense model with "
+        how = "with the dense model's own answers, drafted with " if report.best.mode == LOSSLESS else "with "
+        answer = f"{report.model_name} on {report.task_name} runs {times_as_fast(report.best)} as the dense model {how}"
         answer += f"{layers(report.best.plan)}."
         return Summary(answer, (*warning, *_qualifications(report, report.best)), "open" if warning else "good")
     if report.job.state == "infeasible":
@@ -73,13 +74,25 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
         f"{best.speedup_high:.2f} ({percent(best.confidence)} confidence"
         + (f", {pairs} alternating pairs with dense)." if pairs else ").")
         + f" The KV cache takes {kv_cache(best)} of the dense one's room.",
-        f"Cost: on {count(best.n_samples)} held-out samples"
+        _lossless_cost(best, found)
+        if (found := drafting_of(best)) is not None
+        else f"Cost: on {count(best.n_samples)} held-out samples"
         + (f" of {count(images)} images" if images else "")
         + f" it scores {best.accuracy:.3f}, the dense model {best.dense_accuracy:.3f}: a difference of "
         f"{points(best.difference)}. The loss is at most {100 * lost:.2f} points "
         f"(upper end of the interval at {percent(level)} confidence); {_limit(report)}.",
         *((f"Compensation: {best.compensation}.",) if best.compensation != NO_COMPENSATION else ()),
         *_effort(report),
+    )
+
+
+def _lossless_cost(best: Plan, found: dict[str, Any]) -> str:
+    return (
+        f"Lossless: the dense model verifies every token, and {count(found['answers_compared'])} answers were its own "
+        f"token for token ({count(found['near_ties'])} up to a near tie). Of the positions of its answers on "
+        f"{count(found['n_samples'])} held-out samples {acceptance(found)} are drafted right; decoding behind the "
+        f"first token is {decoding(found)} as fast. Beside the dense model it takes "
+        f"{(best.extra_bytes or 0) / 1e6:.1f} MB."
     )
 
 
@@ -172,8 +185,31 @@ def accuracy(plan: Plan) -> str:
 
 
 def difference(plan: Plan) -> str:
-    """Return a plan's difference to dense in points, with its interval."""
+    """Return a plan's difference to dense in points, with its interval; the answers of a lossless plan are dense's."""
+    if plan.mode == LOSSLESS:
+        return "none, lossless"
     return f"{signed(plan.difference)} {difference_interval(plan)}"
+
+
+def drafting(plan: Plan) -> str:
+    """Return what a lossless plan's drafts are worth: ``"0.949 [0.93, 0.96] accepted, 2.4 tokens a round, ..."``."""
+    found = drafting_of(plan)
+    if found is None:
+        return ""
+    extra = "" if plan.extra_bytes is None else f", {plan.extra_bytes / 1e6:.1f} MB more memory"
+    return f"{acceptance(found)} accepted, {found['tokens_per_round']:.1f} tokens a round{extra}"
+
+
+def acceptance(found: dict[str, Any]) -> str:
+    """Return a drafter's acceptance as a share, with its interval."""
+    return span(found["acceptance"], found["acceptance_low"], found["acceptance_high"], ".3f")
+
+
+def decoding(found: dict[str, Any]) -> str:
+    """Return the speed-up of a drafter's decoding, with its interval."""
+    return span(
+        found["decoding_speedup"], found["decoding_speedup_low"], found["decoding_speedup_high"], ".2f", unit="x"
+    )
 
 
 def difference_interval(plan: Plan) -> str:
@@ -262,5 +298,6 @@ def short_answer(report: JobReport) -> str:
     """Return a job's answer in a few words."""
     if report.best is not None:
         doubt = ", but see its warning" if report.result.warning else ""
-        return f"{times_as_fast(report.best)} at {points(report.best.difference)}{doubt}"
+        cost = "lossless" if report.best.mode == LOSSLESS else f"at {points(report.best.difference)}"
+        return f"{times_as_fast(report.best)} {cost}{doubt}"
     return "dense is the answer" if report.job.state == "infeasible" else report.job.state

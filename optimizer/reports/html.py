@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimizer.job.result import judging
+from optimizer.job.result import drafting_of, judging
 from optimizer.reports import formatting, progress, provenance, sections, theory
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.formatting import Summary
@@ -23,7 +23,7 @@ from optimizer.reports.sections import Section
 from storage.database import Database
 from storage.records import overview
 from storage.records.engine_latencies import EngineLatency
-from storage.records.plans import Plan
+from storage.records.plans import LOSSLESS, Plan
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ def job_page(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
         summary=formatting.summary(report),
         facts=() if report.best is None else facts(report.best),
         sections=(
+            sections.drafting(report),
+            sections.strips(report),
+            sections.redundancy(report),
+            provenance.section(report),
+        )
+        if report.spec.mode == LOSSLESS
+        else (
             sections.front(report),
             sections.strips(report),
             sections.redundancy(report),
@@ -87,9 +94,12 @@ def facts(best: Plan) -> tuple[tuple[str, str], ...]:
     where = "" if served is None else f" in {served.engine}"
     speedup = formatting.interval(judged.speedup_low, judged.speedup_high)
     difference = formatting.difference_interval(best)
+    drafted = drafting_of(best)
     found = (
         (f"{judged.speedup:.2f}x", f"measured speed-up{where} {speedup}"),
-        (formatting.signed(best.difference), f"points of accuracy {difference}"),
+        (formatting.signed(best.difference), f"points of accuracy {difference}")
+        if drafted is None
+        else (f"{drafted['acceptance']:.3f}", "of drafted positions accepted, answers unchanged"),
         (f"{best.layers_touched} of {len(best.plan)}", "layers touched"),
         (formatting.kv_cache(best), "of the dense KV cache"),
     )

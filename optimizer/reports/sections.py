@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from optimizer.job.result import judgement
+from optimizer.job.result import drafting_of, judgement
 from optimizer.reports import figures, formatting, latency
 from optimizer.reports.chart import Chart
 from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
+from optimizer.search.trial import Drafter
 from optimizer.statistics.rank_agreement import Agreement
 from storage.records.engine_latencies import EngineLatency
 from storage.records.measurements import Redundancy
@@ -190,6 +191,82 @@ def front(report: JobReport) -> Section:
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
 
 
+_DRAFTED_COLUMNS: tuple[Column[Plan], ...] = (
+    Column("plan", lambda plan: str(plan.id)),
+    Column("layers", lambda plan: formatting.layers(plan.plan)),
+    Column("acceptance, held-out", lambda plan: _drafted(plan, formatting.acceptance), number=True),
+    Column("tokens a round", lambda plan: _drafted(plan, lambda own: f"{own['tokens_per_round']:.2f}"), number=True),
+    Column("speed-up of a request", formatting.speedup, number=True),
+    Column("speed-up of decoding", lambda plan: _drafted(plan, formatting.decoding), number=True),
+    Column("extra memory", lambda plan: _known(plan.extra_bytes, lambda own: f"{own / 1e6:.1f} MB"), number=True),
+    Column("answers compared", lambda plan: _drafted(plan, lambda own: str(own["answers_compared"])), number=True),
+    Column("near ties", lambda plan: _drafted(plan, lambda own: str(own["near_ties"])), number=True),
+    Column("compensation", lambda plan: plan.compensation),
+    Column("within the limits", lambda plan: judgement(plan, _JUDGEMENTS)),
+)
+
+OffTaskRow = tuple[Plan, str, dict[str, Any]]
+
+_OFF_TASK_COLUMNS: tuple[Column[OffTaskRow], ...] = (
+    Column("plan", lambda row: str(row[0].id)),
+    Column("prompts of", lambda row: row[1]),
+    Column("acceptance", lambda row: f"{row[2]['acceptance']:.3f}", number=True),
+    Column(
+        "speed-up of a request",
+        lambda row: formatting.span(row[2]["speedup"], row[2]["speedup_low"], row[2]["speedup_high"]),
+        number=True,
+    ),
+    Column("speed-up of decoding", lambda row: formatting.decoding(row[2]), number=True),
+    Column("answers compared", lambda row: str(row[2]["answers_compared"]), number=True),
+    Column("near ties", lambda row: str(row[2]["near_ties"]), number=True),
+)
+
+_DRAFT_TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (
+    Column("plan", lambda each: each.plan),
+    Column("acceptance, search split", lambda each: f"{each.accuracy:.3f}", number=True),
+    Column("samples", lambda each: str(each.n_samples), number=True),
+    Column("time a token (dense = 1)", lambda each: _of_drafter(each, lambda own: f"{own.time:.3f}"), number=True),
+    Column("tokens a draft", lambda each: _of_drafter(each, lambda own: str(own.draft_length)), number=True),
+    Column("extra memory", lambda each: _of_drafter(each, lambda own: f"{own.memory:.1%}"), number=True),
+    Column("tried as number", lambda each: str(each.order), number=True),
+)
+
+
+def _drafted(plan: Plan, write: Callable[[dict[str, Any]], str]) -> str:
+    found = drafting_of(plan)
+    return "" if found is None else write(found)
+
+
+def _of_drafter(trial: TrialSummary, write: Callable[[Drafter], str]) -> str:
+    return "" if trial.drafter is None else write(trial.drafter)
+
+
+def drafting(report: JobReport) -> Section:
+    """Show what plans are worth as drafters, and what was tried."""
+    section = Section("drafting", "Drafting", "What the drafts are worth")
+    paragraphs = (
+        "The plan drafts, the dense model verifies every token: answers stay the dense model's. Acceptance is the "
+        "share of the positions of its own answers at which the plan's next token is its next token. Speed-ups were "
+        "measured in alternating pairs with dense on held-out prompts; behind the first token, decoding alone counts. "
+        "Times of plans tried are expected from their acceptance and the latency profile, and are never published.",
+        f"Limits of the job: {'; '.join(formatting.constraint(report))}.",
+    )
+    chosen = tuple(row for row, plan in enumerate(report.plans) if report.is_answer(plan))
+    measured = Table.of(f"Verified plans ({len(report.plans)})", report.plans, _DRAFTED_COLUMNS)
+    tables = [replace(measured, chosen=chosen, open=True)]
+    rows = [
+        (plan, name, figures_of)
+        for plan in report.plans
+        for name, figures_of in ((drafting_of(plan) or {}).get("off_task") or {}).items()
+    ]
+    if rows:
+        tables.append(Table.of(f"Beside the task ({len(rows)})", rows, _OFF_TASK_COLUMNS))
+    ordered = sorted(report.trials, key=lambda each: 2.0 if each.drafter is None else each.drafter.time)
+    shown = f"the first {TRIALS_SHOWN} of {len(ordered):,}" if len(ordered) > TRIALS_SHOWN else f"{len(ordered)}"
+    tables.append(Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], _DRAFT_TRIAL_COLUMNS))
+    return replace(section, paragraphs=paragraphs, tables=tuple(tables))
+
+
 def _below(report: JobReport, chart: Chart) -> int:
     shown = chart.layout["yaxis"]["range"]
     differences = [each.difference for each in report.trials if each.difference is not None]
@@ -214,16 +291,19 @@ def strips(report: JobReport) -> Section:
         StripRow(
             f"plan {plan.id}" + (", the answer" if report.is_answer(plan) else ""),
             plan.plan,
-            f"{plan.speedup:.2f}x, {formatting.points(plan.difference)}{formatting.compensated(plan)}",
+            f"{plan.speedup:.2f}x, {formatting.drafting(plan) or formatting.points(plan.difference)}"
+            f"{formatting.compensated(plan)}",
         )
         for plan in report.plans
     )
-    best = sorted((each for each in report.trials if each.within), key=lambda each: -(each.predicted_speedup or 0.0))
+    best = sorted((each for each in report.trials if each.within), key=_predicted_time)
     searched = tuple(
         StripRow(
             f"try {each.order}",
             each.plan,
-            _known(each.predicted_speedup, "{:.2f}x predicted, ".format) + _known(each.difference, formatting.points),
+            _of_drafter(each, lambda own: f"{own.time:.2f} of plain decoding's time a token, predicted")
+            or _known(each.predicted_speedup, "{:.2f}x predicted, ".format)
+            + _known(each.difference, formatting.points),
         )
         for each in best[:STRIPS_SHOWN]
     )
@@ -241,6 +321,11 @@ def strips(report: JobReport) -> Section:
         legend=tuple((action.letter, action.label, action.row.summary) for action in Action if action.letter in seen),
         strips=tuple(groups),
     )
+
+
+def _predicted_time(trial: TrialSummary) -> float:
+    """Return what trials are ordered by, the fastest first."""
+    return -(trial.predicted_speedup or 0.0) if trial.drafter is None else trial.drafter.time
 
 
 def redundancy(report: JobReport) -> Section:

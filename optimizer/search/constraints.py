@@ -69,12 +69,17 @@ class Limits:
         """Whether a candidate could meet the constraints and be on the front once more samples were seen.
 
         Both are judged from the optimistic end of its difference's interval: a plan is given up only where the
-        samples speak against it.
+        samples speak against it. A drafter's time per token is judged in the same way.
         """
         if trial.optimistic_difference < self.least_difference(dense_accuracy):
             return False
         if not self.feasible(SkipPlan.parse(trial.plan), trial.latency_ratio):
             return False
+        if (own := trial.drafter) is not None:
+            others = [other.drafter for other in front if other.drafter is not None]
+            return not any(
+                other.memory <= own.memory and other.pessimistic_time <= own.optimistic_time for other in others
+            )
         return not any(
             other.latency_ratio <= trial.latency_ratio
             and other.difference - OPTIMISM * other.difference_error > trial.optimistic_difference

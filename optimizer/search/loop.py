@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from optimizer.search.budget import Budget
 from optimizer.search.problem import Ask, Problem, Strategy
 from optimizer.search.space import Candidate
-from optimizer.search.trial import Evaluate, Scores, SearchOutcome, Trial, front_of, trial_of
+from optimizer.search.trial import Evaluate, Scores, SearchOutcome, Trial, front_of
 from workers.runtime import SkipPlan
 
 MOST_IDLE_BATCHES = 50
@@ -129,8 +129,7 @@ class Search:
                 self._record(candidate, scores)
 
     def _record(self, candidate: Candidate, scores: Scores) -> None:
-        ratio = self._problem.ratio(candidate.plan)
-        trial = trial_of(candidate, scores, self._dense, ratio, self._problem.rungs[-1])
+        trial = self._problem.trial(candidate, scores, self._dense)
         seen = self._trials[candidate].n_samples if candidate in self._trials else 0
         self._budget.layer_executions += max(0, trial.n_samples - seen) * len(candidate.plan.kept)
         self._on_rung[candidate, trial.n_samples] = trial

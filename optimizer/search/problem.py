@@ -9,10 +9,11 @@ from typing import Protocol
 
 from optimizer.criteria import Risk
 from optimizer.search.constraints import Limits
+from optimizer.search.drafting import Drafting
 from optimizer.search.latency import Ratio
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.trial import Trial
+from optimizer.search.trial import Scores, Trial, trial_of
 from workers.redundancy.table import LayerTable
 
 
@@ -23,7 +24,7 @@ class Problem:
     space: PlanSpace
     limits: Limits
     ratio: Ratio
-    """Predicted latency as a share of dense."""
+    """Predicted latency as a share of dense; in a lossless job that of a decoding step."""
     rungs: tuple[int, ...]
     """Prefix sizes of the search split, the last one the whole split."""
     risk: Risk
@@ -42,6 +43,8 @@ class Problem:
     """Most trials of bisection."""
     known: tuple[Trial, ...] = field(default=(), repr=False)
     """Trials of earlier jobs on the same model and samples; never evaluated again."""
+    drafting: Drafting | None = None
+    """What judges candidates as drafters; None unless the job is lossless."""
 
     @cached_property
     def feasible(self) -> FeasiblePlans:
@@ -49,9 +52,18 @@ class Problem:
         return FeasiblePlans(self.space, self.limits, self.ratio)
 
     def foresee(self, candidate: Candidate) -> tuple[float, bool]:
-        """Predicted latency as a share of dense, and whether every constraint that needs no evaluation is met."""
+        """Return a trial's first cost, and whether every constraint that needs no evaluation is met.
+
+        It is the predicted latency as a share of dense, in a lossless job the extra memory.
+        """
         ratio = self.ratio(candidate.plan)
-        return ratio, self.limits.feasible(candidate.plan, ratio)
+        feasible = self.limits.feasible(candidate.plan, ratio)
+        return ratio if self.drafting is None else self.drafting.memory.share(candidate), feasible
+
+    def trial(self, candidate: Candidate, scores: Scores, dense: Sequence[float]) -> Trial:
+        """Compute a candidate's figures from its scores and those of the dense model on the same samples."""
+        of = trial_of if self.drafting is None else self.drafting.trial_of
+        return of(candidate, scores, dense, self.ratio(candidate.plan), self.rungs[-1])
 
 
 @dataclass(frozen=True)

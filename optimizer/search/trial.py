@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from optimizer.search.pareto import Point, front_indices
@@ -26,6 +26,8 @@ class Scores:
     failure: str | None = None
     kl: tuple[float, ...] | None = None
     """Per sample KL(dense || plan) over the answer, NaN where a sample failed; None where it was not measured."""
+    secondary: Mapping[str, float] = field(default_factory=dict)
+    """Means of the secondary metrics; in a lossless job those of the rounds that drafting takes."""
 
 
 Evaluate = Callable[[Sequence[tuple[Candidate, int]]], Iterator[tuple[Candidate, Scores]]]
@@ -33,8 +35,26 @@ Evaluate = Callable[[Sequence[tuple[Candidate, int]]], Iterator[tuple[Candidate,
 
 
 @dataclass(frozen=True)
+class Drafter:
+    """What a candidate is worth to a dense model that verifies its drafts (:mod:`optimizer.search.drafting`)."""
+
+    time: float
+    """Expected time per token, as a share of plain decoding."""
+    optimistic_time: float
+    """The least that the samples seen leave plausible, and the most."""
+    pessimistic_time: float
+    memory: float
+    """Extra memory, as a share of the dense model's."""
+    draft_length: int
+    """Tokens drafted in a round, at which the time is least."""
+
+
+@dataclass(frozen=True)
 class Trial:
-    """A candidate as the search saw it, on the largest prefix of the search split that it reached."""
+    """A candidate as the search saw it, on the largest prefix of the search split that it reached.
+
+    In a lossless job its accuracy is its acceptance, and the dense model's is 1.
+    """
 
     plan: str
     n_samples: int
@@ -53,6 +73,8 @@ class Trial:
     """Standard error of the KL."""
     from_earlier: bool = False
     """Whether an earlier job evaluated it and this one only took it over."""
+    drafter: Drafter | None = None
+    """In a lossless job."""
 
     @property
     def candidate(self) -> Candidate:
@@ -66,7 +88,9 @@ class Trial:
 
     @property
     def costs(self) -> Point:
-        """Latency ratio and loss of accuracy, both to be minimised."""
+        """Latency ratio and loss of accuracy, in a lossless job extra memory and time per token; to be minimised."""
+        if self.drafter is not None:
+            return (self.drafter.memory, self.drafter.time)
         return (self.latency_ratio, -self.difference)
 
 
@@ -88,7 +112,7 @@ class SearchOutcome:
 
 
 def front_of(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Return the complete trials that no other complete one dominates, the fastest first."""
+    """Return the complete trials that no other complete one dominates, those of the least first cost first."""
     complete = [trial for trial in trials if trial.complete]
     return tuple(complete[index] for index in front_indices([trial.costs for trial in complete]))
 

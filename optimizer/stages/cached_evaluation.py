@@ -2,7 +2,7 @@
 
 Plans of one recipe go to the workers in groups, neighbours by their text, because a worker shares work between plans
 that begin alike. A plan that was scored on a shorter prefix of the split before is only run on the samples that
-the longer one adds.
+the longer one adds. In a lossless job the dense model's answers go with the requests, and scores are acceptances.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from math import fsum
 from optimizer.job.inputs import split_hash
 from optimizer.search.space import Candidate
 from optimizer.search.trial import Scores
+from optimizer.stages import dense_answers
 from optimizer.stages.context import JobContext
 from storage.queue import stages
 from storage.records import evaluations
@@ -61,6 +62,7 @@ class CachedEvaluation:
         seconds_counter: str | None = None,
     ) -> None:
         self._context, self._split, self._maps = context, split, maps or {}
+        self._targets = dense_answers.run(context, split).tokens if context.spec.is_lossless else ()
         self._whole_split = len(context.task.split(split))
         self._hash = split_hash(context.task, split)
         self._own: dict[Candidate, dict[int, EvaluationRecord]] = {}
@@ -163,6 +165,7 @@ class CachedEvaluation:
             start=first.start,
             path=self._context.spec.evaluation,
             artifacts=maps if any(maps) else (),
+            targets=self._targets[first.start : first.n_samples],
         )
 
     def _has_same_maps(self, each: EvaluationRecord) -> bool:
@@ -254,7 +257,7 @@ class CachedEvaluation:
     def _scores(self, stored: EvaluationRecord) -> Scores:
         if stored.failure is None:
             self.secondary[_candidate(stored)] = dict(stored.secondary)
-        return Scores(stored.scores, stored.failure, stored.kl)
+        return Scores(stored.scores, stored.failure, stored.kl, stored.secondary)
 
 
 def _candidate(each: EvaluationRecord) -> Candidate:

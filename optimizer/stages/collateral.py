@@ -1,17 +1,29 @@
-"""Stage 7: measure what the finalists do to other tasks and to general text, since plans are fitted to one task."""
+"""Stage 7: measure what the finalists do to other tasks and to general text, since plans are fitted to one task.
+
+Drafters change no answer there: what is measured is how many of their drafts are right, and the time.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 from optimizer.search.space import Candidate
 from optimizer.search.trial import answered_by_both
+from optimizer.stages import speculate
 from optimizer.stages.context import JobContext
 from optimizer.stages.failed_samples import TooManyFailed
 from optimizer.stages.verify import Finalist
-from workers.messages import Artifact, CompareText, EvaluateOtherTask, Evaluation, TextDivergence
+from workers.messages import (
+    Artifact,
+    CompareText,
+    EvaluateOtherTask,
+    Evaluation,
+    Exactness,
+    SpeculationComparison,
+    TextDivergence,
+)
 from workers.runtime import SkipPlan
 from workers.tasks import Task
 
@@ -26,12 +38,35 @@ class OtherTask:
 
 
 @dataclass(frozen=True)
+class OffTask:
+    """Acceptance and measured speed-ups of a drafter on prompts that it was not chosen for.
+
+    ``speedup`` is of requests, ``decoding_speedup`` of what comes behind their first token.
+    """
+
+    pairs: int
+    acceptance: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    decoding_speedup: float
+    decoding_speedup_low: float
+    decoding_speedup_high: float
+    exactness: Exactness
+
+
+@dataclass(frozen=True)
 class Collateral:
     """A plan's effect beside its task; what could not be measured is left out."""
 
     tasks: dict[str, OtherTask] = field(default_factory=dict)
     text: TextDivergence | None = None
+    off_task: dict[str, OffTask] = field(default_factory=dict)
+    """In a lossless job, in the place of the others: by task, and ``TEXT``."""
 
+
+TEXT = "general text"
+"""Name of the text beside those of other tasks."""
 
 Scores = tuple[float | None, ...]
 """Per sample; None where it failed."""
@@ -51,6 +86,8 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
 
 
 def _measure(context: JobContext, finalist: Finalist) -> Collateral:
+    if context.spec.is_lossless:
+        return _speculate(context, finalist)
     candidate, artifact = finalist.candidate, finalist.artifact
     others: dict[str, OtherTask] = {}
     for task in context.inputs.other_tasks:
@@ -58,6 +95,22 @@ def _measure(context: JobContext, finalist: Finalist) -> Collateral:
         if plan is not None and dense is not None and (compared := compare(plan, dense)) is not None:
             others[task.name] = compared
     return Collateral(others, _compare_text(context, candidate, artifact))
+
+
+def _speculate(context: JobContext, finalist: Finalist) -> Collateral:
+    """Time drafting on the prompts of other tasks, and on beginnings of the text's paragraphs."""
+    request = speculate.comparison_of(context, finalist)
+    requests = {task.name: replace(request, task=task) for task in context.inputs.other_tasks}
+    if context.inputs.other_text is not None:
+        requests[TEXT] = replace(request, text=context.inputs.other_text)
+    found = {}
+    for name, each in requests.items():
+        reply = context.ask_one(each, f"speculation with {finalist.candidate} on {name}")
+        if isinstance(reply, SpeculationComparison):
+            shared = {own.name for own in fields(OffTask)}
+            figures = {key: value for part in (reply, reply.latency) for key, value in vars(part).items()}
+            found[name] = OffTask(**{key: value for key, value in figures.items() if key in shared})
+    return Collateral(off_task=found)
 
 
 def compare(plan: Scores, dense: Scores) -> OtherTask | None:

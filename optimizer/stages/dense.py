@@ -1,6 +1,6 @@
 """Stage 2: check that the dense model can do the task, before anything is spent on finding plans for it.
 
-Its evaluation on the search split is the one that the search compares with.
+Its evaluation on the search split is the one that the search compares with; in a lossless job its answers are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from optimizer.errors import UsageFault
 from optimizer.search.budget import rung_sizes
 from optimizer.search.space import Candidate
+from optimizer.stages import dense_answers
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
 from workers.messages import ShownSample, ShownSamples, ShowSamples
@@ -101,14 +102,18 @@ def _find(context: JobContext) -> _Found:
     dense = Candidate(SkipPlan.dense(context.worker.num_layers))
     rungs = rung_sizes(context.spec.search.rungs, len(context.task.search))
     n_samples = rungs[-1]
-    ((_, scores),) = CachedEvaluation(context, "search")([(dense, n_samples)])
-    if scores.failure is not None:
-        raise JobFailed(f"the dense model cannot be evaluated: {scores.failure}")
-    if all(map(math.isnan, scores.values[: rungs[0]])):
+    if context.spec.is_lossless:
+        values = dense_answers.run(context, "search").scores
+    else:
+        ((_, scores),) = CachedEvaluation(context, "search")([(dense, n_samples)])
+        if scores.failure is not None:
+            raise JobFailed(f"the dense model cannot be evaluated: {scores.failure}")
+        values = scores.values
+    if all(map(math.isnan, values[: rungs[0]])):
         raise JobFailed(f"search.rungs: all of the first {rungs[0]} samples failed; begin with a larger number")
     floor = context.spec.constraint.min_dense_accuracy
     samples = context.task.search[:n_samples]
-    answered = {s: score for s, score in zip(samples, scores.values, strict=True) if not math.isnan(score)}
+    answered = {s: score for s, score in zip(samples, values, strict=True) if not math.isnan(score)}
     accuracy = math.fsum(answered.values()) / len(answered)
     blind = chance(context.task.spec, list(answered))
     is_above_chance = accuracy > blind.score

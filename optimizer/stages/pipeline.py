@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from optimizer.stages import collateral, dense, engine_latency, measure, profile, publish, redundancy, search, verify
+from optimizer.stages import (
+    collateral,
+    dense,
+    engine_latency,
+    measure,
+    profile,
+    publish,
+    redundancy,
+    search,
+    speculate,
+    verify,
+)
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.publish import Published
 from storage.queue import stages
@@ -23,6 +34,11 @@ def run(context: JobContext) -> Published:
     finalists = verify.run(context, latency, outcome)
     if not finalists:
         return publish.none(context, verify.why_nothing(context, latency, outcome))
+    if context.spec.is_lossless:
+        drafted = speculate.run(context, finalists)
+        latency_of = {candidate: found.latency for candidate, found in drafted.items()}
+        beside = collateral.run(context, tuple(each for each in finalists if each.candidate in drafted))
+        return publish.run(context, finalists, publish.Measured(latency_of, collateral=beside, speculation=drafted))
     measured = measure.run(context, finalists)
     served = engine_latency.run(context, finalists)
     beside = collateral.run(context, finalists)

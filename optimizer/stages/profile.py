@@ -26,7 +26,10 @@ def run(context: JobContext) -> LayerTimes:
 
 
 def _measure(context: JobContext) -> LatencyProfile:
-    ((_, profile),) = context.ask([ProfileLatency(actions=context.spec.letters, workload=context.workload)])
+    spec = context.spec
+    ((_, profile),) = context.ask(
+        [ProfileLatency(actions=spec.letters, workload=context.workload, verify=spec.is_lossless)]
+    )
     assert isinstance(profile, LatencyProfile)
     context.failed_samples.add("calibration", profile.failed_samples)
     measurements.record_profile(
@@ -43,6 +46,7 @@ def _measure(context: JobContext) -> LatencyProfile:
             phases={
                 "prefill": {"dense": profile.dense_prefill_seconds, **profile.prefill_seconds},
                 "decode": {"dense": profile.dense_decode_seconds, **profile.decode_seconds},
+                **({"verify": profile.verify_seconds} if profile.verify_seconds else {}),
             },
             relative_error=profile.relative_error,
         ),

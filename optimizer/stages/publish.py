@@ -9,7 +9,7 @@ from typing import Any
 from optimizer.job.sections import TRANSFORMERS, ConstraintSpec
 from optimizer.job.spec import JobSpec
 from optimizer.search.space import Candidate, touched
-from optimizer.stages import dense
+from optimizer.stages import dense, speculate
 from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.verify import Finalist
@@ -18,17 +18,21 @@ from storage.pareto import Group
 from storage.records import lookup, plans
 from storage.records.engine_latencies import EngineLatency
 from storage.records.plans import PlanFigures
-from workers.messages import EngineComparison, EngineLevel, LatencyComparison
+from workers.messages import EngineComparison, EngineLevel, LatencyComparison, SpeculationComparison
 from workers.runtime import SkipPlan
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold the measurements of the verified plans by candidate: on the live model, in an engine, on other tasks."""
+    """Hold the measurements of the verified plans by candidate: on the live model, in an engine, on other tasks.
+
+    In a lossless job ``speculation`` has what ``latency`` has, and more.
+    """
 
     latency: Mapping[Candidate, LatencyComparison]
     in_engine: Mapping[Candidate, EngineComparison] = field(default_factory=dict)
     collateral: Mapping[Candidate, Collateral] = field(default_factory=dict)
+    speculation: Mapping[Candidate, SpeculationComparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ def none(context: JobContext, reason: str) -> Published:
 def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured) -> Published:
     constraint = context.spec.constraint
     complete = [
-        (each, _speed(context, each.candidate, measured)) for each in finalists if each.candidate in measured.latency
+        (each, _speed(context, each.candidate, measured))
+        for each in finalists
+        if each.candidate in measured.latency and not _inexact_beside(context, each.candidate, measured)
     ]
     if not complete:
         raise JobFailed(f"none of the {len(finalists)} verified plans could be timed")
@@ -95,7 +101,13 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
         published = plans.publish(
             context.db,
             context.job,
-            Group(context.model_id, context.task_id, lookup.ensure_device(context.db, device), context.workload_name),
+            Group(
+                context.model_id,
+                context.task_id,
+                lookup.ensure_device(context.db, device),
+                context.workload_name,
+                context.spec.mode,
+            ),
             figures=[figures(finalist, speed, context.spec, measured, warning) for finalist, speed in timed],
         )
         rows |= {finalist.candidate: row for (finalist, _), row in zip(timed, published, strict=True)}
@@ -109,6 +121,16 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
         _, _, best = max(meeting, key=lambda each: each[:2])
         return Published(plan_ids, best, "")
     return Published(plan_ids, None, _why_none([(each.verdict, speed) for each, speed in complete], constraint))
+
+
+def _inexact_beside(context: JobContext, candidate: Candidate, measured: Measured) -> bool:
+    """Whether a drafter gave other answers than dense on prompts of other tasks or of text, which is noted."""
+    beside = measured.collateral.get(candidate)
+    for name, found in beside.off_task.items() if beside is not None else ():
+        if reason := speculate.inexact(found.exactness):
+            context.progress.note(f"plan {candidate} is not published: on {name} {reason}")
+            return True
+    return False
 
 
 def _speed(context: JobContext, candidate: Candidate, measured: Measured) -> Speed:
@@ -154,12 +176,14 @@ def figures(finalist: Finalist, speed: Speed, spec: JobSpec, measured: Measured,
     verdict, kept, latency = finalist.verdict, finalist.maps, speed.latency
     constraint, concurrency = spec.constraint, spec.workload.concurrency
     beside, served = measured.collateral.get(finalist.candidate), measured.in_engine.get(finalist.candidate)
+    drafted = measured.speculation.get(finalist.candidate)
     fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
     return PlanFigures(
         **_shared(verdict) | _shared(latency),
         artifact=None if kept is None else kept.artifact.location,
         artifact_checksum=None if kept is None else kept.artifact.checksum,
         layers_touched=touched(SkipPlan.parse(verdict.plan)),
+        extra_bytes=None if drafted is None else drafted.extra_bytes,
         engine_latencies=() if served is None else tuple(_in_engine(served, level) for level in served.levels),
         secondary={
             "metrics": verdict.secondary,
@@ -171,10 +195,38 @@ def figures(finalist: Finalist, speed: Speed, spec: JobSpec, measured: Measured,
             "latency_pairs": latency.pairs,
             "peak_bytes": {"dense": latency.dense_peak_bytes, "plan": latency.peak_bytes},
             **({} if fitted is None else {"compensation": fitted}),
-            **({} if beside is None else {"collateral": asdict(beside)}),
+            **({} if beside is None or drafted is not None else {"collateral": _beside(beside)}),
+            **({} if drafted is None else {"lossless": lossless(verdict, drafted, beside)}),
             **({"dense_warning": warning} if warning else {}),
         },
     )
+
+
+def _beside(beside: Collateral) -> dict[str, Any]:
+    return {name: value for name, value in asdict(beside).items() if name != "off_task"}
+
+
+def lossless(verdict: Verdict, drafted: SpeculationComparison, beside: Collateral | None) -> dict[str, Any]:
+    """Return what is published of a drafter beyond the figures that every plan has."""
+    assert verdict.drafting is not None
+    measured = {name: value for name, value in asdict(drafted).items() if name not in ("latency", "exactness")}
+    own = asdict(verdict.drafting)
+    # Published is the acceptance on the held-out split; that on the timed prompts, the first of them, is beside it.
+    measured["acceptance_timed"] = measured.pop("acceptance")
+    off_task = {} if beside is None else {name: _exact(asdict(found)) for name, found in beside.off_task.items()}
+    return {
+        **own,
+        **measured,
+        "accepted_per_round": drafted.accepted / max(1, drafted.rounds),
+        **_exact({"exactness": asdict(drafted.exactness)}),
+        "off_task": off_task,
+    }
+
+
+def _exact(figures: dict[str, Any]) -> dict[str, Any]:
+    """Replace the names of near ties by their number; answers that differ elsewhere are never published."""
+    exactness = figures.pop("exactness")
+    return figures | {"answers_compared": exactness["answers"], "near_ties": len(exactness["near_ties"])}
 
 
 def _in_engine(served: EngineComparison, level: EngineLevel) -> EngineLatency:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from optimizer import criteria
@@ -11,6 +11,7 @@ from optimizer.job.sections import TRANSFORMERS
 from optimizer.registries import METHODS, STRATEGIES, find
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
+from optimizer.search.drafting import Drafting, Memory, StepCosts
 from optimizer.search.latency import LayerTimes, latency_ratio
 from optimizer.search.loop import Search
 from optimizer.search.problem import Problem
@@ -24,7 +25,9 @@ from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.profile import cache_sizes
 from optimizer.verification.finalists import failure_of
 from workers.errors import MeasurementError
+from workers.messages import LatencyProfile
 from workers.redundancy.table import LayerTable
+from workers.runtime import SkipPlan
 
 SECONDS = "search_seconds"
 """The job's counter of seconds spent on searching, over all attempts."""
@@ -43,14 +46,21 @@ def run(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOu
 def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
     """Combine the job's constraints with the predictors of a plan's latency and cache.
 
-    Where an engine judges how fast plans are, the live model's clock leaves none out: it orders them alone.
+    Where an engine judges how fast plans are, the live model's clock leaves none out: it orders them alone. How fast
+    drafting is depends on acceptance, so that no drafter is left out before it is evaluated; its cache is added.
     """
     spec = context.spec.constraint
-    if context.spec.latency.engine != TRANSFORMERS:
+    if context.spec.latency.engine != TRANSFORMERS or context.spec.is_lossless:
         spec = spec.model_copy(update={"max_latency_ms": None, "min_speedup": None})
     profiled = context.spec.search.latency_model == "profile"
     cache = None if spec.max_kv_cache_bytes is None else cache_sizes(context).of
+    if cache is not None and context.spec.is_lossless:
+        cache = partial(_with_dense, cache)
     return Limits(spec, profile.dense_latency_seconds if profiled else None, cache)
+
+
+def _with_dense(cache: Callable[[SkipPlan], float], plan: SkipPlan) -> float:
+    return cache(SkipPlan.dense(len(plan))) + (0.0 if plan.is_dense else cache(plan))
 
 
 def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:
@@ -92,7 +102,8 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
 
 def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Problem:
     spec, space = context.spec, context.space
-    ratio = partial(latency_ratio, profile)
+    drafting = drafting_of(context, profile) if spec.is_lossless else None
+    ratio = partial(latency_ratio, profile) if drafting is None else drafting.costs.step
     problem = Problem(
         space=space,
         limits=limits_of(context, profile),
@@ -102,14 +113,31 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
         table=table,
         seed=spec.search.seed,
         batch=spec.search.batch,
+        drafting=drafting,
     )
     if spec.search.strategy in METHODS:
         return problem
     chosen = warm_start.choose(context) if spec.search.warm_start else warm_start.WarmStart()
-    known = warm_start.known_candidates(context, chosen, space, ratio)
+    known = warm_start.known_candidates(context, chosen, problem)
     seeded = with_seeds(problem, spec.search, known, warm_start.plans_of_other_tasks(chosen, space))
     return with_given(seeded, spec.search.plans)
 
 
+def drafting_of(context: JobContext, profile: LayerTimes) -> Drafting:
+    """Return what judges candidates as drafters, from the profile, or from counted layers, and the sizes of memory."""
+    info = context.worker
+    if isinstance(profile, LatencyProfile):
+        costs = StepCosts.of(profile)
+    else:
+        costs = StepCosts.counted(info.num_layers, context.spec.letters)
+    cache = cache_sizes(context).run
+    return Drafting(costs, Memory(info.weight_bytes + info.num_layers * cache, cache, info.folded_bytes))
+
+
 def _news(trial: Trial) -> str:
+    if trial.drafter is not None:
+        return (
+            f"{trial.candidate} accepted {trial.accuracy:.3f}, time {trial.drafter.time:.2f} of plain decoding's on "
+            f"{trial.n_samples} samples"
+        )
     return f"{trial.candidate} {100 * trial.difference:+.1f} points to dense on {trial.n_samples} samples"

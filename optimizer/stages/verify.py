@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from optimizer.search.latency import LayerTimes
 from optimizer.search.space import Candidate
 from optimizer.search.trial import SearchOutcome
-from optimizer.stages import compensate
+from optimizer.stages import compensate, dense_answers
 from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.compensate import KeptMaps
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.stages.search import limits_of
+from optimizer.stages.search import drafting_of, limits_of
+from optimizer.verification.drafting import DenseFigures, Drafted, verify_drafters
 from optimizer.verification.finalists import choose_finalists, why_none
 from optimizer.verification.verdict import Verdict, verify
 from workers.messages import Artifact
@@ -42,7 +43,7 @@ def run(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> tup
     chosen = choose_finalists(outcome, limits_of(context, profile), context.spec.search.finalists)
     context.progress.begin("verify held-out", len(chosen) + 1)
     maps = compensate.run(context, chosen)
-    verdicts = context.load_or_compute("verify", tuple[Verdict, ...], lambda: _verify(context, chosen, maps))
+    verdicts = context.load_or_compute("verify", tuple[Verdict, ...], lambda: _verify(context, profile, chosen, maps))
     return tuple(Finalist(verdict, maps.get(verdict.candidate)) for verdict in verdicts)
 
 
@@ -52,7 +53,7 @@ def why_nothing(context: JobContext, profile: LayerTimes, outcome: SearchOutcome
 
 
 def _verify(
-    context: JobContext, finalists: tuple[Candidate, ...], maps: Mapping[Candidate, KeptMaps]
+    context: JobContext, profile: LayerTimes, finalists: tuple[Candidate, ...], maps: Mapping[Candidate, KeptMaps]
 ) -> tuple[Verdict, ...]:
     if not finalists:
         return ()
@@ -72,6 +73,16 @@ def _verify(
     verified = {str(each): each for each in finalists if each in scores}
     if not verified:
         raise JobFailed(f"none of the {len(finalists)} plans that the search chose could be verified")
+    if context.spec.is_lossless:
+        answers = dense_answers.run(context, "held_out")
+        return verify_drafters(
+            DenseFigures(answers.scores, answers.secondary),
+            {each: Drafted(scores[each], evaluate.secondary[each]) for each in verified.values()},
+            [sample.image_key for sample in context.task.held_out],
+            context.spec.constraint,
+            drafting_of(context, profile).costs,
+            seed=context.spec.search.seed,
+        )
     verdicts = verify(
         scores[dense],
         {name: scores[each] for name, each in verified.items()},

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from optimizer.job.inputs import split_hash
-from optimizer.search.latency import Ratio
+from optimizer.search.problem import Problem
 from optimizer.search.space import Candidate, PlanSpace
-from optimizer.search.trial import Scores, Trial, trial_of
+from optimizer.search.trial import Scores, Trial
 from optimizer.stages.context import JobContext
 from storage.records import evaluations, lookup, plans
 from storage.records.evaluations import EvaluationRecord
@@ -43,7 +43,7 @@ def _choose(context: JobContext) -> WarmStart:
             largest[key] = each
     elsewhere = [
         (plan.plan, plan.compensation)
-        for plan in plans.list_plans(context.db, PlanQuery(on_front=True, limit=None))
+        for plan in plans.list_plans(context.db, PlanQuery(mode=context.spec.mode, on_front=True, limit=None))
         if plan.model_id == context.model_id and not _shares_data(context, plan.task_id)
     ]
     return WarmStart(
@@ -68,11 +68,11 @@ def _known(context: JobContext) -> list[EvaluationRecord]:
     )
 
 
-def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, ratio: Ratio) -> tuple[Trial, ...]:
+def known_candidates(context: JobContext, chosen: WarmStart, problem: Problem) -> tuple[Trial, ...]:
     """Turn the evaluations taken over into trials; none where dense is not among them to compare with."""
     wanted = frozenset(chosen.evaluations)
     taken = [each for each in _known(context) if each.id in wanted]
-    dense = SkipPlan.dense(space.num_layers)
+    dense = SkipPlan.dense(problem.space.num_layers)
     reference = next((each for each in taken if each.plan == dense.text), None)
     samples = len(context.task.search)
     if reference is None or reference.n_samples < samples:
@@ -80,9 +80,9 @@ def known_candidates(context: JobContext, chosen: WarmStart, space: PlanSpace, r
     found = []
     for each in taken:
         candidate = Candidate(SkipPlan.parse(each.plan), each.compensation)
-        if candidate in space and not candidate.is_dense:
-            scores = Scores(each.scores, kl=each.kl)
-            trial = trial_of(candidate, scores, reference.scores, ratio(candidate.plan), samples)
+        if candidate in problem.space and not candidate.is_dense:
+            scores = Scores(each.scores, kl=each.kl, secondary=each.secondary)
+            trial = problem.trial(candidate, scores, reference.scores)
             found.append(replace(trial, from_earlier=True))
     return tuple(found)
 

@@ -18,8 +18,11 @@ def choose_finalists(outcome: SearchOutcome, limits: Limits, count: int) -> tupl
     the evidence of the search are left out. Runners-up fill the places that a short front leaves, since its few plans
     may owe their rank to chance. Where the search split is small, many plans lose nothing on it and the front is the
     fastest of them: so runners-up are spread over the front of latency and divergence (KL), which tells careful plans
-    from lucky ones. Without divergences they are the front without the plans chosen already.
+    from lucky ones. Without divergences they are the front without the plans chosen already. Of drafters, the front's
+    that save at least half as much time as the fastest one are chosen evenly, then the fastest others.
     """
+    if any(trial.drafter is not None for trial in outcome.trials):
+        return _drafters(outcome, limits, count)
     least = limits.least_difference(outcome.dense_accuracy)
     eligible = [
         trial
@@ -41,18 +44,43 @@ def choose_finalists(outcome: SearchOutcome, limits: Limits, count: int) -> tupl
     return tuple(trial.candidate for trial in chosen)
 
 
+def _drafters(outcome: SearchOutcome, limits: Limits, count: int) -> tuple[Candidate, ...]:
+    """Choose among candidates that are expected to draft with gain, which any other cannot be worth verifying."""
+    eligible = [trial for trial in outcome.trials if trial.complete and _may_be_fast(trial, limits)]
+    eligible.sort(key=_time)
+    if not eligible:
+        return ()
+    most = 1.0 - _time(eligible[0])
+    front = [trial for trial in _front(eligible, [t.costs for t in eligible]) if 1.0 - _time(trial) >= most / 2]
+    chosen = _evenly(front, count) if count > 1 else eligible[:1]
+    chosen += [trial for trial in eligible if trial not in front][: count - len(chosen)]
+    return tuple(trial.candidate for trial in chosen)
+
+
+def _time(trial: Trial) -> float:
+    assert trial.drafter is not None
+    return trial.drafter.time
+
+
 def why_none(outcome: SearchOutcome, limits: Limits) -> str:
     """Explain why :func:`choose_finalists` chooses none, with how near the nearest candidate came."""
     tried = [trial for trial in outcome.trials if not trial.candidate.is_dense]
     fast = [trial for trial in tried if _may_be_fast(trial, limits)]
     reasons = []
-    if fast:
+    drafters = [trial for trial in tried if trial.drafter is not None]
+    if drafters:
+        nearest = min(drafters, key=_time)
+        reasons.append(
+            f"{len(drafters)} are expected to save no time as drafters, or are outside the limits (the nearest, "
+            f"{nearest.candidate}, takes {_time(nearest):.2f} of plain decoding's time per token)"
+        )
+    elif fast:
         nearest = max(fast, key=lambda trial: trial.difference)
         reasons.append(
             f"{len(fast)} lose more accuracy than allowed (the nearest, {nearest.candidate}, is at "
             f"{100 * nearest.difference:+.2f} points to dense on {nearest.n_samples} search samples)"
         )
-    if len(tried) > len(fast):
+    if len(tried) > len(fast) and not drafters:
         reasons.append(f"{len(tried) - len(fast)} are predicted to be no faster than dense, or outside the limits")
     if outcome.failed:
         reasons.append(f"{len(outcome.failed)} failed (such as {failure_of(outcome)})")
@@ -68,7 +96,8 @@ def failure_of(outcome: SearchOutcome) -> str:
 
 def _may_be_fast(trial: Trial, limits: Limits) -> bool:
     """Whether a candidate is predicted to be faster than dense and within the limits that need no evaluation."""
-    return trial.latency_ratio < 1.0 and limits.feasible(SkipPlan.parse(trial.plan), trial.latency_ratio)
+    time = trial.latency_ratio if trial.drafter is None else trial.drafter.time
+    return time < 1.0 and limits.feasible(SkipPlan.parse(trial.plan), trial.latency_ratio)
 
 
 def _front(trials: Sequence[Trial], costs: Sequence[Point]) -> list[Trial]:

@@ -26,6 +26,22 @@ from workers.runtime import SkipPlan
 
 
 @dataclass(frozen=True)
+class DraftFigures:
+    """Held-out figures of a drafter: the share of dense's own tokens that it would have drafted, with its interval."""
+
+    acceptance: float
+    acceptance_low: float
+    acceptance_high: float
+    n_samples: int
+    draft_length: int
+    """Tokens drafted in a round, at which the expected time is least."""
+    tokens_per_round: float
+    """Accepted tokens and the dense model's own one, at that length."""
+    expected_time: float
+    """Per token, as a share of plain decoding, by the latency profile."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """A plan's held-out figures. Accuracies and differences (plan minus dense, a loss is negative) are shares."""
 
@@ -49,6 +65,8 @@ class Verdict:
     """Whether the accuracy is within the limits; a plan that is also fast enough meets the constraint."""
     secondary: dict[str, float]
     compensation: str = NO_COMPENSATION
+    drafting: DraftFigures | None = None
+    """In a lossless job, where accuracies are dense's."""
 
     @property
     def candidate(self) -> Candidate:

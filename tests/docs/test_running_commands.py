@@ -67,6 +67,8 @@ SMALL: dict[str, Any] = {
 }
 ELSEWHERE = {
     "run configs/examples/smolvlm-256m-pope.yaml": "loads model and data from the hub; test_shipped_examples runs it",
+    "run configs/scenes-lossless.yaml": "takes minutes; tests/end_to_end/test_lossless_job.py runs a smaller one",
+    "best --model llava-12 --task scenes --lossless": "needs that job",
     "reference build smollm2": "downloads 270 MB; tests/workers/reference builds one from a small wheel",
     "doctor --cluster head-node:6379": "needs a cluster; tests/optimizer/cli has doctor's answers",
     "doctor --cluster auto": "needs a cluster",

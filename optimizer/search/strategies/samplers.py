@@ -5,7 +5,11 @@ Chains of nested plans, where the problem has any, are bisected before the sampl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from optimizer.search.problem import Problem, Strategy
 from optimizer.search.seeds.blocks import unexplained_shares
@@ -13,6 +17,8 @@ from optimizer.search.seeds.theory import with_compensated
 from optimizer.search.strategies.bisection import Bisection
 from optimizer.search.strategies.study import StudyStrategy, distributions, genome_of, parameters
 from optimizer.search.surrogate.sampler import Settings, Space, SurrogateSampler
+
+Floats = NDArray[np.float64]
 
 STARTUP = 10
 """Trials before one of Optuna's model-based samplers fits its model."""
@@ -48,7 +54,13 @@ def random(problem: Problem) -> Strategy:
 
 def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> SurrogateSampler:
     """Make the project's own sampler for a problem."""
-    space = problem.space
+    space, drafting = problem.space, problem.drafting
+
+    def expected(genomes: Sequence[str], losses: Floats) -> Floats:
+        assert drafting is not None
+        steps = np.array([drafting.costs.step(space.candidate(genome).plan) for genome in genomes])
+        return drafting.costs.expected(steps, np.clip(1.0 - losses, 0.0, 1.0))
+
     view = Space(
         letters=space.genome_letters,
         allows=space.allows,
@@ -57,6 +69,7 @@ def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> Sur
         to_params=lambda genome: parameters(space, space.candidate(genome)),
         from_params=lambda params: genome_of(space, params),
         distributions=distributions(space),
+        expected=None if drafting is None else expected,
     )
     return SurrogateSampler(
         view,

@@ -192,7 +192,7 @@ def genome_of(space: PlanSpace, params: Mapping[str, Any]) -> str:
 
 def attributes(trial: Trial) -> dict[str, Any]:
     """User attributes of Optuna's trial: what a sampler may want to know beside the costs."""
-    names = ("n_samples", "difference_error", "kl", "kl_error")
+    names = ("n_samples", "difference", "difference_error", "kl", "kl_error")
     return {name: getattr(trial, name) for name in names}
 
 

@@ -32,7 +32,7 @@ from optimizer.search.surrogate.trust_region import TrustRegion
 Floats = NDArray[np.float64]
 
 MARGIN = 0.02
-"""A loss that is larger than the job allows by no more than this is still worth something: it may be noise."""
+"""A second cost that is larger than the job allows by no more than this is worth something: it may be noise."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,14 @@ class Space:
     """Per layer the letters it may take, ``R`` first."""
     allows: Callable[[str], bool]
     foresee: Callable[[str], tuple[float, bool]]
-    """Predicted latency as a share of dense, and whether every constraint that needs no evaluation is met."""
+    """The first cost, and whether every constraint that needs no evaluation is met."""
     draw: Callable[[np.random.Generator], str | None]
     """A random plan that meets these constraints; None where there is none."""
     to_params: Callable[[str], dict[str, Any]]
     from_params: Callable[[Mapping[str, Any]], str]
     distributions: dict[str, BaseDistribution]
+    expected: Callable[[Sequence[str], Floats], Floats] | None = None
+    """The second cost of plans by their losses, ``[..., plans]``; None where that is the loss itself."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Observation:
 
     genome: str
     ratio: float
+    cost: float
     loss: float
     loss_error: float
     kl: float
@@ -88,28 +91,32 @@ class Observation:
 class SurrogateSampler(BaseSampler):
     """Minimise two costs: the latency ratio (a known function of the plan) and the loss of accuracy.
 
+    Of drafters the costs are the extra memory, which is known, and the time per token: a function of a plan and of its
+    loss, which is what the surrogate models here too.
+
     Where trials carry the user attributes ``kl``, ``kl_error`` and ``difference_error``, they are used; ``n_samples``
-    tells trials that were stopped early (on fewer samples than the most seen) from complete ones.
+    tells trials that were stopped early (on fewer samples than the most seen) from complete ones. The loss is minus the
+    attribute ``difference``.
     """
 
     def __init__(
         self,
         space: Space,
         risk: Mapping[str, Sequence[float]],
-        largest_loss: float,
+        largest_cost: float,
         *,
         seed: int,
         batch: int = 8,
         reserve: Sequence[str] = (),
         settings: Settings | None = None,
     ) -> None:
-        """``risk[letter][layer]`` is the criterion's; ``largest_loss`` is what the job's constraint leaves."""
+        """``risk[letter][layer]`` is the criterion's; ``largest_cost`` is the most that the second cost may be."""
         self._space, self._settings, self._batch = space, settings or Settings(), batch
         self._random = np.random.default_rng([seed, 0])
         self._encoding = Encoding(space.letters)
         self._moves = Moves(space.letters, space.allows, self._random)
         self._risk = self._unit_risk(risk)
-        self._reference = (1.0, largest_loss + MARGIN)
+        self._reference = (1.0, largest_cost + MARGIN)
         self._reserve = list(dict.fromkeys(reserve))
         self._trust = TrustRegion(len(space.letters))
         self._last_batch: tuple[str, ...] = ()
@@ -166,12 +173,13 @@ class SurrogateSampler(BaseSampler):
             if trial.state is TrialState.COMPLETE and trial.number not in self._seen:
                 genome = self._space.from_params(trial.params)
                 attributes = trial.user_attrs
-                ratio, loss = trial.values
+                ratio, cost = trial.values
                 kl, error = attributes.get("kl"), attributes.get("kl_error")
                 seen = Observation(
                     genome,
                     float(ratio),
-                    float(loss),
+                    float(cost),
+                    float(cost) if attributes.get("difference") is None else -float(attributes["difference"]),
                     float(attributes.get("difference_error") or 1e-3),
                     np.nan if kl is None else float(kl),
                     0.0 if error is None else float(error),
@@ -197,7 +205,7 @@ class SurrogateSampler(BaseSampler):
         if came:
             self._trust.learn(came)
             self._last_batch = ()
-        points = [(each.ratio, each.loss) for each in self._front(seen)]
+        points = [(each.ratio, each.cost) for each in self._front(seen)]
         stairs = Stairs(points, self._reference)
         new = self._first_pool(self._parents(seen), taken)
         pool = self._trust.nearest(new, good)
@@ -208,18 +216,18 @@ class SurrogateSampler(BaseSampler):
             self._last_batch += tuple(first)
             return first
         draws = self._draws(seen)
-        losses = draws(self._design(pool))
-        chosen, gains = self._choose(pool, losses, stairs, self._settings.finalists)
+        costs = self._second_costs(seen, pool, draws(self._design(pool)))
+        chosen, gains = self._choose(pool, costs, stairs, self._settings.finalists)
         moved = self._trust.within(self._second_pool([pool[index] for index in chosen], taken | set(pool)), good)
         if moved:
-            losses = np.hstack([losses, draws(self._design(moved))])
+            costs = np.hstack([costs, self._second_costs(seen, moved, draws(self._design(moved)))])
         pool += moved
         at_random = min(self._settings.at_random, self._batch - 1)
-        chosen, gains = self._choose(pool, losses, stairs, self._batch - at_random)
+        chosen, gains = self._choose(pool, costs, stairs, self._batch - at_random)
         volume = hypervolume(points, self._reference)
         self.expected_gain = float(np.mean(gains)) / volume if volume > 0 else None
         rest = [index for index in range(len(pool)) if index not in set(chosen)]
-        chosen += self._better_part(rest, pool, losses[0], stairs)[:at_random]
+        chosen += self._better_part(rest, pool, costs[0], stairs)[:at_random]
         batch = [pool[index] for index in chosen]
         self._last_batch += tuple(batch)
         return batch
@@ -234,18 +242,30 @@ class SurrogateSampler(BaseSampler):
 
     def _front(self, seen: Sequence[Observation]) -> list[Observation]:
         complete = [each for each in seen if each.complete and self._feasible(each.genome)]
-        return [complete[index] for index in front_indices([(each.ratio, each.loss) for each in complete])]
+        return [complete[index] for index in front_indices([(each.ratio, each.cost) for each in complete])]
+
+    def _second_costs(self, seen: Sequence[Observation], pool: Sequence[str], losses: Floats) -> Floats:
+        """Return the second costs of plans by their losses ``[draws, plans]``.
+
+        What is expected of losses is corrected by what it makes of those seen.
+        """
+        if self._space.expected is None:
+            return losses
+        known = [each for each in seen if each.complete and RUN * len(each.genome) != each.genome]
+        expected = self._space.expected([each.genome for each in known], np.array([each.loss for each in known]))
+        ratios = np.array([each.cost for each in known]) / expected
+        return self._space.expected(pool, losses) * (float(np.median(ratios)) if known else 1.0)
 
     def _good(self, seen: Sequence[Observation]) -> list[str]:
         """Dense, and the plans that meet the limit on all samples, or nearly."""
         dense = RUN * len(self._space.letters)
-        meeting = (each.genome for each in seen if each.complete and each.loss <= self._reference[1])
+        meeting = (each.genome for each in seen if each.complete and each.cost <= self._reference[1])
         return list(dict.fromkeys([dense, *meeting]))
 
     def _parents(self, seen: Sequence[Observation]) -> list[str]:
         """Return the front, then what would be the front without it, until there are enough."""
         rest = [
-            each for each in seen if each.complete and each.loss <= self._reference[1] and self._feasible(each.genome)
+            each for each in seen if each.complete and each.cost <= self._reference[1] and self._feasible(each.genome)
         ]
         parents: list[str] = []
         while rest and len(parents) < self._settings.parents:
@@ -256,8 +276,8 @@ class SurrogateSampler(BaseSampler):
 
     @staticmethod
     def _costs(seen: Observation) -> Point:
-        """Equal losses are told apart by their KL: the plan closer to dense has more room left."""
-        return (seen.ratio, seen.loss + (0.0 if np.isnan(seen.kl) else 1e-3 * min(1.0, seen.kl)))
+        """Equal costs are told apart by their KL: the plan closer to dense has more room left."""
+        return (seen.ratio, seen.cost + (0.0 if np.isnan(seen.kl) else 1e-3 * min(1.0, seen.kl)))
 
     def _first_pool(self, parents: Sequence[str], taken: set[str]) -> list[str]:
         """Return new candidates around the parents and from the reserve, each once, in a fixed order."""
@@ -304,7 +324,7 @@ class SurrogateSampler(BaseSampler):
 
     def _draws(self, seen: Sequence[Observation]) -> Draws:
         kept = self._nearest(seen)
-        dense = Observation(RUN * len(self._space.letters), 1.0, 0.0, 1e-4, 0.0, 1e-6, True)
+        dense = Observation(RUN * len(self._space.letters), 1.0, 0.0, 0.0, 1e-4, 0.0, 1e-6, True)
         if not any(each.genome == dense.genome for each in kept):
             kept = [dense, *kept]
         observations = Observations(
@@ -326,8 +346,8 @@ class SurrogateSampler(BaseSampler):
         most = self._settings.most_observations
         if len(seen) <= most:
             return list(seen)
-        stairs = Stairs([(each.ratio, each.loss) for each in self._front(seen)], self._reference)
-        above = stairs.excess(np.array([each.ratio for each in seen]), np.array([each.loss for each in seen]))
+        stairs = Stairs([(each.ratio, each.cost) for each in self._front(seen)], self._reference)
+        above = stairs.excess(np.array([each.ratio for each in seen]), np.array([each.cost for each in seen]))
         order = np.argsort(above, kind="stable")
         kept = set(order[: most * 3 // 4].tolist()) | set(range(len(seen) - most // 4, len(seen)))
         return [seen[index] for index in sorted(kept)]
@@ -342,10 +362,10 @@ class SurrogateSampler(BaseSampler):
         """Return indices of the most promising candidates, one per draw in turn, and the gain each expects."""
         ratios = np.array([self._ratio(genome) for genome in pool])
         # Nothing is taken to be more accurate than the most accurate plan seen: below that lies noise.
-        losses = np.maximum(drawn[1:], stairs.lowest)
-        gains = stairs.gain(ratios, losses)
+        costs = drawn[1:] if self._space.expected is not None else np.maximum(drawn[1:], stairs.lowest)
+        gains = stairs.gain(ratios, costs)
         # Where no gain is in sight, what lies least above the front is closest to one.
-        scores = np.where(gains > 0, gains, -1.0 - stairs.excess(ratios, losses))
+        scores = np.where(gains > 0, gains, -1.0 - stairs.excess(ratios, costs))
         order = np.argsort(-scores, axis=1, kind="stable")
         chosen: dict[int, float] = {}
         expected = gains.mean(axis=0)

@@ -47,7 +47,7 @@ def test_table_of_fields_is_current():
     assert "| `workload.batch_size` | `1` | whole number from 1 to 4096 | Prompts per request. |" in text
 
 
-@pytest.mark.parametrize("name", ["quickstart.yaml", "scenes.yaml"])
+@pytest.mark.parametrize("name", ["quickstart.yaml", "scenes.yaml", "scenes-lossless.yaml"])
 def test_shipped_job_files_are_valid(name: str):
     spec = load_job(PROJECT / "configs" / name, environment={})
     assert spec.model.path == "llava-12"
