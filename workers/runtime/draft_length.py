@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from bisect import bisect
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
 
@@ -19,6 +22,12 @@ PROBE_SHARE = 0.01
 """Share of the time of plain decoding that may go into looking whether drafting pays again."""
 HALF_LIFE = 24.0
 """Positions after which an observed acceptance counts half."""
+CONFIDENCES = (0.4, 0.6, 0.75, 0.9, 0.97)
+"""Bounds of the classes of confidence."""
+CONFIDENT = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
+"""Chance that a draft of each class is kept, before anything was observed."""
+CONFIDENCE_MEMORY = 0.98
+SPEED_WEIGHT = 0.1
 LEAST_GAIN = 0.02
 REMEMBERED = 15
 """Observed seconds of each kind; their median counts."""
@@ -47,6 +56,8 @@ class Round:
     """Positions at which all rows kept the draft."""
     draft_seconds: float
     verify_seconds: float
+    confidences: tuple[float, ...] = ()
+    """Per drafted position the drafter's confidence, where it is known."""
 
 
 class DraftLength:
@@ -55,6 +66,12 @@ class DraftLength:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._agreed, self._tested = 1.6, 2.0  # to begin with, drafting is worth a try
+        self._kept_at = [[2 * each, 2.0] for each in CONFIDENT]
+        """Per class of confidence the drafts kept and tested, forgotten like acceptance."""
+        self._watched = False
+        """Whether drafts are looked at while they are made, and end where going on is not worth it."""
+        self._token_seconds = 0.0
+        """Seconds a token, of the last rounds and plain steps."""
         self._plain = _seconds()
         self._draft = _seconds()
         self._verify: dict[int, deque[float]] = defaultdict(_seconds)
@@ -73,7 +90,25 @@ class DraftLength:
                 return 0
             if not self._draft:
                 return min(limit, FIRST_DRAFT)
-            return self._best(limit) or self._probe(limit)
+            best = self._best(limit)
+            return limit if best and self._watched else best or self._probe(limit)
+
+    def worth_going_on(self, confidences: Sequence[float]) -> bool:
+        """Whether another token is worth its draft step, after tokens drafted with these confidences.
+
+        It is of use only if all before it are kept, and then saves what a token costs otherwise.
+        """
+        with self._lock:
+            if not self._draft or not self._plain:
+                return True
+            so_far = math.prod(self._chance(each) for each in confidences)
+            kept = so_far ** (1 + 1 / len(confidences))  # the next one as likely as those
+            return kept * self._token_seconds > median(self._draft) + self._seconds_a_width()
+
+    def _chance(self, confidence: float) -> float:
+        """Return how often drafts of about this confidence were kept."""
+        kept, tested = self._kept_at[bisect(CONFIDENCES, confidence)]
+        return kept / tested
 
     def _best(self, limit: int) -> int:
         """Return the draft length with the most tokens a second, 0 where plain decoding is about as fast."""
@@ -101,6 +136,14 @@ class DraftLength:
         slope = (known[below] - known[1]) / (below - 1) if below > 1 else 0.1 * known[1]
         return known[below] + max(slope, 0.0) * (width - below)
 
+    def _seconds_a_width(self) -> float:
+        """Seconds that one more token adds to a verification."""
+        known = {width: median(seen) for width, seen in self._verify.items()}
+        least, most = min(known), max(known)
+        if least == most:
+            return 0.0
+        return max(known[most] - known[least], 0.0) / (most - least)
+
     def _probe(self, limit: int) -> int:
         """Return a short draft's length where the time for looking is there, or the last one was accepted."""
         length = min(limit, PROBE_LENGTH)
@@ -120,6 +163,7 @@ class DraftLength:
             self._plain.append(seconds)
             self._rounds = 0
             self._allowance += PROBE_SHARE * seconds
+            self._note_speed(seconds)
 
     def observe_round(self, seen: Round) -> None:
         """Take note of a draft and its verification."""
@@ -131,3 +175,13 @@ class DraftLength:
             self._draft.append(seen.draft_seconds / seen.drafted)
             self._verify[seen.drafted + 1].append(seen.verify_seconds)
             self._promising = seen.accepted == seen.drafted
+            self._note_speed((seen.draft_seconds + seen.verify_seconds) / (seen.accepted + 1))
+            self._watched = bool(seen.confidences)
+            for place, confidence in enumerate(seen.confidences[: seen.tested]):
+                row = self._kept_at[bisect(CONFIDENCES, confidence)]
+                row[0] = row[0] * CONFIDENCE_MEMORY + (place < seen.accepted)
+                row[1] = row[1] * CONFIDENCE_MEMORY + 1
+
+    def _note_speed(self, seconds: float) -> None:
+        weight = SPEED_WEIGHT if self._token_seconds else 1.0
+        self._token_seconds += weight * (seconds - self._token_seconds)

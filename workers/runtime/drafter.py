@@ -80,20 +80,31 @@ class Drafting:
     def __init__(self, drafter: Any, kept: Sequence[int], processors: LogitsProcessorList, *, sample: bool) -> None:
         self._drafter, self._kept, self._sample = drafter, tuple(kept), sample
         self._processors = without_memory(processors)
+        self._ends: Tensor | None = None
+        self._go_on: Callable[[Sequence[float]], bool] | None = None
         self.cache_bytes = 0
         """Most bytes of keys and values that a draft held."""
 
+    def watch(self, ends: Tensor | None, go_on: Callable[[Sequence[float]], bool]) -> None:
+        """Look at each drafted token, and end a draft early.
+
+        That is where every row has drafted one of ``ends``, and where ``go_on`` says so of the confidences: per
+        position the largest probability of the drafter's distribution, of the row that is least sure.
+        """
+        self._ends, self._go_on = ends, go_on
+
     def draft(
-        self, sequence: Tensor, length: int, cache: Cache, inputs: Callable[[int], dict[str, Any]], ends: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, sequence: Tensor, length: int, cache: Cache, inputs: Callable[[int], dict[str, Any]]
+    ) -> tuple[Tensor, list[Tensor], list[float]]:
         """Draft at most ``length`` tokens behind ``sequence`` ``[batch, tokens]``, whose last is not in ``cache`` yet.
 
-        ``inputs(n)`` are the model inputs of the sequence and n more tokens. With ``ends``, tokens that end an answer,
-        the draft ends where every row has drafted one. Returns the tokens ``[batch, drafted]`` and, under sampling, the
-        distribution ``[batch, vocabulary]`` that each was drawn from.
+        ``inputs(n)`` are the model inputs of the sequence and n more tokens. Returns the tokens ``[batch, drafted]``;
+        under sampling, the distribution ``[batch, vocabulary]`` that each was drawn from; and where it is watched, its
+        confidence.
         """
         own = draft_cache(cache, self._kept)
         distributions: list[Tensor] = []
+        confidences: list[float] = []
         start = sequence.shape[1]
         going = sequence.new_ones(len(sequence), dtype=torch.bool)
         for drafted in range(length):
@@ -109,12 +120,16 @@ class Drafting:
             else:
                 tokens = scores.argmax(dim=-1, keepdim=True)
             sequence = torch.cat([sequence, tokens], dim=-1)
-            if ends is not None:
-                going &= ~torch.isin(tokens[:, 0], ends)
-                if not going.any():
-                    break
+            if self._go_on is None:
+                continue
+            highest = scores.amax(dim=-1) - scores.logsumexp(dim=-1)
+            confidences.append(float(highest.masked_fill(~going, 0.0).min().exp()))
+            if self._ends is not None:
+                going &= ~torch.isin(tokens[:, 0], self._ends)
+            if not going.any() or not self._go_on(confidences):
+                break
         self.cache_bytes = max(self.cache_bytes, _bytes_of(own))
-        return sequence[:, start:], distributions
+        return sequence[:, start:], distributions, confidences
 
 
 def draft_cache(cache: Cache, kept: Sequence[int]) -> Cache:

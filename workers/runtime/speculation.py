@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
+from .descriptor import UnsupportedFamilyError
 from .draft_length import DraftLength, Round
 from .drafter import Drafting, bytes_beside, drafting_model
-from .families import APPLIED
+from .families import APPLIED, layer_kinds
 from .folding import Maps
-from .locate import locate
+from .locate import DecoderStack, locate
 from .plan import PlanError, SkipPlan
 from .speculation_loop import Counts, Decoding, Lengths, Settings
 
@@ -50,12 +52,14 @@ class Speculation:
     def __init__(self, model: nn.Module, plan: SkipPlan, maps: Maps | None, draft_length: int | None) -> None:
         if draft_length is not None and draft_length < 1:
             raise PlanError(f"draft_length is {draft_length}: a draft has at least one token; None adapts the length")
+        stack = locate(model)
+        _require_settable_state(stack)
         self.plan = plan
         self._model = model
         self._drafter: nn.Module | None = drafting_model(model, plan, maps)
         self._weights = bytes_beside(model, self._drafter)
         self._draft_length = draft_length
-        self._layers = locate(model).layers
+        self._layers = stack.layers
         self._lock = threading.Lock()
         self._lengths: dict[int, DraftLength] = defaultdict(DraftLength)
         """By batch size, which decides what a draft costs and how often all rows keep it."""
@@ -150,9 +154,23 @@ class _Constant:
         """Return the length, or what is left but the token that the dense model adds."""
         return max(min(self._length, left - 1), 0)
 
+    def worth_going_on(self, confidences: Sequence[float]) -> bool:
+        """Draft on."""
+        return True
+
     def observe_plain(self, seconds: float) -> None: ...
 
     def observe_round(self, seen: Round) -> None: ...
+
+
+def _require_settable_state(stack: DecoderStack) -> None:
+    """Raise :class:`UnsupportedFamilyError` for recurrent layers; a request's cache tells about all others."""
+    for index, kind in enumerate(layer_kinds(stack)):
+        if kind == "linear_attention" or kind.startswith("hybrid"):
+            raise UnsupportedFamilyError(
+                f"layer {index} of the {stack.family} model is {kind}: its recurrent state cannot be set back after a "
+                "draft, and drafting needs layers of attention over a KV cache"
+            )
 
 
 def _loop(speculation: Speculation, drafter: nn.Module, streamer: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ class Lengths(Protocol):
     """Chooses draft lengths, and learns from what came of them: :class:`~workers.runtime.draft_length.DraftLength`."""
 
     def choose(self, left: int) -> int: ...
+    def worth_going_on(self, confidences: Sequence[float]) -> bool: ...
     def observe_plain(self, seconds: float) -> None: ...
     def observe_round(self, seen: Round) -> None: ...
 
@@ -95,8 +97,9 @@ class Decoding:
         self._sample = bool(settings.config.do_sample)
         ends = [each.eos_token_id for each in settings.criteria if hasattr(each, "eos_token_id")]
         self._ends = bool(ends)
-        # Elsewhere a look at what was drafted would wait for the device.
-        self._drafted_ends = torch.cat(ends).cpu() if ends and sequence.device.type == "cpu" else None
+        # Elsewhere than on the CPU, a look at what is drafted would wait for the device after every token.
+        if sequence.device.type == "cpu":
+            drafting.watch(torch.cat(ends).cpu() if ends else None, lengths.worth_going_on)
         pad = settings.config._pad_token_tensor
         self._pad: Any = None if pad is None else pad.to(sequence.device)
         self._unfinished = torch.ones(len(sequence), dtype=torch.long, device=sequence.device)
@@ -188,9 +191,7 @@ class Decoding:
 
     def _round(self, length: int) -> None:
         start = self._clock.now()
-        drafts, distributions = self._drafting.draft(
-            self.sequence, length, self._cache, self._ahead, self._drafted_ends
-        )
+        drafts, distributions, confidences = self._drafting.draft(self.sequence, length, self._cache, self._ahead)
         length = drafts.shape[1]
         middle = self._clock.now()
         logits = self._pass(drafts)
@@ -205,9 +206,8 @@ class Decoding:
         self.counts.accepted += of_rows
         self.counts.cache_bytes = max(self.counts.cache_bytes, self._drafting.cache_bytes)
         tested = min(taken, length)
-        self._lengths.observe_round(
-            Round(length, tested, accepted, self._clock.seconds(start, middle), self._clock.seconds(middle, end))
-        )
+        seconds = self._clock.seconds(start, middle), self._clock.seconds(middle, end)
+        self._lengths.observe_round(Round(length, tested, accepted, *seconds, tuple(confidences)))
 
     # Tokens -------------------------------------------------------------------------------------------------------
 
