@@ -13,7 +13,7 @@ from statistics import median, median_low
 LONGEST_DRAFT = 12
 FIRST_STEPS = 2
 """Plain steps timed before the first draft."""
-ROUNDS_A_STEP = 50
+ROUNDS_A_STEP = 12
 """Rounds after which a plain step is timed again."""
 FIRST_DRAFT = 4
 """Length of a draft when nothing is known of drafting yet."""
@@ -28,7 +28,12 @@ CONFIDENT = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 """Chance that a draft of each class is kept, before anything was observed."""
 CONFIDENCE_MEMORY = 0.98
 SPEED_WEIGHT = 0.1
-LEAST_GAIN = 0.02
+LEAST_GAIN = 0.05
+"""Share of a token's time that drafting must promise to save."""
+JUDGED_ROUNDS = 12
+"""Rounds after which it is judged whether they have saved anything."""
+FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
+"""Plain steps after rounds that did not; twice as many each time in a row."""
 REMEMBERED = 15
 """Observed seconds of each kind; their median counts."""
 
@@ -65,7 +70,7 @@ class DraftLength:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._agreed, self._tested = 1.6, 2.0  # to begin with, drafting is worth a try
+        self._agreed, self._tested = 6.4, 8.0  # to begin with, drafting is worth some tries
         self._kept_at = [[2 * each, 2.0] for each in CONFIDENT]
         """Per class of confidence the drafts kept and tested, forgotten like acceptance."""
         self._watched = False
@@ -79,6 +84,10 @@ class DraftLength:
         """Rounds since the last plain step."""
         self._allowance = 0.0
         """Seconds that may go into looking whether drafting pays."""
+        self._judged: list[tuple[float, int]] = []
+        """Seconds and tokens of the rounds since the last judgement."""
+        self._pause, self._paused = FIRST_PAUSE, 0
+        """The next pause, and what is left of the present one, in plain steps."""
         self._promising = False
         """Whether the last draft was accepted as a whole."""
 
@@ -90,6 +99,9 @@ class DraftLength:
                 return 0
             if not self._draft:
                 return min(limit, FIRST_DRAFT)
+            if self._paused:
+                self._paused -= 1
+                return 0
             best = self._best(limit)
             return limit if best and self._watched else best or self._probe(limit)
 
@@ -147,8 +159,8 @@ class DraftLength:
     def _probe(self, limit: int) -> int:
         """Return a short draft's length where the time for looking is there, or the last one was accepted."""
         length = min(limit, PROBE_LENGTH)
-        cost = self._round_seconds(length)
-        if cost >= median_low(self._plain) * (length + 1):
+        cost = self._round_seconds(length) - median_low(self._plain)
+        if cost >= median_low(self._plain) * length:
             return 0  # not even if every draft were accepted
         self._allowance = min(self._allowance, 2 * cost)
         if not self._promising:
@@ -176,11 +188,28 @@ class DraftLength:
             self._verify[seen.drafted + 1].append(seen.verify_seconds)
             self._promising = seen.accepted == seen.drafted
             self._note_speed((seen.draft_seconds + seen.verify_seconds) / (seen.accepted + 1))
+            self._judge(seen)
             self._watched = bool(seen.confidences)
             for place, confidence in enumerate(seen.confidences[: seen.tested]):
                 row = self._kept_at[bisect(CONFIDENCES, confidence)]
                 row[0] = row[0] * CONFIDENCE_MEMORY + (place < seen.accepted)
                 row[1] = row[1] * CONFIDENCE_MEMORY + 1
+
+    def _judge(self, seen: Round) -> None:
+        """Pause drafting where the last rounds took longer than plain steps for as many tokens.
+
+        A round counts three times what it should have taken at most: something else may have had the processor.
+        """
+        seconds = min(seen.draft_seconds + seen.verify_seconds, 3 * self._round_seconds(seen.drafted))
+        self._judged.append((seconds, seen.accepted + 1))
+        if len(self._judged) < JUDGED_ROUNDS:
+            return
+        took, tokens = (sum(column) for column in zip(*self._judged, strict=True))
+        self._judged = []
+        if took > tokens * median(self._plain):
+            self._paused, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        else:
+            self._pause = FIRST_PAUSE
 
     def _note_speed(self, seconds: float) -> None:
         weight = SPEED_WEIGHT if self._token_seconds else 1.0

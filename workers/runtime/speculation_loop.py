@@ -180,24 +180,20 @@ class Decoding:
         return logits
 
     def _plain_step(self) -> None:
-        start = self._clock.now()
-        logits = self._pass(self.sequence[:, :0])
-        end = self._clock.now()
-        self.counts.plain_steps += 1
-        self._take(logits, None, [])
+        start = time.perf_counter()
+        self._take(self._pass(self.sequence[:, :0]), None, [])
         self._rollback.remove(0)
         self._advance(1)
-        self._lengths.observe_plain(self._clock.seconds(start, end))
+        self.counts.plain_steps += 1
+        self._lengths.observe_plain(time.perf_counter() - start)
 
     def _round(self, length: int) -> None:
-        start = self._clock.now()
+        start, draft_start = time.perf_counter(), self._clock.now()
         drafts, distributions, confidences = self._drafting.draft(self.sequence, length, self._cache, self._ahead)
+        draft_end = self._clock.now()
         length = drafts.shape[1]
-        middle = self._clock.now()
-        logits = self._pass(drafts)
-        end = self._clock.now()
         before, rows = self.sequence.shape[1], self._alive
-        accepted, of_rows = self._take(logits, drafts, distributions)
+        accepted, of_rows = self._take(self._pass(drafts), drafts, distributions)
         taken = self.sequence.shape[1] - before
         self._rollback.remove(length + 1 - taken)
         self._advance(taken)
@@ -205,9 +201,12 @@ class Decoding:
         self.counts.drafted += length * rows
         self.counts.accepted += of_rows
         self.counts.cache_bytes = max(self.counts.cache_bytes, self._drafting.cache_bytes)
-        tested = min(taken, length)
-        seconds = self._clock.seconds(start, middle), self._clock.seconds(middle, end)
-        self._lengths.observe_round(Round(length, tested, accepted, *seconds, tuple(confidences)))
+        # Taking tokens has waited for the device: all the work is done, and in both measures of time.
+        drafting = self._clock.seconds(draft_start, draft_end)
+        verifying = time.perf_counter() - start - drafting
+        self._lengths.observe_round(
+            Round(length, min(taken, length), accepted, drafting, verifying, tuple(confidences))
+        )
 
     # Tokens -------------------------------------------------------------------------------------------------------
 
