@@ -1,4 +1,4 @@
-"""Requests to workers and their replies: frozen values, in the order loading, evaluation, latency, redundancy, maps.
+"""Requests to workers and their replies: frozen values, from loading to maps and guards.
 
 A request says what to measure, a reply holds what was measured. Everything here pickles small and imports nothing
 heavy, so that the driver and the command line can use it without torch. Plans are given by their text, times are in
@@ -621,6 +621,61 @@ class LinearRedundancy:
     failed_samples: dict[str, str] = field(default_factory=dict)
 
 
+# --- Guard ---
+@dataclass(frozen=True)
+class FitGuards:
+    """Fit guards that read where ``layers`` begin, at a rate of false alarms, and measure what they send away.
+
+    Beside the task's own held-out samples ask those of other ``tasks`` and pieces of ``text`` about the task's images,
+    at most ``samples`` of each.
+    """
+
+    layers: tuple[int, ...]
+    false_alarms: float
+    tasks: tuple[Task, ...] = ()
+    text: str | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class SentAway:
+    """Prompts that were asked, and how many of them a guard sends to the dense model."""
+
+    prompts: int
+    sent: int
+
+    @property
+    def share(self) -> float:
+        """The share that is sent to the dense model; NaN of none."""
+        return self.sent / self.prompts if self.prompts else float("nan")
+
+
+@dataclass(frozen=True)
+class FittedGuard:
+    """A fitted guard as the content of a safetensors file, and what was measured of it.
+
+    ``decision_seconds`` are from a prompt's inputs to the decision, ``score_seconds`` those of the score alone.
+    """
+
+    layer: int
+    content: bytes
+    fitted_on: int
+    threshold_on: int
+    held_out: SentAway
+    tasks: dict[str, SentAway]
+    text: SentAway | None
+    decision_seconds: float
+    score_seconds: float
+
+
+@dataclass(frozen=True)
+class FittedGuards:
+    """Reply to :class:`FitGuards`, in the order of its layers, and why samples were left out, by split."""
+
+    guards: tuple[FittedGuard, ...]
+    failed_samples: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
 Timing = ProfileLatency | CompareLatency | CompareSpeculation | CompareEngineLatency
 """Requests that measure time: no other worker may use the device meanwhile."""
 
@@ -636,6 +691,7 @@ Request = (
     | MeasureRedundancy
     | FitCompensation
     | MeasureLinearRedundancy
+    | FitGuards
 )
 Reply = (
     Evaluations
@@ -652,6 +708,7 @@ Reply = (
     | RedundancySums
     | FittedCompensation
     | LinearRedundancy
+    | FittedGuards
 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFormat, Guide
@@ -109,11 +111,31 @@ def _table(document: PlanDocument) -> str:
         )
         for each in own.engine_latencies
     ]
+    rows += _guard_rows(own.secondary.get("guard", {}))
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
         f"{table}\n\nTask: {_inline(document.task.name)} (held-out split, which the search never saw). "
         f"Device: {_inline(document.device)}. Workload: {_inline(document.workload)}."
     )
+
+
+def _guard_rows(guard: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return the shares that the plan's guard sends to the dense model, and the speed-up with it."""
+    if "held_out" not in guard:
+        return []
+    elsewhere = {f"other task {name}": share for name, share in guard["tasks"].items()}
+    elsewhere |= {"text": guard["text"]} if "text" in guard else {}
+    rows = [
+        (
+            f"sent to dense by the guard, {_inline(name)}, {share['prompts']} prompts",
+            "",
+            f"{share['sent']:.4f}",
+            _interval(share["low"], share["high"], "{:.4f}"),
+        )
+        for name, share in {"held-out": guard["held_out"], **elsewhere}.items()
+        if share["prompts"]
+    ]
+    return [*rows, ("speed-up with the guard, expected", "1", f"{guard['net_speedup']:.3f}", "")]
 
 
 def _interval(low: float, high: float, form: str) -> str:

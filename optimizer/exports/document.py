@@ -140,10 +140,20 @@ def describe(plan: Plan, model: ModelRecord, task: TaskRecord) -> PlanDocument:
         device=plan.device,
         workload=plan.workload,
         mode="lossless" if plan.mode == "lossless" else "standalone",
-        figures=MeasuredFigures(**{each.name: getattr(plan, each.name) for each in fields(MeasuredFigures)}),
+        figures=replace(
+            MeasuredFigures(**{each.name: getattr(plan, each.name) for each in fields(MeasuredFigures)}),
+            secondary=_without_places(plan.secondary),
+        ),
         origin="imported" if plan.origin == "imported" else "measured",
         published_at=plan.published_at,
     )
+
+
+def _without_places(secondary: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where the guard's file lies here, which is nobody else's business."""
+    if "guard" not in secondary:
+        return secondary
+    return secondary | {"guard": {name: value for name, value in secondary["guard"].items() if name != "artifact"}}
 
 
 def shared_name(model: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from optimizer.exports import maps
+from optimizer.exports import guards, maps
 from optimizer.exports.document import PlanDocument
 from storage.database import Database
 from storage.pareto import Group
@@ -18,15 +18,19 @@ def import_plan(db: Database, imported: PlanDocument, path: Path) -> Plan:
 
     The same plan imported again takes the new figures.
 
-    The maps of a compensated plan stay where they are, in the directory of the document.
+    The maps of a compensated plan and its guard stay where they are, in the directory of the document.
     """
     directory = path if path.is_dir() else path.parent
+    guard = guards.of_directory(imported, directory)
     held = maps.of_directory(imported, directory) is not None
     figures = replace(
         imported.plan_figures(),
         artifact=str((directory / maps.FILE_NAME).resolve()) if held else None,
         artifact_checksum=imported.artifact_checksum if held else None,
     )
+    if guard is not None:
+        known = figures.secondary["guard"] | {"artifact": str(guard.resolve())}
+        figures = replace(figures, secondary=figures.secondary | {"guard": known})
     with db.transaction() as session:
         model_id = lookup.ensure_model(session, imported.model)
         task_id = lookup.ensure_task(session, imported.task, used=False)

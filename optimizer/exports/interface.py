@@ -33,6 +33,8 @@ class Subject:
     """The model on the CPU in its own dtype; None for formats that do not load it."""
     maps: Maps | None = None
     """The maps of the plan's gaps; None where skips are plain, and for formats that do not load the model."""
+    guard: bytes | None = None
+    """The file of the plan's guard; None where there is none."""
 
     @property
     def plan(self) -> SkipPlan:

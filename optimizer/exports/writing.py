@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from optimizer.errors import UsageFault
-from optimizer.exports import card, document, maps
+from optimizer.exports import card, document, guards, maps
 from optimizer.exports.document import Export, File, PlanDocument, describe
 from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Subject
 from optimizer.exports.target import check_target, checksum, whole_directory
@@ -49,7 +49,8 @@ def export_published(
     if plan.artifact is not None and plan.artifact_checksum is not None:
         artifact = Artifact(plan.artifact, plan.artifact_checksum)
     source = model_source(db, plan, model_path)
-    return export_plan(document, source, format_name, output, force=force, force_model=force_model, artifact=artifact)
+    guard, forced = guards.artifact_of(plan), {"force": force, "force_model": force_model}
+    return export_plan(document, source, format_name, output, **forced, artifact=artifact, guard=guard)
 
 
 def model_source(db: Database, plan: Plan, model_path: str | None = None) -> ModelSource:
@@ -76,10 +77,11 @@ def export_plan(
     force: bool = False,
     force_model: bool = False,
     artifact: Artifact | None = None,
+    guard: Artifact | None = None,
 ) -> Written:
     """Write ``plan`` for the model at ``source`` to the directory ``output``.
 
-    ``artifact`` names where the maps of a compensated plan lie.
+    ``artifact`` names where the maps of a compensated plan lie, ``guard`` where its guard does.
 
     ``force`` replaces an existing directory in one step; ``force_model`` takes a model with another fingerprint than
     the plan's. Raises UsageFault for an unknown format, a plan that the format or the model cannot take, a model with
@@ -89,11 +91,14 @@ def export_plan(
     require_takes(chosen, SkipPlan.parse(plan.plan), plan.compensation)
     check_target(output, force=force)
     content = maps.fetch(plan, artifact)
+    guard_content = None if guard is None else guards.fetch(guard)
     notes = tuple(chosen.check())  # an engine that a variable names and that is not there ends it before it is written
     subject = _subject(plan, source, chosen, content, force_model=force_model)
+    subject = replace(subject, guard=guard_content)
     with whole_directory(output, force=force) as directory:
         chosen.write(subject, directory)
         maps.write(content, directory)
+        guards.write(guard_content, directory)
         _describe(subject, chosen, chosen.guide(subject, directory), directory)
     return Written(output, document.read(output), notes)
 

@@ -236,6 +236,18 @@ class CollateralSpec(Section):
     samples: int = Field(default=200, ge=1, le=1_000_000, description="Most held-out samples of each other task.")
 
 
+class GuardSpec(Section):
+    """The test that tells prompts like the calibration ones from others, which runtime exports carry."""
+
+    false_alarms: float | None = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Share of the task's own prompts that the guard may send to the dense model; 0.01 needs 99 images "
+        "in the search split. null: no guard.",
+    )
+
+
 class SplitSpec(Section):
     """Sizes of the three splits, where the job wants other ones than the task says."""
 

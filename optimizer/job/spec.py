@@ -16,6 +16,7 @@ from optimizer.job.sections import (
     CollateralSpec,
     CompensationSpec,
     ConstraintSpec,
+    GuardSpec,
     LatencySpec,
     ModelSpec,
     SearchSpec,
@@ -52,6 +53,7 @@ DETERMINES_RESULT = {
     "search",
     "compensation",
     "collateral",
+    "guard",
     "splits",
     "workload",
     "evaluation",
@@ -95,6 +97,7 @@ class JobSpec(Section):
     search: SearchSpec = SearchSpec()
     compensation: CompensationSpec = CompensationSpec()
     collateral: CollateralSpec = CollateralSpec()
+    guard: GuardSpec = GuardSpec()
     splits: SplitSpec = SplitSpec()
     workload: WorkloadSpec = WorkloadSpec()
     latency: LatencySpec = LatencySpec()
@@ -236,6 +239,8 @@ class JobSpec(Section):
             del fields["latency"]["engine"], fields["workload"]["concurrency"]
         if not self.is_lossless:  # jobs of before there was a choice
             del fields["mode"]
+        if self.guard == GuardSpec():  # jobs of before there were guards are found again
+            del fields["guard"]
         return fields
 
     def digest(self, **inputs: str) -> str:

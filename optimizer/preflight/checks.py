@@ -25,6 +25,7 @@ from optimizer.stages.progress import Progress
 from optimizer.verification.verdict import least_provable_drop
 from workers.engines.interface import ENGINES
 from workers.errors import EngineError, ModelError, TaskError
+from workers.guard.needs import needed_prompts, too_few
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
 from workers.tasks import Sample, Task
 from workers.tasks.spec import FileSource, HubSource, TaskSpec, load_spec
@@ -88,7 +89,7 @@ def check_job_file(
         check_images(samples_of(data))
         sizes = f"{len(data.calibration)} calibration, {len(data.search)} search, {len(data.held_out)} held-out samples"
         good.append(f"data of task {task.name}: {sizes}, every image opens")
-        notes += too_few_to_prove(spec, data)
+        notes += [*too_few_to_prove(spec, data), *too_few_to_guard(spec, data)]
     others, theirs = _other_tasks(spec, unknown), spec.collateral.samples
     good += [f"task {each.name} beside it: {len(each.held_out[:theirs])} samples, every image opens" for each in others]
     if load_other_text(spec) is not None:
@@ -187,6 +188,14 @@ def too_few_to_prove(spec: JobSpec, task: Task) -> list[str]:
         f"constraint.max_accuracy_drop: {allowed:g} cannot be proven with {len(images)} held-out samples: even a plan "
         f"that changes no answer may lose {least:.3f} by its interval; take more samples, or allow more"
     ]
+
+
+def too_few_to_guard(spec: JobSpec, task: Task) -> list[str]:
+    """Say where plans will have no guard."""
+    images, rate = len({sample.image_key for sample in task.search}), spec.guard.false_alarms
+    if rate is None or spec.is_lossless or images >= needed_prompts(rate):
+        return []
+    return [f"plans get no guard: {too_few(images, rate)}"]
 
 
 def is_local(model: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -301,3 +301,17 @@ def short_answer(report: JobReport) -> str:
         cost = "lossless" if report.best.mode == LOSSLESS else f"at {points(report.best.difference)}"
         return f"{times_as_fast(report.best)} {cost}{doubt}"
     return "dense is the answer" if report.job.state == "infeasible" else report.job.state
+
+
+def sent(share: Mapping[str, Any]) -> str:
+    """Return the share of prompts that a guard sends to the dense model, with its interval."""
+    if not share["prompts"]:
+        return NOT_MEASURED
+    low, high = 100 * share["low"], 100 * share["high"]
+    return f"{100 * share['sent']:.1f} % [{low:.1f}, {high:.1f}] of {count(share['prompts'])}"
+
+
+def sent_elsewhere(guard: Mapping[str, Any]) -> str:
+    """Return the shares of other tasks' prompts and of text that a guard sends to the dense model."""
+    beside = guard["tasks"] | ({"text": guard["text"]} if "text" in guard else {})
+    return "; ".join(f"{name} {sent(share)}" for name, share in beside.items()) or NOT_MEASURED

@@ -142,6 +142,19 @@ _ENGINE_COLUMNS: tuple[Column[Served], ...] = (
     Column("tokens in the KV cache", _beside_dense("kv_cache_tokens", formatting.count), number=True),
 )
 
+_GUARD_COLUMNS: tuple[Column[Plan], ...] = (
+    Column("plan", lambda plan: str(plan.id)),
+    Column("reads the input of layer", lambda plan: str(plan.secondary["guard"]["layer"]), number=True),
+    Column("false alarms, set", lambda plan: formatting.percent(plan.secondary["guard"]["false_alarms"]), number=True),
+    Column(
+        "task's own prompts sent to dense",
+        lambda plan: formatting.sent(plan.secondary["guard"]["held_out"]),
+        number=True,
+    ),
+    Column("others sent to dense", lambda plan: formatting.sent_elsewhere(plan.secondary["guard"])),
+    Column("net speed-up", lambda plan: f"{plan.secondary['guard']['net_speedup']:.2f}", number=True),
+)
+
 _TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (
     Column("plan", lambda each: each.plan),
     Column("difference, points", lambda each: _known(each.difference, formatting.signed), number=True),
@@ -187,7 +200,10 @@ def front(report: JobReport) -> Section:
     if below:
         number = formatting.count(below)
         paragraphs.append(f"{number} of the dots lie below the range shown; the table holds the best of them.")
-    tables = (_plans_table(report), _trials_table(report.trials))
+    guarded = [plan for plan in report.plans if "checksum" in plan.secondary.get("guard", {})]
+    guards = (Table.of(f"Guards ({len(guarded)})", guarded, _GUARD_COLUMNS),) if guarded else ()
+    paragraphs += _guard_notes(report.plans)
+    tables = (_plans_table(report), *guards, _trials_table(report.trials))
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
 
 
@@ -265,6 +281,12 @@ def drafting(report: JobReport) -> Section:
     shown = f"the first {TRIALS_SHOWN} of {len(ordered):,}" if len(ordered) > TRIALS_SHOWN else f"{len(ordered)}"
     tables.append(Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], _DRAFT_TRIAL_COLUMNS))
     return replace(section, paragraphs=paragraphs, tables=tuple(tables))
+
+
+def _guard_notes(plans: Sequence[Plan]) -> list[str]:
+    """Say why plans have no guard."""
+    notes = dict.fromkeys(plan.secondary.get("guard", {}).get("note", "") for plan in plans)
+    return [f"The plans have no guard: {note}." for note in notes if note]
 
 
 def _below(report: JobReport, chart: Chart) -> int:

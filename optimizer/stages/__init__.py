@@ -1,1 +1,1 @@
-"""The stages of a job, in order: profile, dense, redundancy, search, verify, measure, collateral, publish."""
+"""The stages of a job, in order: profile, dense, redundancy, search, verify, measure, collateral, guard, publish."""

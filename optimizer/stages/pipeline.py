@@ -6,6 +6,7 @@ from optimizer.stages import (
     collateral,
     dense,
     engine_latency,
+    guard,
     measure,
     profile,
     publish,
@@ -42,7 +43,8 @@ def run(context: JobContext) -> Published:
     measured = measure.run(context, finalists)
     served = engine_latency.run(context, finalists)
     beside = collateral.run(context, finalists)
-    return publish.run(context, finalists, publish.Measured(measured, served, beside))
+    guards = guard.run(context, finalists)
+    return publish.run(context, finalists, publish.Measured(measured, served, beside, guards=guards))
 
 
 def check_begun_alike(context: JobContext, engine: str = "") -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from optimizer.job.sections import TRANSFORMERS, ConstraintSpec
 from optimizer.job.spec import JobSpec
 from optimizer.search.space import Candidate, touched
-from optimizer.stages import dense, speculate
+from optimizer.stages import dense, guard, speculate
 from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.guard import Guards
 from optimizer.stages.verify import Finalist
 from optimizer.verification.verdict import Verdict
 from storage.pareto import Group
@@ -24,7 +25,7 @@ from workers.runtime import SkipPlan
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold the measurements of the verified plans by candidate: on the live model, in an engine, on other tasks.
+    """Hold the measurements of the verified plans by candidate: on the live model, in an engine, elsewhere; and guards.
 
     In a lossless job ``speculation`` has what ``latency`` has, and more.
     """
@@ -33,6 +34,7 @@ class Measured:
     in_engine: Mapping[Candidate, EngineComparison] = field(default_factory=dict)
     collateral: Mapping[Candidate, Collateral] = field(default_factory=dict)
     speculation: Mapping[Candidate, SpeculationComparison] = field(default_factory=dict)
+    guards: Guards = field(default_factory=Guards)
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def figures(finalist: Finalist, speed: Speed, spec: JobSpec, measured: Measured,
     constraint, concurrency = spec.constraint, spec.workload.concurrency
     beside, served = measured.collateral.get(finalist.candidate), measured.in_engine.get(finalist.candidate)
     drafted = measured.speculation.get(finalist.candidate)
+    guarded = guard.figures(measured.guards, finalist.candidate, latency, constraint.confidence)
     fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
     return PlanFigures(
         **_shared(verdict) | _shared(latency),
@@ -197,6 +200,7 @@ def figures(finalist: Finalist, speed: Speed, spec: JobSpec, measured: Measured,
             **({} if fitted is None else {"compensation": fitted}),
             **({} if beside is None or drafted is not None else {"collateral": _beside(beside)}),
             **({} if drafted is None else {"lossless": lossless(verdict, drafted, beside)}),
+            **({"guard": guarded} if guarded else {}),
             **({"dense_warning": warning} if warning else {}),
         },
     )

@@ -18,6 +18,7 @@ from workers.evaluation.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
 from workers.evaluation.shown import show
 from workers.evaluation.text_divergence import text_divergence
+from workers.guard.fitter import fit_guards
 from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
 from workers.messages import (
@@ -31,6 +32,7 @@ from workers.messages import (
     EvaluatePlans,
     FindEngine,
     FitCompensation,
+    FitGuards,
     MeasureLinearRedundancy,
     MeasureRedundancy,
     ModelSource,
@@ -134,6 +136,8 @@ class Handler:
                 return ShownSamples(show(self.evaluator, samples, pictures=request.pictures))
             case FitCompensation():
                 return compensator.fit(request)
+            case FitGuards():
+                return fit_guards(loaded, task, request)
             case MeasureLinearRedundancy():
                 return compensator.linear_redundancy(request)
             case MeasureRedundancy():

@@ -14,6 +14,7 @@ from workers.text import first_line
 from .recipe import CompensationError
 
 SUFFIX = ".safetensors"
+REFIT = "`skipplan refit` makes them again from the record"
 
 
 def checksum(content: bytes) -> str:
@@ -43,19 +44,19 @@ def put(store: str, content: bytes) -> Artifact:
     return Artifact(path, digest)
 
 
-def get(artifact: Artifact) -> bytes:
-    """Read an artifact back. Raises :class:`CompensationError` when it is missing or not what was written."""
+def get(artifact: Artifact, *, name: str = "compensation maps", remedy: str = REFIT) -> bytes:
+    """Read an artifact back. Raises :class:`CompensationError` when it is missing or not what was written.
+
+    ``name`` and ``remedy`` say in the error what it is and how it is made again.
+    """
     try:
         files, path = url_to_fs(artifact.location)
         content: bytes = files.cat_file(path)
     except (OSError, ValueError, ImportError) as error:
-        raise CompensationError(
-            f"compensation maps {artifact.location}: cannot be read: {first_line(error)}; "
-            "`skipplan refit` makes them again from the record"
-        ) from None
+        raise CompensationError(f"{name} {artifact.location}: cannot be read: {first_line(error)}; {remedy}") from None
     if checksum(content) != artifact.checksum:
         raise CompensationError(
-            f"compensation maps {artifact.location}: are not what was fitted (checksum {checksum(content)[:12]}, "
-            f"recorded {artifact.checksum[:12]}); `skipplan refit` makes them again from the record"
+            f"{name} {artifact.location}: not what was fitted (checksum {checksum(content)[:12]}, recorded "
+            f"{artifact.checksum[:12]}); {remedy}"
         )
     return content

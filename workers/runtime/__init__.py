@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .exported import speculate_from
     from .families import describe
     from .folding import GapMap
+    from .guard import Guard
     from .plan import Action, PlanError, SkipPlan
     from .speculation import Speculation, SpeculationStatistics, speculate
     from .surgery import save_pruned
@@ -24,6 +25,7 @@ _HOMES = {
     "AppliedPlan": "applied",
     "FamilyDescriptor": "descriptor",
     "GapMap": "folding",
+    "Guard": "guard",
     "PlanError": "plan",
     "SkipPlan": "plan",
     "Speculation": "speculation",
@@ -43,6 +45,7 @@ __all__ = [
     "AppliedPlan",
     "FamilyDescriptor",
     "GapMap",
+    "Guard",
     "PlanError",
     "SkipPlan",
     "Speculation",

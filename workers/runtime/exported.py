@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .folding import GapMap
 from .gaps import gaps
 from .plan import PlanError, SkipPlan
 from .speculation import Speculation, speculate
+from .tensor_file import read_tensors
 
 DOCUMENT = "skipplan.json"
 MAPS = "compensation/maps.safetensors"
@@ -41,7 +41,7 @@ def _read_document(file: Path) -> tuple[SkipPlan, str]:
 def _read_maps(file: Path, compensation: str) -> dict[int, GapMap]:
     """Read the file of maps, whose form ``workers/compensation/artifact.py`` describes."""
     try:
-        tensors, record = _read_tensors(file.read_bytes())
+        tensors, record = read_tensors(file.read_bytes())
         scope: Any = "projection" if "scope=projection" in compensation.split() else "output"
         return {
             int(gap["layer"]): GapMap(
@@ -51,18 +51,3 @@ def _read_maps(file: Path, compensation: str) -> dict[int, GapMap]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PlanError(f"{file} does not hold the plan's maps: {error}") from None
-
-
-def _read_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the float32 tensors and the record of a safetensors file."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    record = json.loads(header.pop("__metadata__")["skipplan"])
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] != "F32":
-            raise ValueError(f"{name} is {entry['dtype']}, not F32")
-        first, end = entry["data_offsets"]
-        part = bytearray(content[start + first : start + end])
-        tensors[name] = torch.frombuffer(part, dtype=torch.float32).reshape(entry["shape"])
-    return tensors, record

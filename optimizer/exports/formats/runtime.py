@@ -7,6 +7,7 @@ quietly running every layer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from importlib.util import find_spec
@@ -58,11 +59,15 @@ from {module} import {name}
 
 from .applied import apply_permanently
 from .configuration import {CONFIG_CLASS}
+from .guard import Guarded
 from .plan import SkipPlan
 
 
-class {MODEL_CLASS}({name}):
-    """``{name}`` whose layers do what ``config.skip_plan`` says, one letter per layer."""
+class {MODEL_CLASS}(Guarded, {name}):
+    """``{name}`` whose layers do what ``config.skip_plan`` says, one letter per layer.
+
+    Where ``config.guard_checksum`` names a guard, ``generate`` answers prompts outside of it with the dense model.
+    """
 
     config_class = {CONFIG_CLASS}
 
@@ -70,6 +75,21 @@ class {MODEL_CLASS}({name}):
         super().__init__(config, *args, **kwargs)
         apply_permanently(self, SkipPlan.parse(config.skip_plan))
 '''
+
+
+GUARDED = """
+
+`generate` answers prompts like those of the task with the plan. Others need the dense model, which this directory does
+not hold; without it such a prompt is an error:
+
+```python
+model.attach_dense(AutoModelForImageTextToText.from_pretrained(DENSE, dtype=model.dtype))  # equal weights are kept once
+model.guard = None  # or: the plan answers everything
+```"""
+GUARD_LIMIT = (
+    "The weights are those of the plan alone. Prompts outside of the guard are refused unless a dense model is "
+    "attached; a batch with one such prompt is answered by the dense model as a whole."
+)
 
 
 def write(subject: Subject, directory: Path) -> None:
@@ -99,7 +119,8 @@ def write(subject: Subject, directory: Path) -> None:
             MODEL_CLASS=MODEL_CLASS,
         )
         (code / ("modeling.py" if template is MODELING else "configuration.py")).write_text(text, encoding="utf-8")
-    _name_code(directory / "config.json", model_type, subject.plan.remainder.text)
+    guard = None if subject.guard is None else hashlib.sha256(subject.guard).hexdigest()
+    _name_code(directory / "config.json", model_type, subject.plan.remainder.text, guard)
 
 
 def runtime_modules() -> list[Path]:
@@ -139,7 +160,7 @@ def _is_generated(content: bytes | None, name: str, config: dict[str, object]) -
     return content == expected.encode()
 
 
-def _name_code(config_file: Path, model_type: str, remainder: str) -> None:
+def _name_code(config_file: Path, model_type: str, remainder: str, guard_checksum: str | None) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config |= {
         "architectures": [MODEL_CLASS],
@@ -149,6 +170,7 @@ def _name_code(config_file: Path, model_type: str, remainder: str) -> None:
         },
         "model_type": model_type,
         "skip_plan": remainder,
+        **({} if guard_checksum is None else {"guard_checksum": guard_checksum}),
     }
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -176,9 +198,10 @@ def guide(subject: Subject, directory: Path) -> Guide:
         "```\n\nOr with the code imported from here, in three lines:\n\n```python\n"
         f'import sys; sys.path.insert(0, "{name}")\n'
         f"from {CODE_DIRECTORY}.modeling import {MODEL_CLASS}\n"
-        f'model = {MODEL_CLASS}.from_pretrained("{name}")\n```' + lossless,
+        f'model = {MODEL_CLASS}.from_pretrained("{name}")\n```' + (GUARDED if subject.guard else "") + lossless,
         limits=(
             f"`{CODE_DIRECTORY}/` needs torch and transformers only, of the versions below or close to them.",
+            *((GUARD_LIMIT,) if subject.guard else ()),
             "Frozen and bypassed layers need `sdpa` (the default) or `eager` attention.",
             "Loading without the code fails by design: the weights alone would run every layer for every token.",
             "Servers with model code of their own (SGLang, llama.cpp) cannot run frozen and bypassed layers; vLLM does "

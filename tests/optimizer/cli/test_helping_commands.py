@@ -217,7 +217,7 @@ def test_validate_says_when_the_held_out_split_cannot_prove_the_limit(
     monkeypatch.chdir(tmp_path)
     job = (
         "model: {{path: llava-12}}\ntask: scenes\nconstraint: {{max_accuracy_drop: {}}}\nsearch: {{finalists: 4}}\n"
-        "splits: {{calibration: 4, search: 8, held_out: 40}}\n"
+        "splits: {{calibration: 4, search: 8, held_out: 40}}\nguard: {{false_alarms: null}}\n"
     )
     Path("strict.yaml").write_text(job.format(0.01))
     Path("mild.yaml").write_text(job.format(0.2))

@@ -1,0 +1,105 @@
+"""The guards of a job: what is fitted and published, read back, and said where none can be fitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import in_process
+import pytest
+
+from optimizer.job.inputs import prepare
+from optimizer.preflight.checks import too_few_to_guard
+from optimizer.stages import guard, publish
+from optimizer.stages.context import JobContext
+from optimizer.stages.verify import Finalist
+from optimizer.verification.verdict import verify
+from storage.database import Database
+from storage.records import plans
+from workers.compensation import store as artifacts
+from workers.messages import Artifact, FitGuards, LatencyComparison, SentAway, Workload
+from workers.runtime.guard import Guard
+
+PLAN = "R" * 6 + "S" * 6
+
+
+@pytest.fixture(scope="module")
+def worker() -> in_process.OneWorker:
+    return in_process.OneWorker("llava-12", prepare(job()).task)
+
+
+def job(**fields: Any) -> Any:
+    sizes = {"calibration": 24, "search": 30, "held_out": 20, "unit": "images"}
+    return in_process.spec(**{"splits": sizes, "guard": {"false_alarms": 0.05}, **fields})
+
+
+def finalists(context: JobContext) -> tuple[Finalist, ...]:
+    held_out = [sample.image_key for sample in context.task.held_out]
+    right = [1.0] * len(held_out)
+    return tuple(map(Finalist, verify(right, {PLAN: right}, held_out, context.spec.constraint, seed=0)))
+
+
+def timed(context: JobContext) -> LatencyComparison:
+    return LatencyComparison(PLAN, context.worker.device, Workload(1, 2), 1.0, 0.5, 2.0, 1.9, 2.1, 9, 8, 4)
+
+
+def published(context: JobContext) -> dict[str, Any]:
+    chosen = finalists(context)
+    measured = publish.Measured({chosen[0].candidate: timed(context)}, guards=guard.run(context, chosen))
+    found: dict[str, Any] = plans.get(context.db, publish.run(context, chosen, measured).plan_ids[0]).secondary
+    return found
+
+
+def test_a_plan_is_published_with_a_guard_that_tells_others_apart(
+    store: Database, worker: in_process.OneWorker, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(
+        "the licence grants rights to use copy and change the work as it stands here " * 40
+    )
+    beside = {"tasks": ["scenes"], "text": str(tmp_path / "text.txt"), "samples": 20}
+    context = in_process.context(store, worker, job(artifacts=str(tmp_path / "kept"), collateral=beside))
+    found = published(context)["guard"]
+    read = Guard.read(artifacts.get(Artifact(found["artifact"], found["checksum"])))
+    assert (
+        (read.layer, read.fitted_on, read.threshold_on)
+        == (2, 24, 30)
+        == (
+            found["layer"],
+            found["fitted_on"],
+            found["threshold_on"],
+        )
+    )
+    assert read.model_fingerprint == context.worker.fingerprint
+    for others in (found["tasks"]["scenes"], found["text"]):
+        assert others["prompts"] == 20 and others["sent"] >= 0.95
+        assert others["low"] <= others["sent"] <= others["high"] == 1.0
+    assert found["held_out"]["prompts"] == 20 and found["held_out"]["sent"] <= 0.3
+    assert 0 < found["score_seconds"] < found["decision_seconds"]
+    asked = len(worker.requests)
+    assert published(context)["guard"] == found and len(worker.requests) == asked  # resumed: read back
+
+
+def test_too_few_images_are_said_with_how_many_it_takes(store: Database, worker: in_process.OneWorker) -> None:
+    needs = "guard.false_alarms: 0.01 needs 99 images in the search split, which has 30"
+    context = in_process.context(store, worker, job(guard={}))
+    assert published(context)["guard"] == {"note": f"{needs}; raise splits.search, or the rate to 0.0323"}
+    assert not any(isinstance(each, FitGuards) and each.false_alarms == 0.01 for each in worker.requests)
+    assert too_few_to_guard(context.spec, context.task)[0].startswith(f"plans get no guard: {needs}")
+    assert too_few_to_guard(job(), context.task) == []
+
+
+def test_no_guard_is_fitted_where_none_is_asked_for(store: Database, worker: in_process.OneWorker) -> None:
+    context = in_process.context(store, worker, job(guard={"false_alarms": None}))
+    assert "guard" not in published(context)
+
+
+def test_the_net_speedup_is_that_of_the_expected_request() -> None:
+    """Of 100 prompts 4 take the decision (0.1 s) and dense (1 s), 96 the plan (0.5 s) and the score (0.01 s)."""
+    kept = guard.KeptGuard(Artifact("", ""), 1, 0.01, 9, 9, SentAway(100, 4), {}, None, 0.1, 0.01)
+    latency = LatencyComparison(PLAN, "cpu", Workload(), 1.0, 0.5, 2.0, 1.9, 2.1, 9, 8, 4)
+    assert kept.net_speedup(latency) == pytest.approx(100 / (4 * 1.1 + 96 * 0.51))
+
+
+def test_jobs_of_before_there_were_guards_are_found_again() -> None:
+    assert "guard" not in job(guard={}).canonical()
+    assert job().canonical()["guard"] == {"false_alarms": 0.05}

@@ -1,0 +1,42 @@
+"""Which prompts are asked, and that their features do not depend on who else is asked with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workers.guard.states import asking_text, one_per_image, task_features
+from workers.models.loading import LoadedModel
+from workers.models.prompts import prompt_text
+from workers.tasks import Task, load_spec, load_task
+
+
+def test_one_question_is_asked_about_each_image(small_task: Task) -> None:
+    samples = small_task.search + small_task.search[:3]
+    found = one_per_image(samples, 5)
+    assert [sample.image_key for sample in found] == list(dict.fromkeys(sample.image_key for sample in samples))[:5]
+    assert all(next(each for each in samples if each.image_key == sample.image_key) == sample for sample in found)
+
+
+def test_text_stands_in_the_place_of_prompts_that_hold_no_question() -> None:
+    scenes = load_task(load_spec("scenes").with_splits(calibration=1, search=1, held_out=3))
+    task, samples = asking_text(scenes, scenes.held_out, " ".join(f"word{number}" for number in range(30)))
+    assert [prompt_text(task.spec, sample).split() for sample in samples] == [
+        [f"word{number}" for number in range(start, start + 12)] for start in (0, 12)
+    ]
+    assert [sample.image_key for sample in samples] == [sample.image_key for sample in scenes.held_out[:2]]
+
+
+def test_features_are_those_of_each_prompt_alone(tiny: LoadedModel, small_task: Task) -> None:
+    samples = small_task.search[:5]
+    together, failed = task_features(tiny, small_task, samples, (0, 2))
+    assert failed == {} and {layer: rows.shape for layer, rows in together.items()} == {0: (5, 96), 2: (5, 96)}
+    for number, sample in enumerate(samples):
+        alone, _ = task_features(tiny, small_task, [sample], (2,))
+        torch.testing.assert_close(alone[2][0], together[2][number], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_nothing_is_asked_of_no_samples(tiny: LoadedModel, small_task: Task, layer: int) -> None:
+    found, _ = task_features(tiny, small_task, [], (layer,))
+    assert found[layer].shape == (0, 96)
