@@ -20,14 +20,23 @@ CODE = "drafter.py"
 DRAFT_LENGTH = 3
 """Tokens drafted at a time in the commands."""
 
+NO_PLUGIN = (
+    "vLLM 0.32 without the plug-in fails at the first request with an image: `IndexError: The shape of the mask ... "
+    "does not match the shape of the indexed tensor`."
+)
 NO_MROPE = (
-    "vLLM 0.32 takes no draft model with multimodal rotary positions: it ends with `Speculative Decoding with draft "
-    "models or parallel drafting does not support M-RoPE yet`.",
+    "vLLM 0.32 does not start with it: `Speculative Decoding with draft models or parallel drafting does not support "
+    "M-RoPE yet`."
 )
-VLLM_LIMITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), NO_MROPE)
+OTHER_FAMILY = (
+    "In vLLM 0.32 the plug-in mends draft models of LLaVA and InternVL alone; SmolVLM, for one, does not start: "
+    "`AttributeError: 'SmolVLMConfig' object has no attribute 'image_token_index'`."
 )
-"""By ``model_type``: why vLLM does not draft with it."""
+VLLM_LIMITS: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("llava", "internvl"), NO_PLUGIN)
+    | dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), NO_MROPE)
+)
+"""By ``model_type``: how vLLM fails."""
 
 
 def write(subject: Subject, directory: Path) -> None:
@@ -58,13 +67,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
         limits=(
             f"Loaded without `{CODE}`, transformers drafts without the images: answers are the same, most drafts are "
             "refused.",
-            *VLLM_LIMITS.get(
-                family,
-                (
-                    "vLLM 0.32 without the plug-in fails at the first request with an image: `IndexError: The shape of "
-                    "the mask ... does not match the shape of the indexed tensor`.",
-                ),
-            ),
+            VLLM_LIMITS.get(family, OTHER_FAMILY),
             *(llama_cpp.CLIP_TOWER if llama_cpp.vision_tower(directory) == "clip_vision_model" else ()),
             "Weights, vision tower included, are held a second time; the runtime's `speculate` shares the dense "
             "model's.",

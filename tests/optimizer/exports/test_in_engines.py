@@ -134,6 +134,13 @@ def test_vllm_answers_as_dense_with_a_drafter_that_sees_the_image(vllm: None, tm
     assert found.drafts is not None and found.drafts.accepted > 0.95 * found.drafts.drafted > 0
 
 
+def test_vllm_keeps_every_draft_of_a_drafter_that_is_the_dense_model(vllm: None, tmp_path: Path) -> None:
+    """Of a family whose placeholder vLLM looks up by another name than its configuration has."""
+    model = tiny_video_families.save(tmp_path / "model", "internvl", SIZES)
+    found = drafted(exported(model, "RRRRRR", "drafter", tmp_path / "drafter"), model, "vllm", "easy-vqa", 6)
+    assert found.drafts is not None and found.drafts.accepted == found.drafts.drafted > 0
+
+
 def test_vllm_keeps_the_contract_of_engines(reference_export: Path) -> None:
     pictures = []
     for sample in load_task("easy-vqa").held_out[:1]:

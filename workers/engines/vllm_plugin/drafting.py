@@ -14,13 +14,18 @@ from typing import Any
 from torch import Tensor, cat
 
 
-def let_drafters_see_images() -> None:
-    """Have this process place image features where a draft model's tokens are. Done once, further calls do nothing."""
+def let_drafters_see_images(config: Any) -> None:
+    """Have this process place image features where a draft model's tokens are.
+
+    ``config`` is the served model's, of which vLLM reads the placeholder by a name that not every family has.
+    """
+    if not hasattr(config, "image_token_index"):
+        config.image_token_index = getattr(config, "image_token_id", None)
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     gather, propose = GPUModelRunner._gather_mm_embeddings, DraftModelProposer.propose
-    if hasattr(propose, "__wrapped__"):
+    if hasattr(propose, "__wrapped__"):  # done already
         return
 
     @wraps(gather)

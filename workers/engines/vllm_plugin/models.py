@@ -22,7 +22,7 @@ class Planned:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if (speculative := vllm_config.speculative_config) is not None and speculative.uses_draft_model():
-            let_drafters_see_images()
+            let_drafters_see_images(vllm_config.model_config.hf_config)
         plan = read_plan(vllm_config.model_config.hf_config.to_dict())
         self._skipplan_step: Step | None = None
         self._skipplan_frozen: list[FrozenLayer] = []
