@@ -22,6 +22,7 @@ from storage.database import Database
 from storage.queue import jobs
 from storage.records import evaluations, measurements
 from storage.records.evaluations import EvaluationRecord
+from storage.records.plans import LOSSLESS
 from workers.runtime.plan import LETTERS, SkipPlan
 from workers.text import one_line
 
@@ -41,10 +42,16 @@ def export_study(db: Database, job_id: int, storage: str, name: str | None = Non
     """Write every plan that a job evaluated on its search split as a trial; later rungs replace earlier ones.
 
     A plan that ended on an early rung is a pruned trial with the difference seen there, one that failed a failed trial.
-    Raises NotFound for an unknown job, UsageFault when nothing was evaluated yet or the study's name is taken,
+    Raises NotFound for an unknown job, UsageFault when it is lossless, nothing was evaluated yet or the study's name
+    is taken,
     ClusterOrDatabaseFault when the storage cannot be written.
     """
     job = jobs.get(db, job_id)
+    if job.spec.get("mode") == LOSSLESS:
+        raise UsageFault(
+            f"job {job_id} is lossless: its costs follow from rounds of drafts, which a study has no place for; "
+            "`skipplan report` shows its search"
+        )
     trials = list(_trials(db, job.id, read_spec(job)))
     name = name or f"skipplan job {job_id}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -177,7 +177,6 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
     rows = evaluations.summaries(db, job_id)
     profile = profile or measurements.profile_of_job(db, job_id)
     ids = next(((each.model_id, each.task_id) for each in (profile, *rows) if each is not None), None)
-    drafters = _drafters(db, job_id) if spec.mode != STANDALONE else {}
     trials, samples = _trials(db, rows, profile, spec, has_failed_samples=bool(result.failed_samples))
     return JobReport(
         job=result.job,
@@ -187,7 +186,7 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
         result=result,
         profile=profile,
         redundancy=() if ids is None else tuple(measurements.redundancy_of_job(db, job_id, *ids)),
-        trials=tuple(replace(each, drafter=drafters.get((each.plan, each.compensation))) for each in trials),
+        trials=trials if spec.mode == STANDALONE else _as_drafters(trials, _drafters(db, job_id), spec.limits),
         failed=tuple((row.plan, row.failure) for row in rows if row.failure is not None),
         search_samples=samples,
         evaluations=sum(row.failure is None for row in rows),
@@ -200,6 +199,20 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
         events=tuple(events.for_job(db, job_id)),
         ids=ids,
     )
+
+
+def _as_drafters(
+    trials: Sequence[TrialSummary], drafters: Mapping[tuple[str, str], Drafter], limits: Mapping[str, float]
+) -> tuple[TrialSummary, ...]:
+    """Take a trial's speed from its drafts, which limits on time are not judged by before they are measured."""
+    most = limits.get("max_layers_touched", math.inf)
+    found = []
+    for each in trials:
+        own = drafters.get((each.plan, each.compensation))
+        speedup = None if own is None else 1.0 / own.time
+        within = each.complete and touched(SkipPlan.parse(each.plan)) <= most
+        found.append(replace(each, drafter=own, predicted_speedup=speedup, within=within))
+    return tuple(found)
 
 
 def _drafters(db: Database, job_id: int) -> dict[tuple[str, str], Drafter]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from optimizer.job.result import meets_constraint
+from optimizer.job.result import drafting_of, meets_constraint
 from optimizer.reports import formatting
 from optimizer.reports.chart import COLOURS, MANY, SERIES, Chart, Point, Trace, axis, dots, steps, thinned
 from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from storage.records.measurements import Redundancy
-from storage.records.plans import Plan
+from storage.records.plans import LOSSLESS, Plan
 from workers.runtime.plan import Action
 
 SHOWN_OF_MANY = {"cosine_distance_tail": "0.1", "cosine_distance_quantile": "0.9", "angular_distance": "1"}
@@ -21,6 +21,8 @@ SHOWN_OF_MANY = {"cosine_distance_tail": "0.1", "cosine_distance_quantile": "0.9
 
 def front(report: JobReport) -> Chart | None:
     """Speed-up against the difference of accuracy to dense: verified plans with intervals, tried ones as points."""
+    if report.spec.mode == LOSSLESS:
+        return drafting(report)
     placed = [
         (each, each.predicted_speedup, 100 * each.difference)
         for each in report.trials
@@ -59,6 +61,54 @@ def front(report: JobReport) -> Chart | None:
         460,
         "Speed-up against the difference of accuracy to the dense model, one point a plan.",
     )
+
+
+def drafting(report: JobReport) -> Chart | None:
+    """Speed-up of decoding against acceptance: verified drafters with intervals, tried ones as expected."""
+    tried = [
+        Point(each.predicted_speedup, 100 * each.accuracy, _trial_line(each), each.plan)
+        for each in report.trials
+        if each.predicted_speedup is not None
+    ]
+    verified = [(plan, own) for plan in report.plans if (own := drafting_of(plan)) is not None]
+    if not tried and not verified:
+        return None
+    traces = [
+        dots("tried, as expected", tried, "--series-1", 7, opacity=0.6, symbol="circle"),
+        _drafters("verified, outside the limits", verified, "--muted-strong", within=False),
+        _drafters("verified, within the limits", verified, "--good", within=True),
+        dots("dense", [Point(1.0, 100.0, "dense: nothing is drafted")], "--text", 10, symbol="cross"),
+    ]
+    return Chart(
+        "front",
+        tuple(trace for trace in traces if trace["x"]),
+        {"xaxis": axis("speed-up of decoding (dense = 1)"), "yaxis": axis("acceptance, %")},
+        460,
+        "Speed-up of decoding against acceptance, one point a plan.",
+    )
+
+
+def _drafters(name: str, verified: Sequence[tuple[Plan, dict[str, Any]]], colour: str, *, within: bool) -> Trace:
+    shown = [(plan, own) for plan, own in verified if (meets_constraint(plan) is not False) is within]
+    points = [
+        Point(
+            own["decoding_speedup"],
+            100 * own["acceptance"],
+            f"plan {plan.id}, held-out: {formatting.drafting(plan)}; decoding {formatting.decoding(own)}",
+            plan.plan,
+        )
+        for plan, own in shown
+    ]
+
+    def error(figure: str, scale: float) -> dict[str, Any]:
+        up = [scale * (own[f"{figure}_high"] - own[figure]) for _, own in shown]
+        down = [scale * (own[figure] - own[f"{figure}_low"]) for _, own in shown]
+        return _error(up, down, colour)
+
+    return dots(name, points, colour, 12, symbol="diamond", line={"width": 1, "color": "--surface"}) | {
+        "error_x": error("decoding_speedup", 1.0),
+        "error_y": error("acceptance", 100.0),
+    }
 
 
 def visible(report: JobReport) -> tuple[list[float], list[float]] | None:

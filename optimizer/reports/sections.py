@@ -280,7 +280,8 @@ def drafting(report: JobReport) -> Section:
     ordered = sorted(report.trials, key=lambda each: 2.0 if each.drafter is None else each.drafter.time)
     shown = f"the first {TRIALS_SHOWN} of {len(ordered):,}" if len(ordered) > TRIALS_SHOWN else f"{len(ordered)}"
     tables.append(Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], _DRAFT_TRIAL_COLUMNS))
-    return replace(section, paragraphs=paragraphs, tables=tuple(tables))
+    chart = figures.drafting(report)
+    return replace(section, paragraphs=paragraphs, charts=() if chart is None else (chart,), tables=tuple(tables))
 
 
 def _guard_notes(plans: Sequence[Plan]) -> list[str]:

@@ -142,5 +142,10 @@ class PlanList:
 
 
 def better_first(trial: Trial) -> tuple[float, float]:
-    """Sort key for candidates of equal cost: KL to dense where it is known (a finer measure), then the loss."""
+    """Sort key for candidates of equal cost: KL to dense where it is known (a finer measure), then the loss.
+
+    Of drafters it is the loss of acceptance, which counts positions.
+    """
+    if trial.drafter is not None:
+        return (-trial.difference, trial.kl or 0.0)
     return (-trial.difference if trial.kl is None else trial.kl, -trial.difference)

@@ -109,4 +109,6 @@ def test_a_lossless_job_is_published_as_such(
     assert "none, lossless" in here(directory, "plans", *asked, "--lossless").output
     with Database.open(f"sqlite:///{directory / 'skipplan.db'}", create=False) as db:
         page = write_report(db, 1)
-    assert "What the drafts are worth" in page and "general text" in page
+    assert "What the drafts are worth" in page and "general text" in page and "acceptance, %" in page
+    refused = here(directory, "export-study", "1", "--storage", "sqlite:///study.db")
+    assert refused.code == 2 and "job 1 is lossless" in refused.errors

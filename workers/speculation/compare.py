@@ -221,29 +221,26 @@ def compare_speculation(
 
 
 def check_speculation(evaluator: PlainEvaluator, request: CheckSpeculation, maps: Maps | None) -> Exactness:
-    """Generate with drafts, batch by batch, and compare with the dense model's answers.
+    """Generate with drafts, one sample at a time, and compare with the dense model's answers.
+
+    In a batch all rows go on by what every row keeps, so that large ones would hardly draft.
 
     Raises:
         PlanError: the model cannot take the plan, or has other actions than run and skip.
         UnsupportedFamilyError: the model's cache cannot be set back.
     """
     loaded, task = evaluator.loaded, evaluator.task
-    chosen = zip(task.held_out[request.start : request.stop], request.targets, strict=True)
-    samples = [(sample, target) for sample, target in chosen if target is not None]
     found = Exactness(0)
-    tokens = {"max_new_tokens": task.spec.answer.max_new_tokens}
     with speculate(loaded.model, SkipPlan.parse(request.plan), maps) as speculation:
-        for start in range(0, len(samples), evaluator.batch_size):
-            chunk = samples[start : start + evaluator.batch_size]
-            targets = {sample.id: target for sample, target in chunk}
-            batch = prepare_batch(loaded, task, [sample for sample, _ in chunk])
-            if batch.inputs is None:
+        for sample, target in zip(task.held_out[request.start : request.stop], request.targets, strict=True):
+            if target is None:
                 continue
-            inputs = to_device(batch.inputs, loaded.device, loaded.model.dtype)
-            answers = _answers(loaded, _generate(loaded, speculation, inputs, **tokens), inputs)
-            for sample, answer in zip(batch.samples, answers, strict=True):
-                own = partial(_inputs_of, loaded, task, sample)
-                found = found.joined(_compared(loaded, sample.id, own, targets[sample.id], answer))
+            inputs = _inputs_of(loaded, task, sample)
+            sequences = _generate(loaded, speculation, inputs, max_new_tokens=task.spec.answer.max_new_tokens)
+            (answer,) = _answers(loaded, sequences, inputs)
+            found = found.joined(
+                _compared(loaded, sample.id, partial(_inputs_of, loaded, task, sample), target, answer)
+            )
     return found
 
 

@@ -9,15 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from optimizer.criteria import Risk
 from optimizer.job.sections import ConstraintSpec
 from optimizer.search.constraints import Limits
 from optimizer.search.drafting import Drafting, Memory, StepCosts
-from optimizer.search.space import Candidate
+from optimizer.search.problem import Problem, better_first
+from optimizer.search.space import Candidate, PlanSpace
+from optimizer.search.strategies.samplers import surrogate_sampler
 from optimizer.search.trial import Scores, SearchOutcome, Trial, front_of
 from optimizer.verification.finalists import choose_finalists, why_none
 from workers.compensation.recipe import Recipe
 from workers.evaluation.acceptance import DRAFT_LENGTHS, STATISTICS, count_rounds, scores_of_agreement
 from workers.messages import LatencyProfile, Workload
+from workers.redundancy.table import LayerTable
 from workers.runtime import SkipPlan
 
 LAYERS = 6
@@ -121,6 +125,22 @@ def test_a_plan_is_given_up_where_even_its_optimistic_time_is_no_better() -> Non
     assert NO_LIMIT.promising(few, [dense, good], 1.0)  # six samples may be unlucky
     many = replace(trial("RSSSSR", drawn(0.6, samples=400)), plan="RSSSRS")
     assert not NO_LIMIT.promising(many, [dense, good], 1.0)
+
+
+def test_the_sampler_sees_time_where_it_models_acceptance() -> None:
+    """Of plans that lose as much, the cheaper draft is expected to take less time; memory is known beforehand."""
+    letters = "RS"
+    space = PlanSpace((letters,) * LAYERS, LAYERS)
+    risk = Risk("test", {"S": (0.1,) * LAYERS})
+    problem = Problem(space, NO_LIMIT, COSTS.step, (40,), risk, LayerTable(LAYERS, ()), drafting=DRAFTING)
+    sampler = surrogate_sampler(problem)
+    losses = np.array([[0.1, 0.1, 0.1], [0.0, 0.05, 0.2]])
+    found = sampler._second_costs([], ["RRRRRS", "RRRSSS", "RSSSSS"], losses)
+    assert found.shape == (2, 3) and (np.diff(found[0]) < 0).all()
+    expected = COSTS.expected(np.array([0.85, 0.55, 0.25]), 1.0 - losses)
+    assert found == pytest.approx(expected)
+    assert problem.foresee(candidate("RRRRRS")) == (pytest.approx(0.05), True)
+    assert better_first(trial("RRRRRS", drawn(0.9))) < better_first(trial("RRRRRS", drawn(0.8)))
 
 
 def test_finalists_save_time_and_are_spread_over_the_front() -> None:

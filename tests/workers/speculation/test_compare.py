@@ -61,7 +61,7 @@ def test_pairs_answer_alike_and_acceptance_is_that_of_the_evaluation(
     monkeypatch.setattr(compare, "speculate", partial(speculate, draft_length=3))
     found = compare_speculation(evaluator, asked(max_seconds=3), None)
     pairs = found.latency.pairs
-    assert found.exactness.answers == pairs >= 9 and not found.exactness.different
+    assert found.exactness.answers == pairs >= 5 and not found.exactness.different
     assert found.rounds > pairs and 0 < found.accepted < found.drafted
     assert found.extra_bytes > 0
     assert found.latency.kv_cache_bytes == found.latency.dense_kv_cache_bytes + found.extra_bytes  # no maps
