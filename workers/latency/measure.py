@@ -42,6 +42,9 @@ from .request import (
 DEFAULT_WORKLOAD = Workload()
 RUN = Action.RUN.letter
 WARM_UP_REQUESTS = 3
+PROFILE_SECONDS = 60.0
+"""After which a profile repeats no more, if it has repeated ``LEAST_REPEATS`` times: long answers take long."""
+LEAST_REPEATS = 3
 CHECK_PLANS = 4
 PAIRS_PER_LOOK = 10
 LATE_PAIRS = 5
@@ -63,7 +66,7 @@ def profile_latency(
     A layer's cost under run, freeze and bypass is timed by hooks around it, in a plan that gives that action to every
     layer that may take it; where a layer may not, its cost under run stands. A skipped layer is not executed and costs
     nothing. The additive prediction is then held against measured times of random check plans; its error is part of
-    the profile.
+    the profile. Repeats end early after ``PROFILE_SECONDS``.
 
     Raises:
         MeasurementError: unknown actions, no repeats, or other workers do not leave the device.
@@ -83,7 +86,10 @@ def profile_latency(
         with apply(loaded.model, dense):
             for _ in range(WARM_UP_REQUESTS):
                 time_request(loaded, request)
-        for _ in range(repeats):
+        deadline = time.perf_counter() + PROFILE_SECONDS
+        for repeat in range(repeats):
+            if repeat >= LEAST_REPEATS and time.perf_counter() > deadline:
+                break
             for letter, rows in hooked.items():
                 uniform = _uniform_plan(letter, descriptor.allowed)
                 with apply(loaded.model, uniform), RequestTimer.watching(loaded, descriptor.stack_path) as timer:

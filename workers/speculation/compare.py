@@ -27,7 +27,7 @@ from workers.device.memory import peak_bytes
 from workers.errors import MeasurementError
 from workers.evaluation.acceptance import LONGEST_DRAFT
 from workers.evaluation.plain import PlainEvaluator, read_agreement, without_prompt
-from workers.latency.measure import LATE_PAIRS, PAIRS_PER_LOOK, median_interval
+from workers.latency.measure import LATE_PAIRS, LEAST_REPEATS, PAIRS_PER_LOOK, PROFILE_SECONDS, median_interval
 from workers.latency.request import cache_bytes, cache_of, device_name, prepare_request, run_request, synchronise
 from workers.layerwise.hooks import Hooks
 from workers.messages import (
@@ -101,7 +101,10 @@ def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, rep
     ratios: dict[int, list[float]] = {width: [] for width in WIDTHS}
     with device_lock.timing(loaded.device):
         _timed_passes(loaded, plan, 2, request.inputs)
-        for _ in range(max(1, repeats // 2)):  # a repeat times several passes of every width
+        deadline = time.perf_counter() + PROFILE_SECONDS
+        for repeat in range(max(1, repeats // 2)):  # a repeat times several passes of every width
+            if repeat >= LEAST_REPEATS and time.perf_counter() > deadline:
+                break
             step = statistics.median(_timed_passes(loaded, plan, 1, request.inputs))
             for width in WIDTHS[1:]:
                 ratios[width].append(statistics.median(_timed_passes(loaded, plan, width, request.inputs)) / step)

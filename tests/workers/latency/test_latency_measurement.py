@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.errors import MeasurementError
+from workers.latency import measure
 from workers.latency.measure import compare_latency, median_interval, predict_seconds, profile_latency
 from workers.latency.request import cache_bytes, prepare_request, run_request
 from workers.messages import CompareLatency, LatencyProfile, ModelSource, Workload
@@ -118,6 +119,18 @@ def test_a_request_leaves_out_images_that_do_not_open(tiny: LoadedModel, small_t
     assert prepare_request(tiny, task, Workload(1, 1)).inputs["input_ids"].shape[0] == 1
     with pytest.raises(MeasurementError, match="1 usable samples, fewer than the batch_size 2"):
         prepare_request(tiny, task, Workload(2, 1))
+
+
+def test_a_profile_ends_early_where_repeats_take_long(
+    tiny: LoadedModel, small_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+    timed = measure.time_request
+    monkeypatch.setattr(measure, "time_request", lambda *asked: requests.append(asked) or timed(*asked))
+    monkeypatch.setattr(measure, "PROFILE_SECONDS", 0.0)
+    profile_latency(tiny, small_task, repeats=7)
+    plans = 1 + measure.CHECK_PLANS
+    assert len(requests) == measure.WARM_UP_REQUESTS + measure.LEAST_REPEATS * plans
 
 
 def test_bad_settings_are_refused(tiny: LoadedModel, small_task: Task) -> None:
