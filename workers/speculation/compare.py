@@ -108,7 +108,9 @@ def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, rep
             step = statistics.median(_timed_passes(loaded, plan, 1, request.inputs))
             for width in WIDTHS[1:]:
                 ratios[width].append(statistics.median(_timed_passes(loaded, plan, width, request.inputs)) / step)
-    known = [1.0, *(max(1.0, statistics.median(ratios[width])) for width in WIDTHS[1:])]
+    known = np.maximum.accumulate(
+        [1.0, *(statistics.median(ratios[width]) for width in WIDTHS[1:])]
+    )  # what says that more tokens take less time is noise
     widths = np.arange(1, LONGEST_DRAFT + 2)
     return tuple((profile.dense_decode_seconds * np.interp(widths, WIDTHS, known)).tolist())
 
