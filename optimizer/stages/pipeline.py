@@ -25,6 +25,7 @@ _STAGE = "inputs"
 def run(context: JobContext) -> Published:
     """Take a claimed job from the model to published plans. Raises JobFailed when a stage cannot be passed."""
     check_begun_alike(context, engine_latency.find_engine(context))
+    speculate.require_drafting(context)
     latency = profile.run(context)
     nothing = search.out_of_reach(context, latency)
     if nothing is not None:

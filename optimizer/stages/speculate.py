@@ -13,10 +13,39 @@ from optimizer.search.space import Candidate
 from optimizer.stages import dense_answers
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.verify import Finalist
-from workers.messages import CheckSpeculation, CompareSpeculation, Exactness, SpeculationComparison
+from workers.messages import (
+    AnswerDense,
+    CheckSpeculation,
+    CompareSpeculation,
+    DenseAnswers,
+    Exactness,
+    Failure,
+    SpeculationComparison,
+)
+from workers.runtime import Action, SkipPlan
 
 CHECKED = 200
 """Held-out samples whose answers are compared beside those of the timed pairs."""
+
+
+def require_drafting(context: JobContext) -> None:
+    """Let a plan of one skipped layer draft an answer, before anything else is computed.
+
+    Raises JobFailed where the runtime cannot speculate with the model.
+    """
+    if context.spec.is_lossless:
+        context.load_or_compute("can draft", bool, lambda: _drafts(context))
+
+
+def _drafts(context: JobContext) -> bool:
+    skipped = context.space.free_layers[0]
+    plan = SkipPlan.dense(context.worker.num_layers).with_action(skipped, Action.SKIP)
+    ((_, dense),) = context.ask([AnswerDense("held_out", 0, 1)])
+    assert isinstance(dense, DenseAnswers)
+    ((_, found),) = context.pool.run([CheckSpeculation(plan.text, 0, 1, dense.tokens)])
+    if isinstance(found, Failure):
+        raise JobFailed(f"mode: lossless cannot be had of this model: {found.reason}")
+    return True
 
 
 def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, SpeculationComparison]:
