@@ -55,7 +55,8 @@ def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step
         return curves
     for other_id in overview.jobs_like(db, report.job.id, *report.ids):
         other = collect(db, other_id, profile=report.profile)
-        if other.split_hashes.get("search") == report.split_hashes.get("search"):
+        same_samples = other.split_hashes.get("search") == report.split_hashes.get("search")
+        if same_samples and other.spec.mode == report.spec.mode:  # scores of another mode are others
             curves.append((f"job {other_id} ({other.spec.strategy})", progress.steps(other.trials, corner)))
     return curves
 
