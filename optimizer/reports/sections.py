@@ -314,8 +314,7 @@ def strips(report: JobReport) -> Section:
         StripRow(
             f"plan {plan.id}" + (", the answer" if report.is_answer(plan) else ""),
             plan.plan,
-            f"{plan.speedup:.2f}x, {formatting.drafting(plan) or formatting.points(plan.difference)}"
-            f"{formatting.compensated(plan)}",
+            f"{plan.speedup:.2f}x, {_worth(plan)}{formatting.compensated(plan)}",
         )
         for plan in report.plans
     )
@@ -344,6 +343,11 @@ def strips(report: JobReport) -> Section:
         legend=tuple((action.letter, action.label, action.row.summary) for action in Action if action.letter in seen),
         strips=tuple(groups),
     )
+
+
+def _worth(plan: Plan) -> str:
+    """Return what a plan costs in accuracy, or how much of its drafts is accepted."""
+    return _drafted(plan, lambda own: f"{own['acceptance']:.3f} accepted") or formatting.points(plan.difference)
 
 
 def _predicted_time(trial: TrialSummary) -> float:
