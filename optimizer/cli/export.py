@@ -189,8 +189,10 @@ def _engine_lines(found: EngineVerification, published: MeasuredFigures) -> list
     accuracies = {
         f"in {found.engine}": found.accuracy,
         "of the live model": found.live_accuracy,
-        "published": Accuracy(published.accuracy, published.accuracy_low, published.accuracy_high),
     }
+    if found.drafts is None:  # the plan's own accuracy, which is not that of a dense model with a drafter
+        own = Accuracy(published.accuracy, published.accuracy_low, published.accuracy_high)
+        accuracies["published"] = own
     return [
         f"{found.files} files are as they were written",
         f"served by {found.engine} {found.version}" + (f" ({where})" if where else ""),

@@ -26,7 +26,7 @@ def model_card(document: PlanDocument, chosen: ExportFormat, guide: Guide) -> st
         "## Use",
         guide.usage,
         "## Limits",
-        "\n".join(f"- {limit}" for limit in (*guide.limits, *_general_limits(document))),
+        "\n".join(f"- {limit}" for limit in (*guide.limits, *_general_limits(document, chosen))),
         "## Made with",
         _made_with(document),
     ]
@@ -142,9 +142,10 @@ def _interval(low: float, high: float, form: str) -> str:
     return f"{form.format(low)} to {form.format(high)}"
 
 
-def _general_limits(document: PlanDocument) -> list[str]:
+def _general_limits(document: PlanDocument, chosen: ExportFormat) -> list[str]:
+    elsewhere = "more drafts may be refused, which costs time" if chosen.drafts else "its accuracy is unknown"
     return [
-        f"The plan was chosen for the task {_inline(document.task.name)}; on other tasks its accuracy is unknown.",
+        f"The plan was chosen for the task {_inline(document.task.name)}; on other tasks {elsewhere}.",
         "Speed was measured on the device and workload above; other hardware, batch sizes and answer lengths differ.",
         "The licence of the original model applies.",
     ]

@@ -1,8 +1,9 @@
 """Lossless ways to decode side by side, in turns on equal prompts: what each takes of the dense model's time.
 
-    skipplan run configs/scenes-lossless.yaml                           # its plan, then those of published methods:
-    skipplan run configs/scenes-lossless.yaml --strategy swift
-    skipplan run configs/scenes-lossless.yaml --strategy knapspec       # `skipplan plans` shows the ids
+    skipplan run configs/scenes-lossless.yaml                       # its plan, then those of published methods,
+    sed 's/kind: linear/kind: none/' configs/scenes-lossless.yaml > plain.yaml      # which do not compensate:
+    skipplan run plain.yaml --strategy swift; skipplan run plain.yaml --strategy knapspec
+    skipplan plans --lossless                                       # shows the ids
     PYTHONPATH=. python tests/benchmarks/lossless.py llava-12 scenes --plan ours=1 --plan swift=5 --plan knapspec=9 \
         --database sqlite:///skipplan.db --early-exit 8 --off-task easy-vqa --text README.md --output lossless.jsonl
 

@@ -49,9 +49,11 @@ def guide(subject: Subject, directory: Path) -> Guide:
     """How the drafter is used in each program, beside the dense model."""
     name, family = directory.name, subject.document.model.family
     dense = subject.document.model.name.replace("`", "")
+    drafts = subject.document.mode == "lossless"
+    measured = "drafting in skipplan's own runtime" if drafts else "the plan alone, in the dense model's place"
     return Guide(
         usage=f"It drafts for the dense model, `{dense}` below, which decides every token: answers are the dense "
-        "model's, and the figures above are of the plan alone.\n\n"
+        f"model's. The figures above are of {measured}.\n\n"
         "In transformers (batches of one, as its assisted generation has them):\n\n```python\n"
         f'import sys; sys.path.insert(0, "{name}")\n'
         f"from {CODE.removesuffix('.py')} import load_drafter\n"

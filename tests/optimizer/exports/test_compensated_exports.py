@@ -64,6 +64,17 @@ def test_a_folded_model_with_its_runtime_answers_as_the_live_one_in_a_fresh_proc
     check_folded("runtime", MIXED, kept, model_directory, tmp_path)
 
 
+def test_a_drafter_holds_the_maps_and_drafts_for_the_dense_model(
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path, loaded_here: None
+) -> None:
+    check_folded("drafter", PLAN, kept, model_directory, tmp_path)
+    source = ModelSource(str(model_directory))
+    plan = compensated(PLAN, model_directory, kept)
+    checkpoint = export_plan(plan, source, "checkpoint", tmp_path / "checkpoint", artifact=kept[PLAN]).directory
+    weights = "model.safetensors"
+    assert (tmp_path / "drafter" / weights).read_bytes() == (checkpoint / weights).read_bytes()
+
+
 def test_weights_without_the_maps_do_not_pass(
     kept: dict[str, Artifact], model_directory: Path, tmp_path: Path, loaded_here: None
 ) -> None:

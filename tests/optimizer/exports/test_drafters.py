@@ -92,6 +92,8 @@ def test_its_card_names_the_dense_model_and_every_command(drafter_export: Path):
     assert 'dense = AutoModelForImageTextToText.from_pretrained("tiny")' in card
     assert "load_drafter()" in card and "--speculative-config" in card and "--spec-type draft-simple" in card
     assert "vision tower is a CLIP one" in card
+    assert "are of the plan alone" in card and "more drafts may be refused" in card
+    assert "`IndexError: The shape of the mask" in card  # of vLLM without the plug-in
 
 
 def test_its_code_is_run_only_as_it_was_written(drafter_export: Path, model_directory: Path):
