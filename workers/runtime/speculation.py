@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from .descriptor import UnsupportedFamilyError
-from .draft_length import DraftLength, Round
+from .draft_length import DraftLengths, Round
 from .drafter import Drafting, bytes_beside, drafting_model
 from .families import APPLIED, layer_kinds
 from .folding import Maps
@@ -61,7 +61,7 @@ class Speculation:
         self._draft_length = draft_length
         self._layers = stack.layers
         self._lock = threading.Lock()
-        self._lengths: dict[int, DraftLength] = defaultdict(DraftLength)
+        self._lengths: dict[int, DraftLengths] = defaultdict(DraftLengths)
         """By batch size, which decides what a draft costs and how often all rows keep it."""
         self.reset_statistics()
 
@@ -129,7 +129,7 @@ class Speculation:
         if self._draft_length is not None:
             return _Constant(self._draft_length)
         with self._lock:
-            return self._lengths[batch]
+            return self._lengths[batch].request()
 
     def _count(self, counts: Counts) -> None:
         with self._lock:
@@ -161,6 +161,8 @@ class _Constant:
     def observe_plain(self, seconds: float) -> None: ...
 
     def observe_round(self, seen: Round) -> None: ...
+
+    def observe_answer(self, tokens: int) -> None: ...
 
 
 def _require_settable_state(stack: DecoderStack) -> None:

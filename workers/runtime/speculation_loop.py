@@ -24,12 +24,13 @@ NOT_CARRIED = ("logits", "loss", "attentions", "hidden_states")
 
 
 class Lengths(Protocol):
-    """Chooses draft lengths, and learns from what came of them: :class:`~workers.runtime.draft_length.DraftLength`."""
+    """Chooses one request's draft lengths, and learns from what comes of them (``draft_length.RequestLengths``)."""
 
     def choose(self, left: int) -> int: ...
     def worth_going_on(self, confidences: Sequence[float]) -> bool: ...
     def observe_plain(self, seconds: float) -> None: ...
     def observe_round(self, seen: Round) -> None: ...
+    def observe_answer(self, tokens: int) -> None: ...
 
 
 @dataclass
@@ -46,21 +47,26 @@ class Counts:
 
 
 class Clock:
-    """Moments on a device, between which seconds are read once their work is known to be done."""
+    """Seconds of work on a device, to compare passes by.
+
+    On the CPU they are this thread's own, so that passes are not compared by what else the machine was doing.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self.now = time.thread_time if device.type == "cpu" else time.perf_counter
+        """This moment for the host; a step that begins and ends with the device idle lies between two of them."""
 
-    def now(self) -> Any:
+    def mark(self) -> Any:
         """Return this moment in the device's work: an event on CUDA, which does not wait for it."""
         if not self._cuda:
-            return time.perf_counter()
+            return self.now()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
-    def seconds(self, start: Any, end: Any) -> float:
-        """Return the seconds between two moments."""
+    def between(self, start: Any, end: Any) -> float:
+        """Return the seconds between two marks, whose work is done."""
         return float(start.elapsed_time(end) / 1000 if self._cuda else end - start)
 
 
@@ -180,17 +186,17 @@ class Decoding:
         return logits
 
     def _plain_step(self) -> None:
-        start = time.perf_counter()
+        start = self._clock.now()
         self._take(self._pass(self.sequence[:, :0]), None, [])
         self._rollback.remove(0)
         self._advance(1)
         self.counts.plain_steps += 1
-        self._lengths.observe_plain(time.perf_counter() - start)
+        self._lengths.observe_plain(self._clock.now() - start)
 
     def _round(self, length: int) -> None:
-        start, draft_start = time.perf_counter(), self._clock.now()
+        start, draft_start = self._clock.now(), self._clock.mark()
         drafts, distributions, confidences = self._drafting.draft(self.sequence, length, self._cache, self._ahead)
-        draft_end = self._clock.now()
+        draft_end = self._clock.mark()
         length = drafts.shape[1]
         before, rows = self.sequence.shape[1], self._alive
         accepted, of_rows = self._take(self._pass(drafts), drafts, distributions)
@@ -202,8 +208,8 @@ class Decoding:
         self.counts.accepted += of_rows
         self.counts.cache_bytes = max(self.counts.cache_bytes, self._drafting.cache_bytes)
         # Taking tokens has waited for the device: all the work is done, and in both measures of time.
-        drafting = self._clock.seconds(draft_start, draft_end)
-        verifying = time.perf_counter() - start - drafting
+        drafting = self._clock.between(draft_start, draft_end)
+        verifying = self._clock.now() - start - drafting
         self._lengths.observe_round(
             Round(length, min(taken, length), accepted, drafting, verifying, tuple(confidences))
         )
@@ -275,6 +281,7 @@ class Decoding:
 
     def _finish(self) -> Tensor | GenerateDecoderOnlyOutput:
         self._rollback.end()
+        self._lengths.observe_answer(self.sequence.shape[1] - self._prompt.shape[1])
         if self._settings.streamer is not None:
             self._settings.streamer.end()
         if not self._settings.config.return_dict_in_generate:
