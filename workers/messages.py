@@ -87,7 +87,8 @@ class EvaluatePlans:
     after another through ``generate``), ``"fast"`` (work is shared; an error where that is not exact), or ``"auto"``.
     ``artifacts`` gives per plan where its fitted maps lie; without it they are fitted. With ``targets``, the dense
     model's own answer to each of the samples (the end token included; None where it gave none), plans are scored by
-    acceptance: the share of an answer's tokens that the plan would have drafted.
+    acceptance: the share of an answer's tokens that the plan would have drafted. ``text`` is the general text of a
+    recipe that names one.
     """
 
     plans: tuple[str, ...]
@@ -98,6 +99,7 @@ class EvaluatePlans:
     path: str = "auto"
     artifacts: tuple[Artifact | None, ...] = ()
     targets: tuple[tuple[int, ...] | None, ...] = ()
+    text: str | None = None
 
     def artifact_of(self, plan: str) -> Artifact | None:
         """Return where the maps of one of the plans lie."""
@@ -570,10 +572,14 @@ class RedundancySums:
 # --- Compensation ---
 @dataclass(frozen=True)
 class FitCompensation:
-    """Fit the maps of a plan's gaps on the calibration split; ``compensation`` is the text of a recipe."""
+    """Fit the maps of a plan's gaps on the calibration split; ``compensation`` is the text of a recipe.
+
+    ``text`` is the general text of a recipe that names one.
+    """
 
     plan: str
     compensation: str
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -599,6 +605,8 @@ class FittedCompensation:
     content: bytes
     gaps: tuple[GapShare, ...]
     tokens: int
+    text_tokens: int
+    """Of these, tokens of general text."""
     samples: int
     seconds: float
     failed_samples: dict[str, str] = field(default_factory=dict)

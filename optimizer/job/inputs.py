@@ -14,6 +14,7 @@ from typing import Any
 
 from optimizer.errors import UsageFault
 from optimizer.job.spec import LEAST_TOKENS, JobSpec
+from workers.compensation.recipe import id_of_text
 from workers.errors import ImageError, ModelError, TaskError
 from workers.messages import ModelSource
 from workers.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint_checkpoint
@@ -36,6 +37,8 @@ class JobInputs:
     """Tasks of ``collateral.tasks``."""
     other_text: str | None = None
     """Contents of ``collateral.text``."""
+    general_text: str | None = None
+    """Contents of ``compensation.text``."""
 
     @cached_property
     def contents(self) -> dict[str, str]:
@@ -44,7 +47,15 @@ class JobInputs:
         found |= {f"collateral.tasks[{n}]": task_hash(task) for n, task in enumerate(self.other_tasks)}
         if self.other_text is not None:
             found["collateral.text"] = hashlib.sha256(self.other_text.encode()).hexdigest()
+        if self.general_text is not None:
+            found["compensation.text"] = hashlib.sha256(self.general_text.encode()).hexdigest()
         return found
+
+    @property
+    def compensations(self) -> tuple[str, ...]:
+        """List the compensations that candidates may have, as texts."""
+        text = self.general_text
+        return self.spec.compensation.choices() if text is None else self.spec.compensation.choices(id_of_text(text))
 
     @cached_property
     def spec_hash(self) -> str:
@@ -63,7 +74,7 @@ def prepare(spec: JobSpec) -> JobInputs:
     check_images(samples_of(task))
     fingerprint = model_fingerprint(spec)
     tasks = load_other_tasks(spec)
-    return JobInputs(spec, task, fingerprint, tasks, load_other_text(spec))
+    return JobInputs(spec, task, fingerprint, tasks, load_other_text(spec), load_general_text(spec))
 
 
 def load_other_tasks(spec: JobSpec, names: Sequence[str] | None = None) -> tuple[Task, ...]:
@@ -87,15 +98,24 @@ def load_other_tasks(spec: JobSpec, names: Sequence[str] | None = None) -> tuple
 
 def load_other_text(spec: JobSpec) -> str | None:
     """Read ``collateral.text`` as UTF-8. Raises UsageFault."""
-    if spec.collateral.text is None:
+    return _read_text("collateral.text", spec.collateral.text)
+
+
+def load_general_text(spec: JobSpec) -> str | None:
+    """Read ``compensation.text`` as UTF-8. Raises UsageFault."""
+    return _read_text("compensation.text", spec.compensation.text)
+
+
+def _read_text(field: str, name: str | None) -> str | None:
+    if name is None:
         return None
-    path = Path(spec.collateral.text)
+    path = Path(name)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageFault(f"collateral.text: {path} cannot be read: {error.strerror}") from None
+        raise UsageFault(f"{field}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UsageFault(f"collateral.text: {path} cannot be read as UTF-8 text ({error})") from None
+        raise UsageFault(f"{field}: {path} cannot be read as UTF-8 text ({error})") from None
 
 
 def task_of(spec: JobSpec) -> TaskSpec:

@@ -152,7 +152,16 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     others = tuple(resolve_name(name, base) for name in spec.collateral.tasks)
     text = None if spec.collateral.text is None else str((base / Path(spec.collateral.text).expanduser()).resolve())
     collateral = spec.collateral.model_copy(update={"tasks": others, "text": text})
-    changed = {"model": own_model, "task": task, "artifacts": artifacts, "collateral": collateral}
+    mixed = spec.compensation.text
+    general = None if mixed is None else str((base / Path(mixed).expanduser()).resolve())
+    compensation = spec.compensation.model_copy(update={"text": general})
+    changed = {
+        "model": own_model,
+        "task": task,
+        "artifacts": artifacts,
+        "collateral": collateral,
+        "compensation": compensation,
+    }
     return spec.model_copy(update=changed)
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticKnownError
 
 from optimizer.registries import STRATEGIES
-from workers.compensation.recipe import NONE, Recipe
+from workers.compensation.recipe import NONE, OWN_TEXT, Recipe
 from workers.engines.interface import ENGINES
 from workers.runtime import PlanError, SkipPlan
 from workers.runtime.plan import LEGEND
@@ -204,23 +204,49 @@ class CompensationSpec(Section):
         "anew, which can compensate more.",
     )
 
+    text_share: float = Field(
+        default=0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the calibration tokens that are general text, for what the task does not ask for "
+        "(see docs/compensation.md). 0: the task alone.",
+    )
+    text: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A UTF-8 file with the general text; null: the dense model samples its own.",
+    )
+
+    @model_validator(mode="after")
+    def _text_has_a_share(self) -> CompensationSpec:
+        if self.text is not None and not self.text_share:
+            raise ValueError("text: needs a text_share above 0")
+        return self
+
     @model_validator(mode="after")
     def _dense_states_do_not_drift(self) -> CompensationSpec:
         if self.drift and self.source == "dense":
             raise ValueError("drift: true needs source: pruned, since the dense model's states do not drift")
         return self
 
-    @property
-    def recipe(self) -> Recipe:
-        """How maps are fitted; also where ``kind`` asks for none."""
+    def recipe(self, text_id: str = OWN_TEXT) -> Recipe:
+        """Return how maps are fitted, also where ``kind`` asks for none; ``text_id`` is that of the file ``text``."""
         return Recipe(
-            "linear", self.ridge, self.weighting, self.tokens, self.source, drift=self.drift, scope=self.scope
+            "linear",
+            self.ridge,
+            self.weighting,
+            self.tokens,
+            self.source,
+            drift=self.drift,
+            scope=self.scope,
+            text_share=self.text_share,
+            text_id=text_id,
         )
 
-    @property
-    def choices(self) -> tuple[str, ...]:
+    def choices(self, text_id: str = OWN_TEXT) -> tuple[str, ...]:
         """List the compensations that candidates may have, as texts."""
-        by_kind = {"none": (NONE.text,), "linear": (self.recipe.text,), "both": (NONE.text, self.recipe.text)}
+        own = self.recipe(text_id).text
+        by_kind = {"none": (NONE.text,), "linear": (own,), "both": (NONE.text, own)}
         return by_kind[self.kind]
 
 

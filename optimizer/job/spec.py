@@ -241,6 +241,8 @@ class JobSpec(Section):
             del fields["mode"]
         if self.guard == GuardSpec():  # jobs of before there were guards are found again
             del fields["guard"]
+        if self.compensation.kind == "none" or not self.compensation.text_share:  # nor before there were mixtures
+            del fields["compensation"]["text_share"], fields["compensation"]["text"]
         return fields
 
     def digest(self, **inputs: str) -> str:

@@ -11,6 +11,7 @@ from optimizer.job.inputs import (
     check_images,
     check_rungs,
     find_model,
+    load_general_text,
     load_job_task,
     load_other_tasks,
     load_other_text,
@@ -94,6 +95,8 @@ def check_job_file(
     good += [f"task {each.name} beside it: {len(each.held_out[:theirs])} samples, every image opens" for each in others]
     if load_other_text(spec) is not None:
         good.append(f"text {spec.collateral.text}")
+    if load_general_text(spec) is not None:
+        good.append(f"text {spec.compensation.text}")
     if is_here:
         good.append(f"model {spec.model.path}: configuration, weight files and processor")
         asked = [(task, _asked(data, quick=quick))]

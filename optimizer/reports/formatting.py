@@ -81,7 +81,7 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
         + f" it scores {best.accuracy:.3f}, the dense model {best.dense_accuracy:.3f}: a difference of "
         f"{points(best.difference)}. The loss is at most {100 * lost:.2f} points "
         f"(upper end of the interval at {percent(level)} confidence); {_limit(report)}.",
-        *((f"Compensation: {best.compensation}.",) if best.compensation != NO_COMPENSATION else ()),
+        *((_compensation(best),) if best.compensation != NO_COMPENSATION else ()),
         *_effort(report),
     )
 
@@ -94,6 +94,16 @@ def _lossless_cost(best: Plan, found: dict[str, Any]) -> str:
         f"first token is {decoding(found)} as fast. Beside the dense model it takes "
         f"{(best.extra_bytes or 0) / 1e6:.1f} MB."
     )
+
+
+def _compensation(plan: Plan) -> str:
+    """Say how a plan's maps were fitted, and on what mixture."""
+    fitted = plan.secondary.get("compensation", {})
+    if not fitted.get("text_tokens"):
+        return f"Compensation: {plan.compensation}."
+    tokens, text = count(fitted["tokens"]), count(fitted["text_tokens"])
+    whose = "of the file compensation.text" if "text_id=" in plan.compensation else "sampled from the dense model"
+    return f"Compensation: {plan.compensation}; fitted on {tokens} tokens, of them {text} of general text {whose}."
 
 
 def _effort(report: JobReport) -> tuple[str, ...]:

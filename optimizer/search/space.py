@@ -131,8 +131,11 @@ def touched(plan: SkipPlan) -> int:
     return sum(action is not Action.RUN for action in plan)
 
 
-def plan_space(spec: JobSpec, worker: WorkerInfo) -> PlanSpace:
-    """Return a job's space on a model. Raises UsageFault when a protected layer does not exist or nothing is left."""
+def plan_space(spec: JobSpec, worker: WorkerInfo, compensations: tuple[str, ...] | None = None) -> PlanSpace:
+    """Return a job's space on a model, where gaps may be compensated as ``compensations`` or the specification say.
+
+    Raises UsageFault when a protected layer does not exist or nothing is left.
+    """
     for layer in spec.protect:
         if layer >= worker.num_layers:
             raise UsageFault(f"protect: layer {layer} does not exist, the model has layers 0..{worker.num_layers - 1}")
@@ -142,4 +145,6 @@ def plan_space(spec: JobSpec, worker: WorkerInfo) -> PlanSpace:
     )
     if all(own == RUN for own in letters):
         raise UsageFault(f"actions: no layer of the model may take any of {', '.join(spec.actions)}")
-    return PlanSpace(letters, spec.constraint.max_layers_touched or worker.num_layers, spec.compensation.choices)
+    return PlanSpace(
+        letters, spec.constraint.max_layers_touched or worker.num_layers, compensations or spec.compensation.choices()
+    )

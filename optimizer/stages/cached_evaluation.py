@@ -166,6 +166,7 @@ class CachedEvaluation:
             path=self._context.spec.evaluation,
             artifacts=maps if any(maps) else (),
             targets=self._targets[first.start : first.n_samples],
+            text=self._context.inputs.general_text,
         )
 
     def _has_same_maps(self, each: EvaluationRecord) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from optimizer.errors import UsageFault
-from optimizer.job.inputs import load_job_task, model_source
+from optimizer.job.inputs import load_general_text, load_job_task, model_source
 from optimizer.job.spec import JobSpec
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
@@ -33,6 +33,8 @@ class KeptMaps:
     tokens: int
     samples: int
     seconds: float
+    text_tokens: int = 0
+    """Of the tokens, those of general text."""
 
 
 def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, KeptMaps]:
@@ -51,14 +53,16 @@ def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, 
 
 
 def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
-    ((_, result),) = context.pool.run([FitCompensation(candidate.plan.text, candidate.compensation)])
+    ((_, result),) = context.pool.run(
+        [FitCompensation(candidate.plan.text, candidate.compensation, context.inputs.general_text)]
+    )
     if isinstance(result, Failure):
         context.progress.note(f"the maps of plan {candidate} could not be fitted: {result.reason}")
         return None
     assert isinstance(result, FittedCompensation)
     context.failed_samples.add("calibration", result.failed_samples)
     artifact = store.put(context.spec.artifacts, result.content)
-    return KeptMaps(artifact, result.gaps, result.tokens, result.samples, result.seconds)
+    return KeptMaps(artifact, result.gaps, result.tokens, result.samples, result.seconds, result.text_tokens)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,6 @@ def refit(plan: Plan, spec: JobSpec, source: ModelSource | None = None) -> Refit
             f"model {loaded.name} has fingerprint {loaded.fingerprint[:12]}, plan {plan.id} was fitted on "
             f"{plan.fingerprint[:12]}; name the right one with --model-path"
         )
-    fitted = Compensator(loaded, task).fit(FitCompensation(plan.plan, plan.compensation))
+    fitted = Compensator(loaded, task).fit(FitCompensation(plan.plan, plan.compensation, load_general_text(spec)))
     artifact = store.put(spec.artifacts, fitted.content)
     return Refitted(artifact, artifact.checksum == plan.artifact_checksum)

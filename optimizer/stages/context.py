@@ -59,7 +59,7 @@ class JobContext:
     @cached_property
     def space(self) -> PlanSpace:
         """The candidates that the job may propose. Raises UsageFault when none is left."""
-        return plan_space(self.spec, self.worker)
+        return plan_space(self.spec, self.worker, self.inputs.compensations)
 
     @cached_property
     def failed_samples(self) -> FailedSamples:

@@ -180,7 +180,15 @@ def figures(finalist: Finalist, speed: Speed, spec: JobSpec, measured: Measured,
     beside, served = measured.collateral.get(finalist.candidate), measured.in_engine.get(finalist.candidate)
     drafted = measured.speculation.get(finalist.candidate)
     guarded = guard.figures(measured.guards, finalist.candidate, latency, constraint.confidence)
-    fitted = None if kept is None else {"gaps": [asdict(gap) for gap in kept.gaps], "tokens": kept.tokens}
+    fitted = (
+        None
+        if kept is None
+        else {
+            "gaps": [asdict(gap) for gap in kept.gaps],
+            "tokens": kept.tokens,
+            "text_tokens": kept.text_tokens,
+        }
+    )
     return PlanFigures(
         **_shared(verdict) | _shared(latency),
         artifact=None if kept is None else kept.artifact.location,

@@ -27,6 +27,7 @@ collateral: {tasks: [scenes], text: general.txt, samples: 8}
 constraint: {max_accuracy_drop: 1.0}
 search: {trials: 6, batch: 6, finalists: 2, rungs: [16]}
 splits: {calibration: 60, search: 32, held_out: 60, unit: samples}
+guard: {false_alarms: 0.5}
 workload: {new_tokens: 2}
 latency: {precision: 0.1, max_seconds: 4}
 cluster: {workers: 1}
@@ -51,11 +52,12 @@ def recipe(plan: dict[str, Any]) -> str:
 def test_every_published_plan_names_its_maps(compensated_job: FinishedJob) -> None:
     assert compensated_job.result["plans"]
     for plan in compensated_job.result["plans"]:
-        assert recipe(plan) == "linear ridge=0.001 weighting=answers tokens=2048"
+        assert recipe(plan) == "linear ridge=0.001 weighting=answers tokens=2048 text_share=0.1"
         content = Path(plan["artifact"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == plan["artifact_checksum"]
         assert Path(plan["artifact"]).parent == compensated_job.directory / "skipplan-artifacts"
         gaps = plan["secondary"]["compensation"]["gaps"]
+        assert 0 < plan["secondary"]["compensation"]["text_tokens"] <= 0.1 * 2048 + 1
         assert gaps and all(gap["unexplained"] <= gap["plain_share"] for gap in gaps)
     with Database.open(compensated_job.database_url, create=False) as db:
         held_out = evaluations.for_job(db, compensated_job.result["job"], "held_out")

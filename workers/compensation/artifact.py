@@ -36,6 +36,8 @@ class Provenance:
     """Calibration samples, as they stand in the split, one an image first."""
     tokens: int
     """Tokens that the sums ran over."""
+    text_tokens: int
+    """Of these, tokens of general text."""
     settings: str
     """Dtype, attention, device and versions."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from workers.runtime.families import describe
 from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
 from workers.runtime.locate import DecoderStack, locate
 from workers.tasks import Sample, Task
+from workers.text import describe_error
 
 from .recipe import CompensationError
 
@@ -55,6 +57,8 @@ class CalibrationBatch:
     """Places of the kept tokens in the flattened batch, ascending ``[kept]``."""
     targets: tuple[Tensor, ...]
     """The dense model's state behind every layer, ``[kept, hidden]`` each, in the model's dtype."""
+    general: bool = False
+    """Whether these are general text instead of the task's samples."""
 
     @property
     def kept_vision(self) -> Tensor:
@@ -83,6 +87,13 @@ class Calibration:
     """By layer, why it cannot hold a map."""
     failed_samples: dict[str, str] = field(default_factory=dict)
     """Samples that were left out, and why."""
+    text_share: float = 0.0
+    """The weight of the batches of general text in the fit."""
+
+    @property
+    def text_tokens(self) -> int:
+        """Kept tokens of general text."""
+        return sum(len(batch.kept) for batch in self.batches if batch.general)
 
     @property
     def device(self) -> torch.device:
@@ -96,13 +107,33 @@ class Calibration:
         return self.shares[layer]
 
 
+@dataclass(frozen=True)
+class GeneralText:
+    """General text that is mixed with the task's samples: windows of tokens ``[tokens]``, and their weight in total."""
+
+    windows: Sequence[Tensor]
+    share: float
+
+
+NO_TEXT = GeneralText((), 0.0)
+
+
 def calibrate(
-    loaded: LoadedModel, task: Task, *, tokens: int, seed: int = 0, memory_budget: int = MEMORY_BUDGET
+    loaded: LoadedModel,
+    task: Task,
+    *,
+    tokens: int,
+    seed: int = 0,
+    text: GeneralText = NO_TEXT,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Calibration:
     """Run the dense model over whole calibration samples, one an image first, until ``tokens`` tokens are reached.
 
+    Behind them it runs over ``text``, whose tokens come on top.
+
     Where the states of all tokens at all layers exceed ``memory_budget`` bytes, a part of the tokens is kept: as many
-    vision tokens as text tokens as tokens that answer, as far as there are so many, drawn at random with ``seed``.
+    vision tokens as text tokens as tokens that answer (and as tokens of ``text``), as far as there are so
+    many, drawn at random with ``seed``.
 
     Raises :class:`CompensationError` when no sample can be read, or the decoder's sequence is not the prompt's.
     """
@@ -111,22 +142,27 @@ def calibrate(
     prepared = list(_prepare(loaded, task, tokens, failed))
     if not prepared:
         raise CompensationError(f"task {task.name}: no calibration sample can be read, so no map can be fitted")
+    task_batches = len(prepared)
+    prepared += _text_batches(text.windows)
     vision_ids = torch.tensor(describe(loaded.model).vision_token_ids)
     real = [each.inputs["attention_mask"].bool() for each in prepared]
     vision = [
         torch.isin(each.inputs["input_ids"], vision_ids) & mask for each, mask in zip(prepared, real, strict=True)
     ]
     kinds = torch.cat([_kinds(*three)[three[0]] for three in zip(real, vision, prepared, strict=True)])
+    kinds[sum(int(mask.sum()) for mask in real[:task_batches]) :] = GENERAL
     total = len(kinds)
     chosen = _choose(kinds, _affordable(stack, loaded.model.dtype, memory_budget), seed)
     prover = _Prover(stack)
     batches, passed = [], 0
-    for each, mask, seen in zip(prepared, real, vision, strict=True):
+    for number, (each, mask, seen) in enumerate(zip(prepared, real, vision, strict=True)):
         indices = mask.flatten().nonzero().flatten()
         here = chosen[(chosen >= passed) & (chosen < passed + len(indices))] - passed
         passed += len(indices)
-        with prover.proving():
-            batches.append(_dense_pass(loaded, stack, each.inputs, seen, each.answers, indices[here]))
+        general = number >= task_batches
+        with prover.proving(), _without_image() if general else nullcontext():
+            batch = _dense_pass(loaded, stack, each.inputs, seen, each.answers, indices[here])
+        batches.append(replace(batch, general=general))
     return Calibration(
         batches=tuple(batches),
         samples=tuple(sample.id for each in prepared for sample in each.samples),
@@ -135,14 +171,31 @@ def calibrate(
         shares=prover.shares,
         refusals=prover.refusals,
         failed_samples=failed,
+        text_share=text.share,
     )
+
+
+@contextmanager
+def _without_image() -> Iterator[None]:
+    """Raise CompensationError where the model does not take text without an image."""
+    try:
+        yield
+    except CompensationError:
+        raise
+    except Exception as error:  # model code of any family raises all kinds here
+        raise CompensationError(text_refused(error)) from error
+
+
+def text_refused(error: Exception) -> str:
+    """Word why maps cannot be fitted on a mixture."""
+    return f"the model does not take text without an image ({describe_error(error)}); set compensation.text_share: 0"
 
 
 def _affordable(stack: DecoderStack, dtype: torch.dtype, memory_budget: int) -> int:
     return max(1, memory_budget // (len(stack.layers) * int(stack.text_config.hidden_size) * dtype.itemsize))
 
 
-VISION, TEXT, ANSWER = range(3)
+VISION, TEXT, ANSWER, GENERAL = range(4)
 
 
 def _kinds(real: Tensor, vision: Tensor, sequences: _Sequences) -> Tensor:
@@ -156,7 +209,7 @@ def _choose(kinds: Tensor, affordable: int, seed: int) -> Tensor:
     if len(kinds) <= affordable:
         return torch.arange(len(kinds))
     generator = torch.Generator().manual_seed(seed)
-    indices = sorted(((kinds == kind).nonzero().flatten() for kind in (VISION, TEXT, ANSWER)), key=len)
+    indices = sorted(((kinds == kind).nonzero().flatten() for kind in (VISION, TEXT, ANSWER, GENERAL)), key=len)
     chosen: list[Tensor] = []
     for number, own in enumerate(indices):  # the rarest first: what it leaves over is the others'
         share = (affordable - sum(map(len, chosen))) // (len(indices) - number)
@@ -203,6 +256,15 @@ def _prepare(loaded: LoadedModel, task: Task, tokens: int, failed: dict[str, str
         yield batch
         if reached >= tokens:
             return
+
+
+def _text_batches(windows: Sequence[Tensor]) -> Iterator[_Sequences]:
+    """Batches of windows of text of one length, as model inputs on the CPU; no token of theirs answers anything."""
+    for width, same in groupby(windows, key=len):
+        rows = torch.stack(list(same))
+        for part in torch.split(rows, max(1, BATCH_TOKENS // width)):
+            inputs = BatchFeature({"input_ids": part, "attention_mask": torch.ones_like(part)})
+            yield _Sequences((), inputs, width + 1)
 
 
 def by_image(samples: Sequence[Sample]) -> tuple[Sample, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 import transformers
@@ -23,8 +24,9 @@ from workers.tasks import Task
 
 from . import store
 from .artifact import Provenance, decode, encode
-from .calibration import Calibration, calibrate
+from .calibration import NO_TEXT, Calibration, GeneralText, calibrate
 from .fit import Fitted, fit
+from .general_text import windows
 from .linear_redundancy import linear_redundancy, tokens_for
 from .recipe import CompensationError, Recipe
 from .shared import SharedFits
@@ -42,7 +44,9 @@ class Compensator:
 
     def __init__(self, loaded: LoadedModel, task: Task) -> None:
         self.loaded, self.task = loaded, task
-        self._calibration: tuple[tuple[int, int], Calibration] | None = None
+        self.text: str | None = None
+        """General text that recipes of mixtures may name."""
+        self._calibration: tuple[tuple[Any, ...], Calibration] | None = None
         self._shared: SharedFits | None = None
         self._fitted: LruCache[tuple[str, str], Fitted] = LruCache(KEPT_PLANS)
         self._read: LruCache[str, Maps] = LruCache(KEPT_PLANS)
@@ -77,6 +81,7 @@ class Compensator:
         recipe = Recipe.parse(request.compensation)
         if recipe.is_none:
             raise CompensationError("compensation none has no maps to fit")
+        self.text = request.text
         fitted = self.fitted(SkipPlan.parse(request.plan), recipe)
         calibration = self.calibration(recipe)
         provenance = Provenance(
@@ -84,6 +89,7 @@ class Compensator:
             task=self.task.name,
             samples=len(calibration.samples),
             tokens=calibration.kept,
+            text_tokens=calibration.text_tokens,
             settings=self._settings(),
         )
         return FittedCompensation(
@@ -92,6 +98,7 @@ class Compensator:
             content=encode(fitted, provenance),
             gaps=fitted.gaps,
             tokens=calibration.kept,
+            text_tokens=calibration.text_tokens,
             samples=len(calibration.samples),
             seconds=fitted.seconds,
             failed_samples=calibration.failed_samples,
@@ -106,10 +113,17 @@ class Compensator:
 
     def calibration(self, recipe: Recipe) -> Calibration:
         """Return the calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""
-        key = (recipe.tokens, recipe.seed)
+        key = (recipe.tokens, recipe.seed, recipe.text_share, recipe.text_id)
         if self._calibration is None or self._calibration[0] != key:
             self._calibration = self._shared = None  # before the next one is made: both would not fit beside each other
-            self._calibration = key, calibrate(self.loaded, self.task, tokens=recipe.tokens, seed=recipe.seed)
+            text = (
+                GeneralText(windows(self.loaded, recipe, self.text), recipe.text_share)
+                if recipe.text_share
+                else NO_TEXT
+            )
+            tokens = max(1, recipe.tokens - round(recipe.text_share * recipe.tokens))
+            calibration = calibrate(self.loaded, self.task, tokens=tokens, seed=recipe.seed, text=text)
+            self._calibration = key, calibration
         return self._calibration[1]
 
     def shared(self, recipe: Recipe) -> SharedFits:

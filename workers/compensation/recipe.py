@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,6 +21,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 SOURCES: tuple[Source, ...] = get_args(Source)
 LARGEST_SEED = 2**32
+OWN_TEXT = "own"
+"""In place of a text's id: the model samples general text itself."""
+_TEXT_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class CompensationError(WorkersError):
@@ -51,6 +56,10 @@ class Recipe:
     scope: Scope = "output"
     """What a map is: one of what the MLP adds, ``[hidden, hidden]``, or (``projection``) a change of the MLP's whole
     last projection, ``[width, hidden]``."""
+    text_share: float = 0.0
+    """Share of the calibration tokens that are general text, and its weight beside the task's samples."""
+    text_id: str = OWN_TEXT
+    """Which general text: ``own``, sampled from the dense model with ``seed``, or the id of a given one."""
 
     def __post_init__(self) -> None:
         checked = (("kind", KINDS), ("weighting", WEIGHTINGS), ("source", SOURCES), ("scope", SCOPES))
@@ -62,6 +71,16 @@ class Recipe:
             raise CompensationError(f"compensation ridge must be a number above 0, not {self.ridge!r}")
         if self.drift and self.source == "dense":
             raise CompensationError("compensation drift needs source pruned: dense states do not drift")
+        if not (isinstance(self.text_share, float) and 0.0 <= self.text_share < 1.0):
+            raise CompensationError(
+                f"compensation text_share must be a number from 0 to below 1, not {self.text_share!r}"
+            )
+        if self.text_id != OWN_TEXT and not (isinstance(self.text_id, str) and _TEXT_ID.fullmatch(self.text_id)):
+            raise CompensationError(
+                f"compensation text_id is {OWN_TEXT} or 16 hexadecimal digits, not {self.text_id!r}"
+            )
+        if self.text_id != OWN_TEXT and not self.text_share:
+            raise CompensationError("compensation text_id needs a text_share above 0")
         if not _is_integer(self.tokens) or self.tokens < 1:
             raise CompensationError(f"compensation tokens must be a whole number above 0, not {self.tokens!r}")
         if not _is_integer(self.seed) or not 0 <= self.seed < LARGEST_SEED:
@@ -89,6 +108,10 @@ class Recipe:
             parts.append("drift=yes")
         if self.scope != "output":
             parts.append(f"scope={self.scope}")
+        if self.text_share:
+            parts.append(f"text_share={self.text_share!r}")
+        if self.text_id != OWN_TEXT:
+            parts.append(f"text_id={self.text_id}")
         return " ".join(parts)
 
     def __str__(self) -> str:
@@ -136,6 +159,8 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "seed": int,
     "drift": _yes_or_no,
     "scope": str,
+    "text_share": float,
+    "text_id": str,
 }
 
 
@@ -145,6 +170,11 @@ def _read(text: str, name: str, value: str) -> Any:
     except (ValueError, KeyError):
         expected = {float: "a number", int: "a whole number", _yes_or_no: "yes or no"}[_READERS[name]]
         raise CompensationError(f"compensation {text!r}: {name} is {expected}, not {value!r}") from None
+
+
+def id_of_text(text: str) -> str:
+    """Return what names a text in a recipe: the beginning of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 NONE = Recipe()

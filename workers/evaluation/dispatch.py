@@ -38,6 +38,7 @@ class EvaluationDispatch:
         if request.targets and self.plain.targets is None:
             targets = {each.id: target for each, target in zip(samples, request.targets, strict=True)}
             return self._with(targets).evaluate(request)
+        self.plain.compensator.text = request.text
         found = self._evaluate(request)
         if request.compensation == NO_COMPENSATION or any(request.artifacts):
             return found

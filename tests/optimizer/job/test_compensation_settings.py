@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from optimizer.errors import UsageFault
 from optimizer.job.best import _within
+from optimizer.job.inputs import JobInputs, load_general_text
 from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
 from optimizer.stages.collateral import Collateral, OtherTask
@@ -17,7 +19,8 @@ from workers.compensation.recipe import Recipe
 from workers.messages import NO_COMPENSATION, TextDivergence
 
 BASE = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
-DEFAULT = "linear ridge=0.001 weighting=answers tokens=16384"
+ALONE = "linear ridge=0.001 weighting=answers tokens=16384"
+DEFAULT = f"{ALONE} text_share=0.1"
 
 
 def test_the_database_and_the_workers_call_no_compensation_the_same() -> None:
@@ -30,15 +33,16 @@ def test_the_database_and_the_workers_call_no_compensation_the_same() -> None:
         ({}, ("none",)),
         ({"kind": "none", "tokens": 5}, ("none",)),
         ({"kind": "linear"}, (DEFAULT,)),
-        ({"kind": "linear", "scope": "projection"}, (f"{DEFAULT} scope=projection",)),
+        ({"kind": "linear", "text_share": 0}, (ALONE,)),
+        ({"kind": "linear", "scope": "projection"}, (f"{ALONE} scope=projection text_share=0.1",)),
         ({"kind": "both", "ridge": 0.01, "weighting": "uniform", "tokens": 64}, None),
     ],
 )
 def test_candidates_have_the_compensations_that_the_job_names(section: dict, choices: tuple | None) -> None:
     spec = JobSpec.model_validate({**BASE, "compensation": section})
     if choices is None:
-        choices = ("none", "linear ridge=0.01 weighting=uniform tokens=64")
-    assert spec.compensation.choices == choices
+        choices = ("none", "linear ridge=0.01 weighting=uniform tokens=64 text_share=0.1")
+    assert spec.compensation.choices() == choices
     for text in choices:
         assert Recipe.parse(text).text == text
 
@@ -51,6 +55,43 @@ def test_what_changes_the_maps_changes_the_job(tmp_path: Path) -> None:
     assert len({digest(**each) for each in texts}) == len(texts)
     here = JobSpec.model_validate({**BASE, "artifacts": "here"})
     assert here.digest() == JobSpec.model_validate({**BASE, "artifacts": "s3://there"}).digest()
+
+
+def test_a_mixture_is_part_of_candidates_and_of_the_job(tmp_path: Path) -> None:
+    """Its text counts by its content: the same words in another file are the same maps."""
+
+    def inputs(words: str | None, **section: object) -> JobInputs:
+        mixed = JobSpec.model_validate({**BASE, "compensation": {"kind": "linear", **section}})
+        return JobInputs(mixed, None, "", general_text=words)  # type: ignore[arg-type]
+
+    own = inputs(None, text_share=0.25)
+    assert own.compensations == (f"{ALONE} text_share=0.25",)
+    (tmp_path / "general.txt").write_text("some words")
+    given = inputs("some words", text_share=0.25, text=str(tmp_path / "general.txt"))
+    named = hashlib.sha256(b"some words").hexdigest()[:16]
+    assert given.compensations == (f"{ALONE} text_share=0.25 text_id={named}",)
+    assert load_general_text(given.spec) == "some words" and load_general_text(own.spec) is None
+    digests = {each.spec.digest() for each in (own, given, inputs(None, text_share=0), inputs(None, text_share=0.5))}
+    plain = JobSpec.model_validate(BASE)
+    assert "text_share" not in plain.canonical()["compensation"]  # jobs of before there were mixtures are found again
+    assert len(digests) == 4 and "text_share" not in inputs(None, text_share=0).spec.canonical()["compensation"]
+
+
+def test_a_text_that_cannot_be_mixed_in_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "model: {path: llava-12}\ntask: easy-vqa\ncompensation: {kind: linear, text_share: 0, text: general.txt}\n"
+    )
+    with pytest.raises(UsageFault, match="text: needs a text_share above 0"):
+        load_job(file)
+    file.write_text(file.read_text().replace("text_share: 0,", ""))
+    spec = load_job(file)
+    assert spec.compensation.text == str(tmp_path / "general.txt")
+    with pytest.raises(UsageFault, match=r"compensation\.text: .*general\.txt cannot be read: No such file"):
+        load_general_text(spec)
+    (tmp_path / "general.txt").write_bytes(b"\xff\xfe words")
+    with pytest.raises(UsageFault, match=r"compensation\.text: .* cannot be read as UTF-8"):
+        load_general_text(spec)
 
 
 def test_paths_are_made_absolute_and_urls_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

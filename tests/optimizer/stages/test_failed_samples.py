@@ -156,7 +156,9 @@ def without(task: Task, split: str, place: int) -> Task:
 def test_maps_are_fitted_without_them_and_belong_to_this_job_alone(
     begin, store: Database, worker: in_process.OneWorker, tmp_path: Path
 ) -> None:
-    context = begin({"calibration": (1,)}, compensation={"kind": "linear"}, artifacts=str(tmp_path / "maps"))
+    context = begin(
+        {"calibration": (1,)}, compensation={"kind": "linear", "text_share": 0}, artifacts=str(tmp_path / "maps")
+    )
     name = context.task.calibration[1].id
     evaluated(context, (COMPENSATED, 8))  # by maps that the worker fits on the way
     assert list(context.failed_samples.of("calibration")) == [name]
@@ -170,10 +172,10 @@ def test_maps_are_fitted_without_them_and_belong_to_this_job_alone(
     assert shares[0] == pytest.approx(shares[1], rel=1e-3) != pytest.approx(shares[2], rel=1e-3)
     messages = [each.message for each in events.for_job(store, context.job.id) if each.kind == "sample_failed"]
     assert len(messages) == 1 and messages[0].startswith(f"calibration sample {name}: image ")
-    another = begin({}, compensation={"kind": "linear"})
+    another = begin({}, compensation={"kind": "linear", "text_share": 0})
     evaluated(another, (COMPENSATED, 8), (PLAN, 8))
     assert [type(each) for each in another.pool.requests] == [EvaluatePlans, EvaluatePlans]  # nothing is taken over
-    third = begin({}, compensation={"kind": "linear"})
+    third = begin({}, compensation={"kind": "linear", "text_share": 0})
     evaluated(third, (COMPENSATED, 8), (PLAN, 8))
     assert third.pool.requests == []
 
