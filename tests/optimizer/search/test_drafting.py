@@ -11,6 +11,7 @@ import pytest
 
 from optimizer.criteria import Risk
 from optimizer.job.sections import ConstraintSpec
+from optimizer.registries import STRATEGIES
 from optimizer.search.constraints import Limits
 from optimizer.search.drafting import Drafting, Memory, StepCosts
 from optimizer.search.problem import Problem, better_first
@@ -141,6 +142,25 @@ def test_the_sampler_sees_time_where_it_models_acceptance() -> None:
     assert found == pytest.approx(expected)
     assert problem.foresee(candidate("RRRRRS")) == (pytest.approx(0.05), True)
     assert better_first(trial("RRRRRS", drawn(0.9))) < better_first(trial("RRRRRS", drawn(0.8)))
+
+
+def test_swift_evaluates_fully_the_sets_that_drafted_better_than_their_sizes_others() -> None:
+    risk = Risk("test", {"S": (0.1,) * LAYERS})
+    space = PlanSpace(("RS",) * LAYERS, LAYERS)
+    problem = Problem(space, NO_LIMIT, COSTS.step, (10, 40), risk, LayerTable(LAYERS, ()), drafting=DRAFTING)
+    strategy = STRATEGIES["swift"](problem)
+    asked = strategy.ask(6)
+    assert {each.n_samples for each in asked} == {10}
+    sizes = [each.candidate.plan.text.count("S") for each in asked]
+    assert sorted(sizes) == [1, 1, 1, 2, 2, 2] and sizes[:2] == sizes[2:4] == sizes[4:]
+    chances = [0.7, 0.6, 0.9, 0.5, 0.8, 0.95]  # of one size, then of the other, in turns
+    told = zip(asked, chances, strict=True)
+    strategy.tell([(each.candidate, trial(each.candidate.plan.text, drawn(chance))) for each, chance in told])
+    better = strategy.ask(6)
+    assert [each.n_samples for each in better] == [None] * 4
+    assert [each.candidate for each in better] == [asked[at].candidate for at in (0, 1, 2, 5)]
+    strategy.tell([(each.candidate, None) for each in better])
+    assert {each.n_samples for each in strategy.ask(2)} == {10}
 
 
 def test_finalists_save_time_and_are_spread_over_the_front() -> None:
