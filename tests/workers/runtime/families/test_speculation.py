@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workers.runtime import SkipPlan, SpeculationStatistics, UnsupportedFamilyError, speculate
 
-from .catalogue import SUPPRESSED, batch_of, every_family, mixed_plans, prompts_of
+from .catalogue import SUPPRESSED, batch_of, every_family, every_family_at_length, mixed_plans, prompts_of
 from .comparing import assert_close, supported
 from .tiny import Family, batch_inputs, forget_positions, since
 
@@ -64,7 +64,7 @@ def test_answers_are_those_of_the_dense_model(family: Family) -> None:
         assert counted is None or counted.rounds
 
 
-@every_family
+@every_family_at_length
 def test_a_drafter_that_is_the_dense_model_is_always_right(family: Family) -> None:
     counted = speculated(family, "R" * family.layers, batch_inputs(family, batch_of(family)), 4)
     if counted is None:
