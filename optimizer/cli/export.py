@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-DRAFTING_FORMATS = ("drafter", "runtime")
-"""Formats that keep a lossless plan lossless."""
 FormatName = Annotated[str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")]
 
 
@@ -57,7 +55,7 @@ def export(
     from optimizer.job.best import find_best
     from optimizer.job.present import PresentVersions
     from storage.records import plans
-    from storage.records.plans import LOSSLESS, PlanQuery, mode_of
+    from storage.records.plans import PlanQuery, mode_of
 
     query = PlanQuery(
         model,
@@ -81,11 +79,6 @@ def export(
                 db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
             )
     notes = [*cautions(plan, changes), *written.notes]
-    if plan.mode == LOSSLESS and format_name not in DRAFTING_FORMATS:
-        notes.append(
-            f"plan {plan.id} is a drafter: its figures hold where the dense model verifies its tokens, and what was "
-            f"written answers alone; formats that draft are {', '.join(DRAFTING_FORMATS)}"
-        )
     print_either(
         as_json,
         {"plan": plan.id, "format": format_name, "output": str(output), "notes": notes},

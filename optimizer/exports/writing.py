@@ -15,11 +15,13 @@ from optimizer.registries import EXPORT_FORMATS
 from storage.database import Database
 from storage.queue import jobs
 from storage.records import lookup
-from storage.records.plans import Plan
+from storage.records.plans import LOSSLESS, Plan
 from workers.errors import UnknownNameError
 from workers.messages import Artifact, ModelSource
 from workers.runtime import PlanError, SkipPlan
 
+DRAFTING_FORMATS = ("drafter", "runtime", "plan")
+"""Formats in which a lossless plan drafts, or says that it is to."""
 UNLISTED = frozenset({document.FILE_NAME, card.FILE_NAME})
 """Files without a checksum: the document itself, and the card, which a person may want to edit."""
 
@@ -93,6 +95,11 @@ def export_plan(
     content = maps.fetch(plan, artifact)
     guard_content = None if guard is None else guards.fetch(guard)
     notes = tuple(chosen.check())  # an engine that a variable names and that is not there ends it before it is written
+    if plan.mode == LOSSLESS and chosen.name not in DRAFTING_FORMATS:
+        notes += (
+            "the plan is a drafter: its figures hold where the dense model verifies its tokens, and what was written "
+            f"answers alone; formats that draft are {', '.join(DRAFTING_FORMATS)}",
+        )
     subject = _subject(plan, source, chosen, content, force_model=force_model)
     subject = replace(subject, guard=guard_content)
     with whole_directory(output, force=force) as directory:

@@ -63,6 +63,17 @@ def test_exported_files_take_the_users_umask(model_directory: Path, tmp_path: Pa
         assert path.stat().st_mode & 0o777 == (0o777 if executable else 0o666) & ~umask, path.name
 
 
+def test_a_lossless_plan_that_would_answer_alone_is_written_with_a_note(model_directory: Path, tmp_path: Path) -> None:
+    drafting = document("RSRRSR", model_directory).model_copy(update={"mode": "lossless"})
+    source = ModelSource(str(model_directory))
+    alone = export_plan(drafting, source, "checkpoint", tmp_path / "alone")
+    assert any("formats that draft are drafter, runtime" in note for note in alone.notes)
+    assert "This is a drafter." in (tmp_path / "alone" / "README.md").read_text()
+    assert not export_plan(drafting, source, "drafter", tmp_path / "drafter").notes
+    standalone = export_plan(document("RSRRSR", model_directory), source, "checkpoint", tmp_path / "standalone")
+    assert not standalone.notes and "drafter" not in (tmp_path / "standalone" / "README.md").read_text()
+
+
 def run_script(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [script, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False
