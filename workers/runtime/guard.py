@@ -62,7 +62,15 @@ class Guard:
     """Prompts that the threshold comes from, others than those, one an image."""
 
     def score(self, features: Tensor) -> Tensor:
-        """Return the squared distances ``[batch]``, float32, of features ``[batch, features]``."""
+        """Return the squared distances ``[batch]``, float32, of features ``[batch, features]``.
+
+        Raises GuardError where they are of another model, with another hidden size.
+        """
+        if features.shape[-1] != len(self.mean):
+            raise GuardError(
+                f"the guard is of another model: it was fitted on states of {len(self.mean) // 2} numbers, not "
+                f"{features.shape[-1] // 2}"
+            )
         here = features.device
         standard = (features.float() - self.mean.to(here)) / self.scale.to(here)
         basis = self.basis.to(here)

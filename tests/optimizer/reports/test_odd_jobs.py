@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from report_builders import (
 )
 from test_report_figures import Page, db, rows
 
+from optimizer.reports import formatting, sections
 from optimizer.reports.compare import write_comparison
+from optimizer.reports.data import collect
 from optimizer.reports.html import write_report
 from optimizer.reports.picture import write_picture
 from storage.database import Database
@@ -108,3 +111,22 @@ def test_another_job_with_actions_that_this_one_did_not_time(db: Database, odd_j
         "this job (tpe, seed 7)",
         f"job {odd_job} (tpe, seed 7)",
     ]
+
+
+def test_guards_and_mixtures_are_shown(db: Database, odd_job: int, tmp_path: Path) -> None:
+    share = {"prompts": 200, "sent": 0.985, "low": 0.957, "high": 0.995}
+    own = {"prompts": 300, "sent": 0.01, "low": 0.003, "high": 0.029}
+    guard = {"checksum": "ab", "layer": 1, "false_alarms": 0.01, "held_out": own, "tasks": {"scenes": share}}
+    guard |= {"text": share, "net_speedup": 1.625}
+    report = collect(db, odd_job)
+    guarded, *others = report.plans
+    mixture = {"tokens": 4096, "text_tokens": 410}
+    guarded = replace(guarded, secondary={**guarded.secondary, "guard": guard, "compensation": mixture})
+    others = [replace(each, secondary={**each.secondary, "guard": {"note": "it needs 99 images"}}) for each in others]
+    result = replace(report.result, plans=(guarded, *others))
+    section = sections.front(replace(report, result=result))
+    (table,) = (each for each in section.tables if each.title == "Guards (1)")
+    elsewhere = "scenes 98.5 % [95.7, 99.5] of 200; text 98.5 % [95.7, 99.5] of 200"
+    assert table.rows == ((str(guarded.id), "1", "1 %", "1.0 % [0.3, 2.9] of 300", elsewhere, "1.62"),)
+    assert "The plans have no guard: it needs 99 images." in section.paragraphs
+    assert "fitted on 4,096 tokens, of them 410 of general text sampled" in formatting._compensation(guarded)

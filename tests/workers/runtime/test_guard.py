@@ -167,6 +167,14 @@ def test_another_model_is_not_taken_for_the_dense_one(model: Any, processor: Any
     assert own.dense is None
 
 
+def test_the_guard_of_another_model_is_refused(processor: Any, guard: Guard) -> None:
+    larger = tiny_llava.build_model(processor, sizes=tiny_llava.SIZES | {"hidden_size": 64})
+    with pytest.raises(
+        GuardError, match="the guard is of another model: it was fitted on states of 48 numbers, not 64"
+    ):
+        guard.admits(larger, **ask(processor, INSIDE))
+
+
 def test_prompts_without_ids_are_refused(model: Any, processor: Any, guard: Guard) -> None:
     with pytest.raises(GuardError, match="needs input_ids"):
         guard.admits(model, inputs_embeds=torch.zeros(1, 4, 48))
