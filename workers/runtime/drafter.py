@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -92,6 +93,11 @@ class Drafting:
         position the largest probability of the drafter's distribution, of the row that is least sure.
         """
         self._ends, self._go_on = ends, go_on
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Have the drafter's experts computed as transformers computes a model's while it decodes."""
+        context: AbstractContextManager[None] = self._drafter._optimize_model_for_decode()
+        return context
 
     def draft(
         self, sequence: Tensor, length: int, cache: Cache, inputs: Callable[[int], dict[str, Any]]

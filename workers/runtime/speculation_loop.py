@@ -128,7 +128,7 @@ class Decoding:
         del outputs
         self._inputs = [self._grown(inputs)]
         self._take(logits, None, [])
-        with self._model._optimize_model_for_decode():
+        with self._model._optimize_model_for_decode(), self._drafting.decoding():
             while self._alive:
                 length = self._lengths.choose(self._longest() - self.sequence.shape[1])
                 if length:

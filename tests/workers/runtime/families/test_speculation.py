@@ -14,7 +14,7 @@ from .comparing import assert_close, supported
 from .tiny import Family, batch_inputs, forget_positions, since
 
 NEW_TOKENS = 10
-RECURRENT = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "glm5_next", "minicpmv4_6")
+RECURRENT = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "glm5_next", "minicpmv4_6", "llava over qwen3_next")
 """Families with linear attention, whose state no cache can set back."""
 REFUSED = RECURRENT if since("5.20") else (*RECURRENT, "lfm2_vl")
 """Before 5.20 the state of a convolution cannot be set back either."""
