@@ -20,7 +20,6 @@ from workers.runtime.guard import prompt_features
 from workers.runtime.locate import locate, vision_token_ids
 from workers.tasks import Sample, Task
 
-BATCH = 16
 WORDS = 12
 """Words of a text that are asked together."""
 
@@ -48,12 +47,13 @@ def task_features(
 ) -> tuple[dict[int, Tensor], dict[str, str]]:
     """Return the dense model's features of prompts, ``[prompts, 2 * hidden]`` by layer on the CPU.
 
-    Also why samples have none: their images do not open, or the processor refuses them.
+    Also why samples have none: their images do not open, or the processor refuses them. They are asked one by one, as
+    in a server: padding moves positions, on which the states of some families depend.
     """
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     failed: dict[str, str] = {}
-    for start in range(0, len(samples), BATCH):
-        batch = prepare_batch(loaded, task, samples[start : start + BATCH])
+    for sample in samples:
+        batch = prepare_batch(loaded, task, [sample])
         failed |= batch.failed
         if batch.inputs is not None:
             for layer, features in input_features(loaded, batch.inputs, layers).items():

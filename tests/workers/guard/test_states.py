@@ -1,4 +1,4 @@
-"""Which prompts are asked, and that their features do not depend on who else is asked with them."""
+"""Which prompts are asked, and what is read of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from workers.guard.states import asking_text, one_per_image, task_features
+from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.prompts import prompt_text
 from workers.tasks import Task, load_spec, load_task
@@ -27,13 +28,18 @@ def test_text_stands_in_the_place_of_prompts_that_hold_no_question() -> None:
     assert [sample.image_key for sample in samples] == [sample.image_key for sample in scenes.held_out[:2]]
 
 
-def test_features_are_those_of_each_prompt_alone(tiny: LoadedModel, small_task: Task) -> None:
-    samples = small_task.search[:5]
-    together, failed = task_features(tiny, small_task, samples, (0, 2))
-    assert failed == {} and {layer: rows.shape for layer, rows in together.items()} == {0: (5, 96), 2: (5, 96)}
-    for number, sample in enumerate(samples):
-        alone, _ = task_features(tiny, small_task, [sample], (2,))
-        torch.testing.assert_close(alone[2][0], together[2][number], rtol=1e-4, atol=1e-5)
+def test_features_are_means_of_what_transformers_says_the_states_are(tiny: LoadedModel, small_task: Task) -> None:
+    samples = small_task.search[:3]
+    found, failed = task_features(tiny, small_task, samples, (0, 2))
+    assert failed == {} and {layer: rows.shape for layer, rows in found.items()} == {0: (3, 96), 2: (3, 96)}
+    inputs = prepare_batch(tiny, small_task, samples[:1]).inputs
+    assert inputs is not None
+    with torch.inference_mode():
+        states = tiny.model(**inputs, output_hidden_states=True).hidden_states
+    vision = inputs["input_ids"][0] == tiny.model.config.image_token_id
+    for layer in (0, 2):
+        expected = torch.cat([states[layer][0][~vision].mean(0), states[layer][0][vision].mean(0)])
+        torch.testing.assert_close(found[layer][0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
