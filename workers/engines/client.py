@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 
-from workers.engines import guard
+from workers.engines import supervisor
 from workers.engines.interface import ChatReply, ChatRequest, DraftCounts, Token
 from workers.engines.process import EngineProcess
 from workers.errors import EngineError, EngineLost
@@ -147,11 +147,11 @@ class ChatServer:
 
     def pause(self) -> None:
         """Halt the server's processes."""
-        self._process.signal(guard.HALT)
+        self._process.signal(supervisor.HALT)
 
     def resume(self) -> None:
         """Let them go on, and wait until the server answers."""
-        self._process.signal(guard.GO_ON)
+        self._process.signal(supervisor.GO_ON)
         if not self.ready():
             raise EngineLost(f"{self.engine} does not go on")
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from workers.engines import guard
+from workers.engines import supervisor
 from workers.errors import EngineError, EngineLost
 
 LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.2
 _TAIL_BYTES = 65_536
-_STOP_SECONDS = 4 * guard.GRACE_SECONDS
+_STOP_SECONDS = 4 * supervisor.GRACE_SECONDS
 
 
 def find_program(name: str, variable: str) -> str | None:
@@ -62,7 +62,7 @@ class EngineProcess:
         return self._process.returncode
 
     def signal(self, number: int) -> None:
-        """Send the guard a signal."""
+        """Send the supervisor a signal."""
         with suppress(ProcessLookupError):
             self._process.send_signal(number)
 
@@ -93,7 +93,7 @@ def running(engine: str, command: Sequence[str], environment: Mapping[str, str])
     log = Path(name)
     with os.fdopen(descriptor, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", guard.__file__, *command],
+            [sys.executable, "-I", supervisor.__file__, *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

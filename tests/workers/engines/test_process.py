@@ -32,7 +32,7 @@ time.sleep(120)
 """
 PARENT = """
 import sys, time
-from workers.engines import guard
+from workers.engines import supervisor
 from workers.engines.process import running
 with running("stubborn", [sys.executable, "-I", "-c", open(sys.argv[1] + "/code").read(), sys.argv[1]], {}):
     time.sleep(120)

@@ -1,4 +1,4 @@
-"""Run a command for as long as the process that started this one lives: ``python -I guard.py COMMAND...``.
+"""Run a command for as long as the process that started this one lives: ``python -I supervisor.py COMMAND...``.
 
 Standard input is a pipe that nothing is written to: its end says that the other process has let go, or died, however it
 died. Then the command and everything that it started are ended. Run by path; it imports nothing of this project.
