@@ -18,7 +18,7 @@ import numpy as np
 from workers.device import lock as device_lock
 from workers.device.memory import peak_bytes
 from workers.errors import MeasurementError
-from workers.messages import CompareLatency, LatencyComparison, LatencyProfile, Workload
+from workers.messages import DEFAULT_WORKLOAD, CompareLatency, LatencyComparison, LatencyProfile, Workload
 from workers.models.loading import LoadedModel
 from workers.runtime import apply
 from workers.runtime.descriptor import FamilyDescriptor, validate
@@ -39,7 +39,6 @@ from .request import (
     time_request,
 )
 
-DEFAULT_WORKLOAD = Workload()
 RUN = Action.RUN.letter
 WARM_UP_REQUESTS = 3
 PROFILE_SECONDS = 60.0
