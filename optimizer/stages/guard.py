@@ -79,16 +79,22 @@ def _fit(context: JobContext, layers: tuple[int, ...], false_alarms: float) -> G
     reply = context.ask_one(request, "the guard")
     if not isinstance(reply, FittedGuards):
         return Guards(note="it could not be fitted; the job's log says why")
-    try:
-        for split, reasons in reply.failed_samples.items():
-            context.failed_samples.add(split, reasons)
-    except TooManyFailed as error:
-        return Guards(note=str(error))
+    asked = {f"collateral {task.name}": task.held_out[: request.samples] for task in inputs.other_tasks}
+    unmeasured = set()
+    for split, reasons in reply.failed_samples.items():
+        try:
+            context.failed_samples.add(split, reasons, len(asked[split]) if split in asked else None)
+        except TooManyFailed as error:
+            if split not in asked:
+                return Guards(note=str(error))
+            context.progress.note(f"the guard on {split.partition(' ')[2]} is left out: {error}")
+            unmeasured.add(split)
     return Guards(
         {
             each.layer: KeptGuard(
                 artifact=store.put(context.spec.artifacts, each.content),
                 false_alarms=false_alarms,
+                tasks={name: sent for name, sent in each.tasks.items() if f"collateral {name}" not in unmeasured},
                 **{name: getattr(each, name) for name in _MEASURED},
             )
             for each in reply.guards
@@ -101,7 +107,6 @@ _MEASURED = (
     "fitted_on",
     "threshold_on",
     "held_out",
-    "tasks",
     "text",
     "decision_seconds",
     "score_seconds",

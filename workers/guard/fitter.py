@@ -44,7 +44,7 @@ def fit_guards(loaded: LoadedModel, task: Task, request: FitGuards) -> FittedGua
     held_out = one_per_image(task.held_out, MOST_COUNTED)
     own = features("held_out", task, held_out)
     others = {
-        each.name: features(f"collateral {each.name}", each, one_per_image(each.held_out, request.samples))
+        each.name: features(f"collateral {each.name}", each, one_per_image(each.held_out[: request.samples]))
         for each in request.tasks
     }
     text = None

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class FitGuards:
     """Fit guards that read where ``layers`` begin, at a rate of false alarms, and measure what they send away.
 
-    Beside the task's own held-out samples ask those of other ``tasks`` and pieces of ``text`` about the task's images,
-    at most ``samples`` of each.
+    Beside the task's own held-out samples ask those of other ``tasks``, one about each image of the first ``samples``,
+    and at most ``samples`` pieces of ``text`` about the task's images.
     """
 
     layers: tuple[int, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from storage.records import plans
 from workers.compensation import store as artifacts
 from workers.messages import Artifact, FitGuards, LatencyComparison, SentAway, Workload
 from workers.runtime.guard import Guard
+from workers.tasks import load_spec, load_task
+from workers.tasks.images import ImageFile
 
 PLAN = "R" * 6 + "S" * 6
 
@@ -77,6 +80,25 @@ def test_a_plan_is_published_with_a_guard_that_tells_others_apart(
     assert 0 < found["score_seconds"] < found["decision_seconds"]
     asked = len(worker.requests)
     assert published(context)["guard"] == found and len(worker.requests) == asked  # resumed: read back
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_sample_of_another_task_that_fails_costs_no_guard(
+    store: Database, worker: in_process.OneWorker, tmp_path: Path, share: float
+) -> None:
+    """The first three samples are asked about two images: the one that is gone is one of three samples."""
+    other = load_task(load_spec("easy-vqa").with_splits(calibration=1, search=1, held_out=6))
+    first, last = other.held_out[0], other.held_out[-1]
+    gone = replace(first, id="gone", image_key="gone", image=ImageFile(str(tmp_path / "gone.png")))
+    same, beyond = replace(first, id="again"), replace(gone, id="beyond", image_key="beyond")
+    other = replace(other, spec=other.spec.changed(name="my_other"), held_out=(first, gone, same, beyond, last))
+    wanted = job(max_failed_samples=share, artifacts=str(tmp_path / "kept"), collateral={"samples": 3})
+    context = in_process.context(store, worker, wanted)
+    context = replace(context, inputs=replace(context.inputs, other_tasks=(other,)))
+    found = published(context)["guard"]
+    assert set(context.failed_samples.of("collateral my_other")) == {"gone"}
+    assert "checksum" in found and found["held_out"]["prompts"] == 20
+    assert {name: sent["prompts"] for name, sent in found["tasks"].items()} == ({"my_other": 1} if share else {})
 
 
 def test_too_few_images_are_said_with_how_many_it_takes(store: Database, worker: in_process.OneWorker) -> None:
