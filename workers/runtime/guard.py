@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .locate import locate, vision_token_ids
+from .folding import FoldingError, fold_site
+from .locate import DecoderStack, locate, vision_token_ids
 from .tensor_file import read_tensors
 
 FILE_NAME = "guard/guard.safetensors"
@@ -211,12 +212,19 @@ class Guarded:
         return loaded
 
     def attach_dense(self, dense: Any) -> None:
-        """Take the dense model that answers what is outside; weights that both have are kept once.
+        """Take the dense model that answers what is outside, to this model's device; equal weights are kept once.
 
         Raises GuardError when it is not the model that the plan was made for.
         """
         share_weights(self, dense)
-        object.__setattr__(self, "dense", dense.eval())  # no part of this module: it is saved and moved apart
+        object.__setattr__(self, "dense", dense.eval())  # no part of this module: it is saved apart
+        self._place_dense()
+
+    def _place_dense(self) -> None:
+        """Move the dense model to where this one is now, as far as that is one device."""
+        devices = {parameter.device for parameter in self.parameters()}  # type: ignore[attr-defined]
+        if len(devices) == 1:
+            self.dense.to(*devices)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as the model class does; a batch with a prompt outside of the guard is the dense model's.
@@ -246,6 +254,7 @@ class Guarded:
                 "holds no dense model to answer it: give one to attach_dense(), or set guard to None to have the plan "
                 "answer everything"
             )
+        self._place_dense()
         return self.dense.generate(inputs, **kwargs)
 
     def _watched(self, guard: Guard) -> tuple[nn.Module, Sequence[int]]:
@@ -280,7 +289,8 @@ def _load_named(source: Any, checksum: str, options: dict[str, Any]) -> Guard:
 def share_weights(model: Any, dense: Any) -> None:
     """Put the model's tensors into the dense one where both hold the same values.
 
-    Raises GuardError where the dense model is another one: outside of its decoder layers all tensors must be equal.
+    Raises GuardError where the dense model is another one: all tensors must be equal but those that a map is folded
+    into, the last projections of the kept layers' MLPs.
     """
     own, its = locate(model), locate(dense)
     if type(own.text_config) is not type(its.text_config) or len(its.layers) < len(own.layers):
@@ -293,20 +303,35 @@ def share_weights(model: Any, dense: Any) -> None:
             raise GuardError(f"the dense model is not the one of this plan: its {name} differs (or its dtype)")
         _replace(dense, name, tensor)
     place = 0
-    for layer in own.layers:  # kept layers, in order; a layer with a folded map finds no equal
+    for index, layer in enumerate(own.layers):  # kept layers, in order
+        changed = _may_hold_a_map(own, index)
         for later in range(place, len(its.layers)):
-            if _share_layer(layer, its.layers[later]):
+            if _share_layer(layer, its.layers[later], changed):
                 place = later + 1
                 break
+        else:
+            raise GuardError(
+                f"the dense model is not the one of this plan: none of its layers from {place} on is layer {index} of "
+                "the plan (or its dtype differs)"
+            )
 
 
-def _share_layer(layer: nn.Module, dense: nn.Module) -> bool:
-    """Share the equal tensors of two layers if all but those of one module are equal."""
+def _may_hold_a_map(stack: DecoderStack, index: int) -> set[int]:
+    """Return the ids of a layer's parameters that a map is folded into; none where the layer can hold none."""
+    try:
+        projections = fold_site(stack, index).projections
+    except FoldingError:
+        return set()
+    return {id(getattr(each.module, name)) for each in projections for name in (each.weight, each.bias) if name}
+
+
+def _share_layer(layer: nn.Module, dense: nn.Module, changed: set[int]) -> bool:
+    """Share the equal tensors of two layers if all but those with an id in ``changed`` are equal."""
     mine, other = dict(layer.named_parameters()), dict(dense.named_parameters())
     if mine.keys() != other.keys():
         return False
     equal = [name for name in mine if _equal(mine[name], other[name])]
-    if len(mine) - len(equal) > 2:  # a map changes the weight of one projection, and a bias may come with it
+    if any(id(mine[name]) not in changed for name in mine.keys() - set(equal)):
         return False
     for name in equal:
         _replace(dense, name, mine[name])

@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from workers.guard.artifact import encode
 from workers.guard.fit import fit_gaussian
 from workers.runtime import SkipPlan, apply
+from workers.runtime import guard as runtime_guard
 from workers.runtime.applied import apply_permanently
 from workers.runtime.guard import Guard, Guarded, GuardError
 
@@ -165,6 +166,46 @@ def test_another_model_is_not_taken_for_the_dense_one(model: Any, processor: Any
     with pytest.raises(GuardError, match=r"is not the one of this plan: its .* differs"):
         own.attach_dense(other)
     assert own.dense is None
+
+
+def scaled(name: str, factor: float, model: Any) -> Any:
+    with torch.no_grad():
+        for path, parameter in model.model.language_model.layers.named_parameters():
+            if name in path:
+                parameter *= factor
+    return model
+
+
+@pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn.o_proj", "", "4.mlp.gate_proj"])
+def test_a_fine_tune_of_decoder_layers_is_not_taken_for_the_dense_one(
+    model: Any, processor: Any, guard: Guard, part: str
+) -> None:
+    own = exported(model, "RRSRRR", guard)
+    with pytest.raises(GuardError, match=r"is not the one of this plan: none of its layers from \d on is layer"):
+        own.attach_dense(scaled(part, 1.5, tiny_llava.build_model(processor)))
+    assert own.dense is None
+
+
+def test_kept_layers_may_hold_maps_where_the_dense_model_holds_none(model: Any, processor: Any, guard: Guard) -> None:
+    """With drift every kept layer above the first gap holds one."""
+    own = scaled("mlp.down_proj", 1.5, exported(tiny_llava.build_model(processor), "RRSRRR", guard))
+    own.attach_dense(tiny_llava.build_model(processor))
+    assert generated(own, ask(processor, OUTSIDE)) == generated(model, ask(processor, OUTSIDE))
+
+
+def test_the_dense_model_follows_to_the_device_of_the_plan(
+    processor: Any, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, dense = exported(tiny_llava.build_model(processor), "RRSRRR", guard), tiny_llava.build_model(processor)
+    own.attach_dense(dense)
+    own.to("meta")
+
+    def outside(*_: Any, **__: Any) -> None:
+        raise runtime_guard._Stopped
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", outside)
+    monkeypatch.setattr(dense, "generate", lambda *_, **__: {each.device.type for each in dense.parameters()})
+    assert own.generate(**ask(processor, OUTSIDE)) == {"meta"}
 
 
 def test_the_guard_of_another_model_is_refused(processor: Any, guard: Guard) -> None:
