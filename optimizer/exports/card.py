@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from optimizer.exports import guards
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFormat, Guide
 from workers.runtime import Action, SkipPlan
@@ -22,7 +23,7 @@ def model_card(document: PlanDocument, chosen: ExportFormat, guide: Guide) -> st
         _what(document),
         _origin(document),
         "## Measured",
-        _table(document),
+        _table(document, chosen),
         "## Use",
         guide.usage,
         "## Limits",
@@ -78,7 +79,7 @@ def _origin(document: PlanDocument) -> str:
     return "\n\n".join(notes)
 
 
-def _table(document: PlanDocument) -> str:
+def _table(document: PlanDocument, chosen: ExportFormat) -> str:
     own = document.figures
     confidence = f"{100 * own.confidence:g} %"
     own_confidence = own.secondary.get("difference_confidence")
@@ -111,12 +112,17 @@ def _table(document: PlanDocument) -> str:
         )
         for each in own.engine_latencies
     ]
-    rows += _guard_rows(own.secondary.get("guard", {}))
+    rows += _guard_rows(own.secondary["guard"]) if _is_guarded(document, chosen) else []
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
         f"{table}\n\nTask: {_inline(document.task.name)} (held-out split, which the search never saw). "
         f"Device: {_inline(document.device)}. Workload: {_inline(document.workload)}."
     )
+
+
+def _is_guarded(document: PlanDocument, chosen: ExportFormat) -> bool:
+    """Whether what is written asks the plan's guard before it answers."""
+    return chosen.asks_guard and document.export is not None and guards.FILE_NAME in document.export.files
 
 
 def _guard_rows(guard: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -144,7 +150,10 @@ def _interval(low: float, high: float, form: str) -> str:
 
 def _general_limits(document: PlanDocument, chosen: ExportFormat) -> list[str]:
     elsewhere = "more drafts may be refused, which costs time" if chosen.drafts else "its accuracy is unknown"
+    unguarded = "Nothing here asks a guard, so prompts unlike the task's are answered with the plan too."
+    answers_alone = not (chosen.drafts or document.mode == "lossless")
     return [
+        *([unguarded] if answers_alone and not _is_guarded(document, chosen) else []),
         f"The plan was chosen for the task {_inline(document.task.name)}; on other tasks {elsewhere}.",
         "Speed was measured on the device and workload above; other hardware, batch sizes and answer lengths differ.",
         "The licence of the original model applies.",

@@ -8,7 +8,7 @@ from typing import Any
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFault
 from optimizer.exports.target import inside
-from storage.records.plans import Plan
+from storage.records.plans import LOSSLESS, Plan
 from workers.compensation import store
 from workers.messages import Artifact
 
@@ -33,6 +33,25 @@ def artifact_of(plan: Plan) -> Artifact | None:
 def fetch(artifact: Artifact) -> bytes:
     """Return the content of a guard's file. Raises CompensationError when it cannot be read."""
     return store.get(artifact, name="guard", remedy="`skipplan run --force` with the job file fits it again")
+
+
+def require(plan: PlanDocument, content: bytes | None) -> str:
+    """Say why a plan that answers by itself has no guard; empty where it has one, or drafts.
+
+    Raises ExportFault where it was published with one that is not at hand.
+    """
+    if content is not None or plan.mode == LOSSLESS:
+        return ""
+    if checksum_of(plan) is not None:
+        raise ExportFault(
+            f"the guard that plan {plan.plan} was published with is not at hand: import the plan from a directory that "
+            f"holds {FILE_NAME}, or export where it was measured"
+        )
+    reason = _figures(plan.figures.secondary).get("note") or "none was fitted for this plan"
+    return (
+        f"no guard, so the plan answers every prompt, also those unlike the task's: {reason}; `skipplan run --force` "
+        "with the job file fits one"
+    )
 
 
 def _figures(secondary: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class ExportFormat:
     directory and the interpreter asked for; None for formats that hold no model. ``engine`` names the engine of
     ``workers.engines`` that serves what is written. ``check`` says what can be said about the surroundings, such as
     whether the program that the commands call is there. ``drafts`` says that what is written drafts for the dense
-    model, so that the dense model's answers are verified.
+    model, so that the dense model's answers are verified; ``asks_guard`` that it asks the plan's guard by itself.
     """
 
     name: str
@@ -88,6 +88,7 @@ class ExportFormat:
     engine: str | None = None
     check: Callable[[], Sequence[str]] = tuple
     drafts: bool = False
+    asks_guard: bool = False
 
 
 def takes_everything(plan: SkipPlan, compensation: str) -> str | None:

@@ -100,6 +100,8 @@ def export_plan(
             "the plan is a drafter: its figures hold where the dense model verifies its tokens, and what was written "
             f"answers alone; formats that draft are {', '.join(DRAFTING_FORMATS)}",
         )
+    if chosen.asks_guard and (unguarded := guards.require(plan, guard_content)):
+        notes += (unguarded,)
     subject = _subject(plan, source, chosen, content, force_model=force_model)
     subject = replace(subject, guard=guard_content)
     with whole_directory(output, force=force) as directory:

@@ -230,4 +230,5 @@ FORMAT = ExportFormat(
     write=write,
     guide=guide,
     loadable=loadable,
+    asks_guard=True,
 )

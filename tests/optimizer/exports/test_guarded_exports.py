@@ -129,6 +129,45 @@ def test_the_export_says_what_it_holds_and_verifies(
     assert found.passed and FILE_NAME in read(runtime_export).export.files  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("note", ["", "there were too few images"])
+def test_a_runtime_export_without_a_guard_says_why(model_directory: Path, tmp_path: Path, note: str) -> None:
+    plan, source = document(PLAN, model_directory), ModelSource(str(model_directory))
+    figures = replace(plan.figures, secondary={"guard": {"note": note}} if note else {})
+    plan = plan.model_copy(update={"figures": figures})
+    written = export_plan(plan, source, "runtime", tmp_path / "runtime")
+    (found,) = written.notes
+    assert found.startswith("no guard, so the plan answers every prompt") and "`skipplan run --force`" in found
+    assert (note or "none was fitted for this plan") in found
+    assert "Nothing here asks a guard" in (written.directory / "README.md").read_text()
+    assert not export_plan(plan, source, "plan", tmp_path / "plan").notes
+    drafting = plan.model_copy(update={"mode": "lossless"})
+    assert not any("no guard" in each for each in export_plan(drafting, source, "runtime", tmp_path / "draft").notes)
+
+
+def test_a_guard_that_is_not_at_hand_is_no_export_without_one(
+    model_directory: Path, guard: Artifact, tmp_path: Path
+) -> None:
+    plan, source = guarded_document(model_directory, guard), ModelSource(str(model_directory))
+    with pytest.raises(UsageFault, match="the guard that plan RRSRFR was published with is not at hand"):
+        export_plan(plan, source, "runtime", tmp_path / "runtime")
+    assert not (tmp_path / "runtime").exists()
+
+
+def test_only_a_card_of_an_export_that_asks_the_guard_shows_its_figures(
+    model_directory: Path, guard: Artifact, tmp_path: Path
+) -> None:
+    share = {"prompts": 20, "sent": 0.05, "low": 0.01, "high": 0.24}
+    figures = {"held_out": share, "tasks": {"scenes": share}, "net_speedup": 1.4321}
+    plan = document("RRSRRR", model_directory)
+    secondary = {"guard": {"checksum": guard.checksum, "false_alarms": 0.05, **figures}}
+    plan = plan.model_copy(update={"figures": replace(plan.figures, secondary=secondary)})
+    for name in ("runtime", "checkpoint", "drafter"):
+        written = export_plan(plan, ModelSource(str(model_directory)), name, tmp_path / name, guard=guard)
+        card = (written.directory / "README.md").read_text()
+        assert ("sent to dense by the guard" in card, "1.432" in card) == (name == "runtime", name == "runtime")
+        assert ("Nothing here asks a guard" in card) == (name == "checkpoint")
+
+
 def test_an_imported_plan_takes_its_guard_along(runtime_export: Path, guard: Artifact, tmp_path: Path) -> None:
     with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
         stored = import_plan(database, read(runtime_export), runtime_export)
