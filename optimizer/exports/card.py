@@ -9,6 +9,7 @@ from typing import Any
 from optimizer.exports import guards
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFormat, Guide
+from storage.records.plans import LOSSLESS
 from workers.runtime import Action, SkipPlan
 
 FILE_NAME = "README.md"
@@ -59,7 +60,7 @@ def _what(document: PlanDocument) -> str:
 
 def _origin(document: PlanDocument) -> str:
     notes = []
-    if document.mode == "lossless":
+    if document.mode == LOSSLESS:
         notes.append(
             "**This is a drafter.** The figures below hold where the dense model verifies its tokens (see "
             "`skipplan.json`, `figures.secondary.lossless`); alone it answers otherwise, and nothing "
@@ -149,9 +150,10 @@ def _interval(low: float, high: float, form: str) -> str:
 
 
 def _general_limits(document: PlanDocument, chosen: ExportFormat) -> list[str]:
-    elsewhere = "more drafts may be refused, which costs time" if chosen.drafts else "its accuracy is unknown"
+    drafts = document.mode in chosen.drafts
+    elsewhere = "more drafts may be refused, which costs time" if drafts else "its accuracy is unknown"
     unguarded = "Nothing here asks a guard, so prompts unlike the task's are answered with the plan too."
-    answers_alone = not (chosen.drafts or document.mode == "lossless")
+    answers_alone = not (drafts or document.mode == LOSSLESS)
     return [
         *([unguarded] if answers_alone and not _is_guarded(document, chosen) else []),
         f"The plan was chosen for the task {_inline(document.task.name)}; on other tasks {elsewhere}.",

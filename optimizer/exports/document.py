@@ -27,7 +27,7 @@ from optimizer.errors import UsageFault
 from optimizer.search.space import touched
 from storage.errors import InvalidValue
 from storage.records.lookup import ModelRecord, TaskRecord
-from storage.records.plans import MeasuredFigures, Plan, PlanFigures
+from storage.records.plans import LOSSLESS, MeasuredFigures, Plan, PlanFigures
 from workers.runtime.plan import LEGEND, LETTERS, SkipPlan
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -108,6 +108,12 @@ class PlanDocument(Part):
         return self
 
     @model_validator(mode="after")
+    def _drafters_memory(self) -> Self:
+        if self.mode == LOSSLESS and self.figures.extra_bytes is None:
+            raise ValueError("figures.extra_bytes: a lossless plan needs it, the memory beside the dense model")
+        return self
+
+    @model_validator(mode="after")
     def _length(self) -> Self:
         if len(self.plan) != self.model.num_layers:
             raise ValueError(f"the plan has {len(self.plan)} letters, the model {self.model.num_layers} layers")
@@ -139,7 +145,7 @@ def describe(plan: Plan, model: ModelRecord, task: TaskRecord) -> PlanDocument:
         task=task,
         device=plan.device,
         workload=plan.workload,
-        mode="lossless" if plan.mode == "lossless" else "standalone",
+        mode="lossless" if plan.mode == LOSSLESS else "standalone",
         figures=replace(
             MeasuredFigures(**{each.name: getattr(plan, each.name) for each in fields(MeasuredFigures)}),
             secondary=_without_places(plan.secondary),

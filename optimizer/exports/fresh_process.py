@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from runpy import run_path
@@ -42,14 +43,18 @@ def main(request_file: str) -> None:
     gc.enable()
     torch.set_num_threads(request["threads"])
     model = _load(request["loader"], request["directory"], request["dtype"])
-    options = _assistance(request["drafter"], request["dtype"]) if request["drafter"] else {}
+    answering, options = model, {}
+    if request["loader"] == "speculation":
+        answering = _speculation(model, request["drafter"])
+    elif request["drafter"]:
+        options = _assistance(request["drafter"], request["dtype"])
     passes: list[None] = []
     model.register_forward_pre_hook(lambda *_: passes.append(None))
     processor = processors["load_auto_processor"](request["directory"])
     answers, logits, generated = [], {}, 0
     for number, question in enumerate(request["questions"]):
         inputs = _inputs(processor, question, request["chat"], request["template"])
-        answer, tokens, steps = generate_with_logits(model, processor, inputs, request["max_new_tokens"], **options)
+        answer, tokens, steps = generate_with_logits(answering, processor, inputs, request["max_new_tokens"], **options)
         answers.append(answer)
         generated += len(tokens)
         logits[str(number)] = steps
@@ -85,6 +90,15 @@ def _assistance(drafter: str, dtype: str) -> dict[str, Any]:
     """Load an export's drafter by its own code."""
     loaded = run_path(str(Path(drafter, "drafter.py")))["load_drafter"](drafter, dtype=dtype)
     return {"assistant_model": loaded}
+
+
+def _speculation(model: Any, drafter: str) -> Any:
+    """Let an export's own code draft for the model."""
+    sys.path.insert(0, drafter)
+    runtime = import_module("skipplan_runtime")
+    return runtime.speculate_from(
+        model, drafter, draft_length=3
+    )  # lengths that adapt may draft nothing of short answers
 
 
 def _inputs(processor: Any, question: dict[str, str], chat: bool, template: dict[str, str]) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workers.models.loading import LoadedModel
     from workers.runtime.folding import Maps
 
-Loader = Literal["transformers", "transformers-remote-code", "drafter"]
+Loader = Literal["transformers", "transformers-remote-code", "drafter", "speculation"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ class Guide:
 
 @dataclass(frozen=True)
 class Loadable:
-    """A written model and what loads it; ``drafter`` is loaded as the assistant of the dense model."""
+    """A written model and what loads it.
+
+    ``drafter`` is loaded as the assistant of the dense model, ``speculation`` by its own ``speculate_from``.
+    """
 
     directory: Path
     loader: Loader
@@ -74,8 +77,9 @@ class ExportFormat:
     an empty directory. ``loadable`` gives what ``verify-export`` loads, from the written directory, a scratch
     directory and the interpreter asked for; None for formats that hold no model. ``engine`` names the engine of
     ``workers.engines`` that serves what is written. ``check`` says what can be said about the surroundings, such as
-    whether the program that the commands call is there. ``drafts`` says that what is written drafts for the dense
-    model, so that the dense model's answers are verified; ``asks_guard`` that it asks the plan's guard by itself.
+    whether the program that the commands call is there. ``drafts`` has the modes of the plans that, so written, draft
+    for the dense model, so that the dense model's answers are verified; ``asks_guard`` says that it asks the plan's
+    guard by itself.
     """
 
     name: str
@@ -87,7 +91,7 @@ class ExportFormat:
     loadable: Callable[[Path, Path, str], Loadable] | None = None
     engine: str | None = None
     check: Callable[[], Sequence[str]] = tuple
-    drafts: bool = False
+    drafts: frozenset[str] = frozenset()
     asks_guard: bool = False
 
 

@@ -18,6 +18,7 @@ from optimizer.exports.engine_verification import EngineVerification, Served, ve
 from optimizer.exports.interface import ExportFault, ExportFormat, Loadable
 from optimizer.exports.target import checksum, inside, require_contained
 from optimizer.exports.writing import UNLISTED, check_model, find_format
+from storage.pareto import STANDALONE
 from workers.engines.interface import ENGINES, Engine
 from workers.errors import EngineAbsent, UnknownNameError
 from workers.messages import ModelSource
@@ -90,12 +91,18 @@ def verify_export(
     chosen = check_files(plan, directory)
     if python is not None and chosen.loadable is None and chosen.engine is not None:
         raise ExportFault(f"--python: format {chosen.name} is verified in its engine; leave the option out")
+    drafts = plan.mode in chosen.drafts
+    if engine is not None and drafts and STANDALONE not in chosen.drafts:
+        raise ExportFault(
+            f"--engine: a {chosen.name} export of a lossless plan drafts by its own speculate_from, in no engine; "
+            "leave the option out, or export with --format drafter"
+        )
     serving = find_engine(engine, chosen) if python is None or engine else None
     if serving is not None:
         check_model(plan, source, force_model=force_model)
         own_maps = maps.read(plan, maps.of_directory(plan, directory))
         questions = _load_task(plan, task), samples or ENGINE_SAMPLES
-        subject = Served(directory.resolve(), plan, *verified_plan(plan, chosen, own_maps), drafts=chosen.drafts)
+        subject = Served(directory.resolve(), plan, *verified_plan(plan, chosen, own_maps), drafts=drafts)
         return verify_in_engine(subject, serving, source, questions)
     samples = samples or FRESH_PROCESS_SAMPLES
     notes = tuple(chosen.check())
@@ -105,13 +112,15 @@ def verify_export(
     with tempfile.TemporaryDirectory(prefix="skipplan-verify-") as name:
         scratch = Path(name)
         loadable = chosen.loadable(directory.resolve(), scratch, python or sys.executable)
-        if chosen.drafts:  # passes of other widths round otherwise, which decides ties in lower precision
+        if drafts and loadable.loader == "transformers-remote-code":
+            loadable = replace(loadable, loader="speculation")
+        if drafts:  # passes of other widths round otherwise, which decides ties in lower precision
             source = replace(source, dtype="float32")
         asked = _Asked.of(plan, source, task, samples)
         own_maps = maps.read(plan, maps.of_directory(plan, directory))
         live_answers, live_logits = asked.ask_live(*verified_plan(plan, chosen, own_maps))
         result, logits = asked.ask_written(loadable, scratch)
-    if chosen.drafts:
+    if drafts:
         notes += (f"the dense model passed {result['passes']} times for {result['tokens']} tokens",)
     largest = max(_difference(live, other) for live, other in zip(live_logits, logits, strict=True))
     pairs = zip(live_answers, result["answers"], strict=True)
@@ -129,8 +138,8 @@ def verify_export(
 
 
 def verified_plan(plan: PlanDocument, chosen: ExportFormat, own_maps: Maps | None) -> tuple[SkipPlan, Maps | None]:
-    """Return the plan and maps under which the live model answers as the export should: dense for a drafter."""
-    if chosen.drafts:
+    """Return the plan and maps under which the live model answers as the export should: dense where it drafts."""
+    if plan.mode in chosen.drafts:
         return SkipPlan.dense(len(plan.plan)), None
     return SkipPlan.parse(plan.plan), own_maps
 
@@ -272,7 +281,7 @@ class _Asked:
             if not chat:
                 text = self.task.spec.plain_prompt.format(image=token, prompt=text)
             questions.append({"image": str(image), "text": text})
-        drafts = loadable.loader == "drafter"
+        drafts = loadable.loader in ("drafter", "speculation")
         return {
             "directory": str(self.checkpoint if drafts else loadable.directory),
             "drafter": str(loadable.directory) if drafts else None,

@@ -13,6 +13,7 @@ from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Subjec
 from optimizer.exports.target import check_target, checksum, whole_directory
 from optimizer.registries import EXPORT_FORMATS
 from storage.database import Database
+from storage.pareto import STANDALONE
 from storage.queue import jobs
 from storage.records import lookup
 from storage.records.plans import LOSSLESS, Plan
@@ -20,8 +21,6 @@ from workers.errors import UnknownNameError
 from workers.messages import Artifact, ModelSource
 from workers.runtime import PlanError, SkipPlan
 
-DRAFTING_FORMATS = ("drafter", "runtime", "plan")
-"""Formats in which a lossless plan drafts, or says that it is to."""
 UNLISTED = frozenset({document.FILE_NAME, card.FILE_NAME})
 """Files without a checksum: the document itself, and the card, which a person may want to edit."""
 
@@ -95,11 +94,8 @@ def export_plan(
     content = maps.fetch(plan, artifact)
     guard_content = None if guard is None else guards.fetch(guard)
     notes = tuple(chosen.check())  # an engine that a variable names and that is not there ends it before it is written
-    if plan.mode == LOSSLESS and chosen.name not in DRAFTING_FORMATS:
-        notes += (
-            "the plan is a drafter: its figures hold where the dense model verifies its tokens, and what was written "
-            f"answers alone; formats that draft are {', '.join(DRAFTING_FORMATS)}",
-        )
+    if plan.mode == LOSSLESS:
+        notes += _lossless_note(chosen)
     if chosen.asks_guard and (unguarded := guards.require(plan, guard_content)):
         notes += (unguarded,)
     subject = _subject(plan, source, chosen, content, force_model=force_model)
@@ -110,6 +106,22 @@ def export_plan(
         guards.write(guard_content, directory)
         _describe(subject, chosen, chosen.guide(subject, directory), directory)
     return Written(output, document.read(output), notes)
+
+
+def _lossless_note(chosen: ExportFormat) -> tuple[str, ...]:
+    """Say where a lossless plan, so written, answers alone."""
+    if not chosen.needs_model or chosen.drafts >= {STANDALONE, LOSSLESS}:
+        return ()
+    if LOSSLESS in chosen.drafts:
+        return (
+            "the plan is a drafter: speculate_from drafts with what was written, as its README.md shows; loaded alone "
+            "it answers otherwise than the dense model",
+        )
+    able = [each.name for each in EXPORT_FORMATS.values() if LOSSLESS in each.drafts]
+    return (
+        "the plan is a drafter: its figures hold where the dense model verifies its tokens, and what was written "
+        f"answers alone; formats that draft are {', '.join(able)}",
+    )
 
 
 def _describe(subject: Subject, chosen: ExportFormat, guide: Guide, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,9 @@ def document(plan: str, directory: Path | None = None, **changes: Any) -> PlanDo
         "published_at": datetime(2026, 5, 1, 12, tzinfo=UTC),
     }
     return PlanDocument(**(values | changes))
+
+
+def drafting_document(plan: str, directory: Path | None = None) -> PlanDocument:
+    """The document of a lossless plan."""
+    figures = replace(document(plan, directory).figures, extra_bytes=1024)
+    return document(plan, directory, mode="lossless", figures=figures)

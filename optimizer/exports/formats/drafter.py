@@ -14,6 +14,8 @@ from types import MappingProxyType
 
 from optimizer.exports.formats import checkpoint, llama_cpp
 from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
+from storage.pareto import STANDALONE
+from storage.records.plans import LOSSLESS
 
 LOADER = Path(__file__).with_name("drafter_loader.py")
 CODE = "drafter.py"
@@ -49,8 +51,8 @@ def guide(subject: Subject, directory: Path) -> Guide:
     """How the drafter is used in each program, beside the dense model."""
     name, family = directory.name, subject.document.model.family
     dense = subject.document.model.name.replace("`", "")
-    drafts = subject.document.mode == "lossless"
-    measured = "drafting in skipplan's own runtime" if drafts else "the plan alone, in the dense model's place"
+    drafting = subject.document.mode == LOSSLESS
+    measured = "drafting in skipplan's own runtime" if drafting else "the plan alone, in the dense model's place"
     return Guide(
         usage=f"It drafts for the dense model, `{dense}` below, which decides every token: answers are the dense "
         f"model's. The figures above are of {measured}.\n\n"
@@ -100,5 +102,5 @@ FORMAT = ExportFormat(
     write=write,
     guide=guide,
     loadable=loadable,
-    drafts=True,
+    drafts=frozenset({STANDALONE, LOSSLESS}),
 )

@@ -22,6 +22,7 @@ from optimizer.exports.interface import (
     needs_plain_skips,
     takes_everything,
 )
+from storage.records.plans import LOSSLESS
 
 CODE_DIRECTORY = "skipplan_runtime"
 MODEL_TYPE_PREFIX = "skipplan_"
@@ -181,14 +182,24 @@ def guide(subject: Subject, directory: Path) -> Guide:
     lossless = ""
     if needs_plain_skips(subject.plan, subject.document.compensation) is None:
         lossless = (
-            f"\n\nOr losslessly, drafting for the dense model, `{dense}`, whose answers are then given; of this "
-            "directory the plan and its maps are read alone:\n\n```python\n"
+            f"rafting for the dense model, `{dense}`, whose answers are then given; of this directory the plan and its "
+            "maps are read alone:\n\n```python\n"
             f'import sys; sys.path.insert(0, "{name}")\n'
             f"from {CODE_DIRECTORY} import speculate_from\n"
             "from transformers import AutoModelForImageTextToText\n\n"
             f'dense = AutoModelForImageTextToText.from_pretrained("{dense}")\n'
             f'with speculate_from(dense, "{name}") as speculation:\n'
             "    tokens = speculation.generate(**inputs)\n```"
+        )
+    if subject.document.mode == LOSSLESS:
+        return Guide(
+            usage=f"D{lossless}",
+            limits=(
+                f"`{CODE_DIRECTORY}/` needs torch and transformers only, of the versions below or close to them.",
+                "`from_pretrained` of this directory gives the drafter alone, which answers otherwise than the dense "
+                "model.",
+                "Copy the directory to hand it on; `save_pretrained` does not write the code.",
+            ),
         )
     return Guide(
         usage="As Hugging Face remote code:\n\n```python\n"
@@ -198,7 +209,9 @@ def guide(subject: Subject, directory: Path) -> Guide:
         "```\n\nOr with the code imported from here, in three lines:\n\n```python\n"
         f'import sys; sys.path.insert(0, "{name}")\n'
         f"from {CODE_DIRECTORY}.modeling import {MODEL_CLASS}\n"
-        f'model = {MODEL_CLASS}.from_pretrained("{name}")\n```' + (GUARDED if subject.guard else "") + lossless,
+        f'model = {MODEL_CLASS}.from_pretrained("{name}")\n```'
+        + (GUARDED if subject.guard else "")
+        + (f"\n\nOr losslessly, d{lossless}" if lossless else ""),
         limits=(
             f"`{CODE_DIRECTORY}/` needs torch and transformers only, of the versions below or close to them.",
             *((GUARD_LIMIT,) if subject.guard else ()),
@@ -231,4 +244,5 @@ FORMAT = ExportFormat(
     guide=guide,
     loadable=loadable,
     asks_guard=True,
+    drafts=frozenset({LOSSLESS}),
 )

@@ -87,6 +87,7 @@ def test_reader_refuses_whatever_the_schema_refuses(path: tuple[Any, ...], value
     ("change", "message"),
     [
         ({"plan": "RFXS"}, "plan"),
+        ({"mode": "lossless"}, "figures.extra_bytes: a lossless plan needs it"),
         ({"plan": "RFB"}, "3 letters, the model 4 layers"),
         ({"schema_version": 1}, "schema_version"),
         ({"extra": 1}, "extra"),

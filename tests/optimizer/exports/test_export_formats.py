@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from export_builders import document
+from export_builders import document, drafting_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,10 +64,10 @@ def test_exported_files_take_the_users_umask(model_directory: Path, tmp_path: Pa
 
 
 def test_a_lossless_plan_that_would_answer_alone_is_written_with_a_note(model_directory: Path, tmp_path: Path) -> None:
-    drafting = document("RSRRSR", model_directory).model_copy(update={"mode": "lossless"})
+    drafting = drafting_document("RSRRSR", model_directory)
     source = ModelSource(str(model_directory))
     alone = export_plan(drafting, source, "checkpoint", tmp_path / "alone")
-    assert any("formats that draft are drafter, runtime" in note for note in alone.notes)
+    assert any("formats that draft are runtime, drafter" in note for note in alone.notes)
     assert "This is a drafter." in (tmp_path / "alone" / "README.md").read_text()
     assert not export_plan(drafting, source, "drafter", tmp_path / "drafter").notes
     standalone = export_plan(document("RSRRSR", model_directory), source, "checkpoint", tmp_path / "standalone")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from export_builders import document
+from export_builders import document, drafting_document
 
 from optimizer.errors import UsageFault
 from optimizer.exports.formats.runtime import changed_code, runtime_modules
@@ -110,6 +110,20 @@ def test_a_runtime_export_drafts_for_the_dense_model_in_a_fresh_process(model_di
     assert f'speculate_from(dense, "{directory.name}")' in (directory / "README.md").read_text()
     done = isolated(LOSSLESS, directory, tmp_path, str(model_directory))
     assert done.stdout.splitlines() == ["True True", "False"], done.stderr[-2000:]
+
+
+def test_a_lossless_runtime_export_is_verified_as_a_drafter(model_directory: Path, tmp_path: Path):
+    source = ModelSource(str(model_directory))
+    written = export_plan(drafting_document("RSRRSR", model_directory), source, "runtime", tmp_path / "runtime")
+    assert any("speculate_from drafts" in note for note in written.notes)
+    card = (written.directory / "README.md").read_text()
+    assert "speculate_from" in card and "trust_remote_code" not in card
+    found = verify_export(written.directory, source, samples=2)
+    assert found.passed and len(found.answers) == 2, found
+    assert found.model_class == "LlavaForConditionalGeneration"
+    assert any("the dense model passed" in note for note in found.notes)
+    with pytest.raises(UsageFault, match="--engine: a runtime export of a lossless plan drafts by its own"):
+        verify_export(written.directory, source, engine="fake")
 
 
 def test_the_code_is_the_workers_own_and_changed_code_is_not_run(
