@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
-from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.generation import logits_process
 
 from .applied import apply_permanently
@@ -149,7 +156,7 @@ def _branch(layer: Any) -> Any:
     """Copy a cache layer so that it can go on alone; keys and values are shared as long as nothing is written."""
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer):
         branch = copy.copy(layer)  # an update puts new tensors in the place of the old ones
-    elif isinstance(layer, StaticLayer):
+    elif type(layer) in (StaticLayer, StaticSlidingWindowLayer):
         # Drafts are written behind the length, where the verification writes anew.
         branch = copy.copy(layer)
         branch.cumulative_length = layer.cumulative_length.clone()

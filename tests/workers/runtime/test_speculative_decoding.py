@@ -21,11 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
+    cache_utils,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from workers.models.ties import tie_bound
 from workers.runtime import PlanError, SkipPlan, UnsupportedFamilyError, apply, speculate
+from workers.runtime.drafter import draft_cache
 
 VOCABULARY, PAD, LAYERS = 31, 0, 4
 PLANS = [SkipPlan.parse(text) for text in ("RRRR", "RRSR", "SSSR")]
@@ -346,3 +348,17 @@ def test_bfloat16_differs_at_near_ties_alone() -> None:
             assert lead <= tie_bound(scores.max(), torch.bfloat16)
             differing += 1
     assert differing < 2 * len(ids) / 2
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "StaticIndexedLayer"), reason="this transformers has no such layer")
+def test_a_draft_leaves_every_part_of_a_static_cache_as_it_was() -> None:
+    layer = cache_utils.StaticIndexedLayer(max_cache_len=8)
+    states = torch.randn(1, 2, 3, 4)
+    layer.update(states, states)
+    layer.update_indexer(torch.randn(1, 3, 4))
+    cache = cache_utils.Cache(layers=[layer])
+    own = draft_cache(cache, (0,)).layers[0]
+    own.update(states, states)
+    own.update_indexer(torch.randn(1, 3, 4))
+    assert [int(each.indexer_cumulative_length) for each in (layer, own)] == [3, 6]
+    assert [int(each.cumulative_length) for each in (layer, own)] == [3, 6]
