@@ -10,7 +10,7 @@ from optimizer.job.result import meets_constraint
 from storage.database import Database
 from storage.pareto import STANDALONE
 from storage.records import plans
-from storage.records.plans import Plan, PlanQuery
+from storage.records.plans import LOSSLESS, Plan, PlanQuery
 
 
 def find_best(
@@ -70,7 +70,9 @@ def _faster(plan: Plan, query: PlanQuery) -> bool:
 
 
 def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
-    """Tell whether a plan was measured beside its task, and keeps to the limits there."""
+    """Tell whether a plan was measured beside its task, and keeps to the limits there; a lossless one loses nothing."""
+    if plan.mode == LOSSLESS:
+        return True
     beside = plan.secondary.get("collateral") or {}
     text = beside.get("text") or {}
     differences = [task["accuracy"] - task["dense_accuracy"] for task in beside.get("tasks", {}).values()]

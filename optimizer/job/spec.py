@@ -26,6 +26,7 @@ from optimizer.job.sections import (
     WorkloadSpec,
 )
 from optimizer.registries import METHODS
+from storage.records.plans import LOSSLESS
 from workers.runtime.plan import Action
 
 DEFAULT_DATABASE = "sqlite:///skipplan.db"
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 else:
     ActionName = Literal[tuple(action.label for action in Action if action is not Action.RUN)]
 
-LOSSLESS = "lossless"
 LEAST_TOKENS = 8
 """Fewest new tokens of answers that drafting can gain anything on."""
 
@@ -176,7 +176,7 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _lossless_fits(self) -> JobSpec:
-        """Leave a lossless job without a limit on accuracy, which it cannot lose."""
+        """Leave a lossless job without a limit on accuracy, which it cannot lose, and without a guard."""
         if not self.is_lossless:
             return self
         constraint = self.constraint
@@ -195,12 +195,18 @@ class JobSpec(Section):
                 f"workload.new_tokens: {self.workload.new_tokens} tokens leave too little to draft; a lossless job "
                 f"needs {LEAST_TOKENS} or more, about as many as the task's answers have"
             )
+        if "guard" in self.model_fields_set and self.guard.false_alarms is not None:
+            raise ValueError(
+                "guard: lossless plans answer every prompt as the dense model does, so there is nothing to guard; "
+                "leave it out"
+            )
         if self.latency.engine != TRANSFORMERS:
             raise ValueError(
                 f"latency.engine: lossless plans are timed on the live model, not in {self.latency.engine}; leave "
                 "it out"
             )
         self.__dict__["constraint"] = constraint.model_copy(update={"max_accuracy_drop": None})
+        self.__dict__["guard"] = GuardSpec(false_alarms=None)
         return self
 
     @model_validator(mode="after")
@@ -239,7 +245,7 @@ class JobSpec(Section):
             del fields["latency"]["engine"], fields["workload"]["concurrency"]
         if not self.is_lossless:  # jobs of before there was a choice
             del fields["mode"]
-        if self.guard == GuardSpec():  # jobs of before there were guards are found again
+        if self.guard == GuardSpec() or self.is_lossless:  # jobs of before there were guards are found again
             del fields["guard"]
         if self.compensation.kind == "none" or not self.compensation.text_share:  # nor before there were mixtures
             del fields["compensation"]["text_share"], fields["compensation"]["text"]

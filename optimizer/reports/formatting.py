@@ -88,8 +88,9 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
 
 def _lossless_cost(best: Plan, found: dict[str, Any]) -> str:
     return (
-        f"Lossless: the dense model verifies every token, and {count(found['answers_compared'])} answers were its own "
-        f"token for token ({count(found['near_ties'])} up to a near tie). Of the positions of its answers on "
+        f"Lossless: the dense model verifies every token, and the answers to {count(found['answers_compared'])} "
+        f"prompts were its own token for token; {count(found['near_ties'])} of them part at a near tie, behind which "
+        f"nothing is compared. Of the positions of its answers on "
         f"{count(found['n_samples'])} held-out samples {acceptance(found)} are drafted right; decoding behind the "
         f"first token is {decoding(found)} as fast. Beside the dense model it takes "
         f"{(best.extra_bytes or 0) / 1e6:.1f} MB."

@@ -88,13 +88,15 @@ def none(context: JobContext, reason: str) -> Published:
 
 def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Measured) -> Published:
     constraint = context.spec.constraint
+    timed_plans = [each for each in finalists if each.candidate in measured.latency]
+    if not timed_plans:
+        raise JobFailed(f"none of the {len(finalists)} verified plans could be timed")
+    inexact = {each.candidate: _inexact_beside(context, each.candidate, measured) for each in timed_plans}
     complete = [
-        (each, _speed(context, each.candidate, measured))
-        for each in finalists
-        if each.candidate in measured.latency and not _inexact_beside(context, each.candidate, measured)
+        (each, _speed(context, each.candidate, measured)) for each in timed_plans if not inexact[each.candidate]
     ]
     if not complete:
-        raise JobFailed(f"none of the {len(finalists)} verified plans could be timed")
+        raise JobFailed(inexact[timed_plans[0].candidate])
     verdict = complete[0][0].verdict
     warning = dense.warning_of(context, verdict.dense_accuracy, verdict.n_samples)
     rows: dict[Candidate, plans.Plan] = {}
@@ -125,14 +127,15 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
     return Published(plan_ids, None, _why_none([(each.verdict, speed) for each, speed in complete], constraint))
 
 
-def _inexact_beside(context: JobContext, candidate: Candidate, measured: Measured) -> bool:
-    """Whether a drafter gave other answers than dense on prompts of other tasks or of text, which is noted."""
+def _inexact_beside(context: JobContext, candidate: Candidate, measured: Measured) -> str:
+    """Note and return that a drafter gave other answers than dense on prompts of other tasks or of text; else empty."""
     beside = measured.collateral.get(candidate)
     for name, found in beside.off_task.items() if beside is not None else ():
         if reason := speculate.inexact(found.exactness):
-            context.progress.note(f"plan {candidate} is not published: on {name} {reason}")
-            return True
-    return False
+            note = f"plan {candidate} is not published: on {name} {reason}"
+            context.progress.note(note)
+            return note
+    return ""
 
 
 def _speed(context: JobContext, candidate: Candidate, measured: Measured) -> Speed:
@@ -236,9 +239,9 @@ def lossless(verdict: Verdict, drafted: SpeculationComparison, beside: Collatera
 
 
 def _exact(figures: dict[str, Any]) -> dict[str, Any]:
-    """Replace the names of near ties by their number; answers that differ elsewhere are never published."""
+    """Replace names of prompts and near ties by their number; answers that differ elsewhere are never published."""
     exactness = figures.pop("exactness")
-    return figures | {"answers_compared": exactness["answers"], "near_ties": len(exactness["near_ties"])}
+    return figures | {"answers_compared": len(exactness["prompts"]), "near_ties": len(exactness["near_ties"])}
 
 
 def _in_engine(served: EngineComparison, level: EngineLevel) -> EngineLatency:

@@ -49,19 +49,20 @@ class CheckSpeculation:
 
 @dataclass(frozen=True)
 class Exactness:
-    """How many answers with drafts were compared with dense's, and which differed.
+    """Names of the prompts whose answers with drafts were compared with dense's, and of those that differed.
 
-    At a near tie the dense model alone is undecided between the two tokens; ``different`` are differences elsewhere.
+    At a near tie the dense model alone is undecided between the two tokens, and what follows is not compared;
+    ``different`` are differences elsewhere.
     """
 
-    answers: int
+    prompts: tuple[str, ...] = ()
     near_ties: tuple[str, ...] = ()
     different: tuple[str, ...] = ()
 
     def joined(self, other: Exactness) -> Exactness:
-        """Join two parts; a prompt that both compared counts twice."""
+        """Join two parts; a prompt that both compared counts once."""
         return Exactness(
-            self.answers + other.answers,
+            tuple(dict.fromkeys((*self.prompts, *other.prompts))),
             tuple(dict.fromkeys((*self.near_ties, *other.near_ties))),
             tuple(dict.fromkeys((*self.different, *other.different))),
         )
@@ -72,7 +73,7 @@ class SpeculationComparison:
     """Measured speed-ups with a plan's drafts: medians over pairs of dense seconds / its seconds.
 
     ``latency`` is of requests; its cache is dense's with the drafter's. ``decoding_speedup`` is of all behind a
-    request's first token, the drafter's prefill included. ``acceptance`` is the share of the positions of dense's own
+    request's first token. ``acceptance`` is the share of the positions of dense's own
     answers where the plan's next token is dense's. Counts are of the timed requests.
     """
 

@@ -178,14 +178,14 @@ def compare_speculation(
     loaded, task = evaluator.loaded, request.task or evaluator.task
     plan, failed = SkipPlan.parse(request.plan), dict[str, str]()
     if request.text is None:
-        prompts = _task_prompts(loaded, task, request.workload, failed)
+        prompts = partial(_task_prompts, loaded, task, request.workload, failed)
     else:
-        prompts = _text_prompts(loaded, request.text)
+        prompts = partial(_text_prompts, loaded, request.text)
     with speculate(loaded.model, plan, maps) as speculation:
         folded = speculation.statistics.extra_bytes
         with device_lock.timing(loaded.device):
             caches = _memory(loaded, evaluator.task, request.workload, speculation)
-            pairs, asked, exact = _time_pairs(loaded, itertools.cycle(prompts), request, speculation)
+            pairs, asked, exact = _time_pairs(loaded, _over_and_over(prompts), request, speculation)
     own = speculation.statistics
     generator = np.random.default_rng(request.seed)
     ratios = [first / second for first, second in zip(pairs.dense, pairs.drafted, strict=True)]
@@ -235,7 +235,7 @@ def check_speculation(evaluator: PlainEvaluator, request: CheckSpeculation, maps
         UnsupportedFamilyError: the model's cache cannot be set back.
     """
     loaded, task = evaluator.loaded, evaluator.task
-    found = Exactness(0)
+    found = Exactness()
     with speculate(loaded.model, SkipPlan.parse(request.plan), maps) as speculation:
         for sample, target in zip(task.held_out[request.start : request.stop], request.targets, strict=True):
             if target is None:
@@ -275,7 +275,7 @@ def _time_pairs(
 
     Returns the times, the first prompts with dense's answers, and how exact the answers were.
     """
-    pairs, exact = Pairs(), Exactness(0)
+    pairs, exact = Pairs(), Exactness()
     asked: list[tuple[Prompt, list[tuple[int, ...]]]] = []
     generator = np.random.default_rng(request.seed)
     tokens = {"max_new_tokens": request.workload.new_tokens}
@@ -311,6 +311,12 @@ def _time_pairs(
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
+
+
+def _over_and_over(prompts: Callable[[], Iterator[Prompt]]) -> Iterator[Prompt]:
+    """Yield prompts from the first to the last, again and again, each made anew: none stays on the device."""
+    while True:
+        yield from prompts()
 
 
 def _task_prompts(loaded: LoadedModel, task: Task, workload: Workload, failed: dict[str, str]) -> Iterator[Prompt]:
@@ -430,15 +436,15 @@ def _compared(
 ) -> Exactness:
     """Compare two answers to a prompt. Where they part, the dense model is asked about it ``alone``."""
     if tuple(dense) == tuple(drafted):
-        return Exactness(1)
+        return Exactness((name,))
     parting = next(
         (at for at, pair in enumerate(zip(dense, drafted, strict=False)) if pair[0] != pair[1]),
         min(len(dense), len(drafted)),
     )
     both_go_on = parting < min(len(dense), len(drafted))
     if both_go_on and _is_near_tie(loaded, alone(), dense[: parting + 1], drafted[parting]):
-        return Exactness(1, near_ties=(name,))
-    return Exactness(1, different=(name,))
+        return Exactness((name,), near_ties=(name,))
+    return Exactness((name,), different=(name,))
 
 
 def _is_near_tie(loaded: LoadedModel, inputs: Mapping[str, Any], answer: Sequence[int], other: int) -> bool:

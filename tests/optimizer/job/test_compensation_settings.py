@@ -127,7 +127,8 @@ def test_mistakes_are_named_by_field(tmp_path: Path, section: str, named: str) -
 class Published:
     """Of a plan, what `best` looks at."""
 
-    def __init__(self, beside: Collateral | None) -> None:
+    def __init__(self, beside: Collateral | None, mode: str = "standalone") -> None:
+        self.mode = mode
         self.secondary = {} if beside is None else {"collateral": asdict(beside)}
 
 
@@ -139,3 +140,4 @@ def test_best_takes_only_plans_measured_beside_their_task() -> None:
     assert not _within(plan, 0.04, None) and not _within(plan, 0.06, 0.1)
     assert not _within(unmeasured, 1.0, None) and not _within(unmeasured, None, 10.0)
     assert not _within(Published(Collateral(tasks)), None, 10.0)
+    assert _within(Published(None, "lossless"), 0.0, 0.0)  # which answers as dense, wherever

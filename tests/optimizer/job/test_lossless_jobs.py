@@ -42,6 +42,7 @@ def test_the_mode_tells_jobs_apart_and_standalone_jobs_of_before_are_found_again
         ({"workload": {"new_tokens": 4}}, "workload.new_tokens: 4 tokens leave too little to draft"),
         ({"workload": {}}, "needs 8 or more"),
         ({"latency": {"engine": "vllm"}}, "latency.engine: lossless plans are timed on the live model"),
+        ({"guard": {"false_alarms": 0.01}}, "guard: lossless plans answer every prompt as the dense model does"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(fields: dict[str, Any], message: str) -> None:

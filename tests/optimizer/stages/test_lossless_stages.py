@@ -34,6 +34,7 @@ from workers.messages import (
 from workers.runtime import SkipPlan
 
 FAST, CAREFUL = "R" * 6 + "S" * 6, "R" * 11 + "S"
+NAMES = tuple(f"held_out-{number}" for number in range(8))
 JOB: dict[str, Any] = {
     "mode": "lossless",
     "task": "scenes",
@@ -98,12 +99,47 @@ def test_a_model_that_cannot_draft_ends_the_job_before_anything_is_computed(job:
     assert isinstance(asked, CheckSpeculation) and asked.targets == ((5, 6, 7, 2),)
 
 
+def test_the_first_sample_that_dense_answered_is_drafted(
+    job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(count: int) -> Callable[[AnswerDense], DenseAnswers]:
+        def answer(request: AnswerDense) -> DenseAnswers:
+            found = whole(request)
+            failed = dict.fromkeys(found.evaluation.sample_ids[:count], "not an image")
+            tokens = (None,) * count + found.tokens[count:]
+            return DenseAnswers(replace(found.evaluation, failed_samples=failed), tokens)
+
+        return answer
+
+    whole = dense
+    monkeypatch.setitem(globals(), "dense", failing(2))
+    context, workers = job(lambda request: Exactness(NAMES[2:3]))
+    speculate.require_drafting(context)
+    asked = workers.requests[-1]
+    assert isinstance(asked, CheckSpeculation) and (asked.start, asked.stop) == (2, 3)
+    assert asked.targets == ((5, 6, 7, 2),)
+
+
+def test_a_model_that_answers_nothing_ends_the_job(job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dense
+
+    def answer(request: AnswerDense) -> DenseAnswers:
+        found = whole(request)
+        failed = {found.evaluation.sample_ids[0]: "not an image"}
+        return DenseAnswers(replace(found.evaluation, failed_samples=failed), (None,) * len(found.tokens))
+
+    monkeypatch.setitem(globals(), "dense", answer)
+    context, _ = job(lambda request: Exactness())
+    with pytest.raises(JobFailed, match="answered none of the first 8 held-out samples: not an image"):
+        speculate.require_drafting(context)
+
+
 def test_a_plan_with_another_answer_than_dense_is_not_published(job: Callable[..., Any], store: Database) -> None:
     def answer(request: Request) -> Reply:
         assert isinstance(request, CompareSpeculation | CheckSpeculation)
         if isinstance(request, CompareSpeculation):
-            return compared(request.plan, Exactness(9, near_ties=("held_out-3",)))
-        return Exactness(8, different=("held_out-5",) if request.plan == FAST else ())
+            return compared(request.plan, Exactness(NAMES[1:7], near_ties=("held_out-3",)))
+        return Exactness(NAMES, different=("held_out-5",) if request.plan == FAST else ())
 
     context, workers = job(answer)
     chosen = (finalist(FAST), finalist(CAREFUL))
@@ -115,7 +151,7 @@ def test_a_plan_with_another_answer_than_dense_is_not_published(job: Callable[..
     assert result.plan_ids == (published.id,) and result.best == published.id
     own = published.secondary["lossless"]
     assert (published.plan, published.mode, published.extra_bytes) == (CAREFUL, "lossless", 4096)
-    assert (own["answers_compared"], own["near_ties"], own["acceptance"]) == (17, 1, 0.95)
+    assert (own["answers_compared"], own["near_ties"], own["acceptance"]) == (8, 1, 0.95)
     checked = [each for each in workers.requests if isinstance(each, CheckSpeculation)]
     assert [(each.start, each.stop, len(each.targets)) for each in checked] == [(0, 8, 8)] * 2
     speculate.run(context, chosen)  # resumed: read back, not measured again
@@ -125,25 +161,25 @@ def test_a_plan_with_another_answer_than_dense_is_not_published(job: Callable[..
 def test_a_job_whose_plans_all_answer_otherwise_fails_with_the_sample(job: Callable[..., Any]) -> None:
     context, _ = job(
         lambda request: (
-            compared(request.plan, Exactness(9))
+            compared(request.plan, Exactness(NAMES[1:7]))
             if isinstance(request, CompareSpeculation)
-            else Exactness(8, different=("held_out-5",))
+            else Exactness(NAMES, different=("held_out-5",))
         )
     )
-    with pytest.raises(JobFailed, match="1 of 17 answers were not the dense model's, the first to held_out-5"):
+    with pytest.raises(JobFailed, match="1 of 8 answers were not the dense model's, the first to held_out-5"):
         speculate.run(context, (finalist(FAST),))
 
 
 def test_another_answer_on_prompts_of_other_tasks_keeps_a_plan_back_too(
     job: Callable[..., Any], store: Database
 ) -> None:
-    context, _ = job(lambda request: Exactness(0))
+    context, _ = job(lambda request: Exactness())
     chosen = (finalist(FAST), finalist(CAREFUL))
-    drafted = {each.candidate: compared(each.candidate.plan.text, Exactness(17)) for each in chosen}
-    exact = OffTask(5, 0.3, 1.0, 0.9, 1.1, 1.0, 0.9, 1.1, Exactness(5))
+    drafted = {each.candidate: compared(each.candidate.plan.text, Exactness(NAMES)) for each in chosen}
+    exact = OffTask(5, 0.3, 1.0, 0.9, 1.1, 1.0, 0.9, 1.1, Exactness(NAMES[:5]))
     beside = {
         Candidate(SkipPlan.parse(FAST)): Collateral(
-            off_task={"vqa": replace(exact, exactness=Exactness(5, (), ("q",)))}
+            off_task={"vqa": replace(exact, exactness=Exactness(NAMES[:5], (), ("q",)))}
         ),
         Candidate(SkipPlan.parse(CAREFUL)): Collateral(off_task={"vqa": exact}),
     }
@@ -152,3 +188,14 @@ def test_another_answer_on_prompts_of_other_tasks_keeps_a_plan_back_too(
     (published,) = plans.for_job(store, context.job.id)
     assert published.plan == CAREFUL
     assert published.secondary["lossless"]["off_task"]["vqa"]["answers_compared"] == 5
+
+
+def test_a_job_whose_plans_all_answer_otherwise_on_other_tasks_fails_with_the_prompt(job: Callable[..., Any]) -> None:
+    context, _ = job(lambda request: Exactness())
+    chosen = finalist(FAST)
+    drafted = {chosen.candidate: compared(FAST, Exactness(NAMES))}
+    other = OffTask(5, 0.3, 1.0, 0.9, 1.1, 1.0, 0.9, 1.1, Exactness(NAMES[:5], (), ("q",)))
+    beside = {chosen.candidate: Collateral(off_task={"vqa": other})}
+    latency = {chosen.candidate: drafted[chosen.candidate].latency}
+    with pytest.raises(JobFailed, match=f"plan {FAST} is not published: on vqa 1 of 5 answers .*, the first to q"):
+        publish.run(context, (chosen,), publish.Measured(latency, collateral=beside, speculation=drafted))

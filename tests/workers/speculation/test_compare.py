@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -61,7 +63,7 @@ def test_pairs_answer_alike_and_acceptance_is_that_of_the_evaluation(
     monkeypatch.setattr(compare, "speculate", partial(speculate, draft_length=3))
     found = compare_speculation(evaluator, asked(max_seconds=3), None)
     pairs = found.latency.pairs
-    assert found.exactness.answers == pairs >= 5 and not found.exactness.different
+    assert len(found.exactness.prompts) == min(pairs, 9) >= 5 and not found.exactness.different
     assert found.rounds > pairs and 0 < found.accepted < found.drafted
     assert found.extra_bytes > 0
     assert found.latency.kv_cache_bytes == found.latency.dense_kv_cache_bytes + found.extra_bytes  # no maps
@@ -80,25 +82,44 @@ def test_pairs_answer_alike_and_acceptance_is_that_of_the_evaluation(
 
 def test_several_prompts_a_request_and_prompts_of_text(evaluator: PlainEvaluator) -> None:
     batches = compare_speculation(evaluator, asked(workload=Workload(3, LIMIT)), None)
-    assert batches.exactness.answers == 3 * batches.latency.pairs and not batches.exactness.different
+    assert len(batches.exactness.prompts) == min(3 * batches.latency.pairs, 9) and not batches.exactness.different
     text = "\n\n".join(
         f"{number} what shape is green? is there a red circle in the image? yes no" for number in range(3)
     )
     beside = compare_speculation(evaluator, asked(text=text), None)
-    assert beside.exactness.answers == beside.latency.pairs and not beside.exactness.different
+    assert beside.latency.pairs > 3 == len(beside.exactness.prompts) and not beside.exactness.different
     with pytest.raises(MeasurementError, match="no paragraph"):
         compare_speculation(evaluator, asked(text="too short"), None)
+
+
+def test_prompts_are_made_anew_and_none_is_kept() -> None:
+    class Inputs(dict): ...
+
+    made: list[weakref.ref[Inputs]] = []
+
+    def prompts() -> Iterator[compare.Prompt]:
+        for name in ("a", "b"):
+            inputs = Inputs()
+            made.append(weakref.ref(inputs))
+            yield compare.Prompt((name,), inputs, lambda row: {})
+
+    asked = compare._over_and_over(prompts)
+    assert [next(asked).names for _ in range(5)] == [("a",), ("b",), ("a",), ("b",), ("a",)]
+    gc.collect()
+    assert [each() is None for each in made[:4]] == [True] * 4
 
 
 def test_a_wrong_answer_is_named_and_a_near_tie_is_none(
     evaluator: PlainEvaluator, targets: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = CheckSpeculation(PLAN, 0, 9, targets)
-    assert check_speculation(evaluator, request, None) == compare.Exactness(9)
+    assert check_speculation(evaluator, request, None) == compare.Exactness(
+        tuple(each.id for each in evaluator.task.held_out)
+    )
     changed = targets[4][0], (targets[4][1] + 1) % 300, *targets[4][2:]
     other = replace(request, targets=(None, *targets[1:4], changed, *targets[5:]))
     found = check_speculation(evaluator, other, None)
-    assert (found.answers, found.different) == (8, (evaluator.task.held_out[4].id,))
+    assert (len(found.prompts), found.different) == (8, (evaluator.task.held_out[4].id,))
     monkeypatch.setattr(compare, "tie_bound", lambda top, dtype: torch.full_like(top, 1e6))
     found = check_speculation(evaluator, other, None)
     assert (found.near_ties, found.different) == ((evaluator.task.held_out[4].id,), ())
