@@ -142,7 +142,12 @@ def _guard_rows(guard: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         for name, share in {"held-out": guard["held_out"], **elsewhere}.items()
         if share["prompts"]
     ]
-    return [*rows, ("speed-up with the guard, expected", "1", f"{guard['net_speedup']:.3f}", "")]
+    net = (
+        [("speed-up with the guard, expected", "1", f"{guard['net_speedup']:.3f}", "")]
+        if "net_speedup" in guard
+        else []
+    )
+    return [*rows, *net]
 
 
 def _interval(low: float, high: float, form: str) -> str:

@@ -322,6 +322,11 @@ def sent(share: Mapping[str, Any]) -> str:
     return f"{100 * share['sent']:.1f} % [{low:.1f}, {high:.1f}] of {count(share['prompts'])}"
 
 
+def net_speedup(guard: Mapping[str, Any]) -> str:
+    """Return the expected speed-up of a plan with its guard, which is known of single prompts alone."""
+    return f"{guard['net_speedup']:.2f}" if "net_speedup" in guard else NOT_MEASURED
+
+
 def sent_elsewhere(guard: Mapping[str, Any]) -> str:
     """Return the shares of other tasks' prompts and of text that a guard sends to the dense model."""
     beside = guard["tasks"] | ({"text": guard["text"]} if "text" in guard else {})

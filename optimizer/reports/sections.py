@@ -152,7 +152,7 @@ _GUARD_COLUMNS: tuple[Column[Plan], ...] = (
         number=True,
     ),
     Column("others sent to dense", lambda plan: formatting.sent_elsewhere(plan.secondary["guard"])),
-    Column("net speed-up", lambda plan: f"{plan.secondary['guard']['net_speedup']:.2f}", number=True),
+    Column("net speed-up", lambda plan: formatting.net_speedup(plan.secondary["guard"]), number=True),
 )
 
 _TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (

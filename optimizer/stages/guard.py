@@ -34,11 +34,14 @@ class KeptGuard:
     decision_seconds: float
     score_seconds: float
 
-    def net_speedup(self, latency: LatencyComparison) -> float:
+    def net_speedup(self, latency: LatencyComparison) -> float | None:
         """Return the expected speed-up on the task's own prompts: false alarms take the decision and dense behind it.
 
-        Prompts that are admitted take the plan and the score, since its pass goes on behind the decision.
+        Prompts that are admitted take the plan and the score, since its pass goes on behind the decision. None of
+        batches, which one prompt outside sends to dense as a whole: decisions are timed, and prompts counted, singly.
         """
+        if latency.workload.batch_size != 1:
+            return None
         dense, sent = latency.dense_latency_seconds, self.held_out.share
         admitted = dense / latency.speedup + self.score_seconds
         return dense / ((1 - sent) * admitted + sent * (self.decision_seconds + dense))
@@ -120,6 +123,7 @@ def figures(
     kept = guards.by_layer.get(layer_of(candidate))
     if kept is None:
         return {"note": guards.note} if guards.note else {}
+    net_speedup = kept.net_speedup(latency)
     return {
         "artifact": kept.artifact.location,
         "checksum": kept.artifact.checksum,
@@ -132,7 +136,7 @@ def figures(
         **({} if kept.text is None else {"text": _share(kept.text, confidence)}),
         "decision_seconds": kept.decision_seconds,
         "score_seconds": kept.score_seconds,
-        "net_speedup": kept.net_speedup(latency),
+        **({} if net_speedup is None else {"net_speedup": net_speedup}),
     }
 
 

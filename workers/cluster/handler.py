@@ -117,11 +117,13 @@ class Handler:
     def handle(self, request: Request) -> Reply:
         """Answer a request. What measures time takes the device for itself; everything else shares it.
 
+        Fitting guards does both, one after the other.
+
         Raises:
             WorkersError: the request asks for something that is not there.
             PlanError: the model cannot take the plan.
         """
-        with nullcontext() if isinstance(request, Timing) else device_lock.computing(self.loaded.device):
+        with nullcontext() if isinstance(request, Timing | FitGuards) else device_lock.computing(self.loaded.device):
             return self._answer(request)
 
     def _answer(self, request: Request) -> Reply:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from workers.device import lock as device_lock
 from workers.errors import MeasurementError
 from workers.latency.request import synchronise
 from workers.messages import FitGuards, FittedGuard, FittedGuards, SentAway
@@ -22,7 +23,7 @@ from .artifact import encode
 from .fit import conformal_threshold, fit_gaussian
 from .states import asking_text, one_per_image, task_features
 
-MOST_FITTED, MOST_THRESHOLD, MOST_COUNTED = 256, 512, 1000
+MOST_FITTED, MOST_THRESHOLD, MOST_COUNTED = 256, 512, 400
 """Most images that the distribution is fitted on, that the threshold comes from, and that alarms are counted on."""
 TIMED = 5
 
@@ -30,8 +31,8 @@ TIMED = 5
 def fit_guards(loaded: LoadedModel, task: Task, request: FitGuards) -> FittedGuards:
     """Fit a guard at every layer asked for: on calibration images, with a threshold from search images.
 
-    Both splits are apart from the held-out one, on which false alarms are counted. Raises MeasurementError where the
-    search split has too few images for the rate.
+    Both splits are apart from the held-out one, on which false alarms are counted. What is timed has the device alone.
+    Raises MeasurementError where the search split has too few images for the rate, or others keep using the device.
     """
     failed: dict[str, dict[str, str]] = {}
 
@@ -39,18 +40,19 @@ def fit_guards(loaded: LoadedModel, task: Task, request: FitGuards) -> FittedGua
         found, failed[name] = task_features(loaded, asked, samples, request.layers)
         return found
 
-    fitted_on = features("calibration", task, one_per_image(task.calibration, MOST_FITTED))
-    threshold_on = features("search", task, one_per_image(task.search, MOST_THRESHOLD))
-    held_out = one_per_image(task.held_out, MOST_COUNTED)
-    own = features("held_out", task, held_out)
-    others = {
-        each.name: features(f"collateral {each.name}", each, one_per_image(each.held_out[: request.samples]))
-        for each in request.tasks
-    }
-    text = None
-    if request.text is not None:
-        asked = asking_text(task, held_out[: request.samples], request.text)
-        text, _ = task_features(loaded, *asked, request.layers)
+    with device_lock.computing(loaded.device):
+        fitted_on = features("calibration", task, one_per_image(task.calibration, MOST_FITTED))
+        threshold_on = features("search", task, one_per_image(task.search, MOST_THRESHOLD))
+        held_out = one_per_image(task.held_out, MOST_COUNTED)
+        own = features("held_out", task, held_out)
+        others = {
+            each.name: features(f"collateral {each.name}", each, one_per_image(each.held_out[: request.samples]))
+            for each in request.tasks
+        }
+        text = None
+        if request.text is not None:
+            asked = asking_text(task, held_out[: request.samples], request.text)
+            text, _ = task_features(loaded, *asked, request.layers)
     guards = []
     for layer in request.layers:
         gaussian = fit_gaussian(fitted_on[layer])
@@ -65,7 +67,8 @@ def fit_guards(loaded: LoadedModel, task: Task, request: FitGuards) -> FittedGua
         )
         threshold = conformal_threshold(unset.score(threshold_on[layer]), request.false_alarms)
         guard = replace(unset, threshold=threshold)
-        decision, score = _seconds(loaded, task, guard, own[layer])
+        with device_lock.timing(loaded.device):
+            decision, score = _seconds(loaded, task, guard, own[layer])
         guards.append(
             FittedGuard(
                 layer=layer,

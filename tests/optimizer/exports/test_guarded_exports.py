@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import in_process
 import pytest
 from export_builders import document
 
@@ -79,7 +80,9 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def guard(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     task = load_task(load_spec("easy-vqa").with_splits(calibration=24, search=20, held_out=4, unit="images"))
-    fitted = fit_guards(load_model(ModelSource(str(model_directory), device="cpu")), task, FitGuards((2,), 0.05))
+    with pytest.MonkeyPatch.context() as patch:
+        in_process.lock_apart(patch, tmp_path_factory.getbasetemp())
+        fitted = fit_guards(load_model(ModelSource(str(model_directory), device="cpu")), task, FitGuards((2,), 0.05))
     return store.put(str(tmp_path_factory.mktemp("guards")), fitted.guards[0].content)
 
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import in_process
 import pytest
+import torch
 
 from optimizer.job.inputs import prepare
 from optimizer.preflight.checks import too_few_to_guard
+from optimizer.reports import formatting
+from optimizer.search.space import Candidate
 from optimizer.stages import guard, publish
 from optimizer.stages.context import JobContext
 from optimizer.stages.verify import Finalist
@@ -18,7 +21,11 @@ from optimizer.verification.verdict import verify
 from storage.database import Database
 from storage.records import plans
 from workers.compensation import store as artifacts
+from workers.device import lock
+from workers.errors import MeasurementError
+from workers.guard import fitter
 from workers.messages import Artifact, FitGuards, LatencyComparison, SentAway, Workload
+from workers.runtime import SkipPlan
 from workers.runtime.guard import Guard
 from workers.tasks import load_spec, load_task
 from workers.tasks.images import ImageFile
@@ -120,6 +127,28 @@ def test_the_net_speedup_is_that_of_the_expected_request() -> None:
     kept = guard.KeptGuard(Artifact("", ""), 1, 0.01, 9, 9, SentAway(100, 4), {}, None, 0.1, 0.01)
     latency = LatencyComparison(PLAN, "cpu", Workload(), 1.0, 0.5, 2.0, 1.9, 2.1, 9, 8, 4)
     assert kept.net_speedup(latency) == pytest.approx(100 / (4 * 1.1 + 96 * 0.51))
+
+
+def test_of_batches_no_net_speedup_is_given() -> None:
+    """One prompt outside sends its whole batch to dense, and nothing was timed or counted of batches."""
+    kept = guard.KeptGuard(Artifact("", ""), 2, 0.01, 9, 9, SentAway(100, 4), {}, None, 0.1, 0.01)
+    guards, candidate = guard.Guards({2: kept}), Candidate(SkipPlan.parse(PLAN))
+    single = LatencyComparison(PLAN, "cpu", Workload(1), 1.0, 0.5, 2.0, 1.9, 2.1, 9, 8, 4)
+    timings = (single, replace(single, workload=Workload(8)))
+    known = [guard.figures(guards, candidate, each, 0.95) for each in timings]
+    assert known[0] == {**known[1], "net_speedup": kept.net_speedup(single)} and "net_speedup" not in known[1]
+    assert formatting.net_speedup(known[1]) == formatting.NOT_MEASURED
+
+
+def test_decisions_are_timed_alone_on_the_device(worker: in_process.OneWorker) -> None:
+    """Another worker may compute beside the fit; what is timed waits for it, and is refused where it does not end."""
+    device = worker.handler.loaded.device
+    task = prepare(job()).task
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitter, "task_features", lambda _, task, samples, layers: ({2: torch.randn(len(samples), 8)}, {}))
+        patch.setitem(lock.timing.__wrapped__.__kwdefaults__, "wait_seconds", 0.1)  # type: ignore[attr-defined]
+        with lock.computing(device), pytest.raises(MeasurementError, match="other workers kept using"):
+            worker.handler.with_task(task).handle(FitGuards((2,), 0.05))
 
 
 def test_jobs_of_before_there_were_guards_are_found_again() -> None:
