@@ -102,8 +102,15 @@ def load_other_text(spec: JobSpec) -> str | None:
 
 
 def load_general_text(spec: JobSpec) -> str | None:
-    """Read ``compensation.text`` as UTF-8. Raises UsageFault."""
-    return _read_text("compensation.text", spec.compensation.text)
+    """Read ``compensation.text`` as UTF-8. Raises UsageFault, also where ``collateral.text`` says the same."""
+    text = _read_text("compensation.text", spec.compensation.text)
+    other = load_other_text(spec) if text is not None and spec.compensation.kind != "none" else None
+    if text is not None and other is not None and text.split() == other.split():
+        raise UsageFault(
+            "collateral.text: it says the same as compensation.text, on which maps are fitted, so nothing could be "
+            "told from it; name another text"
+        )
+    return text
 
 
 def _read_text(field: str, name: str | None) -> str | None:

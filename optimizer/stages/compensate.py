@@ -10,18 +10,20 @@ from optimizer.errors import UsageFault
 from optimizer.job.inputs import load_general_text, load_job_task, model_source
 from optimizer.job.spec import JobSpec
 from optimizer.search.space import Candidate
-from optimizer.stages.context import JobContext
+from optimizer.stages.context import JobContext, JobFailed
 from storage.records.plans import Plan
 from workers.compensation import store
 from workers.messages import (
     NO_COMPENSATION,
     Artifact,
+    CompareText,
     Failure,
     FitCompensation,
     FittedCompensation,
     GapShare,
     ModelSource,
 )
+from workers.runtime import SkipPlan
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,25 @@ class KeptMaps:
     seconds: float
     text_tokens: int = 0
     """Of the tokens, those of general text."""
+
+
+def require_text(context: JobContext) -> None:
+    """Let the dense model read text without an image where maps are to be fitted on some, before anything else.
+
+    Raises JobFailed where it does not.
+    """
+    if context.spec.compensation.kind != "none" and context.spec.compensation.text_share:
+        context.load_or_compute("takes text", bool, lambda: _takes_text(context))
+
+
+def _takes_text(context: JobContext) -> bool:
+    dense = SkipPlan.dense(context.worker.num_layers)
+    ((_, found),) = context.pool.run([CompareText(dense.text, "A few words of text without an image.")])
+    if isinstance(found, Failure):
+        raise JobFailed(
+            f"the model does not take text without an image ({found.reason}); set compensation.text_share: 0"
+        )
+    return True
 
 
 def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, KeptMaps]:

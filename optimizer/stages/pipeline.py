@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimizer.stages import (
     collateral,
+    compensate,
     dense,
     engine_latency,
     guard,
@@ -26,6 +27,7 @@ def run(context: JobContext) -> Published:
     """Take a claimed job from the model to published plans. Raises JobFailed when a stage cannot be passed."""
     check_begun_alike(context, engine_latency.find_engine(context))
     speculate.require_drafting(context)
+    compensate.require_text(context)
     latency = profile.run(context)
     nothing = search.out_of_reach(context, latency)
     if nothing is not None:

@@ -14,7 +14,7 @@ from .calibration import text_refused
 from .recipe import OWN_TEXT, CompensationError, Recipe, id_of_text
 
 WINDOW = 256
-"""Tokens of text that are read together; each window starts anew."""
+"""Tokens of text that are read together; each window starts anew, with what the tokenizer begins every text with."""
 SAMPLED_TOGETHER = 16
 """Windows that the model samples together. Fixed, since rounding depends on it."""
 
@@ -31,15 +31,18 @@ def windows(loaded: LoadedModel, recipe: Recipe, text: str | None) -> list[Tenso
         return _sampled(loaded, -(-wanted // width), width, recipe.seed)
     if text is None or id_of_text(text) != recipe.text_id:
         raise CompensationError(f"the general text {recipe.text_id} of the maps' recipe is not the one at hand")
-    ordinary = set(_ordinary(loaded).tolist())
-    ids = [each for each in loaded.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if each in ordinary]
-    found = [torch.tensor(ids[start : start + width]) for start in range(0, min(len(ids), wanted), width)]
+    ordinary, tokenizer = set(_ordinary(loaded).tolist()), loaded.processor.tokenizer
+    begin = tokenizer("")["input_ids"]
+    ids = [each for each in tokenizer(text, add_special_tokens=False)["input_ids"] if each in ordinary]
+    step = max(1, width - len(begin))
+    starts = range(0, min(len(ids), -(-wanted // width) * step), step)
+    found = [torch.tensor(begin + ids[start : start + step]) for start in starts]
     if sum(map(len, found)) < wanted:
         raise CompensationError(
             f"compensation.text has {len(ids)} tokens, fewer than the {wanted} that text_share {recipe.text_share:g} "
             f"of {recipe.tokens} tokens asks for; give a longer text, or a smaller share"
         )
-    return [window for window in found if len(window) > 1]
+    return [window for window in found if len(window) > max(1, len(begin))]
 
 
 def _sampled(loaded: LoadedModel, count: int, width: int, seed: int) -> list[Tensor]:

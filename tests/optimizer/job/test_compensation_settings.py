@@ -94,6 +94,21 @@ def test_a_text_that_cannot_be_mixed_in_is_named(tmp_path: Path) -> None:
         load_general_text(spec)
 
 
+@pytest.mark.parametrize("kind", ["linear", "both", "none"])
+def test_maps_are_not_judged_on_the_text_that_they_are_fitted_on(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "general.txt").write_text("some words\n")
+    (tmp_path / "other.txt").write_text("some\r\nwords")
+    texts = {"compensation": {"kind": kind, "text": str(tmp_path / "general.txt")}}
+    spec = JobSpec.model_validate({**BASE, **texts, "collateral": {"text": str(tmp_path / "other.txt")}})
+    if kind == "none":
+        assert load_general_text(spec) == "some words\n"
+    else:
+        with pytest.raises(UsageFault, match=r"collateral\.text: it says the same as compensation\.text"):
+            load_general_text(spec)
+    (tmp_path / "other.txt").write_text("other words")
+    assert load_general_text(spec) == "some words\n"
+
+
 def test_paths_are_made_absolute_and_urls_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jobs").mkdir()

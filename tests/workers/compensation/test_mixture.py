@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from workers.compensation.calibration import Calibration, GeneralText, calibrate
 from workers.compensation.compensator import Compensator
@@ -121,6 +124,22 @@ def test_a_given_text_is_read_window_by_window(tiny: LoadedModel) -> None:
     found = windows(tiny, Recipe.parse(f"linear tokens=1200 text_share=0.5 text_id={ID}"), TEXT)
     ids = tiny.processor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert torch.cat(found).tolist()[:600] == ids[:600] and max(map(len, found)) <= 256
+
+
+def test_windows_of_a_text_begin_as_the_tokenizer_begins_one(tiny: LoadedModel) -> None:
+    """The tokenizer of the tiny model begins a text with nothing, those of most models with one token."""
+    processor = copy.copy(tiny.processor)
+    processor.tokenizer = copy.deepcopy(tiny.processor.tokenizer)
+    begin = processor.tokenizer.convert_tokens_to_ids("<s>")
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    assert processor.tokenizer("")["input_ids"] == [begin]
+    found = windows(replace(tiny, processor=processor), GIVEN, TEXT)
+    ids = tiny.processor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert [each.tolist() for each in found] == [[begin, *ids[:149]]]
+    recipe = Recipe.parse(f"linear tokens=1200 text_share=0.5 text_id={ID}")
+    found = windows(replace(tiny, processor=processor), recipe, TEXT)
+    assert all(len(each) <= 256 and each[0] == begin for each in found) and sum(map(len, found)) >= 600
+    assert torch.cat([each[1:] for each in found]).tolist() == ids[: sum(len(each) - 1 for each in found)]
 
 
 def test_texts_that_are_not_the_recipes_are_refused(tiny: LoadedModel) -> None:
