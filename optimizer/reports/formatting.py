@@ -203,12 +203,12 @@ def difference(plan: Plan) -> str:
 
 
 def drafting(plan: Plan) -> str:
-    """Return what a lossless plan's drafts are worth: ``"0.949 [0.93, 0.96] accepted, 2.4 tokens a round, ..."``."""
+    """Return what a lossless plan's drafts are worth: ``"0.949 [0.93, 0.96] accepted, 2.4 tokens a round ..."``."""
     found = drafting_of(plan)
     if found is None:
         return ""
     extra = "" if plan.extra_bytes is None else f", {plan.extra_bytes / 1e6:.1f} MB more memory"
-    return f"{acceptance(found)} accepted, {found['tokens_per_round']:.1f} tokens a round{extra}"
+    return f"{acceptance(found)} accepted, {found['tokens_per_round']:.1f} tokens a round expected{extra}"
 
 
 def acceptance(found: dict[str, Any]) -> str:

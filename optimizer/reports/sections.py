@@ -211,7 +211,16 @@ _DRAFTED_COLUMNS: tuple[Column[Plan], ...] = (
     Column("plan", lambda plan: str(plan.id)),
     Column("layers", lambda plan: formatting.layers(plan.plan)),
     Column("acceptance, held-out", lambda plan: _drafted(plan, formatting.acceptance), number=True),
-    Column("tokens a round", lambda plan: _drafted(plan, lambda own: f"{own['tokens_per_round']:.2f}"), number=True),
+    Column(
+        "tokens a round, expected",
+        lambda plan: _drafted(plan, lambda own: f"{own['tokens_per_round']:.2f}"),
+        number=True,
+    ),
+    Column(
+        "accepted a round, measured",
+        lambda plan: _drafted(plan, lambda own: f"{own['accepted_per_round']:.2f}"),
+        number=True,
+    ),
     Column("speed-up of a request", formatting.speedup, number=True),
     Column("speed-up of decoding", lambda plan: _drafted(plan, formatting.decoding), number=True),
     Column("extra memory", lambda plan: _known(plan.extra_bytes, lambda own: f"{own / 1e6:.1f} MB"), number=True),

@@ -63,6 +63,7 @@ class CachedEvaluation:
     ) -> None:
         self._context, self._split, self._maps = context, split, maps or {}
         self._targets = dense_answers.run(context, split).tokens if context.spec.is_lossless else ()
+        self._base = dense_answers.evaluation_settings(context, split)
         self._whole_split = len(context.task.split(split))
         self._hash = split_hash(context.task, split)
         self._own: dict[Candidate, dict[int, EvaluationRecord]] = {}
@@ -76,9 +77,9 @@ class CachedEvaluation:
                 model_id=context.model_id,
                 task_id=context.task_id,
                 split_hash=self._hash,
-                settings=context.settings,
+                settings=self._base,
             )
-            if self._has_same_maps(each) and self._settings(each.compensation) == context.settings
+            if self._has_same_maps(each) and self._settings(each.compensation) == self._base
         }
         self._noted: set[str] = set()
         self.secondary: dict[Candidate, dict[str, float]] = {}
@@ -178,8 +179,8 @@ class CachedEvaluation:
         """Return an evaluation's settings: maps that were fitted without some samples are not those of other jobs."""
         failed = self._context.failed_samples.of("calibration")
         if compensation == NO_COMPENSATION or not failed:
-            return self._context.settings
-        return f"{self._context.settings} calibration_without={','.join(sorted(failed))}"
+            return self._base
+        return f"{self._base} calibration_without={','.join(sorted(failed))}"
 
     def _longest_prefix(self, candidate: Candidate, n_samples: int) -> int:
         """Return the largest smaller prefix that the candidate has scores on; zero when there is none."""

@@ -109,8 +109,7 @@ class JobContext:
         device = "cpu" if "thread" in self.worker.device else self.worker.device
         versions = " ".join(f"{name}={version}" for name, version in sorted(self.worker.versions.items()))
         how = f"dtype={self.worker.dtype} attention={self.spec.model.attention} evaluation={self.spec.evaluation}"
-        mode = f" mode={self.spec.mode}" if self.spec.is_lossless else ""
-        return f"{how} device={device} {versions}{mode}".strip()
+        return f"{how} device={device} {versions}".strip()
 
     def load_or_compute(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
         """Read back what an earlier attempt stored of a stage, of type ``kind``; else compute and store it."""

@@ -5,6 +5,8 @@ A split is answered in parts, shared by the workers; each part is stored when it
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from math import fsum
@@ -80,6 +82,14 @@ def run(context: JobContext, split: str) -> SplitAnswers:
             for name in names
         },
     )
+
+
+def evaluation_settings(context: JobContext, split: str) -> str:
+    """Return what scores on a split depend on: in a lossless job, dense's answers too, which rounding may decide."""
+    if not context.spec.is_lossless:
+        return context.settings
+    digest = hashlib.sha256(json.dumps(run(context, split).tokens).encode()).hexdigest()
+    return f"{context.settings} mode={context.spec.mode} targets={digest[:16]}"
 
 
 def _stage(split: str, start: int) -> str:

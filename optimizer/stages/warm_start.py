@@ -12,6 +12,7 @@ from optimizer.job.inputs import split_hash
 from optimizer.search.problem import Problem
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores, Trial
+from optimizer.stages import dense_answers
 from optimizer.stages.context import JobContext
 from storage.records import evaluations, lookup, plans
 from storage.records.evaluations import EvaluationRecord
@@ -64,7 +65,7 @@ def _known(context: JobContext) -> list[EvaluationRecord]:
         model_id=context.model_id,
         task_id=context.task_id,
         split_hash=split_hash(context.task, "search"),
-        settings=context.settings,
+        settings=dense_answers.evaluation_settings(context, "search"),
     )
 
 

@@ -2,7 +2,9 @@
 
 Feed the dense model's greedy answer behind the prompt, and look at which positions the drafter's most likely token is
 the answer's. Greedy speculation (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) keeps a drafted
-token exactly there and goes on behind the dense model's, so its rounds follow from the agreement alone.
+token exactly there and goes on behind the dense model's, so its rounds follow from the agreement alone. That
+holds for a drafter with a cache of its own; one that drafts on the dense model's cache (``workers.runtime``) is
+accepted a little more or less often, and of it these are the expected rounds.
 """
 
 from __future__ import annotations

@@ -104,17 +104,15 @@ class Speculation:
 
     def _take_stop_strings(self, arguments: dict[str, Any]) -> None:
         """Make the criterion for stop strings here: transformers has no tokenizer for it beside another loop."""
-        config = arguments.get("generation_config") or self._model.generation_config
-        strings = arguments.get("stop_strings", getattr(config, "stop_strings", None))
+        configs = [arguments.get("generation_config"), self._model.generation_config]
+        configured = (getattr(each, "stop_strings", None) for each in configs)
+        strings = arguments.get("stop_strings", next((each for each in configured if each is not None), None))
         tokenizer = arguments.pop("tokenizer", None)
         if strings is None:
             return
         if tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: pass tokenizer= to generate")
-        # An empty list ends nothing and keeps generate from asking for a tokenizer.
-        arguments["stop_strings"] = None
-        if getattr(config, "stop_strings", None) is not None:
-            raise PlanError("give stop_strings to generate itself, not in a generation configuration")
+        arguments["stop_strings"] = None  # takes the place of those in any configuration
         criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or ())
         arguments["stopping_criteria"] = StoppingCriteriaList(
             [*criteria, StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)]

@@ -10,7 +10,7 @@ import in_process
 import pytest
 
 from optimizer.search.space import Candidate
-from optimizer.stages import publish, speculate
+from optimizer.stages import dense_answers, publish, redundancy, speculate
 from optimizer.stages.collateral import Collateral, OffTask
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.verify import Finalist
@@ -132,6 +132,31 @@ def test_a_model_that_answers_nothing_ends_the_job(job: Callable[..., Any], monk
     context, _ = job(lambda request: Exactness())
     with pytest.raises(JobFailed, match="answered none of the first 8 held-out samples: not an image"):
         speculate.require_drafting(context)
+
+
+def test_redundancy_is_shared_between_modes_and_acceptances_by_targets_alone(
+    job: Callable[..., Any], store: Database, worker: in_process.OneWorker
+) -> None:
+    context, _ = job(lambda request: Exactness())
+    standalone = in_process.context(store, worker, in_process.spec(**(JOB | {"mode": "standalone"})))
+    assert redundancy.measurement_key(context) == redundancy.measurement_key(standalone)
+    own, alone = (dense_answers.evaluation_settings(each, "search") for each in (context, standalone))
+    again, _ = job(lambda request: Exactness())
+    assert own == dense_answers.evaluation_settings(again, "search") != alone
+
+
+def test_acceptances_to_other_targets_are_others(job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dense
+    context, _ = job(lambda request: Exactness())
+    own = dense_answers.evaluation_settings(context, "search")
+
+    def answer(request: AnswerDense) -> DenseAnswers:
+        found = whole(request)
+        return DenseAnswers(found.evaluation, (*found.tokens[:-1], (5, 6, 8, 2)))
+
+    monkeypatch.setitem(globals(), "dense", answer)
+    other, _ = job(lambda request: Exactness())
+    assert dense_answers.evaluation_settings(other, "search") != own
 
 
 def test_a_plan_with_another_answer_than_dense_is_not_published(job: Callable[..., Any], store: Database) -> None:

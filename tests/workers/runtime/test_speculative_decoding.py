@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -183,7 +184,7 @@ def test_generation_arguments(plan: SkipPlan, arguments: dict[str, Any]) -> None
 
 
 @every_plan
-def test_stop_strings_and_time(plan: SkipPlan) -> None:
+def test_stop_strings_and_time(plan: SkipPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     letters = "abcdefghijklmnopqrstuvwxyzABCDE"
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
@@ -194,6 +195,12 @@ def test_stop_strings_and_time(plan: SkipPlan) -> None:
     assert found.shape[1] < IDS.shape[1] + 16
     with speculate(MODEL, plan) as speculation, pytest.raises(ValueError, match="tokenizer="):
         speculation.generate(**INPUTS, stop_strings=strings)
+    config = GenerationConfig(**GREEDY, stop_strings=strings)
+    assert same(plan, generation_config=config, tokenizer=fast).tolist() == found.tolist()
+    monkeypatch.setattr(MODEL.generation_config, "stop_strings", strings)
+    assert same(plan, tokenizer=fast).tolist() == found.tolist()
+    assert same(plan, stop_strings=None).shape[1] > found.shape[1]
+    monkeypatch.undo()
     assert same(plan, max_time=1e-9).shape[1] == IDS.shape[1] + 1
 
 
