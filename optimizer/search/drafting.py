@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from optimizer.search.space import RUN, Candidate
 from optimizer.search.trial import OPTIMISM, Drafter, Scores, Trial, trial_of
 from workers.compensation.recipe import Recipe
-from workers.evaluation.acceptance import DRAFT_LENGTHS, LONGEST_DRAFT, rounds_by_length
+from workers.evaluation.acceptance import DRAFT_LENGTHS, LONGEST_SCORED_DRAFT, rounds_by_length
 from workers.messages import NO_COMPENSATION
 from workers.runtime import Action, SkipPlan
 from workers.runtime.gaps import gaps
@@ -51,7 +51,7 @@ class StepCosts:
     """Costs of drafting and verifying, as shares of one decoding step of the dense model."""
 
     verify: tuple[float, ...]
-    """Of the dense model over 1 to ``LONGEST_DRAFT + 1`` new tokens."""
+    """Of the dense model over 1 to ``LONGEST_SCORED_DRAFT + 1`` new tokens."""
     outside: float
     """What a step takes outside the decoder layers."""
     layers: Mapping[str, tuple[float, ...]]
@@ -69,7 +69,7 @@ class StepCosts:
     def counted(cls, num_layers: int, letters: str) -> StepCosts:
         """Count layers, the same on any machine: a verification takes one step, whatever it verifies."""
         layers = {letter: (Action.of(letter).row.work / num_layers,) * num_layers for letter in letters}
-        return cls((1.0,) * (LONGEST_DRAFT + 1), 0.0, layers)
+        return cls((1.0,) * (LONGEST_SCORED_DRAFT + 1), 0.0, layers)
 
     def step(self, plan: SkipPlan) -> float:
         """Time of drafting one token."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LONGEST_DRAFT = 8
+LONGEST_SCORED_DRAFT = 8
 """Most tokens drafted in a round that a search reckons with."""
-DRAFT_LENGTHS = range(1, LONGEST_DRAFT + 1)
+DRAFT_LENGTHS = range(1, LONGEST_SCORED_DRAFT + 1)
 
 STATISTICS = ("tokens", *(f"{name}_{length}" for length in DRAFT_LENGTHS for name in ("rounds", "drafted")))
 """Names of what :func:`scores_of_agreement` returns behind the acceptance; their means over samples are stored."""

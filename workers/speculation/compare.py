@@ -25,7 +25,7 @@ from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 from workers.device import lock as device_lock
 from workers.device.memory import peak_bytes
 from workers.errors import MeasurementError
-from workers.evaluation.acceptance import LONGEST_DRAFT
+from workers.evaluation.acceptance import LONGEST_SCORED_DRAFT
 from workers.evaluation.plain import PlainEvaluator, read_agreement, without_prompt
 from workers.latency.measure import LATE_PAIRS, LEAST_REPEATS, PAIRS_PER_LOOK, PROFILE_SECONDS, median_interval
 from workers.latency.request import cache_bytes, cache_of, device_name, prepare_request, run_request, synchronise
@@ -56,7 +56,7 @@ WARM_UP_REQUESTS = 4
 """Requests before the timed ones, from which a speculation learns how much to draft."""
 READ_PROMPTS = 64
 """Prompts on which acceptance is read."""
-WIDTHS = (1, 2, 3, 5, LONGEST_DRAFT + 1)
+WIDTHS = (1, 2, 3, 5, LONGEST_SCORED_DRAFT + 1)
 """New tokens of the passes that are timed; between them a straight line is taken."""
 PARAGRAPH_TOKENS = 48
 """Tokens of a paragraph's beginning that make a prompt."""
@@ -88,7 +88,7 @@ class Pairs:
 
 
 def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, repeats: int) -> tuple[float, ...]:
-    """Time dense passes over 1 to ``LONGEST_DRAFT + 1`` new tokens, as speculation makes them.
+    """Time dense passes over 1 to ``LONGEST_SCORED_DRAFT + 1`` new tokens, as speculation makes them.
 
     Every width is timed in turns with a plain step, and is that many times as long as the profile's.
 
@@ -111,7 +111,7 @@ def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, rep
     known = np.maximum.accumulate(
         [1.0, *(statistics.median(ratios[width]) for width in WIDTHS[1:])]
     )  # what says that more tokens take less time is noise
-    widths = np.arange(1, LONGEST_DRAFT + 2)
+    widths = np.arange(1, LONGEST_SCORED_DRAFT + 2)
     return tuple((profile.dense_decode_seconds * np.interp(widths, WIDTHS, known)).tolist())
 
 

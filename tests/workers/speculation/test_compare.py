@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from workers.errors import MeasurementError
-from workers.evaluation.acceptance import LONGEST_DRAFT
+from workers.evaluation.acceptance import LONGEST_SCORED_DRAFT
 from workers.evaluation.plain import PlainEvaluator
 from workers.latency.measure import profile_latency
 from workers.messages import AnswerDense, CheckSpeculation, CompareSpeculation, EvaluatePlans, Workload
@@ -138,6 +138,6 @@ def test_freezing_plans_are_refused(evaluator: PlainEvaluator) -> None:
 def test_every_width_takes_at_least_a_step(tiny: LoadedModel, task: Task) -> None:
     profile = profile_latency(tiny, task, repeats=1, workload=Workload(1, LIMIT))
     seconds = verify_seconds(tiny, task, profile, 2)
-    assert len(seconds) == LONGEST_DRAFT + 1
+    assert len(seconds) == LONGEST_SCORED_DRAFT + 1
     assert seconds[0] == pytest.approx(profile.dense_decode_seconds)
     assert min(seconds) == seconds[0]
