@@ -191,7 +191,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
             f'with speculate_from(dense, "{name}") as speculation:\n'
             "    tokens = speculation.generate(**inputs)\n```"
         )
-    if subject.document.mode == LOSSLESS:
+    if lossless and subject.document.mode == LOSSLESS:
         return Guide(
             usage=f"D{lossless}",
             limits=(
