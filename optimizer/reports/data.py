@@ -14,7 +14,7 @@ from typing import Any
 from optimizer.job.result import JobResult, load_result, meets_constraint
 from optimizer.search.latency import ratio_of_text
 from optimizer.search.space import touched
-from optimizer.search.trial import Drafter, answered_by_both
+from optimizer.search.trial import DraftValue, answered_by_both
 from storage.database import Database
 from storage.pareto import STANDALONE
 from storage.queue import events, stages
@@ -99,7 +99,7 @@ class TrialSummary:
     """By the additive latency profile; None where there is none for these actions. Never a measured figure."""
     within: bool
     """Whether it meets the job's constraint as far as the search could see (no intervals)."""
-    drafter: Drafter | None = None
+    drafter: DraftValue | None = None
     """Of a lossless job, once its search has ended."""
 
 
@@ -202,7 +202,7 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
 
 
 def _as_drafters(
-    trials: Sequence[TrialSummary], drafters: Mapping[tuple[str, str], Drafter], limits: Mapping[str, float]
+    trials: Sequence[TrialSummary], drafters: Mapping[tuple[str, str], DraftValue], limits: Mapping[str, float]
 ) -> tuple[TrialSummary, ...]:
     """Take a trial's speed from its drafts, which limits on time are not judged by before they are measured."""
     most = limits.get("max_layers_touched", math.inf)
@@ -215,11 +215,11 @@ def _as_drafters(
     return tuple(found)
 
 
-def _drafters(db: Database, job_id: int) -> dict[tuple[str, str], Drafter]:
+def _drafters(db: Database, job_id: int) -> dict[tuple[str, str], DraftValue]:
     """Read what the search of a lossless job made of its trials, by plan and compensation."""
     recorded = stages.get(db, job_id, "search")
     trials = [] if recorded is None else recorded.payload["value"]["trials"]
-    return {(each["plan"], each["compensation"]): Drafter(**each["drafter"]) for each in trials if each["drafter"]}
+    return {(each["plan"], each["compensation"]): DraftValue(**each["drafter"]) for each in trials if each["drafter"]}
 
 
 def _trials(

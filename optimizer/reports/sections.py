@@ -13,7 +13,7 @@ from optimizer.reports.chart import Chart
 from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
-from optimizer.search.trial import Drafter
+from optimizer.search.trial import DraftValue
 from optimizer.statistics.rank_agreement import Agreement
 from storage.records.engine_latencies import EngineLatency
 from storage.records.measurements import Redundancy
@@ -262,7 +262,7 @@ def _drafted(plan: Plan, write: Callable[[dict[str, Any]], str]) -> str:
     return "" if found is None else write(found)
 
 
-def _of_drafter(trial: TrialSummary, write: Callable[[Drafter], str]) -> str:
+def _of_drafter(trial: TrialSummary, write: Callable[[DraftValue], str]) -> str:
     return "" if trial.drafter is None else write(trial.drafter)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.search.space import RUN, Candidate
-from optimizer.search.trial import OPTIMISM, Drafter, Scores, Trial, trial_of
+from optimizer.search.trial import OPTIMISM, DraftValue, Scores, Trial, trial_of
 from workers.compensation.recipe import Recipe
 from workers.evaluation.acceptance import DRAFT_LENGTHS, LONGEST_SCORED_DRAFT, rounds_by_length
 from workers.messages import NO_COMPENSATION
@@ -123,7 +123,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Drafting:
+class DraftJudge:
     """Judge candidates as drafters."""
 
     costs: StepCosts
@@ -139,7 +139,7 @@ class Drafting:
         means = scores.secondary
         trial = trial_of(candidate, scores, dense, ratio, n_samples)
         if candidate.is_dense:
-            return replace(trial, drafter=Drafter(1.0, 1.0, 1.0, 0.0, 0))
+            return replace(trial, drafter=DraftValue(1.0, 1.0, 1.0, 0.0, 0))
         trial = replace(trial, difference_error=acceptance_error(scores.values, 1.0 / (1.0 + means["tokens"])))
         step = self.costs.step(candidate.plan)
         time, length = self.costs.time(step, means)
@@ -147,7 +147,9 @@ class Drafting:
         optimistic, here, pessimistic = self.costs.expected(
             np.array([step] * 3), np.clip(1.0 + trial.difference + np.array([error, 0.0, -error]), 0.0, 1.0)
         ).tolist()
-        own = Drafter(time, time * optimistic / here, time * pessimistic / here, self.memory.share(candidate), length)
+        own = DraftValue(
+            time, time * optimistic / here, time * pessimistic / here, self.memory.share(candidate), length
+        )
         return replace(trial, drafter=own)
 
 

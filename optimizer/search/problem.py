@@ -9,7 +9,7 @@ from typing import Protocol
 
 from optimizer.criteria import Risk
 from optimizer.search.constraints import Limits
-from optimizer.search.drafting import Drafting
+from optimizer.search.drafting import DraftJudge
 from optimizer.search.latency import Ratio
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate, PlanSpace
@@ -43,7 +43,7 @@ class Problem:
     """Most trials of bisection."""
     known: tuple[Trial, ...] = field(default=(), repr=False)
     """Trials of earlier jobs on the same model and samples; never evaluated again."""
-    drafting: Drafting | None = None
+    drafting: DraftJudge | None = None
     """What judges candidates as drafters; None unless the job is lossless."""
 
     @cached_property

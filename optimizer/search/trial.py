@@ -35,7 +35,7 @@ Evaluate = Callable[[Sequence[tuple[Candidate, int]]], Iterator[tuple[Candidate,
 
 
 @dataclass(frozen=True)
-class Drafter:
+class DraftValue:
     """What a candidate is worth to a dense model that verifies its drafts (:mod:`optimizer.search.drafting`)."""
 
     time: float
@@ -73,7 +73,7 @@ class Trial:
     """Standard error of the KL."""
     from_earlier: bool = False
     """Whether an earlier job evaluated it and this one only took it over."""
-    drafter: Drafter | None = None
+    drafter: DraftValue | None = None
     """In a lossless job."""
 
     @property

@@ -11,7 +11,7 @@ from optimizer.job.sections import TRANSFORMERS
 from optimizer.registries import METHODS, STRATEGIES, find
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
-from optimizer.search.drafting import Drafting, Memory, StepCosts
+from optimizer.search.drafting import DraftJudge, Memory, StepCosts
 from optimizer.search.latency import LayerTimes, latency_ratio
 from optimizer.search.loop import Search
 from optimizer.search.problem import Problem
@@ -123,7 +123,7 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
     return with_given(seeded, spec.search.plans)
 
 
-def drafting_of(context: JobContext, profile: LayerTimes) -> Drafting:
+def drafting_of(context: JobContext, profile: LayerTimes) -> DraftJudge:
     """Return what judges candidates as drafters, from the profile, or from counted layers, and the sizes of memory."""
     info = context.worker
     if isinstance(profile, LatencyProfile):
@@ -131,7 +131,7 @@ def drafting_of(context: JobContext, profile: LayerTimes) -> Drafting:
     else:
         costs = StepCosts.counted(info.num_layers, context.spec.letters)
     cache = cache_sizes(context).run
-    return Drafting(costs, Memory(info.weight_bytes + info.num_layers * cache, cache, info.folded_bytes))
+    return DraftJudge(costs, Memory(info.weight_bytes + info.num_layers * cache, cache, info.folded_bytes))
 
 
 def _news(trial: Trial) -> str:

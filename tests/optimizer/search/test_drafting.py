@@ -13,7 +13,7 @@ from optimizer.criteria import Risk
 from optimizer.job.sections import ConstraintSpec
 from optimizer.registries import STRATEGIES
 from optimizer.search.constraints import Limits
-from optimizer.search.drafting import Drafting, Memory, StepCosts
+from optimizer.search.drafting import DraftJudge, Memory, StepCosts
 from optimizer.search.problem import Problem, better_first
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.strategies.samplers import surrogate_sampler
@@ -32,7 +32,7 @@ COSTS = StepCosts(
     layers={"R": (0.15,) * LAYERS, "S": (0.0,) * LAYERS},
 )
 MEMORY = Memory(dense_bytes=1000.0, cache_bytes=10.0, folded_bytes=(5,) * LAYERS)
-DRAFTING = Drafting(COSTS, MEMORY)
+DRAFTING = DraftJudge(COSTS, MEMORY)
 NO_LIMIT = Limits(ConstraintSpec(max_accuracy_drop=None))
 RECIPE = Recipe.parse("linear").text
 

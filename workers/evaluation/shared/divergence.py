@@ -12,7 +12,7 @@ TOP = 512
 
 
 @dataclass(frozen=True)
-class DenseAnswers:
+class DenseDistributions:
     """The dense model's distributions at a chunk's answer positions.
 
     ``tokens`` and ``log_probabilities`` are ``[positions, k]``, ``log_rest`` (``[positions]``) is the logarithm of the
@@ -24,7 +24,7 @@ class DenseAnswers:
     log_rest: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> DenseAnswers:
+    def of(cls, logits: Tensor) -> DenseDistributions:
         """Keep the most likely tokens of ``logits``, ``[positions, vocabulary]``."""
         log_probabilities = logits.log_softmax(-1)
         top, tokens = log_probabilities.topk(min(TOP, logits.shape[-1]), dim=-1)

@@ -27,7 +27,7 @@ from workers.text import describe_error
 from . import sizing
 from .answers import AnswerScorer, require_plain_decoding
 from .chunks import ChunkCache, SampleChunks
-from .divergence import DenseAnswers
+from .divergence import DenseDistributions
 from .draft import Drafter
 from .packing import MOST_POSITIONS, Chunk, Packer
 from .prompts import PromptReader
@@ -247,7 +247,7 @@ class FastEvaluator:
             for chunk in chunks:
                 if chunk.dense is None:
                     ((_, states),) = self.walker.ends(build_trie([SkipPlan.dense(self.decoder.num_layers)]), chunk)
-                    chunk.dense = DenseAnswers.of(self.decoder.logits(states))
+                    chunk.dense = DenseDistributions.of(self.decoder.logits(states))
             self.states.budget = max(0, self._memory - self.chunks.nbytes)  # dense answers count, too
             shared = [plan for plan in scoring.plans if plan.text not in scoring.folded]
             self._plan_scorer.score(self.walker, shared, chunks, scoring)

@@ -25,7 +25,7 @@ from torch.nn import functional
 from workers.layerwise.decoder import SLIDING, Decoder
 from workers.runtime.token_rows import TokenRows, TokenSplit
 
-from .divergence import DenseAnswers
+from .divergence import DenseDistributions
 from .draft import Draft
 from .prompts import ImagePrompts
 
@@ -158,7 +158,7 @@ class Chunk:
     spans: tuple[tuple[int, int], ...]
     answer_split: TokenSplit
     """Answer positions (and what fills their rectangle) apart from all others."""
-    dense: DenseAnswers | None = None
+    dense: DenseDistributions | None = None
     """The dense model's distributions at the answer positions, once they are known."""
 
     @property

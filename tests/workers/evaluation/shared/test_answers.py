@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from workers.evaluation.shared.answers import AnswerScorer, GreedyTokens, grade_answer
-from workers.evaluation.shared.divergence import DenseAnswers
+from workers.evaluation.shared.divergence import DenseDistributions
 from workers.evaluation.shared.draft import Draft
 from workers.tasks import Sample, load_spec
 from workers.tasks.images import SceneImage
@@ -80,7 +80,7 @@ def test_divergence_with_the_rest_as_one_outcome() -> None:
     p_rest, q_rest = 1 - p_top.sum(-1), 1 - q_top.sum(-1)
     expected = (p_top * (p_top / q_top).log()).sum(-1) + p_rest * (p_rest / q_rest).log()
     whole = (p * (p / q).log()).sum(-1)
-    found = DenseAnswers.of(dense).divergence(plan)
+    found = DenseDistributions.of(dense).divergence(plan)
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
     assert bool((found <= whole + 1e-6).all()) and bool((found > 0.5 * whole).all())
-    assert DenseAnswers.of(dense).divergence(dense).tolist() == pytest.approx([0.0] * 5, abs=1e-6)
+    assert DenseDistributions.of(dense).divergence(dense).tolist() == pytest.approx([0.0] * 5, abs=1e-6)
