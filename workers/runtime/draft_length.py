@@ -61,6 +61,8 @@ class Round:
     """Positions that were decided with a draft, up to the first one refused in any row, or the answers' end."""
     accepted: int
     """Positions at which all rows kept the draft."""
+    tokens: int
+    """Tokens of the round: a refused draft's place is taken by another token, but behind an answer's end is none."""
     draft_seconds: float
     verify_seconds: float
     confidences: tuple[float, ...] = ()
@@ -137,7 +139,7 @@ class PassTimes:
         wider = max(self._verify[most] - self._verify[least], 0.0) / (most - least) if most > least else 0.0
         self.one_more = self.draft + wider
         self.rounds += 1
-        self._note_speed(seen.seconds / (seen.accepted + 1))
+        self._note_speed(seen.seconds / seen.tokens)
 
     def _note_speed(self, seconds: float) -> None:
         weight = SPEED_WEIGHT if self.token else 1.0
@@ -177,7 +179,7 @@ class Judgement:
 
     def add(self, seen: Round, times: PassTimes) -> None:
         """Take note of a round."""
-        self._rounds.append((min(seen.seconds, OUTLIER * times.round(seen.drafted)), seen.accepted + 1))
+        self._rounds.append((min(seen.seconds, OUTLIER * times.round(seen.drafted)), seen.tokens))
         if len(self._rounds) < JUDGED_ROUNDS:
             return
         took, tokens = (sum(column) for column in zip(*self._rounds, strict=True))
@@ -216,6 +218,8 @@ class RequestLengths:
     def __init__(self, shared: DraftLengths) -> None:
         self._shared = shared
         self._own = Share(0.0, 0.0, HALF_LIFE)
+        self._generated = 1
+        """Tokens so far; the first one comes with the prompt."""
         self._fresh = True
         """Whether nothing was decided yet."""
         self._promising = False
@@ -254,9 +258,11 @@ class RequestLengths:
         """Return the draft length with the most tokens a second, 0 where plain decoding is about as fast."""
         times = self._shared.times
         acceptance = self._own.with_prior(self._shared.acceptance.value, OTHERS_WEIGHT)
+        longer = [answer - self._generated for answer in self._shared.answers if answer > self._generated]
+        left = median(longer) if longer else limit  # a usual answer's end: no token comes behind it
         best, least = 0, (1 - LEAST_GAIN) * times.plain
         for length in range(1, limit + 1):
-            seconds = times.round(length) / expected_tokens(acceptance, length)
+            seconds = times.round(length) / min(expected_tokens(acceptance, length), left)
             if seconds < least:
                 best, least = length, seconds
         return best
@@ -280,6 +286,7 @@ class RequestLengths:
     def observe_plain(self, seconds: float) -> None:
         """Take note of a plain step."""
         with self._shared.lock:
+            self._generated += 1
             self._shared.times.add_plain(seconds)
             self._shared.allowance += PROBE_SHARE * seconds
 
@@ -287,6 +294,7 @@ class RequestLengths:
         """Take note of a draft and its verification."""
         shared = self._shared
         with shared.lock:
+            self._generated += seen.tokens
             shared.times.add_round(seen)
             shared.judgement.add(seen, shared.times)
             shared.acceptance.add(seen.accepted, seen.tested)

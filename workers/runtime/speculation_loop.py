@@ -211,7 +211,7 @@ class Decoding:
         drafting = self._clock.between(draft_start, draft_end)
         verifying = self._clock.now() - start - drafting
         self._lengths.observe_round(
-            Round(length, min(taken, length), accepted, drafting, verifying, tuple(confidences))
+            Round(length, min(taken, length), accepted, taken, drafting, verifying, tuple(confidences))
         )
 
     # Tokens -------------------------------------------------------------------------------------------------------
