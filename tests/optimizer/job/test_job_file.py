@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from optimizer.errors import UsageFault
 from optimizer.job.loading import ENVIRONMENT, load_job, parse_yaml, validate_job
 from optimizer.job.spec import DETERMINES_RESULT, ONLY_WHERE_AND_WHEN, JobSpec
+from workers.models.checkpoint import BUILT_MODELS
 
 PROJECT = Path(__file__).resolve().parents[3]
 MINIMAL = {"model": {"path": "llava-12"}, "task": "easy-vqa"}
@@ -47,10 +48,10 @@ def test_table_of_fields_is_current():
     assert "| `workload.batch_size` | `1` | whole number from 1 to 4096 | Prompts per request. |" in text
 
 
-@pytest.mark.parametrize("name", ["quickstart.yaml", "scenes.yaml", "scenes-lossless.yaml"])
-def test_shipped_job_files_are_valid(name: str):
-    spec = load_job(PROJECT / "configs" / name, environment={})
-    assert spec.model.path == "llava-12"
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_job_files_are_valid(path: Path):
+    spec = load_job(path, environment={})
+    assert spec.model.path in ("llava-12", *BUILT_MODELS)
 
 
 def test_paths_are_relative_to_the_job_file_and_names_stay_names(tmp_path: Path):
