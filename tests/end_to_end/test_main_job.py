@@ -84,6 +84,7 @@ def test_every_stage_is_on_record_and_the_profile_speaks_of_all_layers(finished_
         "warm start",
         "search",
         "verify",
+        "guard",
         "publish",
     ]
     profile = recorded["profile"].payload["value"]
