@@ -21,6 +21,7 @@ from workers.text import one_line
 
 _DRAFT_COUNTER = re.compile(r"^\w+:spec_decode_num_(\w+)_total(?:\{.*\})? (\S+)$", re.M)
 _DEATH_SECONDS = 5.0
+_RESUME_SECONDS, _POLL_SECONDS = 30.0, 0.2
 """How long a program that no longer answers may take to be seen dead."""
 
 
@@ -151,9 +152,11 @@ class ChatServer:
 
     def resume(self) -> None:
         """Let them go on, and wait until the server answers."""
+        deadline = time.monotonic() + _RESUME_SECONDS
         self._process.signal(supervisor.GO_ON)
-        if not self.ready():
-            raise EngineLost(f"{self.engine} does not go on")
+        while not self.ready():
+            if time.monotonic() > deadline or self._process.ended(within_seconds=_POLL_SECONDS) is not None:
+                raise EngineLost(f"{self.engine} does not go on")
 
     def kv_cache_tokens(self) -> int | None:
         """Tokens whose keys and values fit; None: this engine does not say."""
