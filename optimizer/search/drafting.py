@@ -1,4 +1,4 @@
-"""What a candidate is worth as a drafter for the dense model: expected time per token, and extra memory.
+"""Judge candidates as drafters for the dense model by expected time per token and by extra memory.
 
 A round of speculation drafts k tokens with the candidate, and lets the dense model verify them in one pass. Times are
 shares of one decoding step of the dense model, so that plain decoding takes 1 for each token. A trial's time comes from

@@ -36,7 +36,7 @@ Evaluate = Callable[[Sequence[tuple[Candidate, int]]], Iterator[tuple[Candidate,
 
 @dataclass(frozen=True)
 class DraftValue:
-    """What a candidate is worth to a dense model that verifies its drafts (:mod:`optimizer.search.drafting`)."""
+    """Hold what decoding takes with a candidate as drafter (:mod:`optimizer.search.drafting`)."""
 
     time: float
     """Expected time per token, as a share of plain decoding."""

@@ -52,7 +52,8 @@ from workers.runtime.folding import folded_bytes
 from workers.runtime.locate import locate
 from workers.runtime.plan import LETTERS, SkipPlan
 from workers.serving.latency import compare_engine_latency, find_engine
-from workers.speculation.compare import check_speculation, compare_speculation, verify_seconds
+from workers.speculation.compare import check_speculation, compare_speculation
+from workers.speculation.passes import verify_seconds
 from workers.tasks import Task
 from workers.versions import installed_versions
 

@@ -105,7 +105,7 @@ class ChatReply:
 
 @dataclass(frozen=True)
 class DraftCounts:
-    """What a drafter did since the server's start."""
+    """Count the drafts of an engine's drafter, and their tokens, since the server's start."""
 
     drafts: int
     drafted: int

@@ -1,4 +1,4 @@
-"""What greedy speculation makes of a drafter's agreement with the dense model's own answer: pure functions.
+"""Reckon the rounds of greedy speculation from where a drafter agrees with the dense model's own answer.
 
 Feed the dense model's greedy answer behind the prompt, and look at which positions the drafter's most likely token is
 the answer's. Greedy speculation (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) keeps a drafted

@@ -91,7 +91,7 @@ class Share:
 
     @property
     def value(self) -> float:
-        """The share."""
+        """The share of the cases that were so."""
         return self._so / self._cases
 
 
@@ -191,7 +191,7 @@ class Judgement:
 
 
 class DraftLengths:
-    """What requests of one batch size have shown; several threads may have requests at a time."""
+    """Learn what drafts cost and gain from the requests of one batch size; several threads may have some at a time."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

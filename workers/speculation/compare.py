@@ -11,7 +11,6 @@ import math
 import re
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,22 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from workers.device import lock as device_lock
 from workers.device.memory import peak_bytes
 from workers.errors import MeasurementError
-from workers.evaluation.acceptance import LONGEST_SCORED_DRAFT
-from workers.evaluation.plain import PlainEvaluator, read_agreement, without_prompt
-from workers.latency.measure import LATE_PAIRS, LEAST_REPEATS, PAIRS_PER_LOOK, PROFILE_SECONDS, median_interval
-from workers.latency.request import cache_bytes, cache_of, device_name, prepare_request, run_request, synchronise
-from workers.layerwise.hooks import Hooks
+from workers.evaluation.plain import PlainEvaluator, read_agreement
+from workers.latency.measure import LATE_PAIRS, PAIRS_PER_LOOK, median_interval
+from workers.latency.request import cache_bytes, cache_of, device_name, prepare_request, run_request
 from workers.messages import (
     CheckSpeculation,
     CompareSpeculation,
     Exactness,
     LatencyComparison,
-    LatencyProfile,
     SpeculationComparison,
     Workload,
 )
@@ -43,21 +38,19 @@ from workers.models.forced import force
 from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.prompts import to_device
-from workers.models.ties import end_tokens, tie_bound
+from workers.models.ties import tie_bound
 from workers.runtime import apply, speculate
-from workers.runtime.descriptor import FamilyDescriptor, validate
-from workers.runtime.families import describe
 from workers.runtime.folding import Maps
-from workers.runtime.plan import Action, PlanError, SkipPlan
+from workers.runtime.plan import SkipPlan
 from workers.runtime.speculation import Speculation
 from workers.tasks import Sample, Task
+
+from .request import answers_of, generate, timed
 
 WARM_UP_REQUESTS = 4
 """Requests before the timed ones, from which a speculation learns how much to draft."""
 READ_PROMPTS = 64
 """Prompts on which acceptance is read."""
-WIDTHS = (1, 2, 3, 5, LONGEST_SCORED_DRAFT + 1)
-"""New tokens of the passes that are timed; between them a straight line is taken."""
 PARAGRAPH_TOKENS = 48
 """Tokens of a paragraph's beginning that make a prompt."""
 
@@ -82,84 +75,6 @@ class Pairs:
     drafted_decoding: list[float] = field(default_factory=list)
     tokens: int = 0
     """Behind the first ones, of one row: all rows take as long."""
-
-
-# Passes over several tokens ------------------------------------------------------------------------------------------
-
-
-def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, repeats: int) -> tuple[float, ...]:
-    """Time dense passes over 1 to ``LONGEST_SCORED_DRAFT + 1`` new tokens, as speculation makes them.
-
-    Every width is timed in turns with a plain step, and is that many times as long as the profile's.
-
-    Raises:
-        MeasurementError: other workers do not leave the device.
-        UnsupportedFamilyError: the model's cache cannot be set back.
-    """
-    request = prepare_request(loaded, task, profile.workload)
-    plan = _cheap_drafter(describe(loaded.model))
-    ratios: dict[int, list[float]] = {width: [] for width in WIDTHS}
-    with device_lock.timing(loaded.device):
-        _timed_passes(loaded, plan, 2, request.inputs)
-        deadline = time.perf_counter() + PROFILE_SECONDS
-        for repeat in range(max(1, repeats // 2)):  # a repeat times several passes of every width
-            if repeat >= LEAST_REPEATS and time.perf_counter() > deadline:
-                break
-            step = statistics.median(_timed_passes(loaded, plan, 1, request.inputs))
-            for width in WIDTHS[1:]:
-                ratios[width].append(statistics.median(_timed_passes(loaded, plan, width, request.inputs)) / step)
-    known = np.maximum.accumulate(
-        [1.0, *(statistics.median(ratios[width]) for width in WIDTHS[1:])]
-    )  # what says that more tokens take less time is noise
-    widths = np.arange(1, LONGEST_SCORED_DRAFT + 2)
-    return tuple((profile.dense_decode_seconds * np.interp(widths, WIDTHS, known)).tolist())
-
-
-def _timed_passes(loaded: LoadedModel, plan: SkipPlan, width: int, inputs: Mapping[str, Any]) -> list[float]:
-    """Return the seconds of the dense model's passes over ``width`` new tokens in one request."""
-    model, device = loaded.model, loaded.device
-    starts: list[tuple[int, float]] = []
-    seconds: dict[int, list[float]] = defaultdict(list)
-
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        synchronise(device)
-        ids = kwargs.get("input_ids")
-        starts.append((0 if ids is None else int(ids.shape[1]), time.perf_counter()))
-
-    def after(output: object) -> None:
-        synchronise(device)
-        asked, start = starts.pop()
-        seconds[asked].append(time.perf_counter() - start)
-
-    with Hooks() as hooks, torch.inference_mode():
-        for module in model.modules():
-            if isinstance(module, GenerationMixin):
-                hooks.before(module, before)
-                hooks.after(module, after)
-        tokens = {"min_new_tokens": width + 4, "max_new_tokens": width + 4}
-        if width == 1:
-            _generate(loaded, model, inputs, **tokens)
-        else:
-            with speculate(model, plan, draft_length=width - 1) as speculation:
-                _generate(loaded, speculation, inputs, **tokens)
-    if not seconds[width]:
-        raise MeasurementError(f"no pass over {width} new tokens was made; the model takes no token ids")
-    return seconds[width]
-
-
-def _cheap_drafter(descriptor: FamilyDescriptor) -> SkipPlan:
-    """Return a plan that leaves little of the model: what it drafts does not matter."""
-    skipping = [layer for layer, allowed in enumerate(descriptor.allowed) if Action.SKIP in allowed]
-    for layers in (skipping[1:], skipping[:1]):
-        plan = SkipPlan.dense(descriptor.num_layers)
-        for layer in layers:
-            plan = plan.with_action(layer, Action.SKIP)
-        try:
-            validate(plan, descriptor)
-        except PlanError:
-            continue
-        return plan
-    raise MeasurementError("no layer of the model can be skipped, so nothing can draft for it")
 
 
 # Comparison ----------------------------------------------------------------------------------------------------------
@@ -241,8 +156,8 @@ def check_speculation(evaluator: PlainEvaluator, request: CheckSpeculation, maps
             if target is None:
                 continue
             inputs = _inputs_of(loaded, task, sample)
-            sequences = _generate(loaded, speculation, inputs, max_new_tokens=task.spec.answer.max_new_tokens)
-            (answer,) = _answers(loaded, sequences, inputs)
+            sequences = generate(loaded, speculation, inputs, max_new_tokens=task.spec.answer.max_new_tokens)
+            (answer,) = answers_of(loaded, sequences, inputs)
             found = found.joined(
                 _compared(loaded, sample.id, partial(_inputs_of, loaded, task, sample), target, answer)
             )
@@ -263,8 +178,8 @@ def _memory(loaded: LoadedModel, task: Task, workload: Workload, speculation: Sp
     with torch.inference_mode():
         dense = cache_bytes(cache_of(run_request(loaded, request)))
         dense_peak = peak_bytes(lambda: run_request(loaded, request), loaded.device)
-        _generate(loaded, speculation, request.inputs, **tokens)
-        peak = peak_bytes(lambda: _generate(loaded, speculation, request.inputs, **tokens), loaded.device)
+        generate(loaded, speculation, request.inputs, **tokens)
+        peak = peak_bytes(lambda: generate(loaded, speculation, request.inputs, **tokens), loaded.device)
     return _Memory(dense, dense_peak, peak)
 
 
@@ -281,13 +196,13 @@ def _time_pairs(
     tokens = {"max_new_tokens": request.workload.new_tokens}
     for prompt in itertools.islice(prompts, WARM_UP_REQUESTS):
         for model in (loaded.model, speculation):
-            _timed(loaded, model, prompt.inputs, **tokens)
+            timed(loaded, model, prompt.inputs, **tokens)
     speculation.reset_statistics()
     deadline = time.perf_counter() + request.max_seconds
     for prompt in prompts:
         found = {}
         for takes_dense in (True, False) if len(pairs.dense) % 2 == 0 else (False, True):
-            found[takes_dense] = _timed(loaded, loaded.model if takes_dense else speculation, prompt.inputs, **tokens)
+            found[takes_dense] = timed(loaded, loaded.model if takes_dense else speculation, prompt.inputs, **tokens)
         pairs.dense.append(found[True].seconds)
         pairs.drafted.append(found[False].seconds)
         longest = max(map(len, found[True].answers))
@@ -363,68 +278,7 @@ def _text_prompts(loaded: LoadedModel, text: str) -> Iterator[Prompt]:
         raise MeasurementError(f"the text has no paragraph of {PARAGRAPH_TOKENS // 4} tokens to begin a prompt with")
 
 
-# One request ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Answered:
-    """Seconds of a request, and of what comes behind its first token; the rows' tokens with those that end them."""
-
-    seconds: float
-    decoding: float
-    answers: list[tuple[int, ...]]
-
-
-class _FirstToken(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
-    """Note when the first token was there; end nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
-        """Look at ``input_ids`` ``[batch, tokens]``."""
-        if self.at is None:
-            synchronise(self._device)
-            self.at = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def _timed(loaded: LoadedModel, model: Any, inputs: Mapping[str, Any], **tokens: int) -> _Answered:
-    """Time one request of the model, or of a speculation on it, the device idle before and after."""
-    first = _FirstToken(loaded.device)
-    synchronise(loaded.device)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        sequences = _generate(loaded, model, inputs, stopping_criteria=StoppingCriteriaList([first]), **tokens)
-    synchronise(loaded.device)
-    ended = time.perf_counter()
-    decoding = ended - (ended if first.at is None else first.at)
-    return _Answered(ended - started, decoding, _answers(loaded, sequences, inputs))
-
-
-def _generate(loaded: LoadedModel, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Tensor:
-    """Generate greedily; ``model`` is the loaded one or a speculation on it."""
-    with torch.inference_mode():
-        sequences: Tensor = model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=loaded.processor.tokenizer.pad_token_id,
-            use_cache=True,  # checkpoints often say no, left over from training; whoever serves them has one
-            return_dict_in_generate=False,
-            **settings,
-        )
-    return sequences
-
-
-def _answers(loaded: LoadedModel, sequences: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    ends = end_tokens(loaded.model)
-    found = []
-    for row in without_prompt(sequences, inputs["input_ids"]).tolist():
-        length = next((number for number, token in enumerate(row, start=1) if token in ends), len(row))
-        found.append(tuple(row[:length]))
-    return found
+# Answers --------------------------------------------------------------------------------------------------------------
 
 
 def _compared(

@@ -21,7 +21,8 @@ from workers.models.loading import LoadedModel
 from workers.runtime import speculate
 from workers.runtime.plan import PlanError
 from workers.speculation import compare
-from workers.speculation.compare import check_speculation, compare_speculation, verify_seconds
+from workers.speculation.compare import check_speculation, compare_speculation
+from workers.speculation.passes import verify_seconds
 from workers.tasks import Task
 
 LIMIT = 12
