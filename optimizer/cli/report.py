@@ -1,4 +1,4 @@
-"""``skipplan report`` and ``dashboard``: jobs as a page to read, a picture to print, or in a browser."""
+"""``skipplan report``, ``compare``, ``evaluations`` and ``dashboard``: jobs on pages, in tables, in a browser."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from optimizer.cli.options import AsJson, Force, open_database, print_either, write_file
+from optimizer.cli.options import (
+    AsJson,
+    Force,
+    JobNumber,
+    open_database,
+    print_either,
+    print_json,
+    print_line,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -53,10 +62,7 @@ def report(
     with open_database(context) as db:
         chosen = compare if compare is not None else (job if job is not None else _latest(db),)
         target = output or Path(f"report-{'-'.join(map(str, chosen))}.{format_name}")
-        if target.is_dir():
-            raise UsageFault(f"{target}: is a directory; --output names a file")
-        if target.exists() and output is not None and not force:
-            raise UsageFault(f"{target}: exists already; --force replaces it")
+        _check_target(target, force=force or output is None)
         content = _content(db, chosen, format_name, figure)
     write_file(target, content)
     found = {"jobs": list(chosen), "format": format_name, "output": str(target), "bytes": len(content)}
@@ -76,6 +82,79 @@ def _content(db: Database, jobs: tuple[int, ...], format_name: ReportFormat, fig
     from optimizer.reports.picture import write_picture
 
     return write_picture(db, jobs[0], figure)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    first: JobNumber,
+    second: JobNumber,
+    as_json: AsJson = False,
+) -> int:
+    """Show the limits and results of two jobs side by side; `report --compare` draws them.
+
+    [bold]Example:[/bold] skipplan compare 7 9
+    """
+    from rich.table import Table
+
+    from optimizer.cli.screen import Screen
+    from optimizer.reports.compare import comparability, figures_table
+    from optimizer.reports.data import collect
+
+    with open_database(context) as db:
+        reports = collect(db, first), collect(db, second)
+    found, remark = figures_table(*reports), comparability(*reports)
+    if as_json:
+        sides = [
+            {"job": report.job.id} | {row[0]: row[place] for row in found.rows}
+            for place, report in enumerate(reports, start=1)
+        ]
+        print_json({"jobs": sides, "remark": remark})
+        return 0
+    table = Table(header_style="bold")
+    for name in found.header:
+        table.add_column(name)
+    for row in found.rows:
+        table.add_row(*row)
+    Screen(quiet=False).table(table)
+    print_line(remark)
+    return 0
+
+
+@app.command()
+def evaluations(
+    context: typer.Context,
+    job: JobNumber,
+    output: Annotated[Path, typer.Option("--output", help="File to write, .csv or .parquet.", show_default=False)],
+    samples: Annotated[
+        bool, typer.Option("--samples", help="One row for every sample of every evaluation, with its score.")
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write all evaluations of a job as a table: every plan that was scored, on which samples, and how well.
+
+    [bold]Example:[/bold] skipplan evaluations 7 --output evaluations.csv
+    """
+    from optimizer.reports.evaluations import evaluations_frame, samples_frame, table_bytes
+
+    _check_target(output, force=force)
+    with open_database(context) as db:
+        frame = (samples_frame if samples else evaluations_frame)(db, job)
+    write_file(output, table_bytes(frame, output))
+    found = {"job": job, "rows": len(frame), "output": str(output)}
+    print_either(as_json, found, [f"{output} written ({len(frame):,} rows)"])
+    return 0
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    """Refuse a directory, and a file that is there already unless ``force``. Raises UsageFault."""
+    from optimizer.errors import UsageFault
+
+    if target.is_dir():
+        raise UsageFault(f"{target}: is a directory; --output names a file")
+    if target.exists() and not force:
+        raise UsageFault(f"{target}: exists already; --force replaces it")
 
 
 def _latest(db: Database) -> int:

@@ -27,9 +27,9 @@ def comparison_page(db: Database, first: JobReport, second: JobReport) -> Page:
     return Page(
         title=f"job {first.job.id} and job {second.job.id}",
         kicker="skipplan, two jobs compared",
-        summary=Summary(headline, (_comparability(first, second),), "open"),
+        summary=Summary(headline, (comparability(first, second),), "open"),
         sections=(
-            Section("figures", "Figures", "Figures side by side", tables=(_figures(first, second),)),
+            Section("figures", "Figures", "Figures side by side", tables=(figures_table(first, second),)),
             _fronts(first, second),
             _strips(first, second),
             _searches(db, first, second),
@@ -43,7 +43,8 @@ def _comparable(first: JobReport, second: JobReport) -> bool:
     return first.ids is not None and first.ids == second.ids and splits[0] == splits[1]
 
 
-def _comparability(first: JobReport, second: JobReport) -> str:
+def comparability(first: JobReport, second: JobReport) -> str:
+    """Say in a sentence what of two jobs can be compared."""
     if first.ids is None or second.ids is None:
         return "At least one of these jobs has not loaded its model yet; there is little to compare."
     if not _comparable(first, second):
@@ -88,7 +89,8 @@ _FIGURES: tuple[tuple[str, Callable[[JobReport], str]], ...] = (
 )
 
 
-def _figures(*reports: JobReport) -> Table:
+def figures_table(*reports: JobReport) -> Table:
+    """Return the figures of jobs side by side, one row a figure, one column a job behind its name."""
     header = ("", *(f"job {report.job.id}" for report in reports))
     rows = tuple((name, *(value(report) for report in reports)) for name, value in _FIGURES)
     return Table("All figures", header, rows, open=True)
