@@ -13,7 +13,7 @@ import torch
 from workers.cluster.settings import WorkerSettings
 from workers.device import lock as device_lock
 from workers.device.arithmetic import dtype_name, slow_arithmetic
-from workers.errors import ModelError
+from workers.errors import ModelError, TaskError
 from workers.evaluation.dispatch import EvaluationDispatch
 from workers.evaluation.plain import PlainEvaluator
 from workers.evaluation.shown import show
@@ -131,6 +131,8 @@ class Handler:
         loaded, task, compensator = self.loaded, self.task, self.evaluator.compensator
         match request:
             case EvaluatePlans():
+                if task.part(request.task) is not task:
+                    raise TaskError(f"task {request.task} is not scored beside {task.name} yet")
                 return self.evaluators.evaluate(request)
             case AnswerDense():
                 return self.evaluator.answer_dense(request)

@@ -23,7 +23,11 @@ class EvaluatePlans:
     ``artifacts`` gives per plan where its fitted maps lie; without it they are fitted. With ``targets``, the dense
     model's own answer to each of the samples (the end token included; None where it gave none), plans are scored by
     acceptance: the share of an answer's tokens that the plan would have drafted. ``text`` is the general text of a
-    recipe that names one.
+    recipe that names one. ``task`` names what plans are scored on (``Task.part``): a part of the worker's task, or what
+    is beside it; the task itself where it is empty, which a joint task cannot be.
+
+    A passage of general text scores the share of its tokens, from the second on, that the plan predicts as likeliest;
+    its ``kl`` is the mean over them.
     """
 
     plans: tuple[str, ...]
@@ -35,6 +39,7 @@ class EvaluatePlans:
     artifacts: tuple[Artifact | None, ...] = ()
     targets: tuple[tuple[int, ...] | None, ...] = ()
     text: str | None = None
+    task: str = ""
 
     def artifact_of(self, plan: str) -> Artifact | None:
         """Return where the maps of one of the plans lie."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def prompt_text(spec: TaskSpec, sample: Sample) -> str:
     """Return what the user says about the image."""
-    return spec.prompt.format(question=sample.question)
+    return spec.ask(sample.question)
 
 
 def has_chat_template(processor: ProcessorMixin) -> bool:

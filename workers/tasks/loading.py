@@ -12,6 +12,7 @@ from workers.errors import TaskError
 
 from .images import READING, ImageFile, SceneImage, hash_image
 from .metrics import VQA_MINIMUM_ANSWERS, metric_version
+from .passages import TextTask
 from .samples import Sample
 from .spec import EasyVqaSource, FileSource, HubSource, ScenesSource, SplitSizes, TaskSpec, load_spec
 from .splits import SPLITS, Region, make_splits
@@ -28,6 +29,9 @@ class Task:
     ``data_hash`` covers every sample read from the source (image content, question, answers, options);
     ``split_hash`` the samples of each split in order; ``definition_hash`` prompt, answer format, metrics, and the
     versions of what reads images, asks and scores.
+
+    ``parts`` are the tasks of a joint one (:func:`workers.tasks.joint.join_tasks`). ``beside`` is what plans are scored
+    on too, while nothing is fitted to it: further tasks, and general text.
     """
 
     spec: TaskSpec
@@ -37,10 +41,26 @@ class Task:
     data_hash: str
     split_hash: str
     definition_hash: str
+    parts: tuple[Task, ...] = ()
+    beside: tuple[Task | TextTask, ...] = ()
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    def part(self, name: str) -> Task | TextTask:
+        """Return what plans are scored on: the part or the task beside of that name, the task itself for ``""``.
+
+        Raises:
+            TaskError: there is none of that name, or a joint task is to be scored as a whole.
+        """
+        known = {each.name: each for each in (*self.beside, *self.parts)}
+        if not name and not self.parts:
+            return self
+        if name not in known:
+            wrong = f"nothing of it is named {name!r}" if name else "it cannot be scored as a whole"
+            raise TaskError(f"task {self.name}: {wrong}; there are {', '.join(known) or 'no other tasks'}")
+        return known[name]
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of a split. Raises TaskError for an unknown name."""
@@ -65,7 +85,9 @@ def load_task(task: str | Path | TaskSpec) -> Task:
     splits = make_splits(data.regions, spec.splits, spec.name)
     return Task(
         spec=spec,
-        **splits,
+        calibration=splits["calibration"],
+        search=splits["search"],
+        held_out=splits["held_out"],
         data_hash=data.hash,
         split_hash=_hash_text(
             json.dumps({name: [[s.id, s.image_key] for s in samples] for name, samples in splits.items()})

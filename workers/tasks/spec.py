@@ -214,6 +214,10 @@ class TaskSpec(_Section):
         """Whether the prompt shows the sample's question."""
         return "question" in _placeholders(self.prompt)
 
+    def ask(self, question: str) -> str:
+        """Return what the user says about the image."""
+        return self.prompt.format(question=question)
+
     def with_splits(self, **changes: Any) -> TaskSpec:
         """Return the same task with other split sizes: fields of :class:`SplitSizes`."""
         return self.changed(splits=self.splits.changed(**changes))
