@@ -110,10 +110,10 @@ class Handler:
         )
 
     def _hint(self) -> str:
-        replaced = self.loaded.replaced_dtype
-        if replaced:
-            return f"model.dtype: auto is float32 here: the device would emulate the checkpoint's {replaced}"
-        return slow_arithmetic(self.loaded.dtype, self.loaded.device)
+        loaded, replaced = self.loaded, self.loaded.replaced_dtype
+        hint = f"model.dtype: auto is float32 here: the device would emulate the checkpoint's {replaced}"
+        hints = (hint if replaced else slow_arithmetic(loaded.dtype, loaded.device), loaded.not_shared)
+        return "; ".join(filter(None, hints))
 
     def handle(self, request: Request) -> Reply:
         """Answer a request. What measures time takes the device for itself; everything else shares it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -14,6 +13,8 @@ from typing import Any
 from workers.errors import ModelError
 from workers.messages import ModelSource
 from workers.text import did_you_mean, one_line
+
+from .cache import Entry, cache_directory, remembered
 
 BUNDLED_MODELS = Path(__file__).resolve().parents[2] / "configs" / "reference"
 BUILT_MODELS = {"smollm2-30": "smollm2", "smollm2-30-scenes": "smollm2-scenes"}
@@ -45,12 +46,8 @@ def bundled_models() -> tuple[str, ...]:
 
 
 def built_directory(name: str) -> Path:
-    """Return where a model of `BUILT_MODELS` is kept: SKIPPLAN_CACHE, else the user's cache directory."""
-    own = os.environ.get("SKIPPLAN_CACHE")
-    if own:
-        return Path(own).expanduser() / "models" / name
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "skipplan" / "models" / name
+    """Return where a model of `BUILT_MODELS` is kept, in the cache directory."""
+    return cache_directory() / "models" / name
 
 
 def find_checkpoint(source: ModelSource) -> Path:
@@ -111,7 +108,7 @@ def check_checkpoint(directory: Path, allow_pickle: Collection[str] = (), *, tru
         _refuse_code_from_elsewhere(directory)
     for file in weight_files(directory, allow_pickle):
         if not is_pickled([file]):
-            _tensors(file)
+            read_header(file)
 
 
 def _refuse_code_from_elsewhere(directory: Path) -> None:
@@ -233,7 +230,8 @@ def fingerprint_checkpoint(
     SHA-256 of its bytes; and over the other files that transformers reads (:func:`settings_files`), by name. Those
     that end in ``config.json`` count as JSON, without the fields that change with the program that saved them
     (``transformers_version``, ``_name_or_path``, ``_commit_hash``), the others by their bytes. How tensors are spread
-    over files does not matter. Pickled files are not opened: each counts as a whole, by its name and bytes.
+    over files does not matter. Pickled files are not opened: each counts as a whole, by its name and bytes. Hashes of
+    weights are remembered by the files' identity (:mod:`workers.models.cache`).
 
     Raises:
         ModelError: as :func:`check_checkpoint`.
@@ -245,10 +243,7 @@ def fingerprint_checkpoint(
     entries = [(name, _hash_settings(path)) for name, path in settings_files(directory, trust_remote_code).items()]
     entries.append(("saved before transformers 5", str(_is_saved_before_5(config))))
     digest.update(_joined(entries))
-    tensors: list[tuple[str, ...]] = []
-    for file in weight_files(directory, allow_pickle):
-        tensors += [(file.name, _hash_file(file))] if is_pickled([file]) else list(_hash_tensors(file))
-    digest.update(_joined(tensors))
+    digest.update(_joined(entry for file in weight_files(directory, allow_pickle) for entry in _hash_weights(file)))
     return digest.hexdigest()
 
 
@@ -295,7 +290,7 @@ def hash_weights(directory: Path) -> str:
     Raises:
         ModelError: as :func:`weight_files`.
     """
-    entries = sorted(entry for file in weight_files(directory) for entry in _hash_tensors(file))
+    entries = sorted(entry for file in weight_files(directory) for entry in _hash_weights(file))
     return hashlib.sha256(b"\0".join("\0".join(entry).encode() for entry in entries)).hexdigest()
 
 
@@ -310,26 +305,38 @@ def canonical_config(config: Any, *, sort_keys: bool = True) -> str:
     return json.dumps(clean(config), sort_keys=sort_keys, separators=(",", ":"), default=str)
 
 
-def _tensors(file: Path) -> tuple[int, dict[str, Any]]:
-    """Read a safetensors header: where the data start, and each tensor's dtype, shape and offsets."""
+def read_header(file: Path) -> tuple[int, dict[str, Any], dict[str, str] | None]:
+    """Read a safetensors header: where the data start, each tensor's dtype, shape and offsets, and the metadata.
+
+    Raises:
+        ModelError: the file is corrupt.
+    """
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_HEADER_SIZE_BYTES), "little")
             if not 2 <= length <= _LARGEST_HEADER:
                 raise ValueError("its header has an impossible length")
             header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         start = _HEADER_SIZE_BYTES + length
         end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if file.stat().st_size != end:
             raise ValueError(f"it has {file.stat().st_size} bytes where its header says {end}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"model file {file} is corrupt: {one_line(error)}") from None
-    return start, header
+    return start, header, metadata
 
 
-def _hash_tensors(file: Path) -> Iterator[tuple[str, str, str, str]]:
-    start, header = _tensors(file)
+def _hash_weights(file: Path) -> list[Entry]:
+    """Entries of a weight file: of every tensor its name, dtype, shape and hash; of a pickled file name and hash."""
+    if is_pickled([file]):
+        return [(file.name, *entry) for entry in remembered(file, lambda: [(_hash_file(file),)])]
+    read_header(file)  # what is corrupt is said whatever is remembered
+    return remembered(file, lambda: list(_hash_tensors(file)))
+
+
+def _hash_tensors(file: Path) -> Iterator[Entry]:
+    start, header, _ = read_header(file)
     with file.open("rb") as stream:
         for name, entry in header.items():
             begin, end = entry["data_offsets"]

@@ -23,6 +23,7 @@ from .checkpoint import (
     weight_files,
 )
 from .processors import load_processor
+from .shared_weights import share_in_float32
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LoadedModel:
     name: str
     replaced_dtype: str = ""
     """The checkpoint's own dtype where float32 stands in for it, because the device would emulate it."""
+    not_shared: str = ""
+    """Why this process holds a copy of the weights of its own, where several could share one."""
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +61,9 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
     """Load a model for inference.
 
     ``device`` overrides the source's; ``"auto"`` is a GPU if one can be seen, else the CPU. The dtype ``"auto"`` is the
-    checkpoint's own; with ``measuring``, float32 where the device would emulate that.
+    checkpoint's own; with ``measuring``, float32 where the device would emulate that. Weights go from their files
+    straight to a GPU; on the CPU they stay in their files, mapped into memory. With ``measuring``, that is so in
+    float32 as well (:mod:`workers.models.shared_weights`).
 
     Raises:
         ModelError: the model is not there, not of a supported kind, corrupt, or incomplete.
@@ -67,18 +72,27 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
     directory = find_checkpoint(source)
     check_checkpoint(directory, source.allow_pickle, trust_remote_code=source.trust_remote_code)
     config = load_config(directory, source)
-    replaced = ""
+
+    def fingerprint() -> str:
+        return fingerprint_checkpoint(directory, source.allow_pickle, trust_remote_code=source.trust_remote_code)
+
+    replaced = not_shared = ""
     if measuring and source.dtype == "auto":
         own = config.dtype or _load_weights(directory, source, config).config.dtype  # not every one names it
         if emulates(own, torch.device(target)):
             source, replaced = replace(source, dtype="float32"), dtype_name(own)
-    model = _load_weights(directory, source, config)
+    place, files = directory, weight_files(directory, source.allow_pickle)
+    if measuring and target == "cpu" and source.dtype == "float32" and not is_pickled(files):
+        place, not_shared = share_in_float32(directory, files, fingerprint)
+    model = _load_weights(place, source, config, None if target == "cpu" else {"": target})
+    model.config._name_or_path = str(directory)
     return LoadedModel(
-        model=model.to(target).eval(),
+        model=model.eval(),
         processor=load_processor(directory, source, config),
-        fingerprint=fingerprint_checkpoint(directory, source.allow_pickle, trust_remote_code=source.trust_remote_code),
+        fingerprint=fingerprint(),
         name=source.path,
         replaced_dtype=replaced,
+        not_shared=not_shared,
     )
 
 
@@ -118,7 +132,9 @@ def load_config(directory: Path | str, source: ModelSource) -> Any:
     return config
 
 
-def _load_weights(directory: Path, source: ModelSource, config: Any) -> PreTrainedModel:
+def _load_weights(
+    directory: Path, source: ModelSource, config: Any, device_map: dict[str, str] | None = None
+) -> PreTrainedModel:
     if source.dtype != "auto" and not isinstance(getattr(torch, source.dtype, None), torch.dtype):
         raise ModelError(f"dtype {source.dtype!r} is no torch dtype; use auto, float32, bfloat16 or float16")
     try:
@@ -127,6 +143,7 @@ def _load_weights(directory: Path, source: ModelSource, config: Any) -> PreTrain
             config=config,
             dtype=source.dtype,
             attn_implementation=source.attention,
+            device_map=device_map,
             use_safetensors=not is_pickled(weight_files(directory, source.allow_pickle)),
             weights_only=True,
             trust_remote_code=source.trust_remote_code,

@@ -91,7 +91,6 @@ def read_wheel(wheel: Path) -> LanguageModel:
 def read_gguf(gguf: Path) -> LanguageModel:
     """De-quantise a GGUF file of a Llama model, to bfloat16. Raises ModelError without the packages this needs."""
     try:
-        import accelerate  # noqa: F401
         import gguf as _reader  # noqa: F401
     except ImportError as error:
         raise ModelError(
