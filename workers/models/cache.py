@@ -89,7 +89,7 @@ def _read(place: Path, identity: dict[str, Any]) -> list[Entry] | None:
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
         entries = [tuple(entry) for entry in content["entries"]]
-        known = content["checksum"] == _checksum(identity, entries)
+        known = bool(content["checksum"] == _checksum(identity, entries))
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return entries if known else None
