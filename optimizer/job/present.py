@@ -24,7 +24,7 @@ from workers.errors import ModelError, TaskError
 from workers.messages import ModelSource
 from workers.models.checkpoint import find_here, fingerprint_checkpoint
 from workers.tasks.loading import hash_data, hash_definition
-from workers.tasks.spec import HubSource, ScenesSource, TaskSpec, load_spec
+from workers.tasks.spec import DrawnSource, HubSource, TaskSpec, load_spec
 
 LOCAL = "local"
 SECONDS_KEPT = 60
@@ -141,7 +141,7 @@ class PresentVersions:
             return last.data_hash, last.definition_hash
         if isinstance(found.source, HubSource) and not Path(found.source.id).is_dir():  # its rows would be fetched
             return last.data_hash, hash_definition(found)
-        if isinstance(found.source, ScenesSource):  # as many are drawn as the splits hold
+        if isinstance(found.source, DrawnSource):  # as many are drawn as the splits hold
             found = found.with_splits(
                 calibration=task.calibration_size, search=task.search_size, held_out=task.held_out_size
             )

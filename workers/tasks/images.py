@@ -57,6 +57,20 @@ class SceneImage:
 
 
 @dataclass(frozen=True)
+class RenderedImage:
+    """Image that is drawn from a rendered text's number."""
+
+    index: int
+    seed: int
+
+    def open(self) -> Image:
+        """Draw the text."""
+        from .rendered import rendered_text
+
+        return rendered_text(self.index, self.seed).image
+
+
+@dataclass(frozen=True)
 class HubImage:
     """Image in one row of a dataset of the Hugging Face hub (or of a directory that ``datasets`` can load)."""
 
@@ -81,7 +95,7 @@ def _hub_images(dataset: str, subset: str | None, split: str, revision: str | No
     return load_undecoded(dataset, subset, split, revision, column)
 
 
-ImageReference = ImageFile | SceneImage | HubImage
+ImageReference = ImageFile | SceneImage | RenderedImage | HubImage
 
 
 def _decode(source: Path | bytes, problem: str, key: str = "") -> Image:

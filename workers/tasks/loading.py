@@ -7,16 +7,30 @@ import json
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workers.errors import TaskError
 
-from .images import READING, ImageFile, SceneImage, hash_image
+from .images import READING, ImageFile, RenderedImage, SceneImage, hash_image
 from .metrics import VQA_MINIMUM_ANSWERS, metric_version
 from .passages import TextTask
 from .samples import Sample
-from .spec import EasyVqaSource, FileSource, HubSource, ScenesSource, SplitSizes, TaskSpec, load_spec
+from .spec import (
+    DrawnSource,
+    EasyVqaSource,
+    FileSource,
+    HubSource,
+    RenderedTextSource,
+    ScenesSource,
+    SplitSizes,
+    TaskSpec,
+    load_spec,
+)
 from .splits import SPLITS, Region, make_splits
 from .tables import read_file, read_hub
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ASKING_VERSION = 1
 """Raised when a question and its image become another prompt for the same model (``workers/models/prompts.py``)."""
@@ -129,8 +143,8 @@ def _read(spec: TaskSpec) -> _Data:
     source = spec.source
     if isinstance(source, EasyVqaSource):
         return _read_easy_vqa()
-    if isinstance(source, ScenesSource):
-        return _Data(_read_scenes(source, spec.splits))
+    if isinstance(source, DrawnSource):
+        return _Data(_draw(source, spec.splits))
     rows = read_file(spec, source) if isinstance(source, FileSource) else read_hub(spec, source)
     return _Data([Region(SPLITS, tuple(rows))])
 
@@ -157,22 +171,40 @@ def _read_easy_vqa() -> _Data:
     return _Data([Region(("calibration",), samples["train"]), Region(("search", "held_out"), samples["test"])])
 
 
-def _read_scenes(source: ScenesSource, sizes: SplitSizes) -> list[Region]:
-    """Draw calibration scenes from the range reference models are trained on, the others from beyond it."""
-    from .scenes import FIRST_EVALUATION_INDEX, QUESTIONS, scene
+def _draw(source: DrawnSource, sizes: SplitSizes) -> list[Region]:
+    """Draw calibration samples from the range reference models are trained on, the others from beyond it."""
+    from .scenes import FIRST_EVALUATION_INDEX
 
-    answer = QUESTIONS[source.question].answer
+    def draw(index: int) -> Sample:
+        return _draw_scene(source, index) if isinstance(source, ScenesSource) else _draw_text(source, index)
+
     regions = []
     for number, split in enumerate(SPLITS):
         first = number * FIRST_EVALUATION_INDEX
-        samples = []
-        for index in range(first, first + getattr(sizes, split)):
-            drawn = scene(index, source.seed)
-            key = hashlib.sha256(repr((drawn.image.size, drawn.image.mode)).encode() + drawn.image.tobytes())
-            image = SceneImage(index, source.seed)
-            samples.append(Sample(f"scene-{index}", image, key.hexdigest(), "", (answer(drawn),)))
-        regions.append(Region((split,), tuple(samples)))
+        samples = tuple(draw(index) for index in range(first, first + getattr(sizes, split)))
+        regions.append(Region((split,), samples))
     return regions
+
+
+def _draw_scene(source: ScenesSource, index: int) -> Sample:
+    from .scenes import QUESTIONS, scene
+
+    drawn = scene(index, source.seed)
+    answer = QUESTIONS[source.question].answer(drawn)
+    key = _hash_drawn(drawn.image)
+    return Sample(f"scene-{index}", SceneImage(index, source.seed), key, "", (answer,))
+
+
+def _draw_text(source: RenderedTextSource, index: int) -> Sample:
+    from .rendered import rendered_text
+
+    drawn = rendered_text(index, source.seed)
+    key = _hash_drawn(drawn.image)
+    return Sample(f"text-{index}", RenderedImage(index, source.seed), key, "", (drawn.text,))
+
+
+def _hash_drawn(image: Image) -> str:
+    return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).hexdigest()
 
 
 def _require_annotators(regions: list[Region], spec: TaskSpec) -> None:

@@ -80,6 +80,13 @@ class ScenesSource(_Section):
     """What is asked of every scene; the task's ``prompt`` asks it."""
 
 
+class RenderedTextSource(_Section):
+    """The project's own generator of images of one word or number."""
+
+    kind: Literal["rendered-text"] = "rendered-text"
+    seed: Seed = 0
+
+
 class Columns(_Section):
     """Names of the columns of a table."""
 
@@ -135,7 +142,10 @@ class HubSource(_Section):
     columns: Columns = Columns()
 
 
-Source = EasyVqaSource | ScenesSource | FileSource | HubSource
+DrawnSource = ScenesSource | RenderedTextSource
+"""Sources of which as many samples are drawn as the splits hold."""
+
+Source = EasyVqaSource | DrawnSource | FileSource | HubSource
 
 
 class Answer(_Section):

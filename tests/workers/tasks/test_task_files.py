@@ -209,7 +209,11 @@ def test_a_corrupt_image_is_no_error_before_it_is_opened(write: Write, tmp_path:
             "accuracy",
             r"task: metric: must be one of 'exact_match', 'vqa_accuracy'.*, not 'accuracy'; did you mean",
         ),
-        ("source.kind", "s3", r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'file', 'hub', not 's3'"),
+        (
+            "source.kind",
+            "s3",
+            r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'rendered-text', 'file', 'hub', not 's3'",
+        ),
         (
             "source.path",
             "data.xlsx",
@@ -228,7 +232,11 @@ def test_a_corrupt_image_is_no_error_before_it_is_opened(write: Write, tmp_path:
             ["token"],
             r"task: secondary\.0: must be one of 'exact_match', .*, not 'token'; did you mean token_f1\?",
         ),
-        ("source.kind", None, r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'file', 'hub', not None"),
+        (
+            "source.kind",
+            None,
+            r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'rendered-text', 'file', 'hub', not None",
+        ),
         ("source.path", None, r"task: source\.path: missing"),
         ("source.pth", "x", r"task: source\.pth: unknown field; did you mean path\?"),
         ("source.columns", {"imag": "x"}, r"task: source\.columns\.imag: unknown field; did you mean image\?"),
@@ -248,7 +256,7 @@ def test_bad_fields_are_named(path: str, value: Any, message: str) -> None:
 
 
 def test_a_task_that_is_not_there_names_the_bundled_ones(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="bundled: easy-vqa, scene-counts, scene-descriptions, scenes"):
+    with pytest.raises(TaskError, match="bundled: easy-vqa, rendered-text, scene-counts, scene-descriptions, scenes"):
         load_spec("vqav2")
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [")
