@@ -140,7 +140,8 @@ class LiveStages:
         if state.stage not in self._bars:
             for bar in self._bars.values():
                 done = self._progress.tasks[bar].completed
-                self._progress.update(bar, total=done or 1, completed=done or 1)
+                if done or not self._progress.tasks[bar].total:  # else it may have begun beside this one
+                    self._progress.update(bar, total=done or 1, completed=done or 1)
             self._bars[state.stage] = self._progress.add_task(state.stage, total=state.total, news="")
         self._progress.update(self._bars[state.stage], completed=state.done, total=state.total, news=state.news)
 

@@ -124,7 +124,7 @@ class CachedEvaluation:
 
     def _run(self, groups: Sequence[Sequence[_Missing]]) -> Iterator[tuple[Candidate, Scores]]:
         again: list[_Missing] = []
-        for index, result in self._context.pool.run([self._message(group) for group in groups]):
+        for index, result in self._context.run([self._message(group) for group in groups]):
             group = groups[index]
             if isinstance(result, Failure) and len(group) > 1:
                 again += group  # one of them may have killed the worker: ask for each alone

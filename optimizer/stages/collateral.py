@@ -77,11 +77,14 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     if not context.inputs.other_tasks and context.inputs.other_text is None:
         return {}
     context.progress.begin("collateral", len(finalists))
-    found = {}
-    for finalist in finalists:
-        measure = partial(_measure, context, finalist)
-        found[finalist.candidate] = context.load_or_compute(f"collateral {finalist.candidate}", Collateral, measure)
-        context.progress.advance()
+    found = context.turns.together(*(partial(_load_or_measure, context, finalist) for finalist in finalists))
+    return {finalist.candidate: beside for finalist, beside in zip(finalists, found, strict=True)}
+
+
+def _load_or_measure(context: JobContext, finalist: Finalist) -> Collateral:
+    measure = partial(_measure, context, finalist)
+    found = context.load_or_compute(f"collateral {finalist.candidate}", Collateral, measure)
+    context.progress.advance()
     return found
 
 
@@ -89,12 +92,17 @@ def _measure(context: JobContext, finalist: Finalist) -> Collateral:
     if context.spec.is_lossless:
         return _speculate(context, finalist)
     candidate, artifact = finalist.candidate, finalist.artifact
+    tasks = context.inputs.other_tasks
+    text, *scores = context.turns.together(
+        partial(_compare_text, context, candidate, artifact),
+        *(partial(_evaluate, context, candidate, artifact, task) for task in tasks),
+        *(partial(_dense, context, task) for task in tasks),
+    )
     others: dict[str, OtherTask] = {}
-    for task in context.inputs.other_tasks:
-        plan, dense = _evaluate(context, candidate, artifact, task), _dense(context, task)
+    for task, plan, dense in zip(tasks, scores[: len(tasks)], scores[len(tasks) :], strict=True):
         if plan is not None and dense is not None and (compared := compare(plan, dense)) is not None:
             others[task.name] = compared
-    return Collateral(others, _compare_text(context, candidate, artifact))
+    return Collateral(others, text)
 
 
 def _speculate(context: JobContext, finalist: Finalist) -> Collateral:

@@ -50,7 +50,7 @@ def require_text(context: JobContext) -> None:
 
 def _takes_text(context: JobContext) -> bool:
     dense = SkipPlan.dense(context.worker.num_layers)
-    ((_, found),) = context.pool.run([CompareText(dense.text, "A few words of text without an image.")])
+    ((_, found),) = context.run([CompareText(dense.text, "A few words of text without an image.")])
     if isinstance(found, Failure):
         raise JobFailed(
             f"the model does not take text without an image ({found.reason}); set compensation.text_share: 0"
@@ -63,18 +63,17 @@ def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, 
 
     Raises :class:`~workers.compensation.recipe.CompensationError` when the artifact store cannot be written.
     """
-    kept: dict[Candidate, KeptMaps] = {}
-    for candidate in finalists:
-        if candidate.compensation == NO_COMPENSATION:
-            continue
-        own = context.load_or_compute(f"compensate {candidate}", KeptMaps | None, partial(_fit, context, candidate))
-        if own is not None:
-            kept[candidate] = own
-    return kept
+    compensated = [each for each in finalists if each.compensation != NO_COMPENSATION]
+    fitted = context.turns.together(*(partial(_load_or_fit, context, candidate) for candidate in compensated))
+    return {candidate: own for candidate, own in zip(compensated, fitted, strict=True) if own is not None}
+
+
+def _load_or_fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
+    return context.load_or_compute(f"compensate {candidate}", KeptMaps | None, partial(_fit, context, candidate))
 
 
 def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
-    ((_, result),) = context.pool.run(
+    ((_, result),) = context.run(
         [FitCompensation(candidate.plan.text, candidate.compensation, context.inputs.general_text)]
     )
     if isinstance(result, Failure):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from optimizer.job.spec import JobSpec
 from optimizer.search.space import PlanSpace, plan_space
 from optimizer.stages.failed_samples import FailedSamples
 from optimizer.stages.progress import Progress
+from optimizer.stages.together import Turns
 from storage.database import Database
 from storage.queue import stages
 from storage.queue.jobs import Job
@@ -42,6 +44,9 @@ class JobContext:
     inputs: JobInputs
     pool: WorkerPool
     progress: Progress
+    turns: Turns = field(default_factory=Turns)
+    """Of the stages that run together."""
+    _under_way: dict[str, threading.Event] = field(default_factory=dict)
 
     @property
     def spec(self) -> JobSpec:
@@ -112,25 +117,45 @@ class JobContext:
         return f"{how} device={device} {versions}".strip()
 
     def load_or_compute(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
-        """Read back what an earlier attempt stored of a stage, of type ``kind``; else compute and store it."""
+        """Read back what an earlier attempt stored of a stage, of type ``kind``; else compute and store it.
+
+        Where it is being computed by another of the job's threads, wait for that.
+        """
         adapter: TypeAdapter[T] = TypeAdapter(kind)
+        while (computed := self._under_way.get(stage)) is not None:
+            with self.turns.waiting():
+                computed.wait()
         recorded = stages.get(self.db, self.job.id, stage)
         if recorded is not None:
             return adapter.validate_python(recorded.payload["value"])
-        value = compute()
-        stages.record_stage(self.db, self.job, stage, {"value": adapter.dump_python(value, mode="json")})
+        self._under_way[stage] = threading.Event()
+        try:
+            value = compute()
+            stages.record_stage(self.db, self.job, stage, {"value": adapter.dump_python(value, mode="json")})
+        finally:
+            self._under_way.pop(stage).set()
         return value
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | Failure]]:
+        """Send requests to the workers; yield index and result as they arrive, other stages going on meanwhile."""
+        results = iter(self.pool.run(requests))
+        while True:
+            with self.turns.waiting():
+                found = next(results, None)
+            if found is None:
+                return
+            yield found
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Send requests to the workers; yield index and reply as they arrive. Raises JobFailed for one that failed."""
-        for index, result in self.pool.run(requests):
+        for index, result in self.run(requests):
             if isinstance(result, Failure):
                 raise JobFailed(f"{type(result.request).__name__} failed: {result.reason}")
             yield index, result
 
     def ask_one(self, request: Request, subject: str) -> Reply | None:
         """Send one request and return its reply; None for one that failed, which is noted."""
-        ((_, result),) = self.pool.run([request])
+        ((_, result),) = self.run([request])
         if isinstance(result, Failure):
             self.progress.note(f"{subject} could not be measured: {result.reason}")
             return None

@@ -23,7 +23,7 @@ def find_engine(context: JobContext) -> str:
     engine = context.spec.latency.engine
     if engine == TRANSFORMERS:
         return ""
-    ((_, found),) = context.pool.run([FindEngine(engine)])
+    ((_, found),) = context.run([FindEngine(engine)])
     if isinstance(found, Failure):
         raise JobFailed(f"latency.engine: {found.reason}")
     assert isinstance(found, EngineFound)
@@ -43,14 +43,18 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     if engine == TRANSFORMERS:
         return {}
     context.progress.begin(f"measure latency in {engine}", len(finalists))
-    measured: dict[Candidate, EngineComparison] = {}
-    for finalist in finalists:
-        name, compare = str(finalist.candidate), partial(_compare, context, finalist)
-        comparison = context.load_or_compute(f"measure {name} in {engine}", EngineComparison, compare)
-        measured[finalist.candidate] = comparison
-        speedups = ", ".join(f"{level.speedup:.2f}x at {level.concurrency}" for level in comparison.levels)
-        context.progress.advance(news=f"{name} {speedups}")
-    return measured
+    measured = context.turns.together(*(partial(_measure, context, finalist) for finalist in finalists))
+    return {finalist.candidate: comparison for finalist, comparison in zip(finalists, measured, strict=True)}
+
+
+def _measure(context: JobContext, finalist: Finalist) -> EngineComparison:
+    name, engine = str(finalist.candidate), context.spec.latency.engine
+    comparison = context.load_or_compute(
+        f"measure {name} in {engine}", EngineComparison, partial(_compare, context, finalist)
+    )
+    speedups = ", ".join(f"{level.speedup:.2f}x at {level.concurrency}" for level in comparison.levels)
+    context.progress.advance(news=f"{name} {speedups}")
+    return comparison
 
 
 def _compare(context: JobContext, finalist: Finalist) -> EngineComparison:
@@ -68,7 +72,7 @@ def _compare(context: JobContext, finalist: Finalist) -> EngineComparison:
         compensation=finalist.candidate.compensation,
         artifact=finalist.artifact,
     )
-    ((_, result),) = context.pool.run([request])
+    ((_, result),) = context.run([request])
     if isinstance(result, Failure):
         raise JobFailed(f"plan {finalist.candidate} cannot be timed in {spec.latency.engine}: {result.reason}")
     assert isinstance(result, EngineComparison)

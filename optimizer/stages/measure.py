@@ -1,4 +1,4 @@
-"""Stage 6: time the finalists on the live model, in pairs interleaved with dense, on one undisturbed worker."""
+"""Stage 6: time the finalists on the live model, in pairs interleaved with dense, each on an undisturbed worker."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from workers.messages import CompareLatency, LatencyComparison
 def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, LatencyComparison]:
     """Measure each finalist's speed-up, or read it back; one that cannot be measured is left out."""
     context.progress.begin("measure latency", len(finalists))
-    measured: dict[Candidate, LatencyComparison] = {}
-    for finalist in finalists:
-        name, compare = str(finalist.candidate), partial(_compare, context, finalist)
-        comparison = context.load_or_compute(f"measure {name}", LatencyComparison | None, compare)
-        if comparison is not None:
-            measured[finalist.candidate] = comparison
-            context.progress.advance(news=f"{name} {comparison.speedup:.2f}x")
-    return measured
+    measured = context.turns.together(*(partial(_measure, context, finalist) for finalist in finalists))
+    return {
+        finalist.candidate: comparison
+        for finalist, comparison in zip(finalists, measured, strict=True)
+        if comparison is not None
+    }
+
+
+def _measure(context: JobContext, finalist: Finalist) -> LatencyComparison | None:
+    name, compare = str(finalist.candidate), partial(_compare, context, finalist)
+    comparison: LatencyComparison | None = context.load_or_compute(f"measure {name}", LatencyComparison | None, compare)
+    if comparison is not None:
+        context.progress.advance(news=f"{name} {comparison.speedup:.2f}x")
+    return comparison
 
 
 def _compare(context: JobContext, finalist: Finalist) -> LatencyComparison | None:

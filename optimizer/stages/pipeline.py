@@ -1,7 +1,13 @@
-"""Run the stages of a job in order. Each stores its result, and a resumed job reads the finished ones back."""
+"""Run the stages of a job. Each stores its result, and a resumed job reads the finished ones back.
+
+Those that need nothing of each other run together, so that all workers have something to do.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+
+from optimizer.search.latency import LayerTimes
 from optimizer.stages import (
     collateral,
     compensate,
@@ -28,12 +34,12 @@ def run(context: JobContext) -> Published:
     check_begun_alike(context, engine_latency.find_engine(context))
     speculate.require_drafting(context)
     compensate.require_text(context)
-    latency = profile.run(context)
-    nothing = search.out_of_reach(context, latency)
-    if nothing is not None:
-        return publish.none(context, nothing)
-    dense.run(context)
-    table = redundancy.run(context)
+    try:
+        latency, _, table = context.turns.together(
+            partial(_profile, context), partial(dense.run, context), partial(redundancy.run, context)
+        )
+    except _OutOfReachError as nothing:
+        return publish.none(context, str(nothing))
     outcome = search.run(context, latency, table)
     finalists = verify.run(context, latency, outcome)
     if not finalists:
@@ -43,11 +49,23 @@ def run(context: JobContext) -> Published:
         latency_of = {candidate: found.latency for candidate, found in drafted.items()}
         beside = collateral.run(context, tuple(each for each in finalists if each.candidate in drafted))
         return publish.run(context, finalists, publish.Measured(latency_of, collateral=beside, speculation=drafted))
-    measured = measure.run(context, finalists)
-    served = engine_latency.run(context, finalists)
-    beside = collateral.run(context, finalists)
-    guards = guard.run(context, finalists)
+    stages_of_finalists = (measure.run, engine_latency.run, collateral.run, guard.run)
+    measured, served, beside, guards = context.turns.together(
+        *(partial(stage, context, finalists) for stage in stages_of_finalists)
+    )
     return publish.run(context, finalists, publish.Measured(measured, served, beside, guards=guards))
+
+
+class _OutOfReachError(Exception):
+    """No plan can meet the job's limits on latency and cache."""
+
+
+def _profile(context: JobContext) -> LayerTimes:
+    latency = profile.run(context)
+    nothing = search.out_of_reach(context, latency)
+    if nothing is not None:
+        raise _OutOfReachError(nothing)
+    return latency
 
 
 def check_begun_alike(context: JobContext, engine: str = "") -> None:

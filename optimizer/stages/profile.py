@@ -82,7 +82,7 @@ def _measure_cache(context: JobContext) -> CacheSizes:
         )
     )
     request = CompareLatency(plan.text, workload=context.workload, max_seconds=CACHE_SECONDS)
-    ((_, result),) = context.pool.run([request])
+    ((_, result),) = context.run([request])
     if isinstance(result, Failure):
         raise JobFailed(f"the size of the KV cache could not be measured: {result.reason}")
     assert isinstance(result, LatencyComparison)

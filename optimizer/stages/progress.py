@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -64,7 +64,7 @@ class StageLines:
         self._thread.join()
 
     def update(self, state: State) -> None:
-        begins = state.stage != self._state.stage
+        begins = state.stage != self._state.stage and not state.done and not state.news  # others may run beside it
         self._state, self._context = state, copy_context()  # a log's lines name the job by its context
         if begins:
             self._due = time.monotonic() + LINE_SECONDS
@@ -77,8 +77,22 @@ class StageLines:
                 self._context.run(self._write, "progress", self._state)
 
 
+@dataclass
+class _Stage:
+    """The stage that a thread is at, and the threads that it started."""
+
+    progress: Progress
+    state: State
+
+
+_STAGE: ContextVar[_Stage | None] = ContextVar("stage", default=None)
+
+
 class Progress:
-    """The state of one job, written by the job's thread and read by the heartbeat's; shown where there is a display."""
+    """The state of one job, written by its threads and read by the heartbeat's; shown where there is a display.
+
+    Where stages run beside each other, it is the state of the one that advanced last.
+    """
 
     def __init__(self, display: Display | None = None) -> None:
         self._display = display
@@ -92,12 +106,18 @@ class Progress:
 
     def begin(self, stage: str, total: int | None = None) -> None:
         """Begin a stage of ``total`` steps, or of an unknown number."""
-        self._set(State(stage, 0, total))
+        own = _Stage(self, State(stage, 0, total))
+        _STAGE.set(own)
+        self._set(own.state)
 
     def advance(self, steps: int = 1, news: str | None = None) -> None:
         """Count steps of the stage as done."""
-        now = self.state
-        self._set(replace(now, done=now.done + steps, news=now.news if news is None else news))
+        own = _STAGE.get()
+        now = self.state if own is None or own.progress is not self else own.state
+        now = replace(now, done=now.done + steps, news=now.news if news is None else news)
+        if own is not None and own.progress is self:
+            own.state = now
+        self._set(now)
 
     def note(self, text: str) -> None:
         """Show a line that a person should see and that stays on the screen."""

@@ -51,7 +51,7 @@ def _drafts(context: JobContext) -> bool:
         context.failed_samples.add("held_out", failed)
         raise JobFailed(f"the dense model answered none of the first {count} held-out samples: {min(failed.values())}")
     request = CheckSpeculation(plan.text, first, first + 1, dense.tokens[first : first + 1])
-    ((_, found),) = context.pool.run([request])
+    ((_, found),) = context.run([request])
     if isinstance(found, Failure):
         raise JobFailed(f"mode: lossless cannot be had of this model: {found.reason}")
     return True
@@ -65,20 +65,28 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     context.progress.begin("measure speculation", len(finalists))
     measured: dict[Candidate, SpeculationComparison] = {}
     wrong = []
-    for finalist in finalists:
-        name, compare = str(finalist.candidate), partial(_compare, context, finalist)
-        found = context.load_or_compute(f"speculate {name}", SpeculationComparison | None, compare)
+    comparisons = context.turns.together(*(partial(_measure, context, finalist) for finalist in finalists))
+    for finalist, found in zip(finalists, comparisons, strict=True):
         if found is None:
             continue
-        context.progress.advance(news=f"{name} {found.latency.speedup:.2f}x")
         if reason := inexact(found.exactness):
-            wrong.append(f"plan {name} is not published: {reason}")
+            wrong.append(f"plan {finalist.candidate} is not published: {reason}")
             context.progress.note(wrong[-1])
         else:
             measured[finalist.candidate] = found
     if wrong and not measured:
         raise JobFailed(wrong[0])
     return measured
+
+
+def _measure(context: JobContext, finalist: Finalist) -> SpeculationComparison | None:
+    name, compare = str(finalist.candidate), partial(_compare, context, finalist)
+    found: SpeculationComparison | None = context.load_or_compute(
+        f"speculate {name}", SpeculationComparison | None, compare
+    )
+    if found is not None:
+        context.progress.advance(news=f"{name} {found.latency.speedup:.2f}x")
+    return found
 
 
 def inexact(found: Exactness) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,9 @@ from workers.device import lock
 from workers.messages import ModelSource, Reply, Request
 from workers.tasks import Task
 
+ONE_AT_A_TIME = threading.Lock()
+"""A worker answers one request after another, also those of stages that run together."""
+
 
 class OneWorker:
     def __init__(self, model: str, task: Task) -> None:
@@ -38,8 +42,10 @@ class OneWorker:
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
         for number, request in enumerate(requests):
-            self.requests.append(request)
-            yield number, self.handler.handle(request)
+            with ONE_AT_A_TIME:
+                self.requests.append(request)
+                reply = self.handler.handle(request)
+            yield number, reply
 
     def take_retries(self) -> int:
         return 0

@@ -22,6 +22,7 @@ from workers.guard.fitter import fit_guards
 from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import device_name
 from workers.messages import (
+    Alone,
     AnswerDense,
     CheckSpeculation,
     CompareEngineLatency,
@@ -41,7 +42,6 @@ from workers.messages import (
     Request,
     ShownSamples,
     ShowSamples,
-    Timing,
     WorkerInfo,
 )
 from workers.models.loading import LoadedModel, load_model
@@ -92,6 +92,7 @@ class Handler:
             worker=self.settings.worker,
             node=socket.gethostname(),
             device=device_name(self.loaded.device),
+            device_id=f"{socket.gethostname()} {device_lock.name(self.loaded.device)}",
             threads=torch.get_num_threads(),
             model_family=self.descriptor.family,
             fingerprint=self.loaded.fingerprint,
@@ -124,7 +125,7 @@ class Handler:
             WorkersError: the request asks for something that is not there.
             PlanError: the model cannot take the plan.
         """
-        with nullcontext() if isinstance(request, Timing | FitGuards) else device_lock.computing(self.loaded.device):
+        with nullcontext() if isinstance(request, Alone) else device_lock.computing(self.loaded.device):
             return self._answer(request)
 
     def _answer(self, request: Request) -> Reply:

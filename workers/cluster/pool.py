@@ -2,12 +2,14 @@
 
 One request is in flight per worker, handed out in order. A worker that dies or takes too long is replaced and its
 request given to another one, up to a number of attempts; then the request comes back as a Failure. Requests that
-measure time run alone. Where the cluster loses a node, the pool goes on with fewer workers; where it has room again
-for as many as were asked for, they are started.
+measure time run alone on their device, while workers of other devices go on. Several threads may give requests to one
+pool; one of them watches the workers, for all. Where the cluster loses a node, the pool goes on with fewer workers;
+where it has room again for as many as were asked for, they are started.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,9 +27,7 @@ from workers.errors import ClusterError, ClusterLost, WorkersError
 from workers.messages import (
     Failure,
     ModelSource,
-    Reply,
     Request,
-    Timing,
     WorkerInfo,
 )
 from workers.models.checkpoint import check_checkpoint, find_checkpoint
@@ -37,13 +37,16 @@ from workers.text import describe_error
 from .actor import Worker
 from .connection import UNLIMITED, HeadWatch, allot, connect, disconnect, room
 from .settings import LOCAL, ClusterSettings
-from .slots import Slot, Ticket, describe_death
+from .slots import Result, Slot, Ticket, describe_death
 from .telemetry import Telemetry, log
 
 FAILED_STARTS = 3
 """Replacements of one worker that may fail in a row before it is given up."""
 
 LONGEST_WAIT_SECONDS = 1.0
+
+SHARED_WAIT_SECONDS = 0.05
+"""Longest wait for workers while several threads use the pool: one may hand out a request that is not waited for."""
 
 PLACING_SECONDS = 30.0
 """For a replacement to be given its resources; after that the pool goes on without it."""
@@ -56,8 +59,6 @@ NOTICE_SECONDS = 1.0
 
 PAUSE_SECONDS = 120.0
 """Before another worker is started in the place of one that could not load the model time after time."""
-
-Result = Reply | Failure
 
 
 class WorkerPool:
@@ -84,6 +85,12 @@ class WorkerPool:
         self._queue: deque[Ticket] = deque()
         self._finished: deque[tuple[int, Result]] = deque()
         self._tickets = 0
+        self._lock = threading.Condition(threading.Lock())
+        self._callers = 0
+        """Threads that wait for results."""
+        self._watched = False
+        """Whether one of them waits for the workers, without the lock, on behalf of all."""
+        self._closed = False
         self._owns_connection = False
         self.fingerprint = ""
         """The fingerprint of the model that the workers hold, once the first is ready."""
@@ -132,11 +139,18 @@ class WorkerPool:
                     self._step_of_first_start(self._slots[position])
 
     def close(self) -> None:
-        """Stop all workers, and the cluster if this pool started it. Unfinished requests are dropped."""
-        for slot in self._slots:
-            self._kill(slot)
-        self._slots = []
-        self._queue.clear()
+        """Stop all workers, and the cluster if this pool started it. Unfinished requests are dropped.
+
+        Other threads that wait for results get a ClusterError.
+        """
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: not self._watched, 2 * LONGEST_WAIT_SECONDS)
+            for slot in self._slots:
+                self._kill(slot)
+            self._slots = []
         if self._owns_connection:
             self._owns_connection = False
             disconnect()
@@ -154,7 +168,8 @@ class WorkerPool:
     @property
     def idle(self) -> bool:
         """Whether every worker is ready and nothing is asked of any."""
-        return bool(self._slots) and not self.pending and all(slot.reference is None for slot in self._slots)
+        asked = self._queue or self._finished or any(slot.reference is not None for slot in self._slots)
+        return bool(self._slots) and not asked
 
     def take_retries(self) -> int:
         """Return how many requests went to another worker since the last call."""
@@ -173,74 +188,143 @@ class WorkerPool:
         self.task, self._task_reference = task, ray.put(task)
         for slot in self._slots:
             slot.load(slot.actor.change_task.remote(self._task_reference), self.cluster.load_timeout_seconds)
-        while any(slot.reference is not None for slot in self._slots):
-            self._look_at_cluster(welcome=False)
-            self._wait(None)
-            self._replace_overdue()
+        with self._lock:
+            while any(slot.reference is not None for slot in self._slots):
+                self._look_at_cluster(welcome=False)
+                self._wait(None)
+                self._replace_overdue()
 
     @property
     def pending(self) -> int:
         """Requests submitted whose result :meth:`next_done` has not handed out yet."""
-        running = sum(slot.ticket is not None for slot in self._slots)
-        return len(self._queue) + running + len(self._finished)
+        asked = [*self._queue, *(slot.ticket for slot in self._slots if slot.ticket is not None)]
+        return sum(ticket.results is self._finished for ticket in asked) + len(self._finished)
 
     def submit(self, request: Request) -> int:
-        """Queue a request, starting it if a worker is free; return its number."""
-        number = self._tickets
-        self._tickets += 1
-        self._queue.append(Ticket(number, request))
-        self._dispatch()
+        """Queue a request for :meth:`next_done`, starting it if a worker is free; return its number."""
+        with self._lock:
+            (number,) = self._submit([request], self._finished)
         return number
 
     def next_done(self, timeout: float | None = None) -> tuple[int, Result] | None:
-        """Wait for any request to finish; return its number and result.
+        """Wait for any submitted request to finish; return its number and result.
 
         Returns None when nothing is pending, or nothing finished within ``timeout`` seconds.
 
         Raises:
             ClusterError: no worker is left and none can be started.
         """
-        give_up = None if timeout is None else time.monotonic() + timeout
-        while not self._finished:
-            if not self.pending:
-                return None
+        if not self.pending:
+            return None
+        return self._next(self._finished, None if timeout is None else time.monotonic() + timeout)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
+        """Do all requests; yield the index of each and its result as they finish.
+
+        Several threads may do so at the same time. Requests that no worker has begun are dropped where the iterator is
+        closed early.
+
+        Raises:
+            ClusterError: as :meth:`next_done`.
+        """
+        results: deque[tuple[int, Result]] = deque()
+        with self._lock:
+            indices = {number: index for index, number in enumerate(self._submit(requests, results))}
+        try:
+            while indices:
+                done = self._next(results)
+                assert done is not None
+                number, result = done
+                yield indices.pop(number), result
+        finally:
+            if indices:
+                with self._lock:
+                    self._queue = deque(ticket for ticket in self._queue if ticket.results is not results)
+
+    def _submit(self, requests: Iterable[Request], results: deque[tuple[int, Result]]) -> list[int]:
+        tickets = [Ticket(self._tickets + place, request, results) for place, request in enumerate(requests)]
+        self._tickets += len(tickets)
+        self._queue += tickets
+        self._dispatch()
+        return [ticket.number for ticket in tickets]
+
+    def _next(self, results: deque[tuple[int, Result]], give_up: float | None = None) -> tuple[int, Result] | None:
+        """Wait until ``results`` has one; None where it has none at the time to give up."""
+        with self._lock:
+            self._callers += 1
+            try:
+                while not results:
+                    if self._closed:
+                        raise ClusterError("the pool was closed while requests were running")
+                    if give_up is not None and time.monotonic() >= give_up:
+                        return None
+                    if self._watched:
+                        self._lock.wait(None if give_up is None else max(0.0, give_up - time.monotonic()))
+                    else:
+                        self._watch(give_up)
+                if not self._closed:
+                    self._dispatch()  # what the caller does with the result must not keep the worker waiting
+                return results.popleft()
+            finally:
+                self._callers -= 1
+
+    def _watch(self, give_up: float | None) -> None:
+        """Look after the workers once, until one has answered or a moment has passed."""
+        self._watched = True
+        try:
             with self._lost_with_ray():
                 self._look_at_cluster()
                 self._dispatch()
                 self._wait(give_up)
                 self._replace_overdue()
-            if not self._finished and give_up is not None and time.monotonic() >= give_up:
-                return None
-        self._dispatch()  # what the caller does with the result must not keep the worker waiting
-        return self._finished.popleft()
-
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        """Do all requests; yield the index of each and its result as they finish.
-
-        Raises:
-            ClusterError: as :meth:`next_done`.
-        """
-        indices = {self.submit(request): index for index, request in enumerate(requests)}
-        while indices:
-            done = self.next_done()
-            if done is None:
-                raise ClusterError("the pool was closed while requests were running")
-            number, result = done
-            if number in indices:
-                yield indices.pop(number), result
+        finally:
+            self._watched = False
+            self._lock.notify_all()
 
     # Handing out ------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
+        """Hand out what is queued, in order, as far as workers are idle.
+
+        Requests that need their device alone come first, since others must wait for them: each takes an idle device,
+        or closes one to further requests until it is idle. While a worker starts, which may be on any device, they
+        wait without that.
+        """
+        if not self._queue:
+            return
+        closed = {slot.device for slot in self._slots if slot.needs_device_alone}
+        waiting: deque[Ticket] = deque()
+        starting = any(slot.info is None for slot in self._slots)
+        for ticket in [each for each in self._queue if each.alone and not starting]:
+            slot = self._alone_on_device(closed)
+            if slot is not None:
+                self._queue.remove(ticket)
+                self._hand_out(ticket, slot)
+        idle = deque(slot for slot in self._slots if slot.reference is None and slot.device not in closed)
         while self._queue:
-            busy = [slot for slot in self._slots if slot.reference is not None]
-            alone = isinstance(self._queue[0].request, Timing) or any(slot.measures_time for slot in busy)
-            if (alone and busy) or len(busy) == len(self._slots):
-                return
-            slot = next(slot for slot in self._slots if slot.reference is None)
-            slot.ticket = self._queue.popleft()
-            slot.ticket.attempts += 1
-            slot.call(slot.actor.handle.remote(slot.ticket.request), self.cluster.request_timeout_seconds)
+            ticket = self._queue.popleft()
+            if ticket.alone or not idle:
+                waiting.append(ticket)
+            else:
+                self._hand_out(ticket, idle.popleft())
+        self._queue = waiting
+
+    def _alone_on_device(self, closed: set[str]) -> Slot | None:
+        """Close the least busy of the open devices; return one of its workers if all of them are idle."""
+        busy: dict[str, int] = {}
+        for slot in self._slots:
+            if slot.device not in closed:
+                busy[slot.device] = busy.get(slot.device, 0) + (slot.reference is not None)
+        if not busy:
+            return None
+        device = min(busy, key=lambda name: busy[name])
+        closed.add(device)
+        return None if busy[device] else next(slot for slot in self._slots if slot.device == device)
+
+    def _hand_out(self, ticket: Ticket, slot: Slot) -> None:
+        slot.ticket = ticket
+        ticket.attempts += 1
+        slot.call(slot.actor.handle.remote(ticket.request), self.cluster.request_timeout_seconds)
 
     def _wait(self, give_up: float | None) -> None:
         flying = {slot.reference: slot for slot in self._slots if slot.reference is not None}
@@ -248,12 +332,17 @@ class WorkerPool:
             raise ClusterError("no worker is left to do the remaining requests")
         now = time.monotonic()
         moments = [slot.deadline for slot in flying.values()] + ([] if give_up is None else [give_up])
-        patience = min(max(0.0, min(moments) - now), LONGEST_WAIT_SECONDS)
-        ready, _ = ray.wait(list(flying), num_returns=1, timeout=patience)
-        if ready:
-            # Those that are ready as well: none of their workers should wait for what the caller does with this one.
-            ready, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
-        for reference in ready:
+        longest = LONGEST_WAIT_SECONDS if self._callers < 2 else SHARED_WAIT_SECONDS
+        patience = min(max(0.0, min(moments) - now), longest)
+        self._lock.release()
+        try:
+            ready, _ = ray.wait(list(flying), num_returns=1, timeout=patience)
+            if ready:
+                # Those that are ready as well: none of their workers should wait for what is done with this one.
+                ready, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
+        finally:
+            self._lock.acquire()
+        for reference in ready if not self._closed else ():
             self._collect(flying[reference])
 
     # Taking back ------------------------------------------------------------------------------------------------
@@ -276,7 +365,7 @@ class WorkerPool:
             self._ready(slot, value)
         else:
             self._telemetry.answered(slot.ticket.kind, "done")
-            self._finished.append((slot.ticket.number, value))
+            slot.ticket.results.append((slot.ticket.number, value))
             slot.ticket = None
 
     def _raised(self, slot: Slot, cause: BaseException) -> None:
@@ -323,7 +412,7 @@ class WorkerPool:
     def _fail(self, ticket: Ticket, reason: str) -> None:
         self._telemetry.answered(ticket.kind, "failed")
         log("request_failed", kind=ticket.kind, attempts=ticket.attempts, reason=reason)
-        self._finished.append((ticket.number, Failure(ticket.request, reason, ticket.attempts)))
+        ticket.results.append((ticket.number, Failure(ticket.request, reason, ticket.attempts)))
 
     def _replace_overdue(self) -> None:
         now = time.monotonic()

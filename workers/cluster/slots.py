@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.exceptions import OutOfMemoryError, RayError
 
-from workers.messages import Request, Timing, WorkerInfo
+from workers.messages import Alone, Failure, Reply, Request, WorkerInfo
 from workers.text import first_line, last_line
+
+Result = Reply | Failure
 
 
 @dataclass
 class Ticket:
-    """A submitted request, and how many workers have been given it."""
+    """A submitted request, where its result goes, and how many workers have been given it."""
 
     number: int
     request: Request
+    results: deque[tuple[int, Result]]
     attempts: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other request may run beside it on its device."""
+        return isinstance(self.request, Alone)
 
     @property
     def kind(self) -> str:
@@ -44,9 +53,14 @@ class Slot:
     failed_starts: int = 0
 
     @property
-    def measures_time(self) -> bool:
-        """Whether the request in flight allows no other beside it."""
-        return self.ticket is not None and isinstance(self.ticket.request, Timing)
+    def device(self) -> str:
+        """What other workers may share with this one; empty until the worker has said it."""
+        return "" if self.info is None else self.info.device_id
+
+    @property
+    def needs_device_alone(self) -> bool:
+        """Whether the request in flight allows no other beside it on the device."""
+        return self.ticket is not None and self.ticket.alone
 
     def call(self, reference: Any, seconds: float) -> None:
         """Wait for a call's result, for so many seconds at most."""

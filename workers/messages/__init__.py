@@ -45,6 +45,7 @@ __all__ = [
     "DEFAULT_WORKLOAD",
     "NO_COMPENSATION",
     "TOKEN_GROUPS",
+    "Alone",
     "AnswerDense",
     "Artifact",
     "CheckSpeculation",
@@ -95,6 +96,9 @@ __all__ = [
 
 Timing = ProfileLatency | CompareLatency | CompareSpeculation | CompareEngineLatency
 """Requests that measure time: no other worker may use the device meanwhile."""
+
+Alone = Timing | FitGuards
+"""Requests that a pool runs with no other beside them on the device; fitting guards ends with timing them."""
 
 Request = (
     Timing

@@ -46,3 +46,5 @@ class WorkerInfo:
     weight_bytes: int = 0
     folded_bytes: tuple[int, ...] = ()
     """Per layer, the bytes of the projections that a map is folded into; 0 where none can be."""
+    device_id: str = ""
+    """The same for workers that share a device: the node, and its GPU or its processor."""

@@ -218,10 +218,13 @@ class Fading(in_process.OneWorker):
         self.handler, self.info, self.size, self.requests, self.image = worker.handler, worker.info, 1, [], image
 
     def run(self, requests):
-        for reply in super().run(requests):
-            if isinstance(self.requests[-1], EvaluateOtherTask):
-                self.image.unlink(missing_ok=True)
-            yield reply
+        for number, request in enumerate(requests):
+            with in_process.ONE_AT_A_TIME:
+                self.requests.append(request)
+                reply = self.handler.handle(request)
+                if isinstance(request, EvaluateOtherTask):
+                    self.image.unlink(missing_ok=True)
+            yield number, reply
 
 
 @pytest.mark.parametrize("share", [0.2, 0.0])

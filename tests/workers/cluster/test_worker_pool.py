@@ -92,12 +92,14 @@ def test_shards_and_timings_in_one_run(pool: WorkerPool, task: Task) -> None:
 
 def test_timing_requests_run_alone(pool: WorkerPool) -> None:
     """While one runs, none other is handed out, and it waits for those that run."""
-    order = []
     evaluation = evaluate("RRRRRR", "search", 64)
     timing = CompareLatency("RSRRRR", Workload(1, 2), precision=0.0, max_seconds=0.5)
-    for number, result in pool.run([evaluation, timing, evaluation, evaluation]):
-        assert not isinstance(result, Failure)
-        order.append(number)
+    numbers = [pool.submit(request) for request in (evaluation, timing, evaluation, evaluation)]
+    order = []
+    for _ in numbers:
+        done = pool.next_done()
+        assert done is not None and not isinstance(done[1], Failure)
+        order.append(numbers.index(done[0]))
     assert order.index(1) == 1  # after the evaluation before it, before both that came later
 
 
