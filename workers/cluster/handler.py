@@ -15,7 +15,8 @@ from workers.device import lock as device_lock
 from workers.device.arithmetic import dtype_name, slow_arithmetic
 from workers.errors import ModelError, TaskError
 from workers.evaluation.dispatch import EvaluationDispatch
-from workers.evaluation.plain import PlainEvaluator
+from workers.evaluation.passages import PassageEvaluator
+from workers.evaluation.plain import DEFAULT_CACHE_BYTES, PlainEvaluator
 from workers.evaluation.shown import show
 from workers.evaluation.text_divergence import text_divergence
 from workers.guard.fitter import fit_guards
@@ -54,18 +55,22 @@ from workers.runtime.plan import LETTERS, SkipPlan
 from workers.serving.latency import compare_engine_latency, find_engine
 from workers.speculation.compare import check_speculation, compare_speculation
 from workers.speculation.passes import verify_seconds
-from workers.tasks import Task
+from workers.tasks import Task, TextTask
 from workers.versions import installed_versions
 
 
 class Handler:
-    """Answer requests about one model and one task; the work for each is done in a package of its own."""
+    """Answer requests about one model and one task, which may be a joint one; packages of their own do the work."""
 
     def __init__(self, loaded: LoadedModel, task: Task, settings: WorkerSettings) -> None:
         self.loaded, self.task, self.settings = loaded, task, settings
         self.descriptor = describe(loaded.model)
-        self.evaluator = PlainEvaluator(loaded, task, batch_size=settings.batch_size)
-        self.evaluators = EvaluationDispatch(self.evaluator, memory_bytes=settings.memory_bytes)
+        self._scored = max(1, len(task.parts)) + len(task.beside)
+        self._cache_bytes = DEFAULT_CACHE_BYTES // self._scored
+        self.evaluator = PlainEvaluator(loaded, task, batch_size=settings.batch_size, cache_bytes=self._cache_bytes)
+        """Asks the whole task; of a joint one it scores nothing."""
+        self._evaluations: dict[str, EvaluationDispatch] = {}
+        """By name, what plans are scored on."""
 
     @classmethod
     def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Handler:
@@ -84,6 +89,39 @@ class Handler:
     def with_task(self, task: Task) -> Handler:
         """Return a handler of the same model and another task; nothing computed for the old task is kept."""
         return Handler(self.loaded, task, self.settings)
+
+    def evaluations(self, name: str) -> EvaluationDispatch:
+        """Return what scores plans on a part of the task, or on what is beside it; the task itself for ``""``.
+
+        All share one compensator, so that maps are fitted once, and the memory of the settings.
+
+        Raises:
+            TaskError: there is none of that name, or a joint task is to be scored as a whole.
+        """
+        part = self.task.part(name)
+        if part.name not in self._evaluations:
+            settings, compensator = self.settings, self.evaluator.compensator
+            evaluator: PlainEvaluator | PassageEvaluator = self.evaluator
+            if isinstance(part, TextTask):
+                evaluator = PassageEvaluator(self.loaded, part, compensator, cache_bytes=self._cache_bytes)
+            elif part is not self.task:
+                evaluator = PlainEvaluator(
+                    self.loaded,
+                    part,
+                    batch_size=settings.batch_size,
+                    cache_bytes=self._cache_bytes,
+                    compensator=compensator,
+                )
+            memory = settings.memory_bytes // self._scored
+            self._evaluations[part.name] = EvaluationDispatch(evaluator, memory_bytes=memory)
+        return self._evaluations[part.name]
+
+    def _asking(self, name: str) -> PlainEvaluator:
+        """Return the evaluator of a part of the task, or of a task beside it. Raises TaskError also for text."""
+        plain = self.evaluations(name).plain
+        if isinstance(plain, PassageEvaluator):
+            raise TaskError(f"{name}: general text has no questions that could be asked")
+        return plain
 
     @property
     def info(self) -> WorkerInfo:
@@ -132,14 +170,13 @@ class Handler:
         loaded, task, compensator = self.loaded, self.task, self.evaluator.compensator
         match request:
             case EvaluatePlans():
-                if task.part(request.task) is not task:
-                    raise TaskError(f"task {request.task} is not scored beside {task.name} yet")
-                return self.evaluators.evaluate(request)
+                return self.evaluations(request.task).evaluate(request)
             case AnswerDense():
-                return self.evaluator.answer_dense(request)
+                return self._asking(request.task).answer_dense(request)
             case ShowSamples():
-                samples = [task.split(request.split)[index] for index in request.indices]
-                return ShownSamples(show(self.evaluator, samples, pictures=request.pictures))
+                asking = self._asking(request.task)
+                samples = [asking.task.split(request.split)[index] for index in request.indices]
+                return ShownSamples(show(asking, samples, pictures=request.pictures))
             case FitCompensation():
                 return compensator.fit(request)
             case FitGuards():

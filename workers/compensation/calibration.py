@@ -30,6 +30,7 @@ from workers.runtime.families import describe
 from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
 from workers.runtime.locate import DecoderStack, locate
 from workers.tasks import Sample, Task
+from workers.tasks.joint import asked_apart
 from workers.text import describe_error
 
 from .recipe import CompensationError
@@ -129,7 +130,8 @@ def calibrate(
 ) -> Calibration:
     """Run the dense model over whole calibration samples, one an image first, until ``tokens`` tokens are reached.
 
-    Behind them it runs over ``text``, whose tokens come on top.
+    Of a joint task every part has an equal share of the tokens, and is asked and answered as that part is. Behind them
+    it runs over ``text``, whose tokens come on top.
 
     Where the states of all tokens at all layers exceed ``memory_budget`` bytes, a part of the tokens is kept: as many
     vision tokens as text tokens as tokens that answer (and as tokens of ``text``), as far as there are so
@@ -139,9 +141,14 @@ def calibrate(
     """
     stack = locate(loaded.model)
     failed: dict[str, str] = {}
-    prepared = list(_prepare(loaded, task, tokens, failed))
-    if not prepared:
-        raise CompensationError(f"task {task.name}: no calibration sample can be read, so no map can be fitted")
+    parts = asked_apart(task)
+    prepared: list[_Sequences] = []
+    for number, part in enumerate(parts):
+        share = max(1, tokens * (number + 1) // len(parts) - tokens * number // len(parts))
+        own = list(_prepare(loaded, part, share, failed))
+        if not own:
+            raise CompensationError(f"task {part.name}: no calibration sample can be read, so no map can be fitted")
+        prepared += own
     task_batches = len(prepared)
     prepared += _text_batches(text.windows)
     vision_ids = torch.tensor(describe(loaded.model).vision_token_ids)

@@ -31,7 +31,7 @@ def windows(loaded: LoadedModel, recipe: Recipe, text: str | None) -> list[Tenso
         return _sampled(loaded, -(-wanted // width), width, recipe.seed)
     if text is None or id_of_text(text) != recipe.text_id:
         raise CompensationError(f"the general text {recipe.text_id} of the maps' recipe is not the one at hand")
-    ordinary, tokenizer = set(_ordinary(loaded).tolist()), loaded.processor.tokenizer
+    ordinary, tokenizer = set(ordinary_tokens(loaded).tolist()), loaded.processor.tokenizer
     begin = tokenizer("")["input_ids"]
     ids = [each for each in tokenizer(text, add_special_tokens=False)["input_ids"] if each in ordinary]
     step = max(1, width - len(begin))
@@ -50,7 +50,7 @@ def _sampled(loaded: LoadedModel, count: int, width: int, seed: int) -> list[Ten
 
     arXiv 2305.17888; every further token is drawn from the model's own distribution, special tokens left out.
     """
-    tokenizer, ordinary = loaded.processor.tokenizer, _ordinary(loaded)
+    tokenizer, ordinary = loaded.processor.tokenizer, ordinary_tokens(loaded)
     begin = tokenizer("")["input_ids"]
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     special = torch.ones(vocabulary, dtype=torch.bool)
@@ -92,8 +92,8 @@ def _continue(model: Any, prompts: Tensor, width: int, special: list[int]) -> Te
     return sequences if sequences.shape[1] == width else torch.cat([prompts, sequences], 1)
 
 
-def _ordinary(loaded: LoadedModel) -> Tensor:
-    """Ids of the tokens that are text, none of which stands for an image or an end."""
+def ordinary_tokens(loaded: LoadedModel) -> Tensor:
+    """Return the ids of the tokens that are text, none of which stands for an image or an end."""
     tokenizer = loaded.processor.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     size = min(len(tokenizer), int(loaded.model.get_input_embeddings().weight.shape[0]))

@@ -94,7 +94,8 @@ class PlainEvaluator:
 
     What a plan scores on a sample does not depend on the other samples: where a tie was met, the sample is asked again
     alone. ``batch_size`` is halved for good when memory runs out. Processed inputs are kept between plans, up to
-    ``cache_bytes``. With ``targets`` plans are scored by how far they agree with them.
+    ``cache_bytes``. With ``targets`` plans are scored by how far they agree with them. ``compensator`` fits maps, by
+    default to the task's own calibration split.
     """
 
     def __init__(
@@ -104,9 +105,10 @@ class PlainEvaluator:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        compensator: Compensator | None = None,
     ) -> None:
         self.loaded, self.task = loaded, task
-        self.compensator = Compensator(loaded, task)
+        self.compensator = compensator or Compensator(loaded, task)
         self.batch_size = batch_size
         self.targets: Targets | None = None
         self.prepared: LruCache[tuple[str, ...], PreparedBatch] = LruCache(cache_bytes, lambda batch: batch.nbytes)

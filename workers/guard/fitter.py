@@ -41,9 +41,9 @@ def fit_guards(loaded: LoadedModel, task: Task, request: FitGuards) -> FittedGua
         return found
 
     with device_lock.computing(loaded.device):
-        fitted_on = features("calibration", task, one_per_image(task.calibration, MOST_FITTED))
-        threshold_on = features("search", task, one_per_image(task.search, MOST_THRESHOLD))
-        held_out = one_per_image(task.held_out, MOST_COUNTED)
+        fitted_on = features("calibration", task, one_per_image(task.calibration, MOST_FITTED, parts=task.parts))
+        threshold_on = features("search", task, one_per_image(task.search, MOST_THRESHOLD, parts=task.parts))
+        held_out = one_per_image(task.held_out, MOST_COUNTED, parts=task.parts)
         own = features("held_out", task, held_out)
         others = {
             each.name: features(f"collateral {each.name}", each, one_per_image(each.held_out[: request.samples]))

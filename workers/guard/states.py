@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.compensation.calibration import by_image
 from workers.layerwise.hooks import Hooks
 from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
@@ -24,10 +24,24 @@ WORDS = 12
 """Words of a text that are asked together."""
 
 
-def one_per_image(samples: Sequence[Sample], most: int | None = None) -> tuple[Sample, ...]:
-    """Return the first sample about each of at most ``most`` images: those about one image are not independent."""
-    images = {sample.image_key for sample in samples}
-    return by_image(samples)[: len(images)][:most]
+def one_per_image(
+    samples: Sequence[Sample], most: int | None = None, *, parts: Sequence[Task] = ()
+) -> tuple[Sample, ...]:
+    """Return the first sample about each of at most ``most`` images: those about one image are not independent.
+
+    Of a joint task's samples those of its ``parts`` take turns where they ask about the same images.
+    """
+    about: dict[str, list[Sample]] = {}
+    for sample in samples:
+        about.setdefault(sample.image_key, []).append(sample)
+    names, taken = [part.name for part in parts], Counter[str]()
+    chosen = []
+    for same in about.values():
+        asked = [next((name for name in names if sample.id.startswith(f"{name}/")), "") for sample in same]
+        rarest = min(range(len(same)), key=lambda number: taken[asked[number]])
+        taken[asked[rarest]] += 1
+        chosen.append(same[rarest])
+    return tuple(chosen[:most])
 
 
 def asking_text(task: Task, samples: Sequence[Sample], text: str) -> tuple[Task, tuple[Sample, ...]]:

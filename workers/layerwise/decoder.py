@@ -133,6 +133,11 @@ class Decoder:
         """Number of decoder layers."""
         return len(self.layers)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits at a position, as far as the configuration says it."""
+        return int(self.stack.text_config.vocab_size)
+
     def _require_plain_layers(self) -> None:
         stack = self.stack
         for number, refused in enumerate(self.descriptor.refusals):

@@ -48,11 +48,15 @@ class EvaluatePlans:
 
 @dataclass(frozen=True)
 class AnswerDense:
-    """Let the dense model answer samples ``start`` up to ``stop`` of a split greedily."""
+    """Let the dense model answer samples ``start`` up to ``stop`` of a split greedily.
+
+    ``task`` is that of :class:`EvaluatePlans`, but no text.
+    """
 
     split: str
     start: int
     stop: int
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,15 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class ShowSamples:
-    """Ask the dense model about the samples at ``indices`` of a split, and show what it is given and answers."""
+    """Ask the dense model about the samples at ``indices`` of a split, and show what it is given and answers.
+
+    ``task`` is that of :class:`EvaluatePlans`, but no text.
+    """
 
     split: str
     indices: tuple[int, ...]
     pictures: bool = False
+    task: str = ""
 
 
 @dataclass(frozen=True)

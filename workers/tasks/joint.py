@@ -61,6 +61,23 @@ def join_tasks(tasks: Sequence[Task]) -> Task:
     )
 
 
+def asked_apart(task: Task) -> tuple[Task, ...]:
+    """Return the tasks to ask one by one: a joint task's parts with its own ids of samples, or the task itself."""
+
+    def renamed(part: Task, split: str) -> tuple[Sample, ...]:
+        return tuple(replace(sample, id=_id(part, sample)) for sample in part.split(split))
+
+    return tuple(
+        replace(
+            part,
+            calibration=renamed(part, "calibration"),
+            search=renamed(part, "search"),
+            held_out=renamed(part, "held_out"),
+        )
+        for part in task.parts
+    ) or (task,)
+
+
 def joint_hash(hashes: Mapping[str, str]) -> str:
     """Return a joint task's hash from those of its parts by name."""
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
@@ -94,7 +111,11 @@ def _interleaved(samples: Sequence[tuple[Task, Sequence[Sample]]]) -> tuple[Samp
 
 
 def _asked(part: Task, sample: Sample) -> Sample:
-    return replace(sample, id=f"{part.name}/{sample.id}", question=part.spec.ask(sample.question))
+    return replace(sample, id=_id(part, sample), question=part.spec.ask(sample.question))
+
+
+def _id(part: Task, sample: Sample) -> str:
+    return f"{part.name}/{sample.id}"
 
 
 def _require_joinable(parts: Sequence[Task]) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from workers.layerwise.decoder import Decoder
-from workers.tasks import Sample
+from workers.tasks import Passage, Sample
 
 from .draft import Draft
 from .packing import Chunk, Packer, cut, make_rows
-from .prompts import ImagePrompts, PromptReader
+from .prompts import ImagePrompts
+
+Item = TypeVar("Item", bound=Sample | Passage)
 
 
 @dataclass
@@ -29,19 +31,21 @@ class SampleChunks:
         return sum(chunk.nbytes_of_everything for chunk in self.chunks)
 
 
-class ChunkCache:
-    """Make and keep chunks; those used longest ago are dropped when the budget is full, and made again when needed."""
+class ChunkCache(Generic[Item]):
+    """Make and keep chunks; those used longest ago are dropped when the budget is full, and made again when needed.
+
+    ``read`` reads samples with their indices, and tells by id why others fail (``PromptReader.read``).
+    """
 
     def __init__(
         self,
-        decoder: Decoder,
-        reader: PromptReader,
+        read: Callable[[Sequence[tuple[int, Item]], dict[str, str]], list[ImagePrompts]],
         packer: Packer,
-        drafts: Callable[[Sample], Sequence[Draft]],
+        drafts: Callable[[Item], Sequence[Draft]],
         *,
         budget: int,
     ) -> None:
-        self._decoder, self._reader, self._packer, self._drafts = decoder, reader, packer, drafts
+        self._read, self._packer, self._drafts = read, packer, drafts
         self.budget = budget
         self._kept: OrderedDict[tuple[str, int, int], SampleChunks] = OrderedDict()
         self._bounds: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
@@ -56,7 +60,7 @@ class ChunkCache:
         """Memory of what is kept, in bytes."""
         return sum(part.nbytes for part in self._kept.values())
 
-    def of(self, split: str, samples: Sequence[Sample], start: int, tokens: int) -> Iterator[SampleChunks]:
+    def of(self, split: str, samples: Sequence[Item], start: int, tokens: int) -> Iterator[SampleChunks]:
         """Pack ``samples``, which stand in the split from index ``start`` on, in chunks of at most ``tokens``."""
         whole = (split, start, start + len(samples))
         known = self._bounds.get(whole)
@@ -73,7 +77,7 @@ class ChunkCache:
             yield part
         self._bounds[whole] = bounds
 
-    def _part(self, split: str, samples: Sequence[Sample], first: int, tokens: int) -> SampleChunks:
+    def _part(self, split: str, samples: Sequence[Item], first: int, tokens: int) -> SampleChunks:
         """Return the part that begins with the first of ``samples``; it ends where its share of the budget does."""
         for (kept_split, kept_first, kept_last), part in self._kept.items():
             if (kept_split, kept_first) == (split, first) and kept_last - first <= len(samples):
@@ -83,7 +87,7 @@ class ChunkCache:
         images: list[ImagePrompts] = []
         size, last = 0, first
         for group in _by_image(samples):
-            images += self._reader.read(list(enumerate(group, last)), failed)
+            images += self._read(list(enumerate(group, last)), failed)
             last += len(group)
             size += images[-1].nbytes if images else 0
             if size > self.budget // 4:
@@ -114,8 +118,8 @@ class ChunkCache:
         return halves
 
 
-def _by_image(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    group: list[Sample] = []
+def _by_image(samples: Sequence[Item]) -> Iterator[list[Item]]:
+    group: list[Item] = []
     for sample in samples:
         if group and sample.image_key != group[0].image_key:
             yield group

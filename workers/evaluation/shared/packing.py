@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.evaluation.divergence import DenseDistributions
 from workers.layerwise.decoder import SLIDING, Decoder
 from workers.runtime.token_rows import TokenRows, TokenSplit
 
-from .divergence import DenseDistributions
 from .draft import Draft
 from .prompts import ImagePrompts
 

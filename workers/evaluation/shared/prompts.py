@@ -8,7 +8,7 @@ beginning up to where their tokens part, and add tokens, which the embedding tab
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -106,9 +106,16 @@ class PromptReader:
 
 
 def shared_prompts(
-    decoder: Decoder, inputs: Mapping[str, Any], prompts: Sequence[Sequence[int]], indices: tuple[int, ...]
+    decoder: Decoder,
+    inputs: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    indices: tuple[int, ...],
+    *,
+    shared: int | None = None,
 ) -> ImagePrompts:
     """Find what ``prompts`` (token ids) about one image share; ``inputs`` are the model's inputs for the first of them.
+
+    ``shared`` is the number of tokens of the prefix, where it is not to be found.
 
     Raises:
         NotExactError: they cannot be packed.
@@ -122,10 +129,11 @@ def shared_prompts(
     vision = torch.isin(ids, torch.tensor(decoder.descriptor.vision_token_ids))
     if not any(name in inputs for name in VISION_INPUTS):
         vision = torch.zeros_like(vision)
-    shared = _common_length(prompts)
-    if len(prompts) == 1 and bool(vision.any()):
-        shared = int(vision.nonzero().max()) + 1
-    shared = min(shared, len(ids) - 1)
+    if shared is None:
+        shared = _common_length(prompts)
+        if len(prompts) == 1 and bool(vision.any()):
+            shared = int(vision.nonzero().max()) + 1
+        shared = min(shared, len(ids) - 1)
     if bool(vision[shared:].any()):
         raise NotExactError("questions stand before the image in its prompts, so they share no image")
     embeddings = recording.owner["inputs_embeds"][0]
@@ -143,6 +151,17 @@ def shared_prompts(
         pattern=_pattern(decoder, recording.layers, shared, len(ids)),
         questions=tuple(tuple(prompt[shared:]) for prompt in prompts),
     )
+
+
+def text_prompt(decoder: Decoder, tokens: Sequence[int], index: int) -> ImagePrompts:
+    """Read a text without an image: no prefix, and the first of the ``tokens`` as the question.
+
+    Raises:
+        NotExactError: it cannot be packed.
+    """
+    ids = torch.tensor([tokens], device=decoder.model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return replace(shared_prompts(decoder, inputs, [tokens], (index,), shared=0), questions=((tokens[0],),))
 
 
 def _pattern(decoder: Decoder, layers: Sequence[dict[str, Any]], shared: int, length: int) -> Tensor:

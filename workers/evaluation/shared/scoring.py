@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,13 +26,15 @@ from workers.models.multiple_choice import Choice, Likelihood, option_tokens, to
 from workers.models.ties import decides_ties, end_tokens
 from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
-from workers.tasks import Sample, TaskSpec
+from workers.tasks import Passage, Sample, TaskSpec
 
 from .answers import AnswerScorer, GreedyAnswer, GreedyTokens, grade_answer, longest_answer
 from .continuation import Continuation
 from .draft import Draft, Drafter
 from .packing import Branch, Chunk, Packer
 from .walk import Walker
+
+Item = TypeVar("Item", bound=Sample | Passage)
 
 Spans = Sequence[tuple[int, int]]
 
@@ -52,11 +55,11 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class ScoringRun:
+class ScoringRun(Generic[Item]):
     """Plans to be scored on consecutive samples of a split, the first of which has index ``start``."""
 
     plans: tuple[SkipPlan, ...]
-    samples: Sequence[Sample]
+    samples: Sequence[Item]
     start: int = 0
     folded: Mapping[str, Maps] = field(default_factory=dict)
     """By plan, maps that are folded into the weights while it is run, as in an export."""
@@ -66,11 +69,11 @@ class ScoringRun:
     def __post_init__(self) -> None:
         self.outcomes.update({plan.text: Outcome() for plan in self.plans})
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int) -> Item:
         """Return the sample at an index of the split."""
         return self.samples[index - self.start]
 
-    def of(self, indices: Sequence[int]) -> list[Sample]:
+    def of(self, indices: Sequence[int]) -> list[Item]:
         """Return the samples at indices of the split."""
         return [self.sample(index) for index in indices]
 
@@ -85,7 +88,9 @@ class PlanScorer:
         self._drafter, self._scorer = drafter, scorer
         self._dtype, self._ends = plain.loaded.model.dtype, end_tokens(plain.loaded.model)
 
-    def score(self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], scoring: ScoringRun) -> None:
+    def score(
+        self, walker: Walker, plans: Sequence[SkipPlan], chunks: Sequence[Chunk], scoring: ScoringRun[Sample]
+    ) -> None:
         """Record in ``scoring`` what chunks, whose dense answers are known, score under plans."""
         maps = walker.maps
         trie = build_trie(plans, maps=maps is not None, drift=maps is not None and maps.drift)
@@ -129,7 +134,12 @@ class PlanScorer:
         walker.forget_keys()
 
     def _agree(
-        self, branches: Sequence[Branch], spans: Spans, tokens: GreedyTokens, scoring: ScoringRun, outcome: Outcome
+        self,
+        branches: Sequence[Branch],
+        spans: Spans,
+        tokens: GreedyTokens,
+        scoring: ScoringRun[Sample],
+        outcome: Outcome,
     ) -> None:
         """Record how far the branches' targets are what the plan would draft; the plain path decides rare ties."""
         assert self._plain.targets is not None
@@ -152,7 +162,12 @@ class PlanScorer:
             outcome.scores[index] = self._plain.agreement_scores(sample, agrees)
 
     def _settle(
-        self, branches: Sequence[Branch], spans: Spans, tokens: GreedyTokens, scoring: ScoringRun, outcome: Outcome
+        self,
+        branches: Sequence[Branch],
+        spans: Spans,
+        tokens: GreedyTokens,
+        scoring: ScoringRun[Sample],
+        outcome: Outcome,
     ) -> dict[int, tuple[int, ...]]:
         """Record the answers that are decided now; return those that are still open, as far as they are known."""
         answers: dict[int, list[GreedyAnswer]] = {}
@@ -224,7 +239,7 @@ class OptionLikelihoods:
             found[branch.sample] = (*found.get(branch.sample, ()), own)
         return cls(found)
 
-    def grade(self, spec: TaskSpec, scoring: ScoringRun, outcome: Outcome) -> None:
+    def grade(self, spec: TaskSpec, scoring: ScoringRun[Sample], outcome: Outcome) -> None:
         """Record what the samples score in ``outcome``."""
         for index, likelihoods in self.likelihoods.items():
             sample = scoring.sample(index)

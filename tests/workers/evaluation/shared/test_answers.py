@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from workers.evaluation.divergence import DenseDistributions
 from workers.evaluation.shared.answers import AnswerScorer, GreedyTokens, grade_answer
-from workers.evaluation.shared.divergence import DenseDistributions
 from workers.evaluation.shared.draft import Draft
 from workers.tasks import Sample, load_spec
 from workers.tasks.images import SceneImage

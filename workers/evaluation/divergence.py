@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from workers.layerwise.decoder import Decoder
+
 TOP = 512
 """Tokens of the dense model's distribution that are kept apart at each position; the rest counts as one."""
+
+
+LOGITS_BYTES = 256 << 20
+"""What the logits of the positions that are looked at together may take in float32."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,19 @@ class DenseDistributions:
         top, tokens = log_probabilities.topk(min(TOP, logits.shape[-1]), dim=-1)
         return cls(tokens.to(torch.int32), top, _log_rest(top))
 
+    @classmethod
+    def joined(cls, parts: Sequence[DenseDistributions]) -> DenseDistributions:
+        """Put those of several positions behind each other."""
+        return cls(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.log_probabilities for part in parts]),
+            torch.cat([part.log_rest for part in parts]),
+        )
+
+    def at(self, positions: slice) -> DenseDistributions:
+        """Select some positions."""
+        return DenseDistributions(self.tokens[positions], self.log_probabilities[positions], self.log_rest[positions])
+
     @property
     def nbytes(self) -> int:
         """Memory of the tensors."""
@@ -46,6 +66,20 @@ class DenseDistributions:
         terms = (dense.exp() * (dense - own)).sum(-1)
         rest = self.log_rest.exp() * (self.log_rest - _log_rest(own))
         return (terms + torch.where(self.log_rest.exp() > 0, rest, 0.0)).clamp(min=0.0)
+
+
+def pieces(positions: int, vocabulary: int) -> Iterator[slice]:
+    """Yield slices of positions whose logits are few enough to be held at once."""
+    step = max(1, LOGITS_BYTES // (4 * vocabulary))
+    for first in range(0, positions, step):
+        yield slice(first, min(first + step, positions))
+
+
+def distributions(decoder: Decoder, states: Tensor) -> DenseDistributions:
+    """Return the distributions at positions with final states ``[positions, hidden]``."""
+    return DenseDistributions.joined(
+        [DenseDistributions.of(decoder.logits(states[piece])) for piece in pieces(len(states), decoder.vocabulary)]
+    )
 
 
 def _log_rest(log_probabilities: Tensor) -> Tensor:
