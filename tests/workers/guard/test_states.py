@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from workers.guard.states import asking_text, one_per_image, task_features
 from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.prompts import prompt_text
-from workers.tasks import Task, load_spec, load_task
+from workers.tasks import Task, join_tasks, load_spec, load_task
 
 
 def test_one_question_is_asked_about_each_image(small_task: Task) -> None:
@@ -17,6 +19,14 @@ def test_one_question_is_asked_about_each_image(small_task: Task) -> None:
     found = one_per_image(samples, 5)
     assert [sample.image_key for sample in found] == list(dict.fromkeys(sample.image_key for sample in samples))[:5]
     assert all(next(each for each in samples if each.image_key == sample.image_key) == sample for sample in found)
+
+
+def test_parts_of_a_joint_task_that_ask_about_the_same_images_take_turns(small_task: Task) -> None:
+    other = replace(small_task, spec=small_task.spec.changed(name="other"))
+    joint = join_tasks([small_task, other])
+    found = one_per_image(joint.search, parts=joint.parts)
+    assert len({sample.image_key for sample in found}) == len(found) == 8
+    assert [sample.id.split("/")[0] for sample in found] == ["easy-vqa", "other"] * 4
 
 
 def test_text_stands_in_the_place_of_prompts_that_hold_no_question() -> None:

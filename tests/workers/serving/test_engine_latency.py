@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_llava
+from choice_tasks import as_choices
 from scripted_engine import ScriptedEngine
 
 from workers.engines.interface import ENGINES, ChatReply, ChatRequest
@@ -19,7 +20,7 @@ from workers.messages import CompareEngineLatency, ModelSource, Workload
 from workers.models.loading import LoadedModel, load_model
 from workers.serving import latency
 from workers.serving.latency import compare_engine_latency, find_engine
-from workers.tasks import Task
+from workers.tasks import Task, join_tasks, load_spec, load_task
 
 LAYER_SECONDS = 0.004
 REQUEST = CompareEngineLatency("", "scripted", (1, 4), Workload(1, 3), precision=0.5, max_seconds=5.0)
@@ -128,6 +129,18 @@ def test_rounds_are_added_until_the_interval_is_narrow_or_time_is_up(monkeypatch
     assert narrow.speedup_high - narrow.speedup_low <= 0.1 * narrow.speedup
     assert level(0.1, 0.0).rounds == latency.LEAST_ROUNDS
     assert statistics.median([0.3 / 0.1, 0.3 / 0.3]) > narrow.speedup > 1
+
+
+def test_the_prompts_of_all_parts_of_a_joint_task_are_asked(
+    engine: ScriptedEngine, tiny: LoadedModel, small_task: Task
+) -> None:
+    scenes = load_task(load_spec("scenes").with_splits(calibration=4, search=1, held_out=1))
+    joint = join_tasks([as_choices(small_task), scenes])
+    prompts, longest, failed = latency._prompts(tiny, joint, 3)
+    assert [each.text for each in prompts] == [each.question for each in joint.calibration[: latency.PROMPTS]]
+    assert {"describe the image"} < {each.text for each in prompts} and longest > 20 and failed == {}
+    found = compare_engine_latency(tiny, joint, replace(REQUEST, plan="RRRRRS", concurrencies=(1,)))
+    assert found.levels[0].speedup > 0
 
 
 def test_what_cannot_be_measured_is_named(

@@ -14,7 +14,7 @@ from workers.evaluation.passages import TOO_SHORT, PassageEvaluator, PassageScor
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
 from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluation, Evaluations
-from workers.runtime.plan import SkipPlan
+from workers.runtime.plan import Action, SkipPlan
 from workers.tasks import Passage
 
 from .chunks import ChunkCache
@@ -136,13 +136,21 @@ class FastPassageEvaluator(SharedEvaluator[Passage]):
                     )
 
 
+def on_text(plan: SkipPlan) -> SkipPlan:
+    """Return the plan that does the same to prompts without vision tokens, and treats none apart."""
+    return SkipPlan(tuple(Action.RUN if action.row.vision_only else action for action in plan))
+
+
 def passage_drafts(tokens: Sequence[int]) -> tuple[Draft, ...]:
     """Return what is read of a passage behind its first token: all of it, of which the last token need not be fed."""
     return (Draft(tuple(tokens[1:]), len(tokens) - 1),)
 
 
 class PassageScorer:
-    """Score plans on packed passages."""
+    """Score plans on packed passages.
+
+    Without maps, which are fitted to prompts with images, plans that do the same to text are walked as one.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -152,7 +160,11 @@ class PassageScorer:
     ) -> None:
         """Record in ``scoring`` what chunks, whose dense distributions are known, score under plans."""
         maps = walker.maps
-        trie = build_trie(plans, maps=maps is not None, drift=maps is not None and maps.drift)
+        alike: dict[str, list[str]] = {}
+        for plan in plans:
+            alike.setdefault((on_text(plan) if maps is None else plan).text, []).append(plan.text)
+        walked = map(SkipPlan.parse, alike)
+        trie = build_trie(walked, maps=maps is not None, drift=maps is not None and maps.drift)
         for chunk in chunks:
             for node, states in walker.ends(trie, chunk):
                 scores = PassageScores()
@@ -161,14 +173,18 @@ class PassageScorer:
                     passage = scoring.sample(branch.sample).id
                     dense = chunk.dense.at(slice(first, last))
                     scores.add(passage, self._logits(states[first:last]), branch.draft.tokens, dense)
-                for plan in node.plans:
-                    outcome = scoring.outcomes[plan]
+                for text in (each for own in node.plans for each in alike[own]):
+                    outcome = scoring.outcomes[text]
                     outcome.failed.update(scores.failed)
                     for branch in chunk.samples:
                         passage = scoring.sample(branch.sample).id
                         if passage in scores.shares:
                             outcome.scores[branch.sample] = (scores.shares[passage],)
                             outcome.kl[branch.sample] = scores.kl[passage]
+        executions = walker.tally.by_plan
+        for own, texts in alike.items():
+            if own not in texts:
+                executions[texts[0]] = executions.get(texts[0], 0) + executions.pop(own, 0)
 
     def _logits(self, states: Tensor) -> Iterator[Tensor]:
         for piece in pieces(len(states), self._decoder.vocabulary):
