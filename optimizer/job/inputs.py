@@ -17,7 +17,12 @@ from optimizer.job.spec import LEAST_TOKENS, JobSpec
 from workers.compensation.recipe import id_of_text
 from workers.errors import ImageError, ModelError, TaskError
 from workers.messages import ModelSource
-from workers.models.checkpoint import check_checkpoint, find_checkpoint, fingerprint_checkpoint
+from workers.models.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    fingerprint_checkpoint,
+    quantisation_method,
+)
 from workers.tasks import Sample, Task, load_spec, load_task
 from workers.tasks.images import ImageFile
 from workers.tasks.spec import TaskSpec
@@ -203,8 +208,14 @@ def find_model(spec: JobSpec) -> Path:
     try:
         directory = find_checkpoint(model_source(spec))
         check_checkpoint(directory, spec.model.allow_pickle, trust_remote_code=spec.model.trust_remote_code)
+        method = quantisation_method(directory)
     except ModelError as error:
         raise UsageFault(str(error)) from None
+    if method and spec.compensation.kind != "none":
+        raise UsageFault(
+            f"compensation.kind: {spec.compensation.kind} needs weights that maps can be folded into, those of model "
+            f"{spec.model.path} are quantised ({method}); use none, or the checkpoint that it was made of"
+        )
     return directory
 
 

@@ -78,7 +78,7 @@ def _identity(file: Path) -> dict[str, Any]:
 
 
 def _is_settled(identity: dict[str, Any]) -> bool:
-    age = time.time() - max(identity["modified"], identity["changed"]) / 1e9
+    age: float = time.time() - max(identity["modified"], identity["changed"]) / 1e9
     if 0 <= age < SETTLED_SECONDS and identity["size"] >= WAITED_FOR_BYTES:
         time.sleep(SETTLED_SECONDS - age)
         return True

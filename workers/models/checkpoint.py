@@ -156,6 +156,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def quantisation_method(directory: Path) -> str:
+    """Name the method that the weights are quantised by; empty where they are not. Raises ModelError as read_config."""
+    config = read_config(directory)
+    for section in (config, config.get("text_config")):
+        settings = section.get("quantization_config") if isinstance(section, dict) else None
+        if isinstance(settings, dict) and settings:
+            return str(settings.get("quant_method", "unknown"))
+    return ""
+
+
 def weight_files(directory: Path, allow_pickle: Collection[str] = ()) -> tuple[Path, ...]:
     """Return the weight files that transformers loads: safetensors, or else pickled ones.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.quantizers import AutoHfQuantizer
 
 from workers.device.arithmetic import dtype_name, emulates
 from workers.errors import ModelError
 from workers.messages import ModelSource
+from workers.runtime.quantised import quantisation_of, unpack, without_progress_bars
 from workers.text import first_line
 
 from .checkpoint import (
@@ -25,6 +29,11 @@ from .checkpoint import (
 from .processors import load_processor
 from .shared_weights import share_in_float32
 
+_PARTS_OF_WEIGHTS = frozenset(
+    ("weight_scale", "weight_scale_inv", "weight_packed", "weight_zero_point", "qweight", "qzeros", "scales", "absmax")
+)
+"""Names of tensors beside or in the place of a quantised weight, of which none may be left unread."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -34,6 +43,8 @@ class LoadedModel:
     processor: ProcessorMixin
     fingerprint: str
     name: str
+    directory: Path | None = None
+    """Where its files are."""
     replaced_dtype: str = ""
     """The checkpoint's own dtype where float32 stands in for it, because the device would emulate it."""
     not_shared: str = ""
@@ -82,15 +93,18 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
         if emulates(own, torch.device(target)):
             source, replaced = replace(source, dtype="float32"), dtype_name(own)
     place, files = directory, weight_files(directory, source.allow_pickle)
-    if measuring and target == "cpu" and source.dtype == "float32" and not is_pickled(files):
+    shareable = target == "cpu" and source.dtype == "float32" and not is_pickled(files)
+    if measuring and shareable and not quantisation_of(config):
         place, not_shared = share_in_float32(directory, files, fingerprint)
     model = _load_weights(place, source, config, None if target == "cpu" else {"": target})
     model.config._name_or_path = str(directory)
+    unpack(model)
     return LoadedModel(
         model=model.eval(),
         processor=load_processor(directory, source, config),
         fingerprint=fingerprint(),
         name=source.path,
+        directory=directory,
         replaced_dtype=replaced,
         not_shared=not_shared,
     )
@@ -117,12 +131,7 @@ def load_config(directory: Path | str, source: ModelSource) -> Any:
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(f"model {source.path}: config.json is not usable: {first_line(error)}") from None
-    for section in (config, getattr(config, "text_config", None)):
-        if quantised := getattr(section, "quantization_config", None):
-            raise ModelError(
-                f"model {source.path}: its weights are quantised ({dict(quantised).get('quant_method', 'unknown')}); "
-                "take the checkpoint that it was made of"
-            )
+    _require_quantiser(source, config)
     known = type(config) in AutoModelForImageTextToText._model_mapping
     remote = source.trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
     if not known and not remote:
@@ -132,23 +141,45 @@ def load_config(directory: Path | str, source: ModelSource) -> Any:
     return config
 
 
+def _require_quantiser(source: ModelSource, config: Any) -> None:
+    """Refuse quantised weights that transformers would not load as such, or not without a package that is missing.
+
+    Whether the device is one for them is said by who loads the weights: it may be another machine's.
+    """
+    method = quantisation_of(config)
+    if not method:
+        return
+    quantised = f"model {source.path}: its weights are quantised ({method})"
+    settings = getattr(config, "quantization_config", None) or config.text_config.quantization_config
+    if not AutoHfQuantizer.supports_quant_method(settings):  # it would take them for plain ones
+        raise ModelError(f"{quantised}, which transformers does not load; take the checkpoint that it was made of")
+    try:
+        with without_progress_bars():
+            AutoHfQuantizer.from_config(copy.deepcopy(settings)).validate_environment()
+    except ImportError as error:
+        raise ModelError(f"{quantised}; {first_line(error)}") from None
+    except Exception:  # no device for them here, or settings that are not theirs
+        return
+
+
 def _load_weights(
     directory: Path, source: ModelSource, config: Any, device_map: dict[str, str] | None = None
 ) -> PreTrainedModel:
     if source.dtype != "auto" and not isinstance(getattr(torch, source.dtype, None), torch.dtype):
         raise ModelError(f"dtype {source.dtype!r} is no torch dtype; use auto, float32, bfloat16 or float16")
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            directory,
-            config=config,
-            dtype=source.dtype,
-            attn_implementation=source.attention,
-            device_map=device_map,
-            use_safetensors=not is_pickled(weight_files(directory, source.allow_pickle)),
-            weights_only=True,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-        )
+        with without_progress_bars() if quantisation_of(config) else nullcontext():
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                directory,
+                config=config,
+                dtype=source.dtype,
+                attn_implementation=source.attention,
+                device_map=device_map,
+                use_safetensors=not is_pickled(weight_files(directory, source.allow_pickle)),
+                weights_only=True,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:  # model code of any family, safetensors and torch raise all kinds here
         raise ModelError(f"model {source.path}: cannot be loaded: {first_line(error)}") from None
     missing = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
@@ -158,6 +189,9 @@ def _load_weights(
             f"model {source.path}: {len(missing)} weights are missing or of another shape than the config says, "
             f"for example {missing[0]}"
         )
+    left = [name for name in report["unexpected_keys"] if name.rpartition(".")[2] in _PARTS_OF_WEIGHTS]
+    if left:
+        raise ModelError(f"model {source.path}: transformers reads its quantised weights without {sorted(left)[0]}")
     if getattr(getattr(model, "generation_config", None), "max_time", None) is not None:
         raise ModelError(
             f"model {source.path}: max_time in its generation settings lets a clock decide where an answer ends; "

@@ -23,6 +23,7 @@ from .edits import Edits
 from .gaps import Scope, gaps
 from .locate import DecoderStack
 from .plan import PlanError, SkipPlan
+from .quantised import is_quantised
 
 PROJECTIONS = frozenset(
     ("down_proj", "fc2", "w2", "c_proj", "dense_4h_to_h", "fc_out", "wo", "output_linear", "dense_2", "linear_2")
@@ -130,10 +131,12 @@ def _projections(name: str, child: nn.Module, hidden: int, index: int) -> Iterat
 
 def _linear(module: nn.Module, hidden: int, index: int, name: str) -> Projection:
     weight = getattr(module, "weight", None)
-    if type(module) not in (nn.Linear, Conv1D) or weight is None or weight.dtype not in EXACT_DTYPES:
+    plain = type(module) in (nn.Linear, Conv1D) and not is_quantised(module)
+    if not plain or weight is None or weight.dtype not in EXACT_DTYPES:
+        kind = f"quantised {type(module).__name__}" if is_quantised(module) else type(module).__name__
         raise FoldingError(
-            f"layer {index} cannot hold a map: its projection {name} is a {type(module).__name__}, not a plain linear "
-            "one; load the model without quantisation or adapters"
+            f"layer {index} cannot hold a map: its projection {name} is a {kind}, not a plain linear one; load the "
+            "model without quantisation or adapters"
         )
     hidden_dim = 1 if isinstance(module, Conv1D) else 0
     if weight.shape[hidden_dim] != hidden:

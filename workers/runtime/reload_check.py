@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .locate import DecoderStack, locate
 from .plan import PlanError
+from .quantised import UNPACKED, quantisation_of, unpack, without_progress_bars
 
 WORDS = 8
 KERNELS = ("_attn_implementation_internal", "_experts_implementation_internal")
@@ -44,7 +45,7 @@ def require_faithful_reload(stack: DecoderStack) -> None:
             f"transformers would load {len(rebuilt)} of {len(stack.layers)} layers of the pruned {stack.family} model"
         )
     for index, (own, other) in enumerate(zip(stack.layers, rebuilt, strict=True)):
-        for difference in _differences(own, other):
+        for difference in _differences(own, other, quantised=bool(quantisation_of(model.config))):
             raise PlanError(
                 f"transformers would load layer {index} of the pruned {stack.family} model differently: {difference}"
             )
@@ -58,7 +59,7 @@ def require_faithful_files(stack: DecoderStack, directory: Path) -> None:
     """
     model: Any = stack.model
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_progress_bars():
             loaded, report = type(model).from_pretrained(
                 directory,
                 config=type(model.config).from_pretrained(directory),
@@ -74,13 +75,18 @@ def require_faithful_files(stack: DecoderStack, directory: Path) -> None:
                 f"transformers does not read back what it writes of a {stack.family} model: {len(names)} "
                 f"{kind.replace('_', ' ')}, such as {names[0]} (its save_pretrained and from_pretrained disagree)"
             )
-    _compare_tensors(stack.family, model, loaded)
+    unpack(loaded)
+    _compare_tensors(stack.family, model, loaded, replace=quantisation_of(model.config) in ("", UNPACKED))
     _compare_logits(stack, loaded)
 
 
-def _compare_tensors(family: str, model: nn.Module, loaded: nn.Module) -> None:
-    """Compare all saved tensors; the loaded model gets the model's own in their places."""
-    own, found = model.state_dict(keep_vars=True), loaded.state_dict(keep_vars=True)
+def _compare_tensors(family: str, model: nn.Module, loaded: nn.Module, *, replace: bool) -> None:
+    """Compare all parameters and buffers; with ``replace`` the loaded model gets the model's own in their places.
+
+    Modules that keep more of quantised weights than these would not work with others. Some change what they keep when
+    they first run: that is left to the comparison of logits.
+    """
+    own, found = _saved(model), _saved(loaded)
     if own.keys() != found.keys():
         odd = sorted(own.keys() ^ found.keys())
         raise PlanError(f"transformers would load the {family} model with other tensors: {', '.join(odd[:3])}")
@@ -91,9 +97,17 @@ def _compare_tensors(family: str, model: nn.Module, loaded: nn.Module) -> None:
             raise PlanError(f"transformers would load {name} of the {family} model with shape {shapes}")
         if not ours.is_meta and not torch.equal(_bits(ours.to(theirs.device, theirs.dtype)), _bits(theirs)):
             raise PlanError(f"transformers would load {name} of the {family} model with other values")
+        if not replace:
+            continue
         path, _, leaf = name.rpartition(".")
         module = loaded.get_submodule(path)
-        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = ours
+        places: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+        places[leaf] = ours
+
+
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    places = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in places}
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -185,12 +199,17 @@ def _rebuild(stack: DecoderStack, config: Any) -> nn.ModuleList:
     return layers
 
 
-def _differences(own: nn.Module, other: nn.Module) -> Iterator[str]:
-    """List differences of two decoder layers: modules, plain attributes, shapes of weights."""
+def _differences(own: nn.Module, other: nn.Module, *, quantised: bool) -> Iterator[str]:
+    """List differences of two decoder layers: modules, plain attributes, shapes of weights.
+
+    What stands for the linear projections of a ``quantised`` model is compared when its files are read back.
+    """
     modules, others = dict(own.named_modules()), dict(other.named_modules())
     for name in modules.keys() ^ others.keys():
         yield f"{name} exists in one of them only"
     for name in modules.keys() & others.keys():
+        if quantised and isinstance(others[name], nn.Linear):
+            continue
         first, second = _facts(modules[name]), _facts(others[name])
         for key in first.keys() & second.keys():
             if first[key] != second[key]:

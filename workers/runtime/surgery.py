@@ -10,11 +10,14 @@ from uuid import uuid4
 from torch import nn
 
 from .applied import AppliedPlan
+from .cutting import Cut, plan_cut, stored_quantisation
 from .edits import Edits
 from .folding import Maps, fold
 from .hub_names import use_hub_names
 from .layer_removal import remove_layers
+from .locate import DecoderStack
 from .plan import Action, PlanError, SkipPlan
+from .quantised import quantisation_of
 from .reload_check import require_faithful_files, require_faithful_reload
 
 
@@ -27,6 +30,7 @@ def save_pruned(
     max_shard_size: int | str = "5GB",
     original_names: bool = True,
     compensation: Maps | None = None,
+    checkpoint: Path | None = None,
 ) -> Path:
     """Write ``model`` without the layers that ``plan`` skips as an ordinary checkpoint; the model stays as it was.
 
@@ -35,9 +39,10 @@ def save_pruned(
     was checked (:mod:`workers.runtime.reload_check`): a failed save leaves none.
     ``original_names`` names the tensors as the family's checkpoints on the hub do; otherwise they have their
     names in memory, which is what model code outside transformers loads. ``compensation`` holds the maps of the plan's
-    gaps, which are folded into the written weights. Raises :class:`PlanError` for plans with
-    other actions than run and skip and for models that transformers would not load as they were saved, and
-    ``FileExistsError`` when the directory exists and is not empty.
+    gaps, which are folded into the written weights. ``checkpoint`` is the directory that the model was loaded from;
+    where weights are quantised, tensors are copied from its files (:mod:`workers.runtime.cutting`). Raises
+    :class:`PlanError` for plans with other actions than run and skip and for models that transformers would not
+    load as they were saved, and ``FileExistsError`` when the directory exists and is not empty.
     """
     for layer, action in enumerate(plan):
         if action is not Action.RUN and not action.row.removes_layer:
@@ -49,6 +54,7 @@ def save_pruned(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")
     applied = AppliedPlan(model, plan)
+    cut = _cut(applied._stack, plan, checkpoint, compensation, original_names=original_names)
     edits = Edits()
     final = target.resolve()
     unchecked = final.with_name(f".{final.name}-{uuid4().hex[:12]}")
@@ -59,9 +65,13 @@ def save_pruned(
         if plan.removed:
             remove_layers(edits, applied._stack, plan.kept, permanent=True)
             require_faithful_reload(applied._stack)
-        if original_names:
-            use_hub_names(edits, model)
-        _write(model, unchecked, max_shard_size, original_names=original_names)
+        if cut is not None:
+            _write_settings(model, unchecked)
+            cut.write(unchecked)
+        else:
+            if original_names:
+                use_hub_names(edits, model)
+            _write(model, unchecked, max_shard_size, original_names=original_names)
         require_faithful_files(applied._stack, unchecked)
         if processor is not None:
             processor.save_pretrained(unchecked)
@@ -70,6 +80,30 @@ def save_pruned(
         edits.undo()
         shutil.rmtree(unchecked, ignore_errors=True)
     return target
+
+
+def _cut(
+    stack: DecoderStack, plan: SkipPlan, checkpoint: Path | None, compensation: Maps | None, *, original_names: bool
+) -> Cut | None:
+    """Plan the cut through the files of a model with quantised weights; None where the live model can be saved."""
+    # Where a device has no arithmetic for them, transformers loads quantised weights as plain ones, and forgets it.
+    method = quantisation_of(stack.model.config) or stored_quantisation(checkpoint)
+    if not method:
+        return None
+    if compensation is not None:
+        raise PlanError(f"maps cannot be folded into quantised weights ({method}): save the plan without compensation")
+    if checkpoint is None:
+        raise PlanError(
+            f"the weights are quantised ({method}) and are copied from the files that the model was loaded from: give "
+            "their directory as checkpoint"
+        )
+    return plan_cut(stack, plan, checkpoint, original_names=original_names)
+
+
+def _write_settings(model: nn.Module, directory: Path) -> None:
+    for settings in (model.config, getattr(model, "generation_config", None)):
+        if settings is not None:
+            settings.save_pretrained(directory)  # type: ignore[union-attr, operator]
 
 
 def _write(model: nn.Module, directory: Path, max_shard_size: int | str, *, original_names: bool) -> None:

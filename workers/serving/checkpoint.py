@@ -17,7 +17,14 @@ def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps:
     Raises PlanError for a plan that a checkpoint cannot hold, ModelError where the family cannot be written in that
     form.
     """
-    save_pruned(loaded.model, plan, directory, processor=loaded.processor, compensation=maps)
+    save_pruned(
+        loaded.model,
+        plan,
+        directory,
+        processor=loaded.processor,
+        compensation=maps,
+        checkpoint=loaded.directory,
+    )
     write_published_form(loaded, directory)
 
 

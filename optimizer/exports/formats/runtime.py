@@ -104,8 +104,15 @@ def write(subject: Subject, directory: Path) -> None:
             raise ExportFault(f"--format: runtime needs a model class of transformers, not {kind.__module__}")
     removal = subject.plan.removal
     # transformers renames stored tensors for its own classes only.
-    processor, maps = subject.model.processor, subject.maps
-    save_pruned(model, removal, directory, processor=processor, original_names=False, compensation=maps)
+    save_pruned(
+        model,
+        removal,
+        directory,
+        processor=subject.model.processor,
+        original_names=False,
+        compensation=subject.maps,
+        checkpoint=subject.checkpoint,
+    )
     model_type = MODEL_TYPE_PREFIX + model.config.model_type
     code = directory / CODE_DIRECTORY
     code.mkdir()

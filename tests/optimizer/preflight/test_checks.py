@@ -67,7 +67,9 @@ def test_samples_that_cannot_be_asked_are_named_by_file_row_and_column(job: Path
         check_job_file(job, environment={})
 
 
-def test_quantised_models_are_refused_before_anything_runs(job: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_quantised_models_that_nothing_here_loads_are_refused_before_anything_runs(
+    job: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "quantised"
     copy.mkdir()
     for file in tiny_model.iterdir():
@@ -76,7 +78,7 @@ def test_quantised_models_are_refused_before_anything_runs(job: Path, tiny_model
     (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     job.write_text(job.read_text().replace(str(tiny_model), str(copy)))
-    with pytest.raises(UsageFault, match=r"its weights are quantised \(awq\)"):
+    with pytest.raises(UsageFault, match=r"its weights are quantised \(awq\); .*gptqmodel"):
         check_job_file(job, environment={})
 
 

@@ -174,13 +174,25 @@ def test_what_an_old_processor_leaves_out_is_taken_from_the_configuration(copy: 
 
 
 @pytest.mark.parametrize("section", ["", "text_config"])
-def test_quantised_checkpoints_are_refused_alike(copy: Path, small_task: Task, section: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, r"quantised \(awq\); Loading an AWQ quantized model requires gptqmodel"),
+        (
+            {"quant_method": "modelopt"},
+            r"quantised \(modelopt\), which transformers does not load; take the checkpoint",
+        ),
+    ],
+)
+def test_quantised_checkpoints_that_nothing_here_loads_are_refused_alike(
+    copy: Path, small_task: Task, section: str, settings: dict[str, Any], message: str
+) -> None:
     def quantise(content: dict[str, Any]) -> None:
-        (content[section] if section else content)["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (content[section] if section else content)["quantization_config"] = settings
 
     edit(copy / "config.json", quantise)
     for use in (load_model, describe_model, lambda asked: problems(Path(asked.path), small_task)):
-        with pytest.raises(ModelError, match=r"its weights are quantised \(gptq\); take the checkpoint that it was"):
+        with pytest.raises(ModelError, match=message):
             use(source(copy))
 
 
