@@ -1,16 +1,19 @@
 """Score candidates: read known evaluations from the database, ask the workers for the rest, and store it at once.
 
 Plans of one recipe go to the workers in groups, neighbours by their text, because a worker shares work between plans
-that begin alike. A plan that was scored on a shorter prefix of the split before is only run on the samples that
-the longer one adds. In a lossless job the dense model's answers go with the requests, and scores are acceptances.
+that begin alike; where there are more workers than groups, a group's samples are shared by several. A plan that was
+scored on a shorter prefix of the split before is only run on the samples that the longer one adds. In a lossless job
+the dense model's answers go with the requests, and scores are acceptances.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import groupby, pairwise
 from math import fsum
 
@@ -124,13 +127,20 @@ class CachedEvaluation:
 
     def _run(self, groups: Sequence[Sequence[_Missing]]) -> Iterator[tuple[Candidate, Scores]]:
         again: list[_Missing] = []
-        for index, result in self._context.run([self._message(group) for group in groups]):
-            group = groups[index]
-            if isinstance(result, Failure) and len(group) > 1:
+        slices = [(number, cut) for number, group in enumerate(groups) for cut in self._slices(group, len(groups))]
+        waiting = Counter(number for number, _ in slices)
+        arrived: dict[int, dict[int, object]] = {number: {} for number in waiting}
+        for index, result in self._context.run([self._message(groups[number], *cut) for number, cut in slices]):
+            number, (start, _) = slices[index]
+            arrived[number][start] = result
+            if len(arrived[number]) < waiting[number]:
+                continue
+            group, results = groups[number], [found for _, found in sorted(arrived.pop(number).items())]
+            if len(group) > 1 and any(isinstance(each, Failure) for each in results):
                 again += group  # one of them may have killed the worker: ask for each alone
                 continue
-            for each, scored in zip(group, self._each(result, len(group)), strict=True):
-                yield each.candidate, self._scores(self._store(each, scored))
+            for each, *scored in zip(group, *(self._each(result, len(group)) for result in results), strict=True):
+                yield each.candidate, self._scores(self._store(each, _whole(scored)))
         if again:
             yield from self._run([[each] for each in again])
 
@@ -155,18 +165,24 @@ class CachedEvaluation:
             groups += [plans[first:last] for first, last in pairwise(cuts)]
         return groups
 
-    def _message(self, group: Sequence[_Missing]) -> EvaluatePlans:
+    def _slices(self, group: Sequence[_Missing], groups: int) -> list[tuple[int, int]]:
+        """Cut a group's samples among the workers that there are for it; not where each would fit the same maps."""
+        first, (start, stop) = group[0], (group[0].start, group[0].n_samples)
+        fits = first.candidate.compensation != NO_COMPENSATION and not all(self._maps.get(e.candidate) for e in group)
+        return [(start, stop)] if fits else self._context.slices(start, stop, requests=groups)
+
+    def _message(self, group: Sequence[_Missing], start: int, stop: int) -> EvaluatePlans:
         first = group[0]
         maps = tuple(self._maps.get(each.candidate) for each in group)
         return EvaluatePlans(
             plans=tuple(each.candidate.plan.text for each in group),
             split=self._split,
-            n_samples=None if first.n_samples == self._whole_split else first.n_samples,
+            n_samples=None if stop == self._whole_split else stop,
             compensation=first.candidate.compensation,
-            start=first.start,
+            start=start,
             path=self._context.spec.evaluation,
             artifacts=maps if any(maps) else (),
-            targets=self._targets[first.start : first.n_samples],
+            targets=self._targets[start:stop],
             text=self._context.inputs.general_text,
         )
 
@@ -243,7 +259,7 @@ class CachedEvaluation:
             "evaluation_seconds": result.seconds,
             "layer_executions": float(result.layer_executions),
             "layer_executions_saved": float(result.layer_executions_saved),
-            f"evaluations_{result.path}": 1.0,
+            f"scored{result.path}": 1.0,
             "near_ties": float(result.near_ties),
             "failed_samples": float(len(result.failed_samples)),
             "retries": float(context.pool.take_retries()),
@@ -271,8 +287,31 @@ def _answered(scores: Sequence[float]) -> int:
     return len(scores) - sum(map(math.isnan, scores))
 
 
-def _joined(before: EvaluationRecord, result: Evaluation) -> Evaluation:
-    """Join an earlier rung's evaluation and ``result``, which continues it, to that of the whole prefix."""
+def _whole(slices: Sequence[Evaluation | EvaluationFailure | Failure]) -> Evaluation | EvaluationFailure | Failure:
+    """Join the evaluations of consecutive samples; the first failure where there is one."""
+    found = [each for each in slices if isinstance(each, Evaluation)]
+    return (
+        reduce(_followed, found)
+        if len(found) == len(slices)
+        else next(e for e in slices if not isinstance(e, Evaluation))
+    )
+
+
+def _followed(first: Evaluation, then: Evaluation) -> Evaluation:
+    return replace(
+        _joined(first, then),
+        sample_ids=(*first.sample_ids, *then.sample_ids),
+        failed_samples=first.failed_samples | then.failed_samples,
+        seconds=first.seconds + then.seconds,
+        layer_executions=first.layer_executions + then.layer_executions,
+        layer_executions_saved=first.layer_executions_saved + then.layer_executions_saved,
+        near_ties=first.near_ties + then.near_ties,
+        path=first.path if first.path == then.path else "plain",
+    )
+
+
+def _joined(before: EvaluationRecord | Evaluation, result: Evaluation) -> Evaluation:
+    """Join an evaluation and ``result``, which continues it, to that of the whole prefix."""
     n_before, n_result = _answered(before.scores), _answered(result.scores)
     n = max(1, n_before + n_result)
     return replace(

@@ -140,20 +140,30 @@ def _dense(context: JobContext, task: Task) -> Scores | None:
 
 def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | None, task: Task) -> Scores | None:
     """Score a plan on another task, marking samples that fail; None where it cannot be done, which is noted."""
-    request = EvaluateOtherTask(
-        candidate.plan.text, task, context.spec.collateral.samples, candidate.compensation, artifact
+    replies = context.turns.together(
+        *(
+            partial(
+                context.ask_one,
+                EvaluateOtherTask(candidate.plan.text, task, stop, candidate.compensation, artifact, start),
+                f"{candidate} on {task.name}",
+            )
+            for start, stop in context.slices(0, min(context.spec.collateral.samples, len(task.held_out)))
+        )
     )
-    reply = context.ask_one(request, f"{candidate} on {task.name}")
-    if not isinstance(reply, Evaluation):
-        return None
-    scores = dict(zip(reply.sample_ids, reply.scores, strict=True))
-    marked = {sample: reply.failed_samples[sample] for sample, score in scores.items() if math.isnan(score)}
+    scores: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for reply in replies:
+        if not isinstance(reply, Evaluation):
+            return None
+        scores |= zip(reply.sample_ids, reply.scores, strict=True)
+        failed |= reply.failed_samples
+    marked = {sample: failed[sample] for sample, score in scores.items() if math.isnan(score)}
     try:
         context.failed_samples.add(f"collateral {task.name}", marked, len(scores))
     except TooManyFailed as error:
         context.progress.note(f"{candidate} on {task.name} is left out: {error}")
         return None
-    return tuple(None if math.isnan(score) else score for score in reply.scores)
+    return tuple(None if math.isnan(score) else score for score in scores.values())
 
 
 def _compare_text(context: JobContext, candidate: Candidate, artifact: Artifact | None) -> TextDivergence | None:

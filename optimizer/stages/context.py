@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from workers.cluster.pool import WorkerPool
 
 T = TypeVar("T")
+
+LEAST_SLICE = 32
+"""Fewest samples of a request where several workers share those of one."""
 
 
 class JobFailed(Fault):
@@ -135,6 +139,11 @@ class JobContext:
         finally:
             self._under_way.pop(stage).set()
         return value
+
+    def slices(self, start: int, stop: int, *, requests: int = 1) -> list[tuple[int, int]]:
+        """Cut samples for the workers that there are for each of so many ``requests``."""
+        count = max(1, min(self.pool.size // requests, (stop - start) // LEAST_SLICE))
+        return list(pairwise(start + (stop - start) * number // count for number in range(count + 1)))
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | Failure]]:
         """Send requests to the workers; yield index and result as they arrive, other stages going on meanwhile."""

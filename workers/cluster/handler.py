@@ -207,7 +207,7 @@ class Handler:
         match request:
             case EvaluateOtherTask():
                 other = PlainEvaluator(loaded, request.task, batch_size=self.settings.batch_size)
-                found = other.evaluate(plan, "held_out", request.n_samples, maps=maps)
+                found = other.evaluate(plan, "held_out", request.n_samples, start=request.start, maps=maps)
                 return replace(found, compensation=request.compensation)
             case CompareText():
                 return text_divergence(loaded, plan, maps, request.text)

@@ -61,13 +61,17 @@ class AnswerDense:
 
 @dataclass(frozen=True)
 class EvaluateOtherTask:
-    """Score a plan on the first ``n_samples`` held-out samples of another task, with its own maps, never new ones."""
+    """Score a plan on samples ``start`` up to ``n_samples`` of another task's held-out split.
+
+    It is scored with its own maps, never new ones.
+    """
 
     plan: str
     task: Task
     n_samples: int | None = None
     compensation: str = NO_COMPENSATION
     artifact: Artifact | None = None
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""Samples of one request shared by several workers: scores, sums and failures are those of one worker."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import in_process
+import pytest
+
+from optimizer.job.sections import ConstraintSpec
+from optimizer.search.space import Candidate
+from optimizer.stages import collateral
+from optimizer.stages.cached_evaluation import CachedEvaluation
+from optimizer.stages.context import JobContext
+from optimizer.stages.verify import Finalist
+from optimizer.verification.verdict import verify
+from storage.database import Database
+from storage.records import evaluations
+from workers.messages import EvaluateOtherTask, EvaluatePlans
+from workers.runtime import SkipPlan
+from workers.tasks import load_spec, load_task
+from workers.tasks.images import ImageFile
+
+SAMPLES, LOST = 96, 40
+DENSE, PLAN = Candidate(SkipPlan.dense(12)), Candidate(SkipPlan.parse("RRRRRRRFFBSR"))
+
+
+class Workers(in_process.OneWorker):
+    """So many workers as one says, which are one."""
+
+    def __init__(self, worker: in_process.OneWorker, size: int) -> None:
+        vars(self).update(vars(worker) | {"size": size, "requests": []})
+
+
+def lost(context: JobContext) -> list[int]:
+    """Places of all samples about the image of one."""
+    search = context.task.search
+    return [place for place, sample in enumerate(search) if sample.image_key == search[LOST].image_key]
+
+
+def job(store: Database, worker: in_process.OneWorker, size: int) -> tuple[JobContext, Workers]:
+    """A job of which one image is lost once it has begun."""
+    sizes = {"calibration": 6, "search": SAMPLES, "held_out": 8, "unit": "samples"}
+    workers = Workers(worker, size)
+    context = in_process.context(store, workers, in_process.spec(splits=sizes, max_failed_samples=0.1))
+    gone = ImageFile("/nowhere/image.png")
+    search = tuple(
+        replace(each, image=gone) if number in lost(context) else each
+        for number, each in enumerate(context.task.search)
+    )
+    workers.handler = worker.handler.with_task(replace(context.task, search=search))
+    return context, workers
+
+
+def test_a_plans_samples_are_shared_and_its_evaluation_is_the_same(
+    store: Database, worker: in_process.OneWorker, tmp_path: Path
+) -> None:
+    found, asked = {}, {}
+    with Database.open(f"sqlite:///{tmp_path / 'other.db'}") as other:  # else the second job would know the scores
+        for size, where in ((1, store), (7, other)):
+            context, workers = job(where, worker, size)
+            list(CachedEvaluation(context, "search")([(DENSE, SAMPLES), (PLAN, SAMPLES)]))
+            found[size] = {each.plan: each for each in evaluations.for_job(where, context.job.id, "search")}
+            asked[size] = [each for each in workers.requests if isinstance(each, EvaluatePlans)]
+            names = {context.task.search[place].id for place in lost(context)}
+            assert set(context.failed_samples.of("search")) == names
+    assert [len(each.plans) for each in asked[1]] == [2]
+    cuts = sorted((each.plans, each.start, each.n_samples or SAMPLES) for each in asked[7])
+    assert cuts == sorted(((each.plan.text,), start, start + 32) for each in (DENSE, PLAN) for start in (0, 32, 64))
+    assert set(found[1]) == set(found[7]) == {DENSE.plan.text, PLAN.plan.text}
+    for plan, alone in found[1].items():
+        shared = found[7][plan]
+        assert str(shared.scores) == str(alone.scores)  # as text, since NaN is not equal to itself
+        assert [place for place, score in enumerate(shared.scores) if score != score] == lost(context)
+        assert shared.secondary == pytest.approx(alone.secondary, rel=1e-12)
+        executions = (SAMPLES - len(lost(context))) * len(SkipPlan.parse(plan).kept)
+        assert shared.layer_executions + shared.layer_executions_saved == executions
+
+
+def test_samples_of_another_task_are_shared(store: Database, worker: in_process.OneWorker) -> None:
+    other = load_task(load_spec("easy-vqa").with_splits(calibration=1, search=1, held_out=80, unit="samples"))
+    other = replace(other, spec=other.spec.changed(name="my_other"))
+    (verdict,) = verify(
+        [1.0, 1.0], {PLAN.plan.text: [1.0, 0.0]}, ["a", "b"], ConstraintSpec(max_accuracy_drop=1), seed=0
+    )
+    found = {}
+    for size in (1, 5):
+        context, workers = job(store, worker, size)
+        context = replace(context, inputs=replace(context.inputs, other_tasks=(other,)))
+        (found[size],) = collateral.run(context, (Finalist(verdict),)).values()
+        asked = {(e.start, e.n_samples) for e in workers.requests if isinstance(e, EvaluateOtherTask)}
+        assert asked == ({(0, 80)} if size == 1 else {(0, 40), (40, 80)})
+    assert found[1] == found[5] and found[1].tasks["my_other"].n_samples == 80
