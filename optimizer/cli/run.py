@@ -130,6 +130,9 @@ def serve(
             help="Seconds without a heartbeat before another process may claim a job.",
         ),
     ] = 30.0,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, max=64, help="Jobs at the same time; those of one model share the workers.")
+    ] = 1,
     log_format: LogFormat = None,
 ) -> int:
     """Claim and process queued jobs until stopped; several of these may share a database.
@@ -143,7 +146,7 @@ def serve(
 
     start_logging(log_format, default="text")
     with open_database(context) as db:
-        Server(db, progress=lambda job: Progress(logged_stages()), lease_seconds=lease).run(once=once)
+        Server(db, progress=lambda job: Progress(logged_stages()), lease_seconds=lease, at_once=jobs).run(once=once)
     return 0
 
 

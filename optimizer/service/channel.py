@@ -25,6 +25,9 @@ ENVIRONMENT = "SKIPPLAN_SUPERVISOR"
 Standard error has a file of its own because Ray's core writes to number 2 what is not for users.
 """
 
+HELD = "held "
+"""Begins the name of the fact that a job was held, which its number ends."""
+
 PR_SET_PDEATHSIG = 1
 
 _streams: list[TextIO] = []
@@ -49,13 +52,19 @@ def open_channel() -> bool:
 
 
 def tell(**facts: Any) -> None:
-    """Tell the supervisor facts by name, in the place of earlier ones: ``held``, ``log_format``, ``orderly``."""
+    """Tell the supervisor facts by name, in the place of earlier ones: ``held JOB``, ``log_format``, ``orderly``."""
     for stream in _streams:
         with suppress(OSError):  # it is gone, and so will this process be
             stream.write(json.dumps(facts) + "\n")
 
 
 def tell_held(db: Database, job: Job, *, resumable: bool) -> None:
-    """Let the supervisor know the job that this process holds, or held last."""
+    """Let the supervisor know a job that this process holds, or held."""
     url = db.engine.url.render_as_string(hide_password=False)
-    tell(held={"url": url, "job": job.id, "owner": job.owner, "attempt": job.attempt, "resumable": resumable})
+    held = {"url": url, "job": job.id, "owner": job.owner, "attempt": job.attempt, "resumable": resumable}
+    tell(**{f"{HELD}{job.id}": held})
+
+
+def tell_ended(job: Job) -> None:
+    """Let the supervisor know that a job has ended here, or is somebody else's by now."""
+    tell(**{f"{HELD}{job.id}": None})

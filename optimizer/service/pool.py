@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from optimizer.job.inputs import JobInputs, model_source, task_hash
+from optimizer.job.inputs import JobInputs, model_source
 from optimizer.job.loading import ENVIRONMENT
 from optimizer.search.space import plan_space
 from optimizer.service.logs import log
+from optimizer.service.main_thread import MainThread
 from optimizer.stages.progress import Progress
 from workers.errors import ClusterError
 
 if TYPE_CHECKING:
     from workers.cluster.pool import WorkerPool
     from workers.cluster.settings import ClusterSettings
+    from workers.cluster.share import PoolShare
 
 LOCAL = "local"
+
+WAIT_SECONDS = 1.0
+"""Between two looks at whether the service is stopped, while a job waits for others to end."""
 
 
 def cluster_settings(inputs: JobInputs) -> ClusterSettings:
@@ -90,45 +97,89 @@ def _without_database_url() -> Iterator[None]:
 
 
 class PoolCache:
-    """Cache one worker pool between jobs. It serves the next job if that needs the same model and worker settings.
+    """Share one worker pool among the jobs of a service, at the same time and one after another.
 
-    Only pools on this machine are kept: elsewhere an idle pool would hold other people's resources, and the files of a
-    model could change unseen.
+    A job that needs another model or other worker settings waits until those that use the pool have ended. Only pools
+    on this machine are kept without a job: elsewhere an idle pool would hold other people's resources, and the files of
+    a model could change unseen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_main_thread: MainThread) -> None:
+        self._in_main_thread = in_main_thread
         self._pool: WorkerPool | None = None
+        self._lock = threading.Condition(threading.RLock())
+        self._users = 0
+        self._interrupted = False
 
-    def get(self, inputs: JobInputs) -> WorkerPool:
-        """Return the cached workers, with the job's task, where they fit the job, else new ones.
+    @contextmanager
+    def lent(self) -> Iterator[Callable[[JobInputs], PoolShare]]:
+        """Lend the pool to a job for the block; the function starts it where there is none that suits.
 
-        Raises UsageFault and ClusterError as :func:`open_pool`.
+        The function raises UsageFault and ClusterError as :func:`open_pool`.
         """
+        shares: list[PoolShare] = []
+
+        def lend(inputs: JobInputs) -> PoolShare:
+            with self._lock:
+                self._prepare(inputs)
+                assert self._pool is not None
+                check_plan_space(inputs, self._pool)
+                shares.append(self._pool.share(inputs.task))
+                self._users += 1
+            return shares[0]
+
+        try:
+            yield lend
+        finally:
+            with self._lock:
+                for share in shares:
+                    share.close()
+                    self._users -= 1
+                self._lock.notify_all()
+
+    def close(self) -> None:
+        """Stop the workers; jobs that use them get a ClusterLost."""
+        with self._lock:
+            if self._pool is not None:
+                pool, self._pool = self._pool, None
+                self._in_main_thread(pool.close)
+
+    def close_idle(self) -> None:
+        """Stop the workers if no job uses them."""
+        with self._lock:
+            if not self._users:
+                self.close()
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in the threads of all jobs that wait for workers."""
+        self._interrupted = True  # without the lock: who has it may wait for this thread
+        if (pool := self._pool) is not None:
+            pool.interrupt()
+
+    def _prepare(self, inputs: JobInputs) -> None:
+        """Have a pool that suits a job, once no other job needs one that does not."""
+        while self._users and not (self._pool is not None and self._suits(self._pool, inputs)):
+            self._lock.wait(WAIT_SECONDS)
+            if self._interrupted:
+                raise KeyboardInterrupt
+        if self._users:
+            return
         pool = self._pool
-        if pool is not None and self._fits(pool, inputs):
+        if pool is not None and pool.cluster.address == LOCAL and pool.idle and self._suits(pool, inputs):
             try:
                 pool.check_cluster()  # it may have ended while no job was running
-                if task_hash(pool.task) != task_hash(inputs.task):
-                    pool.change_task(inputs.task)
             except ClusterError:
                 self.close()  # what is left of it is no use; a new one may do
         else:
             self.close()
         if self._pool is None:
-            self._pool = _start(inputs)
-        check_plan_space(inputs, self._pool)
-        return self._pool
+            self._pool = self._in_main_thread(partial(_start, inputs))
+        if self._interrupted:
+            raise KeyboardInterrupt
 
-    def close(self) -> None:
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
-            pool.close()
-
-    def _fits(self, pool: WorkerPool, inputs: JobInputs) -> bool:
+    def _suits(self, pool: WorkerPool, inputs: JobInputs) -> bool:
         return (
-            pool.cluster.address == LOCAL
-            and pool.idle
-            and pool.cluster == cluster_settings(inputs)
+            pool.cluster == cluster_settings(inputs)
             and pool.model == model_source(inputs.spec)
-            and pool.fingerprint == inputs.fingerprint
+            and inputs.fingerprint in ("", pool.fingerprint)
         )

@@ -35,6 +35,7 @@ from workers.text import one_line
 
 if TYPE_CHECKING:
     from workers.cluster.pool import WorkerPool
+    from workers.cluster.share import PoolShare
 
 LEASE_SECONDS = 30.0
 HEARTBEATS_PER_LEASE = 6
@@ -112,7 +113,7 @@ def process(
     db: Database,
     job: Job,
     progress: Progress,
-    start: Callable[[], tuple[JobInputs, WorkerPool]],
+    start: Callable[[], tuple[JobInputs, WorkerPool | PoolShare]],
     lease_seconds: float = LEASE_SECONDS,
 ) -> Published:
     """Run a claimed job to its final state; ``start`` gives its inputs and workers while the lease is kept.

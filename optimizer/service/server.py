@@ -1,16 +1,19 @@
-"""Serve the queue: claim jobs and run them, one after another, until stopped."""
+"""Serve the queue: claim jobs and run them, one after another or some at the same time, until stopped."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from optimizer.errors import Fault, Interrupted
 from optimizer.job.inputs import JobInputs, prepare
 from optimizer.job.loading import read_spec
-from optimizer.service import logs
+from optimizer.service import channel, logs
+from optimizer.service.main_thread import MainThread
 from optimizer.service.pool import PoolCache
 from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, process, stop_signals
 from optimizer.stages.progress import Progress, StageLines, State
@@ -22,7 +25,7 @@ from workers.errors import ClusterError, WorkersError
 from workers.text import one_line
 
 if TYPE_CHECKING:
-    from workers.cluster.pool import WorkerPool
+    from workers.cluster.share import PoolShare
 
 IDLE_SECONDS = 30.0
 """Workers are kept so long for a next job, then let go."""
@@ -44,41 +47,84 @@ def logged_stages() -> StageLines:
 
 
 class Server:
-    """Run queued jobs in this process, with workers that are kept between jobs."""
+    """Run queued jobs in this process, so many ``at_once``, with workers that are kept between jobs.
+
+    Jobs at the same time share workers where they need the same model and worker settings; others wait.
+    """
 
     def __init__(
-        self, db: Database, *, progress: Callable[[Job], Progress], lease_seconds: float = LEASE_SECONDS
+        self,
+        db: Database,
+        *,
+        progress: Callable[[Job], Progress],
+        lease_seconds: float = LEASE_SECONDS,
+        at_once: int = 1,
     ) -> None:
-        self._db, self._progress, self._lease_seconds = db, progress, lease_seconds
+        self._db, self._progress, self._lease_seconds, self._at_once = db, progress, lease_seconds, at_once
         self._owner = new_owner()
-        self._done = 0
+        self._taken: list[int] = []
         self._failures_in_a_row = 0
+        self._stopping = threading.Event()
+        self._main_thread = MainThread()
 
     def run(self, *, once: bool) -> int:
-        """Serve until stopped, with ``load_or_compute`` until no job is queued; return the number of jobs taken.
+        """Serve until stopped, with ``once`` until no job is queued; return the number of jobs taken.
 
         Raises Interrupted.
         """
-        logs.log("serving", owner=self._owner, database=self._db.safe_url)
-        idle_since = time.monotonic()
+        logs.log("serving", owner=self._owner, database=self._db.safe_url, at_once=self._at_once)
         try:
-            with stop_signals(), closing(PoolCache()) as pools:
-                while True:
-                    job = self._claim()
-                    if job is not None:
-                        self._done += 1
-                        self._serve(job, pools)
-                        idle_since = time.monotonic()
-                        continue
-                    if once and self._nothing_queued():
-                        return self._done
-                    if time.monotonic() - idle_since > IDLE_SECONDS:
-                        pools.close()
-                    time.sleep(POLL_SECONDS)
+            with stop_signals(), closing(PoolCache(self._main_thread)) as pools:
+                if self._at_once == 1:
+                    self._take_jobs(pools, once=once)
+                else:
+                    self._take_jobs_in_threads(pools, once=once)
+                return len(self._taken)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped after {self._done} jobs") from None
+            raise Interrupted(f"stopped after {len(self._taken)} jobs") from None
         finally:
-            logs.log("stopped_serving", jobs=self._done)
+            logs.log("stopped_serving", jobs=len(self._taken))
+
+    def _take_jobs_in_threads(self, pools: PoolCache, *, once: bool) -> None:
+        errors: list[BaseException] = []
+
+        def take() -> None:
+            try:
+                self._take_jobs(pools, once=once)
+            except BaseException as error:
+                errors.append(error)
+                self._stopping.set()
+
+        threads = [
+            threading.Thread(target=copy_context().run, args=(take,), name=f"jobs {number}", daemon=True)
+            for number in range(self._at_once)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            self._main_thread.serve(threads)
+        except KeyboardInterrupt:
+            self._stopping.set()
+            pools.interrupt()
+            self._main_thread.serve(threads)
+            raise
+        if errors:
+            raise errors[0]
+
+    def _take_jobs(self, pools: PoolCache, *, once: bool) -> None:
+        idle_since = time.monotonic()
+        while not self._stopping.is_set():
+            job = self._claim()
+            if job is not None:
+                self._taken.append(job.id)
+                self._serve(job, pools)
+                idle_since = time.monotonic()
+                continue
+            if once and self._nothing_queued():
+                return
+            if time.monotonic() - idle_since > IDLE_SECONDS:
+                pools.close_idle()
+            self._stopping.wait(POLL_SECONDS)
 
     def _claim(self) -> Job | None:
         """Claim the next job, or wait and return None while the database cannot be reached."""
@@ -97,7 +143,8 @@ class Server:
         with logs.of_job(job.id):
             logs.log("job_claimed", attempt=job.attempt, model=job.spec["model"]["path"], task=job.spec["task"])
             try:
-                process(self._db, job, self._progress(job), lambda: _start(job, pools), self._lease_seconds)
+                with pools.lent() as lend:
+                    process(self._db, job, self._progress(job), lambda: _start(job, lend), self._lease_seconds)
                 self._failures_in_a_row = 0
             except Interrupted:
                 raise KeyboardInterrupt from None
@@ -111,6 +158,8 @@ class Server:
             except Exception as error:
                 # A defect of ours: it is on the job's record, and must not keep other jobs from being run.
                 logs.log("unexpected", reason=f"{type(error).__name__}: {one_line(error)}")
+            finally:
+                channel.tell_ended(job)
 
     def _back_off(self) -> None:
         """Pause twice as long after each cluster or database failure, so that one outage does not fail the queue."""
@@ -120,6 +169,6 @@ class Server:
         time.sleep(pause)
 
 
-def _start(job: Job, pools: PoolCache) -> tuple[JobInputs, WorkerPool]:
+def _start(job: Job, lend: Callable[[JobInputs], PoolShare]) -> tuple[JobInputs, PoolShare]:
     inputs = prepare(read_spec(job))
-    return inputs, pools.get(inputs)
+    return inputs, lend(inputs)

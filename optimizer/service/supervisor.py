@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -171,10 +171,12 @@ def _pass_on(stream: Any) -> None:
 
 
 def _give_back(ended: Ended, *, stopped: bool) -> str:
-    """Put back the job that the child held, if it still does; say what has become of it."""
-    held = ended.facts.get("held")
-    if held is None:
-        return ""
+    """Put back the jobs that the child held, those that it still does; say what has become of them."""
+    held = [fact for name, fact in ended.facts.items() if fact and name.startswith(channel.HELD)]
+    return "".join(_give_one_back(each, ended, stopped=stopped) for each in held)
+
+
+def _give_one_back(held: Mapping[str, Any], ended: Ended, *, stopped: bool) -> str:
     from optimizer.service import runner
     from storage.database import Database
     from storage.errors import StorageError

@@ -28,11 +28,15 @@ from workers.tasks import Task
 
 if TYPE_CHECKING:
     from workers.cluster.pool import WorkerPool
+    from workers.cluster.share import PoolShare
 
 T = TypeVar("T")
 
 LEAST_SLICE = 32
 """Fewest samples of a request where several workers share those of one."""
+
+MANY_WORKERS, SLICES_PER_WORKER = 8, 4
+"""With so many workers, requests are cut so fine that all workers end at about the same time."""
 
 
 class JobFailed(Fault):
@@ -46,7 +50,7 @@ class JobContext:
     db: Database
     job: Job
     inputs: JobInputs
-    pool: WorkerPool
+    pool: WorkerPool | PoolShare
     progress: Progress
     turns: Turns = field(default_factory=Turns)
     """Of the stages that run together."""
@@ -142,7 +146,8 @@ class JobContext:
 
     def slices(self, start: int, stop: int, *, requests: int = 1) -> list[tuple[int, int]]:
         """Cut samples for the workers that there are for each of so many ``requests``."""
-        count = max(1, min(self.pool.size // requests, (stop - start) // LEAST_SLICE))
+        wanted = self.pool.size * (SLICES_PER_WORKER if self.pool.size >= MANY_WORKERS else 1)
+        count = max(1, min(wanted // requests, (stop - start) // LEAST_SLICE))
         return list(pairwise(start + (stop - start) * number // count for number in range(count + 1)))
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | Failure]]:

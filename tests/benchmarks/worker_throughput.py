@@ -24,6 +24,7 @@ from storage.queue import jobs, leases
 from storage.records import evaluations, lookup
 from storage.records.evaluations import EvaluationKey, EvaluationResult
 from storage.records.lookup import ModelRecord, TaskRecord
+from workers.cluster.actor import TaskReference
 from workers.cluster.pool import WorkerPool
 from workers.cluster.settings import ClusterSettings
 from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
@@ -46,7 +47,7 @@ class Sleeper:
     def setup(self) -> WorkerInfo:
         return WorkerInfo(self._number, "here", "none", 1, "llava", "f" * 64, LAYERS, ("RS",) * LAYERS, 0, "none")
 
-    def handle(self, request: EvaluatePlans) -> Evaluations:
+    def handle(self, request: EvaluatePlans, task: TaskReference) -> Evaluations:
         began = time.monotonic()
         time.sleep(self.seconds)
         times = {"began": began, "ended": time.monotonic()}

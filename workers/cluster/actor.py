@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
 
 from workers.cluster.settings import WorkerSettings
 from workers.messages import ModelSource, Reply, Request, WorkerInfo
@@ -13,12 +16,27 @@ if TYPE_CHECKING:
     from .handler import Handler
 
 
+@dataclass(frozen=True)
+class TaskReference:
+    """A task as requests name it: workers fetch those that they do not hold, and keep those in use."""
+
+    key: str
+    reference: list[Any]
+    """In a list, which Ray hands over without fetching the task."""
+    in_use: frozenset[str]
+
+
+def task_key(task: Task) -> str:
+    """Identify a task by all that an answer depends on."""
+    return f"{task.data_hash} {task.definition_hash} {task.split_hash}"
+
+
 class Worker:
-    """Ray actor around a :class:`Handler`: placed on a node, then loaded, then asked."""
+    """Ray actor around a model and a :class:`Handler` for each task: placed on a node, then loaded, then asked."""
 
     def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
         self._source, self._task, self._settings = model, task, settings
-        self._handler: Handler | None = None
+        self._handlers: dict[str, Handler] = {}
 
     def place(self) -> None:
         """Answer, which an actor does once Ray has found it a node and started its process."""
@@ -33,19 +51,16 @@ class Worker:
         gc.freeze()
         gc.enable()
         transformers_logging.disable_progress_bar()
-        self._handler = Handler.load(self._source, self._task, self._settings)
-        return self._handler.info
+        handler = Handler.load(self._source, self._task, self._settings)
+        self._handlers = {task_key(self._task): handler}
+        return handler.info
 
-    def change_task(self, task: Task) -> WorkerInfo:
-        """Keep the model, and answer requests about another task from now on."""
-        self._handler = self._ready().with_task(task)
-        return self._handler.info
-
-    def handle(self, request: Request) -> Reply:
-        """Answer a request, or raise its error; the worker lives on."""
-        return self._ready().handle(request)
-
-    def _ready(self) -> Handler:
-        if self._handler is None:
+    def handle(self, request: Request, task: TaskReference) -> Reply:
+        """Answer a request about a task, or raise its error; the worker lives on."""
+        if not self._handlers:
             raise RuntimeError("setup() must be called before the first request")
-        return self._handler
+        if task.key not in self._handlers:
+            known = next(iter(self._handlers.values()))
+            self._handlers = {key: each for key, each in self._handlers.items() if key in task.in_use}
+            self._handlers[task.key] = known.with_task(ray.get(task.reference[0]))
+        return self._handlers[task.key].handle(request)

@@ -34,9 +34,10 @@ from workers.models.checkpoint import check_checkpoint, find_checkpoint
 from workers.tasks import Task, TaskSpec, load_task
 from workers.text import describe_error
 
-from .actor import Worker
+from .actor import TaskReference, Worker
 from .connection import UNLIMITED, HeadWatch, allot, connect, disconnect, room
 from .settings import LOCAL, ClusterSettings
+from .share import PoolShare
 from .slots import Result, Slot, Ticket, describe_death
 from .telemetry import Telemetry, log
 
@@ -62,7 +63,7 @@ PAUSE_SECONDS = 120.0
 
 
 class WorkerPool:
-    """Pool of workers that hold one model and one task.
+    """Pool of workers that hold one model and one task, and the tasks of those that share it.
 
     Use as a context manager, or call :meth:`start` and :meth:`close`. ``task`` is a bundled task's name, the path of a
     task file, a spec, or a loaded task. ``worker`` is the class whose instances answer the requests.
@@ -91,6 +92,8 @@ class WorkerPool:
         self._watched = False
         """Whether one of them waits for the workers, without the lock, on behalf of all."""
         self._closed = False
+        self._interrupted = False
+        self._shares: list[PoolShare] = []
         self._owns_connection = False
         self.fingerprint = ""
         """The fingerprint of the model that the workers hold, once the first is ready."""
@@ -130,7 +133,7 @@ class WorkerPool:
         with self._lost_with_ray():
             self._allotment = allot(self.cluster, model_device=self.model.device)
             self._head, self._telemetry = HeadWatch(self.cluster.address), Telemetry()
-            self._task_reference = ray.put(self.task)
+            self._own = PoolShare(self, self.task)
             self._slots = [self._new_slot(number) for number in range(self._allotment.workers)]
             for slot in tuple(self._slots):
                 self._step_of_first_start(slot)  # placed, and loading from now on: all at the same time
@@ -173,26 +176,25 @@ class WorkerPool:
 
     def take_retries(self) -> int:
         """Return how many requests went to another worker since the last call."""
-        retries, self._telemetry.retries = self._telemetry.retries, 0
-        return retries
+        return self._own.take_retries()
 
-    def change_task(self, task: Task) -> None:
-        """Give the workers of an idle pool another task; they keep the model.
-
-        Raises:
-            ClusterError: as :meth:`next_done`.
-        """
-        if not self.idle:
-            raise RuntimeError("the task of a pool can only be changed while it is idle")
-        self.check_cluster()
-        self.task, self._task_reference = task, ray.put(task)
-        for slot in self._slots:
-            slot.load(slot.actor.change_task.remote(self._task_reference), self.cluster.load_timeout_seconds)
+    def share(self, task: Task) -> PoolShare:
+        """Give a job its share of the workers, about its own task; other jobs have theirs at the same time."""
+        share = PoolShare(self, task)
         with self._lock:
-            while any(slot.reference is not None for slot in self._slots):
-                self._look_at_cluster(welcome=False)
-                self._wait(None)
-                self._replace_overdue()
+            self._shares.append(share)
+        return share
+
+    def end_share(self, share: PoolShare) -> None:
+        """End a job's share; workers drop its task when they take up another."""
+        with self._lock:
+            self._shares = [each for each in self._shares if each is not share]
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in every thread that waits for results, now or later."""
+        with self._lock:
+            self._interrupted = True
+            self._lock.notify_all()
 
     @property
     def pending(self) -> int:
@@ -203,7 +205,7 @@ class WorkerPool:
     def submit(self, request: Request) -> int:
         """Queue a request for :meth:`next_done`, starting it if a worker is free; return its number."""
         with self._lock:
-            (number,) = self._submit([request], self._finished)
+            (number,) = self._submit([request], self._own, self._finished)
         return number
 
     def next_done(self, timeout: float | None = None) -> tuple[int, Result] | None:
@@ -218,8 +220,8 @@ class WorkerPool:
             return None
         return self._next(self._finished, None if timeout is None else time.monotonic() + timeout)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        """Do all requests; yield the index of each and its result as they finish.
+    def run(self, requests: Iterable[Request], share: PoolShare | None = None) -> Iterator[tuple[int, Result]]:
+        """Do all requests, of the pool's own task or of a ``share``; yield the index of each and its result.
 
         Several threads may do so at the same time. Requests that no worker has begun are dropped where the iterator is
         closed early.
@@ -229,7 +231,9 @@ class WorkerPool:
         """
         results: deque[tuple[int, Result]] = deque()
         with self._lock:
-            indices = {number: index for index, number in enumerate(self._submit(requests, results))}
+            indices = {
+                number: index for index, number in enumerate(self._submit(requests, share or self._own, results))
+            }
         try:
             while indices:
                 done = self._next(results)
@@ -241,8 +245,8 @@ class WorkerPool:
                 with self._lock:
                     self._queue = deque(ticket for ticket in self._queue if ticket.results is not results)
 
-    def _submit(self, requests: Iterable[Request], results: deque[tuple[int, Result]]) -> list[int]:
-        tickets = [Ticket(self._tickets + place, request, results) for place, request in enumerate(requests)]
+    def _submit(self, requests: Iterable[Request], share: PoolShare, results: deque[tuple[int, Result]]) -> list[int]:
+        tickets = [Ticket(self._tickets + place, request, share, results) for place, request in enumerate(requests)]
         self._tickets += len(tickets)
         self._queue += tickets
         self._dispatch()
@@ -254,8 +258,10 @@ class WorkerPool:
             self._callers += 1
             try:
                 while not results:
+                    if self._interrupted:
+                        raise KeyboardInterrupt
                     if self._closed:
-                        raise ClusterError("the pool was closed while requests were running")
+                        raise ClusterLost("the pool was closed while requests were running")
                     if give_up is not None and time.monotonic() >= give_up:
                         return None
                     if self._watched:
@@ -324,7 +330,9 @@ class WorkerPool:
     def _hand_out(self, ticket: Ticket, slot: Slot) -> None:
         slot.ticket = ticket
         ticket.attempts += 1
-        slot.call(slot.actor.handle.remote(ticket.request), self.cluster.request_timeout_seconds)
+        in_use = frozenset(share.key for share in self._shares) or {self._own.key}
+        task = TaskReference(ticket.share.key, [ticket.share.reference], frozenset(in_use))
+        slot.call(slot.actor.handle.remote(ticket.request, task), self.cluster.request_timeout_seconds)
 
     def _wait(self, give_up: float | None) -> None:
         flying = {slot.reference: slot for slot in self._slots if slot.reference is not None}
@@ -392,6 +400,7 @@ class WorkerPool:
         elif ticket.attempts >= self.cluster.max_attempts:
             self._fail(ticket, reason)
         else:
+            ticket.share.retries += 1
             self._telemetry.retried(ticket.kind, reason)
             self._queue.appendleft(ticket)
         if slot.failed_starts < FAILED_STARTS:
@@ -466,7 +475,7 @@ class WorkerPool:
         resources = {"num_cpus": each.cpus, "num_gpus": each.gpus, "memory": each.memory or None}
         shell: Any = ray.remote(self._worker).options(**resources, max_restarts=0, max_task_retries=0)
         model = replace(self.model, dtype=self.dtype) if self.dtype else self.model  # all as the first resolved auto
-        actor = shell.remote(model, self._task_reference, settings)
+        actor = shell.remote(model, self._own.reference, settings)
         deadline = time.monotonic() + PLACING_SECONDS
         return Slot(number, actor, actor.place.remote(), deadline, failed_starts=failed_starts)
 

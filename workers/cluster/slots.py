@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray.exceptions import OutOfMemoryError, RayError
 
 from workers.messages import Alone, Failure, Reply, Request, WorkerInfo
 from workers.text import first_line, last_line
 
+if TYPE_CHECKING:
+    from .share import PoolShare
+
 Result = Reply | Failure
 
 
 @dataclass
 class Ticket:
-    """A submitted request, where its result goes, and how many workers have been given it."""
+    """A submitted request, whose it is, where its result goes, and how many workers have been given it."""
 
     number: int
     request: Request
+    share: PoolShare
     results: deque[tuple[int, Result]]
     attempts: int = 0
 

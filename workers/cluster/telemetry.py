@@ -26,7 +26,6 @@ class Telemetry:
         self._retries = Counter("skipplan_retries", "Requests given to another worker after theirs was lost.")
         self._lost = Counter("skipplan_workers_lost", "Workers that died, hung or could not load the model.")
         self._workers = Gauge("skipplan_workers", "Workers that hold the model.")
-        self.retries = 0
 
     def answered(self, kind: str, outcome: str) -> None:
         """Count a request that ended; ``outcome`` is ``"done"`` or ``"failed"``."""
@@ -34,7 +33,6 @@ class Telemetry:
 
     def retried(self, kind: str, reason: str) -> None:
         """Count and log a request that goes to another worker."""
-        self.retries += 1
         self._retries.inc(1)
         log("request_retried", kind=kind, reason=reason)
 

@@ -19,14 +19,14 @@ PASSWORD = "hidden-from-everybody"
 
 @pytest.fixture(scope="module")
 def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Two jobs of one model and different tasks, and one that cannot be done, after one another in one process."""
+    """Two jobs of one model and different tasks at the same time, and one that cannot be done, in one process."""
     directory = tmp_path_factory.mktemp("served")
     url = f"sqlite:///{directory / 'skipplan.db'}"
     with Database.open(url) as db:
         good = [submit(db, tiny_job(tiny_model, number, workers=1)).id for number in (0, 2)]
         spec = tiny_job(tiny_model, 4, workers=1)
         bad = submit(db, spec.model_copy(update={"protect": (99,)})).id
-        serving = Serving.start(url, directory / "log")
+        serving = Serving.start(url, directory / "log", "--jobs", "2")
         wait_until_done(db, [*good, bad], [serving], 600)
         workers = serving.workers()
         environments = [Path(f"/proc/{worker}/environ").read_bytes() for worker in workers]
@@ -66,10 +66,12 @@ def test_every_event_is_one_line_that_names_its_job(served):
     assert farewell == "skipplan: stopped after 3 jobs"
 
 
-def test_workers_are_kept_between_jobs_of_one_model(served):
-    ready = [(line["job"], line["process"]) for line in served["lines"] if line["event"] == "worker_ready"]
-    assert {job for job, _ in ready} >= set(served["good"]), "the second job gave the worker another task"
-    assert len({process for _, process in ready}) == 1
+def test_jobs_of_one_model_share_its_workers_at_the_same_time(served):
+    happened = [(line["event"], line.get("job")) for line in served["lines"]]
+    assert [event for event, _ in happened].count("worker_ready") == 1
+    ends = [happened.index(each) for each in happened if each[0] in ("job_succeeded", "job_infeasible")]
+    assert len(ends) == 2
+    assert all(happened.index(("job_claimed", number)) < min(ends) for number in served["good"])
 
 
 def test_workers_do_not_know_the_database(served):

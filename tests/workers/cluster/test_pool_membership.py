@@ -17,9 +17,11 @@ import pytest
 import ray
 
 from workers.cluster import pool as pools
+from workers.cluster.actor import TaskReference
 from workers.cluster.connection import MISSED_CALLS, HeadWatch
 from workers.cluster.pool import WorkerPool
 from workers.cluster.settings import ClusterSettings, WorkerSettings
+from workers.cluster.share import PoolShare
 from workers.errors import ClusterError, ModelError
 from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
 from workers.tasks import Task, load_spec, load_task
@@ -39,13 +41,9 @@ class Sleeper:
     def setup(self) -> WorkerInfo:
         return WorkerInfo(self._number, "here", "none", 1, "llava", "f" * 64, 2, ("RS", "RS"), 0, "none", os.getpid())
 
-    def change_task(self, task: Task) -> WorkerInfo:
-        self._task = task
-        return self.setup()
-
-    def handle(self, request: EvaluatePlans) -> Evaluations:
+    def handle(self, request: EvaluatePlans, task: TaskReference) -> Evaluations:
         time.sleep(request.n_samples or 0)
-        label = f"{len(self._task.search)} samples"
+        label = f"{len(ray.get(task.reference[0]).search)} samples"
         return Evaluations((Evaluation(request.plans[0], label, (), (1.0,), {}, {}, float(os.getpid())),))
 
 
@@ -94,7 +92,7 @@ def pool(ray_cluster: None, tiny_directory: Path, monkeypatch: pytest.MonkeyPatc
         yield pool
 
 
-def answers(pool: WorkerPool, seconds: list[int]) -> list[Evaluation]:
+def answers(pool: WorkerPool | PoolShare, seconds: list[int]) -> list[Evaluation]:
     found = {}
     for number, reply in pool.run([EvaluatePlans(("RR",), "search", limit) for limit in seconds]):
         assert not isinstance(reply, Failure), reply.reason
@@ -123,17 +121,15 @@ def test_a_worker_without_room_is_done_without_and_comes_back_when_there_is(pool
     assert len({each.seconds for each in answers(pool, [1, 1])}) == 2  # both work at the same time
 
 
-def test_the_task_of_an_idle_pool_can_be_exchanged(pool: WorkerPool) -> None:
+def test_jobs_with_tasks_of_their_own_share_a_pool(pool: WorkerPool) -> None:
     before = {info.process for info in pool.info}
-    first, second = pool.task, small_task(7)
-    assert len(first.search) != len(second.search)
-    assert {each.split for each in answers(pool, [0, 0])} == {f"{len(first.search)} samples"}
-    pool.change_task(second)
-    assert {each.split for each in answers(pool, [0, 0])} == {f"{len(second.search)} samples"}
+    tasks = [small_task(4), small_task(7)]
+    with pool.share(tasks[0]) as first, pool.share(tasks[1]) as second:
+        both = [answers(share, [0, 0]) for share in (first, second, first)]
+        assert first.size == second.size == 2 and first.info == pool.info
+    labels = [{each.split for each in found} for found in both]
+    assert labels == [{f"{len(tasks[number].search)} samples"} for number in (0, 1, 0)] and labels[0] != labels[1]
     assert {info.process for info in pool.info} == before
-    pool.submit(EvaluatePlans(("RR",), "search", 1))
-    with pytest.raises(RuntimeError, match="while it is idle"):
-        pool.change_task(small_task(4))
 
 
 def test_a_killed_worker_is_replaced_and_its_request_still_answered(pool: WorkerPool) -> None:

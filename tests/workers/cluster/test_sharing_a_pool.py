@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from workers.cluster.actor import TaskReference
 from workers.cluster.pool import WorkerPool
 from workers.cluster.settings import ClusterSettings, WorkerSettings
 from workers.errors import ClusterError
@@ -52,7 +53,7 @@ class Sleeper:
         about = WorkerInfo(self._number, "here", "none", 1, "llava", "f" * 64, 2, ("RS", "RS"), 0, "none", os.getpid())
         return WorkerInfo(**{**vars(about), "device_id": device})
 
-    def handle(self, request: Request) -> Slept:
+    def handle(self, request: Request, task: TaskReference) -> Slept:
         began = time.monotonic()
         time.sleep(float(request.plan if isinstance(request, CompareLatency) else request.plans[0]))
         return Slept(request, self._number % DEVICES, began, time.monotonic())

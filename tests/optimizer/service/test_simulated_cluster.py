@@ -1,0 +1,53 @@
+"""Whole jobs through the real service, stages and pool, on workers that only take simulated time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from simulated_cluster import SimulatedCluster, beside, job_fields
+
+from optimizer.job.spec import JobSpec
+from optimizer.service.runner import stored_spec
+from optimizer.service.server import Server
+from optimizer.stages.progress import Progress
+from storage.database import Database
+from storage.queue import jobs, stages
+from storage.records import evaluations
+
+SIZES = {"trials": 16, "calibration": 40, "search": 128, "held_out": 128}
+
+
+def serve(path: Path, cluster: SimulatedCluster, *, at_once: int, count: int = 3) -> list[object]:
+    """Serve jobs to their end; return what each evaluated and found out of it."""
+    with Database.open(f"sqlite:///{path}") as db, cluster.in_place_of_ray():
+        specs = [JobSpec.model_validate(job_fields(n, path.parent / "artifacts", **SIZES)) for n in range(count)]
+        found = [jobs.submit(db, stored_spec(spec), f"job {number}").id for number, spec in enumerate(specs)]
+        assert Server(db, progress=lambda job: Progress(), at_once=at_once).run(once=True) == count
+        return [_outcome(db, number) for number in found]
+
+
+def _outcome(db: Database, number: int) -> object:
+    scored = {(e.split, e.plan, e.n_samples): e.scores for e in evaluations.for_job(db, number)}
+    ended = stages.stages(db, number)
+    return jobs.get(db, number).state, scored, ended["verify"].payload, set(ended)
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_what_jobs_find_does_not_depend_on_workers_or_on_jobs_beside_them(tmp_path: Path, gpus: bool) -> None:
+    alone = serve(tmp_path / "alone.db", SimulatedCluster(1, 1, driver=False), at_once=1)
+    cluster = SimulatedCluster(2, 8, gpus=gpus, driver=False)
+    assert serve(tmp_path / "shared.db", cluster, at_once=3) == alone
+    assert beside(cluster) == []  # measurements were alone on their device
+    timed = [each for each in cluster.done if type(each.request).__name__ == "CompareLatency"]
+    together = [o for n, one in enumerate(timed) for o in timed[:n] if one.began < o.ends and o.began < one.ends]
+    assert together, "measured at the same time on other devices"
+
+
+def test_jobs_that_share_workers_keep_them_busier(tmp_path: Path) -> None:
+    shares = []
+    for at_once in (1, 3):
+        cluster = SimulatedCluster(1, 8, driver=False)
+        serve(tmp_path / f"{at_once}.db", cluster, at_once=at_once)
+        shares.append(cluster.busy_share())
+    assert shares[1] > 1.3 * shares[0]
