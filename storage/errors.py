@@ -50,6 +50,10 @@ class InvalidTransition(StorageError):
     """A job cannot go from the state it is in to the state asked for."""
 
 
+class KeyReused(StorageError):
+    """An idempotency key came with another request than the one it was first used for."""
+
+
 class LeaseLost(StorageError):
     """The job is no longer held by this owner and attempt; the caller must stop working on it."""
 

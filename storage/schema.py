@@ -10,10 +10,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
-REVISION = "0007"
+REVISION = "0008"
 """The migration that these tables correspond to."""
 
 JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
+
+ROLES = ("read", "submit", "admin")
+"""What the bearer of a token may do, each including those before it."""
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_name)s",
@@ -390,3 +393,63 @@ class EngineLatencyRow(Base):
     kv_cache_tokens: Mapped[int | None] = mapped_column(RowId)
     dense_kv_cache_tokens: Mapped[int | None] = mapped_column(RowId)
     measured_at: Mapped[datetime] = _now()
+
+
+class AccessTokenRow(Base):
+    """A token of the HTTP API. Of its secret only the hash is kept."""
+
+    __tablename__ = "access_tokens"
+    __table_args__ = (
+        CheckConstraint("role IN ('" + "', '".join(ROLES) + "')", name="role"),
+        {"sqlite_autoincrement": True},  # what a removed token submitted must never become another one's
+    )
+
+    id: Mapped[int] = _id()
+    name: Mapped[str] = mapped_column(unique=True)
+    role: Mapped[str] = mapped_column(String(16))
+    handle: Mapped[str] = mapped_column(unique=True)
+    """The part of the token that is no secret, by which its row is found."""
+    digest: Mapped[str]
+    """SHA-256 of the secret part, which is random and long, so that neither salt nor stretching is needed."""
+    created_at: Mapped[datetime] = _now()
+
+
+class SubmissionRow(Base):
+    """A request to the HTTP API that asked for a job, and the job that it was given."""
+
+    __tablename__ = "submissions"
+    __table_args__ = (UniqueConstraint("token_id", "key"),)
+
+    id: Mapped[int] = _id()
+    token_id: Mapped[int | None] = _reference("access_tokens", "SET NULL")
+    key: Mapped[str | None]
+    """The idempotency key that the client chose, if it did."""
+    request_hash: Mapped[str]
+    job_id: Mapped[int | None] = _reference("jobs", "CASCADE", index=True)
+    queued_it: Mapped[bool]
+    """Whether the job was queued for this request, and not there already."""
+    created_at: Mapped[datetime] = _now()
+
+
+class HookDeliveryRow(Base):
+    """A message about a job to one hook; due at ``next_at``, which is empty once it is delivered or given up."""
+
+    __tablename__ = "hook_deliveries"
+    __table_args__ = (
+        Index(
+            "ix_hook_deliveries_due",
+            "next_at",
+            sqlite_where=text("next_at IS NOT NULL"),
+            postgresql_where=text("next_at IS NOT NULL"),
+        ),
+    )
+
+    id: Mapped[int] = _id()
+    job_id: Mapped[int] = _reference("jobs", "CASCADE", index=True)
+    target: Mapped[str]
+    payload: Mapped[dict[str, Any]]
+    attempts: Mapped[int]
+    next_at: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]
+    error: Mapped[str | None]
+    created_at: Mapped[datetime] = _now()

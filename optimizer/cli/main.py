@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from optimizer.cli import database, export, jobs, plans, report, run, setup, theory
+from optimizer.cli import database, export, jobs, plans, report, run, setup, theory, tokens
 from optimizer.cli.options import GlobalOptions
 
 FLAGS = ("--debug", "--quiet")
@@ -62,6 +62,7 @@ for module in (run, plans, export, report, setup, theory):
     app.add_typer(module.app)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(database.app, name="db")
+app.add_typer(tokens.app, name="tokens")
 
 
 def main(arguments: list[str] | None = None) -> None:

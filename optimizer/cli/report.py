@@ -175,11 +175,22 @@ def dashboard(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8765,
+    api: Annotated[
+        bool, typer.Option("--api", help="Let bearers of tokens submit, steer and export jobs; see `skipplan tokens`.")
+    ] = False,
+    files: Annotated[
+        Path | None,
+        typer.Option("--files", metavar="DIR", help="With --api: the directory whose files submitted jobs may name."),
+    ] = None,
+    exports: Annotated[
+        Path, typer.Option("--exports", metavar="DIR", help="With --api: where exports for download are kept.")
+    ] = Path("skipplan-exports"),
 ) -> int:
-    """Show jobs with live progress, plans, models, tasks and reports in a browser, until stopped. Read-only.
+    """Show jobs with live progress, plans, models, tasks and reports in a browser, until stopped; read-only by default.
 
     Listens on this machine alone unless --host says otherwise; then SKIPPLAN_DASHBOARD_TOKEN has to hold a token, which
-    browsers are asked for and API clients send as a bearer token. The JSON API is described in /openapi.json.
+    browsers are asked for and API clients send as a bearer token. With --api nothing is shown without a token, and
+    those of the roles submit and admin may write. The API is described under /docs.
 
     [bold]Example:[/bold] skipplan dashboard --port 8080
     """
@@ -187,14 +198,20 @@ def dashboard(
     from optimizer.errors import UsageFault
 
     token = os.environ.get("SKIPPLAN_DASHBOARD_TOKEN") or None
-    check_token(host, token)
+    check_token(host, token, api=api)
+    if files is not None and not (api and files.is_dir()):
+        raise UsageFault(f"--files {files}: is no directory" if api else "--files: is read by --api alone")
     with open_database(context) as db:
         import socket
 
         import uvicorn
 
-        from optimizer.dashboard.app import create_app
+        from optimizer.dashboard.app import Writing, create_app
+        from storage.queue import tokens
 
+        writing = Writing(files, exports.resolve()) if api else None
+        if api and token is None and not tokens.list_tokens(db):
+            typer.echo("no token yet, nobody can enter: skipplan tokens create NAME --role submit", err=True)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -204,6 +221,9 @@ def dashboard(
                 raise UsageFault(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
             where = f"[{host.strip('[]')}]" if ":" in host else host
             typer.echo(f"dashboard of {db.safe_url} at http://{where}:{port}/ (Ctrl-C stops it)", err=True)
-            settings = uvicorn.Config(create_app(db, host=host, token=token), log_level="warning", access_log=False)
+            app_ = create_app(db, host=host, token=token, writing=writing)
+            settings = uvicorn.Config(
+                app_, log_level="warning", access_log=False, server_header=False, limit_concurrency=200
+            )
             uvicorn.Server(settings).run(sockets=[listener])
     return 0

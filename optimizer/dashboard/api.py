@@ -1,14 +1,17 @@
-"""The JSON API, read-only."""
+"""The part of the API that reads."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import Path as PathParameter
 
 from optimizer.dashboard import answers
 from optimizer.job.present import PresentVersions
 from optimizer.job.result import PlanAnswer, load_result
+from optimizer.reports.evaluations import evaluations_frame, samples_frame, table_bytes
 from storage.database import Database
 from storage.queue import events, jobs, stages
 from storage.records import overview, plans
@@ -27,12 +30,13 @@ def database(request: Request) -> Database:
 
 
 Db = Annotated[Database, Depends(database)]
-JobId = Annotated[int, Path(ge=1, le=LARGEST_ID, description="Number of the job.")]
-PlanId = Annotated[int, Path(ge=1, le=LARGEST_ID, description="Number of the plan.")]
+JobId = Annotated[int, PathParameter(ge=1, le=LARGEST_ID, description="Number of the job.")]
+PlanId = Annotated[int, PathParameter(ge=1, le=LARGEST_ID, description="Number of the plan.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries to answer with.")]
 Name = Annotated[str | None, Query(max_length=300)]
 
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"model": answers.Problem, "description": "There is no such thing."}}
+_TABLE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
 
 
 @router.get("/jobs")
@@ -59,6 +63,19 @@ def show_job(db: Db, job_id: JobId) -> answers.JobDetail:
         plans=[PlanAnswer.of(each, present.changes(each)) for each in result.plans],
         best=None if result.best is None else result.best.id,
     )
+
+
+@router.get("/jobs/{job_id}/evaluations", response_class=Response, responses=_MISSING | _TABLE)
+def list_evaluations(
+    db: Db,
+    job_id: JobId,
+    samples: Annotated[bool, Query(description="A row for every sample of every evaluation.")] = False,
+) -> Response:
+    """All evaluations of a job as CSV, as `skipplan evaluations` writes them."""
+    frame = (samples_frame if samples else evaluations_frame)(db, job_id)
+    name = f"job-{job_id}-{'samples' if samples else 'evaluations'}.csv"
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(table_bytes(frame, Path(name)), media_type="text/csv", headers=headers)
 
 
 def plan_query(

@@ -11,9 +11,10 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoescape
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
-from optimizer.dashboard import answers, api
-from optimizer.dashboard.access import COOKIE, Gate
+from optimizer.dashboard import answers, api, control
+from optimizer.dashboard.access import COOKIE, SESSION_SECONDS, Caller, Gate
 from optimizer.dashboard.api import Db, JobId
 from optimizer.reports import formatting
 from optimizer.reports.data import collect
@@ -29,7 +30,6 @@ from workers.runtime.plan import Action
 
 router = APIRouter(include_in_schema=False)
 JOBS_SHOWN = 100
-LONGEST_FORM = 4096
 
 
 class Reports:
@@ -70,7 +70,9 @@ def _environment() -> Environment:
 
 def page(request: Request, template: str, code: int = 200, **values: Any) -> HTMLResponse:
     """Return a page from its template."""
-    html = _environment().get_template(template).render(path=request.url.path, **values)
+    caller: Caller | None = getattr(request.state, "caller", None)
+    may_submit = caller is not None and caller.token is not None and caller.may("submit")
+    html = _environment().get_template(template).render(path=request.url.path, may_submit=may_submit, **values)
     return HTMLResponse(html, code)
 
 
@@ -83,8 +85,10 @@ def show_jobs(request: Request, db: Db) -> HTMLResponse:
 
 @router.get("/jobs/{job_id}")
 def show_job(request: Request, db: Db, job_id: JobId) -> HTMLResponse:
-    """One job: state, progress, plans, history."""
-    return page(request, "job.html", job=api.show_job(db, job_id))
+    """One job: state, progress, plans, history, and for those who may the means to stop it."""
+    caller: Caller = request.state.caller
+    secret = request.app.state.gate.form_secret(caller) if control.may_steer(db, caller, job_id) else ""
+    return page(request, "job.html", job=api.show_job(db, job_id), secret=secret)
 
 
 @router.get("/jobs/{job_id}/report")
@@ -169,23 +173,33 @@ def show_models(request: Request, db: Db) -> HTMLResponse:
     return page(request, "models.html", models=overview.models(db), tasks=overview.tasks(db))
 
 
+@router.get("/docs")
+def show_interface(request: Request) -> HTMLResponse:
+    """Return the description of the API as a page; programs read the same in /openapi.json."""
+    document = request.app.openapi()
+    return page(request, "interface.html", document=document, schemas=document["components"]["schemas"])
+
+
 @router.get("/login")
 def ask_for_token(request: Request) -> Response:
     """Return the page that asks for the token."""
-    gate: Gate = request.app.state.gate
-    return RedirectResponse("/", 303) if gate.admits(request) else page(request, "login.html", problem="")
+    if request.state.caller is not None:
+        return RedirectResponse("/", 303)
+    return page(request, "login.html", problem="")
 
 
 @router.post("/login")
 async def take_token(request: Request) -> Response:
     """Set the cookie that lets this browser in."""
     gate: Gate = request.app.state.gate
-    given = parse_qs((await request.body())[:LONGEST_FORM].decode("utf-8", "replace")).get("token", [""])[0]
-    if not gate.accepts(given.strip()):
+    given = parse_qs((await request.body()).decode("utf-8", "replace")).get("token", [""])[0]
+    cookie = await run_in_threadpool(gate.accept, given.strip())
+    if cookie is None:
+        gate.count_failure(request)
         return page(request, "login.html", 401, problem="That is not the token.")
     answer = RedirectResponse("/", 303)
     secure = request.url.scheme == "https"
-    answer.set_cookie(COOKIE, gate.cookie(), httponly=True, samesite="strict", secure=secure)
+    answer.set_cookie(COOKIE, cookie, max_age=SESSION_SECONDS, httponly=True, samesite="strict", secure=secure)
     return answer
 
 

@@ -20,6 +20,7 @@ from workers.messages import ModelSource
 from workers.models.checkpoint import (
     check_checkpoint,
     find_checkpoint,
+    find_here,
     fingerprint_checkpoint,
     quantisation_method,
 )
@@ -69,15 +70,17 @@ class JobInputs:
         return self.spec.digest(**self.contents, **versions)
 
 
-def prepare(spec: JobSpec) -> JobInputs:
+def prepare(spec: JobSpec, *, download: bool = True) -> JobInputs:
     """Load the tasks, open every image that the job asks about, look at the model's files.
 
-    Raises UsageFault naming the file, field, column, row or image.
+    Without ``download`` a model of the hub that is not on this machine has no fingerprint yet. Raises UsageFault naming
+    the file, field, column, row or image.
     """
     task = load_job_task(spec)
     check_rungs(spec, task)
     check_images(samples_of(task))
-    fingerprint = model_fingerprint(spec)
+    is_here = download or find_here(model_source(spec)) is not None
+    fingerprint = model_fingerprint(spec) if is_here else ""
     tasks = load_other_tasks(spec)
     return JobInputs(spec, task, fingerprint, tasks, load_other_text(spec), load_general_text(spec))
 

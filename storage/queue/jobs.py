@@ -154,6 +154,21 @@ def resume(session: Session, job_id: int, max_attempts: int = MAX_ATTEMPTS) -> J
 
 
 @writes
+def prioritize(session: Session, job_id: int, priority: int) -> Job:
+    """Change the priority of a job that has not ended; a running one has it when it is put back.
+
+    Raises ``NotFound``, or ``InvalidTransition`` if the job has ended.
+    """
+    row = _locked(session, job_id)
+    if row.state in FINISHED_STATES:
+        raise InvalidTransition(f"job {job_id} is {row.state}; only jobs that have not ended have a priority")
+    if row.precedence == -priority:
+        return job_of(row)
+    row.precedence = -priority
+    return _changed(session, row, {}, "prioritized", f"priority {priority}")
+
+
+@writes
 def remove(session: Session, job_id: int) -> None:
     """Delete a job with its events, stages, evaluations and plans; the fronts are computed anew without it.
 

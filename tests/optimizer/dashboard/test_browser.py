@@ -12,11 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from report_builders import finished_job, record_many
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -55,17 +57,26 @@ def browser() -> Iterator[webdriver.Chrome]:
     opened.quit()
 
 
-@pytest.fixture(scope="module")
-def address(filled: Database) -> Iterator[str]:
-    """The dashboard over the filled database, served by a thread."""
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The address of an application that a thread serves."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(filled), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(filled: Database) -> Iterator[str]:
+    """The dashboard over the filled database."""
+    with served(create_app(filled)) as where:
+        yield where
 
 
 def show(browser: webdriver.Chrome, url: str, width: int, *, dark: bool = False) -> None:
@@ -153,7 +164,7 @@ def test_theme_is_switched_by_keyboard(browser: webdriver.Chrome, report_file: P
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("path", ["/", "/jobs/1", "/jobs/3", "/plans", "/models", "/jobs/1/report", "/login"])
+@pytest.mark.parametrize("path", ["/", "/jobs/1", "/jobs/3", "/plans", "/models", "/docs", "/jobs/1/report", "/login"])
 def test_dashboard_pages(browser: webdriver.Chrome, address: str, path: str, width: int) -> None:
     show(browser, address + path, width)
     if path.endswith("report"):
@@ -205,3 +216,28 @@ def test_page_of_ten_thousand_evaluations_is_small(
     show(browser, (tmp_path / "large.html").as_uri(), 1280)
     draw_everything(browser)
     assert complaints(browser) == []
+
+
+def test_a_job_is_submitted_and_cancelled_from_the_page(browser: webdriver.Chrome, service: Any) -> None:
+    def press(words: str) -> None:
+        button = next(each for each in browser.find_elements(By.TAG_NAME, "button") if each.text == words)
+        button.click()
+
+    with served(service.app) as where:
+        show(browser, where, 1280)
+        browser.find_element(By.NAME, "token").send_keys(service.tokens["submit"])
+        press("Go on")
+        until(browser, lambda here: here.find_elements(By.LINK_TEXT, "Submit a job"), "the token was not taken")
+        browser.get_log("browser")  # Chromium would have a name beside every password
+        browser.find_element(By.LINK_TEXT, "Submit a job").click()
+        text = browser.find_element(By.ID, "job")
+        text.clear()
+        text.send_keys("model: {path: llava-12}", Keys.ENTER, "task: red.yaml")
+        assert overflow(browser) <= 0
+        press("Submit")
+        until(browser, lambda here: "/jobs/" in here.current_url, "the job was not taken")
+        press("Cancel this job")
+        until(browser, lambda here: "cancelled with the token submit" in here.page_source, "it was not cancelled")
+        assert complaints(browser) == []
+        assert jobs.list_jobs(service.db)[0].state == "cancelled"
+        browser.delete_all_cookies()
