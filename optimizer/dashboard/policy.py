@@ -21,7 +21,7 @@ from workers.tasks import bundled_tasks
 OF_THE_SERVICE = {"database", "artifacts"}
 """Fields that no request may set: where the service keeps what it has."""
 
-FOR_ADMINS = {"cluster"}
+FOR_ADMINS = {"cluster", "notify"}
 """Fields that lead to other machines, or decide how much of this one a job takes; and any that is in no list."""
 
 FOR_ALL = {

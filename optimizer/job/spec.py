@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -60,7 +61,7 @@ DETERMINES_RESULT = {
     "latency",
 }
 """Fields that count when jobs are compared, each with everything in it."""
-ONLY_WHERE_AND_WHEN = {"max_failed_samples", "cluster", "priority", "attempts", "database", "artifacts"}
+ONLY_WHERE_AND_WHEN = {"max_failed_samples", "cluster", "priority", "attempts", "notify", "database", "artifacts"}
 """Fields that do not: where, when and how far a job runs, and where its results lie. Every field is in one set."""
 
 
@@ -119,6 +120,12 @@ class JobSpec(Section):
         le=1000,
         description="Attempts without a new stage or evaluation after which the job fails.",
     )
+    notify: tuple[str, ...] = Field(
+        default=(),
+        max_length=8,
+        description="Who is told when the job is queued, runs and ends: http or https URLs, which are sent signed "
+        "JSON, and the word command, for the one that SKIPPLAN_HOOK_COMMAND names (see docs/service.md).",
+    )
     database: str = Field(default=DEFAULT_DATABASE, min_length=1, description="SQLAlchemy URL.")
     artifacts: str = Field(
         default=DEFAULT_ARTIFACTS,
@@ -132,6 +139,11 @@ class JobSpec(Section):
         if len(set(actions)) != len(actions):
             raise ValueError("each action may be named once")
         return tuple(sorted(actions))
+
+    @field_validator("notify")
+    @classmethod
+    def _hooks_can_be_told(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(_check_hook(target) for target in targets))
 
     @model_validator(mode="after")
     def _criterion_exists(self) -> JobSpec:
@@ -255,3 +267,16 @@ class JobSpec(Section):
         """Hash :meth:`canonical` and the contents of the job's inputs (task data, model), to find equal jobs."""
         text = json.dumps({"spec": self.canonical(), "inputs": inputs}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_hook(target: str) -> str:
+    """Return what a job file names as a hook. Raises ValueError where it is neither a URL nor ``command``."""
+    if target == "command":
+        return target
+    parts = urlsplit(target)  # a ValueError of its own says what is wrong with a port or an address
+    printable = target.isascii() and target.isprintable() and " " not in target and len(target) <= 2000
+    if not printable or parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{target[:100]!r} must be an http or https URL, or the word command")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a URL with a user or password in it is not taken; the signature says who sends")
+    return target

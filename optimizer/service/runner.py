@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from optimizer.job.inputs import JobInputs
 from optimizer.job.loading import ENVIRONMENT
 from optimizer.job.spec import JobSpec
 from optimizer.preflight.checks import too_few_to_prove
-from optimizer.service import channel, logs
+from optimizer.service import channel, hooks, logs
 from optimizer.service.pool import open_pool
 from optimizer.stages import pipeline
 from optimizer.stages.context import JobContext
@@ -97,7 +97,8 @@ def run_job(db: Database, inputs: JobInputs, progress: Progress, *, anew: bool) 
     """
     for note in too_few_to_prove(inputs.spec, inputs.task):
         progress.note(f"note: {note}")
-    with open_pool(inputs, progress) as pool:
+    told = hooks.delivering(db) if inputs.spec.notify else nullcontext()
+    with told, open_pool(inputs, progress) as pool:
         inputs = replace(inputs, fingerprint=pool.fingerprint)
         queued, _ = submit(db, inputs, anew=anew)
         if queued.is_finished:

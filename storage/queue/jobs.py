@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from storage import pareto
 from storage.database import reads, writes
 from storage.errors import InvalidTransition, NotFound
-from storage.queue import events
+from storage.queue import deliveries, events
 from storage.schema import JOB_STATES, JobRow
 from storage.types import database_now
 
@@ -83,6 +83,7 @@ def submit(
     session.add(row)
     session.flush()
     events.add(session, row.id, 0, "submitted", f"queued with priority {priority}")
+    deliveries.announce(session, row)
     session.refresh(row)
     return job_of(row)
 
@@ -136,6 +137,7 @@ def cancel(session: Session, job_id: int, reason: str = "cancelled by a user") -
     if row.state not in ("queued", "running"):
         raise InvalidTransition(f"job {job_id} is {row.state} already; there is nothing to cancel")
     row.state, row.owner, row.lease_expires_at, row.error = "cancelled", None, None, reason
+    deliveries.announce(session, row)
     return _changed(session, row, {"finished_at": database_now()}, "cancelled", reason)
 
 
@@ -150,6 +152,7 @@ def resume(session: Session, job_id: int, max_attempts: int = MAX_ATTEMPTS) -> J
         raise InvalidTransition(f"job {job_id} is {row.state}; only failed and cancelled jobs can be resumed")
     row.state, row.error, row.finished_at, row.not_before = "queued", None, None, None
     row.attempt_limit = row.attempt + max_attempts
+    deliveries.announce(session, row)
     return _changed(session, row, {}, "resumed", "queued again by a user")
 
 

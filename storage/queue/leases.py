@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from storage.database import Database, reads, writes
 from storage.errors import JobCancelled, LeaseLost
-from storage.queue import attempts, events
+from storage.queue import attempts, deliveries, events
 from storage.queue.jobs import Job, job_of
 from storage.schema import JobRow
 from storage.types import database_now
@@ -76,6 +76,7 @@ def _claim(session: Session, owner: str, lease_seconds: float, job_id: int | Non
     if row is None:
         return None
     events.add(session, row.id, row.attempt, "claimed", f"by {owner}, attempt {row.attempt}")
+    deliveries.announce(session, row)
     return job_of(row)
 
 
@@ -111,6 +112,7 @@ def requeue_expired(session: Session) -> list[int]:
             )
         )
         events.add(session, row.id, row.attempt, "lease_expired", message)
+        deliveries.announce(session, session.get_one(JobRow, row.id, populate_existing=True))
     return [row.id for row in rows]
 
 
@@ -271,4 +273,5 @@ def _transition(session: Session, job: Job, values: dict[str, Any], kind: str, m
     if row is None:
         raise _lease_lost(session, job)
     events.add(session, job.id, job.attempt, kind, message)
+    deliveries.announce(session, row)
     return job_of(row)
