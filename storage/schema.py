@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.types import Json, Real, RowId, Text, UtcDateTime, database_now
 
-REVISION = "0008"
+REVISION = "0009"
 """The migration that these tables correspond to."""
 
 JOB_STATES = ("queued", "running", "succeeded", "infeasible", "failed", "cancelled")
@@ -251,7 +251,7 @@ class EvaluationRow(Base):
 
     __tablename__ = "evaluations"
     __table_args__ = (
-        UniqueConstraint("job_id", "plan", "compensation", "split", "n_samples"),
+        UniqueConstraint("job_id", "task_id", "plan", "compensation", "split", "n_samples"),
         Index("ix_evaluations_known", "model_id", "task_id", "split_hash", "plan", "n_samples"),
         CheckConstraint("(failure IS NULL) = (accuracy IS NOT NULL)", name="accuracy_or_failure"),
         CheckConstraint("accuracy BETWEEN 0 AND 1", name="accuracy_range"),

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 from command_line import own_locks
@@ -23,6 +24,8 @@ from storage.schema import Base
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray runs workers at low priority; beside a test that computes they would hardly ever run.
 os.environ.setdefault("RAY_worker_niceness", "0")
+hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no fault of what is tested
+hypothesis.settings.load_profile("busy")
 
 LONGEST_FIRST = (
     "test_bad_inputs.py",

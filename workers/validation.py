@@ -124,8 +124,10 @@ def _one_section_down(name: str, section: _Kind) -> str:
         for member in _members(section, outer)
         for field in member.model_fields
     }
+    exact = next((path for path in inner.values() if path.endswith(f".{name}")), None)  # of the first section
     close = difflib.get_close_matches(name, inner, n=1, cutoff=0.75)
-    return f"; did you mean {inner[close[0]]}?" if close else ""
+    found = exact or (inner[close[0]] if close else None)
+    return f"; did you mean {found}?" if found else ""
 
 
 def _tags(section: type[BaseModel]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -30,7 +30,11 @@ def rows(section: type[BaseModel] = JobSpec, prefix: str = "") -> Iterator[str]:
             continue
         known = schema["properties"][name]
         about = " ".join((field.description or "").split()).replace("|", "\\|")
-        yield f"| `{prefix}{name}` | {_default(field)} | {_values(known, schema)} | {about} |"
+        of = [each for each in get_args(inner) if isinstance(each, type) and issubclass(each, BaseModel)]
+        values = "list of names or mappings" if of else _values(known, schema)
+        yield f"| `{prefix}{name}` | {_default(field)} | {values} | {about} |"
+        for each in of:
+            yield from rows(each, f"{prefix}{name}.")
 
 
 def table() -> str:

@@ -35,6 +35,8 @@ def export(
     device: options.Device = None,
     engine: options.Engine = None,
     concurrency: options.Concurrency = None,
+    max_collateral_drop: options.MaxCollateralDrop = None,
+    max_text_kl: options.MaxTextKl = None,
     lossless: options.Lossless = False,
     all_versions: options.AllVersions = False,
     model_path: options.ModelPath = None,
@@ -69,7 +71,9 @@ def export(
     )
     with open_database(context) as db:
         if plan_id is None:
-            plan, changes = find_best(db, query, all_versions=all_versions)
+            plan, changes = find_best(
+                db, query, all_versions=all_versions, max_collateral_drop=max_collateral_drop, max_text_kl=max_text_kl
+            )
         else:
             plan = plans.get(db, plan_id)
             changes = PresentVersions(db).changes(plan)

@@ -38,6 +38,7 @@ def list_(
 
     [bold]Example:[/bold] skipplan jobs list --state running --state queued
     """
+    from optimizer.job.result import tasks_of_job
     from storage.queue import jobs
 
     with open_database(context) as db:
@@ -53,7 +54,7 @@ def list_(
     for name in ("id", "state", "priority", "model", "task", "progress", "submitted", "reason"):
         table.add_column(name)
     for job in found:
-        model, task = job.spec["model"]["path"], job.spec["task"]
+        model, task = job.spec["model"]["path"], tasks_of_job(job.spec)
         submitted = f"{job.created_at:%Y-%m-%d %H:%M}"
         table.add_row(str(job.id), job.state, str(job.priority), model, task, _progress(job), submitted, job.error)
     Screen(quiet=False).table(table)
@@ -206,12 +207,14 @@ def _line(event: Event) -> str:
 
 
 def _row(job: Job) -> dict[str, Any]:
+    from optimizer.job.result import tasks_of_job
+
     return {
         "id": job.id,
         "state": job.state,
         "priority": job.priority,
         "model": job.spec["model"]["path"],
-        "task": job.spec["task"],
+        "task": tasks_of_job(job.spec),
         "progress": job.progress,
         "owner": job.owner,
         "attempt": job.attempt,

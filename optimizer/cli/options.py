@@ -21,7 +21,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there alre
 JobFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Job file (YAML).", show_default=False)]
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Number of the job.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", help="Name, path, hub id or fingerprint.")]
-Task = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
+Task = Annotated[str | None, typer.Option("--task", help="Name of the task; of a job's several, joined by +.")]
 MaxDrop = Annotated[
     float | None,
     typer.Option(

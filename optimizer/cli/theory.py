@@ -107,6 +107,8 @@ def validate_theory(
     if plot is not None:
         pictures.check_picture(plot)
     spec = load_job(config, database=global_options(context).database)
+    if spec.tasks:
+        raise UsageFault(f"{config}: tasks: harm is measured on one task; name it in task")
     with _context(context, spec, "validate-theory", as_json) as (job, screen):
         there = len(job.task.held_out)
         if samples is not None and samples > there:

@@ -25,8 +25,8 @@ FOR_ADMINS = {"cluster", "notify"}
 """Fields that lead to other machines, or decide how much of this one a job takes; and any that is in no list."""
 
 FOR_ALL = {
-    "mode", "model", "task", "actions", "criterion", "thresholds", "redundancy_samples", "constraint", "protect",
-    "search", "compensation", "collateral", "guard", "splits", "workload", "latency", "evaluation",
+    "mode", "model", "task", "tasks", "actions", "criterion", "thresholds", "redundancy_samples", "constraint",
+    "protect", "search", "compensation", "collateral", "guard", "splits", "workload", "latency", "evaluation",
     "max_failed_samples", "priority", "attempts",
 }  # fmt: skip
 
@@ -79,7 +79,8 @@ def _located(spec: JobSpec, files: Path | None) -> JobSpec:
     }
     changed = {
         "model": model,
-        "task": _task("task", spec.task, files),
+        "task": None if spec.task is None else _task("task", spec.task, files),
+        "tasks": tuple(each.model_copy(update={"task": _task("tasks", each.task, files)}) for each in spec.tasks),
         "collateral": spec.collateral.model_copy(update={"tasks": tasks, "text": texts["collateral"]}),
         "compensation": spec.compensation.model_copy(update={"text": texts["compensation"]}),
         "artifacts": spec.artifacts if "://" in spec.artifacts else str(Path(spec.artifacts).expanduser().resolve()),

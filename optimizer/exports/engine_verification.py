@@ -301,8 +301,18 @@ def _accuracy(task: Task, samples: Sequence[Sample], answers: Mapping[str, str],
     from optimizer.statistics.intervals import effective_sample_size, wilson_interval
     from workers.tasks.metrics import METRICS
 
-    scores = [METRICS[task.spec.metric](answers[sample.id], sample.answers) for sample in samples]
+    metrics = {sample.id: _metric(task, sample) for sample in samples}
+    samples = [sample for sample in samples if metrics[sample.id] in METRICS]  # choices are not scored as texts
+    if not samples:
+        raise ExportFault(f"task {task.name}: none of the samples asked is scored as a text; ask more with --samples")
+    scores = [METRICS[metrics[sample.id]](answers[sample.id], sample.answers) for sample in samples]
     share = math.fsum(scores) / len(scores)
     size = effective_sample_size(scores, [sample.image_key for sample in samples])
     interval = wilson_interval(share, size, confidence)
     return Accuracy(share, interval.low, interval.high)
+
+
+def _metric(task: Task, sample: Sample) -> str:
+    """Name the metric of a sample: that of its part, where several tasks are joined."""
+    own = next((part for part in task.parts if sample.id.startswith(f"{part.name}/")), task)
+    return own.spec.metric

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from optimizer.errors import ClusterOrDatabaseFault, UsageFault
 from optimizer.job.loading import read_spec
+from optimizer.job.result import tasks_of_job
 from optimizer.job.spec import JobSpec
 from optimizer.search.latency import LayerCounts, LayerTimes, latency_ratio
 from optimizer.search.trial import answered_by_both
@@ -52,6 +53,11 @@ def export_study(db: Database, job_id: int, storage: str, name: str | None = Non
             f"job {job_id} is lossless: its costs follow from rounds of drafts, which a study has no place for; "
             "`skipplan report` shows its search"
         )
+    if read_spec(job).judges_several:
+        raise UsageFault(
+            f"job {job_id} judges by several losses, which a study with one has no place for; `skipplan report` shows "
+            "its search"
+        )
     trials = list(_trials(db, job.id, read_spec(job)))
     name = name or f"skipplan job {job_id}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -64,7 +70,7 @@ def export_study(db: Database, job_id: int, storage: str, name: str | None = Non
             study.set_metric_names(list(METRICS))
         study.set_user_attr("job", job_id)
         study.set_user_attr("model", job.spec["model"]["path"])
-        study.set_user_attr("task", job.spec["task"])
+        study.set_user_attr("task", tasks_of_job(job.spec))
         study.add_trials(trials)
     except optuna.exceptions.DuplicatedStudyError:
         raise UsageFault(f"the storage has a study {name!r} already; give another name with --name") from None

@@ -164,10 +164,10 @@ def find_engine(name: str | None, chosen: ExportFormat) -> Engine | None:
 def _load_task(plan: PlanDocument, task: str | Path | None) -> Task:
     """Load the task whose samples are asked. Raises ExportFault saying how to name it."""
     from workers.errors import TaskError
-    from workers.tasks import load_task
+    from workers.tasks.joint import load_tasks
 
     try:
-        return load_task(task or plan.task.name)
+        return load_tasks(task or plan.task.name)
     except TaskError as error:
         raise ExportFault(f"{error}; --task names the task file whose samples are asked") from None
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from optimizer.errors import NoFeasiblePlan, UsageFault
 from optimizer.job.present import PresentVersions
-from optimizer.job.result import meets_constraint
+from optimizer.job.result import losses, meets_constraint
 from storage.database import Database
 from storage.pareto import STANDALONE
 from storage.records import plans
@@ -32,12 +32,18 @@ def find_best(
     own_limits = query.max_accuracy_drop is None and query.min_accuracy is None
 
     def find(query: PlanQuery, *, missing: bool = False) -> Plan | None:
-        if query.engine is None and not own_limits and max_collateral_drop is None and max_text_kl is None:
+        beside = max_collateral_drop is not None or max_text_kl is not None
+        if query.engine is None and not own_limits and not beside and query.min_accuracy is None:
             return plans.best(db, query)
         # Judgements and what is measured beside the task have no columns of their own.
         for plan in plans.list_plans(db, replace(query, limit=None)):
             considered = missing or not own_limits or meets_constraint(plan) is not False
-            if considered and _faster(plan, query) and _within(plan, max_collateral_drop, max_text_kl):
+            if (
+                considered
+                and _faster(plan, query)
+                and _accurate(plan, query)
+                and _within(plan, max_collateral_drop, max_text_kl)
+            ):
                 return plan
         return None
 
@@ -69,13 +75,27 @@ def _faster(plan: Plan, query: PlanQuery) -> bool:
     return query.engine is None or served[-1].speedup_low > 1
 
 
+def _accurate(plan: Plan, query: PlanQuery) -> bool:
+    """Tell whether a plan of several tasks is as accurate as asked on each; its own figures are of one of them."""
+    own = [each.accuracy for each in losses(plan) if each.weight]
+    return query.min_accuracy is None or min(own, default=1.0) >= query.min_accuracy
+
+
 def _within(plan: Plan, max_collateral_drop: float | None, max_text_kl: float | None) -> bool:
-    """Tell whether a plan was measured beside its task, and keeps to the limits there; a lossless one loses nothing."""
+    """Tell whether a plan was measured beside its task, and keeps to the limits there; a lossless one loses nothing.
+
+    What its job judged is held to the limits by the upper end of its interval, what it only measured as measured.
+    """
     if plan.mode == LOSSLESS:
         return True
     beside = plan.secondary.get("collateral") or {}
-    text = beside.get("text") or {}
-    differences = [task["accuracy"] - task["dense_accuracy"] for task in beside.get("tasks", {}).values()]
-    keeps_tasks = max_collateral_drop is None or (differences and min(differences) >= -max_collateral_drop)
-    keeps_text = max_text_kl is None or ("kl" in text and text["kl"] <= max_text_kl)
+    divergence = (beside.get("text") or {}).get("kl")
+    drops = {name: task["dense_accuracy"] - task["accuracy"] for name, task in beside.get("tasks", {}).items()}
+    for each in losses(plan):
+        if each.is_text:
+            divergence = each.loss_high
+        elif not each.weight:
+            drops[each.name] = each.loss_high
+    keeps_tasks = max_collateral_drop is None or (drops and max(drops.values()) <= max_collateral_drop)
+    keeps_text = max_text_kl is None or (divergence is not None and divergence <= max_text_kl)
     return bool(keeps_tasks and keeps_text)

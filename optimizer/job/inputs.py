@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from workers.models.checkpoint import (
 )
 from workers.tasks import Sample, Task, load_spec, load_task
 from workers.tasks.images import ImageFile
+from workers.tasks.joint import join_tasks
+from workers.tasks.passages import TEXT, Passage, TextTask
 from workers.tasks.spec import TaskSpec
 from workers.tasks.splits import SPLITS
 from workers.versions import installed_versions
@@ -77,12 +79,32 @@ def prepare(spec: JobSpec, *, download: bool = True) -> JobInputs:
     the file, field, column, row or image.
     """
     task = load_job_task(spec)
-    check_rungs(spec, task)
     check_images(samples_of(task))
     is_here = download or find_here(model_source(spec)) is not None
     fingerprint = model_fingerprint(spec) if is_here else ""
-    tasks = load_other_tasks(spec)
-    return JobInputs(spec, task, fingerprint, tasks, load_other_text(spec), load_general_text(spec))
+    tasks, text = load_other_tasks(spec), load_other_text(spec)
+    task = replace(task, beside=limited(spec, task, tasks, text))
+    check_rungs(spec, task)
+    return JobInputs(spec, task, fingerprint, tasks, text, load_general_text(spec))
+
+
+def limited(
+    spec: JobSpec, task: Task, other_tasks: Sequence[Task], other_text: str | None
+) -> tuple[Task | TextTask, ...]:
+    """Return what is judged beside the job's tasks, as ``collateral`` limits it. Raises UsageFault."""
+    collateral = spec.collateral
+    found: list[Task | TextTask] = list(other_tasks) if collateral.max_accuracy_drop is not None else []
+    own = {part.name for part in task.parts or (task,)}
+    if twice := [each.name for each in found if each.name in own]:
+        raise UsageFault(f"collateral.tasks: {twice[0]} is a task of the job itself; take it out here")
+    if collateral.max_kl is not None and other_text is not None:
+        if TEXT in own | {each.name for each in found}:
+            raise UsageFault(f"collateral.max_kl: a task of the job is named {TEXT}, as the text is; rename the task")
+        try:
+            found.append(TextTask.of(other_text))
+        except TaskError as error:
+            raise UsageFault(f"collateral.text: {error}") from None
+    return tuple(found)
 
 
 def load_other_tasks(spec: JobSpec, names: Sequence[str] | None = None) -> tuple[Task, ...]:
@@ -97,8 +119,10 @@ def load_other_tasks(spec: JobSpec, names: Sequence[str] | None = None) -> tuple
     if twice := [name for name, times in Counter(each.name for each in tasks).items() if times > 1]:
         raise UsageFault(f"collateral.tasks: several tasks are named {twice[0]}; results are told apart by name")
     for each in tasks:
+        most = spec.collateral.samples
+        searched = each.search[:most] if spec.collateral.max_accuracy_drop is not None else ()
         try:
-            check_images(each.held_out[: spec.collateral.samples])
+            check_images([*searched, *each.held_out[:most]])
         except UsageFault as fault:
             raise UsageFault(f"collateral.tasks: {fault}") from None
     return tasks
@@ -133,16 +157,16 @@ def _read_text(field: str, name: str | None) -> str | None:
         raise UsageFault(f"{field}: {path} cannot be read as UTF-8 text ({error})") from None
 
 
-def task_of(spec: JobSpec) -> TaskSpec:
-    """Read the job's task file, with the job's split sizes. Raises UsageFault."""
+def tasks_of(spec: JobSpec) -> tuple[TaskSpec, ...]:
+    """Read the files of the job's tasks, with the job's split sizes. Raises UsageFault."""
     sizes = {name: value for name, value in spec.splits.model_dump().items() if value is not None}
     try:
-        task = load_spec(spec.task).with_splits(**sizes)
+        tasks = tuple(load_spec(name).with_splits(**sizes) for name in spec.task_names)
     except TaskError as error:
         raise UsageFault(str(error)) from None
     if spec.is_lossless:
-        _require_long_answers(task)
-    return task
+        _require_long_answers(tasks[0])
+    return tasks
 
 
 def _require_long_answers(task: TaskSpec) -> None:
@@ -160,18 +184,21 @@ def _require_long_answers(task: TaskSpec) -> None:
 
 
 def load_job_task(spec: JobSpec) -> Task:
-    """Load the data of the job's task, with the job's split sizes. Raises UsageFault."""
+    """Load the data of the job's task, or of its tasks, joined, with the job's split sizes. Raises UsageFault."""
     try:
-        return load_task(task_of(spec))
+        tasks = [load_task(task) for task in tasks_of(spec)]
+        return tasks[0] if len(tasks) == 1 else join_tasks(tasks)
     except TaskError as error:
         raise UsageFault(str(error)) from None
 
 
 def check_rungs(spec: JobSpec, task: Task) -> None:
-    """Refuse rungs larger than the search split. Raises UsageFault."""
-    largest = max(spec.search.rungs or (0,))
-    if largest > len(task.search):
-        raise UsageFault(f"search.rungs: {largest} is more than the {len(task.search)} samples of the search split")
+    """Refuse rungs larger than the search splits together. Raises UsageFault."""
+    largest, most = max(spec.search.rungs or (0,)), spec.collateral.samples
+    beside = [len(each.search) if isinstance(each, TextTask) else min(most, len(each.search)) for each in task.beside]
+    size = len(task.search) + sum(beside)
+    if largest > size:
+        raise UsageFault(f"search.rungs: {largest} is more than the {size} samples of the search split")
 
 
 def samples_of(task: Task) -> list[Sample]:
@@ -231,17 +258,17 @@ def model_fingerprint(spec: JobSpec) -> str:
     )
 
 
-def task_hash(task: Task) -> str:
+def task_hash(task: Task | TextTask) -> str:
     """Hash everything that a score on this task depends on: data, prompt, answers, metric."""
     return _hash([task.data_hash, task.definition_hash, task.split_hash])
 
 
-def split_hash(task: Task, split: str) -> str:
+def split_hash(task: Task | TextTask, split: str) -> str:
     """Hash one split's samples in order, with how they are asked and scored."""
     return _hash([task.definition_hash, *_sample_lines(task.split(split))])
 
 
-def _sample_lines(samples: Iterable[Sample]) -> Iterable[Any]:
+def _sample_lines(samples: Iterable[Sample | Passage]) -> Iterable[Any]:
     return ([sample.id, *sample.content] for sample in samples)
 
 

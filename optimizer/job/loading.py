@@ -146,7 +146,8 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     artifacts is, like a database file, relative to where the command runs.
     """
     model = resolve_name(spec.model.path, base)
-    task = resolve_name(spec.task, base)
+    task = None if spec.task is None else resolve_name(spec.task, base)
+    tasks = tuple(goal.model_copy(update={"task": resolve_name(goal.task, base)}) for goal in spec.tasks)
     artifacts = spec.artifacts if "://" in spec.artifacts else str(Path(spec.artifacts).expanduser().resolve())
     own_model = spec.model.model_copy(update={"path": model})
     others = tuple(resolve_name(name, base) for name in spec.collateral.tasks)
@@ -158,6 +159,7 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     changed = {
         "model": own_model,
         "task": task,
+        "tasks": tasks,
         "artifacts": artifacts,
         "collateral": collateral,
         "compensation": compensation,

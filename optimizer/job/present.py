@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from storage.records.plans import Plan, PlanQuery
 from workers.errors import ModelError, TaskError
 from workers.messages import ModelSource
 from workers.models.checkpoint import find_here, fingerprint_checkpoint
+from workers.tasks.joint import JOINED_BY, joint_hash
 from workers.tasks.loading import hash_data, hash_definition
 from workers.tasks.spec import DrawnSource, HubSource, TaskSpec, load_spec
 
 LOCAL = "local"
+MOST_COMBINATIONS = 1_000
+"""Versions of a joint task's parts that are looked through for those that it was made of."""
 SECONDS_KEPT = 60
 """A process that asks longer looks at a task's files again after so long."""
 
@@ -66,7 +70,7 @@ class PresentVersions:
             model_ids = tuple(dict.fromkeys(each.id for each in self._models if each.name in names))
             model_ids = model_ids or (lookup.find_model(self._db, query.model, query.revision),)
         if query.task is not None:
-            name = query.task
+            name = JOINED_BY.join(sorted(query.task.split(JOINED_BY)))
             if name not in {each.name for each in self._tasks} and Path(name).is_file():
                 spec = _read_spec(name)
                 name = name if spec is None else spec.name
@@ -133,6 +137,8 @@ class PresentVersions:
         """Return the hashes of data and definition that a task of this name has now, or had when it was last used."""
         versions = [each for each in self._tasks if each.name == task.name]
         last = versions[0]
+        if JOINED_BY in task.name:
+            return self._present_parts(task, versions)
         if task.name not in self._specs:
             spec = self._last_job(task_ids=[each.id for each in versions])
             self._specs[task.name] = _read_spec(str(spec.get("task") or task.name)) if _is_local(spec) else None
@@ -147,6 +153,20 @@ class PresentVersions:
             )
         data = _data_of(found, int(time.monotonic() / SECONDS_KEPT))
         return last.data_hash if data is None else data, hash_definition(found)
+
+    def _present_parts(self, task: TaskVersion, versions: Sequence[TaskVersion]) -> tuple[str, str]:
+        """Return the same of a joint task: from its parts as they were when it was used, each as it is now."""
+        spec = self._last_job(task_ids=[each.id for each in versions])
+        for goal in spec.get("tasks") or () if _is_local(spec) else ():
+            if (found := _read_spec(str(goal["task"]))) is not None:
+                self._specs.setdefault(found.name, found)
+        known = [[each for each in self._tasks if each.name == name] for name in task.name.split(JOINED_BY)]
+        for parts in islice(product(*known), MOST_COMBINATIONS):
+            if joint_hash({part.name: part.data_hash for part in parts}) == task.data_hash:
+                now = {part.name: self._present_task(part) for part in parts}
+                data, definition = ({name: each[number] for name, each in now.items()} for number in (0, 1))
+                return joint_hash(data), joint_hash(definition)
+        return task.data_hash, task.definition_hash  # imported: its parts are not known here
 
     def _last_job(self, *, model_ids: Sequence[int] = (), task_ids: Sequence[int] = ()) -> dict[str, Any]:
         """Read the specification of the last job that published a plan of these; empty where there is none."""

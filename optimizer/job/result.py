@@ -104,6 +104,32 @@ def judging(plan: Plan) -> EngineLatency | None:
     return next((each for each in plan.engine_latencies if (each.engine, each.concurrency) == asked), None)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """A published plan's held-out loss on one of the tasks, or the text, that its job judged it by."""
+
+    name: str
+    n_samples: int
+    accuracy: float
+    dense_accuracy: float
+    loss: float
+    """Accuracy lost, as a share; of text KL(dense || plan), in nats a token."""
+    loss_low: float
+    loss_high: float
+    max_loss: float | None
+    min_accuracy: float | None
+    weight: float
+    is_text: bool
+    within: bool
+
+
+def losses(plan: Plan) -> tuple[Loss, ...]:
+    """Return a plan's losses where its job judged by several; empty where it judged by accuracy on its one task."""
+    names = {each.name for each in fields(Loss)}
+    stored = plan.secondary.get("goals") or ()
+    return tuple(Loss(**{name: each[name] for name in names}) for each in stored if names <= each.keys())
+
+
 def drafting_of(plan: Plan) -> dict[str, Any] | None:
     """Return what was measured of a lossless plan as a drafter; None where it is none."""
     found = plan.secondary.get("lossless")
@@ -119,6 +145,12 @@ def judgement(plan: Plan, words: Mapping[bool | None, str]) -> str:
     """Word whether a plan meets its job's constraint, and whether that says anything."""
     useless = ", but see the warning on the dense model" if meets_constraint(plan) and dense_warning(plan) else ""
     return words[meets_constraint(plan)] + useless
+
+
+def tasks_of_job(spec: Mapping[str, Any]) -> str:
+    """Name the task of a stored job, or its several tasks."""
+    several = [str(goal["task"]) for goal in spec.get("tasks") or ()]
+    return " + ".join(several) or str(spec.get("task", "unknown task"))
 
 
 def layers_by_action(text: str) -> dict[str, list[int]]:

@@ -92,6 +92,31 @@ class ConstraintSpec(Section):
     )
 
 
+class TaskGoal(Section):
+    """One of a job's several tasks, with its own limits and its weight."""
+
+    task: str = Field(min_length=1, description="Name of a bundled task, or path of a task file.")
+    max_accuracy_drop: Share | None = Field(
+        default=None, description="As in constraint, for this task; that of constraint when absent. null: no limit."
+    )
+    min_accuracy: Share | None = Field(
+        default=None, description="As in constraint, for this task; that of constraint when absent. null: no limit."
+    )
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="How much its loss counts with search.objective: mean."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"task": value} if isinstance(value, str) else value
+
+    def completed(self, constraint: ConstraintSpec) -> TaskGoal:
+        """Take the limits that were not given from the job's constraint."""
+        names = {"max_accuracy_drop", "min_accuracy"} - self.model_fields_set
+        return self.model_copy(update={name: getattr(constraint, name) for name in names})
+
+
 class SearchSpec(Section):
     """How plans are proposed and how many are tried."""
 
@@ -120,6 +145,12 @@ class SearchSpec(Section):
     )
     warm_start: bool = Field(
         default=True, description="Use what earlier jobs found out about this model, on this task and on others."
+    )
+    objective: Literal["worst", "mean"] = Field(
+        default="worst",
+        description="What the search minimises beside latency where several losses are judged (see "
+        "docs/several-tasks.md). worst: the loss that is the largest share of its limit. mean: the weighted mean of "
+        "the tasks' losses.",
     )
     min_gain: float | None = Field(
         default=None,
@@ -259,7 +290,27 @@ class CollateralSpec(Section):
     text: str | None = Field(
         default=None, min_length=1, description="A UTF-8 text file on which plans are compared with dense, by KL."
     )
-    samples: int = Field(default=200, ge=1, le=1_000_000, description="Most held-out samples of each other task.")
+    samples: int = Field(default=200, ge=1, le=1_000_000, description="Most samples of each other task and split.")
+    max_accuracy_drop: Share | None = Field(
+        default=None,
+        description="Largest loss of accuracy on each of tasks, judged in the search and, by the upper confidence "
+        "bound, held-out. null: measured after the search, and not judged.",
+    )
+    max_kl: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest divergence from dense on text, in nats a token: judged in the search on one half of the "
+        "text's passages, and by the upper confidence bound on the other. null: measured, and not judged.",
+    )
+
+    @model_validator(mode="after")
+    def _limits_have_something_to_limit(self) -> CollateralSpec:
+        if self.max_kl is not None and self.text is None:
+            raise ValueError("max_kl: needs a text")
+        if self.max_accuracy_drop is not None and not self.tasks:
+            raise ValueError("max_accuracy_drop: needs tasks; that of the job's own task stands in constraint")
+        return self
 
 
 class GuardSpec(Section):

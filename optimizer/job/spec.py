@@ -24,6 +24,7 @@ from optimizer.job.sections import (
     Section,
     Share,
     SplitSpec,
+    TaskGoal,
     WorkloadSpec,
 )
 from optimizer.registries import METHODS
@@ -45,6 +46,7 @@ DETERMINES_RESULT = {
     "mode",
     "model",
     "task",
+    "tasks",
     "actions",
     "criterion",
     "thresholds",
@@ -74,7 +76,9 @@ class JobSpec(Section):
         "model verifies, so that answers stay the dense model's (see docs/lossless.md).",
     )
     model: ModelSpec
-    task: str = Field(min_length=1, description="Name of a bundled task, or path of a task file.")
+    task: str | None = Field(
+        default=None, min_length=1, description="Name of a bundled task, or path of a task file; or several in tasks."
+    )
     actions: tuple[ActionName, ...] = Field(
         default=("skip",), min_length=1, description="What may happen at a layer: skip, freeze, bypass."
     )
@@ -94,6 +98,11 @@ class JobSpec(Section):
         "all.",
     )
     constraint: ConstraintSpec = ConstraintSpec()
+    tasks: tuple[TaskGoal, ...] = Field(
+        default=(),
+        description="In the place of task: two or more tasks that every plan must keep, each a name, or a mapping with "
+        "limits of its own (see docs/several-tasks.md).",
+    )
     protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Layers (from 0) that must run.")
     search: SearchSpec = SearchSpec()
     compensation: CompensationSpec = CompensationSpec()
@@ -132,6 +141,16 @@ class JobSpec(Section):
         min_length=1,
         description="Where fitted maps are kept: a directory, or an fsspec URL that workers can read.",
     )
+
+    @model_validator(mode="after")
+    def _names_its_tasks(self) -> JobSpec:
+        """Let each of several tasks have its limits written out."""
+        if (self.task is None) == (not self.tasks):
+            raise ValueError("task: name one task here, or two or more under tasks")
+        if len(self.tasks) == 1:
+            raise ValueError("tasks: holds one task; name it in task, with its limits in constraint")
+        self.__dict__["tasks"] = tuple(goal.completed(self.constraint) for goal in self.tasks)
+        return self
 
     @field_validator("actions")
     @classmethod
@@ -198,6 +217,15 @@ class JobSpec(Section):
                     f"constraint.{name}: lossless plans answer as the dense model does, so there is nothing to limit; "
                     "leave it out, or take mode: standalone"
                 )
+        if self.tasks:
+            raise ValueError(
+                "tasks: a lossless plan drafts for one task; name it in task, the others in collateral.tasks"
+            )
+        for name in ("max_accuracy_drop", "max_kl"):
+            if getattr(self.collateral, name) is not None:
+                raise ValueError(
+                    f"collateral.{name}: lossless plans answer as the dense model does everywhere; leave it out"
+                )
         if self.actions != (Action.SKIP.label,):
             raise ValueError(
                 "actions: a lossless plan drafts text, where freeze and bypass save nothing; leave actions at [skip]"
@@ -224,7 +252,8 @@ class JobSpec(Section):
     @model_validator(mode="after")
     def _rungs_fit(self) -> JobSpec:
         largest = self.search.rungs[-1] if self.search.rungs else 0
-        if self.splits.search is not None and largest > self.splits.search:
+        alone = not self.judges_several  # of several, the samples count together, once their data are read
+        if alone and self.splits.search is not None and largest > self.splits.search:
             raise ValueError(f"search.rungs: {largest} is more than the {self.splits.search} samples of splits.search")
         return self
 
@@ -232,6 +261,17 @@ class JobSpec(Section):
     def is_lossless(self) -> bool:
         """Whether plans draft for the dense model."""
         return self.mode == LOSSLESS
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks, as the job file names them."""
+        return tuple(goal.task for goal in self.tasks) or ((self.task,) if self.task else ())
+
+    @property
+    def judges_several(self) -> bool:
+        """Whether plans are judged by more than the accuracy on one task."""
+        limits = self.collateral.max_accuracy_drop, self.collateral.max_kl
+        return bool(self.tasks) or any(limit is not None for limit in limits)
 
     @property
     def letters(self) -> str:
@@ -257,6 +297,15 @@ class JobSpec(Section):
             del fields["latency"]["engine"], fields["workload"]["concurrency"]
         if not self.is_lossless:  # jobs of before there was a choice
             del fields["mode"]
+        if self.tasks:
+            del fields["task"]
+        else:
+            del fields["tasks"]
+        if self.search.objective == "worst":
+            del fields["search"]["objective"]
+        for name in ("max_accuracy_drop", "max_kl"):
+            if fields["collateral"][name] is None:
+                del fields["collateral"][name]
         if self.guard == GuardSpec() or self.is_lossless:  # jobs of before there were guards are found again
             del fields["guard"]
         if self.compensation.kind == "none" or not self.compensation.text_share:  # nor before there were mixtures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from optimizer.errors import UsageFault
@@ -11,17 +11,19 @@ from optimizer.job.inputs import (
     check_images,
     check_rungs,
     find_model,
+    limited,
     load_general_text,
     load_job_task,
     load_other_tasks,
     load_other_text,
     model_source,
     samples_of,
-    task_of,
+    tasks_of,
 )
 from optimizer.job.loading import load_job
 from optimizer.job.sections import TRANSFORMERS
 from optimizer.job.spec import JobSpec
+from optimizer.stages.judged import judged_of
 from optimizer.stages.progress import Progress
 from optimizer.verification.verdict import least_provable_drop
 from workers.engines.interface import ENGINES
@@ -29,6 +31,7 @@ from workers.errors import EngineError, ModelError, TaskError
 from workers.guard.needs import needed_prompts, too_few
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
 from workers.tasks import Sample, Task
+from workers.tasks.joint import JOINED_BY
 from workers.tasks.spec import FileSource, HubSource, TaskSpec, load_spec
 from workers.tasks.splits import SPLITS
 
@@ -67,7 +70,7 @@ def check_job_file(
     progress = progress or Progress()
     spec = load_job(path, environment=environment)
     try:
-        task = task_of(spec)
+        tasks = tasks_of(spec)
     except UsageFault as fault:
         raise UsageFault(f"{path}: {fault}") from None
     served_by = _served_by(spec)
@@ -75,41 +78,49 @@ def check_job_file(
     if is_here:
         find_model(spec)
     progress.begin(f"check {path}: data and images")  # what is named wrongly has been found by now, in one line
-    good, unknown = ["fields of the job file", f"task {task.name}: fields"], []
+    good, unknown = ["fields of the job file", *(f"task {task.name}: fields" for task in tasks)], []
     if served_by is not None:
         good.append(served_by)
     elif spec.latency.engine != TRANSFORMERS:
         unknown.append(f"latency.engine: {spec.latency.engine} on the workers' machines")
     notes: list[str] = []
     data = None
-    if isinstance(task.source, HubSource):
-        unknown.append(f"data set {task.source.id}: its rows and images are on the hub")
-    else:
+    on_hub = [task.source.id for task in tasks if isinstance(task.source, HubSource)]
+    unknown += [f"data set {each}: its rows and images are on the hub" for each in on_hub]
+    if not on_hub:
         data = load_job_task(spec)
-        check_rungs(spec, data)
         check_images(samples_of(data))
-        sizes = f"{len(data.calibration)} calibration, {len(data.search)} search, {len(data.held_out)} held-out samples"
-        good.append(f"data of task {task.name}: {sizes}, every image opens")
-        notes += [*too_few_to_prove(spec, data), *too_few_to_guard(spec, data)]
+        for each in data.parts or (data,):
+            splits = (each.calibration, each.search, each.held_out)
+            sizes = "{} calibration, {} search, {} held-out samples".format(*map(len, splits))
+            good.append(f"data of task {each.name}: {sizes}, every image opens")
+        notes += too_few_to_guard(spec, data)
     others, theirs = _other_tasks(spec, unknown), spec.collateral.samples
     good += [f"task {each.name} beside it: {len(each.held_out[:theirs])} samples, every image opens" for each in others]
-    if load_other_text(spec) is not None:
+    text = load_other_text(spec)
+    if text is not None:
         good.append(f"text {spec.collateral.text}")
+    if data is not None:
+        data = replace(data, beside=limited(spec, data, others, text))
+        check_rungs(spec, data)
+        notes += too_few_to_prove(spec, data)
     if load_general_text(spec) is not None:
         good.append(f"text {spec.compensation.text}")
     if is_here:
         good.append(f"model {spec.model.path}: configuration, weight files and processor")
-        asked = [(task, _asked(data, quick=quick))]
+        parts = () if data is None else data.parts or (data,)
+        asked = [(each.spec, _asked(each, quick=quick)) for each in parts]
         asked += [(each.spec, list(each.held_out[: 2 if quick else theirs])) for each in others]
         count = sum(len(samples) for _, samples in asked)
         progress.begin(f"check {path}: prompts", count)
-        for each, samples in asked:
-            _require_askable(spec, each, samples, progress)
+        for task, samples in asked:
+            _require_askable(spec, task, samples, progress)
         if count:
             good.append(f"{count} prompts, as the model's processor makes them")
     else:
         unknown.append(f"model {spec.model.path}: its files are on the hub")
-    return Checked(str(path), spec.model.path, task.name, tuple(good), tuple(unknown), tuple(notes))
+    name = JOINED_BY.join(sorted(task.name for task in tasks))
+    return Checked(str(path), spec.model.path, name, tuple(good), tuple(unknown), tuple(notes))
 
 
 def _other_tasks(spec: JobSpec, unknown: list[str]) -> tuple[Task, ...]:
@@ -141,11 +152,11 @@ def _served_by(spec: JobSpec) -> str | None:
     return f"latency.engine: {name} {found.version}"
 
 
-def _asked(task: Task | None, *, quick: bool) -> list[Sample]:
+def _asked(task: Task, *, quick: bool) -> list[Sample]:
     """All samples, or with ``quick`` the first and last of each split."""
     samples: list[Sample] = []
     for split in SPLITS:
-        whole = task.split(split) if task else ()
+        whole = task.split(split)
         samples += [whole[0], whole[-1]] if quick and whole else whole
     return samples
 
@@ -180,17 +191,21 @@ def _place(task: TaskSpec, sample: Sample, field: str) -> str:
 
 def too_few_to_prove(spec: JobSpec, task: Task) -> list[str]:
     """Warn where the held-out samples are too few to prove the allowed loss even of a plan that changes no answer."""
-    allowed = spec.constraint.max_accuracy_drop
-    if allowed is None:
-        return []
-    images = [sample.image_key for sample in task.held_out]
-    least = least_provable_drop(images, spec.constraint, spec.search.finalists, seed=spec.search.seed)
-    if least <= allowed:
-        return []
-    return [
-        f"constraint.max_accuracy_drop: {allowed:g} cannot be proven with {len(images)} held-out samples: even a plan "
-        f"that changes no answer may lose {least:.3f} by its interval; take more samples, or allow more"
-    ]
+    judged = judged_of(spec, task)
+    notes = []
+    for name, each in judged.items():
+        allowed = each.goal.max_loss
+        if allowed is None or each.goal.is_text:
+            continue
+        images = [sample.image_key for sample in each.task.held_out[: each.size("held_out")]]
+        least = least_provable_drop(images, spec.constraint, spec.search.finalists, seed=spec.search.seed)
+        if least > allowed:
+            field = "constraint.max_accuracy_drop" if len(judged) == 1 else f"max_accuracy_drop of {name}"
+            notes.append(
+                f"{field}: {allowed:g} cannot be proven with {len(images)} held-out samples: even a plan "
+                f"that changes no answer may lose {least:.3f} by its interval; take more samples, or allow more"
+            )
+    return notes
 
 
 def too_few_to_guard(spec: JobSpec, task: Task) -> list[str]:

@@ -29,10 +29,15 @@ def show(spec: JobSpec, count: int) -> tuple[ShownSample, ...]:
     from workers.models.loading import load_model
 
     task = load_job_task(spec)
-    whole = len(task.search)
-    samples = [task.search[index] for index in sorted({number * whole // count for number in range(count)})]
+    parts = task.parts or (task,)
+    shown: list[ShownSample] = []
     try:
-        return ask(PlainEvaluator(load_model(model_source(spec)), task), samples, pictures=True)
+        loaded = load_model(model_source(spec))
+        for part in parts:
+            whole, wanted = len(part.search), -(-count // len(parts))
+            samples = [part.search[index] for index in sorted({number * whole // wanted for number in range(wanted)})]
+            shown += ask(PlainEvaluator(loaded, part), samples, pictures=True)
+        return tuple(shown)
     except WorkersError as error:
         raise UsageFault(str(error)) from None
 

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optimizer.job.result import JobResult, load_result, meets_constraint
+from pydantic import TypeAdapter
+
+from optimizer.job.result import JobResult, load_result, meets_constraint, tasks_of_job
+from optimizer.search.goals import USUAL_LIMIT
 from optimizer.search.latency import ratio_of_text
 from optimizer.search.space import touched
-from optimizer.search.trial import DraftValue, answered_by_both
+from optimizer.search.trial import DraftValue, GoalFigures, answered_by_both
 from storage.database import Database
 from storage.pareto import STANDALONE
 from storage.queue import events, stages
@@ -42,6 +45,9 @@ class Specification:
     """None for jobs of before criteria had names."""
     thresholds: dict[str, float] | None = None
     mode: str = STANDALONE
+    limits_by_task: dict[str, float | None] = field(default_factory=dict)
+    """Of a job that judges by several losses: the most that may be lost, by task as the job file names it."""
+    max_kl: float | None = None
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Specification:
@@ -55,17 +61,21 @@ class Specification:
         return cls(
             model=str(model.get("path", "unknown model")),
             revision=model.get("revision"),
-            task=str(stored.get("task", "unknown task")),
+            task=tasks_of_job(stored),
             limits=limits,
             search=_section(stored, "search"),
             criterion=stored.get("criterion"),
             thresholds=stored.get("thresholds"),
             mode=str(stored.get("mode", STANDALONE)),
+            limits_by_task=_limits_by_task(stored),
+            max_kl=_section(stored, "collateral").get("max_kl"),
         )
 
     @property
     def max_accuracy_drop(self) -> float | None:
-        """Largest loss of accuracy as a share; None where the job set no limit."""
+        """Largest loss of accuracy as a share; None where the job set no limit; the least of several."""
+        if self.limits_by_task:
+            return min((each for each in self.limits_by_task.values() if each), default=USUAL_LIMIT)
         return self.limits.get("max_accuracy_drop")
 
     @property
@@ -79,6 +89,18 @@ class Specification:
 def _section(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = stored.get(name)
     return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _limits_by_task(stored: Mapping[str, Any]) -> dict[str, float | None]:
+    constraint, collateral = _section(stored, "constraint"), _section(stored, "collateral")
+    several = stored.get("tasks") or ()
+    if not several and collateral.get("max_accuracy_drop") is None and collateral.get("max_kl") is None:
+        return {}
+    found = {str(goal["task"]): goal.get("max_accuracy_drop") for goal in several}
+    found = found or {tasks_of_job(stored): constraint.get("max_accuracy_drop")}
+    if collateral.get("max_accuracy_drop") is not None:
+        found |= {str(name): collateral["max_accuracy_drop"] for name in collateral.get("tasks") or ()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,8 @@ class TrialSummary:
     """Whether it meets the job's constraint as far as the search could see (no intervals)."""
     drafter: DraftValue | None = None
     """Of a lossless job, once its search has ended."""
+    goals: tuple[GoalFigures, ...] = ()
+    """Of a job that judges by several losses; ``difference`` is then minus what its search minimised."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +200,11 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
     spec = Specification.of(result.job.spec)
     rows = evaluations.summaries(db, job_id)
     profile = profile or measurements.profile_of_job(db, job_id)
-    ids = next(((each.model_id, each.task_id) for each in (profile, *rows) if each is not None), None)
-    trials, samples = _trials(db, rows, profile, spec, has_failed_samples=bool(result.failed_samples))
+    ids = next(((each.model_id, each.task_id) for each in (profile, *result.plans, *rows) if each is not None), None)
+    if spec.limits_by_task:
+        trials, samples = _judged_by_several(db, job_id, profile, spec)
+    else:
+        trials, samples = _trials(db, rows, profile, spec, has_failed_samples=bool(result.failed_samples))
     return JobReport(
         job=result.job,
         spec=spec,
@@ -266,6 +293,38 @@ def _trials(
         )
         trials.append(replace(trial, within=trial.complete and _within(spec.limits, trial, dense_ms)))
     return tuple(trials), samples
+
+
+_GOALS = TypeAdapter(tuple[GoalFigures, ...])
+
+
+def _judged_by_several(
+    db: Database, job_id: int, profile: ProfileRecord | None, spec: Specification
+) -> tuple[tuple[TrialSummary, ...], int | None]:
+    """Read what the search of a job with several goals made of its trials, once it has ended."""
+    recorded = stages.get(db, job_id, "search")
+    if recorded is None:
+        return (), None
+    outcome = recorded.payload["value"]
+    dense_ms = None if profile is None else 1000 * profile.dense_latency_seconds
+    speed = {name: limit for name, limit in spec.limits.items() if name not in ("max_accuracy_drop", "min_accuracy")}
+    trials: list[TrialSummary] = []
+    for each in outcome["trials"]:
+        if SkipPlan.parse(each["plan"]).is_dense:
+            continue
+        goals = _GOALS.validate_python(each["goals"])
+        trial = TrialSummary(
+            order=len(trials) + 1,
+            predicted_speedup=_predicted_speedup(profile, each["plan"]),
+            within=False,
+            goals=goals,
+            **{
+                name: each[name] for name in ("plan", "compensation", "n_samples", "accuracy", "difference", "complete")
+            },
+        )
+        keeps = all(goal.limit is None or goal.loss <= goal.limit for goal in goals)
+        trials.append(replace(trial, within=trial.complete and keeps and _within(speed, trial, dense_ms)))
+    return tuple(trials), outcome["n_samples"]
 
 
 def _mean(scores: Sequence[float]) -> float:

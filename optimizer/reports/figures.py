@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from optimizer.job.result import drafting_of, meets_constraint
+from optimizer.job.result import drafting_of, losses, meets_constraint
 from optimizer.reports import formatting
 from optimizer.reports.chart import COLOURS, MANY, SERIES, Chart, Point, Trace, axis, dots, steps, thinned
 from optimizer.reports.data import JobReport, TrialSummary
@@ -116,8 +116,9 @@ def visible(report: JobReport) -> tuple[list[float], list[float]] | None:
     limit = report.spec.max_accuracy_drop
     if limit is None:
         return None
-    floor = min([-100 * limit, *(100 * plan.difference_low for plan in report.plans)])
-    ceiling = max([0.0, *(100 * plan.difference_high for plan in report.plans)])
+    heights = [formatting.height(plan) for plan in report.plans]
+    floor = min([-100 * limit, *(100 * height.low for height in heights)])
+    ceiling = max([0.0, *(100 * height.high for height in heights)])
     height = max(1.0, ceiling - floor)
     bottom, top = floor - 0.9 * height, ceiling + 0.25 * height
     speeds = [1.0, *(plan.speedup_high for plan in report.plans)]
@@ -137,7 +138,8 @@ def _trial_line(each: TrialSummary) -> str:
 
 
 def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
-    points = [Point(plan.speedup, 100 * plan.difference, _verified_line(plan), plan.plan) for plan in plans]
+    heights = {plan.id: formatting.height(plan) for plan in plans}
+    points = [Point(plan.speedup, 100 * heights[plan.id].value, _verified_line(plan), plan.plan) for plan in plans]
     return dots(name, points, colour, 12, symbol="diamond", line={"width": 1, "color": "--surface"}) | {
         "error_x": _error(
             [plan.speedup_high - plan.speedup for plan in plans],
@@ -145,17 +147,18 @@ def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
             colour,
         ),
         "error_y": _error(
-            [100 * (plan.difference_high - plan.difference) for plan in plans],
-            [100 * (plan.difference - plan.difference_low) for plan in plans],
+            [100 * (heights[plan.id].high - heights[plan.id].value) for plan in plans],
+            [100 * (heights[plan.id].value - heights[plan.id].low) for plan in plans],
             colour,
         ),
     }
 
 
 def _verified_line(plan: Plan) -> str:
+    lost = "; ".join(map(formatting.loss, losses(plan)))
     return (
-        f"plan {plan.id}, held-out: {formatting.points(plan.difference)} "
-        f"{formatting.difference_interval(plan)}, "
+        f"plan {plan.id}, held-out: {lost or f'{formatting.points(plan.difference)} '}"
+        f"{'' if lost else formatting.difference_interval(plan)}, "
         f"measured {formatting.speedup(plan, 'x')}{formatting.compensated(plan)}"
     )
 
@@ -168,15 +171,16 @@ def _error(up: list[float], down: list[float], colour: str) -> dict[str, Any]:
 def _front_line(plans: Sequence[Plan]) -> Trace:
     """Return the verified plans that no other verified plan of this job beats in both respects."""
     members: list[Plan] = []
-    for plan in sorted(plans, key=lambda each: (-each.speedup, -each.difference)):
-        if not members or plan.difference > members[-1].difference:
+    heights = {plan.id: formatting.height(plan).value for plan in plans}
+    for plan in sorted(plans, key=lambda each: (-each.speedup, -heights[each.id])):
+        if not members or heights[plan.id] > heights[members[-1].id]:
             members.append(plan)
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "front of the verified plans",
         "x": [plan.speedup for plan in members],
-        "y": [100 * plan.difference for plan in members],
+        "y": [100 * heights[plan.id] for plan in members],
         "line": {"color": "--muted-strong", "width": 1.5, "shape": "vh"},
         "hoverinfo": "skip",
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optimizer.job.result import drafting_of, judging
+from optimizer.job.result import Loss, drafting_of, judging, losses
+from optimizer.search.goals import USUAL_LIMIT
+from optimizer.search.trial import GoalFigures
 from storage.records.engine_latencies import EngineLatency
+from storage.records.lookup import short_name
 from storage.records.plans import LOSSLESS, Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
@@ -76,6 +79,8 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
         + f" The KV cache takes {kv_cache(best)} of the dense one's room.",
         _lossless_cost(best, found)
         if (found := drafting_of(best)) is not None
+        else _several_costs(found_losses)
+        if (found_losses := losses(best))
         else f"Cost: on {count(best.n_samples)} held-out samples"
         + (f" of {count(images)} images" if images else "")
         + f" it scores {best.accuracy:.3f}, the dense model {best.dense_accuracy:.3f}: a difference of "
@@ -84,6 +89,50 @@ def _qualifications(report: JobReport, best: Plan) -> tuple[str, ...]:
         *((_compensation(best),) if best.compensation != NO_COMPENSATION else ()),
         *_effort(report),
     )
+
+
+def _several_costs(found: Sequence[Loss]) -> str:
+    """Say what a plan loses on everything that it was judged by."""
+    return f"Cost, held-out: {'; '.join(map(loss, found))}."
+
+
+def loss(each: Loss) -> str:
+    """Write a held-out loss with its interval and its limit: ``"scenes -0.4 points [-1.1, +0.2], limit 1 point"``."""
+    if each.is_text:
+        allowed = "no limit" if each.max_loss is None else f"limit {each.max_loss:g}"
+        divergence = span(each.loss, each.loss_low, each.loss_high, ".3f")
+        return f"{each.name} {divergence} nats a token on {count(each.n_samples)} passages, {allowed}"
+    allowed = "no limit" if each.max_loss is None else f"limit {limit(each.max_loss)}"
+    if each.min_accuracy is not None:
+        allowed += f", accuracy at least {each.min_accuracy:g}"
+    ends = interval(-100 * each.loss_high, -100 * each.loss_low, SIGNED)
+    return (
+        f"{each.name} {points(-each.loss)} {ends} ({each.accuracy:.3f}, dense {each.dense_accuracy:.3f}, n = "
+        f"{count(each.n_samples)}), {allowed}"
+    )
+
+
+@dataclass(frozen=True)
+class Height:
+    """A verified plan's place on the axis of losses, with its interval; a loss is negative."""
+
+    value: float
+    low: float
+    high: float
+
+
+def height(plan: Plan) -> Height:
+    """Return a plan's difference to dense; of several losses the one that is the largest share of its limit.
+
+    That one is scaled to the least limit of accuracy, as in the search.
+    """
+    limited = [each for each in losses(plan) if each.max_loss]
+    if not limited:
+        return Height(plan.difference, plan.difference_low, plan.difference_high)
+    unit = min((each.max_loss or 0.0 for each in limited if not each.is_text), default=USUAL_LIMIT)
+    worst = max(limited, key=lambda each: each.loss / (each.max_loss or 1.0))
+    scale = unit / (worst.max_loss or 1.0)
+    return Height(-worst.loss * scale, -worst.loss_high * scale, -worst.loss_low * scale)
 
 
 def _lossless_cost(best: Plan, found: dict[str, Any]) -> str:
@@ -151,7 +200,16 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def constraint(report: JobReport) -> list[str]:
     """Return the job's limits, one a line."""
-    limits = report.spec.limits
+    limits = dict(report.spec.limits)
+    several = [
+        f"loss of accuracy on {short_name(name).removesuffix('.yaml')} at most {limit(most)}"
+        for name, most in report.spec.limits_by_task.items()
+        if most is not None
+    ]
+    if several:
+        limits.pop("max_accuracy_drop", None)
+    if report.spec.max_kl is not None:
+        several.append(f"divergence on text at most {report.spec.max_kl:g} nats a token")
     sentences: dict[str, Callable[[float], str]] = {
         "max_accuracy_drop": lambda value: f"loss of accuracy at most {limit(value)}",
         "min_accuracy": lambda value: f"accuracy at least {value:g}",
@@ -160,14 +218,22 @@ def constraint(report: JobReport) -> list[str]:
         "max_kv_cache_bytes": lambda value: f"KV cache of at most {count(value)} bytes",
         "max_layers_touched": lambda value: f"at most {value:g} layers touched",
     }
-    return [say(limits[name]) for name, say in sentences.items() if name in limits] or ["none"]
+    return several + [say(limits[name]) for name, say in sentences.items() if name in limits] or ["none"]
 
 
 def trial_line(each: TrialSummary) -> str:
     """One line about a plan as the search saw it."""
+    if each.goals:
+        speed = "" if each.predicted_speedup is None else f", predicted {each.predicted_speedup:.2f}x"
+        return f"{'; '.join(map(searched_loss, each.goals))} on {each.n_samples} search samples{speed}"
     difference = "dense was not scored" if each.difference is None else f"{points(each.difference)} to dense"
     speed = "" if each.predicted_speedup is None else f", predicted {each.predicted_speedup:.2f}x"
     return f"{difference} on {each.n_samples} search samples{speed}"
+
+
+def searched_loss(each: GoalFigures) -> str:
+    """Write a loss as the search saw it: ``"scenes -0.40 points"``, ``"text 0.210 nats"``."""
+    return f"{each.name} {each.loss:.3f} nats" if each.is_text else f"{each.name} {points(-each.loss)}"
 
 
 def points(value: float) -> str:

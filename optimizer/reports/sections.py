@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from optimizer.job.result import drafting_of, judgement
+from optimizer.job.result import Loss, drafting_of, judgement, losses
 from optimizer.reports import figures, formatting, latency
 from optimizer.reports.chart import Chart
 from optimizer.reports.data import JobReport, TrialSummary
@@ -196,6 +196,12 @@ def front(report: JobReport) -> Section:
     ]
     if report.spec.max_accuracy_drop is not None:
         paragraphs[1] += " The dotted line is the allowed loss; a verified plan's whole interval has to lie above it."
+    if report.spec.limits_by_task:
+        paragraphs.append(
+            "This job judges plans by several losses. Heights are of the loss that is the largest share of its limit, "
+            f"scaled to the least limit of accuracy, {formatting.limit(report.spec.max_accuracy_drop or 0.0)}; the "
+            "table has each loss by itself."
+        )
     below = _below(report, chart)
     if below:
         number = formatting.count(below)
@@ -203,7 +209,7 @@ def front(report: JobReport) -> Section:
     guarded = [plan for plan in report.plans if "checksum" in plan.secondary.get("guard", {})]
     guards = (Table.of(f"Guards ({len(guarded)})", guarded, _GUARD_COLUMNS),) if guarded else ()
     paragraphs += _guard_notes(report.plans)
-    tables = (_plans_table(report), *guards, _trials_table(report.trials))
+    tables = (_plans_table(report), *_losses_table(report), *guards, _trials_table(report.trials))
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
 
 
@@ -297,6 +303,22 @@ def _guard_notes(plans: Sequence[Plan]) -> list[str]:
     """Say why plans have no guard."""
     notes = dict.fromkeys(plan.secondary.get("guard", {}).get("note", "") for plan in plans)
     return [f"The plans have no guard: {note}." for note in notes if note]
+
+
+_LOSS_COLUMNS: tuple[Column[tuple[Plan, Loss]], ...] = (
+    Column("plan", lambda row: str(row[0].id)),
+    Column("judged on", lambda row: row[1].name),
+    Column("samples", lambda row: formatting.count(row[1].n_samples), number=True),
+    Column("accuracy", lambda row: f"{row[1].accuracy:.3f} (dense {row[1].dense_accuracy:.3f})", number=True),
+    Column("loss, its interval and limit", lambda row: formatting.loss(row[1])),
+    Column("within", lambda row: _JUDGEMENTS[row[1].within]),
+)
+
+
+def _losses_table(report: JobReport) -> tuple[Table, ...]:
+    """Show every loss of every plan, where the job judges by several."""
+    rows = [(plan, each) for plan in report.plans for each in losses(plan)]
+    return (replace(Table.of(f"Losses held-out ({len(rows)})", rows, _LOSS_COLUMNS), open=True),) if rows else ()
 
 
 def _below(report: JobReport, chart: Chart) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from optimizer.job.sections import ConstraintSpec
+from optimizer.search.goals import Goals, is_within
 from optimizer.search.space import touched
 from optimizer.search.trial import OPTIMISM, Trial
 from workers.runtime import SkipPlan
@@ -19,6 +20,8 @@ class Limits:
     dense_latency_seconds: float | None = None
     """Predicted latency is the ratio times this; None where no profile is at hand."""
     kv_cache_bytes: Callable[[SkipPlan], float] | None = None
+    goals: Goals | None = None
+    """What is judged in the place of accuracy on one task, each with its own limit."""
 
     def known(self, plan: SkipPlan, ratio: float) -> dict[str, float]:
         """Return the constraints that need no evaluation, by name."""
@@ -36,6 +39,11 @@ class Limits:
     def values(self, trial: Trial) -> dict[str, float]:
         """All constraints, by name, as the search's samples show them."""
         values = self.known(SkipPlan.parse(trial.plan), trial.latency_ratio)
+        if self.goals is not None:
+            for each in trial.goals:
+                if each.limit is not None:
+                    values[f"loss on {each.name}"] = each.loss - each.limit
+            return values
         if self.spec.max_accuracy_drop is not None:
             values["max_accuracy_drop"] = -trial.difference - self.spec.max_accuracy_drop
         if self.spec.min_accuracy is not None:
@@ -57,7 +65,9 @@ class Limits:
         return f"no plan can meet {name} {asked:g}: the smallest possible is {best:.0f}"
 
     def least_difference(self, dense_accuracy: float) -> float:
-        """Return the least difference to dense that both accuracy constraints allow; -1 where there is none."""
+        """Return the least difference to dense that the constraints on accuracy allow; -1 where there is none."""
+        if self.goals is not None:
+            return -self.goals.allowed
         limits = [-1.0]
         if self.spec.max_accuracy_drop is not None:
             limits.append(-self.spec.max_accuracy_drop)
@@ -65,13 +75,20 @@ class Limits:
             limits.append(self.spec.min_accuracy - dense_accuracy)
         return max(limits)
 
+    def keeps(self, trial: Trial, dense_accuracy: float, *, optimistic: bool) -> bool:
+        """Whether a trial's losses are within their limits: as seen, or as far as the samples leave it plausible."""
+        if self.goals is not None:
+            return is_within(trial, optimistic=optimistic)
+        difference = trial.optimistic_difference if optimistic else trial.difference
+        return difference >= self.least_difference(dense_accuracy)
+
     def promising(self, trial: Trial, front: Sequence[Trial], dense_accuracy: float) -> bool:
         """Whether a candidate could meet the constraints and be on the front once more samples were seen.
 
         Both are judged from the optimistic end of its difference's interval: a plan is given up only where the
         samples speak against it. A drafter's time per token is judged in the same way.
         """
-        if trial.optimistic_difference < self.least_difference(dense_accuracy):
+        if not self.keeps(trial, dense_accuracy, optimistic=True):
             return False
         if not self.feasible(SkipPlan.parse(trial.plan), trial.latency_ratio):
             return False

@@ -129,9 +129,7 @@ class DraftJudge:
     costs: StepCosts
     memory: Memory
 
-    def trial_of(
-        self, candidate: Candidate, scores: Scores, dense: Sequence[float], ratio: float, n_samples: int
-    ) -> Trial:
+    def trial_of(self, candidate: Candidate, scores: Scores, dense: Scores, ratio: float, n_samples: int) -> Trial:
         """Compute a candidate's figures, with what it is worth as a drafter, from the acceptance of its samples.
 
         Parameters are those of ``trial.trial_of``. Without a drafter, which is dense, decoding takes 1 for each token.

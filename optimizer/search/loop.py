@@ -35,7 +35,7 @@ class Search:
     ) -> None:
         self._problem, self._strategy, self._budget = problem, strategy, budget
         self._evaluate, self._on_trial = evaluate, on_trial
-        self._dense: tuple[float, ...] = ()
+        self._dense = Scores(())
         self._dense_accuracy = 1.0
         self._trials: dict[Candidate, Trial] = {trial.candidate: trial for trial in problem.known}
         self._on_rung = {(trial.candidate, trial.n_samples): trial for trial in problem.known}
@@ -50,7 +50,7 @@ class Search:
         (_, scores), *_ = list(self._evaluate([(dense, self._problem.rungs[-1])]))
         if scores.failure is not None:
             raise RuntimeError(f"the dense model cannot be evaluated: {scores.failure}")
-        self._dense = scores.values
+        self._dense = scores
         self._record(dense, scores)
         self._dense_accuracy = self._trials[dense].accuracy
         self._strategy.start(self._trials[dense])

@@ -10,6 +10,7 @@ from typing import Protocol
 from optimizer.criteria import Risk
 from optimizer.search.constraints import Limits
 from optimizer.search.drafting import DraftJudge
+from optimizer.search.goals import Goals
 from optimizer.search.latency import Ratio
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate, PlanSpace
@@ -45,6 +46,8 @@ class Problem:
     """Trials of earlier jobs on the same model and samples; never evaluated again."""
     drafting: DraftJudge | None = None
     """What judges candidates as drafters; None unless the job is lossless."""
+    goals: Goals | None = None
+    """What candidates are judged by; None where that is the job's one task."""
 
     @cached_property
     def feasible(self) -> FeasiblePlans:
@@ -60,9 +63,10 @@ class Problem:
         feasible = self.limits.feasible(candidate.plan, ratio)
         return ratio if self.drafting is None else self.drafting.memory.share(candidate), feasible
 
-    def trial(self, candidate: Candidate, scores: Scores, dense: Sequence[float]) -> Trial:
+    def trial(self, candidate: Candidate, scores: Scores, dense: Scores) -> Trial:
         """Compute a candidate's figures from its scores and those of the dense model on the same samples."""
-        of = trial_of if self.drafting is None else self.drafting.trial_of
+        judge = self.drafting or self.goals
+        of = trial_of if judge is None else judge.trial_of
         return of(candidate, scores, dense, self.ratio(candidate.plan), self.rungs[-1])
 
 

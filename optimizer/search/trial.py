@@ -28,6 +28,13 @@ class Scores:
     """Per sample KL(dense || plan) over the answer, NaN where a sample failed; None where it was not measured."""
     secondary: Mapping[str, float] = field(default_factory=dict)
     """Means of the secondary metrics; in a lossless job those of the rounds that drafting takes."""
+    by_goal: Mapping[str, Scores] = field(default_factory=dict)
+    """Where a job has several goals, the scores on each, and none here."""
+
+    @property
+    def n_samples(self) -> int:
+        """Samples scored, of all goals together."""
+        return len(self.values) + sum(each.n_samples for each in self.by_goal.values())
 
 
 Evaluate = Callable[[Sequence[tuple[Candidate, int]]], Iterator[tuple[Candidate, Scores]]]
@@ -47,6 +54,22 @@ class DraftValue:
     """Extra memory, as a share of the dense model's."""
     draft_length: int
     """Tokens drafted in a round, at which the time is least."""
+
+
+@dataclass(frozen=True)
+class GoalFigures:
+    """A candidate's loss on one of a job's goals (:mod:`optimizer.search.goals`)."""
+
+    name: str
+    n_samples: int
+    accuracy: float
+    loss: float
+    """Accuracy lost against dense on the same samples, as a share; of text the divergence, in nats a token."""
+    error: float
+    """Standard error of the loss."""
+    limit: float | None
+    weight: float
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,8 @@ class Trial:
     """Whether an earlier job evaluated it and this one only took it over."""
     drafter: DraftValue | None = None
     """In a lossless job."""
+    goals: tuple[GoalFigures, ...] = ()
+    """In a job with several; ``difference`` is then minus what the search minimises, ``accuracy`` a weighted mean."""
 
     @property
     def candidate(self) -> Candidate:
@@ -117,15 +142,15 @@ def front_of(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     return tuple(complete[index] for index in front_indices([trial.costs for trial in complete]))
 
 
-def trial_of(candidate: Candidate, scores: Scores, dense: Sequence[float], ratio: float, n_samples: int) -> Trial:
+def trial_of(candidate: Candidate, scores: Scores, dense: Scores, ratio: float, n_samples: int) -> Trial:
     """Compute a candidate's figures from its scores and those of the dense model on (at least) the same samples.
 
     ``ratio`` is its predicted latency as a share of dense, ``n_samples`` the size of the search split.
     """
     n = len(scores.values)
-    dense, values = answered_by_both(dense[:n], scores.values)
-    difference, error = paired_difference(dense, values)
-    kl, kl_error = _mean_and_error(scores.kl)
+    its_dense, values = answered_by_both(dense.values[:n], scores.values)
+    difference, error = paired_difference(its_dense, values)
+    kl, kl_error = mean_and_error(scores.kl)
     return Trial(
         plan=candidate.plan.text,
         compensation=candidate.compensation,
@@ -158,8 +183,8 @@ def paired_difference(dense: Sequence[float], plan: Sequence[float]) -> tuple[fl
     return mean, math.sqrt(max(0.0, squares / (n + 2) - mean**2) / (n + 2))
 
 
-def _mean_and_error(values: Sequence[float] | None) -> tuple[float | None, float | None]:
-    """Mean and standard error over the samples that did not fail."""
+def mean_and_error(values: Sequence[float] | None) -> tuple[float | None, float | None]:
+    """Return mean and standard error over the samples that did not fail."""
     known = [value for value in values or () if not math.isnan(value)]
     if not known:
         return None, None

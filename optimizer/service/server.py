@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from optimizer.errors import Fault, Interrupted
 from optimizer.job.inputs import JobInputs, prepare
 from optimizer.job.loading import read_spec
+from optimizer.job.result import tasks_of_job
 from optimizer.service import channel, logs
 from optimizer.service.main_thread import MainThread
 from optimizer.service.pool import PoolCache
@@ -141,7 +142,7 @@ class Server:
     def _serve(self, job: Job, pools: PoolCache) -> None:
         """Run one claimed job. Neither an error of the job nor one of the cluster or database ends the service."""
         with logs.of_job(job.id):
-            logs.log("job_claimed", attempt=job.attempt, model=job.spec["model"]["path"], task=job.spec["task"])
+            logs.log("job_claimed", attempt=job.attempt, model=job.spec["model"]["path"], task=tasks_of_job(job.spec))
             try:
                 with pools.lent() as lend:
                     process(self._db, job, self._progress(job), lambda: _start(job, lend), self._lease_seconds)

@@ -9,7 +9,6 @@ the dense model's answers go with the requests, and scores are acceptances.
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,8 @@ from workers.messages import (
     Failure,
 )
 from workers.runtime import SkipPlan
+from workers.tasks import Task
+from workers.tasks.passages import TextTask
 
 LARGEST_GROUP = 64
 """Most plans of one request: what a killed job loses, and what one reply holds, stays bounded."""
@@ -53,7 +54,8 @@ class CachedEvaluation:
     """Score candidates on prefixes of one split. No plan is run twice on the same samples, not even by another job.
 
     ``maps`` gives the artifacts of candidates whose fitted maps are kept; other compensated candidates are scored with
-    maps that the workers fit. ``seconds_counter`` names the job's counter of the seconds spent, if they are counted.
+    maps that the workers fit. ``task`` is one of the job's several tasks, or of those beside it, or its text; its only
+    task when absent.
     """
 
     def __init__(
@@ -62,41 +64,42 @@ class CachedEvaluation:
         split: str,
         maps: Mapping[Candidate, Artifact] | None = None,
         *,
-        seconds_counter: str | None = None,
+        task: Task | TextTask | None = None,
     ) -> None:
         self._context, self._split, self._maps = context, split, maps or {}
+        self._task, self._name = task or context.task, task.name if task is not None else ""
+        self._task_id = context.id_of(self._task)
         self._targets = dense_answers.run(context, split).tokens if context.spec.is_lossless else ()
         self._base = dense_answers.evaluation_settings(context, split)
-        self._whole_split = len(context.task.split(split))
-        self._hash = split_hash(context.task, split)
+        # Maps are fitted to the job's task, so on another one, or on a part, scores depend on which that is.
+        fitted_on = "" if task is None else f" fitted_on={split_hash(context.task, 'calibration')[:16]}"
+        self._fitted = f"{self._base}{fitted_on}"
+        self._whole_split = len(self._task.split(split))
+        self._hash = split_hash(self._task, split)
         self._own: dict[Candidate, dict[int, EvaluationRecord]] = {}
-        for each in evaluations.for_job(context.db, context.job.id, split):
+        for each in evaluations.for_job(context.db, context.job.id, split, task_id=self._task_id):
             if self._has_same_maps(each):
                 self._own.setdefault(_candidate(each), {})[each.n_samples] = each
         self._known = {
             (_candidate(each), each.n_samples): each.id
+            for settings in dict.fromkeys([self._base, self._fitted])
             for each in evaluations.known(
                 context.db,
                 model_id=context.model_id,
-                task_id=context.task_id,
+                task_id=self._task_id,
                 split_hash=self._hash,
-                settings=self._base,
+                settings=settings,
             )
-            if self._has_same_maps(each) and self._settings(each.compensation) == self._base
+            if self._has_same_maps(each) and self._settings(each.compensation) == settings
         }
         self._noted: set[str] = set()
         self.secondary: dict[Candidate, dict[str, float]] = {}
         """Secondary metrics of the candidates scored so far, on the largest prefix."""
-        self._ran = False
+        self.ran = False
         """Whether anything was sent to the workers; until then all was known."""
-        self._seconds_counter = seconds_counter
-        self._before = stages.counters(context.db, context.job.id).get(seconds_counter or "", 0.0)
-        self._spent = 0.0
-        self._last: float | None = None
 
     def __call__(self, requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
         """Yield each candidate with its scores on so many samples, in any order; scores are stored before."""
-        started = time.monotonic()
         by_recipe: dict[str, list[tuple[Candidate, int]]] = {}
         for candidate, n_samples in requests:
             by_recipe.setdefault(candidate.compensation, []).append((candidate, n_samples))
@@ -108,22 +111,8 @@ class CachedEvaluation:
                     missing.append(_Missing(candidate, self._longest_prefix(candidate, n_samples), n_samples))
                 else:
                     yield candidate, self._scores(stored)
-            self._ran = self._ran or bool(missing)
+            self.ran = self.ran or bool(missing)
             yield from self._run(self._groups(missing))
-        self._count_seconds(started)
-
-    def elapsed(self) -> float:
-        """Return the seconds spent over all attempts; 0 while a resumed job only reads what it evaluated before."""
-        return 0.0 if self._last is None else self._before + self._spent
-
-    def _count_seconds(self, started: float) -> None:
-        """Count the time since the last request that ran anything, the time of proposing included."""
-        if not self._ran or self._seconds_counter is None:
-            return
-        now = time.monotonic()
-        seconds = now - (started if self._last is None else self._last)
-        self._spent, self._last = self._spent + seconds, now
-        stages.add_counters(self._context.db, self._context.job, {self._seconds_counter: seconds})
 
     def _run(self, groups: Sequence[Sequence[_Missing]]) -> Iterator[tuple[Candidate, Scores]]:
         again: list[_Missing] = []
@@ -184,6 +173,7 @@ class CachedEvaluation:
             artifacts=maps if any(maps) else (),
             targets=self._targets[start:stop],
             text=self._context.inputs.general_text,
+            task=self._name,
         )
 
     def _has_same_maps(self, each: EvaluationRecord) -> bool:
@@ -194,9 +184,11 @@ class CachedEvaluation:
     def _settings(self, compensation: str) -> str:
         """Return an evaluation's settings: maps that were fitted without some samples are not those of other jobs."""
         failed = self._context.failed_samples.of("calibration")
-        if compensation == NO_COMPENSATION or not failed:
+        if compensation == NO_COMPENSATION:
             return self._base
-        return f"{self._base} calibration_without={','.join(sorted(failed))}"
+        if not failed:
+            return self._fitted
+        return f"{self._fitted} calibration_without={','.join(sorted(failed))}"
 
     def _longest_prefix(self, candidate: Candidate, n_samples: int) -> int:
         """Return the largest smaller prefix that the candidate has scores on; zero when there is none."""
@@ -215,7 +207,7 @@ class CachedEvaluation:
         context, candidate = self._context, each.candidate
         key = EvaluationKey(
             model_id=context.model_id,
-            task_id=context.task_id,
+            task_id=self._task_id,
             plan=candidate.plan.text,
             compensation=candidate.compensation,
             settings=self._settings(candidate.compensation),
@@ -230,7 +222,8 @@ class CachedEvaluation:
             for sample, score in zip(result.sample_ids, result.scores, strict=True)
             if math.isnan(score)
         }
-        context.failed_samples.add(self._split, marked)
+        named = f"{self._split} of {self._name}" if self._name else self._split
+        context.failed_samples.add(named, marked, self._whole_split)
         kept = self._maps.get(candidate)
         whole = result if each.start == 0 else _joined(self._own[candidate][each.start], result)
         if all(map(math.isnan, whole.scores)):

@@ -26,6 +26,7 @@ from workers.messages import (
 )
 from workers.runtime import SkipPlan
 from workers.tasks import Task
+from workers.tasks.passages import TextTask
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,19 @@ def _measure(context: JobContext, finalist: Finalist) -> Collateral:
     if context.spec.is_lossless:
         return _speculate(context, finalist)
     candidate, artifact = finalist.candidate, finalist.artifact
-    tasks = context.inputs.other_tasks
+    judged = {goal.name: goal for goal in finalist.verdict.goals if not goal.weight}
+    tasks = [task for task in context.inputs.other_tasks if task.name not in judged]
     text, *scores = context.turns.together(
         partial(_compare_text, context, candidate, artifact),
         *(partial(_evaluate, context, candidate, artifact, task) for task in tasks),
         *(partial(_dense, context, task) for task in tasks),
     )
-    others: dict[str, OtherTask] = {}
+    # What the job judges plans by was scored when the plan was verified.
+    others = {
+        name: OtherTask(own.n_samples, own.accuracy, own.dense_accuracy)
+        for name, own in judged.items()
+        if not own.is_text
+    }
     for task, plan, dense in zip(tasks, scores[: len(tasks)], scores[len(tasks) :], strict=True):
         if plan is not None and dense is not None and (compared := compare(plan, dense)) is not None:
             others[task.name] = compared
@@ -170,6 +177,9 @@ def _compare_text(context: JobContext, candidate: Candidate, artifact: Artifact 
     text = context.inputs.other_text
     if text is None:
         return None
+    for beside in context.task.beside:
+        if isinstance(beside, TextTask):  # its other passages steered the search
+            text = "\n\n".join(passage.text for passage in beside.held_out)
     request = CompareText(candidate.plan.text, text, candidate.compensation, artifact)
     reply = context.ask_one(request, f"{candidate} on general text")
     return reply if isinstance(reply, TextDivergence) else None

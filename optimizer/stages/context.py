@@ -14,8 +14,10 @@ from pydantic import TypeAdapter
 from optimizer.errors import Fault
 from optimizer.job.inputs import JobInputs, task_hash
 from optimizer.job.spec import JobSpec
+from optimizer.search.goals import Goals
 from optimizer.search.space import PlanSpace, plan_space
 from optimizer.stages.failed_samples import FailedSamples
+from optimizer.stages.judged import Judged, judged_of
 from optimizer.stages.progress import Progress
 from optimizer.stages.together import Turns
 from storage.database import Database
@@ -25,6 +27,7 @@ from storage.records import lookup
 from storage.records.lookup import ModelRecord, TaskRecord
 from workers.messages import Failure, Reply, Request, WorkerInfo, Workload
 from workers.tasks import Task
+from workers.tasks.passages import TextTask
 
 if TYPE_CHECKING:
     from workers.cluster.pool import WorkerPool
@@ -104,17 +107,38 @@ class JobContext:
     @cached_property
     def task_id(self) -> int:
         """The id of the task's row."""
-        task = TaskRecord(
-            name=self.task.name,
-            task_hash=task_hash(self.task),
-            data_hash=self.task.data_hash,
-            definition_hash=self.task.definition_hash,
-            split_seed=self.task.spec.splits.seed,
-            calibration_size=len(self.task.calibration),
-            search_size=len(self.task.search),
-            held_out_size=len(self.task.held_out),
+        return self.id_of(self.task)
+
+    def id_of(self, task: Task | TextTask) -> int:
+        """Return the id of a task's row: of the job's one, of one of several, or of what is judged beside them."""
+        record = TaskRecord(
+            name=task.name,
+            task_hash=task_hash(task),
+            data_hash=task.data_hash,
+            definition_hash=task.definition_hash,
+            split_seed=0 if isinstance(task, TextTask) else task.spec.splits.seed,
+            calibration_size=len(task.calibration),
+            search_size=len(task.search),
+            held_out_size=len(task.held_out),
         )
-        return lookup.ensure_task(self.db, task)
+        return lookup.ensure_task(self.db, record)
+
+    @cached_property
+    def judged(self) -> dict[str, Judged]:
+        """What plans are judged by, by name: the job's tasks, then what has limits beside them."""
+        return judged_of(self.spec, self.task)
+
+    @cached_property
+    def goals(self) -> Goals | None:
+        """The limits on each of these; None where that is the job's one task, judged by its constraint."""
+        if len(self.judged) == 1:
+            return None
+        return Goals(tuple(each.goal for each in self.judged.values()), self.spec.search.objective)
+
+    @property
+    def search_size(self) -> int:
+        """Samples of the search splits of all that plans are judged by."""
+        return len(self.task.search) if self.goals is None else self.goals.size
 
     @cached_property
     def settings(self) -> str:

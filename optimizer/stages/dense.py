@@ -6,7 +6,7 @@ Its evaluation on the search split is the one that the search compares with; in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optimizer.errors import UsageFault
@@ -17,6 +17,7 @@ from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
 from workers.messages import ShownSample, ShownSamples, ShowSamples
 from workers.runtime import SkipPlan
+from workers.tasks import Task
 from workers.tasks.chance import chance
 
 LOOKED_AT = 16
@@ -31,7 +32,7 @@ class UselessModel(UsageFault):
 
 @dataclass(frozen=True)
 class DenseCheck:
-    """The dense model's accuracy on the search split, and what is wrong with its answers (empty: nothing)."""
+    """The dense model's accuracy on the search splits, and what is wrong with its answers (empty: nothing)."""
 
     n_samples: int
     accuracy: float
@@ -58,9 +59,9 @@ def warn(context: JobContext) -> str:
     What it measures is nothing that anybody should act on then, but not wrong, so the command goes on.
     """
     context.progress.begin("check dense", 1)
-    found = _find(context)
-    context.progress.advance(news=f"accuracy {found.accuracy:.3f}")
-    reasons = "; ".join(found.reasons)
+    found = _find_all(context)
+    context.progress.advance(news=", ".join(f"accuracy {each.accuracy:.3f}" for each in found))
+    reasons = "; ".join(_named(found, each, reason) for each in found for reason in each.reasons)
     return f"{reasons}: what is measured of its layers says little about the task" if reasons else ""
 
 
@@ -69,21 +70,29 @@ def _known(context: JobContext) -> DenseCheck:
 
 
 def _check(context: JobContext) -> DenseCheck:
-    found, floor = _find(context), context.spec.constraint.min_dense_accuracy
-    goes_on_anyway = floor is not None and floor <= found.chance
-    if found.below_floor or (found.findings and not goes_on_anyway):
+    found, floor = _find_all(context), context.spec.constraint.min_dense_accuracy
+    wrong = [each for each in found if each.below_floor or (each.findings and not each.goes_on_anyway(floor))]
+    if wrong:
         raise UselessModel(
-            f"task {context.task.name}, model {context.spec.model.path}: {'; '.join(found.reasons)}; check the task's "
+            f"task {' and '.join(each.task for each in wrong)}, model {context.spec.model.path}: "
+            f"{'; '.join(reason for each in wrong for reason in each.reasons)}; check the task's "
             "prompt, answers and metric (constraint.min_dense_accuracy: 0 goes on anyway)",
-            [describe(each) for each in _worst(found.looked_at)],
+            [describe(each) for each in _worst(wrong[0].looked_at)],
         )
-    return DenseCheck(found.n_samples, found.accuracy, found.chance, "; ".join(found.findings))
+    n = sum(each.n_samples for each in found)
+    return DenseCheck(
+        n,
+        math.fsum(each.n_samples * each.accuracy for each in found) / n,
+        math.fsum(each.n_samples * each.chance for each in found) / n,
+        "; ".join(_named(found, each, finding) for each in found for finding in each.findings),
+    )
 
 
 @dataclass(frozen=True)
 class _Found:
-    """The dense model's accuracy on the search split, what is wrong with its answers, and those looked at."""
+    """The dense model's accuracy on a task's search split, what is wrong with its answers, and those looked at."""
 
+    task: str
     n_samples: int
     accuracy: float
     chance: float
@@ -97,25 +106,45 @@ class _Found:
         """All that is wrong."""
         return [*filter(None, [self.below_floor]), *self.findings]
 
+    def goes_on_anyway(self, floor: float | None) -> bool:
+        """Whether the job was told to go on with a model that is no better than chance."""
+        return floor is not None and floor <= self.chance
 
-def _find(context: JobContext) -> _Found:
+
+def _named(found: Sequence[_Found], each: _Found, finding: str) -> str:
+    """Name the task of a finding where there are several."""
+    return finding if len(found) == 1 else f"task {each.task}: {finding}"
+
+
+def _find_all(context: JobContext) -> list[_Found]:
+    """Look at the dense model on each of the job's tasks."""
+    if not context.task.parts:
+        return [_find(context, context.task, "")]
+    return [_find(context, part, part.name) for part in context.task.parts]
+
+
+def _find(context: JobContext, task: Task, name: str) -> _Found:
     dense = Candidate(SkipPlan.dense(context.worker.num_layers))
-    rungs = rung_sizes(context.spec.search.rungs, len(context.task.search))
-    n_samples = rungs[-1]
+    if name or context.goals is not None:
+        n_samples = first = len(task.search)
+    else:
+        rungs = rung_sizes(context.spec.search.rungs, len(task.search))
+        n_samples, first = rungs[-1], rungs[0]
     if context.spec.is_lossless:
         values = dense_answers.run(context, "search").scores
     else:
-        ((_, scores),) = CachedEvaluation(context, "search")([(dense, n_samples)])
+        evaluate = CachedEvaluation(context, "search", task=task if name else None)
+        ((_, scores),) = evaluate([(dense, n_samples)])
         if scores.failure is not None:
             raise JobFailed(f"the dense model cannot be evaluated: {scores.failure}")
         values = scores.values
-    if all(map(math.isnan, values[: rungs[0]])):
-        raise JobFailed(f"search.rungs: all of the first {rungs[0]} samples failed; begin with a larger number")
+    if all(map(math.isnan, values[:first])):
+        raise JobFailed(f"search.rungs: all of the first {first} samples failed; begin with a larger number")
     floor = context.spec.constraint.min_dense_accuracy
-    samples = context.task.search[:n_samples]
+    samples = task.search[:n_samples]
     answered = {s: score for s, score in zip(samples, values, strict=True) if not math.isnan(score)}
     accuracy = math.fsum(answered.values()) / len(answered)
-    blind = chance(context.task.spec, list(answered))
+    blind = chance(task.spec, list(answered))
     is_above_chance = accuracy > blind.score
     findings = [] if is_above_chance else [not_above_chance(accuracy, n_samples, "search", blind.score, blind.means)]
     below_floor = ""
@@ -125,9 +154,9 @@ def _find(context: JobContext) -> _Found:
         )
     looked_at: tuple[ShownSample, ...] = ()
     if findings or below_floor or sum(score == 1 for score in answered.values()) < len(answered) / 2:
-        looked_at = _look_at(context, n_samples)
-        findings += _odd_answers(context, looked_at)
-    return _Found(n_samples, accuracy, blind.score, below_floor, tuple(findings), looked_at)
+        looked_at = _look_at(context, n_samples, name)
+        findings += _odd_answers(task, looked_at)
+    return _Found(task.name, n_samples, accuracy, blind.score, below_floor, tuple(findings), looked_at)
 
 
 def not_above_chance(accuracy: float, n_samples: int, split: str, score: float, means: str) -> str:
@@ -138,23 +167,32 @@ def not_above_chance(accuracy: float, n_samples: int, split: str, score: float, 
     )
 
 
-def warning_of(context: JobContext, accuracy: float, n_samples: int) -> str:
-    """Return what is wrong with the dense model by the check, else by its accuracy on the held-out split."""
+def warning_of(context: JobContext, accuracies: Mapping[str, tuple[float, int]]) -> str:
+    """Return what is wrong with the dense model by the check, else by its accuracies on the held-out splits.
+
+    These come with the numbers of samples, by the name of the task.
+    """
     warning = _known(context).warning
-    blind = chance(context.task.spec, context.task.held_out)
-    if warning or accuracy > blind.score:
+    if warning:
         return warning
-    return not_above_chance(accuracy, n_samples, "held-out", blind.score, blind.means)
+    found = []
+    for task in context.task.parts or (context.task,):
+        accuracy, n_samples = accuracies[task.name]
+        blind = chance(task.spec, task.held_out)
+        if accuracy <= blind.score:
+            said = not_above_chance(accuracy, n_samples, "held-out", blind.score, blind.means)
+            found.append(f"task {task.name}: {said}" if context.task.parts else said)
+    return "; ".join(found)
 
 
-def _look_at(context: JobContext, n_samples: int) -> tuple[ShownSample, ...]:
+def _look_at(context: JobContext, n_samples: int, task: str) -> tuple[ShownSample, ...]:
     """Show samples spread over the search split; none where that fails, which is noted."""
     indices = sorted({number * n_samples // LOOKED_AT for number in range(LOOKED_AT)})
-    reply = context.ask_one(ShowSamples("search", tuple(indices)), "answers of the dense model")
+    reply = context.ask_one(ShowSamples("search", tuple(indices), task=task), "answers of the dense model")
     return reply.samples if isinstance(reply, ShownSamples) else ()
 
 
-def _odd_answers(context: JobContext, looked_at: Sequence[ShownSample]) -> list[str]:
+def _odd_answers(task: Task, looked_at: Sequence[ShownSample]) -> list[str]:
     """Say what is odd about answers: all equal where different ones are accepted, or all cut and not right."""
     answered = [each for each in looked_at if each.answer is not None]
     found = []
@@ -162,7 +200,7 @@ def _odd_answers(context: JobContext, looked_at: Sequence[ShownSample]) -> list[
     if len({each.answer for each in answered}) == 1 and not frozenset.intersection(*accepted):
         found.append(f"the dense model answers {answered[0].answer!r} to all of {len(answered)} different samples")
     if answered and all(each.cut for each in answered) and any(each.score != 1 for each in answered):
-        limit = context.task.spec.answer.max_new_tokens
+        limit = task.spec.answer.max_new_tokens
         found.append(f"all of {len(answered)} answers are cut at answer.max_new_tokens: {limit}")
     return found
 

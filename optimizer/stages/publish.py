@@ -14,7 +14,7 @@ from optimizer.stages.collateral import Collateral
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.guard import Guards
 from optimizer.stages.verify import Finalist
-from optimizer.verification.verdict import Verdict
+from optimizer.verification.verdict import GoalVerdict, Verdict
 from storage.pareto import Group
 from storage.records import lookup, plans
 from storage.records.engine_latencies import EngineLatency
@@ -98,7 +98,8 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
     if not complete:
         raise JobFailed(inexact[timed_plans[0].candidate])
     verdict = complete[0][0].verdict
-    warning = dense.warning_of(context, verdict.dense_accuracy, verdict.n_samples)
+    accuracies = {each.name: (each.dense_accuracy, each.n_samples) for each in verdict.goals}
+    warning = dense.warning_of(context, accuracies or {context.task.name: (verdict.dense_accuracy, verdict.n_samples)})
     rows: dict[Candidate, plans.Plan] = {}
     for device in dict.fromkeys(speed.latency.device for _, speed in complete):  # a job may go on on another one
         timed = [each for each in complete if each[1].latency.device == device]
@@ -150,10 +151,14 @@ def _why_none(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintS
     fast = sum(fast_enough(speed, constraint) for _, speed in complete)
     engine = complete[0][1].engine
     where = "" if engine == TRANSFORMERS else f" in {engine}"
+    goals = complete[0][0].goals
+    samples = sum(each.n_samples for each in goals) if goals else complete[0][0].n_samples
     reason = (
-        f"no plan meets the constraint: of {len(complete)} verified on {complete[0][0].n_samples} held-out samples, "
-        f"{accurate} surely keep the accuracy and {fast} are surely fast enough{where}"
+        f"no plan meets the constraint: of {len(complete)} verified on {samples} held-out samples, "
+        f"{accurate} surely keep {'all limits' if goals else 'the accuracy'} and {fast} are surely fast enough{where}"
     )
+    if not accurate and goals:
+        return f"{reason}; {_missed([verdict for verdict, _ in complete])}"
     if not accurate:
         nearest = max((verdict for verdict, _ in complete), key=lambda verdict: verdict.difference_low)
         difference, low = round(100 * nearest.difference, 2) + 0.0, 100 * nearest.difference_low
@@ -162,6 +167,36 @@ def _why_none(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintS
         quickest, speed = max(complete, key=lambda each: each[1].low)
         return f"{reason}; the fastest, {quickest.plan}, is {speed.low:.2f} times as fast at worst"
     return f"{reason}, none is both"
+
+
+def _missed(verdicts: Sequence[Verdict]) -> str:
+    """Say on what each limit is missed by all plans, and which plan is the nearest; and what holds on the others."""
+    parts, missed = [], []
+    for number, goal in enumerate(verdicts[0].goals):
+        if any(verdict.goals[number].within for verdict in verdicts):
+            continue
+        nearest = min(verdicts, key=lambda verdict: verdict.goals[number].loss_high)
+        missed.append(goal.name)
+        parts.append(f"on {goal.name} none is within its limit ({nearest.plan} {at_worst(nearest.goals[number])})")
+    if not missed:
+        nearest = max(verdicts, key=lambda verdict: sum(goal.within for goal in verdict.goals))
+        outside = "; ".join(f"on {goal.name} it {at_worst(goal)}" for goal in nearest.goals if not goal.within)
+        return f"each limit is kept by some, all of them by none; the nearest, {nearest.plan}: {outside or 'by chance'}"
+    others = [each for each in verdicts if all(goal.within or goal.name in missed for goal in each.goals)]
+    if others:
+        parts.append(f"without {' and '.join(missed)}, {', '.join(each.plan for each in others)} would hold")
+    return "; ".join(parts)
+
+
+def at_worst(goal: GoalVerdict) -> str:
+    """Write a held-out loss with the end of its interval that is judged, and its limit."""
+    if goal.is_text:
+        limit = "" if goal.max_loss is None else f", limit {goal.max_loss:g}"
+        return f"diverges by {goal.loss:.3f} nats a token, {goal.loss_high:.3f} at worst{limit}"
+    limits = [] if goal.max_loss is None else [f"limit {100 * goal.max_loss:.2f}"]
+    if goal.min_accuracy is not None:
+        limits.append(f"accuracy {goal.accuracy:.3f}, {goal.accuracy_low:.3f} at worst, least {goal.min_accuracy:g}")
+    return ", ".join([f"loses {100 * goal.loss:.2f} points, {100 * goal.loss_high:.2f} at worst", *limits])
 
 
 def fast_enough(speed: Speed, constraint: ConstraintSpec) -> bool:
@@ -205,6 +240,7 @@ def figures(finalist: Finalist, speed: Speed, spec: JobSpec, measured: Measured,
             "difference_confidence": verdict.difference_confidence,
             "mcnemar_p": verdict.mcnemar_p,
             "meets_constraint": verdict.accepted and fast_enough(speed, constraint),
+            **({"goals": [asdict(goal) for goal in verdict.goals]} if verdict.goals else {}),
             **({} if served is None else {"judged_by": {"engine": served.engine, "concurrency": concurrency}}),
             "latency_pairs": latency.pairs,
             "peak_bytes": {"dense": latency.dense_peak_bytes, "plan": latency.peak_bytes},

@@ -20,10 +20,10 @@ from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate
 from optimizer.search.trial import Scores, SearchOutcome, Trial
 from optimizer.stages import warm_start
-from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.goal_evaluation import GoalEvaluation
 from optimizer.stages.profile import cache_sizes
-from optimizer.verification.finalists import failure_of
+from optimizer.verification.finalists import failure_of, worst_of
 from workers.errors import MeasurementError
 from workers.messages import LatencyProfile
 from workers.redundancy.table import LayerTable
@@ -56,7 +56,7 @@ def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
     cache = None if spec.max_kv_cache_bytes is None else cache_sizes(context).of
     if cache is not None and context.spec.is_lossless:
         cache = partial(_with_dense, cache)
-    return Limits(spec, profile.dense_latency_seconds if profiled else None, cache)
+    return Limits(spec, profile.dense_latency_seconds if profiled else None, cache, context.goals)
 
 
 def _with_dense(cache: Callable[[SkipPlan], float], plan: SkipPlan) -> float:
@@ -75,19 +75,19 @@ def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:
 
 
 def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOutcome:
-    cached = CachedEvaluation(context, "search", seconds_counter=SECONDS)
+    scored = GoalEvaluation(context, "search", seconds_counter=SECONDS)
 
     def evaluate(requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
         # Plans count as done once their whole batch is: until then this tells that they are under way.
         context.progress.advance(0, news=f"{len(requests)} plans on {requests[0][1]} samples each under way")
-        yield from cached(requests)
+        yield from scored(requests)
 
     try:
         problem = _problem(context, profile, table)
         search = Search(
             problem,
             find(STRATEGIES, context.spec.search.strategy, "search.strategy")(problem),
-            Budget(context.spec.search, cached.elapsed),
+            Budget(context.spec.search, scored.elapsed),
             evaluate=evaluate,
             on_trial=lambda trial: context.progress.advance(news=_news(trial)),
         )
@@ -108,12 +108,13 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
         space=space,
         limits=limits_of(context, profile),
         ratio=ratio,
-        rungs=rung_sizes(spec.search.rungs, len(context.task.search)),
+        rungs=rung_sizes(spec.search.rungs, context.search_size),
         risk=criteria.load(spec.criterion, spec.thresholds).risk(table),
         table=table,
         seed=spec.search.seed,
         batch=spec.search.batch,
         drafting=drafting,
+        goals=context.goals,
     )
     if spec.search.strategy in METHODS:
         return problem
@@ -140,4 +141,6 @@ def _news(trial: Trial) -> str:
             f"{trial.candidate} accepted {trial.accuracy:.3f}, time {trial.drafter.time:.2f} of plain decoding's on "
             f"{trial.n_samples} samples"
         )
+    if trial.goals:
+        return f"{trial.candidate} {worst_of(trial)}; {trial.n_samples} samples"
     return f"{trial.candidate} {100 * trial.difference:+.1f} points to dense on {trial.n_samples} samples"

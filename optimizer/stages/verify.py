@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from optimizer.search.latency import LayerTimes
 from optimizer.search.space import Candidate
-from optimizer.search.trial import SearchOutcome
+from optimizer.search.trial import Scores, SearchOutcome
 from optimizer.stages import compensate, dense_answers
-from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.compensate import KeptMaps
 from optimizer.stages.context import JobContext, JobFailed
+from optimizer.stages.goal_evaluation import GoalEvaluation
 from optimizer.stages.search import drafting_of, limits_of
 from optimizer.verification.drafting import DenseFigures, Drafted, verify_drafters
 from optimizer.verification.finalists import choose_finalists, why_none
+from optimizer.verification.goals import HeldOut, verify_goals
 from optimizer.verification.verdict import Verdict, verify
 from workers.messages import Artifact
 from workers.runtime import SkipPlan
+from workers.tasks import Sample
+from workers.tasks.passages import Passage
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ def _verify(
     if not finalists:
         return ()
     dense = Candidate(SkipPlan.dense(context.worker.num_layers))
-    scores: dict[Candidate, tuple[float, ...]] = {}
+    scores: dict[Candidate, Scores] = {}
     artifacts = {candidate: kept.artifact for candidate, kept in maps.items()}
-    evaluate = CachedEvaluation(context, "held_out", artifacts)
+    evaluate = GoalEvaluation(context, "held_out", artifacts)
     fitted = [each for each in finalists if each in maps or each.compensation == dense.compensation]
     for candidate, result in evaluate([(each, len(context.task.held_out)) for each in (dense, *fitted)]):
         context.progress.advance()
         if result.failure is None:
-            scores[candidate] = result.values
+            scores[candidate] = result
         elif candidate == dense:
             raise JobFailed(f"the dense model cannot be evaluated: {result.failure}")
         else:
@@ -77,21 +80,36 @@ def _verify(
         answers = dense_answers.run(context, "held_out")
         return verify_drafters(
             DenseFigures(answers.scores, answers.secondary),
-            {each: Drafted(scores[each], evaluate.secondary[each]) for each in verified.values()},
+            {each: Drafted(scores[each].values, scores[each].secondary) for each in verified.values()},
             [sample.image_key for sample in context.task.held_out],
             context.spec.constraint,
             drafting_of(context, profile).costs,
             seed=context.spec.search.seed,
         )
+    if context.goals is not None:
+        return verify_goals(
+            [
+                HeldOut(each.goal, scores[dense].by_goal[name], _images(each.task.held_out[: each.size("held_out")]))
+                for name, each in context.judged.items()
+            ],
+            {each: scores[each].by_goal for each in verified.values()},
+            context.spec.constraint.confidence,
+            seed=context.spec.search.seed,
+            secondary={each: evaluate.secondary(each) for each in verified.values()},
+        )
     verdicts = verify(
-        scores[dense],
-        {name: scores[each] for name, each in verified.items()},
+        scores[dense].values,
+        {name: scores[each].values for name, each in verified.items()},
         [sample.image_key for sample in context.task.held_out],
         context.spec.constraint,
         seed=context.spec.search.seed,
-        secondary={str(candidate): metrics for candidate, metrics in evaluate.secondary.items()},
+        secondary={name: dict(scores[each].secondary) for name, each in verified.items()},
     )
     return tuple(
         replace(verdict, plan=verified[verdict.plan].plan.text, compensation=verified[verdict.plan].compensation)
         for verdict in verdicts
     )
+
+
+def _images(samples: Sequence[Sample | Passage]) -> list[str]:
+    return [sample.image_key for sample in samples]

@@ -18,6 +18,7 @@ from storage.records import evaluations, lookup, plans
 from storage.records.evaluations import EvaluationRecord
 from storage.records.plans import PlanQuery
 from workers.runtime import SkipPlan
+from workers.tasks.joint import JOINED_BY
 
 MOST_PLANS = 16
 """Plans of other tasks that are tried first, the fastest of their fronts."""
@@ -38,7 +39,7 @@ def choose(context: JobContext) -> WarmStart:
 
 def _choose(context: JobContext) -> WarmStart:
     largest: dict[tuple[str, str], EvaluationRecord] = {}
-    for each in _known(context):
+    for each in _known(context) if context.goals is None else ():  # of several tasks, scores are found one by one
         key = (each.plan, each.compensation)
         if each.job_id != context.job.id and (key not in largest or largest[key].n_samples < each.n_samples):
             largest[key] = each
@@ -56,7 +57,11 @@ def _choose(context: JobContext) -> WarmStart:
 def _shares_data(context: JobContext, task_id: int) -> bool:
     """Whether a task is of the same data: its plans were chosen with samples that are held out here."""
     task = lookup.task(context.db, task_id)
-    return task.data_hash == context.task.data_hash or (not task.data_hash and task.name == context.task.name)
+    names = task.name.split(JOINED_BY) if JOINED_BY in task.name else []
+    return any(
+        task.data_hash == own.data_hash or (not task.data_hash and task.name == own.name) or own.name in names
+        for own in (context.task, *context.task.parts, *context.task.beside)
+    )
 
 
 def _known(context: JobContext) -> list[EvaluationRecord]:
@@ -83,7 +88,7 @@ def known_candidates(context: JobContext, chosen: WarmStart, problem: Problem) -
         candidate = Candidate(SkipPlan.parse(each.plan), each.compensation)
         if candidate in problem.space and not candidate.is_dense:
             scores = Scores(each.scores, kl=each.kl, secondary=each.secondary)
-            trial = problem.trial(candidate, scores, reference.scores)
+            trial = problem.trial(candidate, scores, Scores(reference.scores))
             found.append(replace(trial, from_earlier=True))
     return tuple(found)
 

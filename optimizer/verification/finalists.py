@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from optimizer.search.constraints import Limits
+from optimizer.search.goals import LEAST_LIMIT, is_within
 from optimizer.search.pareto import Point, front_indices
 from optimizer.search.space import Candidate
-from optimizer.search.trial import SearchOutcome, Trial
+from optimizer.search.trial import OPTIMISM, GoalFigures, SearchOutcome, Trial
 from workers.runtime import SkipPlan
 
 
@@ -23,14 +25,16 @@ def choose_finalists(outcome: SearchOutcome, limits: Limits, count: int) -> tupl
     """
     if any(trial.drafter is not None for trial in outcome.trials):
         return _drafters(outcome, limits, count)
-    least = limits.least_difference(outcome.dense_accuracy)
     eligible = [
         trial
         for trial in outcome.trials
-        if trial.complete and _may_be_fast(trial, limits) and trial.optimistic_difference >= least
+        if trial.complete
+        and _may_be_fast(trial, limits)
+        and limits.keeps(trial, outcome.dense_accuracy, optimistic=True)
     ]
     front = _front(eligible, [trial.costs for trial in eligible])
-    chosen = _spread(front, count, least)
+    kept = [trial for trial in front if limits.keeps(trial, outcome.dense_accuracy, optimistic=False)]
+    chosen = (kept or front)[:1] if count == 1 else _evenly(front, count)
     eligible = [trial for trial in eligible if trial not in front]
     while eligible and len(chosen) < count:
         divergences = [trial.kl for trial in eligible if trial.kl is not None]
@@ -74,6 +78,8 @@ def why_none(outcome: SearchOutcome, limits: Limits) -> str:
             f"{len(drafters)} are expected to save no time as drafters, or are outside the limits (the nearest, "
             f"{nearest.candidate}, takes {_time(nearest):.2f} of plain decoding's time per token)"
         )
+    elif fast and limits.goals is not None:
+        reasons.append(f"{len(fast)} lose more than allowed{_binding(fast, limits)}")
     elif fast:
         nearest = max(fast, key=lambda trial: trial.difference)
         reasons.append(
@@ -86,6 +92,55 @@ def why_none(outcome: SearchOutcome, limits: Limits) -> str:
         reasons.append(f"{len(outcome.failed)} failed (such as {failure_of(outcome)})")
     total = len(tried) + len(outcome.failed)
     return f"no plan that the search tried could meet the constraint: of {total}, {', '.join(reasons) or 'none ran'}"
+
+
+def _binding(tried: Sequence[Trial], limits: Limits) -> str:
+    """Say on which tasks the limits cannot be kept, and what could be had without them."""
+    complete = [trial for trial in tried if trial.complete] or list(tried)
+    parts = []
+    for name in dict.fromkeys(each.name for trial in complete for each in trial.goals if each.limit is not None):
+        losses = {trial: own for trial in complete if (own := _loss(trial, name)) is not None}
+        nearest = min(losses, key=lambda trial: losses[trial].loss)
+        least = losses[nearest]
+        if least.loss - OPTIMISM * least.error <= (least.limit or 0.0):
+            continue
+        parts.append(f"on {name} none is within its limit (the nearest, {nearest.candidate}, {worded(least)})")
+        others = [trial for trial in complete if _keeps_without(trial, name)]
+        if others:
+            fastest = min(others, key=lambda trial: trial.latency_ratio)
+            parts.append(
+                f"without {name}, {fastest.candidate} is predicted to run {1 / fastest.latency_ratio:.2f}x within "
+                "the other limits"
+            )
+    if not parts:
+        nearest = min(complete, key=lambda trial: -trial.difference)
+        parts = [f"no plan keeps all limits at once (the nearest, {nearest.candidate}: {worst_of(nearest)})"]
+    return f": {'; '.join(parts)}"
+
+
+def _loss(trial: Trial, name: str) -> GoalFigures | None:
+    return next((each for each in trial.goals if each.name == name), None)
+
+
+def _keeps_without(trial: Trial, name: str) -> bool:
+    """Whether a trial is plausibly within all limits but one."""
+    return is_within(replace(trial, goals=tuple(each for each in trial.goals if each.name != name)), optimistic=True)
+
+
+def worded(each: GoalFigures) -> str:
+    """Write a loss beside its limit."""
+    if each.is_text:
+        return f"diverges by {each.loss:.3f} nats a token, limit {each.limit:g}"
+    return f"loses {100 * each.loss:.2f} points, limit {100 * (each.limit or 0.0):.2f}"
+
+
+def worst_of(trial: Trial) -> str:
+    """Write the loss of a trial that is the largest share of its limit."""
+    limited = [each for each in trial.goals if each.limit is not None]
+    if not limited:
+        return "no limit"
+    worst = max(limited, key=lambda each: each.loss / max(LEAST_LIMIT, each.limit or 0.0))
+    return f"on {worst.name} it {worded(worst)}"
 
 
 def failure_of(outcome: SearchOutcome) -> str:
@@ -102,13 +157,6 @@ def _may_be_fast(trial: Trial, limits: Limits) -> bool:
 
 def _front(trials: Sequence[Trial], costs: Sequence[Point]) -> list[Trial]:
     return [trials[index] for index in front_indices(costs)]
-
-
-def _spread(front: Sequence[Trial], count: int, least: float) -> list[Trial]:
-    """At most ``count`` members of a front that is ordered by latency; a single one keeps to the limit if any does."""
-    if count == 1 and front:
-        return [next((trial for trial in front if trial.difference >= least), front[0])]
-    return _evenly(front, count)
 
 
 def _evenly(front: Sequence[Trial], count: int) -> list[Trial]:

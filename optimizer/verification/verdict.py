@@ -42,6 +42,34 @@ class DraftFigures:
 
 
 @dataclass(frozen=True)
+class GoalVerdict:
+    """A plan's held-out figures on one of the tasks, or the text, that it is judged by."""
+
+    name: str
+    n_samples: int
+    images: int
+    """Of text, different passages."""
+    accuracy: float
+    """Of text, the share of next tokens that are predicted right."""
+    accuracy_low: float
+    accuracy_high: float
+    dense_accuracy: float
+    loss: float
+    """Accuracy lost, as a share; of text KL(dense || plan), in nats a token."""
+    loss_low: float
+    loss_high: float
+    """The upper end of the loss's interval is what its limit is judged on."""
+    max_loss: float | None
+    min_accuracy: float | None
+    weight: float
+    """In the mean loss; 0 for what is judged beside the job's tasks."""
+    is_text: bool
+    within: bool
+    mcnemar_p: float
+    secondary: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Verdict:
     """A plan's held-out figures. Accuracies and differences (plan minus dense, a loss is negative) are shares."""
 
@@ -67,6 +95,8 @@ class Verdict:
     compensation: str = NO_COMPENSATION
     drafting: DraftFigures | None = None
     """In a lossless job, where accuracies are dense's."""
+    goals: tuple[GoalVerdict, ...] = ()
+    """In a job that judges by several; the figures above are of the task on which most may have been lost."""
 
     @property
     def candidate(self) -> Candidate:
@@ -84,7 +114,7 @@ class _Bound:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """Scores of dense and of a plan on the samples that neither failed on, and these samples' images."""
 
     dense: Sequence[float]
@@ -92,7 +122,7 @@ class _Pairs:
     groups: Sequence[str]
 
     @classmethod
-    def of(cls, dense: Sequence[float], plan: Sequence[float], groups: Sequence[str]) -> _Pairs:
+    def of(cls, dense: Sequence[float], plan: Sequence[float], groups: Sequence[str]) -> Pairs:
         """Leave out what failed."""
         rows = [row for row in zip(dense, plan, groups, strict=True) if not math.isnan(row[0] + row[1])]
         return cls([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
@@ -112,7 +142,7 @@ def verify(
     ``groups`` names each sample's image. A sample that failed (NaN) under dense or the plan is left out for both.
     Raises ValueError when the scores do not belong to the same samples.
     """
-    pairs = {plan: _Pairs.of(dense, scores, groups) for plan, scores in finalists.items()}
+    pairs = {plan: Pairs.of(dense, scores, groups) for plan, scores in finalists.items()}
     bounds = _bounds(pairs, constraint, seed)
     verdicts = []
     for plan, own in pairs.items():
@@ -154,7 +184,7 @@ def least_provable_drop(groups: Sequence[str], constraint: ConstraintSpec, final
     return -difference_interval(bootstrap_difference(right, right, groups, seed=seed), level).low
 
 
-def _bounds(pairs: Mapping[str, _Pairs], constraint: ConstraintSpec, seed: int) -> dict[str, _Bound]:
+def _bounds(pairs: Mapping[str, Pairs], constraint: ConstraintSpec, seed: int) -> dict[str, _Bound]:
     differences = {
         plan: bootstrap_difference(each.dense, each.plan, each.groups, seed=seed) for plan, each in pairs.items()
     }

@@ -94,9 +94,9 @@ def _record(row: EvaluationRow) -> EvaluationRecord:
 def record(session: Session, job: Job, key: EvaluationKey, result: EvaluationResult) -> EvaluationRecord:
     """Persist what a plan scored on the samples that ``key`` names.
 
-    Idempotent by job, plan, compensation, split and number of samples: what was recorded first stays and is returned;
-    only a recorded failure gives way to scores. Raises ``LeaseLost``, or ``InvalidValue`` for a score outside [0, 1]
-    and for other than ``key.n_samples`` scores.
+    Idempotent by job, task, plan, compensation, split and number of samples: what was recorded first stays and is
+    returned; only a recorded failure gives way to scores. Raises ``LeaseLost``, or ``InvalidValue`` for a score
+    outside [0, 1] and for other than ``key.n_samples`` scores.
     """
     n = key.n_samples
     if not result.scores:
@@ -139,6 +139,7 @@ def reuse(session: Session, job: Job, evaluation_id: int) -> EvaluationRecord:
 
 _KEY = (
     EvaluationRow.job_id,
+    EvaluationRow.task_id,
     EvaluationRow.plan,
     EvaluationRow.compensation,
     EvaluationRow.split,
@@ -164,11 +165,15 @@ def _write(session: Session, job: Job, key: EvaluationKey, outcome: dict[str, An
 
 
 @reads
-def for_job(session: Session, job_id: int, split: str | None = None) -> list[EvaluationRecord]:
-    """Read all evaluations of a job (on one split), in the order in which they were recorded."""
+def for_job(
+    session: Session, job_id: int, split: str | None = None, *, task_id: int | None = None
+) -> list[EvaluationRecord]:
+    """Read all evaluations of a job (on one split, of one task), in the order in which they were recorded."""
     query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.id)
     if split is not None:
         query = query.where(EvaluationRow.split == split)
+    if task_id is not None:
+        query = query.where(EvaluationRow.task_id == task_id)
     return [_record(row) for row in session.scalars(query)]
 
 

@@ -38,7 +38,7 @@ def overhead(layers: int, evaluations: int) -> float:
 
     def seen(candidate: Candidate) -> Trial:
         figures = planted.scores(candidate, planted.samples)
-        return trial_of(candidate, figures, scores.values, problem.ratio(candidate.plan), planted.samples)
+        return trial_of(candidate, figures, scores, problem.ratio(candidate.plan), planted.samples)
 
     random = np.random.default_rng(0)
     strategy.start(seen(dense))

@@ -27,8 +27,9 @@ class TaskReference:
 
 
 def task_key(task: Task) -> str:
-    """Identify a task by all that an answer depends on."""
-    return f"{task.data_hash} {task.definition_hash} {task.split_hash}"
+    """Identify a task, with what is beside it, by all that an answer depends on."""
+    held = (task, *task.beside)
+    return "; ".join(f"{each.data_hash} {each.definition_hash} {each.split_hash}" for each in held)
 
 
 class Worker:

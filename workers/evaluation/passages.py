@@ -33,6 +33,8 @@ MOST_TOKENS = 512
 """Tokens of a passage that are read; what is behind them is left out."""
 TOO_SHORT = "it has fewer than two tokens, so nothing can be predicted"
 """Why a passage fails."""
+NAN_OF_PLAN = "its logits hold NaN where the dense model's do not"
+"""Why a plan fails on all passages: left out, the one would make it look better than it is."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class PassageScores:
     shares: dict[str, float] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    broken: str = ""
+    """Why the plan cannot be scored; empty where it can."""
 
     def add(self, passage: str, logits: Iterator[Tensor], following: Sequence[int], dense: DenseDistributions) -> None:
         """Read the ``logits`` of a passage's positions, ``[positions, vocabulary]`` each, piece after piece.
@@ -54,6 +58,8 @@ class PassageScores:
             first = own.stop
             if bool(piece.isnan().any()):
                 divergence = math.nan
+                if not bool(dense.log_probabilities.isnan().any()):
+                    self.broken = f"{NAN_OF_PLAN}, on {passage}"
                 break
             right += int((piece.argmax(-1).cpu() == torch.tensor(following[own])).sum())
             divergence += float(dense.at(own).divergence(piece).double().sum())
@@ -69,8 +75,8 @@ class PassageEvaluator:
     A passage is tokenised as the tokenizer begins every text, without special tokens of its own, and cut to 512 tokens
     and the model's positions. The score is an accuracy, and the KL divergence that of the dense model's 512 likeliest
     tokens and the rest as one (:class:`DenseDistributions`), in nats a token. Near ties are not decided apart: rounding
-    may move a score by a token. A passage fails where the dense model's or the plan's logits hold NaN; score and
-    divergence are NaN then.
+    may move a score by a token. A passage fails where the dense model's logits hold NaN, and its score and divergence
+    are NaN then; a plan fails where its own do and the dense model's do not.
 
     The dense model's distributions are kept, up to ``cache_bytes``.
     """
@@ -113,6 +119,9 @@ class PassageEvaluator:
                 )
             except (PlanError, CompensationError, MeasurementError, RuntimeError, MemoryError) as error:
                 results.append(EvaluationFailure(text, describe_error(error, PlanError)))
+                continue
+            if scores.broken:
+                results.append(EvaluationFailure(text, scores.broken))
                 continue
             results.append(
                 Evaluation(

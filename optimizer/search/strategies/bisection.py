@@ -118,5 +118,4 @@ class Bisection:
             good = trial.drafter.optimistic_time < chain.least_time
             chain.least_time = min(chain.least_time, trial.drafter.time)
             return good
-        difference = trial.difference if trial.complete else trial.optimistic_difference
-        return difference >= self._problem.limits.least_difference(self._dense_accuracy)
+        return self._problem.limits.keeps(trial, self._dense_accuracy, optimistic=not trial.complete)

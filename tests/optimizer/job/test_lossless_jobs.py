@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from optimizer.errors import UsageFault
-from optimizer.job.inputs import task_of
+from optimizer.job.inputs import tasks_of
 from optimizer.job.spec import JobSpec
 
 BASE: dict[str, Any] = {"model": {"path": "llava-12"}, "task": "scenes", "workload": {"new_tokens": 12}}
@@ -22,7 +22,7 @@ def test_a_lossless_job_has_no_limit_on_accuracy_and_is_read_back_as_it_was() ->
     spec = job()
     assert spec.constraint.max_accuracy_drop is None
     assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec
-    assert task_of(spec).name == "scenes"
+    assert [task.name for task in tasks_of(spec)] == ["scenes"]
 
 
 def test_the_mode_tells_jobs_apart_and_standalone_jobs_of_before_are_found_again() -> None:
@@ -57,4 +57,4 @@ def test_limits_on_the_request_are_kept() -> None:
 
 def test_tasks_without_long_answers_are_refused() -> None:
     with pytest.raises(UsageFault, match=r"answer.max_new_tokens \d leaves too little to draft"):
-        task_of(job(task="easy-vqa"))
+        tasks_of(job(task="easy-vqa"))

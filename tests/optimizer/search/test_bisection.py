@@ -13,7 +13,7 @@ from optimizer.registries import STRATEGIES
 from optimizer.search.seeding import with_given
 from optimizer.search.space import Candidate
 from optimizer.search.strategies.bisection import Chain
-from optimizer.search.trial import paired_difference, trial_of
+from optimizer.search.trial import Scores, paired_difference, trial_of
 from workers.runtime import SkipPlan
 
 LIMIT = ConstraintSpec(max_accuracy_drop=0.1)
@@ -57,14 +57,12 @@ def test_chains_take_their_share_of_the_evaluations_and_no_more() -> None:
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
     scores = planted.scores(dense, SAMPLES)
-    strategy.start(trial_of(dense, scores, scores.values, 1.0, SAMPLES))
+    strategy.start(trial_of(dense, scores, scores, 1.0, SAMPLES))
     of_chains = {plan for chain in problem.chains for plan in chain}
     first = [ask.candidate for ask in strategy.ask(8)]
     assert len(first) == 3 and set(first) <= of_chains
     assert strategy.expected_gain is None
-    strategy.tell(
-        [(each, trial_of(each, planted.scores(each, SAMPLES), scores.values, 0.5, SAMPLES)) for each in first]
-    )
+    strategy.tell([(each, trial_of(each, planted.scores(each, SAMPLES), scores, 0.5, SAMPLES)) for each in first])
     assert len(strategy.ask(8)) == 8
     assert strategy.expected_gain is not None
 
@@ -73,7 +71,7 @@ def test_given_plans_come_before_chains() -> None:
     problem = with_given(problem_of(small(), constraint=LIMIT), ["RSRRRRRR"])
     strategy = STRATEGIES["surrogate"](problem)
     dense = trial_of(
-        Candidate(SkipPlan.dense(8)), small().scores(Candidate(SkipPlan.dense(8)), 200), (1.0,) * 200, 1, 200
+        Candidate(SkipPlan.dense(8)), small().scores(Candidate(SkipPlan.dense(8)), 200), Scores((1.0,) * 200), 1, 200
     )
     strategy.start(dense)
     asked = [ask.candidate for ask in strategy.ask(8)]
@@ -88,11 +86,10 @@ def test_what_is_known_is_not_asked_again_and_halves_chains() -> None:
     (chain, *_) = problem.chains
     by_speed = sorted(chain, key=lambda candidate: -problem.ratio(candidate.plan))
     known = tuple(
-        trial_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
-        for each in by_speed
+        trial_of(each, planted.scores(each, SAMPLES), dense, problem.ratio(each.plan), SAMPLES) for each in by_speed
     )
     strategy = STRATEGIES["surrogate"](replace(problem, known=known, chains=(chain,), seeds=()))
-    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
+    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense, 1.0, SAMPLES))
     assert not {ask.candidate for ask in strategy.ask(8)} & set(chain)
 
 
@@ -101,12 +98,12 @@ def test_seeds_that_are_known_leave_their_places_to_chains() -> None:
     problem = problem_of(planted, constraint=LIMIT)
     dense = planted.scores(Candidate(SkipPlan.dense(8)), SAMPLES)
     known = tuple(
-        trial_of(each, planted.scores(each, SAMPLES), dense.values, problem.ratio(each.plan), SAMPLES)
+        trial_of(each, planted.scores(each, SAMPLES), dense, problem.ratio(each.plan), SAMPLES)
         for each in problem.seeds
     )
     assert known
     strategy = STRATEGIES["surrogate"](replace(problem, known=known))
-    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, SAMPLES))
+    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense, 1.0, SAMPLES))
     rungs = {each for chain in problem.chains for each in chain}
     assert {ask.candidate for ask in strategy.ask(2)} <= rungs
 
@@ -119,7 +116,7 @@ def test_a_failed_plan_counts_as_harmful() -> None:
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(8))
     scores = planted.scores(dense, SAMPLES)
-    strategy.start(trial_of(dense, scores, scores.values, 1.0, SAMPLES))
+    strategy.start(trial_of(dense, scores, scores, 1.0, SAMPLES))
     (middle,) = (ask.candidate for ask in strategy.ask(1))
     assert middle.plan.text == "RRSRRRRR"
     strategy.tell([(middle, None)])

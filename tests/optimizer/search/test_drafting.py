@@ -54,7 +54,9 @@ def drawn(acceptance: float, samples: int = 40, length: int = 30, seed: int = 0)
 
 def trial(plan: str, agreements: list[list[bool]], compensation: str = "none") -> Trial:
     found = scores(agreements)
-    return DRAFTING.trial_of(candidate(plan, compensation), found, [1.0] * len(agreements), 0.5, len(agreements))
+    return DRAFTING.trial_of(
+        candidate(plan, compensation), found, Scores((1.0,) * len(agreements)), 0.5, len(agreements)
+    )
 
 
 def test_time_is_that_of_the_best_length_over_all_tokens() -> None:

@@ -113,11 +113,11 @@ def test_repaired_proposals_are_parents_of_later_generations() -> None:
     strategy = STRATEGIES["nsga2"](problem)
     study = strategy._study
     dense = small().scores(Candidate(SkipPlan.dense(8)), 200)
-    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense.values, 1.0, 200))
+    strategy.start(trial_of(Candidate(SkipPlan.dense(8)), dense, dense, 1.0, 200))
     for _ in range(10):
         asked = [ask.candidate for ask in strategy.ask(8)]
         answers = [(each, small().scores(each, 200)) for each in asked]
-        strategy.tell([(c, trial_of(c, s, dense.values, problem.ratio(c.plan), 200)) for c, s in answers])
+        strategy.tell([(c, trial_of(c, s, dense, problem.ratio(c.plan), 200)) for c, s in answers])
     key = study.sampler._get_generation_key()
     assert max(trial.system_attrs.get(key, -1) for trial in study.get_trials(deepcopy=False)) >= 3
 

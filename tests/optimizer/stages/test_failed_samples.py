@@ -260,8 +260,8 @@ NAN = math.nan
 
 def test_a_trial_is_compared_on_what_both_answered() -> None:
     scores = Scores((1.0, NAN, 0.0, 1.0, 1.0))
-    found = trial_of(PLAN, scores, (1.0, 1.0, NAN, 0.0, 1.0, 0.0), 0.9, 5)
-    expected = trial_of(PLAN, Scores((1.0, 1.0, 1.0)), (1.0, 0.0, 1.0), 0.9, 3)
+    found = trial_of(PLAN, scores, Scores((1.0, 1.0, NAN, 0.0, 1.0, 0.0)), 0.9, 5)
+    expected = trial_of(PLAN, Scores((1.0, 1.0, 1.0)), Scores((1.0, 0.0, 1.0)), 0.9, 3)
     assert (found.accuracy, found.difference, found.difference_error) == (
         expected.accuracy, expected.difference, expected.difference_error,
     )  # fmt: skip

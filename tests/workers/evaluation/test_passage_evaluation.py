@@ -26,6 +26,7 @@ from workers.layerwise.trie import Execute, Node, build_trie
 from workers.messages import EvaluatePlans, Evaluation, EvaluationFailure, FitCompensation, ModelSource
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
+from workers.runtime.locate import locate
 from workers.tasks import Passage, Task, TextTask
 
 DENSE, PLANS = "RRRRRR", ("RRRRRR", "RSRRRR", "RSRRSR", "RRSSRR", "RSRRRB", "RSFRRB")
@@ -226,6 +227,25 @@ def test_passages_that_cannot_be_scored_are_marked(
         assert each.kl is not None
         for values in (each.scores, each.kl):
             assert [math.isnan(value) for value in values] == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("path", ["fast", "plain"])
+def test_a_plan_whose_own_logits_hold_nan_has_no_scores(
+    tiny_directory: Path, small_task: Task, passages: TextTask, path: str
+) -> None:
+    """Left out, such passages would make the plan look better than it is."""
+    loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    task = replace(passages, search=tuple(Passage(f"text-{n}", "what shape is green? " * 6) for n in range(4)))
+    dispatch = EvaluationDispatch(PassageEvaluator(loaded, task, Compensator(loaded, small_task)), memory_bytes=1 << 28)
+    dense = evaluations(dispatch.evaluate(EvaluatePlans((DENSE,), "search", path=path)))
+    assert not dense[0].failed_samples
+    fourth = locate(loaded.model).layers[3]
+    seen = fourth.register_forward_hook(lambda module, args, output: output * math.nan)
+    found = dispatch.evaluate(EvaluatePlans(("RRSRRR", "RRRSRR"), "search", path=path)).results
+    seen.remove()
+    broken, good = found
+    assert isinstance(broken, EvaluationFailure) and "logits hold NaN where the dense model's do not" in broken.reason
+    assert isinstance(good, Evaluation) and not good.failed_samples
 
 
 def test_plans_that_the_model_cannot_take_stop_no_others(plain: PassageEvaluator, fast: FastPassageEvaluator) -> None:

@@ -13,7 +13,7 @@ from workers.evaluation.divergence import DenseDistributions, pieces
 from workers.evaluation.passages import TOO_SHORT, PassageEvaluator, PassageScores
 from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
-from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluation, Evaluations
+from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluation, EvaluationFailure, Evaluations
 from workers.runtime.plan import Action, SkipPlan
 from workers.tasks import Passage
 
@@ -82,11 +82,16 @@ class FastPassageEvaluator(SharedEvaluator[Passage]):
             unfinished = sorted(outcome.unfinished)
             scores = self.plain.scores(plan, scoring.of(unfinished), maps[plan.text])
             outcome.failed.update(scores.failed)
+            outcome.broken = outcome.broken or scores.broken
             for index in unfinished:
                 name = scoring.sample(index).id
                 if name in scores.shares:
                     outcome.scores[index], outcome.kl[index] = (scores.shares[name],), scores.kl[name]
-        found = {plan.text: self._evaluation(plan, request, scoring, started) for plan in scoring.plans}
+        found: dict[str, Evaluation | EvaluationFailure] = {
+            plan.text: self._evaluation(plan, request, scoring, started) for plan in scoring.plans
+        }
+        broken = {text: each.broken for text, each in scoring.outcomes.items() if each.broken}
+        found |= {text: EvaluationFailure(text, reason) for text, reason in broken.items()}
         return Evaluations(tuple(failures.get(text) or found[text] for text in request.plans))
 
     def _evaluation(
@@ -176,6 +181,7 @@ class PassageScorer:
                 for text in (each for own in node.plans for each in alike[own]):
                     outcome = scoring.outcomes[text]
                     outcome.failed.update(scores.failed)
+                    outcome.broken = outcome.broken or scores.broken
                     for branch in chunk.samples:
                         passage = scoring.sample(branch.sample).id
                         if passage in scores.shares:

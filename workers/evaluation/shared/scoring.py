@@ -51,6 +51,8 @@ class Outcome:
     unfinished: set[int] = field(default_factory=set)
     """Samples that memory is too short for: the plain path generates them."""
     failed: dict[str, str] = field(default_factory=dict)
+    broken: str = ""
+    """Why the plan has no scores on text; empty where it has."""
     tied: set[int] = field(default_factory=set)
 
 
