@@ -1,9 +1,9 @@
-"""``skipplan export``, ``verify-export``, ``import`` and ``export-study``: what leaves the database, and returns."""
+"""``skipplan export``, ``push``, ``verify-export``, ``import`` and ``export-study``: out of the database, and back."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private; refuse a public one.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Upload nothing, list what would go.")]
 FormatName = Annotated[str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")]
 
 
@@ -42,9 +44,16 @@ def export(
     model_path: options.ModelPath = None,
     force: options.Force = False,
     force_model: options.ForceModel = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to this repository of the hub.")
+    ] = None,
+    private: Private = False,
+    dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Write a plan for another deployment: as JSON, as a plain Hugging Face checkpoint, or for another runtime.
+
+    --push uploads what was written as one commit, with the token in HF_TOKEN; `skipplan push` does so later.
 
     [bold]Examples:[/bold]
 
@@ -53,12 +62,18 @@ def export(
     skipplan export --model llava-12 --task easy-vqa --max-accuracy-drop 0.01 --output exports/fast
     """
     from optimizer.cli.screen import Screen, figures
+    from optimizer.errors import UsageFault
+    from optimizer.exports.pushing import check_repository
     from optimizer.exports.writing import export_published
     from optimizer.job.best import find_best
     from optimizer.job.present import PresentVersions
     from storage.records import plans
     from storage.records.plans import PlanQuery, mode_of
 
+    if push is None and (private or dry_run):
+        raise UsageFault("--private and --dry-run belong to --push")
+    if push is not None:
+        check_repository(push)
     query = PlanQuery(
         model,
         task,
@@ -82,13 +97,59 @@ def export(
             written = export_published(
                 db, plan, format_name, output, model_path=model_path, force=force, force_model=force_model
             )
+    pushed = None
+    if push is not None:
+        pushed = _push(context, output, push, private=private, dry_run=dry_run, as_json=as_json)
     notes = [*cautions(plan, changes), *written.notes]
     print_either(
         as_json,
-        {"plan": plan.id, "format": format_name, "output": str(output), "notes": notes},
-        [f"plan {plan.id} ({plan.plan}) written to {output}: {figures(plan)}", *(f"note: {note}" for note in notes)],
+        {"plan": plan.id, "format": format_name, "output": str(output), "notes": notes, "push": pushed},
+        [
+            f"plan {plan.id} ({plan.plan}) written to {output}: {figures(plan)}",
+            *(f"note: {note}" for note in notes),
+            *(_push_lines(pushed) if pushed else ()),
+        ],
     )
     return 0
+
+
+@app.command("push")
+def upload(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub.")],
+    private: Private = False,
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Upload an export to the hub as one commit; an upload that was cut off goes on. The token is that of HF_TOKEN.
+
+    [bold]Example:[/bold] skipplan push exports/fast my-team/fast --dry-run
+    """
+    pushed = _push(context, directory, repository, private=private, dry_run=dry_run, as_json=as_json)
+    print_either(as_json, pushed, _push_lines(pushed))
+    return 0
+
+
+def _push(
+    context: typer.Context, directory: Path, repository: str, *, private: bool, dry_run: bool, as_json: bool
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from optimizer.cli.screen import Screen
+    from optimizer.exports.pushing import push
+
+    screen = Screen(quiet=global_options(context).quiet, as_json=as_json)
+    with screen.status(f"uploading {directory} to {repository}"):
+        return asdict(push(directory, repository, private=private, dry_run=dry_run))
+
+
+def _push_lines(pushed: dict[str, Any]) -> list[str]:
+    size = sum(pushed["files"].values())
+    if pushed["commit"] is None:
+        files = [f"{size:>15,}  {path}" for path, size in pushed["files"].items()]
+        return [*files, f"{size:,} bytes in {len(files)} files would go to {pushed['url']}"]
+    return [f"{size:,} bytes in {len(pushed['files'])} files are at {pushed['url']} (commit {pushed['commit'][:12]})"]
 
 
 @app.command("import")

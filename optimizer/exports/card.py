@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from optimizer.exports import guards
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFormat, Guide
@@ -36,12 +38,53 @@ def model_card(document: PlanDocument, chosen: ExportFormat, guide: Guide) -> st
 
 
 def _front_matter(document: PlanDocument, chosen: ExportFormat) -> str:
-    lines = ["---", "pipeline_tag: image-text-to-text", "tags: [skipplan, layer-skipping]"]
+    fields: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "tags": ["skipplan", "layer-skipping"]}
     if chosen.needs_model:
-        lines.append(f"library_name: {'openvino' if chosen.name == 'openvino' else 'transformers'}")
+        fields["library_name"] = "openvino" if chosen.name == "openvino" else "transformers"
     if _HUB_ID.fullmatch(document.model.name):
-        lines.append(f"base_model: {document.model.name}")
-    return "\n".join([*lines, "---"])
+        fields["base_model"] = document.model.name
+    if _has_figures_of_its_own(document):
+        fields["model-index"] = [_model_index(document)]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10_000)}---"
+
+
+def _has_figures_of_its_own(document: PlanDocument) -> bool:
+    """Whether what is written answers as was measured: not a drafter alone, nor a plan forced onto another model."""
+    export = document.export
+    forced = export is not None and export.model_fingerprint not in (None, document.model.fingerprint)
+    return document.mode != LOSSLESS and not forced and "dense_warning" not in document.figures.secondary
+
+
+def _model_index(document: PlanDocument) -> dict[str, Any]:
+    """Return the held-out figures as the hub's metadata says them (model-index of the model card specification)."""
+    own = document.figures
+    difference_confidence = own.secondary.get("difference_confidence", own.confidence)
+    metrics = [
+        _metric("accuracy", "accuracy", own.accuracy, own.accuracy_low, own.accuracy_high, own.confidence),
+        _metric(
+            "accuracy_difference",
+            "accuracy less that of the dense model",
+            own.difference,
+            own.difference_low,
+            own.difference_high,
+            difference_confidence,
+        ),
+        _metric(
+            "speedup", f"speed-up on {document.device}", own.speedup, own.speedup_low, own.speedup_high, own.confidence
+        ),
+    ]
+    dataset = {"type": document.task.name, "name": document.task.name, "split": "held-out"}
+    result = {
+        "task": {"type": "image-text-to-text"},
+        "dataset": dataset | {"args": {"samples": own.n_samples}},
+        "metrics": metrics,
+    }
+    return {"name": f"{document.model.name} under skip plan {document.plan}", "results": [result]}
+
+
+def _metric(kind: str, name: str, value: float, low: float, high: float, confidence: float) -> dict[str, Any]:
+    interval = {"low": round(low, 6), "high": round(high, 6), "confidence": confidence}
+    return {"type": kind, "name": f"{name} ({low:.4f} to {high:.4f})", "value": round(value, 6), "args": interval}
 
 
 def _what(document: PlanDocument) -> str:
