@@ -140,7 +140,7 @@ class CachedEvaluation:
         self._context.failed_samples.add("calibration", result.failed_calibration)
         if result.note and result.note not in self._noted:
             self._noted.add(result.note)
-            self._context.progress.note(result.note)
+            self._context.progress.note(f"{self._name}: {result.note}" if self._name else result.note)
         return result.results
 
     def _groups(self, missing: Sequence[_Missing]) -> list[list[_Missing]]:
