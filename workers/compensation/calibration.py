@@ -60,6 +60,8 @@ class CalibrationBatch:
     """The dense model's state behind every layer, ``[kept, hidden]`` each, in the model's dtype."""
     general: bool = False
     """Whether these are general text instead of the task's samples."""
+    part: int = 0
+    """Of a joint task, the number of the part that the samples are of."""
 
     @property
     def kept_vision(self) -> Tensor:
@@ -143,12 +145,14 @@ def calibrate(
     failed: dict[str, str] = {}
     parts = asked_apart(task)
     prepared: list[_Sequences] = []
+    numbers: list[int] = []
     for number, part in enumerate(parts):
         share = max(1, tokens * (number + 1) // len(parts) - tokens * number // len(parts))
         own = list(_prepare(loaded, part, share, failed))
         if not own:
             raise CompensationError(f"task {part.name}: no calibration sample can be read, so no map can be fitted")
         prepared += own
+        numbers += [number] * len(own)
     task_batches = len(prepared)
     prepared += _text_batches(text.windows)
     vision_ids = torch.tensor(describe(loaded.model).vision_token_ids)
@@ -169,7 +173,7 @@ def calibrate(
         general = number >= task_batches
         with prover.proving(), _without_image() if general else nullcontext():
             batch = _dense_pass(loaded, stack, each.inputs, seen, each.answers, indices[here])
-        batches.append(replace(batch, general=general))
+        batches.append(replace(batch, general=general, part=0 if general else numbers[number]))
     return Calibration(
         batches=tuple(batches),
         samples=tuple(sample.id for each in prepared for sample in each.samples),

@@ -18,11 +18,12 @@ def weigher(weighting: Weighting, calibration: Calibration) -> Weigh:
     """Return the weights of a recipe over the kept tokens of ``calibration``."""
     if weighting == "uniform":
         return lambda batch, target: torch.ones(len(target), dtype=torch.float64, device=target.device)
-    vision, text, answer, general = _equal_parts(calibration)
+    by_part, general = _equal_shares(calibration)
 
     def weigh(batch: CalibrationBatch, target: Tensor) -> Tensor:
         if batch.general:
             return inverse_mean_square(target) * general
+        vision, text, answer = by_part[batch.part]
         prompt = torch.where(batch.kept_vision, vision, text).double()
         return inverse_mean_square(target) * torch.where(batch.kept_answers, answer, prompt).double()
 
@@ -34,16 +35,21 @@ def inverse_mean_square(target: Tensor) -> Tensor:
     return 1.0 / target.double().square().mean(-1).clamp(min=1e-24)
 
 
-def _equal_parts(calibration: Calibration) -> tuple[float, float, float, float]:
-    """Factors of vision tokens, the prompts' other tokens, those that answer, and general text.
+def _equal_shares(calibration: Calibration) -> tuple[dict[int, tuple[float, float, float]], float]:
+    """Factors of vision tokens, the prompts' other tokens and those that answer, by part; and that of general text.
 
-    The first three weigh the same in total, the last the share of all that the recipe gives it.
+    The three weigh the same in total, in every part of a joint task, and the text the share that the recipe gives it.
     """
-    answers = sum(int(batch.kept_answers.sum()) for batch in calibration.batches)
-    vision = sum(int((batch.kept_vision & ~batch.kept_answers).sum()) for batch in calibration.batches)
     general = calibration.text_tokens
-    counts = (vision, calibration.kept - general - vision - answers, answers)
     task = (1 - calibration.text_share) * calibration.kept if general else calibration.kept
-    vision_factor, text_factor, answer_factor = (task / (3 * count) if count else 1.0 for count in counts)
-    general_factor = calibration.text_share * calibration.kept / general if general else 1.0
-    return vision_factor, text_factor, answer_factor, general_factor
+    batches = [batch for batch in calibration.batches if not batch.general]
+    parts = sorted({batch.part for batch in batches})
+    by_part = {}
+    for part in parts:
+        own = [batch for batch in batches if batch.part == part]
+        answers = sum(int(batch.kept_answers.sum()) for batch in own)
+        vision = sum(int((batch.kept_vision & ~batch.kept_answers).sum()) for batch in own)
+        counts = (vision, sum(len(batch.kept) for batch in own) - vision - answers, answers)
+        of_vision, of_text, of_answers = (task / (3 * len(parts) * count) if count else 1.0 for count in counts)
+        by_part[part] = of_vision, of_text, of_answers
+    return by_part, calibration.text_share * calibration.kept / general if general else 1.0

@@ -11,6 +11,7 @@ from choice_tasks import as_choices
 
 from workers.compensation.calibration import CalibrationBatch, GeneralText, calibrate
 from workers.compensation.recipe import CompensationError
+from workers.compensation.weighting import weigher
 from workers.models.loading import LoadedModel
 from workers.tasks import Task, join_tasks, load_spec, load_task
 from workers.tasks.images import ImageFile
@@ -48,6 +49,30 @@ def test_every_part_has_an_equal_share_and_is_answered_as_alone(
     assert all(each.tokens >= 250 for each in alone)
     answered = [float(batch.answers.sum()) for batch in found.batches[:-1]]
     assert min(answered) > 0
+
+
+def test_parts_weigh_the_same_whatever_the_length_of_their_answers(
+    tiny: LoadedModel, small_task: Task, scenes: Task
+) -> None:
+    found = calibrate(
+        tiny, join_tasks([scenes, small_task]), tokens=500, text=GeneralText([torch.arange(10, 40)], 0.25)
+    )
+    weigh = weigher("answers", found)
+    totals: dict[tuple[int, str], float] = {}
+    for batch in found.batches:
+        weights = weigh(batch, torch.ones(len(batch.kept), 4))  # of mean square 1
+        kinds = {
+            "answers": batch.kept_answers,
+            "vision": batch.kept_vision & ~batch.kept_answers,
+            "prompt": ~batch.kept_vision & ~batch.kept_answers,
+        }
+        for name, chosen in {"text": torch.ones_like(batch.kept_vision)}.items() if batch.general else kinds.items():
+            key = (-1 if batch.general else batch.part, name)
+            totals[key] = totals.get(key, 0.0) + float(weights[chosen].sum())
+    text = totals.pop((-1, "text"))
+    assert set(totals) == {(part, name) for part in (0, 1) for name in ("answers", "vision", "prompt")}
+    assert list(totals.values()) == pytest.approx([0.75 * found.kept / 6] * 6)
+    assert text == pytest.approx(0.25 * found.kept)
 
 
 def test_what_fails_carries_its_task_s_name_and_a_part_without_samples_is_named(
