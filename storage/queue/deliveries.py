@@ -44,7 +44,8 @@ def announce(session: Session, row: JobRow) -> None:
     targets = row.spec.get("notify") or ()
     if not targets:
         return
-    model, task = row.spec["model"]["path"], row.spec["task"]
+    model = row.spec["model"]["path"]
+    task = row.spec.get("task") or ", ".join(goal["task"] for goal in row.spec.get("tasks") or ())
     payload = {
         "event": EVENTS.get(row.state, "ended"),
         "job": row.id,

@@ -145,6 +145,8 @@ class TestWhatAJobMayReach:
     def test_no_file_outside(self, files: Path, name: str, admin: bool) -> None:
         for change in (
             {"task": name},
+            {"task": None, "tasks": ["easy-vqa", name]},
+            {"task": None, "tasks": ["easy-vqa", {"task": name, "weight": 2}]},
             {"model": {"path": name}},
             {"collateral": {"tasks": [name]}},
             {"collateral": {"text": name}},
@@ -157,6 +159,10 @@ class TestWhatAJobMayReach:
                 policy.read_job(job, is_admin=admin, files=None)
 
     def test_what_is_laid_out_is_found(self, files: Path) -> None:
+        several = {"model": {"path": "llava-12"}, "tasks": ["easy-vqa", "a.yaml"]}
+        (files / "a.yaml").write_text("name: a")
+        found = policy.read_job(several, is_admin=False, files=files)
+        assert [goal.task for goal in found.tasks] == ["easy-vqa", str(files / "a.yaml")]
         job = {"model": {"path": "llava-12"}, "task": "easy-vqa", "collateral": {"text": "a/../text.txt"}}
         spec = policy.read_job(job, is_admin=False, files=files)
         assert spec.collateral.text == str(files / "text.txt")
@@ -204,7 +210,7 @@ class TestWhatAJobMayReach:
     def test_every_field_was_thought_about(self) -> None:
         """Whoever adds a field that holds a text decides whether a stranger may set it, and whether it names a file."""
         known = policy.FOR_ALL | policy.FOR_ADMINS | policy.OF_THE_SERVICE
-        assert known - JobSpec.model_fields.keys() == set()
+        assert known == JobSpec.model_fields.keys()
         texts = {
             f"{name}.{inner}"
             for name in policy.FOR_ALL

@@ -112,6 +112,11 @@ def test_every_change_of_state_is_a_message(db: Database, steps: Any, events: li
     assert [each.payload["event"] for each in deliveries.for_job(db, job.id)] == events
 
 
+def test_several_tasks_are_named(db: Database) -> None:
+    job = jobs.submit(db, spec("command") | {"task": None, "tasks": [{"task": "a"}, {"task": "b"}]}, "hash")
+    assert deliveries.for_job(db, job.id)[0].payload["task"] == "a, b"
+
+
 def test_jobs_without_hooks_tell_nobody(db: Database) -> None:
     job = jobs.submit(db, {"model": {"path": "m"}, "task": "t"}, "hash")
     assert deliveries.for_job(db, job.id) == []
