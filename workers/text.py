@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from workers.errors import WorkersError
@@ -37,3 +38,14 @@ def did_you_mean(wanted: str, known: Iterable[str]) -> str:
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+_IN_AUTHORITY = re.compile(r"(?P<start>[\w+.-]+://[^\s:/@]*):\S*@")
+"""To the last ``@``: a password that was not quoted for a URL may hold slashes and the like, and databases take it."""
+
+_AMONG_OPTIONS = re.compile(r"(?P<start>\b(?:password|sslpassword|passfile|sslkey)=)[^\s&'\"]+", re.IGNORECASE)
+
+
+def hide_passwords(text: str) -> str:
+    """Take the passwords of URLs out of a text."""
+    return _AMONG_OPTIONS.sub(r"\g<start>***", _IN_AUTHORITY.sub(r"\g<start>:***@", text))

@@ -27,7 +27,7 @@ FOR_ADMINS = {"cluster", "notify"}
 FOR_ALL = {
     "mode", "model", "task", "tasks", "actions", "criterion", "thresholds", "redundancy_samples", "constraint",
     "protect", "search", "compensation", "collateral", "guard", "splits", "workload", "latency", "evaluation",
-    "max_failed_samples", "priority", "attempts",
+    "max_failed_samples", "priority", "attempts", "tracking",
 }  # fmt: skip
 
 MODEL_FOR_ALL = {"path", "revision", "dtype", "device", "attention"}

@@ -18,14 +18,13 @@ from optimizer.job.result import tasks_of_job
 from optimizer.job.spec import JobSpec
 from optimizer.search.latency import LayerCounts, LayerTimes, latency_ratio
 from optimizer.search.trial import answered_by_both
-from optimizer.service.logs import hide_passwords
 from storage.database import Database
 from storage.queue import jobs
 from storage.records import evaluations, measurements
 from storage.records.evaluations import EvaluationRecord
 from storage.records.plans import LOSSLESS
 from workers.runtime.plan import LETTERS, SkipPlan
-from workers.text import one_line
+from workers.text import hide_passwords, one_line
 
 METRICS = ("predicted latency as a share of dense", "loss of accuracy on the search split")
 

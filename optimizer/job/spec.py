@@ -63,7 +63,16 @@ DETERMINES_RESULT = {
     "latency",
 }
 """Fields that count when jobs are compared, each with everything in it."""
-ONLY_WHERE_AND_WHEN = {"max_failed_samples", "cluster", "priority", "attempts", "notify", "database", "artifacts"}
+ONLY_WHERE_AND_WHEN = {
+    "max_failed_samples",
+    "cluster",
+    "priority",
+    "attempts",
+    "notify",
+    "tracking",
+    "database",
+    "artifacts",
+}
 """Fields that do not: where, when and how far a job runs, and where its results lie. Every field is in one set."""
 
 
@@ -134,6 +143,11 @@ class JobSpec(Section):
         max_length=8,
         description="Who is told when the job is queued, runs and ends: http or https URLs, which are sent signed "
         "JSON, and the word command, for the one that SKIPPLAN_HOOK_COMMAND names (see docs/service.md).",
+    )
+    tracking: Literal["mlflow"] | None = Field(
+        default=None,
+        description="Where the job is followed besides the database: mlflow, the server in MLFLOW_TRACKING_URI "
+        "(see docs/service.md).",
     )
     database: str = Field(default=DEFAULT_DATABASE, min_length=1, description="SQLAlchemy URL.")
     artifacts: str = Field(

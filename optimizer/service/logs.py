@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-from workers.text import one_line
+from workers.text import hide_passwords, one_line
 
 Format = Literal["text", "json"]
 FORMATS: tuple[Format, ...] = ("text", "json")
@@ -26,11 +25,6 @@ PACKAGES = ("optimizer", "storage", "workers")
 logger = logging.getLogger(__name__)
 
 _job: ContextVar[int | None] = ContextVar("job", default=None)
-
-_IN_AUTHORITY = re.compile(r"(?P<start>[\w+.-]+://[^\s:/@]*):\S*@")
-"""To the last ``@``: a password that was not quoted for a URL may hold slashes and the like, and databases take it."""
-
-_AMONG_OPTIONS = re.compile(r"(?P<start>\b(?:password|sslpassword|passfile|sslkey)=)[^\s&'\"]+", re.IGNORECASE)
 
 
 def log(event: str, **fields: Any) -> None:
@@ -46,11 +40,6 @@ def of_job(job_id: int) -> Iterator[None]:
         yield
     finally:
         _job.reset(token)
-
-
-def hide_passwords(text: str) -> str:
-    """Take the passwords of URLs out of a text."""
-    return _AMONG_OPTIONS.sub(r"\g<start>***", _IN_AUTHORITY.sub(r"\g<start>:***@", text))
 
 
 def configure(form: Format | None, stream: TextIO | None = None) -> None:

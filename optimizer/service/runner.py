@@ -22,6 +22,7 @@ from optimizer.job.spec import JobSpec
 from optimizer.preflight.checks import too_few_to_prove
 from optimizer.service import channel, hooks, logs
 from optimizer.service.pool import open_pool
+from optimizer.service.tracking import tracked
 from optimizer.stages import pipeline
 from optimizer.stages.context import JobContext
 from optimizer.stages.progress import Progress
@@ -122,7 +123,7 @@ def process(
     Raises Interrupted, LeaseLost, ClusterError, DatabaseError, and a Fault or WorkersError for a job that cannot be
     done.
     """
-    with logs.of_job(job.id):
+    with logs.of_job(job.id), tracked(db, job, progress):
         with attempt(db, job, progress, lease_seconds):
             inputs, pool = start()
             inputs = replace(inputs, fingerprint=pool.fingerprint)
