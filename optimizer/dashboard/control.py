@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from optimizer.dashboard import answers, policy
 from optimizer.dashboard.access import Caller
 from optimizer.dashboard.api import Db, JobId
+from optimizer.dashboard.limits import Room
 from optimizer.job.inputs import prepare
 from optimizer.job.loading import read_spec
 from storage.database import Database
@@ -23,9 +22,8 @@ from storage.queue.submissions import Wanted
 
 router = APIRouter(prefix="/api", tags=["control"])
 
-WAIT_SECONDS = 20.0
-_preparing = threading.BoundedSemaphore(2)
-"""Reading a job's data and hashing its model takes processors and disk; further requests wait, and are then refused."""
+_preparing = Room(working=2, waiting=8, seconds=20)
+"""Reading a job's data and hashing its model takes processors and disk."""
 
 
 def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -137,20 +135,10 @@ def submit(
         spec = policy.read_job(body.job, is_admin=caller.may("admin"), files=request.app.state.files)
     except RecursionError:
         raise HTTPException(400, "job: is nested too deeply") from None
-    with _room(_preparing):
+    with _preparing.take():
         inputs = prepare(spec, download=False)
     wanted = Wanted(stored_spec(spec), inputs.spec_hash, spec.priority, spec.attempts, anew=body.force)
     return submissions.submit(db, caller.token, asked, wanted)
-
-
-@contextmanager
-def _room(slots: threading.BoundedSemaphore) -> Iterator[None]:
-    if not slots.acquire(timeout=WAIT_SECONDS):
-        raise HTTPException(503, "the service is busy with other requests", {"Retry-After": "10"})
-    try:
-        yield
-    finally:
-        slots.release()
 
 
 def require_own(db: Database, caller: Caller, job_id: int) -> None:

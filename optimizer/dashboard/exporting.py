@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,8 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimizer.dashboard.api import Db, PlanId
-from optimizer.dashboard.control import WAIT_SECONDS, WRITING, Submitter
+from optimizer.dashboard.control import WRITING, Submitter
+from optimizer.dashboard.limits import Room
 from optimizer.exports.document import FILE_NAME
 from optimizer.registries import EXPORT_FORMATS
 from storage.database import Database
@@ -27,7 +27,7 @@ from workers.text import one_line
 router = APIRouter(prefix="/api/plans/{plan_id}/exports", tags=["exports"])
 
 EXPORT_SECONDS = 3600
-_writing = threading.Lock()
+_writing = Room(working=1, waiting=4, seconds=20)
 """One export at a time: it loads the model."""
 
 Format = Annotated[str, PathParameter(max_length=80, description="Name of the export format.")]
@@ -67,14 +67,10 @@ def write_export(
     """Write a published plan in a format, in a process of its own; one that is there already is kept."""
     directory = _place(db, request, plan_id, body.format)
     if not directory.exists():
-        if not _writing.acquire(timeout=WAIT_SECONDS):
-            raise HTTPException(503, "another export is being written", {"Retry-After": "30"})
-        try:
+        with _writing.take():
             if not directory.exists():  # it appears whole, once it is written
                 notes = _export(db, plan_id, body.format, directory)
                 return _listing(plan_id, body.format, directory, notes)
-        finally:
-            _writing.release()
     response.status_code = 200
     return _listing(plan_id, body.format, directory, [])
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from fastapi import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -46,6 +49,34 @@ class RateLimit:
         """Return the seconds until the next request is admitted, without counting one; 0 when it would be."""
         now = self._clock()
         return max(0.0, max(now, self._through.get(caller, now)) + self._interval - now - 60.0)
+
+
+class Room:
+    """Let few requests at a time do what takes long, few more wait for that, and none beyond these.
+
+    Every request that waits holds one of the threads that all requests are answered by.
+    """
+
+    def __init__(self, working: int, waiting: int, seconds: float) -> None:
+        self._working = threading.BoundedSemaphore(working)
+        self._inside = threading.BoundedSemaphore(working + waiting)
+        self._seconds = seconds
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Work inside. Raises HTTPException where there is no room."""
+        busy = HTTPException(503, "the service is busy with other requests", {"Retry-After": "10"})
+        if not self._inside.acquire(blocking=False):
+            raise busy
+        try:
+            if not self._working.acquire(timeout=self._seconds):
+                raise busy
+            try:
+                yield
+            finally:
+                self._working.release()
+        finally:
+            self._inside.release()
 
 
 class BodyLimit:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from optimizer.service import logs
@@ -40,6 +41,9 @@ COMMAND_SECONDS = 60.0
 LEASE_SECONDS = 120.0
 POLL_SECONDS = 2.0
 FLUSH_SECONDS = 20.0
+RETRY_SECONDS = 2.0
+"""For a database that is away: messages wait there in any case."""
+
 FIRST_RETRY_SECONDS = 5.0
 LONGEST_RETRY_SECONDS = 3600.0
 MOST_ATTEMPTS = 24
@@ -88,7 +92,7 @@ def _post(delivery: Delivery, body: bytes) -> None:
         raise Undelivered(f"{SECRET} is not set where the job runs; messages are sent signed or not at all")
     parts = urlsplit(delivery.target)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    address = find_address(host, port)
+    addresses = find_addresses(host, port)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     moment = int(time.time())
     headers = {
@@ -99,23 +103,23 @@ def _post(delivery: Delivery, body: bytes) -> None:
         DELIVERY_HEADER: str(delivery.id),
     }
     try:
-        status = _exchange(parts.scheme, host, address, path, headers, body)
+        status = _exchange(parts.scheme, host, _connect(addresses), path, headers, body)
     except (OSError, http.client.HTTPException) as error:
         raise Undelivered(f"{host}: {one_line(error) or type(error).__name__}") from None
     if not 200 <= status < 300:
         raise Undelivered(f"{host} answered with status {status}")
 
 
-def find_address(host: str, port: int) -> tuple[str, int]:
-    """Resolve a host once. Raises Undelivered where any of its addresses is not public, unless that is allowed."""
+def find_addresses(host: str, port: int) -> list[tuple[str, int]]:
+    """Resolve a host once, in the system's order. Raises Undelivered where an address is not public, unless allowed."""
     try:
-        found = {each[4][:2] for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        found = [each[4][:2] for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):
         raise Undelivered(f"{host}: no such host") from None
-    addresses = sorted((str(address), int(number)) for address, number in found)
+    addresses = list(dict.fromkeys((str(address), int(number)) for address, number in found))
     if os.environ.get(PRIVATE) != "1" and not all(is_public(address) for address, _ in addresses):
         raise Undelivered(f"{host} is an address of this machine or of a private network; {PRIVATE}=1 allows those")
-    return addresses[0]
+    return addresses
 
 
 def is_public(text: str) -> bool:
@@ -130,14 +134,22 @@ def is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def _exchange(scheme: str, host: str, address: tuple[str, int], path: str, headers: dict[str, str], body: bytes) -> int:
-    """POST to an address and return the status; the whole exchange has ``SEND_SECONDS``."""
-    opened = socket.create_connection(address, timeout=SEND_SECONDS)
+def _connect(addresses: list[tuple[str, int]]) -> socket.socket:
+    """Connect to the first address that takes it: a host may have some that this machine cannot reach."""
+    for address in addresses[:-1]:
+        with suppress(OSError):
+            return socket.create_connection(address, timeout=SEND_SECONDS / len(addresses))
+    return socket.create_connection(addresses[-1], timeout=SEND_SECONDS / len(addresses))
+
+
+def _exchange(scheme: str, host: str, opened: socket.socket, path: str, headers: dict[str, str], body: bytes) -> int:
+    """POST over a connection and return the status; the whole exchange has ``SEND_SECONDS``."""
     watchdog = threading.Timer(SEND_SECONDS, _shut, [opened])
     watchdog.daemon = True
     watchdog.start()
     connection = http.client.HTTPConnection(host)
     try:
+        opened.settimeout(SEND_SECONDS)
         connection.sock = opened
         if scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(opened, server_hostname=host)
@@ -182,6 +194,7 @@ def deliver_due(db: Database, until: float | None = None) -> int:
 def delivering(db: Database) -> Iterator[None]:
     """Send messages from a thread while the block runs, and what is due at its end; a hook never fails the block."""
     stop = threading.Event()
+    db = replace(db, retry_seconds=RETRY_SECONDS)
 
     def work() -> None:
         while not stop.wait(POLL_SECONDS):

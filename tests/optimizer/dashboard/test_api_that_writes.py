@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
 from optimizer.dashboard import policy
 from optimizer.dashboard.app import create_app
-from optimizer.dashboard.limits import LARGEST_BODY, RateLimit
+from optimizer.dashboard.limits import LARGEST_BODY, RateLimit, Room
 from optimizer.errors import UsageFault
 from optimizer.job.loading import read_spec
 from optimizer.job.spec import JobSpec
@@ -323,6 +325,33 @@ class TestLimits:
         for number in range(10_000):
             limit.admit(str(number))
         assert len(limit._through) <= 4096
+
+    def test_few_work_few_wait_and_nobody_else(self) -> None:
+        room = Room(working=1, waiting=1, seconds=0.2)
+        with room.take():
+            started = threading.Event()
+            codes: list[int] = []
+
+            def wait() -> None:
+                started.set()
+                try:
+                    with room.take():
+                        codes.append(200)
+                except HTTPException as refused:
+                    codes.append(refused.status_code)
+
+            waiting = threading.Thread(target=wait)
+            waiting.start()
+            started.wait()
+            deadline = time.monotonic() + 5
+            while room._inside._value and time.monotonic() < deadline:
+                time.sleep(0.001)
+            with pytest.raises(HTTPException), room.take():
+                pytest.fail("three are inside")
+            waiting.join()
+            assert codes == [503]
+        with room.take():
+            pass
 
     def test_writes_of_a_token(self, service: Any) -> None:
         client = service.client("submit")

@@ -18,7 +18,7 @@ from sqlalchemy import text
 
 from optimizer.job.spec import JobSpec
 from optimizer.service import hooks
-from optimizer.service.hooks import Undelivered, deliver_due, find_address, is_public
+from optimizer.service.hooks import Undelivered, deliver_due, find_addresses, is_public
 from storage.database import Database
 from storage.queue import deliveries, jobs, leases
 
@@ -228,7 +228,7 @@ class TestPrivateAddresses:
         found = [(2, 1, 6, "", ("8.8.8.8", 80)), (2, 1, 6, "", ("10.0.0.1", 80))]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         with pytest.raises(Undelivered, match="private network"):
-            find_address("example.org", 80)
+            find_addresses("example.org", 80)
 
     def test_a_name_is_resolved_once(self, db: Database, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
         """A name that is public when it is looked at, and this machine when it is connected to."""
@@ -248,6 +248,16 @@ class TestPrivateAddresses:
         jobs.submit(db, spec("http://rebound.example/"), "hash")
         deliver_due(db)
         assert (asked, connected) == (["rebound.example"], [("8.8.8.8", 80)])
+
+
+def test_a_host_s_next_address_is_tried(db: Database, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of IPv4 behind one of IPv6, on a machine that speaks IPv4 alone."""
+    port = receiver.server.server_port
+    found = [(10, 1, 6, "", ("::1", 9, 0, 0)), (2, 1, 6, "", ("127.0.0.1", port))]
+    monkeypatch.setattr(hooks.socket, "getaddrinfo", lambda *_, **__: found)
+    jobs.submit(db, spec(receiver.url), "hash")
+    deliver_due(db)
+    assert len(receiver.taken) == 1
 
 
 def test_nothing_is_sent_unsigned(db: Database, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
