@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, fields
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from storage.schema import ModelRow, PlanRow
+from storage.schema import ModelRow, PlanRow, TaskRow
 
+JOINED_BY = "+"
+"""What stands between the names of several tasks that one job judges plans by."""
 STANDALONE = "standalone"
 
 
@@ -93,6 +95,8 @@ def recompute(session: Session, group: Group) -> None:
     compared = {each.name: getattr(PlanRow, each.name) for each in fields(Point)}
     if group.mode != STANDALONE:
         compared["accuracy"] = -PlanRow.extra_bytes
+    elif JOINED_BY in session.execute(select(TaskRow.name).where(TaskRow.id == group.task_id)).scalar_one():
+        compared["accuracy"] = PlanRow.difference_low  # accuracies of several tasks are of each plan's worst one
     own = [getattr(PlanRow, name) == value for name, value in asdict(group).items()]
     query = select(*compared.values(), PlanRow.on_front, PlanRow.contender).where(*own)
     rows = session.execute(query).all()

@@ -26,7 +26,7 @@ from workers.models.checkpoint import (
 )
 from workers.tasks import Sample, Task, load_spec, load_task
 from workers.tasks.images import ImageFile
-from workers.tasks.joint import join_tasks
+from workers.tasks.joint import join_tasks, require_apart
 from workers.tasks.passages import TEXT, Passage, TextTask
 from workers.tasks.spec import TaskSpec
 from workers.tasks.splits import SPLITS
@@ -85,7 +85,22 @@ def prepare(spec: JobSpec, *, download: bool = True) -> JobInputs:
     tasks, text = load_other_tasks(spec), load_other_text(spec)
     task = replace(task, beside=limited(spec, task, tasks, text))
     check_rungs(spec, task)
-    return JobInputs(spec, task, fingerprint, tasks, text, load_general_text(spec))
+    general = load_general_text(spec)
+    if spec.compensation.kind != "none":
+        require_other_passages(task, general)
+    return JobInputs(spec, task, fingerprint, tasks, text, general)
+
+
+def require_other_passages(task: Task, general: str | None) -> None:
+    """Refuse to judge plans on passages of the text that their maps are fitted on. Raises UsageFault."""
+    fitted_on = " ".join((general or "").split())
+    for each in task.beside:
+        passages = (*each.search, *each.held_out) if isinstance(each, TextTask) else ()
+        if any(" ".join(passage.text.split()) in fitted_on for passage in passages):
+            raise UsageFault(
+                "collateral.max_kl: passages of collateral.text stand in compensation.text, on which maps are fitted, "
+                "so a limit could not be proven on them; name another text"
+            )
 
 
 def limited(
@@ -97,8 +112,16 @@ def limited(
     own = {part.name for part in task.parts or (task,)}
     if twice := [each.name for each in found if each.name in own]:
         raise UsageFault(f"collateral.tasks: {twice[0]} is a task of the job itself; take it out here")
+    most = collateral.samples
+    try:
+        for each in other_tasks if found else ():
+            beside = replace(each, calibration=(), search=each.search[:most], held_out=each.held_out[:most])
+            for part in task.parts or (task,):
+                require_apart((part, beside))
+    except TaskError as error:
+        raise UsageFault(f"collateral.tasks: {error}") from None
     if collateral.max_kl is not None and other_text is not None:
-        if TEXT in own | {each.name for each in found}:
+        if TEXT in own | {each.name for each in other_tasks}:
             raise UsageFault(f"collateral.max_kl: a task of the job is named {TEXT}, as the text is; rename the task")
         try:
             found.append(TextTask.of(other_text))

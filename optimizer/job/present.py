@@ -70,8 +70,11 @@ class PresentVersions:
             model_ids = tuple(dict.fromkeys(each.id for each in self._models if each.name in names))
             model_ids = model_ids or (lookup.find_model(self._db, query.model, query.revision),)
         if query.task is not None:
-            name = JOINED_BY.join(sorted(query.task.split(JOINED_BY)))
-            if name not in {each.name for each in self._tasks} and Path(name).is_file():
+            name, known = query.task, {each.name for each in self._tasks}
+            joined = JOINED_BY.join(sorted(part.strip() for part in name.split(JOINED_BY)))
+            if name not in known and joined in known:
+                name = joined
+            elif name not in known and Path(name).is_file():
                 spec = _read_spec(name)
                 name = name if spec is None else spec.name
                 self._specs[name] = spec
@@ -138,7 +141,9 @@ class PresentVersions:
         versions = [each for each in self._tasks if each.name == task.name]
         last = versions[0]
         if JOINED_BY in task.name:
-            return self._present_parts(task, versions)
+            spec = self._last_job(task_ids=[each.id for each in versions])
+            if spec.get("tasks") or not spec:  # else it is one task, and that is its name
+                return self._present_parts(task, spec)
         if task.name not in self._specs:
             spec = self._last_job(task_ids=[each.id for each in versions])
             self._specs[task.name] = _read_spec(str(spec.get("task") or task.name)) if _is_local(spec) else None
@@ -154,12 +159,12 @@ class PresentVersions:
         data = _data_of(found, int(time.monotonic() / SECONDS_KEPT))
         return last.data_hash if data is None else data, hash_definition(found)
 
-    def _present_parts(self, task: TaskVersion, versions: Sequence[TaskVersion]) -> tuple[str, str]:
+    def _present_parts(self, task: TaskVersion, spec: dict[str, Any]) -> tuple[str, str]:
         """Return the same of a joint task: from its parts as they were when it was used, each as it is now."""
-        spec = self._last_job(task_ids=[each.id for each in versions])
         for goal in spec.get("tasks") or () if _is_local(spec) else ():
-            if (found := _read_spec(str(goal["task"]))) is not None:
-                self._specs.setdefault(found.name, found)
+            found = _read_spec(str(goal["task"]))
+            if found is not None and self._specs.get(found.name) is None:  # a part by itself has no job that says where
+                self._specs[found.name] = found
         known = [[each for each in self._tasks if each.name == name] for name in task.name.split(JOINED_BY)]
         for parts in islice(product(*known), MOST_COMBINATIONS):
             if joint_hash({part.name: part.data_hash for part in parts}) == task.data_hash:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from storage.database import Database
 from storage.queue import events, jobs, stages
 from storage.queue.jobs import Job
@@ -123,11 +125,18 @@ class Loss:
     within: bool
 
 
+_LOSSES = TypeAdapter(tuple[Loss, ...])
+
+
 def losses(plan: Plan) -> tuple[Loss, ...]:
-    """Return a plan's losses where its job judged by several; empty where it judged by accuracy on its one task."""
-    names = {each.name for each in fields(Loss)}
-    stored = plan.secondary.get("goals") or ()
-    return tuple(Loss(**{name: each[name] for name in names}) for each in stored if names <= each.keys())
+    """Return a plan's losses where its job judged by several; empty where it judged by accuracy on its one task.
+
+    An imported plan may hold anything there, which then counts as nothing.
+    """
+    try:
+        return _LOSSES.validate_python(plan.secondary.get("goals") or ())
+    except ValidationError:
+        return ()
 
 
 def drafting_of(plan: Plan) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from optimizer.job.inputs import (
     load_other_tasks,
     load_other_text,
     model_source,
+    require_other_passages,
     samples_of,
     tasks_of,
 )
@@ -30,7 +31,7 @@ from workers.engines.interface import ENGINES
 from workers.errors import EngineError, ModelError, TaskError
 from workers.guard.needs import needed_prompts, too_few
 from workers.models.checkpoint import BUILT_MODELS, built_directory, bundled_models
-from workers.tasks import Sample, Task
+from workers.tasks import Sample, Task, load_task
 from workers.tasks.joint import JOINED_BY
 from workers.tasks.spec import FileSource, HubSource, TaskSpec, load_spec
 from workers.tasks.splits import SPLITS
@@ -89,12 +90,13 @@ def check_job_file(
     unknown += [f"data set {each}: its rows and images are on the hub" for each in on_hub]
     if not on_hub:
         data = load_job_task(spec)
-        check_images(samples_of(data))
-        for each in data.parts or (data,):
-            splits = (each.calibration, each.search, each.held_out)
-            sizes = "{} calibration, {} search, {} held-out samples".format(*map(len, splits))
-            good.append(f"data of task {each.name}: {sizes}, every image opens")
         notes += too_few_to_guard(spec, data)
+    here = _local(tasks) if data is None else data.parts or (data,)
+    for each in here:
+        check_images(samples_of(each))
+        splits = (each.calibration, each.search, each.held_out)
+        sizes = "{} calibration, {} search, {} held-out samples".format(*map(len, splits))
+        good.append(f"data of task {each.name}: {sizes}, every image opens")
     others, theirs = _other_tasks(spec, unknown), spec.collateral.samples
     good += [f"task {each.name} beside it: {len(each.held_out[:theirs])} samples, every image opens" for each in others]
     text = load_other_text(spec)
@@ -104,13 +106,16 @@ def check_job_file(
         data = replace(data, beside=limited(spec, data, others, text))
         check_rungs(spec, data)
         notes += too_few_to_prove(spec, data)
-    if load_general_text(spec) is not None:
+    general = load_general_text(spec)
+    if general is not None:
         good.append(f"text {spec.compensation.text}")
+    if data is not None and spec.compensation.kind != "none":
+        require_other_passages(data, general)
     if is_here:
         good.append(f"model {spec.model.path}: configuration, weight files and processor")
-        parts = () if data is None else data.parts or (data,)
-        asked = [(each.spec, _asked(each, quick=quick)) for each in parts]
-        asked += [(each.spec, list(each.held_out[: 2 if quick else theirs])) for each in others]
+        asked = [(each.spec, _asked(each, quick=quick)) for each in here]
+        most, judged = 2 if quick else theirs, spec.collateral.max_accuracy_drop is not None
+        asked += [(each.spec, [*(each.search[:most] if judged else ()), *each.held_out[:most]]) for each in others]
         count = sum(len(samples) for _, samples in asked)
         progress.begin(f"check {path}: prompts", count)
         for task, samples in asked:
@@ -121,6 +126,14 @@ def check_job_file(
         unknown.append(f"model {spec.model.path}: its files are on the hub")
     name = JOINED_BY.join(sorted(task.name for task in tasks))
     return Checked(str(path), spec.model.path, name, tuple(good), tuple(unknown), tuple(notes))
+
+
+def _local(tasks: Sequence[TaskSpec]) -> tuple[Task, ...]:
+    """Load those of the job's tasks that are on this machine, where not all are. Raises UsageFault."""
+    try:
+        return tuple(load_task(task) for task in tasks if not isinstance(task.source, HubSource))
+    except TaskError as error:
+        raise UsageFault(str(error)) from None
 
 
 def _other_tasks(spec: JobSpec, unknown: list[str]) -> tuple[Task, ...]:

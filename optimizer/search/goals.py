@@ -44,6 +44,11 @@ class Goal:
     """In the mean; 0 for what is beside the job's tasks."""
     is_text: bool = False
 
+    @property
+    def has_limit(self) -> bool:
+        """Whether anything bounds the loss."""
+        return self.max_loss is not None or self.min_accuracy is not None
+
     def figures(self, scores: Scores, dense: Scores) -> GoalFigures | None:
         """Compute the loss on the samples that plan and dense both answered; None where there are none."""
         n = len(scores.values)
@@ -55,6 +60,7 @@ class Goal:
             loss, error = mean_and_error(scores.kl)
             if loss is None or error is None:
                 return None
+            error = max(error, loss / len(own))  # few passages tell little
         else:
             difference, error = paired_difference(its_dense, own)
             loss = -difference
@@ -104,7 +110,7 @@ class Goals:
     @property
     def allowed(self) -> float:
         """The largest objective at which a plan may still be within all limits."""
-        if self.objective == "worst":
+        if self.objective == "worst" and any(goal.has_limit for goal in self.each):
             return self.unit
         own = [goal for goal in self.each if goal.weight]
         limits = [1.0 if goal.max_loss is None else goal.max_loss for goal in own]
@@ -118,7 +124,7 @@ class Goals:
             for name, own in scores.by_goal.items()
             if own.values and (figures := by_name[name].figures(own, dense.by_goal[name])) is not None
         )
-        loss, error = self._objective(found)
+        loss, error = self._objective(found) if found else (0.0, 1.0)
         own = [each for each in found if each.weight] or list(found)
         kl, kl_error = mean_and_error(_own_divergences(by_name, scores.by_goal))
         n = scores.n_samples
@@ -126,7 +132,7 @@ class Goals:
             plan=candidate.plan.text,
             compensation=candidate.compensation,
             n_samples=n,
-            accuracy=_mean([each.accuracy for each in own], [each.weight or 1.0 for each in own]),
+            accuracy=_mean([each.accuracy for each in own], [each.weight or 1.0 for each in own]) if own else 0.0,
             difference=-loss,
             difference_error=0.0 if candidate.is_dense else error,
             latency_ratio=ratio,

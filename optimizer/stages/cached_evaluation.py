@@ -37,6 +37,7 @@ from workers.runtime import SkipPlan
 from workers.tasks import Task
 from workers.tasks.passages import TextTask
 
+EVERY_SAMPLE_FAILED = "every sample failed"
 LARGEST_GROUP = 64
 """Most plans of one request: what a killed job loses, and what one reply holds, stays bounded."""
 
@@ -75,6 +76,7 @@ class CachedEvaluation:
         fitted_on = "" if task is None else f" fitted_on={split_hash(context.task, 'calibration')[:16]}"
         self._fitted = f"{self._base}{fitted_on}"
         self._whole_split = len(self._task.split(split))
+        self._counted = context.judged[self._name].size(split) if self._name else self._whole_split
         self._hash = split_hash(self._task, split)
         self._own: dict[Candidate, dict[int, EvaluationRecord]] = {}
         for each in evaluations.for_job(context.db, context.job.id, split, task_id=self._task_id):
@@ -223,11 +225,11 @@ class CachedEvaluation:
             if math.isnan(score)
         }
         named = f"{self._split} of {self._name}" if self._name else self._split
-        context.failed_samples.add(named, marked, self._whole_split)
+        context.failed_samples.add(named, marked, self._counted)
         kept = self._maps.get(candidate)
         whole = result if each.start == 0 else _joined(self._own[candidate][each.start], result)
         if all(map(math.isnan, whole.scores)):
-            return evaluations.record_failure(context.db, context.job, key, "every sample failed")
+            return evaluations.record_failure(context.db, context.job, key, EVERY_SAMPLE_FAILED)
         found = EvaluationResult(
             scores=whole.scores,
             secondary=whole.secondary,

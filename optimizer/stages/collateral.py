@@ -175,11 +175,8 @@ def _evaluate(context: JobContext, candidate: Candidate, artifact: Artifact | No
 
 def _compare_text(context: JobContext, candidate: Candidate, artifact: Artifact | None) -> TextDivergence | None:
     text = context.inputs.other_text
-    if text is None:
+    if text is None or any(isinstance(each, TextTask) for each in context.task.beside):  # judged: half of it held-out
         return None
-    for beside in context.task.beside:
-        if isinstance(beside, TextTask):  # its other passages steered the search
-            text = "\n\n".join(passage.text for passage in beside.held_out)
     request = CompareText(candidate.plan.text, text, candidate.compensation, artifact)
     reply = context.ask_one(request, f"{candidate} on general text")
     return reply if isinstance(reply, TextDivergence) else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from optimizer.search.space import Candidate
 from optimizer.search.trial import Scores
-from optimizer.stages.cached_evaluation import CachedEvaluation
+from optimizer.stages.cached_evaluation import EVERY_SAMPLE_FAILED, CachedEvaluation
 from optimizer.stages.context import JobContext
 from storage.queue import stages
 from workers.messages import Artifact
@@ -68,8 +69,11 @@ class GoalEvaluation:
         found: dict[Candidate, dict[str, Scores]] = {candidate: {} for candidate, _ in requests}
         failed: dict[Candidate, str] = {}
         for name, evaluate in self._by_goal.items():
-            asked = [(candidate, sizes[n][name]) for candidate, n in requests if candidate not in failed]
-            for candidate, scores in evaluate([each for each in asked if each[1]]):
+            asked = {each: sizes[n][name] for each, n in requests if each not in failed and sizes[n][name]}
+            for candidate, scores in evaluate(list(asked.items())):
+                size = asked[candidate]
+                if scores.failure == EVERY_SAMPLE_FAILED and size < self._context.judged[name].size(self._split):
+                    scores = Scores((math.nan,) * size)  # the samples are few, and more are to come
                 if scores.failure is not None:
                     failed[candidate] = f"{name}: {scores.failure}"
                 found[candidate][name] = scores

@@ -117,7 +117,7 @@ def _publish(context: JobContext, finalists: tuple[Finalist, ...], measured: Mea
         )
         rows |= {finalist.candidate: row for (finalist, _), row in zip(timed, published, strict=True)}
     meeting = [
-        (speed.speedup, finalist.verdict.accuracy, rows[finalist.candidate].id)
+        (speed.speedup, finalist.verdict.difference, rows[finalist.candidate].id)
         for finalist, speed in complete
         if finalist.verdict.accepted and fast_enough(speed, constraint)
     ]
@@ -158,7 +158,7 @@ def _why_none(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintS
         f"{accurate} surely keep {'all limits' if goals else 'the accuracy'} and {fast} are surely fast enough{where}"
     )
     if not accurate and goals:
-        return f"{reason}; {_missed([verdict for verdict, _ in complete])}"
+        return f"{reason}; {_missed(complete, constraint)}"
     if not accurate:
         nearest = max((verdict for verdict, _ in complete), key=lambda verdict: verdict.difference_low)
         difference, low = round(100 * nearest.difference, 2) + 0.0, 100 * nearest.difference_low
@@ -169,8 +169,9 @@ def _why_none(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintS
     return f"{reason}, none is both"
 
 
-def _missed(verdicts: Sequence[Verdict]) -> str:
+def _missed(complete: Sequence[tuple[Verdict, Speed]], constraint: ConstraintSpec) -> str:
     """Say on what each limit is missed by all plans, and which plan is the nearest; and what holds on the others."""
+    verdicts = [verdict for verdict, _ in complete]
     parts, missed = [], []
     for number, goal in enumerate(verdicts[0].goals):
         if any(verdict.goals[number].within for verdict in verdicts):
@@ -181,10 +182,15 @@ def _missed(verdicts: Sequence[Verdict]) -> str:
     if not missed:
         nearest = max(verdicts, key=lambda verdict: sum(goal.within for goal in verdict.goals))
         outside = "; ".join(f"on {goal.name} it {at_worst(goal)}" for goal in nearest.goals if not goal.within)
-        return f"each limit is kept by some, all of them by none; the nearest, {nearest.plan}: {outside or 'by chance'}"
-    others = [each for each in verdicts if all(goal.within or goal.name in missed for goal in each.goals)]
+        outside = outside or "it keeps them, but not at the level that as many finalists ask for (Holm)"
+        return f"each limit is kept by some, all of them by none; the nearest, {nearest.plan}: {outside}"
+    others = [
+        f"{verdict.plan} ({speed.speedup:.2f}x)"
+        for verdict, speed in complete
+        if fast_enough(speed, constraint) and all(goal.within or goal.name in missed for goal in verdict.goals)
+    ]
     if others:
-        parts.append(f"without {' and '.join(missed)}, {', '.join(each.plan for each in others)} would hold")
+        parts.append(f"without {' and '.join(missed)}, {', '.join(others)} would be within the limits")
     return "; ".join(parts)
 
 

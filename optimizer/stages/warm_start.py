@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from optimizer.job.inputs import split_hash
+from optimizer.job.result import losses
 from optimizer.search.problem import Problem
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores, Trial
@@ -16,7 +17,7 @@ from optimizer.stages import dense_answers
 from optimizer.stages.context import JobContext
 from storage.records import evaluations, lookup, plans
 from storage.records.evaluations import EvaluationRecord
-from storage.records.plans import PlanQuery
+from storage.records.plans import Plan, PlanQuery
 from workers.runtime import SkipPlan
 from workers.tasks.joint import JOINED_BY
 
@@ -46,7 +47,7 @@ def _choose(context: JobContext) -> WarmStart:
     elsewhere = [
         (plan.plan, plan.compensation)
         for plan in plans.list_plans(context.db, PlanQuery(mode=context.spec.mode, on_front=True, limit=None))
-        if plan.model_id == context.model_id and not _shares_data(context, plan.task_id)
+        if plan.model_id == context.model_id and not _shares_data(context, plan)
     ]
     return WarmStart(
         tuple(sorted(each.id for each in largest.values())),
@@ -54,12 +55,14 @@ def _choose(context: JobContext) -> WarmStart:
     )
 
 
-def _shares_data(context: JobContext, task_id: int) -> bool:
-    """Whether a task is of the same data: its plans were chosen with samples that are held out here."""
-    task = lookup.task(context.db, task_id)
-    names = task.name.split(JOINED_BY) if JOINED_BY in task.name else []
+def _shares_data(context: JobContext, plan: Plan) -> bool:
+    """Whether a plan was chosen with data of this job: with samples that are held out here."""
+    task = lookup.task(context.db, plan.task_id)
+    names = {task.name, *task.name.split(JOINED_BY), *(each.name for each in losses(plan))}
+    versions = [each for each in lookup.task_versions(context.db) if each.name in names]
+    hashes = {each.data_hash for each in (task, *versions)} - {""}
     return any(
-        task.data_hash == own.data_hash or (not task.data_hash and task.name == own.name) or own.name in names
+        own.data_hash in hashes or own.name in names
         for own in (context.task, *context.task.parts, *context.task.beside)
     )
 

@@ -132,7 +132,16 @@ def _require_joinable(parts: Sequence[Task]) -> None:
                 f"tasks {parts[0].name} and {part.name} have different plain_prompt; give both the same, which a "
                 "processor without chat template needs"
             )
-    for one, other in permutations(parts, 2):
+    require_apart(parts)
+
+
+def require_apart(tasks: Sequence[Task]) -> None:
+    """Refuse tasks of which one is searched on or calibrated on with images of another's later split.
+
+    Raises:
+        TaskError: naming two such tasks and their splits.
+    """
+    for one, other in permutations(tasks, 2):
         for own, theirs in APART:
             shared = {sample.image_key for sample in one.split(own)} & {s.image_key for s in other.split(theirs)}
             if shared:

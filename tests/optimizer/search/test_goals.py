@@ -108,12 +108,30 @@ def test_optimistic_end_of_a_divergence_is_its_mean_less_standard_errors():
     found = TEXT.figures(passages(*values), passages(*[0.0] * 4))
     mean = sum(values) / 4
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / 3 / 4)
-    assert (found.loss, found.error) == pytest.approx((mean, error))
+    assert (found.loss, found.error) == pytest.approx((mean, max(error, mean / 4)))  # few passages tell little
     goals = Goals((STRICT, TEXT))
     scores = both(vqa=right(100, 100), text=passages(*values, *values))
     seen = goals.trial_of(PLAN, scores, FULL, 0.5, goals.size)
     own = next(each for each in seen.goals if each.is_text)
     assert own.loss > 0.3 and is_within(seen, optimistic=True) == (own.loss - OPTIMISM * own.error <= 0.3)
+
+
+def test_a_single_passage_is_no_evidence_and_a_goal_without_answers_is_unknown():
+    goals = Goals((STRICT, TEXT))
+    dense = both(vqa=right(100, 100), text=passages(*[0.0] * 8))
+    few = goals.trial_of(PLAN, both(vqa=right(12, 12), text=passages(0.6)), dense, 0.5, goals.size)
+    assert is_within(few, optimistic=True) and not is_within(few, optimistic=False)
+    failed = Scores((NAN,) * 3)
+    known = goals.trial_of(PLAN, both(vqa=right(12, 12), text=failed), dense, 0.5, goals.size)
+    assert [each.name for each in known.goals] == ["vqa"] and known.n_samples == 15
+    nothing = goals.trial_of(PLAN, both(vqa=failed), dense, 0.5, goals.size)
+    assert nothing.goals == () and nothing.difference_error == 1.0
+
+
+def test_without_any_limit_every_loss_is_allowed():
+    assert Goals((Goal("a", 5, None), Goal("b", 5, None))).allowed == 1.0
+    assert Goals((Goal("a", 5, None), Goal("b", 5, 0.02))).allowed == 0.02
+    assert Goals((Goal("a", 5, None, min_accuracy=0.5), Goal("b", 5, None))).allowed == 0.01
 
 
 def test_reason_names_the_task_that_cannot_be_kept_and_what_could_be_had_without_it():

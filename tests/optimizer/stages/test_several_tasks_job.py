@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from optimizer.errors import NoFeasiblePlan, UsageFault
-from optimizer.job.best import find_best
+from optimizer.job.best import _accurate, find_best
 from optimizer.job.inputs import prepare
 from optimizer.job.loading import load_job
 from optimizer.job.present import PresentVersions
@@ -222,6 +222,36 @@ def test_best_is_asked_for_several_tasks_and_bounds(finished: tuple[JobContext, 
     assert PresentVersions(store).changes(found) == ()
 
 
+def test_a_plan_is_as_accurate_as_on_its_least_accurate_task(
+    finished: tuple[JobContext, Published], store: Database
+) -> None:
+    plan = plans.get(store, finished[1].best or 0)
+    goals = [dict(each) for each in plan.secondary["goals"]]
+    goals[0] |= {"accuracy": 0.9, "loss_high": 0.5}  # the worst loss, on the task that is answered best
+    goals[1] |= {"accuracy": 0.6, "loss_high": 0.1}
+    changed = replace(plan, accuracy=0.9, secondary={"goals": goals})
+    asked = PlanQuery("llava-12", "easy-vqa+reworded", min_accuracy=0.6)
+    assert _accurate(changed, asked)
+    assert not _accurate(changed, replace(asked, min_accuracy=0.61))
+    for odd in ("x", 5, [1], [{"name": "a"}], {"a": 1}):  # an imported plan may hold anything
+        assert losses(replace(plan, secondary={"goals": odd})) == ()
+
+
+def test_tasks_beside_the_jobs_own_share_no_image_with_them(begin: Begin, tmp_path: Path) -> None:
+    other = tmp_path / "again.yaml"
+    other.write_text(REWORDED.replace("name: reworded", "name: again").replace("search: 8", "search: 20"))
+    collateral = {"tasks": [str(other)], "max_accuracy_drop": 0.5}
+    with pytest.raises(UsageFault, match=r"collateral.tasks: tasks .* share \d+ images between the search split"):
+        begin(collateral=collateral)
+
+
+def test_limits_on_text_are_not_proven_on_the_text_of_the_fit(begin: Begin, text: Path, tmp_path: Path) -> None:
+    fitted = tmp_path / "fitted.txt"
+    fitted.write_text("something else first " * 40 + text.read_text())
+    with pytest.raises(UsageFault, match=r"passages of collateral\.text stand in compensation\.text"):
+        begin(compensation={"kind": "linear", "text": str(fitted), "tokens": 100})
+
+
 def test_a_changed_part_is_noticed(begin: Begin, store: Database, tmp_path: Path) -> None:
     data = tmp_path / "own.csv"
     rows = load_task("easy-vqa").search[:60]
@@ -247,7 +277,9 @@ def test_a_changed_part_is_noticed(begin: Begin, store: Database, tmp_path: Path
     plan = plans.for_job(store, context.job.id)[0]
     assert plan.task == "own+rendered-text"
     assert PresentVersions(store).changes(plan) == ()
+    assert plan.task_id in (PresentVersions(store).only(PlanQuery()).task_ids or ())
     task.write_text(task.read_text().replace("'{question}'", "'{question} answer in a word'"))
+    assert plan.task_id not in (PresentVersions(store).only(PlanQuery()).task_ids or ())
     assert PresentVersions(store).changes(plan) == ("prompt, answer or metric",)
 
 
