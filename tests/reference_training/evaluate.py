@@ -1,7 +1,8 @@
 """Measure a checkpoint with plain `generate`: `python -m reference_training.evaluate --model DIRECTORY`.
 
 Nothing here knows how the model was trained: it loads with the Auto classes, asks through the processor's chat template
-and compares the decoded text. easy-VQA is measured on the package's test images, scenes on evaluation indices.
+and compares the decoded text. easy-VQA is measured on the package's test images, scenes and rendered texts on
+evaluation indices.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from reference_training.data import easy_vqa_images
+from workers.tasks.rendered import PROMPT, is_reserved, rendered_text
 from workers.tasks.scenes import FIRST_EVALUATION_INDEX, QUESTIONS, scene
 
 _NORMAL_QUANTILE = 1.959963984540054
@@ -76,6 +78,14 @@ def scene_questions(
         yield Question(drawn.image, asked.prompt, asked.answer(drawn))
 
 
+def text_questions(count: int, seed: int, *, reserved: bool = False) -> Iterator[Question]:
+    """`count` rendered texts; `reserved`: those among them that show a number never drawn for training."""
+    for index in range(FIRST_EVALUATION_INDEX, FIRST_EVALUATION_INDEX + count):
+        drawn = rendered_text(index, seed)
+        if not reserved or (drawn.text.isdigit() and is_reserved(int(drawn.text))):
+            yield Question(drawn.image, PROMPT, drawn.text)
+
+
 @torch.inference_mode()
 def answers(model: Any, processor: Any, questions: list[Question]) -> list[str]:
     """Greedy answers to a batch of questions, as text."""
@@ -111,13 +121,14 @@ def measure(model: Any, processor: Any, questions: Iterator[Question]) -> Accura
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure both tasks and print one JSON line for each."""
+    """Measure the tasks and print one JSON line for each."""
     parser = argparse.ArgumentParser(prog="python -m reference_training.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("configs/reference/llava-12"))
     parser.add_argument("--images", type=int, default=None, help="easy-VQA test images (default: all)")
     parser.add_argument("--scenes", type=int, default=2000, help="number of scenes; 0 leaves them out")
     parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS), default=["caption"], help="about each scene")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
+    parser.add_argument("--texts", type=int, default=0, help="number of rendered texts; 0 leaves them out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and texts")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(argv)
     if not (options.model / "config.json").is_file():
@@ -133,6 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.scenes:
         for question in options.questions:
             tasks[f"scenes, {question}"] = scene_questions(options.scenes, options.seed, question=question)
+    if options.texts:
+        tasks["texts"] = text_questions(options.texts, options.seed)
+        tasks["texts, reserved numbers"] = text_questions(options.texts, options.seed, reserved=True)
     for name, questions in tasks.items():
         started = time.perf_counter()
         result = measure(model, processor, questions)

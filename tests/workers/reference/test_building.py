@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference_training import train_smollm2, train_smollm2_scenes
+from reference_training import train_smollm2
 from reference_training.data import EASY_VQA_SHAPES, easy_vqa_training_images
 from reference_training.packing import Packer
 from reference_training.recipe import Training
@@ -298,34 +298,6 @@ def test_training_leaves_the_backbone_alone_and_goes_on_after_an_interruption(la
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not all(torch.equal(whole[name], halfway[name]) for name in whole)
     assert all(torch.equal(before[name], weight) for name, weight in language.model.state_dict().items())
-
-
-def test_training_on_scenes_goes_on_after_an_interruption(language, monkeypatch, tmp_path):
-    images = easy_vqa_training_images()[:12]
-    monkeypatch.setattr(train_smollm2_scenes, "easy_vqa_training_images", lambda: images)
-    monkeypatch.setattr(train_smollm2_scenes, "easy_vqa_development_images", lambda: images[:2])
-    monkeypatch.setattr(train_smollm2_scenes, "DEVELOPMENT_SCENES", 4)
-    training = Training("tiny", steps=2, rate=1e-2, warmup=1, easy_images=1, questions=1, scenes=1, save_every=1)
-
-    def trainee():
-        model = join(language, TINY, 0).requires_grad_(False)
-        eyes = Eyes(model.model.vision_tower, model.model.multi_modal_projector).requires_grad_(True)
-        return train_smollm2.Trainee(model, smollm2_processor(language.tokenizer), eyes)
-
-    train_smollm2_scenes.train(trainee(), training, tmp_path / "whole", TINY.vision_tokens)
-    with monkeypatch.context() as patch:
-
-        def stop(*_):
-            raise KeyboardInterrupt
-
-        patch.setattr(train_smollm2_scenes, "measured_with", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_smollm2_scenes.train(trainee(), training, tmp_path / "parts", TINY.vision_tokens)
-    halfway = load_file(tmp_path / "parts" / "eyes.safetensors")
-    train_smollm2_scenes.train(trainee(), training, tmp_path / "parts", TINY.vision_tokens)
-    whole, resumed = (load_file(tmp_path / name / "eyes.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not all(torch.equal(whole[name], halfway[name]) for name in whole)
 
 
 def test_the_shipped_weights_are_the_ones_named_and_small():

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from reference_training.data import CAPTION_PROMPTS
-from reference_training.evaluate import Accuracy, easy_vqa_questions, main, measure, scene_questions
+from reference_training.evaluate import Accuracy, easy_vqa_questions, main, measure, scene_questions, text_questions
 from reference_training.packing import Packer
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from workers.tasks.rendered import is_reserved
 from workers.tasks.scenes import scene
 
 CHECKPOINT = Path(__file__).parents[3] / "configs" / "reference" / "llava-12"
@@ -101,3 +102,10 @@ def test_a_directory_without_a_checkpoint_is_named(tmp_path, capsys):
 def test_measuring_nothing_is_an_error(model, processor):
     with pytest.raises(ValueError, match="nothing to measure"):
         measure(model, processor, iter([]))
+
+
+def test_reserved_texts_are_those_that_training_never_drew():
+    everything, reserved = (list(text_questions(300, 0, reserved=only)) for only in (False, True))
+    assert len(everything) == 300
+    expected = [asked.answer for asked in everything if asked.answer.isdigit() and is_reserved(int(asked.answer))]
+    assert [asked.answer for asked in reserved] == expected and expected
