@@ -37,6 +37,9 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries to answer 
 Name = Annotated[str | None, Query(max_length=300)]
 
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"model": answers.Problem, "description": "There is no such thing."}}
+_CONTRADICTORY: dict[int | str, dict[str, Any]] = {
+    400: {"model": answers.Problem, "description": "A concurrency without an engine, or the like."}
+}
 _TABLE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
 
 
@@ -128,7 +131,7 @@ AllVersions = Annotated[
 ]
 
 
-@router.get("/plans", responses=_MISSING)
+@router.get("/plans", responses=_MISSING | _CONTRADICTORY)
 def list_plans(
     db: Db, query: Annotated[PlanQuery, Depends(plan_query)], all_versions: AllVersions = False
 ) -> list[PlanAnswer]:
