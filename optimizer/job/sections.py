@@ -396,7 +396,8 @@ class ClusterSpec(Section):
         default=None,
         ge=0,
         le=64,
-        description="GPUs per worker; fractions share one. Absent: 1 if the cluster has GPUs, else 0.",
+        description="GPUs per worker, of one node: fractions share one, over several the model's layers are spread. "
+        "Absent: 1 if the cluster has GPUs, else 0.",
     )
     memory_per_worker: float | None = Field(
         default=None, gt=0, le=65536, description="GiB of memory reserved with Ray per worker (not enforced)."

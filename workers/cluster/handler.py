@@ -80,9 +80,9 @@ class Handler:
             ModelError: the model cannot be loaded, or the runtime cannot skip layers of such a model.
         """
         torch.set_num_threads(settings.threads)
-        device = "cpu" if source.device == "auto" and not settings.holds_gpu else source.device
+        device = "cpu" if source.device == "auto" and not settings.gpus else source.device
         try:
-            return cls(load_model(source, device=device, measuring=True), task, settings)
+            return cls(load_model(source, device=device, measuring=True, gpus=max(1, settings.gpus)), task, settings)
         except UnsupportedFamilyError as error:
             raise ModelError(f"model {source.path}: {error}") from None
 
@@ -129,8 +129,8 @@ class Handler:
         return WorkerInfo(
             worker=self.settings.worker,
             node=socket.gethostname(),
-            device=device_name(self.loaded.device),
-            device_id=f"{socket.gethostname()} {device_lock.name(self.loaded.device)}",
+            device=device_name(*self.loaded.devices),
+            device_id=f"{socket.gethostname()} {' '.join(map(device_lock.name, self.loaded.devices))}",
             threads=torch.get_num_threads(),
             model_family=self.descriptor.family,
             fingerprint=self.loaded.fingerprint,
@@ -163,7 +163,7 @@ class Handler:
             WorkersError: the request asks for something that is not there.
             PlanError: the model cannot take the plan.
         """
-        with nullcontext() if isinstance(request, Alone) else device_lock.computing(self.loaded.device):
+        with nullcontext() if isinstance(request, Alone) else device_lock.computing(*self.loaded.devices):
             return self._answer(request)
 
     def _answer(self, request: Request) -> Reply:

@@ -9,6 +9,7 @@ where it has room again for as many as were asked for, they are started.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -471,7 +472,7 @@ class WorkerPool:
 
     def _new_slot(self, number: int, failed_starts: int = 0) -> Slot:
         cluster, each = self.cluster, self._allotment
-        settings = WorkerSettings(number, cluster.threads, holds_gpu=each.gpus > 0, batch_size=cluster.batch_size)
+        settings = WorkerSettings(number, cluster.threads, gpus=math.ceil(each.gpus), batch_size=cluster.batch_size)
         resources = {"num_cpus": each.cpus, "num_gpus": each.gpus, "memory": each.memory or None}
         shell: Any = ray.remote(self._worker).options(**resources, max_restarts=0, max_task_retries=0)
         model = replace(self.model, dtype=self.dtype) if self.dtype else self.model  # all as the first resolved auto

@@ -180,7 +180,7 @@ class _Passes:
     def _behind(self, layer: int, watched: ActedOn, output: Any) -> Any:
         """Behind a layer before a gap: put its map in place, or end the pass where it has none yet."""
         state = hidden_of(output)
-        rows = on_all_tokens(watched.take(), state, self._batch.vision) * self._shares[layer]
+        rows = on_all_tokens(watched.take().to(state.device), state, self._batch.vision) * self._shares[layer]
         if layer not in self.changes:
             self._found.append(GapStates(rows, state.flatten(0, 1)))
             raise _Reached

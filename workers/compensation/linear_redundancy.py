@@ -51,7 +51,7 @@ def _outputs(loaded: LoadedModel, calibration: Calibration) -> dict[int, list[Te
             watched = {layer: entered.enter_context(ActedOn(site.outputs)) for layer, site in sites.items()}
             stack.owner(*batch.args, **batch.kwargs)
             for layer, each in watched.items():
-                outputs[layer].append(each.take()[batch.kept] * calibration.shares[layer])
+                outputs[layer].append(each.take().to(batch.kept.device)[batch.kept] * calibration.shares[layer])
     return outputs
 
 

@@ -165,5 +165,7 @@ class SharedFits:
             arguments = recording.layers[layer]
             with nullcontext() if site is None else acted_on(site, self.recipe.scope, layer) as watched:
                 output = self._decoder.run_rows(layer, action, gathered, state, arguments).hidden
-                found = output if watched is None else on_all_tokens(watched.take(), output, batch.vision) * share
+                found = output
+                if watched is not None:
+                    found = on_all_tokens(watched.take().to(output.device), output, batch.vision) * share
             yield output, found

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -27,34 +27,40 @@ _POLL_SECONDS = 0.01
 
 
 @contextmanager
-def computing(device: torch.device) -> Iterator[None]:
-    """Use the device beside other workers; waits while one of them times, or is about to."""
-    gate, room = _open(device)
-    with gate, room:
-        # Passing the gate, which a waiting timer keeps shut, is what lets the timer in among many computing workers.
-        fcntl.flock(gate, fcntl.LOCK_SH)
-        fcntl.flock(room, fcntl.LOCK_SH)
-        fcntl.flock(gate, fcntl.LOCK_UN)
+def computing(*devices: torch.device) -> Iterator[None]:
+    """Use devices beside other workers; waits while one of them times, or is about to."""
+    with ExitStack() as locks:
+        for device in _in_order(devices):
+            gate, room = map(locks.enter_context, _open(device))
+            # Passing the gate, which a waiting timer keeps shut, lets the timer in among many computing workers.
+            fcntl.flock(gate, fcntl.LOCK_SH)
+            fcntl.flock(room, fcntl.LOCK_SH)
+            fcntl.flock(gate, fcntl.LOCK_UN)
         yield
 
 
 @contextmanager
-def timing(device: torch.device, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Use the device alone among workers.
+def timing(*devices: torch.device, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Use devices alone among workers.
 
     Raises:
-        MeasurementError: other workers still used it after ``wait_seconds``.
+        MeasurementError: other workers still used one after ``wait_seconds``.
     """
     deadline = time.monotonic() + wait_seconds
-    gate, room = _open(device)
-    with gate, room:
-        for file in (gate, room):
-            if not _take(file, deadline):
-                raise MeasurementError(
-                    f"latency cannot be measured: other workers kept using {name(device)} for {wait_seconds:g} s; "
-                    "let their jobs end, or give each worker a device of its own"
-                )
+    with ExitStack() as locks:
+        for device in _in_order(devices):
+            for file in map(locks.enter_context, _open(device)):
+                if not _take(file, deadline):
+                    raise MeasurementError(
+                        f"latency cannot be measured: other workers kept using {name(device)} for {wait_seconds:g} s; "
+                        "let their jobs end, or give each worker a device of its own"
+                    )
         yield
+
+
+def _in_order(devices: tuple[torch.device, ...]) -> list[torch.device]:
+    """Return devices in one order for all workers, so that no two of them wait for each other."""
+    return sorted(set(devices), key=name)
 
 
 def name(device: torch.device) -> str:

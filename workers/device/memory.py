@@ -20,19 +20,24 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+def peak_bytes(work: Callable[[], object], *devices: torch.device) -> int | None:
     """Run ``work``; return the most memory in use meanwhile beyond what was in use before, in bytes.
 
-    On a GPU this is what torch's allocator held for tensors. On a CPU under Linux it is the process's resident memory,
-    after pages of freed tensors were given back where the C library can (glibc). None where the system does not tell.
+    On GPUs this is what torch's allocator held for tensors, each one's peak added up. On a CPU under Linux it is the
+    process's resident memory, after pages of freed tensors were given back where the C library can (glibc). None where
+    the system does not tell.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus:
+        before = 0
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+            torch.cuda.reset_peak_memory_stats(gpu)
+            before += int(torch.cuda.memory_allocated(gpu))
         work()
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) - int(before)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+        return sum(int(torch.cuda.max_memory_allocated(gpu)) for gpu in gpus) - before
     _give_freed_pages_back()
     try:
         _CLEAR.write_text("5", encoding="ascii")  # resets the high-water mark (proc_pid_clear_refs(5))

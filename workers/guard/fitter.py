@@ -40,7 +40,7 @@ def fit_guards(loaded: LoadedModel, task: Task, request: FitGuards) -> FittedGua
         found, failed[name] = task_features(loaded, asked, samples, request.layers)
         return found
 
-    with device_lock.computing(loaded.device):
+    with device_lock.computing(*loaded.devices):
         fitted_on = features("calibration", task, one_per_image(task.calibration, MOST_FITTED, parts=task.parts))
         threshold_on = features("search", task, one_per_image(task.search, MOST_THRESHOLD, parts=task.parts))
         held_out = one_per_image(task.held_out, MOST_COUNTED, parts=task.parts)
@@ -67,7 +67,7 @@ def fit_guards(loaded: LoadedModel, task: Task, request: FitGuards) -> FittedGua
         )
         threshold = conformal_threshold(unset.score(threshold_on[layer]), request.false_alarms)
         guard = replace(unset, threshold=threshold)
-        with device_lock.timing(loaded.device):
+        with device_lock.timing(*loaded.devices):
             decision, score = _seconds(loaded, task, guard, own[layer])
         guards.append(
             FittedGuard(
@@ -101,10 +101,10 @@ def _seconds(loaded: LoadedModel, task: Task, guard: Guard, features: Tensor) ->
     one = features[:1].to(loaded.device)
     decisions, scores = [], []
     for _ in range(TIMED + 1):
-        synchronise(loaded.device)
+        synchronise(*loaded.devices)
         started = time.perf_counter()
         guard.admits(loaded.model, **inputs)
-        synchronise(loaded.device)
+        synchronise(*loaded.devices)
         between = time.perf_counter()
         guard.inside(one).tolist()
         decisions.append(between - started)

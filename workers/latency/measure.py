@@ -81,7 +81,7 @@ def profile_latency(
         letter: [] for letter in letters if not Action.of(letter).row.removes_layer
     }
     times: dict[SkipPlan, list[float]] = {plan: [] for plan in (dense, *checks)}
-    with device_lock.timing(loaded.device):
+    with device_lock.timing(*loaded.devices):
         with apply(loaded.model, dense):
             for _ in range(WARM_UP_REQUESTS):
                 time_request(loaded, request)
@@ -107,7 +107,7 @@ def profile_latency(
                 runs = zip(descriptor.allowed, phase[RUN], strict=True)
                 phase[letter] = tuple(0.0 if Action.of(letter) in allowed else seconds for allowed, seconds in runs)
     profile = LatencyProfile(
-        device=device_name(loaded.device),
+        device=device_name(*loaded.devices),
         workload=workload,
         prompt_tokens=request.prompt_tokens,
         dense_latency_seconds=dense_latency_seconds,
@@ -162,7 +162,7 @@ def compare_latency(
         PlanError: the model cannot take the plan.
         MeasurementError: other workers do not leave the device.
     """
-    with device_lock.timing(loaded.device):
+    with device_lock.timing(*loaded.devices):
         return _compare_alone(loaded, prepare_request(loaded, task, request.workload), request, maps)
 
 
@@ -177,7 +177,7 @@ def _compare_alone(
             for _ in range(WARM_UP_REQUESTS):
                 time_request(loaded, timed)
             caches.append(cache_bytes(cache_of(run_request(loaded, timed))))
-            peaks.append(peak_bytes(lambda: run_request(loaded, timed), loaded.device))
+            peaks.append(peak_bytes(lambda: run_request(loaded, timed), *loaded.devices))
     dense_times: list[float] = []
     plan_times: list[float] = []
     generator = np.random.default_rng(request.seed)
@@ -195,7 +195,7 @@ def _compare_alone(
             break
     return LatencyComparison(
         plan=plan.text,
-        device=device_name(loaded.device),
+        device=device_name(*loaded.devices),
         workload=request.workload,
         dense_latency_seconds=statistics.median(dense_times),
         latency_seconds=statistics.median(plan_times),

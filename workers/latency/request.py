@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from workers.messages import Workload
 from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.prompts import to_device
+from workers.runtime.hooked import execution_device
 from workers.tasks import Task
 
 
@@ -41,10 +43,11 @@ class PreparedRequest:
         return int(self.inputs["input_ids"].shape[1])
 
 
-def device_name(device: torch.device) -> str:
-    """Name what latency depends on: the GPU, or the processor and torch's threads."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
+def device_name(*devices: torch.device) -> str:
+    """Name what latency depends on: the GPUs, or the processor and torch's threads."""
+    if devices[0].type == "cuda":
+        names = Counter(str(torch.cuda.get_device_name(device)) for device in devices)
+        return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
     threads = torch.get_num_threads()
     return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
@@ -78,7 +81,7 @@ def prepare_request(loaded: LoadedModel, task: Task, workload: Workload) -> Prep
 
 def run_request(loaded: LoadedModel, request: PreparedRequest) -> Any:
     """Generate exactly ``new_tokens`` tokens greedily; return the library's output with its KV cache."""
-    with torch.inference_mode():
+    with torch.inference_mode(), loaded.states_left_in_place():
         return loaded.model.generate(
             **request.inputs,
             do_sample=False,
@@ -93,10 +96,10 @@ def run_request(loaded: LoadedModel, request: PreparedRequest) -> Any:
 
 def time_request(loaded: LoadedModel, request: PreparedRequest) -> float:
     """Seconds of one request, the device idle before and after."""
-    synchronise(loaded.device)
+    synchronise(*loaded.devices)
     started = time.perf_counter()
     run_request(loaded, request)
-    synchronise(loaded.device)
+    synchronise(*loaded.devices)
     return time.perf_counter() - started
 
 
@@ -150,7 +153,8 @@ class RequestTimer:
     take from a shared core would otherwise fall on some layers and not on others. With more threads, wall time.
     """
 
-    device: torch.device
+    devices: tuple[torch.device, ...]
+    """Those of the model, that of its inputs first."""
     marks: list[list[Any]] = field(default_factory=list)
     """Per watched module its starts and ends in turns; the model is the first."""
 
@@ -158,45 +162,51 @@ class RequestTimer:
     @contextmanager
     def watching(cls, loaded: LoadedModel, stack_path: str) -> Iterator[RequestTimer]:
         """Watch the model and every decoder layer that stands in the stack now."""
-        timer = cls(loaded.device)
+        timer = cls(loaded.devices)
 
-        def mark(marks: list[Any], *_: object) -> None:
-            marks.append(timer.now())
+        def mark(marks: list[Any], device: torch.device, *_: object) -> None:
+            marks.append(timer.now(device))
 
         with Hooks() as hooks:
             for module in (loaded.model, *loaded.model.get_submodule(stack_path).children()):
                 marks: list[Any] = []
                 timer.marks.append(marks)
-                hooks.before(module, partial(mark, marks))
-                hooks.after(module, partial(mark, marks))
+                device = loaded.device if module is loaded.model else execution_device(module, loaded.device)
+                hooks.before(module, partial(mark, marks, device))
+                hooks.after(module, partial(mark, marks, device))
             yield timer
 
-    def now(self) -> Any:
-        """Mark the present moment."""
-        if self.device.type == "cuda":
+    def now(self, device: torch.device) -> Any:
+        """Mark the present moment, on a GPU when all that the model's other GPUs were given before is done."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            for other in self.devices:
+                if other != device:
+                    stream.wait_stream(torch.cuda.current_stream(other))
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(stream)
             return event
         return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
     def time(self, request: Callable[[], object]) -> RequestTimes:
         """Run a request, the device idle before and after."""
-        synchronise(self.device)
-        start = self.now()
+        synchronise(*self.devices)
+        start = self.now(self.devices[0])
         request()
-        end = self.now()
-        synchronise(self.device)
+        end = self.now(self.devices[0])
+        synchronise(*self.devices)
         model, *layers = (tuple(map(self._between, marks[::2], marks[1::2])) for marks in self.marks)
         return RequestTimes(self._between(start, end), model, tuple(layers))
 
     def _between(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start)
+        return float(start.elapsed_time(end) / 1000 if self.devices[0].type == "cuda" else end - start)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronise(*devices: torch.device) -> None:
+    """Wait until devices have done all they were given."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _processor_name() -> str:

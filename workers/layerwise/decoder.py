@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from workers.errors import WorkersError
@@ -91,6 +92,10 @@ class Keys:
 
     keys: Tensor
     values: Tensor
+
+    def to(self, device: torch.device) -> Keys:
+        """Return the same on a device: states are on the first, whichever a layer runs on."""
+        return Keys(self.keys.to(device), self.values.to(device))
 
     def by_themselves(self) -> Keys:
         """Return the same, without what else a fused projection may have put into their memory."""
@@ -246,7 +251,7 @@ class Decoder:
         seen: list[Keys] = []
 
         def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            seen.append(Keys(keys, values))
+            seen.append(Keys(keys, values).to(hidden.device))
             return keys, values
 
         output = self.run(layer, hidden, {**arguments, self._cache_name: MergingCache(None, note)}, watch)
@@ -255,7 +260,7 @@ class Decoder:
     def keys(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Keys:
         """Keys and values of a layer for all rows of ``hidden``, ``[batch, heads, tokens, size]`` each."""
         captured = self._gathering[layer][Action.FREEZE].capture(hidden, arguments)
-        return Keys(captured.keys, captured.values)
+        return Keys(captured.keys, captured.values).to(hidden.device)
 
     def arguments_of(self, layer: int, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's arguments, made for all tokens, for some of them, which see what they saw."""
@@ -277,12 +282,9 @@ class Decoder:
         """
 
         def fill(into: Tensor, new: Tensor) -> Tensor:
-            states = new.transpose(1, 2).flatten(0, 1).index_select(0, rows.source)
-            return (
-                into.index_copy_(0, rows.target, states)
-                .view(rows.batch, rows.length, *states.shape[1:])
-                .transpose(1, 2)
-            )
+            states = new.to(into.device).transpose(1, 2).flatten(0, 1).index_select(0, rows.source)
+            filled = into.index_copy_(0, rows.target, states).view(rows.batch, rows.length, *states.shape[1:])
+            return filled.transpose(1, 2).to(new.device)
 
         cache = MergingCache(None, lambda keys, values: (fill(seen.keys, keys), fill(seen.values, values)))
         given = {**self.arguments_of(layer, rows, arguments), self._cache_name: cache}
@@ -298,7 +300,7 @@ class Decoder:
             watch.into(found, hooks)
             output = hidden_of(call())
         width = found[-1].shape[-1]
-        rows = found[-1].reshape(*hidden.shape[:-2], -1, width)
+        rows = found[-1].to(hidden.device).reshape(*hidden.shape[:-2], -1, width)
         if split is not None:
             rows = split.text.put(rows.new_zeros(*hidden.shape[:-1], width), rows)
         return LayerOutput(output, rows)

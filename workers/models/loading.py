@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.quantizers import AutoHfQuantizer
 
 from workers.device.arithmetic import dtype_name, emulates
+from workers.device.memory import memory_bytes
 from workers.errors import ModelError
 from workers.messages import ModelSource
-from workers.runtime.quantised import quantisation_of, unpack, without_progress_bars
+from workers.runtime.quantised import UNPACKED, quantisation_of, unpack, without_progress_bars
 from workers.text import first_line
 
 from .checkpoint import (
@@ -28,6 +31,7 @@ from .checkpoint import (
 )
 from .processors import load_processor
 from .shared_weights import share_in_float32
+from .spread import Spread, spread_layers
 
 _PARTS_OF_WEIGHTS = frozenset(
     ("weight_scale", "weight_scale_inv", "weight_packed", "weight_zero_point", "qweight", "qzeros", "scales", "absmax")
@@ -49,12 +53,23 @@ class LoadedModel:
     """The checkpoint's own dtype where float32 stands in for it, because the device would emulate it."""
     not_shared: str = ""
     """Why this process holds a copy of the weights of its own, where several could share one."""
+    spread: Spread | None = None
+    """How its layers lie on several devices, if they do."""
 
     @property
     def device(self) -> torch.device:
         """Device that the model's inputs go to."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that it computes on, that of its inputs first."""
+        return (self.device,) if self.spread is None else self.spread.devices
+
+    def states_left_in_place(self) -> AbstractContextManager[None]:
+        """Have the layers of a model on several devices hand states on as they do without a worker around them."""
+        return nullcontext() if self.spread is None else self.spread.states_left_in_place()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,16 +83,24 @@ class LoadedModel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def load_model(source: ModelSource, *, device: str | None = None, measuring: bool = False) -> LoadedModel:
+def load_model(
+    source: ModelSource,
+    *,
+    device: str | None = None,
+    measuring: bool = False,
+    gpus: int = 1,
+    device_map: Mapping[str, str] | None = None,
+) -> LoadedModel:
     """Load a model for inference.
 
     ``device`` overrides the source's; ``"auto"`` is a GPU if one can be seen, else the CPU. The dtype ``"auto"`` is the
     checkpoint's own; with ``measuring``, float32 where the device would emulate that. Weights go from their files
     straight to a GPU; on the CPU they stay in their files, mapped into memory. With ``measuring``, that is so in
-    float32 as well (:mod:`workers.models.shared_weights`).
+    float32 as well (:mod:`workers.models.shared_weights`). On GPUs the layers are spread over ``gpus`` of them
+    (:mod:`workers.models.spread`), or as ``device_map`` of accelerate says, which may name the CPU and the disk.
 
     Raises:
-        ModelError: the model is not there, not of a supported kind, corrupt, or incomplete.
+        ModelError: the model is not there, not of a supported kind, corrupt, incomplete, or larger than the GPUs.
     """
     target = choose_device(device or source.device)
     directory = find_checkpoint(source)
@@ -96,7 +119,15 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
     shareable = target == "cpu" and source.dtype == "float32" and not is_pickled(files)
     if measuring and shareable and not quantisation_of(config):
         place, not_shared = share_in_float32(directory, files, fingerprint)
-    model = _load_weights(place, source, config, None if target == "cpu" else {"": target})
+    if device_map is None and target == "cuda":
+        device_map = _over_gpus(source, config, gpus)
+    spread = len(set((device_map or {}).values())) > 1
+    if spread and quantisation_of(config) == UNPACKED:
+        raise ModelError(
+            f"model {source.path}: its weights are quantised ({UNPACKED}), which places them itself when it unpacks "
+            "them: they are not spread over several devices; set cluster.gpus_per_worker to 1"
+        )
+    model = _load_weights(place, source, config, device_map)
     model.config._name_or_path = str(directory)
     unpack(model)
     return LoadedModel(
@@ -107,7 +138,21 @@ def load_model(source: ModelSource, *, device: str | None = None, measuring: boo
         directory=directory,
         replaced_dtype=replaced,
         not_shared=not_shared,
+        spread=Spread(model) if spread else None,
     )
+
+
+def _over_gpus(source: ModelSource, config: Any, gpus: int) -> dict[str, str]:
+    """Return the device map over the first GPUs. Raises ModelError where they are too few, or too small."""
+    if gpus > torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise ModelError(f"cluster.gpus_per_worker: the model is to be spread over {gpus} GPUs, torch sees {there}")
+    rooms = [(f"cuda:{number}", memory_bytes(torch.device("cuda", number))) for number in range(gpus)]
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
+    dtype = (config.dtype or torch.float32) if source.dtype == "auto" else getattr(torch, source.dtype)
+    places = spread_layers(model, dtype, rooms, source.path)
+    return places if gpus > 1 else {"": rooms[0][0]}
 
 
 def choose_device(device: str) -> str:
@@ -163,7 +208,7 @@ def _require_quantiser(source: ModelSource, config: Any) -> None:
 
 
 def _load_weights(
-    directory: Path, source: ModelSource, config: Any, device_map: dict[str, str] | None = None
+    directory: Path, source: ModelSource, config: Any, device_map: Mapping[str, str] | None = None
 ) -> PreTrainedModel:
     if source.dtype != "auto" and not isinstance(getattr(torch, source.dtype, None), torch.dtype):
         raise ModelError(f"dtype {source.dtype!r} is no torch dtype; use auto, float32, bfloat16 or float16")
@@ -174,7 +219,8 @@ def _load_weights(
                 config=config,
                 dtype=source.dtype,
                 attn_implementation=source.attention,
-                device_map=device_map,
+                device_map=None if device_map is None else dict(device_map),
+                offload_folder=tempfile.gettempdir(),
                 use_safetensors=not is_pickled(weight_files(directory, source.allow_pickle)),
                 weights_only=True,
                 trust_remote_code=source.trust_remote_code,

@@ -49,6 +49,7 @@ class VisionAttention:
             return
         self._seen.add(layer)
         vision = batch.groups["vision"].to(weights.dtype)
+        weights = weights.to(vision.device)  # the layer's device may be another one than the states'
         mass = torch.einsum("bhqk,bk->bq", weights, vision).double() / weights.shape[1]
         for row, group in enumerate(("text", "last")):
             queries = batch.groups[group]

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .edits import Edits
 from .gaps import Scope, gaps
+from .hooked import replace_parameter, stored_parameter
 from .locate import DecoderStack
 from .plan import PlanError, SkipPlan
 from .quantised import is_quantised
@@ -188,9 +189,9 @@ def fold_site_map(edits: Edits, site: FoldSite, own: GapMap) -> None:
     if own.scope == "projection":
         require_projection(site, own.layer)
     for projection in site.projections:
-        _replace(edits, projection.module, projection.weight, folded_weight(projection, own))
+        replace_parameter(edits, projection.module, projection.weight, folded_weight(projection, own))
         if projection.bias is not None:
-            _replace(edits, projection.module, projection.bias, _folded_bias(projection, own))
+            replace_parameter(edits, projection.module, projection.bias, _folded_bias(projection, own))
 
 
 def require_projection(site: FoldSite, index: int) -> Projection:
@@ -207,7 +208,7 @@ def folded_weight(projection: Projection, own: GapMap) -> Tensor:
 
     Only the map's difference to doing nothing is added, so that doing nothing leaves every bit as it was.
     """
-    weight: Tensor = getattr(projection.module, projection.weight).detach()
+    weight = stored_parameter(projection.module, projection.weight).detach()
     change = own.change.to(weight.device)
     moved = weight.movedim(projection.hidden_dim, -1).double()  # [..., width, hidden]
     added = change if own.scope == "projection" else moved @ change
@@ -216,7 +217,7 @@ def folded_weight(projection: Projection, own: GapMap) -> Tensor:
 
 def _folded_bias(projection: Projection, own: GapMap) -> Tensor:
     assert projection.bias is not None
-    bias: Tensor = getattr(projection.module, projection.bias).detach()
+    bias = stored_parameter(projection.module, projection.bias).detach()
     result = bias.double()
     if own.scope == "output":
         result = result + result @ own.change.to(bias.device)
@@ -226,12 +227,6 @@ def _folded_bias(projection: Projection, own: GapMap) -> Tensor:
 def _minus_identity(matrix: Tensor, device: torch.device) -> Tensor:
     change = matrix.to(device).double()
     return change - torch.eye(change.shape[0], dtype=change.dtype, device=device)
-
-
-def _replace(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
-    old = module._parameters[name]
-    assert old is not None
-    edits.set_item(module._parameters, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 # Proof that a layer is residual + linear projection ------------------------------------------------------------------

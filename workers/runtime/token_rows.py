@@ -85,10 +85,10 @@ class TokenRows:
     def put(self, into: Tensor, rows: Tensor) -> Tensor:
         """Return a copy of ``into``, ``[..., batch, length, hidden]``, with the valid ``rows`` in their places."""
         flat = into.flatten(-3, -2).clone()
-        values = rows.flatten(-3, -2)
+        values = rows.flatten(-3, -2).to(flat.device, flat.dtype)
         if self.valid is not None:
-            values = values.index_select(-2, self.source)
-        flat.index_copy_(flat.dim() - 2, self.target.to(flat.device), values.to(flat.dtype))
+            values = values.index_select(-2, self.source.to(flat.device))
+        flat.index_copy_(flat.dim() - 2, self.target.to(flat.device), values)
         return flat.reshape(into.shape)
 
 

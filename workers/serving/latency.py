@@ -116,7 +116,7 @@ def compare_engine_latency(
     most = max(request.concurrencies)
     serving = _serving(loaded, task, request, longest)
     with (
-        device_lock.timing(loaded.device),
+        device_lock.timing(*loaded.devices),
         tempfile.TemporaryDirectory(prefix="skipplan-served-") as scratch,
         ExitStack() as running,
     ):
@@ -134,7 +134,7 @@ def compare_engine_latency(
         plan=request.plan,
         engine=request.engine,
         version=servers[0].version,
-        device=device_name(loaded.device),
+        device=device_name(*loaded.devices),
         dtype=serving.dtype,
         workload=request.workload,
         levels=tuple(levels),

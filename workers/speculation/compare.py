@@ -98,7 +98,7 @@ def compare_speculation(
         prompts = partial(_text_prompts, loaded, request.text)
     with speculate(loaded.model, plan, maps) as speculation:
         folded = speculation.statistics.extra_bytes
-        with device_lock.timing(loaded.device):
+        with device_lock.timing(*loaded.devices):
             caches = _memory(loaded, evaluator.task, request.workload, speculation)
             pairs, asked, exact = _time_pairs(loaded, _over_and_over(prompts), request, speculation)
     own = speculation.statistics
@@ -110,7 +110,7 @@ def compare_speculation(
     return SpeculationComparison(
         latency=LatencyComparison(
             plan=plan.text,
-            device=device_name(loaded.device),
+            device=device_name(*loaded.devices),
             workload=request.workload,
             dense_latency_seconds=statistics.median(pairs.dense),
             latency_seconds=statistics.median(pairs.drafted),
@@ -177,9 +177,9 @@ def _memory(loaded: LoadedModel, task: Task, workload: Workload, speculation: Sp
     tokens = {"min_new_tokens": workload.new_tokens, "max_new_tokens": workload.new_tokens}
     with torch.inference_mode():
         dense = cache_bytes(cache_of(run_request(loaded, request)))
-        dense_peak = peak_bytes(lambda: run_request(loaded, request), loaded.device)
+        dense_peak = peak_bytes(lambda: run_request(loaded, request), *loaded.devices)
         generate(loaded, speculation, request.inputs, **tokens)
-        peak = peak_bytes(lambda: generate(loaded, speculation, request.inputs, **tokens), loaded.device)
+        peak = peak_bytes(lambda: generate(loaded, speculation, request.inputs, **tokens), *loaded.devices)
     return _Memory(dense, dense_peak, peak)
 
 

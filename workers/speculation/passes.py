@@ -46,7 +46,7 @@ def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, rep
     request = prepare_request(loaded, task, profile.workload)
     plan = _cheap_drafter(describe(loaded.model))
     ratios: dict[int, list[float]] = {width: [] for width in WIDTHS}
-    with device_lock.timing(loaded.device):
+    with device_lock.timing(*loaded.devices):
         _timed_passes(loaded, plan, 2, request.inputs)
         deadline = time.perf_counter() + PROFILE_SECONDS
         for repeat in range(max(1, repeats // 2)):  # a repeat times several passes of every width
@@ -64,17 +64,17 @@ def verify_seconds(loaded: LoadedModel, task: Task, profile: LatencyProfile, rep
 
 def _timed_passes(loaded: LoadedModel, plan: SkipPlan, width: int, inputs: Mapping[str, Any]) -> list[float]:
     """Return the seconds of the dense model's passes over ``width`` new tokens in one request."""
-    model, device = loaded.model, loaded.device
+    model, devices = loaded.model, loaded.devices
     starts: list[tuple[int, float]] = []
     seconds: dict[int, list[float]] = defaultdict(list)
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        synchronise(device)
+        synchronise(*devices)
         ids = kwargs.get("input_ids")
         starts.append((0 if ids is None else int(ids.shape[1]), time.perf_counter()))
 
     def after(output: object) -> None:
-        synchronise(device)
+        synchronise(*devices)
         asked, start = starts.pop()
         seconds[asked].append(time.perf_counter() - start)
 

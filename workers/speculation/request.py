@@ -29,26 +29,26 @@ class Answered:
 class _FirstToken(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
     """Note when the first token was there; end nothing."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, devices: tuple[torch.device, ...]) -> None:
+        self._devices = devices
         self.at: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
         """Look at ``input_ids`` ``[batch, tokens]``."""
         if self.at is None:
-            synchronise(self._device)
+            synchronise(*self._devices)
             self.at = time.perf_counter()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def timed(loaded: LoadedModel, model: Any, inputs: Mapping[str, Any], **tokens: int) -> Answered:
     """Time one request of the model, or of a speculation on it, the device idle before and after."""
-    first = _FirstToken(loaded.device)
-    synchronise(loaded.device)
+    first = _FirstToken(loaded.devices)
+    synchronise(*loaded.devices)
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), loaded.states_left_in_place():
         sequences = generate(loaded, model, inputs, stopping_criteria=StoppingCriteriaList([first]), **tokens)
-    synchronise(loaded.device)
+    synchronise(*loaded.devices)
     ended = time.perf_counter()
     decoding = ended - (ended if first.at is None else first.at)
     return Answered(ended - started, decoding, answers_of(loaded, sequences, inputs))
@@ -56,7 +56,7 @@ def timed(loaded: LoadedModel, model: Any, inputs: Mapping[str, Any], **tokens: 
 
 def generate(loaded: LoadedModel, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Tensor:
     """Generate greedily; ``model`` is the loaded one or a speculation on it."""
-    with torch.inference_mode():
+    with torch.inference_mode(), loaded.states_left_in_place():
         sequences: Tensor = model.generate(
             **inputs,
             do_sample=False,

@@ -83,7 +83,7 @@ class SharedEvaluator(Generic[Item]):
     def _device(self) -> sizing.Device:
         loaded = self.loaded
         return sizing.Device(
-            loaded.fingerprint, str(loaded.model.dtype), device_name(loaded.device), torch.get_num_threads()
+            loaded.fingerprint, str(loaded.model.dtype), device_name(*loaded.devices), torch.get_num_threads()
         )
 
     def size_chunks(self, samples: Sequence[Item]) -> None:
