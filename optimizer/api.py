@@ -192,9 +192,11 @@ def engine_latencies(job_id: int, *, database: str | None = None) -> pd.DataFram
 def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:
     """List what a job scored, in the order of its evaluations: one row a plan and size, indexed by the evaluation's id.
 
-    Columns: ``plan``, ``compensation``, ``split``, ``n_samples``, ``accuracy`` (NaN for a failure), ``seconds`` of
-    worker time, ``failure``, ``reused_from``, ``layer_executions``. Search accuracies steer; they are no result.
+    Columns: ``task`` (name of what was scored, a task or text), ``plan``, ``compensation``, ``split``, ``n_samples``,
+    ``accuracy`` (NaN for a failure), ``seconds`` of worker time, ``failure``, ``reused_from``, ``layer_executions``.
+    Search accuracies steer; they are no result.
     """
+    from optimizer.reports.evaluations import names_of_tasks
     from storage.queue import jobs
     from storage.records import evaluations, overview
     from storage.records.evaluations import EvaluationSummary
@@ -202,9 +204,11 @@ def evaluations(job_id: int, *, database: str | None = None) -> pd.DataFrame:
     with _open(database) as db:
         jobs.get(db, job_id)
         rows = evaluations.summaries(db, job_id)
-    columns = ["id", "plan", "compensation", "split", "n_samples", "accuracy", "seconds", "failure", "reused_from"]
-    columns += ["recorded_at", "layer_executions", "layer_executions_saved"]
-    return overview.frame(rows, EvaluationSummary)[columns].set_index("id")
+        names = names_of_tasks(db, rows)
+    columns = ["id", "task", "plan", "compensation", "split", "n_samples", "accuracy", "seconds", "failure"]
+    columns += ["reused_from", "recorded_at", "layer_executions", "layer_executions_saved"]
+    frame = overview.frame(rows, EvaluationSummary)
+    return frame.assign(task=frame["task_id"].map(names))[columns].set_index("id")
 
 
 def redundancy(job_id: int, *, database: str | None = None) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.job.result import JobResult, judgement, judging, layers_by_action
+from optimizer.job.result import JobResult, judgement, judging, layers_by_action, losses
 from optimizer.reports import formatting
 from optimizer.stages.progress import Display, StageLines, State
 from storage.records.plans import LOSSLESS, Plan
@@ -211,6 +211,8 @@ def figures(plan: Plan) -> str:
     """Summarize a plan's accuracy and speed in half a sentence."""
     if plan.mode == LOSSLESS:
         return f"the dense model's answers, {formatting.times_as_fast(plan)}; {formatting.drafting(plan)}"
+    if found := losses(plan):
+        return f"{'; '.join(map(formatting.loss, found))}; {formatting.times_as_fast(plan)}"
     return (
         f"accuracy {plan.accuracy:.3f}, {formatting.difference(plan)} points to dense, {formatting.times_as_fast(plan)}"
     )
@@ -231,4 +233,6 @@ def answer(plan: Plan) -> str:
 def _cost(plan: Plan) -> str:
     if plan.mode == LOSSLESS:
         return f"with the dense model's own answers: {formatting.drafting(plan)}"
+    if found := losses(plan):
+        return f"held-out {'; '.join(map(formatting.loss, found))}"
     return f"accuracy {plan.accuracy:.3f} against {plan.dense_accuracy:.3f} on {plan.n_samples} held-out samples"

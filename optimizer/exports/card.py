@@ -11,7 +11,8 @@ import yaml
 from optimizer.exports import guards
 from optimizer.exports.document import PlanDocument
 from optimizer.exports.interface import ExportFormat, Guide
-from storage.records.plans import LOSSLESS
+from optimizer.job.result import Loss, losses
+from storage.records.plans import LOSSLESS, MeasuredFigures
 from workers.runtime import Action, SkipPlan
 
 FILE_NAME = "README.md"
@@ -57,29 +58,57 @@ def _has_figures_of_its_own(document: PlanDocument) -> bool:
 
 def _model_index(document: PlanDocument) -> dict[str, Any]:
     """Return the held-out figures as the hub's metadata says them (model-index of the model card specification)."""
-    own = document.figures
-    difference_confidence = own.secondary.get("difference_confidence", own.confidence)
-    metrics = [
-        _metric("accuracy", "accuracy", own.accuracy, own.accuracy_low, own.accuracy_high, own.confidence),
-        _metric(
-            "accuracy_difference",
-            "accuracy less that of the dense model",
-            own.difference,
-            own.difference_low,
-            own.difference_high,
-            difference_confidence,
-        ),
-        _metric(
-            "speedup", f"speed-up on {document.device}", own.speedup, own.speedup_low, own.speedup_high, own.confidence
-        ),
-    ]
-    dataset = {"type": document.task.name, "name": document.task.name, "split": "held-out"}
-    result = {
-        "task": {"type": "image-text-to-text"},
-        "dataset": dataset | {"args": {"samples": own.n_samples}},
+    own, name = document.figures, document.task.name
+    level = own.secondary.get("difference_confidence", own.confidence)
+    speedup = _metric(
+        "speedup", f"speed-up on {document.device}", own.speedup, own.speedup_low, own.speedup_high, own.confidence
+    )
+    found = losses(own)
+    if found:
+        results = [_result_on(each, own.confidence, level) for each in found]
+        results.append(_result(name, sum(each.n_samples for each in found if each.weight), [speedup]))
+    else:
+        accuracy = own.accuracy, own.accuracy_low, own.accuracy_high
+        difference = own.difference, own.difference_low, own.difference_high
+        metrics = [*_accuracy_metrics(accuracy, own.confidence, difference, level), speedup]
+        results = [_result(name, own.n_samples, metrics)]
+    return {"name": f"{document.model.name} under skip plan {document.plan}", "results": results}
+
+
+def _result(
+    dataset: str, samples: int, metrics: list[dict[str, Any]], task: str = "image-text-to-text"
+) -> dict[str, Any]:
+    return {
+        "task": {"type": task},
+        "dataset": {"type": dataset, "name": dataset, "split": "held-out", "args": {"samples": samples}},
         "metrics": metrics,
     }
-    return {"name": f"{document.model.name} under skip plan {document.plan}", "results": [result]}
+
+
+def _result_on(each: Loss, confidence: float, level: float) -> dict[str, Any]:
+    """Return what a plan lost on one of several tasks, or on text."""
+    if each.is_text:
+        name = "KL(dense || plan) of the next token, nats a token"
+        metric = _metric("kl_divergence", name, each.loss, each.loss_low, each.loss_high, level)
+        return _result(each.name, each.n_samples, [metric], "text-generation")
+    accuracy = each.accuracy, each.accuracy_low, each.accuracy_high
+    metrics = _accuracy_metrics(accuracy, confidence, _difference(each), level)
+    return _result(each.name, each.n_samples, metrics)
+
+
+def _difference(each: Loss) -> tuple[float, float, float]:
+    """Return the difference of accuracy to dense with its interval's ends; no loss is no negative zero."""
+    return 0.0 - each.loss, 0.0 - each.loss_high, 0.0 - each.loss_low
+
+
+def _accuracy_metrics(
+    accuracy: tuple[float, float, float], confidence: float, difference: tuple[float, float, float], level: float
+) -> list[dict[str, Any]]:
+    """Return accuracy and difference to dense, each given with its interval's ends."""
+    return [
+        _metric("accuracy", "accuracy", *accuracy, confidence),
+        _metric("accuracy_difference", "accuracy less that of the dense model", *difference, level),
+    ]
 
 
 def _metric(kind: str, name: str, value: float, low: float, high: float, confidence: float) -> dict[str, Any]:
@@ -131,18 +160,7 @@ def _table(document: PlanDocument, chosen: ExportFormat) -> str:
     rows = [
         ("", "dense", "this plan", f"interval ({confidence})"),
         ("---", "---:", "---:", "---:"),
-        (
-            f"accuracy, {own.n_samples} held-out samples",
-            f"{own.dense_accuracy:.4f}",
-            f"{own.accuracy:.4f}",
-            _interval(own.accuracy_low, own.accuracy_high, "{:.4f}"),
-        ),
-        (
-            "difference to dense",
-            "",
-            f"{own.difference:+.4f}",
-            _interval(own.difference_low, own.difference_high, "{:+.4f}") + corrected,
-        ),
+        *([row for each in losses(own) for row in _loss_rows(each, corrected)] or _accuracy_rows(own, corrected)),
         ("seconds a request", f"{own.dense_latency_seconds:.5f}", f"{own.latency_seconds:.5f}", ""),
         ("speed-up", "1", f"{own.speedup:.3f}", _interval(own.speedup_low, own.speedup_high, "{:.3f}")),
         ("KV cache, bytes", str(own.dense_kv_cache_bytes), str(own.kv_cache_bytes), ""),
@@ -158,10 +176,60 @@ def _table(document: PlanDocument, chosen: ExportFormat) -> str:
     ]
     rows += _guard_rows(own.secondary["guard"]) if _is_guarded(document, chosen) else []
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    task = f"Task{'s' if losses(own) else ''}: {_named(document)}"
     return (
-        f"{table}\n\nTask: {_inline(document.task.name)} (held-out split, which the search never saw). "
+        f"{table}\n\n{task} (held-out split, which the search never saw). "
         f"Device: {_inline(document.device)}. Workload: {_inline(document.workload)}."
     )
+
+
+def _accuracy_rows(own: MeasuredFigures, corrected: str) -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            f"accuracy, {own.n_samples} held-out samples",
+            f"{own.dense_accuracy:.4f}",
+            f"{own.accuracy:.4f}",
+            _interval(own.accuracy_low, own.accuracy_high, "{:.4f}"),
+        ),
+        (
+            "difference to dense",
+            "",
+            f"{own.difference:+.4f}",
+            _interval(own.difference_low, own.difference_high, "{:+.4f}") + corrected,
+        ),
+    ]
+
+
+def _loss_rows(each: Loss, corrected: str) -> list[tuple[str, str, str, str]]:
+    """Return what a plan lost on one of several tasks, or on text, with its limits."""
+    name = _inline(each.name)
+    if each.is_text:
+        limit = "no limit" if each.max_loss is None else f"limit {each.max_loss:g}"
+        title = f"KL(dense \\|\\| plan) on {name}, nats a token, {each.n_samples} held-out passages ({limit})"
+        return [(title, "0", f"{each.loss:.4f}", _interval(each.loss_low, each.loss_high, "{:.4f}") + corrected)]
+    difference, low, high = _difference(each)
+    least = "" if each.min_accuracy is None else f" (at least {each.min_accuracy:g})"
+    limit = "no limit" if each.max_loss is None else f"loss at most {each.max_loss:g}"
+    return [
+        (
+            f"accuracy on {name}, {each.n_samples} held-out samples{least}",
+            f"{each.dense_accuracy:.4f}",
+            f"{each.accuracy:.4f}",
+            _interval(each.accuracy_low, each.accuracy_high, "{:.4f}"),
+        ),
+        (
+            f"difference to dense on {name} ({limit})",
+            "",
+            f"{difference:+.4f}",
+            _interval(low, high, "{:+.4f}") + corrected,
+        ),
+    ]
+
+
+def _named(document: PlanDocument) -> str:
+    """Name the plan's task, or its tasks."""
+    own = [each.name for each in losses(document.figures) if each.weight]
+    return _inline(", ".join(own) or document.task.name)
 
 
 def _is_guarded(document: PlanDocument, chosen: ExportFormat) -> bool:
@@ -202,9 +270,11 @@ def _general_limits(document: PlanDocument, chosen: ExportFormat) -> list[str]:
     elsewhere = "more drafts may be refused, which costs time" if drafts else "its accuracy is unknown"
     unguarded = "Nothing here asks a guard, so prompts unlike the task's are answered with the plan too."
     answers_alone = not (drafts or document.mode == LOSSLESS)
+    beside = [_inline(each.name) for each in losses(document.figures) if not each.weight]
+    judged = f" and judged on {', '.join(beside)} beside" if beside else ""
     return [
         *([unguarded] if answers_alone and not _is_guarded(document, chosen) else []),
-        f"The plan was chosen for the task {_inline(document.task.name)}; on other tasks {elsewhere}.",
+        f"The plan was chosen for {_named(document)}{judged}; on other tasks {elsewhere}.",
         "Speed was measured on the device and workload above; other hardware, batch sizes and answer lengths differ.",
         "The licence of the original model applies.",
     ]

@@ -14,7 +14,7 @@ from storage.queue.jobs import Job
 from storage.records import plans
 from storage.records.described import described
 from storage.records.engine_latencies import EngineLatency
-from storage.records.plans import LOSSLESS, Plan
+from storage.records.plans import LOSSLESS, MeasuredFigures, Plan
 from workers.runtime import Action, SkipPlan
 
 
@@ -113,6 +113,8 @@ class Loss:
     name: str
     n_samples: int
     accuracy: float
+    accuracy_low: float
+    accuracy_high: float
     dense_accuracy: float
     loss: float
     """Accuracy lost, as a share; of text KL(dense || plan), in nats a token."""
@@ -128,7 +130,7 @@ class Loss:
 _LOSSES = TypeAdapter(tuple[Loss, ...])
 
 
-def losses(plan: Plan) -> tuple[Loss, ...]:
+def losses(plan: MeasuredFigures) -> tuple[Loss, ...]:
     """Return a plan's losses where its job judged by several; empty where it judged by accuracy on its one task.
 
     An imported plan may hold anything there, which then counts as nothing.
@@ -137,6 +139,12 @@ def losses(plan: Plan) -> tuple[Loss, ...]:
         return _LOSSES.validate_python(plan.secondary.get("goals") or ())
     except ValidationError:
         return ()
+
+
+def worst_task(plan: MeasuredFigures) -> str:
+    """Name the task that a plan's own accuracy and difference are of, where its job judged by several losses."""
+    own = [each for each in losses(plan) if each.weight]
+    return max(own, key=lambda each: each.loss_high).name if own else ""
 
 
 def drafting_of(plan: Plan) -> dict[str, Any] | None:
@@ -156,10 +164,15 @@ def judgement(plan: Plan, words: Mapping[bool | None, str]) -> str:
     return words[meets_constraint(plan)] + useless
 
 
+def task_names(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """List the tasks of a stored job as its file names them, in order."""
+    several = sorted(str(goal["task"]) for goal in spec.get("tasks") or ())
+    return tuple(several) or (str(spec.get("task", "unknown task")),)
+
+
 def tasks_of_job(spec: Mapping[str, Any]) -> str:
-    """Name the task of a stored job, or its several tasks."""
-    several = [str(goal["task"]) for goal in spec.get("tasks") or ()]
-    return " + ".join(several) or str(spec.get("task", "unknown task"))
+    """Name the task of a stored job, or its several tasks together, as ``--task`` takes them: ``"a+b"``."""
+    return "+".join(task_names(spec))
 
 
 def layers_by_action(text: str) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from optimizer.job.result import losses
 from optimizer.reports import figures, formatting, progress, sections
 from optimizer.reports.chart import SERIES, Chart, axis
 from optimizer.reports.data import JobReport, collect
@@ -37,20 +38,15 @@ def comparison_page(db: Database, first: JobReport, second: JobReport) -> Page:
     )
 
 
-def _comparable(first: JobReport, second: JobReport) -> bool:
-    """Whether both jobs scored the same model on the same search samples."""
-    splits = [report.split_hashes.get("search") for report in (first, second)]
-    return first.ids is not None and first.ids == second.ids and splits[0] == splits[1]
-
-
 def comparability(first: JobReport, second: JobReport) -> str:
     """Say in a sentence what of two jobs can be compared."""
     if first.ids is None or second.ids is None:
         return "At least one of these jobs has not loaded its model yet; there is little to compare."
-    if not _comparable(first, second):
+    if not first.scored_alike(second):
+        judged = "" if first.spec.goals == second.spec.goals else ", or in the losses and limits that they judge by"
         return (
-            "These jobs differ in their model, their task or its samples: compare what is relative to each one's own "
-            "dense model, not accuracies."
+            f"These jobs differ in their model, their task or its samples{judged}: compare what is relative "
+            "to each one's own dense model, not accuracies."
         )
     devices = {report.profile.device for report in (first, second) if report.profile is not None}
     if len(devices) > 1:
@@ -79,8 +75,11 @@ _FIGURES: tuple[tuple[str, Callable[[JobReport], str]], ...] = (
     ("difference, points", _of_best(formatting.difference)),
     (
         "accuracy",
-        _of_best(lambda p: f"{p.accuracy:.3f} (dense {p.dense_accuracy:.3f}, n = {p.n_samples:,})"),
+        _of_best(
+            lambda p: f"{p.accuracy:.3f} (dense {p.dense_accuracy:.3f}, n = {p.n_samples:,}){formatting.on_task(p)}"
+        ),
     ),
+    ("all losses", _of_best(lambda plan: "; ".join(map(formatting.loss, losses(plan))) or "this one")),
     ("a request", _of_best(formatting.request)),
     ("KV cache", _of_best(formatting.kv_cache)),
     ("compensation", _of_best(lambda plan: plan.compensation)),
@@ -135,8 +134,9 @@ def _strips(first: JobReport, second: JobReport) -> Section:
 
 def _searches(db: Database, first: JobReport, second: JobReport) -> Section:
     section = Section("progress", "Search", "Both searches")
-    if not _comparable(first, second):
-        return replace(section, paragraphs=("The searches cannot be compared: model, task or samples differ.",))
+    if not first.scored_alike(second):
+        text = "The searches cannot be compared: model, task, samples or what they judge by differ."
+        return replace(section, paragraphs=(text,))
     corner = progress.reference(first)
     again = collect(db, second.job.id, profile=first.profile) if first.profile is not None else second
     curves = [

@@ -13,8 +13,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from optimizer.job.result import JobResult, load_result, meets_constraint, tasks_of_job
-from optimizer.search.goals import USUAL_LIMIT
+from optimizer.job.result import JobResult, load_result, meets_constraint, task_names, tasks_of_job
+from optimizer.reports.evaluations import names_of_tasks
+from optimizer.reports.heights import Objective, allowed_loss
+from optimizer.search.goals import Goal, Goals
 from optimizer.search.latency import ratio_of_text
 from optimizer.search.space import touched
 from optimizer.search.trial import DraftValue, GoalFigures, answered_by_both
@@ -45,9 +47,10 @@ class Specification:
     """None for jobs of before criteria had names."""
     thresholds: dict[str, float] | None = None
     mode: str = STANDALONE
-    limits_by_task: dict[str, float | None] = field(default_factory=dict)
-    """Of a job that judges by several losses: the most that may be lost, by task as the job file names it."""
-    max_kl: float | None = None
+    goals: Goals | None = None
+    """Of a job that judges by several losses: their limits, its tasks first; sizes are not stored (0)."""
+    tasks: tuple[str, ...] = ()
+    """Names of its tasks, in order; of files their last part."""
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Specification:
@@ -67,16 +70,19 @@ class Specification:
             criterion=stored.get("criterion"),
             thresholds=stored.get("thresholds"),
             mode=str(stored.get("mode", STANDALONE)),
-            limits_by_task=_limits_by_task(stored),
-            max_kl=_section(stored, "collateral").get("max_kl"),
+            goals=_goals(stored),
+            tasks=tuple(sorted(map(_name, task_names(stored)))),
         )
 
     @property
-    def max_accuracy_drop(self) -> float | None:
-        """Largest loss of accuracy as a share; None where the job set no limit; the least of several."""
-        if self.limits_by_task:
-            return min((each for each in self.limits_by_task.values() if each), default=USUAL_LIMIT)
-        return self.limits.get("max_accuracy_drop")
+    def allowed_loss(self) -> float | None:
+        """Largest loss as a share, of several what the search may come to; None where the job set no limit."""
+        return self.limits.get("max_accuracy_drop") if self.goals is None else allowed_loss(self.goals)
+
+    @property
+    def objective(self) -> Objective:
+        """What the search makes of several losses."""
+        return "worst" if self.goals is None else self.goals.objective
 
     @property
     def strategy(self) -> str:
@@ -91,16 +97,26 @@ def _section(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def _limits_by_task(stored: Mapping[str, Any]) -> dict[str, float | None]:
-    constraint, collateral = _section(stored, "constraint"), _section(stored, "collateral")
-    several = stored.get("tasks") or ()
-    if not several and collateral.get("max_accuracy_drop") is None and collateral.get("max_kl") is None:
-        return {}
-    found = {str(goal["task"]): goal.get("max_accuracy_drop") for goal in several}
-    found = found or {tasks_of_job(stored): constraint.get("max_accuracy_drop")}
-    if collateral.get("max_accuracy_drop") is not None:
-        found |= {str(name): collateral["max_accuracy_drop"] for name in collateral.get("tasks") or ()}
-    return found
+def _name(task: str) -> str:
+    """Return the name of a task that a job file gives by name or file."""
+    return short_name(task).removesuffix(".yaml")
+
+
+def _goals(stored: Mapping[str, Any]) -> Goals | None:
+    collateral = _section(stored, "collateral")
+    several, drop, kl = stored.get("tasks") or (), collateral.get("max_accuracy_drop"), collateral.get("max_kl")
+    if not several and drop is None and kl is None:
+        return None
+    found = [
+        Goal(_name(own["task"]), 0, own.get("max_accuracy_drop"), own.get("min_accuracy"), own.get("weight", 1.0))
+        for own in several or [_section(stored, "constraint") | {"task": tasks_of_job(stored)}]
+    ]
+    if drop is not None:
+        found += [Goal(_name(name), 0, drop, weight=0.0) for name in collateral.get("tasks") or ()]
+    if kl is not None:
+        found.append(Goal("text", 0, kl, weight=0.0, is_text=True))
+    found.sort(key=lambda goal: (not goal.weight, goal.is_text, goal.name))
+    return Goals(tuple(found), _section(stored, "search").get("objective", "worst"))
 
 
 @dataclass(frozen=True)
@@ -154,10 +170,13 @@ class JobReport:
     """Of those that evaluating one plan after another would have taken, how many were not needed."""
     counters: dict[str, float]
     settings: str
-    split_hashes: dict[str, str]
+    split_hashes: dict[tuple[str, str], str]
+    """By the name of what was scored, a task or text, and the split."""
     events: tuple[Event, ...]
     ids: tuple[int, int] | None = field(default=None, repr=False)
-    """Model and task row, for finding jobs to compare with."""
+    """Model and task row."""
+    ids_scored: tuple[int, int] | None = field(default=None, repr=False)
+    """Model and task row of its first evaluation, for finding jobs to compare with; of several tasks one's."""
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -174,7 +193,7 @@ class JobReport:
     @property
     def task_name(self) -> str:
         """The task's name; the last part of its file while no worker has loaded it."""
-        return self.task.name if self.task is not None else short_name(self.spec.task).removesuffix(".yaml")
+        return self.task.name if self.task is not None else "+".join(self.spec.tasks)
 
     @property
     def num_complete(self) -> int:
@@ -185,6 +204,19 @@ class JobReport:
     def num_meeting(self) -> int:
         """Published plans that meet the job's constraint."""
         return sum(meets_constraint(plan) is True for plan in self.plans)
+
+    @property
+    def awaits_trials(self) -> bool:
+        """Whether what was tried is not known yet: trials by several losses are read once their search has ended."""
+        return self.spec.goals is not None and self.search_samples is None
+
+    def scored_alike(self, other: JobReport) -> bool:
+        """Tell whether both jobs scored the same model on the same search samples, by the same losses and limits."""
+        own, theirs = (
+            {task: value for (task, split), value in report.split_hashes.items() if split == "search"}
+            for report in (self, other)
+        )
+        return self.ids is not None and (self.ids, own, self.spec.goals) == (other.ids, theirs, other.spec.goals)
 
     def is_answer(self, plan: Plan) -> bool:
         """Whether this is the plan that the job ended with."""
@@ -200,15 +232,17 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
     spec = Specification.of(result.job.spec)
     rows = evaluations.summaries(db, job_id)
     profile = profile or measurements.profile_of_job(db, job_id)
-    ids = next(((each.model_id, each.task_id) for each in (profile, *result.plans, *rows) if each is not None), None)
-    if spec.limits_by_task:
+    ids = _ids(db, spec, (profile, *result.plans), rows)
+    model_id = next((each.model_id for each in (profile, *result.plans, *rows) if each is not None), None)
+    names = names_of_tasks(db, rows)
+    if spec.goals is not None:
         trials, samples = _judged_by_several(db, job_id, profile, spec)
     else:
         trials, samples = _trials(db, rows, profile, spec, has_failed_samples=bool(result.failed_samples))
     return JobReport(
         job=result.job,
         spec=spec,
-        model=None if ids is None else lookup.model(db, ids[0]),
+        model=None if model_id is None else lookup.model(db, model_id),
         task=None if ids is None else lookup.task(db, ids[1]),
         result=result,
         profile=profile,
@@ -222,10 +256,28 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
         layer_executions_saved=sum(row.layer_executions_saved for row in rows if row.reused_from is None),
         counters=stages.counters(db, job_id),
         settings=next((row.settings for row in rows), ""),
-        split_hashes={row.split: row.split_hash for row in rows},
+        split_hashes={(names[row.task_id], row.split): row.split_hash for row in rows},
         events=tuple(events.for_job(db, job_id)),
         ids=ids,
+        ids_scored=(rows[0].model_id, rows[0].task_id) if rows else ids,
     )
+
+
+def _ids(
+    db: Database,
+    spec: Specification,
+    found: Sequence[ProfileRecord | Plan | None],
+    rows: Sequence[EvaluationSummary],
+) -> tuple[int, int] | None:
+    """Return the rows of a job's model and task; evaluations of several tasks are of one each, not of the joint one."""
+    known = next((each for each in found if each is not None), None)
+    if known is not None:
+        return known.model_id, known.task_id
+    if not rows or len(spec.tasks) == 1:
+        return (rows[0].model_id, rows[0].task_id) if rows else None
+    versions = (each.id for each in lookup.task_versions(db) if each.name == "+".join(spec.tasks))
+    latest = next(versions, None)
+    return None if latest is None else (rows[0].model_id, latest)
 
 
 def _as_drafters(

@@ -5,21 +5,22 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import UsageFault
 from storage.database import Database
 from storage.queue import jobs
-from storage.records import evaluations
-from storage.records.evaluations import EvaluationRecord
+from storage.records import evaluations, lookup
+from storage.records.evaluations import EvaluationKey, EvaluationRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = (
     "id",
+    "task",
     "plan",
     "compensation",
     "split",
@@ -37,19 +38,28 @@ COLUMNS = (
 )
 
 
+def names_of_tasks(db: Database, scored: Iterable[EvaluationKey]) -> dict[int, str]:
+    """Return the names of the tasks that evaluations are of, by id."""
+    return {number: lookup.task(db, number).name for number in {each.task_id for each in scored}}
+
+
 def evaluations_frame(db: Database, job_id: int) -> pd.DataFrame:
     """List a job's evaluations, one row each, in the order in which they were recorded. Raises NotFound.
 
-    Columns: ``COLUMNS``. ``accuracy`` is a share, ``divergence`` the mean over the samples in nats, both missing where
-    there is none; ``seconds`` are of a worker's time; ``secondary`` is a JSON text.
+    Columns: ``COLUMNS``. ``task`` is the name of what was scored, a task or text; ``accuracy`` is a share,
+    ``divergence`` the mean over the samples in nats, both missing where there is none; ``seconds`` are of a worker's
+    time; ``secondary`` is a JSON text.
     """
     import pandas
 
     jobs.get(db, job_id)
+    scored = evaluations.for_job(db, job_id)
+    names = names_of_tasks(db, scored)
     rows = [
         {name: getattr(each, name, None) for name in COLUMNS}
-        | {"divergence": _mean(each.kl), "secondary": json.dumps(each.secondary, sort_keys=True)}
-        for each in evaluations.for_job(db, job_id)
+        | {"task": names[each.task_id], "divergence": _mean(each.kl)}
+        | {"secondary": json.dumps(each.secondary, sort_keys=True)}
+        for each in scored
     ]
     frame = pandas.DataFrame(rows, columns=list(COLUMNS))
     floats = ("accuracy", "divergence", "seconds")
@@ -59,9 +69,9 @@ def evaluations_frame(db: Database, job_id: int) -> pd.DataFrame:
 def samples_frame(db: Database, job_id: int) -> pd.DataFrame:
     """List what every sample of every evaluation scored, one row each. Raises NotFound.
 
-    Columns: ``evaluation`` (an id of :func:`evaluations_frame`), ``plan``, ``compensation``, ``split``, ``sample`` (its
-    place in the split, from 0), ``score`` in [0, 1] and ``divergence`` in nats, missing where the sample failed.
-    Evaluations that failed as a whole have no row.
+    Columns: ``evaluation`` (an id of :func:`evaluations_frame`), ``task``, ``plan``, ``compensation``, ``split``,
+    ``sample`` (its place in the split, from 0), ``score`` in [0, 1] and ``divergence`` in nats, missing where the
+    sample failed. Evaluations that failed as a whole have no row.
     """
     import numpy as np
     import pandas
@@ -69,6 +79,7 @@ def samples_frame(db: Database, job_id: int) -> pd.DataFrame:
     jobs.get(db, job_id)
     scored = [each for each in evaluations.for_job(db, job_id) if each.failure is None]
     sizes = [each.n_samples for each in scored]
+    names = names_of_tasks(db, scored)
 
     def per_sample(values: Callable[[EvaluationRecord], Sequence[float]]) -> Any:
         return np.concatenate([np.asarray(values(each), dtype=np.float64) for each in scored] or [np.empty(0)])
@@ -79,6 +90,7 @@ def samples_frame(db: Database, job_id: int) -> pd.DataFrame:
     return pandas.DataFrame(
         {
             "evaluation": np.repeat(np.asarray([each.id for each in scored], dtype=np.int64), sizes),
+            "task": pandas.Categorical([names[each.task_id] for each in scored]).repeat(sizes),
             "plan": repeated("plan"),
             "compensation": repeated("compensation"),
             "split": repeated("split"),

@@ -9,6 +9,7 @@ from optimizer.job.result import drafting_of, losses, meets_constraint
 from optimizer.reports import formatting
 from optimizer.reports.chart import COLOURS, MANY, SERIES, Chart, Point, Trace, axis, dots, steps, thinned
 from optimizer.reports.data import JobReport, TrialSummary
+from optimizer.reports.heights import Objective, height
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from storage.records.measurements import Redundancy
@@ -44,12 +45,12 @@ def front(report: JobReport) -> Chart | None:
     traces = [
         tried("tried, outside the limits", False, "--muted", 0.55),
         tried("tried, within the limits", True, "--series-1", 0.75),
-        _front_line(report.plans),
-        _verified("verified, outside the limits", refused, "--muted-strong"),
-        _verified("verified, within the limits", kept, "--good"),
+        _front_line(report.plans, report.spec.objective),
+        _verified("verified, outside the limits", refused, "--muted-strong", report.spec.objective),
+        _verified("verified, within the limits", kept, "--good", report.spec.objective),
         dots("dense", [Point(1.0, 0.0, "dense: every layer runs")], "--text", 10, symbol="cross"),
     ]
-    limit = report.spec.max_accuracy_drop
+    limit = report.spec.allowed_loss
     return Chart(
         "front",
         tuple(trace for trace in traces if trace["x"]),
@@ -113,14 +114,14 @@ def _drafters(name: str, verified: Sequence[tuple[Plan, dict[str, Any]]], colour
 
 def visible(report: JobReport) -> tuple[list[float], list[float]] | None:
     """Ranges of speed-up and points that show the plans worth choosing between; None without a limit."""
-    limit = report.spec.max_accuracy_drop
+    limit = report.spec.allowed_loss
     if limit is None:
         return None
-    heights = [formatting.height(plan) for plan in report.plans]
-    floor = min([-100 * limit, *(100 * height.low for height in heights)])
-    ceiling = max([0.0, *(100 * height.high for height in heights)])
-    height = max(1.0, ceiling - floor)
-    bottom, top = floor - 0.9 * height, ceiling + 0.25 * height
+    heights = [height(plan, report.spec.objective) for plan in report.plans]
+    floor = min([-100 * limit, *(100 * each.low for each in heights)])
+    ceiling = max([0.0, *(100 * each.high for each in heights)])
+    span = max(1.0, ceiling - floor)
+    bottom, top = floor - 0.9 * span, ceiling + 0.25 * span
     speeds = [1.0, *(plan.speedup_high for plan in report.plans)]
     speeds += [
         each.predicted_speedup
@@ -137,8 +138,8 @@ def _trial_line(each: TrialSummary) -> str:
     return f"tried: {formatting.trial_line(each)}{given_up}{formatting.compensated(each)}"
 
 
-def _verified(name: str, plans: Sequence[Plan], colour: str) -> Trace:
-    heights = {plan.id: formatting.height(plan) for plan in plans}
+def _verified(name: str, plans: Sequence[Plan], colour: str, objective: Objective) -> Trace:
+    heights = {plan.id: height(plan, objective) for plan in plans}
     points = [Point(plan.speedup, 100 * heights[plan.id].value, _verified_line(plan), plan.plan) for plan in plans]
     return dots(name, points, colour, 12, symbol="diamond", line={"width": 1, "color": "--surface"}) | {
         "error_x": _error(
@@ -168,10 +169,10 @@ def _error(up: list[float], down: list[float], colour: str) -> dict[str, Any]:
     return {**bounds, "color": colour, "thickness": 1.3, "width": 4}
 
 
-def _front_line(plans: Sequence[Plan]) -> Trace:
+def _front_line(plans: Sequence[Plan], objective: Objective) -> Trace:
     """Return the verified plans that no other verified plan of this job beats in both respects."""
     members: list[Plan] = []
-    heights = {plan.id: formatting.height(plan).value for plan in plans}
+    heights = {plan.id: height(plan, objective).value for plan in plans}
     for plan in sorted(plans, key=lambda each: (-each.speedup, -heights[each.id])):
         if not members or heights[plan.id] > heights[members[-1].id]:
             members.append(plan)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optimizer.job.result import Loss, drafting_of, judging, losses
-from optimizer.search.goals import USUAL_LIMIT
+from optimizer.job.result import Loss, drafting_of, judging, losses, worst_task
+from optimizer.search.goals import Goal
 from optimizer.search.trial import GoalFigures
 from storage.records.engine_latencies import EngineLatency
-from storage.records.lookup import short_name
 from storage.records.plans import LOSSLESS, Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
@@ -112,29 +111,6 @@ def loss(each: Loss) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Height:
-    """A verified plan's place on the axis of losses, with its interval; a loss is negative."""
-
-    value: float
-    low: float
-    high: float
-
-
-def height(plan: Plan) -> Height:
-    """Return a plan's difference to dense; of several losses the one that is the largest share of its limit.
-
-    That one is scaled to the least limit of accuracy, as in the search.
-    """
-    limited = [each for each in losses(plan) if each.max_loss]
-    if not limited:
-        return Height(plan.difference, plan.difference_low, plan.difference_high)
-    unit = min((each.max_loss or 0.0 for each in limited if not each.is_text), default=USUAL_LIMIT)
-    worst = max(limited, key=lambda each: each.loss / (each.max_loss or 1.0))
-    scale = unit / (worst.max_loss or 1.0)
-    return Height(-worst.loss * scale, -worst.loss_high * scale, -worst.loss_low * scale)
-
-
 def _lossless_cost(best: Plan, found: dict[str, Any]) -> str:
     return (
         f"Lossless: the dense model verifies every token, and the answers to {count(found['answers_compared'])} "
@@ -171,7 +147,7 @@ def _effort(report: JobReport) -> tuple[str, ...]:
 
 
 def _limit(report: JobReport) -> str:
-    allowed = report.spec.max_accuracy_drop
+    allowed = report.spec.allowed_loss
     return "the job set no limit to it" if allowed is None else f"the job allows {limit(allowed)}"
 
 
@@ -201,15 +177,10 @@ def ranges(numbers: Iterable[int]) -> str:
 def constraint(report: JobReport) -> list[str]:
     """Return the job's limits, one a line."""
     limits = dict(report.spec.limits)
-    several = [
-        f"loss of accuracy on {short_name(name).removesuffix('.yaml')} at most {limit(most)}"
-        for name, most in report.spec.limits_by_task.items()
-        if most is not None
-    ]
-    if several:
-        limits.pop("max_accuracy_drop", None)
-    if report.spec.max_kl is not None:
-        several.append(f"divergence on text at most {report.spec.max_kl:g} nats a token")
+    several: list[str] = []
+    if report.spec.goals is not None:  # whose limits are written out, those of the constraint included
+        several = [sentence for goal in report.spec.goals.each for sentence in _limits_of(goal)]
+        limits = {name: value for name, value in limits.items() if name not in ("max_accuracy_drop", "min_accuracy")}
     sentences: dict[str, Callable[[float], str]] = {
         "max_accuracy_drop": lambda value: f"loss of accuracy at most {limit(value)}",
         "min_accuracy": lambda value: f"accuracy at least {value:g}",
@@ -219,6 +190,14 @@ def constraint(report: JobReport) -> list[str]:
         "max_layers_touched": lambda value: f"at most {value:g} layers touched",
     }
     return several + [say(limits[name]) for name, say in sentences.items() if name in limits] or ["none"]
+
+
+def _limits_of(goal: Goal) -> list[str]:
+    """Return the limits on one of several losses."""
+    if goal.is_text:
+        return [] if goal.max_loss is None else [f"divergence on {goal.name} at most {goal.max_loss:g} nats a token"]
+    found = [] if goal.max_loss is None else [f"loss of accuracy on {goal.name} at most {limit(goal.max_loss)}"]
+    return found + ([] if goal.min_accuracy is None else [f"accuracy on {goal.name} at least {goal.min_accuracy:g}"])
 
 
 def trial_line(each: TrialSummary) -> str:
@@ -257,15 +236,21 @@ def span(value: float, low: float, high: float, form: str = ".2f", unit: str = "
 
 
 def accuracy(plan: Plan) -> str:
-    """Return a plan's accuracy as a share, with its interval."""
-    return span(plan.accuracy, plan.accuracy_low, plan.accuracy_high, ".3f")
+    """Return a plan's accuracy as a share, with its interval; of several tasks that of the one that is named."""
+    return span(plan.accuracy, plan.accuracy_low, plan.accuracy_high, ".3f") + on_task(plan)
 
 
 def difference(plan: Plan) -> str:
     """Return a plan's difference to dense in points, with its interval; the answers of a lossless plan are dense's."""
     if plan.mode == LOSSLESS:
         return "none, lossless"
-    return f"{signed(plan.difference)} {difference_interval(plan)}"
+    return f"{signed(plan.difference)} {difference_interval(plan)}{on_task(plan)}"
+
+
+def on_task(plan: Plan) -> str:
+    """Return which of several tasks a plan's own figures are of, as an addition: ``" on scenes"``."""
+    worst = worst_task(plan)
+    return f" on {worst}" if worst else ""
 
 
 def drafting(plan: Plan) -> str:
@@ -375,7 +360,9 @@ def short_answer(report: JobReport) -> str:
     """Return a job's answer in a few words."""
     if report.best is not None:
         doubt = ", but see its warning" if report.result.warning else ""
-        cost = "lossless" if report.best.mode == LOSSLESS else f"at {points(report.best.difference)}"
+        cost = (
+            "lossless" if report.best.mode == LOSSLESS else f"at {points(report.best.difference)}{on_task(report.best)}"
+        )
         return f"{times_as_fast(report.best)} {cost}{doubt}"
     return "dense is the answer" if report.job.state == "infeasible" else report.job.state
 

@@ -51,12 +51,11 @@ def search_curves(db: Database, report: JobReport) -> list[tuple[str, tuple[Step
     """
     corner = progress.reference(report)
     curves = [(f"this job ({report.spec.strategy})", progress.steps(report.trials, corner))]
-    if report.ids is None or report.profile is None:
+    if report.ids_scored is None or report.profile is None:
         return curves
-    for other_id in overview.jobs_like(db, report.job.id, *report.ids):
+    for other_id in overview.jobs_like(db, report.job.id, *report.ids_scored):
         other = collect(db, other_id, profile=report.profile)
-        same_samples = other.split_hashes.get("search") == report.split_hashes.get("search")
-        if same_samples and other.spec.mode == report.spec.mode:  # scores of another mode are others
+        if other.scored_alike(report) and other.spec.mode == report.spec.mode:  # scores of another mode are others
             curves.append((f"job {other_id} ({other.spec.strategy})", progress.steps(other.trials, corner)))
     return curves
 
@@ -98,7 +97,7 @@ def facts(best: Plan) -> tuple[tuple[str, str], ...]:
     drafted = drafting_of(best)
     found = (
         (f"{judged.speedup:.2f}x", f"measured speed-up{where} {speedup}"),
-        (formatting.signed(best.difference), f"points of accuracy {difference}")
+        (formatting.signed(best.difference), f"points of accuracy{formatting.on_task(best)} {difference}")
         if drafted is None
         else (f"{drafted['acceptance']:.3f}", "of drafted positions accepted, answers unchanged"),
         (f"{best.layers_touched} of {len(best.plan)}", "layers touched"),

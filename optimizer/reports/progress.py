@@ -23,7 +23,7 @@ class Step:
 
 def reference(report: JobReport) -> Point:
     """Return the corner of the region: the dense model's time (ratio 1) and the largest loss that the job allows."""
-    return 1.0, report.spec.max_accuracy_drop or LOSS_WITHOUT_LIMIT
+    return 1.0, report.spec.allowed_loss or LOSS_WITHOUT_LIMIT
 
 
 def steps(trials: Sequence[TrialSummary], corner: Point) -> tuple[Step, ...]:

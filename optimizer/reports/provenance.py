@@ -78,8 +78,11 @@ def _about_the_task(report: JobReport) -> list[tuple[str, str]]:
             ("calibration, search, held-out samples", sizes),
             ("seed of the splits", str(task.split_seed)),
         ]
-    rows += [(f"{split.replace('_', '-')} split (SHA-256)", value) for split, value in report.split_hashes.items()]
-    return rows
+    several = len({task for task, _ in report.split_hashes}) > 1
+    return rows + [
+        (f"{f'{task}, ' if several else ''}{split.replace('_', '-')} split (SHA-256)", value)
+        for (task, split), value in report.split_hashes.items()
+    ]
 
 
 def _about_the_work(report: JobReport) -> list[tuple[str, str]]:

@@ -11,8 +11,10 @@ from optimizer.job.result import Loss, drafting_of, judgement, losses
 from optimizer.reports import figures, formatting, latency
 from optimizer.reports.chart import Chart
 from optimizer.reports.data import JobReport, TrialSummary
+from optimizer.reports.heights import allowed_loss, is_mean
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
+from optimizer.search.goals import LEAST_LIMIT, Goals
 from optimizer.search.trial import DraftValue
 from optimizer.statistics.rank_agreement import Agreement
 from storage.records.engine_latencies import EngineLatency
@@ -186,7 +188,7 @@ def front(report: JobReport) -> Section:
     chart = figures.front(report)
     section = Section("front", "Front", "What was tried, and the front")
     if chart is None:
-        return replace(section, paragraphs=(f"Front: {formatting.NOT_MEASURED} yet.",))
+        return replace(section, paragraphs=(f"Front: {formatting.NOT_MEASURED} yet{_awaited(report)}.",))
     paragraphs = [
         "Diamonds are plans verified on held-out samples, with intervals and with speed-ups measured against the dense "
         "model. Dots are plans as the search saw them: accuracy on the search split, speed-up predicted from the "
@@ -194,14 +196,12 @@ def front(report: JobReport) -> Section:
         "given up early. Point at a plan, or tap it, to see its layers.",
         f"Limits of the job: {'; '.join(formatting.constraint(report))}.",
     ]
-    if report.spec.max_accuracy_drop is not None:
+    if report.spec.goals is not None:
+        paragraphs.append(_several_losses(report.spec.goals))
+    elif report.spec.allowed_loss is not None:
         paragraphs[1] += " The dotted line is the allowed loss; a verified plan's whole interval has to lie above it."
-    if report.spec.limits_by_task:
-        paragraphs.append(
-            "This job judges plans by several losses. Heights are of the loss that is the largest share of its limit, "
-            f"scaled to the least limit of accuracy, {formatting.limit(report.spec.max_accuracy_drop or 0.0)}; the "
-            "table has each loss by itself."
-        )
+    if report.awaits_trials:
+        paragraphs.append(f"Plans tried are not shown{_awaited(report)}.")
     below = _below(report, chart)
     if below:
         number = formatting.count(below)
@@ -211,6 +211,29 @@ def front(report: JobReport) -> Section:
     paragraphs += _guard_notes(report.plans)
     tables = (_plans_table(report), *_losses_table(report), *guards, _trials_table(report.trials))
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
+
+
+def _several_losses(goals: Goals) -> str:
+    """Say what heights are of where plans are judged by several losses, and what the dotted line is."""
+    allowed = allowed_loss(goals)
+    if not is_mean(goals):
+        return (
+            "This job judges plans by several losses. Heights are of the loss that is the largest share of its limit, "
+            f"scaled to the least limit of accuracy, {formatting.limit(goals.unit)} (limits below "
+            f"{formatting.limit(LEAST_LIMIT)} count as so much), which is the dotted line. Judged is each loss by "
+            "itself; the table has them."
+        )
+    line = "" if allowed is None else "; a plan below the dotted line, the mean of their limits, breaks one of them"
+    return (
+        "This job judges plans by several losses. Heights are the weighted mean of the losses on its tasks, of "
+        "verified plans between the means of their intervals' ends, which is wider than the mean's own interval. "
+        f"Judged is each loss by itself{line}; the table has them."
+    )
+
+
+def _awaited(report: JobReport) -> str:
+    """Say why plans tried are missing where that is for the search not having ended."""
+    return ": what was tried by several losses is known once the search has ended" if report.awaits_trials else ""
 
 
 _DRAFTED_COLUMNS: tuple[Column[Plan], ...] = (
@@ -365,12 +388,13 @@ def strips(report: JobReport) -> Section:
         groups.append(Strips("Verified, the fastest first", published))
     if searched:
         groups.append(Strips(f"Tried and within the limits, the {len(searched)} predicted fastest", searched))
+    waiting = _awaited(report)
     seen = set("".join(row.plan for group in groups for row in group.rows))
     return Section(
         "plans",
         "Plans",
         "The plans, layer by layer",
-        paragraphs=() if groups else ("No plan has been scored yet.",),
+        paragraphs=() if groups else (f"No plan has been {'published' if waiting else 'scored'} yet{waiting}.",),
         legend=tuple((action.letter, action.label, action.row.summary) for action in Action if action.letter in seen),
         strips=tuple(groups),
     )
@@ -378,7 +402,9 @@ def strips(report: JobReport) -> Section:
 
 def _worth(plan: Plan) -> str:
     """Return what a plan costs in accuracy, or how much of its drafts is accepted."""
-    return _drafted(plan, lambda own: f"{own['acceptance']:.3f} accepted") or formatting.points(plan.difference)
+    return _drafted(plan, lambda own: f"{own['acceptance']:.3f} accepted") or (
+        f"{formatting.points(plan.difference)}{formatting.on_task(plan)}"
+    )
 
 
 def _predicted_time(trial: TrialSummary) -> float:
@@ -436,7 +462,7 @@ def progress(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
     section = Section("progress", "Search", "How the search went")
     chart = figures.progress(curves, report)
     if chart is None:
-        return replace(section, paragraphs=(f"Progress of the search: {formatting.NOT_MEASURED}.",))
+        return replace(section, paragraphs=(f"Progress of the search: {formatting.NOT_MEASURED}{_awaited(report)}.",))
     limit = formatting.limit(reference(report)[1])
     others = len(curves) - 1
     paragraphs = [

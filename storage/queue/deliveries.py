@@ -45,7 +45,7 @@ def announce(session: Session, row: JobRow) -> None:
     if not targets:
         return
     model = row.spec["model"]["path"]
-    task = row.spec.get("task") or ", ".join(goal["task"] for goal in row.spec.get("tasks") or ())
+    task = row.spec.get("task") or "+".join(sorted(goal["task"] for goal in row.spec.get("tasks") or ()))
     payload = {
         "event": EVENTS.get(row.state, "ended"),
         "job": row.id,

@@ -176,6 +176,72 @@ def finished_job(db: Database, tried: int = 12, *, dense_warning: str = "", **ch
     return job.id
 
 
+SEVERAL: dict[str, Any] = {
+    "task": None,
+    "tasks": [
+        {"task": "shapes", "max_accuracy_drop": 0.01, "min_accuracy": None, "weight": 3.0},
+        {"task": "counts", "max_accuracy_drop": 0.03, "min_accuracy": 0.7, "weight": 1.0},
+    ],
+    "collateral": {"text": "general.txt", "max_kl": 0.4},
+}
+"""What a job file of two tasks and a text is stored as."""
+
+
+def loss(name: str, lost: float, low: float, high: float, max_loss: float | None, **changes: Any) -> dict[str, Any]:
+    """A held-out loss as a job stores it, of a dense model at 0.92."""
+    own = {"name": name, "n_samples": 100, "loss": lost, "loss_low": low, "loss_high": high, "max_loss": max_loss}
+    accuracy = 0.92 - lost
+    own |= {"accuracy": accuracy, "accuracy_low": accuracy - 0.031, "accuracy_high": accuracy + 0.027}
+    own |= {"dense_accuracy": 0.92, "min_accuracy": None, "weight": 1.0, "is_text": False, "within": True}
+    return own | changes
+
+
+LOSSES = [
+    loss("counts", 0.02, 0.01, 0.025, 0.03, min_accuracy=0.7),
+    loss("shapes", 0.01, 0.0, 0.012, 0.01, weight=3.0, within=False),
+    loss("text", 0.2, 0.1, 0.25, 0.4, weight=0.0, is_text=True),
+]
+
+
+def task_row(db: Database, name: str) -> int:
+    sizes = {"calibration_size": 16, "search_size": SAMPLES, "held_out_size": 321}
+    return lookup.ensure_task(db, TaskRecord(name=name, task_hash=f"task-hash of {name}", split_seed=3, **sizes))
+
+
+def begun_joint_job(db: Database, **changes: Any) -> tuple[Job, dict[str, int]]:
+    """A running job of several tasks that has scored the dense model, with the ids of its model and joint task."""
+    job = claimed(db, **(SEVERAL | changes))
+    ids = identities(db)
+    for name in ("counts", "shapes", "text"):
+        own = {"model_id": ids["model_id"], "task_id": task_row(db, name)}
+        key = {"split": "search", "split_hash": f"hash of {name}", "settings": SETTINGS}
+        storage_builders.record(db, job, **own, **key, plan="R" * LAYERS, scores=scores_with(2))
+    return job, ids | {"task_id": task_row(db, "counts+shapes")}
+
+
+def joint_job(db: Database, **changes: Any) -> int:
+    """A job of several tasks that succeeded: one plan tried and published, with its losses."""
+    job, ids = begun_joint_job(db, **changes)
+    record_profile(db, job, ids)
+    plan = skipping(2, 3)
+    goals = [
+        {"name": each["name"], "n_samples": SAMPLES, "accuracy": each["accuracy"], "loss": each["loss"], "error": 0.01}
+        | {"limit": each["max_loss"], "weight": each["weight"], "is_text": each["is_text"]}
+        for each in LOSSES
+    ]
+    tried = {"plan": plan, "compensation": "none", "n_samples": 3 * SAMPLES, "accuracy": 0.9, "difference": -0.01}
+    trials = [tried | {"complete": True, "goals": goals}]
+    outcome = {"trials": trials, "failed": {}, "stopped_because": "the budget is spent", "n_samples": 3 * SAMPLES}
+    stages.record_stage(db, job, "search", {"value": outcome})
+    group = Group(**ids, device_id=lookup.ensure_device(db, "test device, 1 thread"), workload=WORKLOAD)
+    secondary = {"meets_constraint": True, "difference_confidence": 0.975, "goals": LOSSES}
+    found = figures(plan, accuracy=0.9, speedup=1.3, meets=True, secondary=secondary)
+    (published,) = plans.publish(db, job, group, figures=[found])
+    stages.record_stage(db, job, "publish", {"value": {"plan_ids": [published.id], "best": published.id, "reason": ""}})
+    leases.finish(db, job)
+    return job.id
+
+
 def record_many(db: Database, job_id: int, number: int) -> None:
     """Further plans of a job, in one statement: every plan of the model in as many compensations as it takes."""
     chosen = random.Random(1)

@@ -7,9 +7,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 from export_builders import document
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_builders import LOSSES
 from storage_builders import engine_latency
 
 from optimizer.errors import UsageFault
@@ -186,3 +188,33 @@ def test_the_card_tells_every_figure_and_what_was_forced_or_imported():
     assert "| speed-up in vllm 0.32.0, 1 at once | 1 | 1.400 | 1.330 to 1.470 |" in text
     assert "imported, not measured" in text and "not of this model" in text
     assert "USAGE" in text and "- LIMIT" in text and "batch=1 new=4" in text
+
+
+def test_the_card_tells_each_of_several_losses():
+    own = document("RFBS").figures
+    several = replace(own, secondary=own.secondary | {"goals": LOSSES})
+    export = EXPORT.model_copy(update={"model_fingerprint": None})
+    exported = document("RFBS", figures=several).model_copy(update={"export": export})
+    text = model_card(exported, EXPORT_FORMATS["runtime"], Guide("", ()))
+    for row in (
+        "| accuracy on counts, 100 held-out samples (at least 0.7) | 0.9200 | 0.9000 | 0.8690 to 0.9270 |",
+        "| difference to dense on counts (loss at most 0.03) |  | -0.0200 | -0.0250 to -0.0100 (at 98.75 %) |",
+        "| difference to dense on shapes (loss at most 0.01) |  | -0.0100 | -0.0120 to +0.0000 (at 98.75 %) |",
+        "nats a token, 100 held-out passages (limit 0.4) | 0 | 0.2000 | 0.1000 to 0.2500 (at 98.75 %) |",
+        "- The plan was chosen for counts, shapes and judged on text beside; on other tasks its accuracy is unknown.",
+    ):
+        assert row in text
+    (index,) = yaml.safe_load(text.split("---")[1])["model-index"]
+    told = {
+        (result["dataset"]["name"], metric["type"]): (metric["value"], metric["args"]["low"], metric["args"]["high"])
+        for result in index["results"]
+        for metric in result["metrics"]
+    }
+    assert told == {
+        ("counts", "accuracy"): (0.9, 0.869, 0.927),
+        ("counts", "accuracy_difference"): (-0.02, -0.025, -0.01),
+        ("shapes", "accuracy"): (0.91, 0.879, 0.937),
+        ("shapes", "accuracy_difference"): (-0.01, -0.012, 0.0),
+        ("text", "kl_divergence"): (0.2, 0.1, 0.25),
+        ("easy-vqa", "speedup"): (1.5, 1.4, 1.6),
+    }

@@ -113,8 +113,8 @@ def test_every_change_of_state_is_a_message(db: Database, steps: Any, events: li
 
 
 def test_several_tasks_are_named(db: Database) -> None:
-    job = jobs.submit(db, spec("command") | {"task": None, "tasks": [{"task": "a"}, {"task": "b"}]}, "hash")
-    assert deliveries.for_job(db, job.id)[0].payload["task"] == "a, b"
+    job = jobs.submit(db, spec("command") | {"task": None, "tasks": [{"task": "b"}, {"task": "a"}]}, "hash")
+    assert deliveries.for_job(db, job.id)[0].payload["task"] == "a+b"
 
 
 def test_jobs_without_hooks_tell_nobody(db: Database) -> None:
