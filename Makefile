@@ -16,7 +16,7 @@ FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null 
 export PYTHONDONTWRITEBYTECODE :=
 UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS),$(if $(filter cpu,$(DEVICE)),UV_TORCH_BACKEND=cpu)) $(BIN)/uv pip
 
-.PHONY: install install-test lock quickstart test test-transformers lint format docs fields clean
+.PHONY: install install-test lock quickstart test test-transformers gpu lint format docs fields clean
 
 install: $(VENV)/.installed
 
@@ -67,6 +67,10 @@ $(VENV)/transformers-%/.installed: $(VENV)/.installed-test
 	$(UV) install --quiet --python $(@D)/bin/python --no-deps -r $(LOCKS)/$(DEVICE).txt -r $(LOCKS)/test.txt -e .
 	$(UV) install --quiet --python $(@D)/bin/python 'transformers==$*.*'
 	touch $@
+
+# On a machine with a GPU, installed with DEVICE=gpu: what tests on a CPU cannot check, and measurements.
+gpu: install-test
+	PYTHONPATH=.:tests/helpers:tests/benchmarks $(BIN)/python tests/benchmarks/gpu.py --page docs/benchmarks-gpu.md
 
 lint: install-test
 	$(BIN)/ruff check

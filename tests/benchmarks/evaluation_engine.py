@@ -143,10 +143,11 @@ def main() -> None:
     own = run(fast, [dense], split, arguments.samples).results[dense.text]
     chunks = [chunk for part in fast.chunks.kept if id(part) not in checked for chunk in part.chunks]
     tokens = sum(chunk.tokens for chunk in chunks)
+    padding = tokens - sum(row.length for chunk in chunks for row in chunk.rows)
     print(
         f"{loaded.name}: {layers} layers, {task.name} ({split}), {loaded.model.dtype}, {torch.get_num_threads()} "
         f"threads; check, prompts and dense {time.perf_counter() - started:.1f} s, accuracy {own.accuracy:.3f}, "
-        f"{tokens} packed tokens of which {sum(chunk.padding for chunk in chunks) / tokens:.1%} padding",
+        f"{tokens} packed tokens of which {padding / tokens:.1%} padding",
         flush=True,
     )
     generator = random.Random(arguments.seed)

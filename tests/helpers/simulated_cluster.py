@@ -6,6 +6,7 @@ The clock jumps to the next answer as soon as all threads wait for one. Scores c
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -60,9 +61,6 @@ from workers.redundancy.kinds import GROUPS, HISTOGRAM_EDGES, TAIL_THRESHOLDS
 from workers.redundancy.sums import sample_sums
 from workers.runtime import SkipPlan
 from workers.tasks import Task
-
-BLOCKING = (threading.__file__, together.__file__)
-"""A thread whose innermost frame is of one of these waits for another."""
 
 GRACE_SECONDS = 0.0003
 """Real seconds in which a thread that has just been given something takes it up."""
@@ -292,8 +290,20 @@ def _plant(layers: int, key: str) -> Planted:
 def _others_wait() -> bool:
     """Whether every other thread waits for something, so that nothing happens before the next answer."""
     here = threading.get_ident()
-    frames: dict[int, FrameType] = sys._current_frames()
-    return all(frame.f_code.co_filename in BLOCKING for thread, frame in frames.items() if thread != here)
+    gc.disable()  # collecting inside the next call can end in a deadlock of the interpreter (CPython issue 106883)
+    frames = sys._current_frames()
+    gc.enable()
+    return all(_waits(frame) for thread, frame in frames.items() if thread != here)
+
+
+def _waits(frame: FrameType) -> bool:
+    """Whether a thread waits, and not for the processor alone: what it waits for has not come yet."""
+    code, names = frame.f_code, frame.f_locals
+    if code.co_filename == threading.__file__:
+        if code.co_name == "wait":
+            return "waiter" in names and bool(names["waiter"].locked())
+        return code.co_name in ("join", "_wait_for_tstate_lock") and bool(names["self"].is_alive())
+    return code.co_filename == together.__file__ and "self" in names and bool(names["self"]._turn.locked())
 
 
 class _Actor:

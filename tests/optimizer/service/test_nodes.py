@@ -1,4 +1,4 @@
-"""Jobs on a cluster of two nodes, one of which, or the head of which, is killed while they run."""
+"""Jobs on a cluster of two nodes: of each kind at once, and while a node, or the head, is killed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Serving, TwoNodes, front, measured, submit, tiny_job, wait_until_done
+import yaml
+from processes import TASK, Serving, TwoNodes, front, measured, submit, tiny_job, wait_until_done
 
 from optimizer.job.spec import JobSpec
 from storage.database import Database
-from storage.queue import events, jobs
+from storage.queue import events, jobs, stages
 from storage.records import evaluations
 
 pytestmark = pytest.mark.slow
@@ -76,3 +77,55 @@ def test_a_lost_head_puts_the_job_back(nodes, db, tiny_model, tmp_path):
         assert "head node does not answer" in events.for_job(db, number)[-1].message
     finally:
         serving.kill()
+
+
+def kinds(nodes: TwoNodes, model: Path) -> dict[str, JobSpec]:
+    """A job of each kind: plain with everything beside its task, compensated, and lossless."""
+    cluster = {"address": nodes.address, "workers": 2, "cpus_per_worker": 1.0, "max_attempts": 100}
+    text = model / "general.txt"
+    text.write_text("A few words of text, and a few more of them. " * 40)
+    long_answers = (model / TASK).with_name("long.yaml")
+    task = yaml.safe_load((model / TASK).read_text())
+    task |= {"name": "long", "answer": {"kind": "free", "max_new_tokens": 8}}
+    long_answers.write_text(yaml.safe_dump(task))
+    fields = {
+        "plain": {
+            "actions": ["skip", "freeze", "bypass"],
+            "collateral": {"tasks": [str(long_answers)], "text": str(text), "samples": 8},
+            "guard": {"false_alarms": 0.1},
+        },
+        "compensated": {"compensation": {"kind": "linear", "tokens": 64, "text_share": 0.0}},
+        "lossless": {
+            "mode": "lossless",
+            "task": str(long_answers),
+            "constraint": {"min_dense_accuracy": 0.0},
+            "workload": {"new_tokens": 8},
+            "guard": {"false_alarms": None},
+        },
+    }
+    found = {}
+    for number, (kind, own) in enumerate(fields.items()):
+        base = tiny_job(model, 2 * number).model_dump(
+            mode="json", exclude={"database", "mode", "guard", "compensation"}
+        )
+        found[kind] = JobSpec.model_validate(base | {"cluster": cluster} | own)
+    return found
+
+
+def test_a_job_of_each_kind_shares_two_nodes(nodes, db, tiny_model, tmp_path):
+    numbers = {kind: submit(db, wanted).id for kind, wanted in kinds(nodes, tiny_model).items()}
+    url = f"sqlite:///{tmp_path / 'skipplan.db'}"
+    serving = Serving.start(url, tmp_path / "serve.log", "--jobs", "3", environment=nodes.environment)
+    try:
+        wait_until_done(db, [*numbers.values()], [serving], 900)
+        ended = {kind: jobs.get(db, number) for kind, number in numbers.items()}
+        assert {kind: job.error for kind, job in ended.items() if job.state not in ("succeeded", "infeasible")} == {}
+        assert all(job.attempt == 1 for job in ended.values())
+        assert happened(serving.log).count("worker_ready") == 2  # all three on the same two
+        on_record = {kind: set(stages.stages(db, number)) for kind, number in numbers.items()}
+        assert {"can draft", "dense answers search 0", "publish"} <= on_record["lossless"]
+        assert {"guard", "publish"} <= on_record["plain"]
+        assert any(name.startswith("collateral ") for name in on_record["plain"])
+        assert any(name.startswith("compensate ") for name in on_record["compensated"])
+    finally:
+        serving.stop()
