@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from fastapi import Path as PathParameter
 
 from optimizer.dashboard import answers
 from optimizer.job.present import PresentVersions
-from optimizer.job.result import PlanAnswer, load_result
+from optimizer.job.result import PlanAnswer, load_result, shown_spec
 from optimizer.reports.evaluations import evaluations_frame, samples_frame, table_bytes
 from storage.database import Database
 from storage.queue import events, jobs, stages
@@ -60,20 +59,13 @@ def show_job(db: Db, job_id: JobId) -> answers.JobDetail:
     result, present = load_result(db, job_id), PresentVersions(db)
     return answers.JobDetail(
         **dict(answers.JobSummary.of(result.job)),
-        specification=_shown(result.job.spec),
+        specification=shown_spec(result.job.spec),
         counters=stages.counters(db, job_id),
         stages={name: stage.recorded_at for name, stage in stages.stages(db, job_id).items()},
         events=events.for_job(db, job_id),
         plans=[PlanAnswer.of(each, present.changes(each)) for each in result.plans],
         best=None if result.best is None else result.best.id,
     )
-
-
-def _shown(spec: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of a specification what is behind the hosts of its hooks: of some services that is the secret."""
-    if not spec.get("notify"):
-        return spec
-    return spec | {"notify": [re.sub(r"(://[^/?#]*).*", r"\1/...", target) for target in spec["notify"]]}
 
 
 @router.get("/jobs/{job_id}/evaluations", response_class=Response, responses=_MISSING | _TABLE)

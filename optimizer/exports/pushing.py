@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimizer.errors import ClusterOrDatabaseFault
+from optimizer.errors import ClusterOrDatabaseFault, UsageFault
 from optimizer.exports import card, document
 from optimizer.exports.interface import ExportFault
 from workers.text import one_line
@@ -62,12 +64,12 @@ def push(directory: Path, repository: str, *, private: bool = False, dry_run: bo
 
     api = HfApi(endpoint=endpoint, token=token)
     with _explained(repository, token):
-        _prepare(api, repository, private=private)
+        earlier = _prepare(api, repository, private=private)
         done = api.upload_folder(
             repo_id=repository,
             folder_path=directory,
             allow_patterns=list(files),
-            delete_patterns="*",
+            delete_patterns=[glob.escape(path) for path in sorted(earlier - files.keys())],
             commit_message=f"Plan {read.plan} as {read.export.format if read.export else 'plan'}",
         )
     return Push(repository, files, done.oid, f"{endpoint}/{repository}")
@@ -84,17 +86,32 @@ def _files(directory: Path) -> dict[str, int]:
     return found
 
 
-def _prepare(api: HfApi, repository: str, *, private: bool) -> None:
-    """Make the repository where there is none; look at one that is there before anything is sent."""
+def _prepare(api: HfApi, repository: str, *, private: bool) -> set[str]:
+    """Make the repository where there is none, else return the files of its export. Raises ExportFault for others."""
     api.create_repo(repository, private=private, exist_ok=True)
     if private and api.repo_info(repository).private is False:
         raise ExportFault(f"--private: {repository} is there already and public; nothing was sent")
     there = set(api.list_repo_files(repository))
-    if there - _OF_EVERY_REPOSITORY and document.FILE_NAME not in there:
+    earlier = _files_of_export(api, repository) if document.FILE_NAME in there else set()
+    foreign = sorted(there - earlier - _OF_EVERY_REPOSITORY)
+    if foreign:
         raise ExportFault(
-            f"--push {repository}: holds files that are no export of skipplan ({sorted(there)[0]}, ...); "
-            "choose another name"
+            f"--push {repository}: holds files that are of no export of skipplan ({foreign[0]}, ...); nothing was "
+            "sent; choose another name"
         )
+    return there & earlier
+
+
+def _files_of_export(api: HfApi, repository: str) -> set[str]:
+    """Return the files that the ``skipplan.json`` of a repository lists, and itself."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(api.hf_hub_download(repository, document.FILE_NAME, local_dir=directory))
+        try:
+            export = document.read(file).export
+        except UsageFault as fault:
+            said = str(fault).replace(str(file), document.FILE_NAME)
+            raise ExportFault(f"--push {repository}: {said}; nothing was sent; choose another name") from None
+    return {document.FILE_NAME, *(export.files if export else ())}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -173,6 +174,13 @@ def task_names(spec: Mapping[str, Any]) -> tuple[str, ...]:
 def tasks_of_job(spec: Mapping[str, Any]) -> str:
     """Name the task of a stored job, or its several tasks together, as ``--task`` takes them: ``"a+b"``."""
     return "+".join(task_names(spec))
+
+
+def shown_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a stored specification what follows the hosts of its hooks: of some services that is the secret."""
+    if not spec.get("notify"):
+        return spec
+    return spec | {"notify": [re.sub(r"(://[^/?#]*).*", r"\1/...", target) for target in spec["notify"]]}
 
 
 def layers_by_action(text: str) -> dict[str, list[int]]:

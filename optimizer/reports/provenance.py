@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import yaml
 
+from optimizer.job.result import shown_spec
 from optimizer.reports.data import JobReport
 from optimizer.reports.formatting import NOT_MEASURED, count, duration, share
 from optimizer.reports.sections import Section, Table
@@ -28,7 +29,7 @@ def section(report: JobReport) -> Section:
         title = f"Samples that failed and were left out ({len(marked)})"
         tables.append(Table(title, ("split", "sample", "reason"), tuple(marked), open=True))
     tables.append(Table(f"History ({len(history)})", ("when, UTC", "attempt", "what", "detail"), history, (1,)))
-    specification = yaml.safe_dump(report.job.spec, sort_keys=False, allow_unicode=True)
+    specification = yaml.safe_dump(shown_spec(report.job.spec), sort_keys=False, allow_unicode=True)
     return Section(
         "provenance",
         "Provenance",

@@ -63,13 +63,13 @@ def sign(secret: str, moment: int, body: bytes) -> str:
     return f"t={moment},v1={digest}"
 
 
-def send(delivery: Delivery) -> None:
-    """Send a message once. Raises Undelivered."""
+def send(delivery: Delivery, secret: str | None) -> None:
+    """Send a message once, to a URL signed with the secret. Raises Undelivered."""
     body = json.dumps(delivery.payload | {"delivery": delivery.id, "at": delivery.created_at.isoformat()}).encode()
     if delivery.target == "command":
         _run_command(body)
     else:
-        _post(delivery, body)
+        _post(delivery, body, secret)
 
 
 def _run_command(body: bytes) -> None:
@@ -85,9 +85,8 @@ def _run_command(body: bytes) -> None:
         raise Undelivered(f"{words[0]} ended with exit code {done.returncode}: {said}")
 
 
-def _post(delivery: Delivery, body: bytes) -> None:
+def _post(delivery: Delivery, body: bytes, secret: str | None) -> None:
     """Send a message to a URL: to an address that was looked at, and to no other that an answer may name."""
-    secret = os.environ.get(SECRET)
     if not secret:
         raise Undelivered(f"{SECRET} is not set where the job runs; messages are sent signed or not at all")
     parts = urlsplit(delivery.target)
@@ -144,15 +143,18 @@ def _connect(addresses: list[tuple[str, int]]) -> socket.socket:
 
 def _exchange(scheme: str, host: str, opened: socket.socket, path: str, headers: dict[str, str], body: bytes) -> int:
     """POST over a connection and return the status; the whole exchange has ``SEND_SECONDS``."""
-    watchdog = threading.Timer(SEND_SECONDS, _shut, [opened])
+    connection = http.client.HTTPConnection(host)
+    connection.sock = opened
+    watchdog = threading.Timer(SEND_SECONDS, lambda: _shut(connection.sock))
     watchdog.daemon = True
     watchdog.start()
-    connection = http.client.HTTPConnection(host)
     try:
         opened.settimeout(SEND_SECONDS)
-        connection.sock = opened
-        if scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(opened, server_hostname=host)
+        if scheme == "https":  # wrapping detaches the first socket: the watchdog gets the new one before the handshake
+            context = ssl.create_default_context()
+            wrapped = context.wrap_socket(opened, server_hostname=host, do_handshake_on_connect=False)
+            connection.sock = wrapped
+            wrapped.do_handshake()
         connection.request("POST", path, body, headers)
         return connection.getresponse().status
     finally:
@@ -161,16 +163,19 @@ def _exchange(scheme: str, host: str, opened: socket.socket, path: str, headers:
         opened.close()
 
 
-def _shut(opened: socket.socket) -> None:
+def _shut(opened: socket.socket | None) -> None:
+    if opened is None:  # the answer is there, and its connection closed
+        return
     with suppress(OSError):
-        opened.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(opened, socket.SHUT_RDWR)  # TLS's own would change what another thread is reading from
 
 
-def deliver_due(db: Database, until: float | None = None) -> int:
+def deliver_due(db: Database, until: float | None = None, *, secret: str | None = None) -> int:
     """Send all messages that are due, until a moment of the monotonic clock; how many were tried.
 
-    Raises DatabaseError.
+    Where no secret is given, that of the environment signs. Raises DatabaseError.
     """
+    secret = secret or os.environ.get(SECRET)
     tried = 0
     while until is None or time.monotonic() < until:
         delivery = deliveries.claim(db, LEASE_SECONDS)
@@ -178,7 +183,7 @@ def deliver_due(db: Database, until: float | None = None) -> int:
             break
         tried += 1
         try:
-            send(delivery)
+            send(delivery, secret)
         except Exception as error:
             reason = one_line(error) if isinstance(error, Undelivered) else f"{type(error).__name__}: {one_line(error)}"
             given_up = delivery.attempts >= MOST_ATTEMPTS
@@ -194,12 +199,13 @@ def deliver_due(db: Database, until: float | None = None) -> int:
 def delivering(db: Database) -> Iterator[None]:
     """Send messages from a thread while the block runs, and what is due at its end; a hook never fails the block."""
     stop = threading.Event()
+    secret = os.environ.get(SECRET)  # now: it is hidden while Ray starts
     db = replace(db, retry_seconds=RETRY_SECONDS)
 
     def work() -> None:
         while not stop.wait(POLL_SECONDS):
             with suppress(StorageError):  # tried again
-                deliver_due(db)
+                deliver_due(db, secret=secret)
 
     thread = threading.Thread(target=work, name="hooks", daemon=True)
     thread.start()
@@ -209,4 +215,4 @@ def delivering(db: Database) -> Iterator[None]:
         stop.set()
         thread.join(FLUSH_SECONDS)
         with suppress(StorageError):
-            deliver_due(db, until=time.monotonic() + FLUSH_SECONDS)
+            deliver_due(db, until=time.monotonic() + FLUSH_SECONDS, secret=secret)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from optimizer.job.inputs import JobInputs, model_source
 from optimizer.job.loading import ENVIRONMENT
 from optimizer.search.space import plan_space
+from optimizer.service import hooks
 from optimizer.service.logs import log
 from optimizer.service.main_thread import MainThread
 from optimizer.stages.progress import Progress
@@ -78,7 +79,7 @@ def hints(pool: WorkerPool) -> list[str]:
 def _start(inputs: JobInputs) -> WorkerPool:
     from workers.cluster.pool import WorkerPool
 
-    with _without_database_url():
+    with _without_secrets():
         pool = WorkerPool(cluster_settings(inputs), model_source(inputs.spec), inputs.task).start()
     for hint in hints(pool):
         log("hint", model=inputs.spec.model.path, hint=hint)
@@ -86,9 +87,9 @@ def _start(inputs: JobInputs) -> WorkerPool:
 
 
 @contextmanager
-def _without_database_url() -> Iterator[None]:
-    """Hide the database URL from Ray: its processes inherit our environment, and the URL may hold a password."""
-    names = [name for name, field in ENVIRONMENT.items() if field == ("database",)]
+def _without_secrets() -> Iterator[None]:
+    """Hide the hooks' secret and the database URL, which may hold a password, from Ray, which inherits environments."""
+    names = [hooks.SECRET, *(name for name, field in ENVIRONMENT.items() if field == ("database",))]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

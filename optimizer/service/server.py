@@ -13,7 +13,7 @@ from optimizer.errors import Fault, Interrupted
 from optimizer.job.inputs import JobInputs, prepare
 from optimizer.job.loading import read_spec
 from optimizer.job.result import tasks_of_job
-from optimizer.service import channel, logs
+from optimizer.service import channel, hooks, logs
 from optimizer.service.main_thread import MainThread
 from optimizer.service.pool import PoolCache
 from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, process, stop_signals
@@ -75,7 +75,7 @@ class Server:
         """
         logs.log("serving", owner=self._owner, database=self._db.safe_url, at_once=self._at_once)
         try:
-            with stop_signals(), closing(PoolCache(self._main_thread)) as pools:
+            with stop_signals(), hooks.delivering(self._db), closing(PoolCache(self._main_thread)) as pools:
                 if self._at_once == 1:
                     self._take_jobs(pools, once=once)
                 else:

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -40,7 +41,7 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIE
 FINISH_SECONDS = 180.0
 """A job waits so long for its run to be written, and then ends without."""
 
-JOB_TAG, DATABASE_TAG = "skipplan.job", "skipplan.database"
+JOB_TAG, DATABASE_TAG, SUBMITTED_TAG = "skipplan.job", "skipplan.database", "skipplan.submitted"
 MOST_IN_BATCH = 500
 LONGEST_PARAMETER = 500
 STATUS = {"succeeded": "FINISHED", "infeasible": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
@@ -80,11 +81,13 @@ def tracked(db: Database, job: Job, progress: Progress) -> Iterator[None]:
     try:
         yield
     finally:
+        deadline = time.monotonic() + FINISH_SECONDS
         begun.join(FINISH_SECONDS)
         ended = threading.Thread(target=quietly, args=[finish], daemon=True)
-        ended.start()
-        ended.join(FINISH_SECONDS)
-        if ended.is_alive():
+        if not begun.is_alive():  # else both would write the run at the same time
+            ended.start()
+            ended.join(max(0.0, deadline - time.monotonic()))
+        if begun.is_alive() or ended.is_alive():
             progress.note(f"tracking: the run of job {job.id} was not written within {FINISH_SECONDS:g} s")
 
 
@@ -155,7 +158,7 @@ def _run(client: MlflowClient, db: Database, job: Job) -> Run:
             number = found.experiment_id
     else:
         number = experiment.experiment_id
-    tags = {JOB_TAG: str(job.id), DATABASE_TAG: db.safe_url}
+    tags = _tags(db, job)
     wanted = " and ".join(f"tags.`{tag}` = '{_quoted(value)}'" for tag, value in tags.items())
     found_runs = client.search_runs([number], wanted, max_results=1)
     if found_runs:
@@ -163,6 +166,12 @@ def _run(client: MlflowClient, db: Database, job: Job) -> Run:
         return found_runs[0]
     model = str(job.spec["model"]["path"]).rstrip("/").rsplit("/", 1)[-1]
     return client.create_run(number, tags=tags, run_name=f"job {job.id}: {model}")
+
+
+def _tags(db: Database, job: Job) -> dict[str, str]:
+    """Name a job among those of all databases: the URL of one may be relative, and its moment is the job's own."""
+    submitted = job.created_at.isoformat(timespec="microseconds")
+    return {JOB_TAG: str(job.id), DATABASE_TAG: db.safe_url, SUBMITTED_TAG: submitted}
 
 
 def _quoted(text: str) -> str:

@@ -42,14 +42,17 @@ class SmallHub:
                 self.send(*hub.respond(self.command, path, body))
 
             def send(self, status: int, content: Any) -> None:
-                data = json.dumps(content).encode()
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                self.send_header("ETag", f'"{blob(data)}"')
+                self.send_header("X-Repo-Commit", hub.commits[-1] if hub.commits else "0" * 40)
                 self.end_headers()
-                self.wfile.write(data)
+                if self.command != "HEAD":
+                    self.wfile.write(data)
 
-            do_GET = do_POST = do_PUT = answer
+            do_GET = do_HEAD = do_POST = do_PUT = answer
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -76,6 +79,8 @@ class SmallHub:
             return 200, {"files": [self.mode(each, files) for each in sent["files"]]}
         if path.endswith("/commit/main"):
             return self.commit(repository, files, [json.loads(line) for line in body.splitlines()])
+        if "/resolve/main/" in path:
+            return 200, files[path.split("/resolve/main/", 1)[1]]
         if "/tree/main" in path:
             return 200, [
                 {"type": "file", "path": name, "size": len(content), "oid": blob(content)}

@@ -69,6 +69,19 @@ def test_another_export_takes_the_place_of_the_first(hub: SmallHub, exported: Pa
     assert held == files_of(tmp_path / "plan")
 
 
+def test_files_that_no_export_lists_stay(hub: SmallHub, exported: Path, tmp_path: Path) -> None:
+    push(exported, "team/fast")
+    hub.repositories["team/fast"]["notes.txt"] = b"somebody's work"
+    before = dict(hub.repositories["team/fast"])
+    export_plan(export_builders.document(PLAN), ModelSource("none"), "plan", tmp_path / "plan")
+    with pytest.raises(UsageFault, match=r"no export of skipplan \(notes.txt, ...\); nothing was sent"):
+        push(tmp_path / "plan", "team/fast")
+    hub.repositories["team/fast"]["skipplan.json"] = b"{}"
+    with pytest.raises(UsageFault, match=r"team/fast: skipplan.json is no valid plan: .*; nothing was sent"):
+        push(tmp_path / "plan", "team/fast")
+    assert hub.repositories["team/fast"] == before | {"skipplan.json": b"{}"}
+
+
 def test_an_upload_that_was_cut_off_goes_on(hub: SmallHub, exported: Path) -> None:
     large = sum(len(content) > small_hub.LARGE for content in files_of(exported).values())
     assert large >= 3
@@ -118,7 +131,7 @@ def test_what_is_not_uploaded(hub: SmallHub, exported: Path, tmp_path: Path) -> 
         push(exported, "team/public", private=True)
     hub.create("team/theirs", private=False)
     hub.repositories["team/theirs"]["model.safetensors"] = b"somebody's work"
-    with pytest.raises(UsageFault, match="holds files that are no export of skipplan"):
+    with pytest.raises(UsageFault, match="holds files that are of no export of skipplan"):
         push(exported, "team/theirs")
     assert hub.repositories["team/theirs"]["model.safetensors"] == b"somebody's work"
     with pytest.raises(UsageFault):

@@ -295,3 +295,9 @@ def test_infeasible_job_says_that_dense_is_the_answer(db: Database) -> None:
 def test_unknown_job(db: Database) -> None:
     with pytest.raises(NotFound, match="there is no job 99"):
         write_report(db, 99)
+
+
+def test_the_addresses_of_hooks_stay_out_of_a_report(db: Database) -> None:
+    hook = "https://chat.example/services/T0/secret"
+    page = write_report(db, finished_job(db, notify=[hook, "command"]))
+    assert "secret" not in page and "https://chat.example/..." in page

@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,9 @@ from sqlalchemy import text
 from optimizer.job.spec import JobSpec
 from optimizer.service import hooks
 from optimizer.service.hooks import Undelivered, deliver_due, find_addresses, is_public
+from optimizer.service.pool import _without_secrets
+from optimizer.service.server import Server
+from optimizer.stages.progress import Progress, StageLines
 from storage.database import Database
 from storage.queue import deliveries, jobs, leases
 
@@ -291,6 +300,39 @@ def test_a_slow_answer_ends(db: Database, receiver: Receiver, monkeypatch: pytes
     assert deliveries.for_job(db, job.id)[0].error
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_slow_answer_ends_over_https(
+    db: Database, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setattr(hooks, "SEND_SECONDS", 0.5)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    sent: list[bytes] = []
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def drip() -> None:
+            opened, _ = listener.accept()
+            with context.wrap_socket(opened, server_side=True) as wrapped, suppress(OSError):
+                for _ in range(50):
+                    wrapped.sendall(b"H")
+                    sent.append(b"H")
+                    threading.Event().wait(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        job = jobs.submit(db, spec(f"https://127.0.0.1:{listener.getsockname()[1]}/"), "hash")
+        began = time.monotonic()
+        deliver_due(db)
+    assert time.monotonic() - began < 3
+    assert sent and deliveries.for_job(db, job.id)[0].error
+
+
 def test_the_service_s_command_is_run(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = jobs.submit(db, spec("command"), "hash")
     deliver_due(db)
@@ -321,3 +363,25 @@ def test_messages_are_sent_while_something_runs_and_at_its_end(db: Database, rec
         job = jobs.submit(db, spec(receiver.url), "hash")
         jobs.cancel(db, job.id)
     assert [told["event"] for told in receiver.told()] == ["queued", "ended"]
+
+
+def test_a_service_tells_of_the_jobs_that_it_takes(db: Database, receiver: Receiver) -> None:
+    lines = StageLines(lambda *_: None, lambda _: None)
+    jobs.submit(db, spec(receiver.url) | {"task": "no-such-task"}, "hash")
+    assert Server(db, progress=lambda _: Progress(lines)).run(once=True) == 1
+    assert [(told["event"], told["state"]) for told in receiver.told()] == [
+        ("queued", "queued"),
+        ("running", "running"),
+        ("ended", "failed"),
+    ]
+
+
+def test_the_secret_is_kept_from_ray_and_signs_meanwhile(db: Database, receiver: Receiver) -> None:
+    with hooks.delivering(db), _without_secrets():
+        assert hooks.SECRET not in os.environ
+        jobs.submit(db, spec(receiver.url), "hash")
+        deadline = time.monotonic() + 20
+        while not receiver.taken and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(receiver.taken) == 1
+    assert os.environ[hooks.SECRET] == SECRET

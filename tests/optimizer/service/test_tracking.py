@@ -100,6 +100,38 @@ def test_a_tracker_that_hangs_is_left_alone(db: Database, monkeypatch: pytest.Mo
     assert notes.texts == [f"tracking: the run of job {number} was not written within 0.2 s"]
 
 
+def test_a_job_has_one_time_in_all_and_its_run_is_written_by_one(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[int] = []
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "begin", lambda *_: time.sleep(3))
+    monkeypatch.setattr(tracking, "finish", lambda _, number: finished.append(number))
+    ended_job(db, JOB, Notes())
+    assert finished == []
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.5)
+    monkeypatch.setattr(tracking, "begin", lambda *_: time.sleep(1))
+    monkeypatch.setattr(tracking, "finish", lambda *_: time.sleep(5))
+    began = time.monotonic()
+    ended_job(db, JOB, Notes())
+    assert time.monotonic() - began < 2.3
+
+
+def test_jobs_of_databases_with_the_same_relative_url_have_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with Database.open("sqlite:///skipplan.db") as db:
+            jobs.submit(db, JOB, "hash")
+            job = leases.claim(db, "me", 600)
+            assert job is not None
+            tags.append(tracking._tags(db, job))
+            leases.identify(db, job, "hash with the model")
+            assert tracking._tags(db, jobs.get(db, job.id)) == tags[-1]
+    assert tags[0] != tags[1]
+
+
 def test_parameters_have_the_job_file_s_names() -> None:
     fields = tracking._flat({"search": {"trials": 4, "rungs": [1, 2]}, "mode": "x", "thresholds": {}, "a b": None})
     assert fields == {"search.trials": "4", "search.rungs": "[1, 2]", "mode": "x", "thresholds": "{}", "a b": "null"}
