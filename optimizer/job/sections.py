@@ -415,6 +415,13 @@ class ClusterSpec(Section):
         default=2, ge=1, le=1000, description="Workers that may be lost over one request before it is given up."
     )
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _part_of_one_gpu_or_whole_ones(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("must be a part of one GPU or a whole number")
+        return gpus
+
     @field_validator("workers")
     @classmethod
     def _at_least_one_worker(cls, workers: int | str) -> int | str:

@@ -100,9 +100,9 @@ def _without_secrets() -> Iterator[None]:
 class PoolCache:
     """Share one worker pool among the jobs of a service, at the same time and one after another.
 
-    A job that needs another model or other worker settings waits until those that use the pool have ended. Only pools
-    on this machine are kept without a job: elsewhere an idle pool would hold other people's resources, and the files of
-    a model could change unseen.
+    A job that needs another model or other worker settings waits until those that use the pool have ended, and jobs
+    that come after it wait for it. Only pools on this machine are kept without a job: elsewhere an idle pool would hold
+    other people's resources, and the files of a model could change unseen.
     """
 
     def __init__(self, in_main_thread: MainThread) -> None:
@@ -110,32 +110,42 @@ class PoolCache:
         self._pool: WorkerPool | None = None
         self._lock = threading.Condition(threading.RLock())
         self._users = 0
+        self._waiting: list[JobInputs] = []
         self._interrupted = False
 
     @contextmanager
     def lent(self) -> Iterator[Callable[[JobInputs], PoolShare]]:
         """Lend the pool to a job for the block; the function starts it where there is none that suits.
 
-        The function raises UsageFault and ClusterError as :func:`open_pool`.
+        The function raises UsageFault and ClusterError as :func:`open_pool`. A block that raises ClusterError ends the
+        pool that it was lent: other jobs that use it get a ClusterLost.
         """
         shares: list[PoolShare] = []
+        pools: list[WorkerPool] = []
+        failed = False
 
         def lend(inputs: JobInputs) -> PoolShare:
             with self._lock:
                 self._prepare(inputs)
                 assert self._pool is not None
                 check_plan_space(inputs, self._pool)
+                pools.append(self._pool)
                 shares.append(self._pool.share(inputs.task))
                 self._users += 1
             return shares[0]
 
         try:
             yield lend
+        except ClusterError:
+            failed = True
+            raise
         finally:
             with self._lock:
                 for share in shares:
                     share.close()
                     self._users -= 1
+                if failed and self._pool in pools:  # not one that another job has started meanwhile
+                    self.close()
                 self._lock.notify_all()
 
     def close(self) -> None:
@@ -158,11 +168,16 @@ class PoolCache:
             pool.interrupt()
 
     def _prepare(self, inputs: JobInputs) -> None:
-        """Have a pool that suits a job, once no other job needs one that does not."""
-        while self._users and not (self._pool is not None and self._suits(self._pool, inputs)):
-            self._lock.wait(WAIT_SECONDS)
-            if self._interrupted:
-                raise KeyboardInterrupt
+        """Have a pool that suits a job, once no job that came before it waits and none needs one that does not."""
+        self._waiting.append(inputs)
+        try:
+            while self._waiting[0] is not inputs or (self._users and not self._suits(self._pool, inputs)):
+                self._lock.wait(WAIT_SECONDS)
+                if self._interrupted:
+                    raise KeyboardInterrupt
+        finally:
+            self._waiting = [each for each in self._waiting if each is not inputs]
+            self._lock.notify_all()
         if self._users:
             return
         pool = self._pool
@@ -178,9 +193,10 @@ class PoolCache:
         if self._interrupted:
             raise KeyboardInterrupt
 
-    def _suits(self, pool: WorkerPool, inputs: JobInputs) -> bool:
+    def _suits(self, pool: WorkerPool | None, inputs: JobInputs) -> bool:
         return (
-            pool.cluster == cluster_settings(inputs)
+            pool is not None
+            and pool.cluster == cluster_settings(inputs)
             and pool.model == model_source(inputs.spec)
             and inputs.fingerprint in ("", pool.fingerprint)
         )

@@ -149,10 +149,7 @@ class Server:
                 self._failures_in_a_row = 0
             except Interrupted:
                 raise KeyboardInterrupt from None
-            except ClusterError:
-                pools.close()
-                self._back_off()
-            except storage_errors.DatabaseError:
+            except (ClusterError, storage_errors.DatabaseError):
                 self._back_off()
             except (Fault, WorkersError):
                 self._failures_in_a_row = 0  # the job's own end, which is on record

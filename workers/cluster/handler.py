@@ -45,7 +45,8 @@ from workers.messages import (
     ShowSamples,
     WorkerInfo,
 )
-from workers.models.loading import LoadedModel, load_model
+from workers.models.checkpoint import find_checkpoint
+from workers.models.loading import LoadedModel, choose_device, load_model
 from workers.redundancy.measure import measure_redundancy
 from workers.runtime.descriptor import UnsupportedFamilyError
 from workers.runtime.families import describe
@@ -74,15 +75,21 @@ class Handler:
 
     @classmethod
     def load(cls, source: ModelSource, task: Task, settings: WorkerSettings) -> Handler:
-        """Set torch's threads and load the model.
+        """Set torch's threads and load the model, beside other workers that compute, but not while one times.
 
         Raises:
             ModelError: the model cannot be loaded, or the runtime cannot skip layers of such a model.
         """
         torch.set_num_threads(settings.threads)
-        device = "cpu" if source.device == "auto" and not settings.gpus else source.device
+        device = choose_device("cpu" if source.device == "auto" and not settings.gpus else source.device)
+        gpus = max(1, settings.gpus)
+        seen = range(min(gpus, torch.cuda.device_count()))
+        devices = [torch.device(device, number) for number in seen] if device == "cuda" else [torch.device(device)]
         try:
-            return cls(load_model(source, device=device, measuring=True, gpus=max(1, settings.gpus)), task, settings)
+            find_checkpoint(source)  # a download takes long, and no device
+            with device_lock.computing(*devices):
+                loaded = load_model(source, device=device, measuring=True, gpus=gpus)
+            return cls(loaded, task, settings)
         except UnsupportedFamilyError as error:
             raise ModelError(f"model {source.path}: {error}") from None
 

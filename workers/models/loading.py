@@ -147,9 +147,14 @@ def _over_gpus(source: ModelSource, config: Any, gpus: int) -> dict[str, str]:
     if gpus > torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise ModelError(f"cluster.gpus_per_worker: the model is to be spread over {gpus} GPUs, torch sees {there}")
+    if gpus == 1 and quantisation_of(config) not in ("", UNPACKED):
+        return {"": "cuda:0"}  # what its packed weights take is not known before they are loaded
     rooms = [(f"cuda:{number}", memory_bytes(torch.device("cuda", number))) for number in range(gpus)]
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # model code of any family
+        raise ModelError(f"model {source.path}: cannot be loaded: {first_line(error)}") from None
     dtype = (config.dtype or torch.float32) if source.dtype == "auto" else getattr(torch, source.dtype)
     places = spread_layers(model, dtype, rooms, source.path)
     return places if gpus > 1 else {"": rooms[0][0]}

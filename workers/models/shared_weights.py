@@ -5,30 +5,35 @@ dtype than is computed in are converted while they are loaded, and each process 
 large as the checkpoint for float32. So the files are converted once, and the converted ones are mapped. float32 holds
 every float16 and bfloat16 number: the model is the same bit for bit.
 
-The files lie in the machine's temporary directory. Those that no process uses any more go when others are made.
+The files lie in the machine's temporary directory, beside copies of all else of the checkpoint's directory: directories
+that differ in any of it, say in their generation settings, have files of their own. Those that no process uses any more
+go when others are made.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from .checkpoint import read_header
+from .checkpoint import PICKLED_PATTERNS, read_header
 
 SMALLEST_BYTES = 256 << 20
 """Smaller checkpoints are converted by each process: a copy costs less than a file."""
 WIDENED = {"BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK_BYTES = 1 << 24
 _ALIGNED_BYTES = 64
+_NOT_COPIED = ("*.safetensors", *PICKLED_PATTERNS)
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _in_use: dict[str, IO[bytes]] = {}
@@ -50,16 +55,19 @@ def share_in_float32(directory: Path, files: Sequence[Path], fingerprint: Callab
             return directory, f"weights are converted by every worker: {folder} belongs to another user"
         # What was written before a crash of the machine may be incomplete: each start of it has files of its own.
         boot = _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
-        before = fingerprint()
-        place = folder / f"{before[:32]}-{boot}"
+        before, beside = fingerprint(), _digest_beside(directory)
+        place = folder / f"{before[:32]}-{beside[:16]}-{boot}"
+
+        def is_whole() -> bool:
+            return all((place / file.name).is_file() for file in files) and _digest_beside(place) == beside
 
         def make() -> None:
             with _appears_complete(place) as new:
                 _convert(directory, files, new)
-                if fingerprint() != before:
+                if fingerprint() != before or _digest_beside(new) != beside:
                     raise OSError(0, "the checkpoint changed while it was read")
 
-        _get_or_make(place, make)
+        _get_or_make(place, is_whole, make)
         return place, ""
     except OSError as error:
         return (
@@ -68,16 +76,28 @@ def share_in_float32(directory: Path, files: Sequence[Path], fingerprint: Callab
         )
 
 
-def _get_or_make(place: Path, make: Callable[[], None]) -> None:
-    """Have ``place`` made once, and kept while this process lives."""
+def _get_or_make(place: Path, is_whole: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Have ``place`` made once, anew where something is gone from it, and kept while this process lives.
+
+    Raises OSError also where it is not whole, and others use it.
+    """
     while str(place) not in _in_use:
         lock = place.with_suffix(".lock").open("ab")
         fcntl.flock(lock, fcntl.LOCK_SH)
-        if place.is_dir():
+        there = place.is_dir()
+        if there and is_whole():
             _in_use[str(place)] = lock
             return
         with lock:  # the lock cannot be made an exclusive one without being free in between
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if there else 0))
+            except BlockingIOError:
+                raise OSError(0, f"files are gone from {place.name}, which others use") from None
+            for killed in place.parent.glob(f"{place.name}.*"):
+                if killed.suffix != ".lock":
+                    shutil.rmtree(killed)
+            if place.is_dir() and not is_whole():
+                shutil.rmtree(place)
             if not place.is_dir():
                 _remove_unused(place.parent)
                 make()
@@ -103,15 +123,35 @@ def _appears_complete(place: Path) -> Iterator[Path]:
 
 
 def _convert(directory: Path, files: Sequence[Path], new: Path) -> None:
-    """Write the converted files into ``new``, and links to all else of the directory."""
+    """Write the converted files into ``new``, and copies of all else of the directory but weights."""
     needed, free = sum(file.stat().st_size + _widened_bytes(file) for file in files), shutil.disk_usage(new).free
     if needed > 0.95 * free:
         raise OSError(0, f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
     for file in files:
         _widen(file, new / file.name)
-    for other in directory.resolve().iterdir():
-        if not (new / other.name).exists():
-            (new / other.name).symlink_to(other)
+    for name in _names_beside(directory):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(directory / name, new / name)
+
+
+def _names_beside(directory: Path) -> list[str]:
+    """Names of all files below a directory but weights."""
+    found = []
+    for folder, _, names in os.walk(directory, followlinks=True):
+        kept = (Path(folder, name) for name in names if not any(fnmatch(name, weights) for weights in _NOT_COPIED))
+        found += [str(path.relative_to(directory)) for path in kept if path.is_file()]
+    return sorted(found)
+
+
+def _digest_beside(directory: Path) -> str:
+    """SHA-256 over the names and contents of all files below a directory but weights."""
+    digest = hashlib.sha256()
+    for name in _names_beside(directory):
+        with (directory / name).open("rb") as file:
+            digest.update(
+                f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode(errors="surrogateescape")
+            )
+    return digest.hexdigest()
 
 
 def _widened_bytes(file: Path) -> int:

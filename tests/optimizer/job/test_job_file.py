@@ -73,6 +73,16 @@ def test_option_wins_over_environment_wins_over_file(tmp_path: Path):
     assert job(tmp_path, text, environment=environment, database="sqlite:///o.db").database == "sqlite:///o.db"
 
 
+def test_a_worker_has_a_part_of_one_gpu_or_whole_ones(tmp_path: Path):
+    text = "model: {path: llava-12}\ntask: easy-vqa\ncluster: {gpus_per_worker: %s}\n"
+    for good in (0, 0.25, 1, 2, 4.0):
+        assert job(tmp_path, text % good).cluster.gpus_per_worker == good
+    with pytest.raises(
+        UsageFault, match=r"^\S*job.yaml: cluster.gpus_per_worker: .*must be a part of one GPU or a whole"
+    ):
+        job(tmp_path, text % 1.5)
+
+
 def test_a_field_outside_its_section_is_pointed_to_it(tmp_path: Path):
     expected = r"job.yaml: max_accuracy_drop: unknown field; did you mean constraint.max_accuracy_drop\?"
     with pytest.raises(UsageFault, match=expected):

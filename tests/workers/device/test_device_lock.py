@@ -11,9 +11,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from workers.cluster.handler import Handler
+from workers.cluster.settings import WorkerSettings
 from workers.device import lock as device_lock
 from workers.device.memory import peak_bytes
-from workers.errors import MeasurementError
+from workers.errors import MeasurementError, ModelError
+from workers.messages import ModelSource
 
 CPU = torch.device("cpu")
 HOLDER = """
@@ -61,6 +64,25 @@ def test_timing_is_refused_while_another_process_computes_and_granted_once_it_di
     other.kill()
     other.wait()
     with device_lock.timing(CPU, wait_seconds=5):
+        pass
+
+
+def test_a_model_is_not_loaded_while_another_process_times(holder, tmp_path, small_task) -> None:
+    other = holder("timing")
+    done = threading.Event()
+
+    def load() -> None:
+        with pytest.raises(ModelError, match=r"has no config\.json"):
+            Handler.load(ModelSource(str(tmp_path), device="cpu"), small_task, WorkerSettings(0))
+        done.set()
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    assert not done.wait(0.5)
+    other.kill()
+    assert done.wait(10)
+    thread.join()
+    with device_lock.timing(CPU, wait_seconds=5):  # nothing is held after a load that failed
         pass
 
 

@@ -124,7 +124,7 @@ def test_without_room_each_worker_converts_and_says_so(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     worker = Handler.load(ModelSource(str(narrow), dtype="float32", device="cpu"), small_task, WorkerSettings(0))
     assert worker.loaded.model.dtype == torch.float32
-    (folder,) = temporary.iterdir()
+    (folder,) = temporary.glob("skipplan-weights-*")
     assert worker.info.hint == (
         f"weights are converted by every worker: {folder} cannot hold them (0.0 GB are needed, 0.0 GB are free)"
     )
@@ -150,3 +150,48 @@ def test_a_folder_that_someone_else_has_laid_out_is_not_used(narrow: Path, tempo
         narrow,
         f"weights are converted by every worker: {folder} belongs to another user",
     )
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """What lies beside the weights of a directory."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_what_lies_beside_the_weights_is_that_of_the_directory_that_is_loaded(narrow: Path, temporary: Path) -> None:
+    (narrow / "code").mkdir()
+    (narrow / "code" / "layers.py").write_text("LAYERS = 6\n")
+    (narrow / "pytorch_model.bin").write_bytes(b"not read")
+    first, _ = shared(narrow, "1" * 64)
+    expected = contents(narrow)
+    del expected["pytorch_model.bin"]
+    assert contents(first) == expected
+    edited = Path(shutil.copytree(narrow, narrow.parent / "edited"))
+    (edited / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    second, reason = shared(edited, "1" * 64)
+    assert reason == "" and json.loads((second / "generation_config.json").read_text()) == {"max_new_tokens": 7}
+    narrow.rename(narrow.parent / "moved")
+    assert contents(first) == expected
+    assert shared(narrow.parent / "moved", "1" * 64)[0] == first
+
+
+@pytest.mark.parametrize("gone", ["generation_config.json", "*.safetensors"])
+def test_files_that_something_is_gone_from_are_made_anew(narrow: Path, temporary: Path, gone: str) -> None:
+    place, _ = shared(narrow, "1" * 64)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    next(place.glob(gone)).unlink()
+    shared_weights._in_use.pop(str(place)).close()
+    with place.with_suffix(".lock").open("ab") as another_process:
+        fcntl.flock(another_process, fcntl.LOCK_SH)
+        directory, reason = shared(narrow, "1" * 64)
+        assert directory == narrow and f"files are gone from {place.name}, which others use" in reason
+    assert shared(narrow, "1" * 64) == (place, "")
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_of_the_same_model(narrow: Path, temporary: Path) -> None:
+    place, _ = shared(narrow, "1" * 64)
+    shared_weights._in_use.pop(str(place)).close()
+    place.rename(place.parent / f"{place.name}.k1lled")  # as it is called while it is written
+    assert shared(narrow, "1" * 64) == (place, "")
+    assert sorted(place.parent.iterdir()) == [place, place.with_suffix(".lock")]

@@ -28,7 +28,7 @@ from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import RequestTimer, cache_bytes, cache_of, prepare_request, run_request
 from workers.messages import CompareLatency, EvaluatePlans, FitCompensation, ModelSource, Workload
 from workers.models.inputs import prepare_batch
-from workers.models.loading import LoadedModel, load_model
+from workers.models.loading import LoadedModel, _over_gpus, load_model
 from workers.models.prompts import to_device
 from workers.models.spread import Spread, _balance, spread_layers
 from workers.redundancy.kinds import KINDS
@@ -98,6 +98,31 @@ def test_without_so_many_gpus_it_is_said(tiny_directory: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ModelError, match="is to be spread over 4 GPUs, torch sees 2"):
         load_model(ModelSource(str(tiny_directory)), device="cuda", gpus=4)
+
+
+def test_packed_weights_are_not_refused_by_the_size_of_plain_ones(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("workers.models.loading.memory_bytes", lambda _: 1000)
+    source, config = ModelSource(str(tiny_directory)), AutoConfig.from_pretrained(tiny_directory)
+    config.quantization_config = {"quant_method": "fp8"}
+    assert _over_gpus(source, config, 1) == {"": "cuda:0"}
+    for unpacked in ({"quant_method": "compressed-tensors"}, None):  # these are as large as they are counted
+        config.quantization_config = unpacked
+        with pytest.raises(ModelError, match="its weights take"):
+            _over_gpus(source, config, 1)
+
+
+def test_a_model_that_cannot_be_built_is_said_in_one_line(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("workers.models.loading.memory_bytes", lambda _: 1 << 40)
+    config = AutoConfig.from_pretrained(tiny_directory)
+    config.text_config.hidden_act = "no_such_function"
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*no_such_function"):
+        _over_gpus(ModelSource(str(tiny_directory)), config, 1)
 
 
 @pytest.fixture(scope="module")
