@@ -72,7 +72,7 @@ ELSEWHERE = {
     "plans --lossless": "needs that job",
     "reference build smollm2-scenes": "downloads 270 MB; tests/workers/reference builds one from a small wheel",
     "run configs/smollm2-lossless.yaml": "takes a quarter of an hour; test_job_file.py reads it",
-    "run configs/smollm2-four-tasks.yaml": "takes half an hour; test_several_tasks_job.py runs a smaller one",
+    "run configs/smollm2-four-tasks.yaml": "takes an hour; test_several_tasks_job.py runs a smaller one",
     "best --model smollm2-30-scenes --task easy-vqa+scene-counts+scenes --max-text-kl 0.3": "needs such a job",
     "reference build smollm2": "downloads 270 MB; tests/workers/reference builds one from a small wheel",
     "doctor --cluster head-node:6379": "needs a cluster; tests/optimizer/cli has doctor's answers",
