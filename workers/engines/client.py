@@ -148,12 +148,12 @@ class ChatServer:
 
     def pause(self) -> None:
         """Halt the server's processes."""
-        self._process.signal(supervisor.HALT)
+        self._process.tell(supervisor.HALT)
 
     def resume(self) -> None:
         """Let them go on, and wait until the server answers."""
         deadline = time.monotonic() + _RESUME_SECONDS
-        self._process.signal(supervisor.GO_ON)
+        self._process.tell(supervisor.GO_ON)
         while not self.ready():
             if time.monotonic() > deadline or self._process.ended(within_seconds=_POLL_SECONDS) is not None:
                 raise EngineLost(f"{self.engine} does not go on")

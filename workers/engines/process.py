@@ -61,10 +61,12 @@ class EngineProcess:
             self._process.wait(within_seconds)
         return self._process.returncode
 
-    def signal(self, number: int) -> None:
-        """Send the supervisor a signal."""
-        with suppress(ProcessLookupError):
-            self._process.send_signal(number)
+    def tell(self, order: bytes) -> None:
+        """Write the supervisor an order; nothing where it has ended."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(order)
+            self._process.stdin.flush()
 
     def await_ready(self, ready: Callable[[], bool], seconds: float, explain: Callable[[str], str]) -> None:
         """Wait until the engine answers. Raises EngineLost where it ends before, or takes longer."""

@@ -1,7 +1,8 @@
 """Run a command for as long as the process that started this one lives: ``python -I supervisor.py COMMAND...``.
 
-Standard input is a pipe that nothing is written to: its end says that the other process has let go, or died, however it
-died. Then the command and everything that it started are ended. Run by path; it imports nothing of this project.
+Standard input is a pipe: a byte on it halts the command's processes or lets them go on, in the order written, and its
+end says that the other process has let go, or died, however it died. Then the command and everything that it started
+are ended. Run by path; it imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 GRACE_SECONDS = 10.0
 """How long the command has to end by itself before it is killed."""
 POLL_SECONDS = 0.1
-HALT, GO_ON = signal.SIGUSR1, signal.SIGUSR2
-"""Sent to this process: the command's processes are stopped, and go on."""
+HALT, GO_ON = b"h", b"g"
+"""Written to this process: the command's processes are stopped, and go on. Signals could overtake each other."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -34,23 +35,15 @@ def main(command: list[str]) -> int:
         start_new_session=True,
         preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509 - this process has one thread
     )
-    asked = [signal.SIGCONT]
-
-    def pass_on(number: int, _: object) -> None:
-        asked[0] = signal.SIGSTOP if number == HALT else signal.SIGCONT
-        while True:
-            passed = asked[0]
-            _signal(child, passed)
-            if passed == asked[0]:  # else another one came, and was handled within this call: the last one counts
-                return
-
-    for number in (HALT, GO_ON):
-        signal.signal(number, pass_on)
     try:
         while child.poll() is None:
             readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
-            if readable and not os.read(sys.stdin.fileno(), 1):
+            if not readable:
+                continue
+            order = os.read(sys.stdin.fileno(), 1)
+            if not order:
                 break
+            _signal(child, signal.SIGSTOP if order == HALT else signal.SIGCONT)
     finally:
         _end(child)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode

@@ -21,7 +21,7 @@ from optimizer.job.loading import load_job
 from storage.database import Database
 from workers.compensation import store
 
-WITHOUT_DATA = {"serve", "dashboard", "jobs cancel", "jobs resume", "jobs remove"}
+WITHOUT_DATA = {"serve", "dashboard", "jobs cancel", "jobs resume", "jobs remove", "tokens remove"}
 """Commands that run until they are stopped, and those that only confirm what they were told to do."""
 
 
