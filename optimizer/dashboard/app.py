@@ -42,7 +42,7 @@ DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Writing:
-    """What the API that writes may use: the directory whose files jobs may name, and where exports are kept."""
+    """Configure the API that writes: the directory whose files jobs may name, and the one that keeps exports."""
 
     files: Path | None
     exports: Path

@@ -1,4 +1,4 @@
-"""What a job that comes over the network may say: no files but those laid out for it, nothing of the service's own.
+"""Check jobs that come over the network: no files but those laid out for them, nothing of the service's own.
 
 Fields are refused unless they stand in a list here: a new field of job files is nothing that a stranger may set before
 somebody has thought about it.

@@ -27,7 +27,7 @@ _OF_EVERY_REPOSITORY = frozenset({".gitattributes", card.FILE_NAME})
 
 @dataclass(frozen=True)
 class Push:
-    """What was uploaded, or would be."""
+    """Describe an upload to a repository of the hub, done or planned."""
 
     repository: str
     files: dict[str, int]

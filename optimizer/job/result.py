@@ -109,11 +109,12 @@ def judging(plan: Plan) -> EngineLatency | None:
 
 @dataclass(frozen=True)
 class Loss:
-    """A published plan's held-out loss on one of the tasks, or the text, that its job judged it by."""
+    """Hold a plan's held-out loss on one of the tasks, or the text, that its job judges it by."""
 
     name: str
     n_samples: int
     accuracy: float
+    """Of text, the share of next tokens that are predicted right."""
     accuracy_low: float
     accuracy_high: float
     dense_accuracy: float
@@ -121,9 +122,11 @@ class Loss:
     """Accuracy lost, as a share; of text KL(dense || plan), in nats a token."""
     loss_low: float
     loss_high: float
+    """The upper end of the loss's interval is what its limit is judged on."""
     max_loss: float | None
     min_accuracy: float | None
     weight: float
+    """In the mean loss; 0 for what is judged beside the job's tasks."""
     is_text: bool
     within: bool
 

@@ -81,7 +81,7 @@ class Specification:
 
     @property
     def objective(self) -> Objective:
-        """What the search makes of several losses."""
+        """How the search makes one number of several losses; worst where there is one."""
         return "worst" if self.goals is None else self.goals.objective
 
     @property

@@ -32,7 +32,7 @@ USUAL_LIMIT = 0.01
 
 @dataclass(frozen=True)
 class Goal:
-    """What is judged on one task, or on text."""
+    """Limit the loss on one task, or on text, and say how much it counts."""
 
     name: str
     size: int

@@ -125,7 +125,7 @@ class JobContext:
 
     @cached_property
     def judged(self) -> dict[str, Judged]:
-        """What plans are judged by, by name: the job's tasks, then what has limits beside them."""
+        """The job's tasks with their limits by name, then the tasks and text that are limited beside them."""
         return judged_of(self.spec, self.task)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What a job's plans are judged by: each of its tasks, and what has limits beside them."""
+"""List the tasks and the text that a job judges plans on, each with its limits."""
 
 from __future__ import annotations
 

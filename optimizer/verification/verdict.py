@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from optimizer.job.result import Loss
 from optimizer.job.sections import ConstraintSpec
 from optimizer.search.space import Candidate
 from optimizer.statistics.intervals import (
@@ -42,29 +43,11 @@ class DraftFigures:
 
 
 @dataclass(frozen=True)
-class GoalVerdict:
-    """A plan's held-out figures on one of the tasks, or the text, that it is judged by."""
+class GoalVerdict(Loss):
+    """Hold a plan's loss on one of its goals with what only its own job needs."""
 
-    name: str
-    n_samples: int
     images: int
     """Of text, different passages."""
-    accuracy: float
-    """Of text, the share of next tokens that are predicted right."""
-    accuracy_low: float
-    accuracy_high: float
-    dense_accuracy: float
-    loss: float
-    """Accuracy lost, as a share; of text KL(dense || plan), in nats a token."""
-    loss_low: float
-    loss_high: float
-    """The upper end of the loss's interval is what its limit is judged on."""
-    max_loss: float | None
-    min_accuracy: float | None
-    weight: float
-    """In the mean loss; 0 for what is judged beside the job's tasks."""
-    is_text: bool
-    within: bool
     mcnemar_p: float
     secondary: dict[str, float]
 

@@ -19,7 +19,7 @@ from storage.schema import SubmissionRow
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: ``content_hash`` of all of it, and the idempotency key that it came with."""
+    """Identify a submission: the ``content_hash`` of all that it asks for, and the idempotency key it came with."""
 
     content_hash: str
     key: str | None = None
