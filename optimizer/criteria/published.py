@@ -87,7 +87,7 @@ class Angular(Thresholds):
 
 @dataclass(frozen=True)
 class LayerContribution(Thresholds):
-    """Layer contribution, KL(p_dense || p_changed) at the answer position: published for freezing vision tokens.
+    """Layer contribution, KL(p_dense || p_changed) at the last prompt token: published for freezing vision tokens.
 
     Here each action has the divergence it causes itself. No prediction but a measurement: what every action does
     alone, on calibration samples. It costs a pass for every layer and action.
@@ -99,7 +99,7 @@ class LayerContribution(Thresholds):
     published_for = FREEZE
 
     def risk(self, table: LayerTable) -> Risk:
-        return Risk(self.name, contributions(table))
+        return Risk(self.name, contributions(table, "last"))
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,12 @@ def group_values(table: LayerTable, name: str) -> tuple[tuple[float, ...], tuple
     return (known_values(table, name, "vision") if table.has(name, "vision") else text), text
 
 
-def contributions(table: LayerTable) -> dict[str, tuple[float, ...]]:
-    """Return the causal contribution of every action at every layer; infinite where the model refuses the action."""
+def contributions(table: LayerTable, group: str) -> dict[str, tuple[float, ...]]:
+    """Return the causal contribution of every action at every layer; infinite where the model refuses the action.
+
+    ``group`` is ``last``, the answer's first token, or ``answer``, the mean over the tokens of the dense answer.
+    """
     found = {action.letter: f"layer_contribution@{action.label}" for action in INTERVENTIONS}
-    if not any(table.has(name, "last") for name in found.values()):
-        table.values(found[SKIP], "last")  # says what is missing
-    return {letter: table.values(name, "last", default=math.inf) for letter, name in found.items()}
+    if not any(table.has(name, group) for name in found.values()):
+        table.values(found[SKIP], group)  # says what is missing
+    return {letter: table.values(name, group, default=math.inf) for letter, name in found.items()}

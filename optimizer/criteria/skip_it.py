@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from workers.redundancy.kinds import ANSWER
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import SAVING_LETTERS, Action
 
@@ -117,7 +118,7 @@ def vision_attention(table: LayerTable) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class SkipItCausal(SkipIt):
-    """With the causal part: the contribution of every action itself, measured on calibration samples.
+    """With the causal part: the divergence that every action itself causes, over the dense model's whole answer.
 
     It costs a pass for every layer and action, and is a measurement of the harm of single actions, no prediction of
     it; ``skip-it`` breaks its ties.
@@ -129,7 +130,7 @@ class SkipItCausal(SkipIt):
     def risk(self, table: LayerTable) -> Risk:
         # A millionth of the predicted risk breaks ties.
         predicted = super().risk(table)
-        measured = contributions(table)
+        measured = contributions(table, ANSWER)
         both = {
             letter: tuple(kl + 1e-6 * risk for kl, risk in zip(measured[letter], predicted.risk[letter], strict=True))
             for letter in measured

@@ -13,7 +13,7 @@ from optimizer.reports.data import JobReport
 from optimizer.statistics.rank_agreement import Agreement
 from workers.errors import MeasurementError
 from workers.messages import NO_COMPENSATION
-from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.kinds import ANSWER, INTERVENTIONS
 from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime.plan import Action
 
@@ -88,7 +88,7 @@ def _by_layer(table: LayerTable, risk: Risk) -> dict[str, Comparison]:
     found: dict[str, Comparison] = {}
     for action in INTERVENTIONS:
         letter = action.letter
-        rows = [table.row(f"layer_contribution@{action.label}", "last", layer) for layer in range(table.num_layers)]
+        rows = [table.row(f"layer_contribution@{action.label}", ANSWER, layer) for layer in range(table.num_layers)]
         pairs = [Pair(str(row.layer), risk.of(row.layer, letter), row.value) for row in rows if row is not None]
         if pairs and letter in risk.risk:
             found[letter] = Comparison.of(pairs)

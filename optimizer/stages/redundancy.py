@@ -23,6 +23,9 @@ from workers.redundancy.table import LayerMeasurement, LayerTable
 SHARD_SAMPLES = 8
 """Samples a worker takes at a time; fixed, so that the sums are the same on any number of workers."""
 
+VERSION = 2
+"""Of what the measurements mean; those of another version are measured anew. 2: harm over the answer's tokens."""
+
 LINEAR = "linear"
 """The kind that is measured for compensated plans: what linear maps leave unexplained, for all pairs of layers."""
 
@@ -102,8 +105,8 @@ def measured_samples(context: JobContext) -> int:
 
 
 def measurement_key(context: JobContext) -> str:
-    """Hash the calibration samples and what else a measurement depends on: dtype, attention, device, failed samples."""
-    text = f"{split_hash(context.task, 'calibration')} {context.settings}"
+    """Hash the calibration samples and what else a measurement depends on: settings, failed samples, version."""
+    text = f"version {VERSION} {split_hash(context.task, 'calibration')} {context.settings}"
     if measured_samples(context) < len(context.task.calibration):
         text += f" first {measured_samples(context)}"
     if failed := context.failed_samples.of("calibration"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workers.messages import TOKEN_GROUPS
-from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.kinds import ANSWER, INTERVENTIONS
 from workers.redundancy.table import LayerMeasurement, LayerTable
 
 
@@ -15,7 +15,9 @@ def require(holds: bool, promise: str) -> None:
 
 def made_up_table(layers: int) -> LayerTable:
     """Make a table of every kind of measurement but probes, larger at higher layers."""
-    names = [(name, "last") for name in ("withdrawal", *(f"layer_contribution@{each.label}" for each in INTERVENTIONS))]
+    harms = ("withdrawal", "final_divergence", *(f"layer_contribution@{each.label}" for each in INTERVENTIONS))
+    names = [(name, group) for name in harms for group in ("last", ANSWER)]
+    names += [(name, ANSWER) for name in ("propagation_gain", "final_change", "final_distance")]
     names += [("vision_attention", "text"), ("vision_attention", "last")]
     for group in (*TOKEN_GROUPS, "last"):
         names += [(name, group) for name in ("cosine_distance", "relative_update", "cka", "propagation_gain")]

@@ -30,9 +30,10 @@ LAYER_COLUMNS = (
     ("d at top", "final_distance", "last"),
     ("probe gap", "functional_gap", "last"),
     ("info gap", "information_gap", "last"),
-    ("KL freeze", "layer_contribution@freeze", "last"),
-    ("KL bypass", "layer_contribution@bypass", "last"),
-    ("KL skip", "layer_contribution@skip", "last"),
+    ("KL removed", "final_divergence", "answer"),
+    ("KL freeze", "layer_contribution@freeze", "answer"),
+    ("KL bypass", "layer_contribution@bypass", "answer"),
+    ("KL skip", "layer_contribution@skip", "answer"),
     ("KL withdrawn", "withdrawal", "last"),
 )
 """Heading, name and group of the measurements that the per-layer table shows; JSON and CSV hold all of them."""

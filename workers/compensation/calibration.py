@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 
 from workers.layerwise.hooks import Hooks, hidden_of
-from workers.models.greedy import decode_greedily
+from workers.models.fed_answers import NoPromptsReturnedError, append_answers, generate_fed_answers
 from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
-from workers.models.multiple_choice import NAN_LOGITS, chosen_tokens
+from workers.models.multiple_choice import chosen_tokens
 from workers.models.prompts import to_device
 from workers.runtime.families import describe
 from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
@@ -321,37 +321,10 @@ def _choose_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> tu
 
 def _generate_answers(loaded: LoadedModel, task: Task, batch: PreparedBatch) -> tuple[list[Tensor], dict[str, str]]:
     """Return the tokens that decoding feeds back, by sample; and why samples have none."""
-    prompts, sequences, watch = decode_greedily(loaded, batch, task.spec.answer.max_new_tokens)
-    length = prompts.shape[1]
-    if not torch.equal(sequences[:, :length], prompts):
-        raise CompensationError("this family's generate() returns no prompts, so answers cannot be put behind them")
-    answers = [_fed_tokens(row, loaded.model.generation_config.eos_token_id) for row in sequences[:, length:].cpu()]
-    nan = zip(batch.samples, watch.nan.tolist(), strict=True)
-    return answers, {sample.id: NAN_LOGITS for sample, is_nan in nan if is_nan}
-
-
-def _fed_tokens(answer: Tensor, end: int | Sequence[int] | None) -> Tensor:
-    """Return the generated tokens that decoding feeds back: all before the end token, or before the last one."""
-    ends = torch.isin(answer, torch.tensor([end] if isinstance(end, int) else list(end or ())))
-    length = int(ends.nonzero()[0]) if bool(ends.any()) else len(answer) - 1
-    return answer[:length]
-
-
-def append_answers(inputs: BatchFeature, answers: Sequence[Tensor], pad: int) -> BatchFeature:
-    """Put answers behind prompts, padded on the right. Whatever else has an entry per token gets that of text, 0."""
-    width = max(len(answer) for answer in answers)
-    shape = inputs["input_ids"].shape
-    tokens = torch.full((len(answers), width), pad)
-    mask = torch.zeros((len(answers), width), dtype=torch.long)
-    for row, answer in enumerate(answers):
-        tokens[row, : len(answer)] = answer
-        mask[row, : len(answer)] = 1
-    extended = dict(inputs)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape == shape:
-            more = {"input_ids": tokens, "attention_mask": mask}.get(name, torch.zeros_like(tokens))
-            extended[name] = torch.cat([value, more.to(value.dtype)], dim=1)
-    return BatchFeature(extended)
+    try:
+        return generate_fed_answers(loaded, batch, task.spec.answer.max_new_tokens)
+    except NoPromptsReturnedError as error:
+        raise CompensationError(str(error)) from None
 
 
 # The dense pass -----------------------------------------------------------------------------------------------------

@@ -46,8 +46,10 @@ class RedundancySums:
     num_layers: int
     samples: int
     kinds: dict[str, KindSums]
-    layer_executions: dict[str, int]
-    """Decoder layers run, times samples, by the pass that ran them: states, attention, propagation, causal, ..."""
+    layer_executions: dict[str, float]
+    """Decoder layers run, times samples, by the pass that ran them: answers, states, attention, propagation, ...
+
+    A run over a prompt is 1, one over more or fewer tokens counts by their number."""
     notes: tuple[str, ...] = ()
     failed_samples: dict[str, str] = field(default_factory=dict)
     """Samples that were left out, and why."""

@@ -22,11 +22,15 @@ KEPT_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples with their inputs on the device and masks ``[batch, tokens]`` of every token group."""
+    """Samples with their inputs on the device and masks ``[batch, tokens]`` of every token group.
+
+    The last ``answer_tokens`` columns hold the dense model's answers, padded on the right; prompts are before them.
+    """
 
     samples: tuple[Sample, ...]
     inputs: dict[str, Any]
     groups: dict[str, Tensor]
+    answer_tokens: int = 0
 
     @property
     def size(self) -> int:
@@ -35,8 +39,23 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Length of the padded prompts."""
+        """Length of the padded prompts with the answers behind them."""
         return int(self.groups["all"].shape[1])
+
+    @property
+    def last(self) -> int:
+        """The column of every prompt's last token."""
+        return self.tokens - self.answer_tokens - 1
+
+    @property
+    def work(self) -> float:
+        """What a pass over the batch costs, in passes over a prompt alone."""
+        return self.size * self.tokens / (self.last + 1)
+
+    @property
+    def answering(self) -> Tensor:
+        """Which of the columns from :attr:`last` on an answer is read from, bool ``[batch, 1 + answer_tokens]``."""
+        return self.groups["answer"][:, self.last :]
 
 
 def batches(
@@ -73,13 +92,28 @@ def _fitting(prepared: PreparedBatch, stack: DecoderStack) -> int:
     return max(1, KEPT_BYTES // max(states, maps))
 
 
-def token_groups(inputs: dict[str, Any], vision_token_ids: tuple[int, ...]) -> dict[str, Tensor]:
-    """Masks ``[batch, tokens]`` of vision tokens, other tokens, both, and the last one; padding (left) is in none."""
+def token_groups(
+    inputs: dict[str, Any], vision_token_ids: tuple[int, ...], answer_tokens: int = 0
+) -> dict[str, Tensor]:
+    """Masks ``[batch, tokens]`` of the prompt's vision tokens, other tokens, both, and its last one.
+
+    ``answer`` is that last token and the ``answer_tokens`` columns behind it. Padding, on the left of the prompts and
+    on the right of the answers, is in none.
+    """
     real = inputs["attention_mask"].bool()
-    if not bool(real[:, -1].all()):
-        raise MeasurementError("prompts must be padded on the left, so that the answer follows their last position")
-    ids = torch.tensor(sorted(vision_token_ids), device=real.device)
-    vision = torch.isin(inputs["input_ids"], ids) & real
     last = torch.zeros_like(real)
-    last[:, -1] = True
-    return {"vision": vision, "text": real & ~vision, "all": real, "last": last}
+    last[:, real.shape[1] - answer_tokens - 1] = True
+    if not bool(real[last].all()):
+        raise MeasurementError("prompts must be padded on the left, so that the answer follows their last position")
+    behind = torch.zeros_like(real)
+    behind[:, real.shape[1] - answer_tokens :] = True
+    ids = torch.tensor(sorted(vision_token_ids), device=real.device)
+    prompt = real & ~behind
+    vision = torch.isin(inputs["input_ids"], ids) & prompt
+    return {
+        "vision": vision,
+        "text": prompt & ~vision,
+        "all": prompt,
+        "last": last,
+        "answer": last | (real & behind),
+    }

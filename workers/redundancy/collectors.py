@@ -152,8 +152,8 @@ class _LastStates:
 
     def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
         if layer == 0:
-            self._depths.append(before[:, -1].clone())
-        self._depths.append(after[:, -1].clone())
+            self._depths.append(before[:, self.batch.last].clone())
+        self._depths.append(after[:, self.batch.last].clone())
 
     def states(self) -> Tensor:
         """``[batch, layers + 1, hidden]``."""

@@ -17,7 +17,7 @@ from workers.runtime.plan import Action, PlanError, SkipPlan
 
 from .batches import Batch
 from .collectors import array, cosine_distance
-from .kinds import GROUPS, INTERVENTIONS
+from .kinds import ANSWER, GROUPS, INTERVENTIONS
 from .replay import DensePass, replay
 from .sums import ratio_sums, sample_sums
 
@@ -28,12 +28,14 @@ class Interventions:
     def __init__(self, loaded: LoadedModel, stack: DecoderStack, descriptor: FamilyDescriptor, kinds: set[str]) -> None:
         self._loaded, self._stack, self._descriptor, self._kinds = loaded, stack, descriptor, kinds
         self._layers = len(stack.layers)
-        self._gain = ratio_sums(3, len(GROUPS), self._layers)
-        self._kl = ratio_sums(len(INTERVENTIONS), self._layers)
-        self._withdrawal = ratio_sums(1, self._layers)
-        self.executions: dict[str, int] = dict.fromkeys(kinds, 0)
-        """Decoder layers run, times samples; a removal serves both the gain and the contribution, counted as the
-        former's when both are asked for."""
+        self._gain = ratio_sums(3, len(GROUPS) + 1, self._layers)
+        # Divergences of the answer's first token, and of all its tokens.
+        self._removal = ratio_sums(2, self._layers)
+        self._kl = ratio_sums(2, len(INTERVENTIONS), self._layers)
+        self._withdrawal = ratio_sums(2, 1, self._layers)
+        self.executions: dict[str, float] = dict.fromkeys(kinds, 0.0)
+        """Decoder layers run, times samples as in ``RedundancySums``; a removal serves both the gain and the
+        contribution, counted as the former's when both are asked for."""
         self.shared_prefixes = True
         self.refused: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
 
@@ -47,11 +49,11 @@ class Interventions:
                 if action is not Action.SKIP:  # its replay serves the gain too
                     plan, name = run.with_action(layer, action), f"{action.label} at {layer}"
                     replayed = self._replay(("causal",), name, batch, dense, plan, layer)
-                    self._add_kl(self._kl, (number, layer), dense, replayed)
+                    self._add_kl(self._kl[:, :, number, layer], batch, dense, replayed)
             if "withdrawal" in self._kinds:
                 plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
                 replayed = self._replay(("withdrawal",), str(layer), batch, dense, plan, layer)
-                self._add_kl(self._withdrawal, (0, layer), dense, replayed)
+                self._add_kl(self._withdrawal[:, :, 0, layer], batch, dense, replayed)
 
     def _replay(
         self, kinds: Sequence[str], name: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int
@@ -64,7 +66,7 @@ class Interventions:
                 self.refused[kind][name] = str(error)
             return None
         start = first if self.shared_prefixes else 0
-        self.executions[kinds[0]] += batch.size * (self._layers - start - len(plan.removed))
+        self.executions[kinds[0]] += batch.work * (self._layers - start - len(plan.removed))
         return replay(self._loaded, self._stack, dense, batch, plan, start)
 
     def _remove(self, batch: Batch, dense: DensePass, layer: int, change: Tensor) -> None:
@@ -72,12 +74,13 @@ class Interventions:
         plan = SkipPlan.dense(self._layers).with_action(layer, Action.SKIP)
         replayed = self._replay(kinds, f"skip at {layer}", batch, dense, plan, layer)
         if "causal" in kinds:
-            self._add_kl(self._kl, (INTERVENTIONS.index(Action.SKIP), layer), dense, replayed)
+            self._add_kl(self._kl[:, :, INTERVENTIONS.index(Action.SKIP), layer], batch, dense, replayed)
         if "propagation" in kinds and replayed is not None:
+            self._add_kl(self._removal[:, :, layer], batch, dense, replayed)
             self._add_gain(batch, layer, change, hidden_of(dense.outputs[-1]), replayed[1])
 
     def _add_gain(self, batch: Batch, layer: int, change: Tensor, dense: Tensor, final: Tensor) -> None:
-        masks = torch.stack([batch.groups[group] for group in GROUPS]).double()  # [groups, batch, tokens]
+        masks = torch.stack([batch.groups[group] for group in (*GROUPS, ANSWER)]).double()  # [groups, batch, tokens]
         there = masks.sum(-1)
 
         def size(states: Tensor) -> Tensor:
@@ -92,22 +95,32 @@ class Interventions:
         turned = torch.einsum("gbt,bt->gb", masks, cosine_distance(dense, final).double())
         self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
 
-    def _add_kl(
-        self, sums: np.ndarray, index: tuple[int, int], dense: DensePass, replayed: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def _add_kl(self, sums: np.ndarray, batch: Batch, dense: DensePass, replayed: tuple[Tensor, Tensor] | None) -> None:
+        """Add to ``sums`` ``[6, 2]``, of one layer and action."""
         if replayed is None:
             return
         assert dense.logits is not None
-        divergence = array(answer_kl(dense.logits, replayed[0]))
-        sums[(slice(None), *index)] += sample_sums(divergence, np.ones(len(divergence)))
+        for row, divergence in enumerate(answer_divergences(dense.logits, replayed[0], batch.answering)):
+            sums[:, row] += sample_sums(array(divergence), np.ones(batch.size))
 
     def sums(self) -> dict[str, KindSums]:
         found = {
-            "propagation": {"gain": self._gain},
+            "propagation": {"gain": self._gain, "kl": self._removal},
             "causal": {"kl": self._kl},
             "withdrawal": {"kl": self._withdrawal},
         }
         return {kind: KindSums(dict(found[kind]), refused=self.refused[kind]) for kind in self._kinds}
+
+
+def answer_divergences(dense: Tensor, changed: Tensor, answering: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence of the answer's first token, and the mean over its tokens, per sample ``[batch]``.
+
+    Logits are ``[batch, tokens, vocabulary]``, and ``answering``, bool ``[batch, tokens]``, says which count.
+    """
+    # A token at a time, since logits of many tokens in double precision are large.
+    each = torch.stack([answer_kl(*pair) for pair in zip(dense.unbind(1), changed.unbind(1), strict=True)], dim=1)
+    counted = answering.to(each.device)
+    return each[:, 0], (each * counted).sum(1) / counted.sum(1)
 
 
 def answer_kl(dense: Tensor, changed: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ from .table import LayerMeasurement, LayerTable
 GROUPS = (*TOKEN_GROUPS, "last")
 """Token groups, and the last prompt token, from which the answer's first token is read."""
 
+ANSWER = "answer"
+"""Token group of the positions that the dense model's answer is read from: the last prompt token, and the answer's own
+tokens but the one that ends it."""
+
 TAIL_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 QUANTILES = (0.5, 0.9, 0.99)
 HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
@@ -117,10 +121,14 @@ def _attention_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
 
 
 def _propagation_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
-    """``gain`` is ``[6, 3, groups, layers]``: the gain, and how far the last layer's state moves and turns."""
-    for position, group in enumerate(GROUPS):
+    """``gain`` is ``[6, 3, groups, layers]``: the gain, and how far the last layer's state moves and turns.
+
+    ``kl`` is ``[6, 2, layers]``: the divergence of the answer's first token, and of all its tokens.
+    """
+    for position, group in enumerate((*GROUPS, ANSWER)):
         names = ("propagation_gain", "final_change", "final_distance")
         yield from rows_of(sums.added["gain"][:, :, position].astype(float), names, group, layers)
+    yield from _divergence_rows(sums.added["kl"][:, :, None].astype(float), ("final_divergence",), layers)
 
 
 def _angular_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
@@ -130,14 +138,20 @@ def _angular_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
 
 
 def _contribution_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
-    """``kl`` is ``[6, actions, layers]``."""
+    """``kl`` is ``[6, 2, actions, layers]``."""
     names = tuple(f"layer_contribution@{action.label}" for action in INTERVENTIONS)
-    yield from rows_of(sums.added["kl"].astype(float), names, "last", layers)
+    yield from _divergence_rows(sums.added["kl"].astype(float), names, layers)
 
 
 def _withdrawal_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
-    """``kl`` is ``[6, 1, layers]``: vision tokens withdrawn from this layer on."""
-    yield from rows_of(sums.added["kl"].astype(float), ("withdrawal",), "last", layers)
+    """``kl`` is ``[6, 2, 1, layers]``: vision tokens withdrawn from this layer on."""
+    yield from _divergence_rows(sums.added["kl"].astype(float), ("withdrawal",), layers)
+
+
+def _divergence_rows(sums: Floats, names: tuple[str, ...], layers: int) -> Iterator[LayerMeasurement]:
+    """Rows from ``[6, 2, names, layers]``: of the answer's first token, and the mean over all its tokens."""
+    for position, group in enumerate(("last", ANSWER)):
+        yield from rows_of(sums[:, position], names, group, layers)
 
 
 KINDS: dict[str, Kind] = {

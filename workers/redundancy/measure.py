@@ -16,12 +16,14 @@ from workers.device.memory import OUT_OF_MEMORY, is_out_of_memory
 from workers.errors import MeasurementError
 from workers.layerwise.hooks import Hooks, hidden_of
 from workers.messages import DEFAULT_BATCH_SIZE, KindSums, RedundancySums
+from workers.models.fed_answers import NoPromptsReturnedError
 from workers.models.loading import LoadedModel
 from workers.models.multiple_choice import NAN_LOGITS
 from workers.runtime.families import describe
 from workers.runtime.locate import locate
 from workers.tasks import Task
 
+from .answers import answers_change_prompts, with_answers
 from .attention import VisionAttention
 from .batches import Batch, batches
 from .collectors import COLLECTORS, StatesCollector
@@ -31,6 +33,9 @@ from .replay import DensePass, NotANumberError, prefill, prefixes_can_be_shared,
 
 _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why a model's prefixes cannot be shared (empty: they can), found out once for each model that a process holds."""
+
+_UNANSWERED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Why harm is measured at a model's first answer token alone (empty: at all of them), found out once likewise."""
 
 INTERVENTION_KINDS = frozenset({"propagation", "causal", "withdrawal"})
 
@@ -58,7 +63,7 @@ def measure_redundancy(
         raise MeasurementError(f"no such kind of measurement: {', '.join(unknown)}; known are {', '.join(KINDS)}")
     failed: dict[str, str] = {}
     while True:  # what a batch added before it failed cannot be taken back: the shard begins anew
-        measurement = _Measurement(loaded, kinds, shards)
+        measurement = _Measurement(loaded, task, kinds, shards)
         samples = [each for each in task.calibration[:n_samples][shard::shards] if each.id not in failed]
         ids, batch = measurement.descriptor.vision_token_ids, None
         try:
@@ -79,13 +84,13 @@ def measure_redundancy(
 class _Measurement:
     """The passes over one shard and what they add up to."""
 
-    def __init__(self, loaded: LoadedModel, kinds: tuple[str, ...], shards: int) -> None:
-        self.loaded, self.stack = loaded, locate(loaded.model)
+    def __init__(self, loaded: LoadedModel, task: Task, kinds: tuple[str, ...], shards: int) -> None:
+        self.loaded, self.task, self.stack = loaded, task, locate(loaded.model)
         self.descriptor = describe(loaded.model)
         self.layers = self.descriptor.num_layers
         self.kinds = kinds
         self.samples = 0
-        self.executions = {"states": 0}
+        self.executions = {"states": 0.0}
         self.notes: list[str] = []
         self.collectors: dict[str, StatesCollector] = {
             kind: COLLECTORS[kind](self.layers, shards) for kind in kinds if kind in COLLECTORS
@@ -97,20 +102,48 @@ class _Measurement:
     def add(self, batch: Batch) -> None:
         """Run all passes over one batch."""
         self.samples += batch.size
+        if self.interventions is not None:
+            batch = self._answered(batch)
         if self.collectors or self.interventions is not None:
             dense, changes = self._dense_pass(batch)
             if self.interventions is not None:
                 self._intervene(batch, dense, changes)
         if self.attention is not None:
-            self.executions["attention"] = self.executions.get("attention", 0) + batch.size * self.layers
+            self._count("attention", batch.work * self.layers)
             with self.attention.listening(self.stack, batch):
                 prefill(self.loaded, batch)
+
+    def _answered(self, batch: Batch) -> Batch:
+        """Put the answers behind the prompts; a choice has no answer of its own, and some families allow it not."""
+        model = self.loaded.model
+        if self.task.spec.is_choice or _UNANSWERED.get(model):
+            if reason := _UNANSWERED.get(model):
+                self._note(f"harm is measured at the answer's first token alone: {reason}")
+            return batch
+        try:
+            answered = with_answers(self.loaded, self.task, batch, self.descriptor.vision_token_ids)
+        except NoPromptsReturnedError as error:
+            _UNANSWERED[model] = str(error)
+            return self._answered(batch)
+        self._count("answers", answered.work * self.layers)  # decoding feeds every token once
+        if model not in _UNANSWERED and answered.answer_tokens:
+            self._count("check", (batch.work + answered.work) * self.layers)
+            changed = answers_change_prompts(self.loaded, batch, answered)
+            _UNANSWERED[model] = "the prompt's tokens see the answer's" if changed else ""
+        return self._answered(batch) if _UNANSWERED.get(model) else answered
+
+    def _count(self, name: str, executions: float) -> None:
+        self.executions[name] = self.executions.get(name, 0) + executions
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _dense_pass(self, batch: Batch) -> tuple[DensePass, list[Tensor]]:
         changes: list[Tensor] = []
         for collector in self.collectors.values():
             collector.begin(batch)
-        self.executions["states"] += batch.size * self.layers
+        self._count("states", batch.work * self.layers)
         if self.interventions is None:
             dense = DensePass()
             with self._watching(batch, None):
@@ -119,7 +152,7 @@ class _Measurement:
             with record_dense_pass(self.stack) as dense, self._watching(batch, changes):
                 dense.logits = prefill(self.loaded, batch)
         for collector in self.collectors.values():
-            collector.end(dense.logits)
+            collector.end(dense.logits[:, 0])
         return dense, changes
 
     @contextmanager
@@ -154,11 +187,11 @@ class _Measurement:
         if self.loaded.model not in _UNSHAREABLE:
             reason, executed = prefixes_can_be_shared(self.loaded, self.stack, dense, batch)
             _UNSHAREABLE[self.loaded.model] = reason
-            self.executions["check"] = executed * batch.size
+            self._count("check", executed * batch.work)
         reason = _UNSHAREABLE[self.loaded.model]
         if reason:
             self.interventions.shared_prefixes = False
-            self.notes = [f"prefixes are not shared between interventions: {reason}"]
+            self._note(f"prefixes are not shared between interventions: {reason}")
         self.interventions.add(batch, dense, changes)
 
     def sums(self) -> RedundancySums:

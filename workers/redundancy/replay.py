@@ -8,6 +8,7 @@ positions, hands features to later layers and reads the answer, so nothing of a 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from workers.errors import MeasurementError
 from workers.layerwise.hooks import Hooks, hidden_of, with_hidden
@@ -47,22 +49,36 @@ class NotANumberError(MeasurementError):
 
 
 def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
-    """Logits ``[batch, vocabulary]`` of the answer's first token, entered the way every family prepares inputs for.
+    """Logits ``[batch, 1 + answer tokens, vocabulary]`` of the answer's tokens, 0 where there is no answer token.
 
-    Raises NotANumberError when they hold NaN.
+    The model is entered the way its family prepares inputs for. Raises NotANumberError when logits hold NaN.
     """
-    output = loaded.model.generate(
-        **batch.inputs,
-        max_new_tokens=1,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=loaded.processor.tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    logits: Tensor = output.logits[0].float()
+    read: list[Tensor] = []
+    places = 1 + batch.answer_tokens
+
+    def note(output: Any) -> None:
+        if getattr(output, "logits", None) is not None:
+            read[:] = [output.logits[:, -places:].float()]
+
+    options: dict[str, Any] = {}
+    if places > 1 and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
+        options["logits_to_keep"] = places
+    with Hooks() as hooks:
+        # Some families (BLIP-2) leave generation to the language model inside them, which is then what is called.
+        for module in loaded.model.modules():
+            if isinstance(module, GenerationMixin):
+                hooks.after(module, note)
+        loaded.model.generate(
+            **batch.inputs,
+            **options,
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=loaded.processor.tokenizer.pad_token_id,
+        )
+    logits = torch.where(batch.answering[..., None].to(read[0].device), read[0], 0.0)
     if bool(logits.isnan().any()):
-        rows = logits.isnan().any(-1).nonzero().flatten().tolist()
+        rows = logits.isnan().flatten(1).any(-1).nonzero().flatten().tolist()
         raise NotANumberError([batch.samples[row].id for row in rows])
     return logits
 
@@ -94,7 +110,8 @@ def replay(
 ) -> tuple[Tensor, Tensor]:
     """Run ``plan``, whose layers before ``first`` run as in the dense pass, from layer ``first`` on.
 
-    Gives the answer's logits ``[batch, vocabulary]`` and the state ``[batch, tokens, hidden]`` after the last layer.
+    Gives the answer's logits ``[batch, 1 + answer tokens, vocabulary]``, and the state after the last
+    layer, ``[batch, tokens, hidden]``.
     """
     edits = Edits()
     final: list[Tensor] = []

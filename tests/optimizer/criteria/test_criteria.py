@@ -205,7 +205,7 @@ def test_propagation_tells_layers_apart_that_turn_the_state_alike() -> None:
 
 
 def test_the_causal_variant_is_the_contribution_with_ties_broken() -> None:
-    actions = {f"layer_contribution_at_{name}__last": [0.2, 0.0, 0.0] for name in ("freeze", "bypass", "skip")}
+    actions = {f"layer_contribution_at_{name}__answer": [0.2, 0.0, 0.0] for name in ("freeze", "bypass", "skip")}
     risk = criteria.load("skip-it-causal").risk(table(**MEASURED, **actions))
     assert risk.risk["S"] == pytest.approx((0.2, 0.0, 0.0), abs=1e-4)
     assert risk.order("S") == (2, 1, 0)

@@ -15,7 +15,6 @@ from workers.compensation.calibration import (
     FIRST_BATCH,
     Calibration,
     CalibrationBatch,
-    append_answers,
     by_image,
     calibrate,
 )
@@ -23,6 +22,7 @@ from workers.compensation.fit import Fitted, fit
 from workers.compensation.recipe import CompensationError, Recipe
 from workers.evaluation.plain import PlainEvaluator
 from workers.messages import ModelSource
+from workers.models.fed_answers import append_answers
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime import SkipPlan, apply
 from workers.runtime.folding import GapMap

@@ -24,12 +24,16 @@ class Prompt:
     attentions: np.ndarray
     """``[layers, heads, queries, keys]``"""
     logits: np.ndarray
+    """``[1 + answer tokens, vocabulary]``"""
+    answer_tokens: int = 0
 
     @property
     def groups(self) -> dict[str, np.ndarray]:
-        last = np.zeros_like(self.vision)
-        last[-1] = True
-        return {"vision": self.vision, "text": ~self.vision, "all": np.ones_like(self.vision), "last": last}
+        last, behind = np.zeros_like(self.vision), np.zeros_like(self.vision)
+        last[len(last) - self.answer_tokens - 1] = True
+        behind[len(last) - self.answer_tokens :] = True
+        prompt = {"vision": self.vision, "text": ~self.vision & ~behind, "all": ~behind}
+        return prompt | {"last": last, "answer": last | behind}
 
 
 def eager_copy(loaded: LoadedModel) -> LlavaForConditionalGeneration:
@@ -39,9 +43,31 @@ def eager_copy(loaded: LoadedModel) -> LlavaForConditionalGeneration:
     return model.eval()
 
 
-def forward(model, loaded: LoadedModel, task: Task, sample: Sample, plan: str | None = None) -> Prompt:
-    """A prompt alone; hidden states end with the normed one in transformers, so the last is taken before the norm."""
+def greedy(model, loaded: LoadedModel, task: Task, sample: Sample) -> list[int]:
+    """The answer's tokens without the one that ends it (or is the last that may be), one whole pass for each."""
+    fed: list[int] = []
+    with torch.no_grad():
+        for _ in range(task.spec.answer.max_new_tokens - 1):
+            token = int(model(**_inputs(loaded, task, sample, fed)).logits[0, -1].argmax())
+            if token == model.generation_config.eos_token_id:
+                break
+            fed.append(token)
+    return fed
+
+
+def _inputs(loaded: LoadedModel, task: Task, sample: Sample, answer: list[int]):
     inputs = build_inputs(loaded.processor, task.spec, [sample], [sample.image.open()])
+    for name, values in (("input_ids", answer), ("attention_mask", [1] * len(answer))):
+        inputs[name] = torch.cat([inputs[name], torch.tensor([values], dtype=torch.long)], dim=1)
+    return inputs
+
+
+def forward(
+    model, loaded: LoadedModel, task: Task, sample: Sample, plan: str | None = None, answer: list[int] | None = None
+) -> Prompt:
+    """A prompt alone, with an answer behind it; the last state is taken before the norm, unlike transformers' own."""
+    answer = answer or []
+    inputs = _inputs(loaded, task, sample, answer)
     last: list[torch.Tensor] = []
     language = model.model.language_model
     handle = language.norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
@@ -56,7 +82,8 @@ def forward(model, loaded: LoadedModel, task: Task, sample: Sample, plan: str | 
         np.stack([state[0].double().numpy() for state in depths]),
         vision,
         np.stack(maps) if maps else np.zeros(0),
-        output.logits[0, -1].double().numpy(),
+        output.logits[0, -1 - len(answer) :].double().numpy(),
+        len(answer),
     )
 
 
@@ -76,9 +103,11 @@ def ratio(samples: list[np.ndarray]) -> tuple[float, float]:
     return float(values.mean()), float(np.sqrt((residuals**2).sum() * count / (count - 1)) / len(values))
 
 
-def kl(dense: np.ndarray, changed: np.ndarray) -> float:
-    p, q = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (dense, changed))
-    return float((p * (np.log(p) - np.log(q))).sum())
+def kl(dense: np.ndarray, changed: np.ndarray) -> np.ndarray:
+    """Per token, of logits ``[tokens, vocabulary]``."""
+    p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (dense, changed))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    return (p * (np.log(p) - np.log(q))).sum(-1)
 
 
 def hsic(k: np.ndarray, m: np.ndarray) -> float:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from torch import Tensor, nn
 
+from workers.models.inputs import prepare_batch
 from workers.models.loading import LoadedModel
 from workers.redundancy.measure import measure_redundancy
 from workers.tasks import Task
@@ -24,17 +25,25 @@ def checked(tiny: LoadedModel, few: Task) -> None:
 
 
 @contextmanager
-def counted(loaded: LoadedModel) -> Iterator[dict[str, int]]:
-    """Samples times layers whose MLP ran (once in a frozen layer too), and samples times calls of the vision tower."""
-    counts = {"layers": 0, "tower": 0}
+def counted(loaded: LoadedModel, task: Task) -> Iterator[dict[str, float]]:
+    """Samples times layers whose MLP ran (once in a frozen layer too), and samples times calls of the vision tower.
 
-    def add(name: str):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            counts[name] += len(args[0])
+    A layer that runs over the tokens of a prompt counts 1, over more or fewer of them by their number.
+    """
+    counts = {"layers": 0.0, "tower": 0.0}
+    prompt = prepare_batch(loaded, task, task.calibration).inputs["input_ids"].shape[1]
+    width = prompt
 
-        return hook
+    def note_width(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> None:
+        nonlocal width
+        width = kwargs["inputs_embeds"].shape[1]
 
-    handles = [layer.mlp.register_forward_pre_hook(add("layers")) for layer in loaded.model.model.language_model.layers]
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        counts["layers"] += len(args[0]) * width / prompt
+
+    language = loaded.model.model.language_model
+    handles = [language.register_forward_pre_hook(note_width, with_kwargs=True)]
+    handles += [layer.mlp.register_forward_pre_hook(add) for layer in language.layers]
     tower = loaded.model.model.vision_tower
 
     def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> None:
@@ -50,27 +59,30 @@ def counted(loaded: LoadedModel) -> Iterator[dict[str, int]]:
 
 
 def test_all_but_the_causal_part_takes_at_most_layers_plus_three_passes(tiny: LoadedModel, few: Task) -> None:
-    with counted(tiny) as counts:
+    with counted(tiny, few) as counts:
         scores = measure_redundancy(tiny, few, WITHOUT_CAUSAL)
     passes = counts["layers"] / (scores.samples * LAYERS)
     assert passes <= LAYERS + 3
-    assert sum(scores.layer_executions.values()) == counts["layers"]
-    # Prefixes are shared: L passes of removals cost (L - 1) / 2, beside dense and attention.
-    assert passes <= 2 + (LAYERS - 1) / 2
+    assert sum(scores.layer_executions.values()) == pytest.approx(counts["layers"])
+    # Prefixes are shared: L passes of removals cost (L - 1) / 2, beside the dense one, its answers, and attention.
+    assert passes <= (3 + (LAYERS - 1) / 2) * scores.forward_passes["states"] + 1e-9
+    assert scores.forward_passes["states"] < 1.1  # the answers' tokens are few beside the prompts'
 
 
 def test_the_causal_part_takes_at_most_three_fifths_of_whole_passes(tiny: LoadedModel, few: Task) -> None:
-    with counted(tiny) as counts:
+    with counted(tiny, few) as counts:
         scores = measure_redundancy(tiny, few, ("causal",))
-    # Naive: dense, and every action at every layer from the start; a skipped layer is not run.
-    naive = scores.samples * (LAYERS + LAYERS * (LAYERS + LAYERS + LAYERS - 1))
-    assert counts["layers"] <= 0.6 * naive
-    assert sum(scores.layer_executions.values()) == counts["layers"]
-    assert counts["tower"] == scores.samples  # the picture is looked at once
+    passes = scores.forward_passes["states"] * scores.samples
+    answers = passes * LAYERS
+    # Naive, beside the answers: dense, and every action at every layer from the start; a skipped layer is not run.
+    naive = passes * (LAYERS + LAYERS * (LAYERS + LAYERS + LAYERS - 1))
+    assert counts["layers"] - answers <= 0.6 * naive
+    assert sum(scores.layer_executions.values()) == pytest.approx(counts["layers"])
+    assert counts["tower"] == 2 * scores.samples  # the picture is looked at for the answers, and for everything else
 
 
 def test_states_and_attention_take_a_pass_each(tiny: LoadedModel, few: Task) -> None:
-    with counted(tiny) as counts:
+    with counted(tiny, few) as counts:
         scores = measure_redundancy(tiny, few, ("distance", "cka", "angular", "probes", "attention"))
     assert counts["layers"] == 2 * scores.samples * LAYERS
-    assert scores.forward_passes == {"states": 1.0, "attention": 1.0}
+    assert scores.forward_passes == {"states": 1.0, "attention": 1.0}  # what needs no answers asks for none

@@ -52,6 +52,10 @@ def test_padding_is_in_no_group_and_right_padding_is_refused() -> None:
     assert groups["text"].tolist() == [[False, False, False, True], [False, True, True, True]]
     assert groups["last"].tolist() == [[False, False, False, True]] * 2
     inputs["attention_mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    answered = token_groups(inputs, (9, 0), answer_tokens=2)
+    assert answered["all"].tolist() == [[True, True, False, False]] * 2
+    assert answered["last"].tolist() == [[False, True, False, False]] * 2
+    assert answered["answer"].tolist() == [[False, True, True, False], [False, True, True, True]]
     with pytest.raises(MeasurementError, match="left"):
         token_groups(inputs, (9,))
 
@@ -163,39 +167,61 @@ def test_angles_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Pr
     assert table.row("angular_distance@3", "last", 4) is None  # such a block would reach beyond the last layer
 
 
-def test_propagation_and_contribution_equal_whole_passes(tiny: LoadedModel, few: Task) -> None:
-    task = replace(few, calibration=few.calibration[:4])
+def test_propagation_and_contribution_equal_whole_passes(
+    tiny: LoadedModel, captioned: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = captioned
+    whole = [plain.greedy(tiny.model, tiny, task, sample) for sample in task.calibration]
+    # A token that ends some answers early, so that there is padding behind them.
+    end = next(token for token in whole[0][1:] if any(token not in other for other in whole))
+    monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", end)
+    answers = [plain.greedy(tiny.model, tiny, task, sample) for sample in task.calibration]
+    assert len({len(answer) for answer in answers}) > 1
     table = finish(measure_redundancy(tiny, task, ("propagation", "causal", "withdrawal"), batch_size=3))
-    dense = [plain.forward(tiny.model, tiny, task, sample) for sample in task.calibration]
+    asked = list(zip(task.calibration, answers, strict=True))
+    dense = [plain.forward(tiny.model, tiny, task, sample, answer=answer) for sample, answer in asked]
+
+    def under(plan: str) -> list[plain.Prompt]:
+        return [plain.forward(tiny.model, tiny, task, sample, plan, answer) for sample, answer in asked]
+
     for layer in range(LAYERS):
-        gains, changes = [], []
-        for sample, prompt in zip(task.calibration, dense, strict=True):
-            plan = "R" * layer + "S" + "R" * (LAYERS - layer - 1)
-            changed = plain.forward(tiny.model, tiny, task, sample, plan).states[-1]
-            moved = np.linalg.norm((changed - prompt.states[-1])[prompt.vision])
-            gains.append(moved / np.linalg.norm((prompt.states[layer + 1] - prompt.states[layer])[prompt.vision]))
-            changes.append(moved / np.linalg.norm(prompt.states[-1][prompt.vision]))
-        for name, values in (("propagation_gain", gains), ("final_change", changes)):
-            row = table.row(name, "vision", layer)
-            assert row is not None and row.value == pytest.approx(np.mean(values), rel=1e-3)
-            assert row.standard_error == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)), rel=2e-2)
+        removed = under("R" * layer + "S" + "R" * (LAYERS - layer - 1))
+        for group in ("vision", "answer"):
+            gains, changes = [], []
+            for prompt, without in zip(dense, removed, strict=True):
+                here = prompt.groups[group]
+                moved = np.linalg.norm((without.states[-1] - prompt.states[-1])[here])
+                gains.append(moved / np.linalg.norm((prompt.states[layer + 1] - prompt.states[layer])[here]))
+                changes.append(moved / np.linalg.norm(prompt.states[-1][here]))
+            for name, values in (("propagation_gain", gains), ("final_change", changes)):
+                row = table.row(name, group, layer)
+                assert row is not None and row.value == pytest.approx(np.mean(values), rel=1e-3)
+                assert row.standard_error == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)), rel=2e-2)
         plans = {
             f"layer_contribution@{name}": "R" * layer + letter + "R" * (LAYERS - layer - 1)
             for letter, name in (("F", "freeze"), ("B", "bypass"), ("S", "skip"))
         }
-        plans["withdrawal"] = "R" * layer + "B" * (LAYERS - layer)
+        plans |= {
+            "withdrawal": "R" * layer + "B" * (LAYERS - layer),
+            "final_divergence": plans["layer_contribution@skip"],
+        }
         for name, plan in plans.items():
-            divergences = [
-                plain.kl(prompt.logits, plain.forward(tiny.model, tiny, task, sample, plan).logits)
-                for sample, prompt in zip(task.calibration, dense, strict=True)
-            ]
-            row = table.row(name, "last", layer)
-            assert row is not None and row.n == len(divergences)
-            assert row.value == pytest.approx(np.mean(divergences), rel=1e-3, abs=1e-7)
+            found = [plain.kl(prompt.logits, other.logits) for prompt, other in zip(dense, under(plan), strict=True)]
+            for group, values in (("last", [each[0] for each in found]), ("answer", [each.mean() for each in found])):
+                row = table.row(name, group, layer)
+                assert row is not None and row.n == len(values)
+                assert row.value == pytest.approx(np.mean(values), rel=1e-3, abs=1e-7), (name, group)
     last = table.row("propagation_gain", "all", LAYERS - 1)
     assert last is not None and last.value == pytest.approx(1.0, rel=1e-5)  # nothing is above the last layer
-    frozen = table.row("layer_contribution@freeze", "last", LAYERS - 1)
+    frozen = table.row("layer_contribution@freeze", "answer", LAYERS - 1)
     assert frozen is not None and frozen.value == pytest.approx(0.0, abs=1e-9)  # nobody reads the last vision states
+
+
+def test_a_choice_is_measured_where_the_prompt_ends(tiny: LoadedModel, few: Task) -> None:
+    task = replace(few, calibration=few.calibration[:3])
+    spec = task.spec.model_copy(update={"answer": task.spec.answer.model_copy(update={"kind": "choice"})})
+    table = finish(measure_redundancy(tiny, replace(task, spec=spec), ("propagation",)))
+    assert table.values("final_divergence", "answer") == table.values("final_divergence", "last")
 
 
 def test_only_so_many_samples_are_scored_as_asked_for(tiny: LoadedModel, few: Task) -> None:

@@ -1,0 +1,45 @@
+"""Put the dense model's answers behind the prompts of a batch, so that a replay reads harm at every token of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import BatchFeature
+
+from workers.models.fed_answers import append_answers, generate_fed_answers
+from workers.models.inputs import PreparedBatch
+from workers.models.loading import LoadedModel
+from workers.tasks import Task
+
+from .batches import Batch, token_groups
+from .replay import NotANumberError, prefill
+
+MOST_TOKENS = 32
+"""Tokens of an answer that count at most; what goes wrong later in long answers has begun before."""
+
+LARGEST_CHANGE = 0.05
+"""By how much, relative to the largest logit, an answer may move what is read before it: rounding, and no more."""
+
+
+def with_answers(loaded: LoadedModel, task: Task, batch: Batch, vision_token_ids: tuple[int, ...]) -> Batch:
+    """Return the batch with the dense model's answers behind its prompts.
+
+    Raises NoPromptsReturnedError for families whose answers cannot be had, NotANumberError when logits hold NaN.
+    """
+    prompts = PreparedBatch(batch.samples, BatchFeature(batch.inputs), {})
+    answers, failed = generate_fed_answers(loaded, prompts, min(MOST_TOKENS, task.spec.answer.max_new_tokens))
+    if failed:
+        raise NotANumberError(tuple(failed))
+    width = max(map(len, answers))
+    if not width:
+        return batch
+    filler = next(int(answer[0]) for answer in answers if len(answer))  # any token of text: it is masked
+    inputs = dict(append_answers(prompts.inputs, answers, filler))
+    return replace(batch, inputs=inputs, groups=token_groups(inputs, vision_token_ids, width), answer_tokens=width)
+
+
+def answers_change_prompts(loaded: LoadedModel, prompts: Batch, answered: Batch) -> bool:
+    """Whether answers change what is read at the prompts' last token: some families let prompts see what follows."""
+    alone = prefill(loaded, prompts)[:, 0]
+    followed = prefill(loaded, answered)[:, 0]
+    return bool((alone - followed).abs().max() > LARGEST_CHANGE * alone.abs().max().clamp(min=1.0))
