@@ -39,7 +39,7 @@ class ClusterError(WorkersError):
 
 
 class ClusterLost(ClusterError):  # noqa: N818 - named like the database's LeaseLost
-    """The cluster of the workers ended, under them or while it started: its head, or this machine's node, is gone."""
+    """The cluster of the workers ended, or did not start: its head, this machine's node, or all of them."""
 
 
 class ClusterAway(ClusterError):  # noqa: N818

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from workers.cluster.settings import ClusterSettings
     from workers.cluster.share import PoolShare
 
+Lend = Callable[["JobInputs", Callable[[], None]], "PoolShare"]
+"""Gives a job its share of a pool; while it waits, it calls the second argument, which may raise to end the wait."""
+
 LOCAL = "local"
 
 WAIT_SECONDS = 1.0
@@ -114,19 +117,19 @@ class PoolCache:
         self._interrupted = False
 
     @contextmanager
-    def lent(self) -> Iterator[Callable[[JobInputs], PoolShare]]:
+    def lent(self) -> Iterator[Lend]:
         """Lend the pool to a job for the block; the function starts it where there is none that suits.
 
         The function raises UsageFault and ClusterError as :func:`open_pool`. A block that raises ClusterError ends the
-        pool that it was lent: other jobs that use it get a ClusterLost.
+        pool that it was lent; other jobs that use it get that error too.
         """
         shares: list[PoolShare] = []
         pools: list[WorkerPool] = []
         failed = False
 
-        def lend(inputs: JobInputs) -> PoolShare:
+        def lend(inputs: JobInputs, still_wanted: Callable[[], None]) -> PoolShare:
             with self._lock:
-                self._prepare(inputs)
+                self._prepare(inputs, still_wanted)
                 assert self._pool is not None
                 check_plan_space(inputs, self._pool)
                 pools.append(self._pool)
@@ -167,7 +170,7 @@ class PoolCache:
         if (pool := self._pool) is not None:
             pool.interrupt()
 
-    def _prepare(self, inputs: JobInputs) -> None:
+    def _prepare(self, inputs: JobInputs, still_wanted: Callable[[], None]) -> None:
         """Have a pool that suits a job, once no job that came before it waits and none needs one that does not."""
         self._waiting.append(inputs)
         try:
@@ -175,6 +178,7 @@ class PoolCache:
                 self._lock.wait(WAIT_SECONDS)
                 if self._interrupted:
                     raise KeyboardInterrupt
+                still_wanted()
         finally:
             self._waiting = [each for each in self._waiting if each is not inputs]
             self._lock.notify_all()

@@ -107,7 +107,7 @@ def run_job(db: Database, inputs: JobInputs, progress: Progress, *, anew: bool) 
             return queued
         job = claim_this(db, queued, new_owner(), progress.note)
         progress.note(f"job {job.id}")
-        process(db, job, progress, lambda: (inputs, pool))
+        process(db, job, progress, lambda still_held: (inputs, pool))
     return jobs.get(db, job.id)
 
 
@@ -115,17 +115,18 @@ def process(
     db: Database,
     job: Job,
     progress: Progress,
-    start: Callable[[], tuple[JobInputs, WorkerPool | PoolShare]],
+    start: Callable[[Callable[[], None]], tuple[JobInputs, WorkerPool | PoolShare]],
     lease_seconds: float = LEASE_SECONDS,
 ) -> Published:
     """Run a claimed job to its final state; ``start`` gives its inputs and workers while the lease is kept.
 
+    Where ``start`` waits, it calls its argument now and then, which raises LeaseLost once the job is no longer held.
     Raises Interrupted, LeaseLost, ClusterError, DatabaseError, and a Fault or WorkersError for a job that cannot be
     done.
     """
     with logs.of_job(job.id), tracked(db, job, progress):
-        with attempt(db, job, progress, lease_seconds):
-            inputs, pool = start()
+        with attempt(db, job, progress, lease_seconds) as still_held:
+            inputs, pool = start(still_held)
             inputs = replace(inputs, fingerprint=pool.fingerprint)
             leases.identify(db, job, inputs.spec_hash)
             published = pipeline.run(JobContext(db, job, inputs, pool, progress))
@@ -141,16 +142,16 @@ def process(
 @contextmanager
 def attempt(
     db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS, *, resumable: bool = True
-) -> Iterator[None]:
-    """Keep a claimed job's lease while it is worked on, and record why an attempt ended early.
+) -> Iterator[Callable[[], None]]:
+    """Keep a claimed job's lease while it is worked on, and record why an attempt ended early; yield as heartbeat.
 
     A resumable job goes back to the queue when it is interrupted. So does one whose cluster or database failed, to be
     taken again after a while; see :func:`put_back`. Raises Interrupted, LeaseLost, and what the work raises.
     """
     channel.tell_held(db, job, resumable=resumable)
     try:
-        with heartbeat(db, job, progress, lease_seconds), stop_signals():
-            yield
+        with heartbeat(db, job, progress, lease_seconds) as still_held, stop_signals():
+            yield still_held
     except KeyboardInterrupt:
         quietly(lambda: (leases.release if resumable else leases.fail)(db, job, "interrupted"))
         logs.log("job_interrupted")
@@ -219,15 +220,26 @@ def quietly(action: Callable[[], object]) -> None:
 
 
 @contextmanager
-def heartbeat(db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]:
-    """Extend the job's lease and store its progress, from a thread; when the lease is lost, writes are refused."""
+def heartbeat(
+    db: Database, job: Job, progress: Progress, lease_seconds: float = LEASE_SECONDS
+) -> Iterator[Callable[[], None]]:
+    """Extend the job's lease and store its progress, from a thread; when the lease is lost, writes are refused.
+
+    Yields a function that raises the storage's LeaseLost once a heartbeat was refused.
+    """
     stop = threading.Event()
+    lost: list[storage_errors.LeaseLost] = []
+
+    def still_held() -> None:
+        if lost:
+            raise lost[0]
 
     def beat() -> None:
         while not stop.wait(lease_seconds / HEARTBEATS_PER_LEASE):
             try:
                 leases.heartbeat(db, job, lease_seconds, asdict(progress.state))
-            except storage_errors.LeaseLost:
+            except storage_errors.LeaseLost as error:
+                lost.append(error)
                 return  # the job's own next write meets the same error and ends it
             except storage_errors.DatabaseError:
                 continue  # the next beat may get through while the lease still holds
@@ -235,7 +247,7 @@ def heartbeat(db: Database, job: Job, progress: Progress, lease_seconds: float =
     thread = threading.Thread(target=beat, name=f"heartbeat of job {job.id}", daemon=True)
     thread.start()
     try:
-        yield
+        yield still_held
     finally:
         stop.set()
         thread.join()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING
 
 from optimizer.errors import Fault, Interrupted
@@ -15,7 +16,7 @@ from optimizer.job.loading import read_spec
 from optimizer.job.result import tasks_of_job
 from optimizer.service import channel, hooks, logs
 from optimizer.service.main_thread import MainThread
-from optimizer.service.pool import PoolCache
+from optimizer.service.pool import Lend, PoolCache
 from optimizer.service.runner import LEASE_SECONDS, POLL_SECONDS, new_owner, process, stop_signals
 from optimizer.stages.progress import Progress, StageLines, State
 from storage import errors as storage_errors
@@ -145,7 +146,7 @@ class Server:
             logs.log("job_claimed", attempt=job.attempt, model=job.spec["model"]["path"], task=tasks_of_job(job.spec))
             try:
                 with pools.lent() as lend:
-                    process(self._db, job, self._progress(job), lambda: _start(job, lend), self._lease_seconds)
+                    process(self._db, job, self._progress(job), partial(_start, job, lend), self._lease_seconds)
                 self._failures_in_a_row = 0
             except Interrupted:
                 raise KeyboardInterrupt from None
@@ -167,6 +168,6 @@ class Server:
         time.sleep(pause)
 
 
-def _start(job: Job, lend: Callable[[JobInputs], PoolShare]) -> tuple[JobInputs, PoolShare]:
+def _start(job: Job, lend: Lend, still_held: Callable[[], None]) -> tuple[JobInputs, PoolShare]:
     inputs = prepare(read_spec(job))
-    return inputs, lend(inputs)
+    return inputs, lend(inputs, still_held)

@@ -166,7 +166,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 submitted, _ = runner.submit(db, inputs, anew=True)
                 job = leases.claim(db, "me", 600, submitted.id)
                 assert job is not None
-                runner.process(db, job, Progress(), lambda: (inputs, worker))  # type: ignore[arg-type, return-value]
+                runner.process(db, job, Progress(), lambda still_held: (inputs, worker))  # type: ignore[arg-type, return-value]
                 assert jobs.get(db, job.id).is_finished and plans.for_job(db, job.id)
                 with db.transaction() as session:  # as if the job had named vLLM
                     served = (engine_latency(1.6), engine_latency(1.5, concurrency=16))

@@ -92,7 +92,9 @@ class WorkerPool:
         """Threads that wait for results."""
         self._watched = False
         """Whether one of them waits for the workers, without the lock, on behalf of all."""
-        self._closed = False
+        self._ended: ClusterError | None = None
+        """Why the pool does nothing more: a failure, which every thread gets, or that it was closed."""
+        self._started = False
         self._interrupted = False
         self._shares: list[PoolShare] = []
         self._owns_connection = False
@@ -141,14 +143,15 @@ class WorkerPool:
             for position in range(len(self._slots)):
                 while self._slots[position].stage != "ready":
                     self._step_of_first_start(self._slots[position])
+        self._started = True
 
     def close(self) -> None:
         """Stop all workers, and the cluster if this pool started it. Unfinished requests are dropped.
 
-        Other threads that wait for results get a ClusterError.
+        Other threads that wait for results get a ClusterLost.
         """
         with self._lock:
-            self._closed = True
+            self._ended = self._ended or ClusterLost("the pool was closed while requests were running")
             self._queue.clear()
             self._lock.notify_all()
             self._lock.wait_for(lambda: not self._watched, 2 * LONGEST_WAIT_SECONDS)
@@ -261,15 +264,15 @@ class WorkerPool:
                 while not results:
                     if self._interrupted:
                         raise KeyboardInterrupt
-                    if self._closed:
-                        raise ClusterLost("the pool was closed while requests were running")
+                    if self._ended is not None:
+                        raise type(self._ended)(str(self._ended))
                     if give_up is not None and time.monotonic() >= give_up:
                         return None
                     if self._watched:
                         self._lock.wait(None if give_up is None else max(0.0, give_up - time.monotonic()))
                     else:
                         self._watch(give_up)
-                if not self._closed:
+                if self._ended is None:
                     self._dispatch()  # what the caller does with the result must not keep the worker waiting
                 return results.popleft()
             finally:
@@ -284,6 +287,9 @@ class WorkerPool:
                 self._dispatch()
                 self._wait(give_up)
                 self._replace_overdue()
+        except ClusterError as error:
+            self._ended = self._ended or error
+            raise
         finally:
             self._watched = False
             self._lock.notify_all()
@@ -338,7 +344,7 @@ class WorkerPool:
     def _wait(self, give_up: float | None) -> None:
         flying = {slot.reference: slot for slot in self._slots if slot.reference is not None}
         if not flying:
-            raise ClusterError("no worker is left to do the remaining requests")
+            raise ClusterLost("no worker is left to do the remaining requests")
         now = time.monotonic()
         moments = [slot.deadline for slot in flying.values()] + ([] if give_up is None else [give_up])
         longest = LONGEST_WAIT_SECONDS if self._callers < 2 else SHARED_WAIT_SECONDS
@@ -351,7 +357,7 @@ class WorkerPool:
                 ready, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
         finally:
             self._lock.acquire()
-        for reference in ready if not self._closed else ():
+        for reference in ready if self._ended is None else ():
             self._collect(flying[reference])
 
     # Taking back ------------------------------------------------------------------------------------------------
@@ -417,7 +423,7 @@ class WorkerPool:
             self._no_new_workers_before = time.monotonic() + PAUSE_SECONDS
         log("worker_given_up", worker=slot.number, reason=reason, left=len(self._slots))
         if not self._slots:
-            raise ClusterError(f"no worker is left; the last one failed: {reason}")
+            raise ClusterLost(f"no worker is left; the last one failed: {reason}")
 
     def _fail(self, ticket: Ticket, reason: str) -> None:
         self._telemetry.answered(ticket.kind, "failed")
@@ -519,22 +525,26 @@ class WorkerPool:
     def _ready(self, slot: Slot, info: WorkerInfo) -> None:
         self.fingerprint = self.fingerprint or info.fingerprint
         if info.fingerprint != self.fingerprint:
-            raise ClusterError(
-                f"worker {info.worker} on {info.node} holds another model than the others (fingerprint "
-                f"{info.fingerprint[:12]}, not {self.fingerprint[:12]}): {self.model.path} differs between nodes"
-            )
+            other = f"fingerprint {info.fingerprint[:12]}, not {self.fingerprint[:12]}"
+            reason = f"it holds another model than the others ({other}): {self.model.path} differs between nodes"
+            self._refuse(slot, info, reason, starts=1)
+            return
         self.dtype = self.dtype or info.dtype
         if info.dtype != self.dtype:
             reason = f"it would compute in {info.dtype}, where the first worker computes in {self.dtype}"
-            if slot.failed_starts + 1 == FAILED_STARTS:
-                raise ClusterError(f"worker {info.worker} on {info.node}: {reason}")
-            self._lost(slot, reason)
+            self._refuse(slot, info, reason, starts=FAILED_STARTS)
             return
         slot.info, slot.failed_starts, slot.stage = info, 0, "ready"
         ready = len(self.info)
         self._telemetry.count(ready)
         about = {"node": info.node, "device": info.device, "dtype": info.dtype, "process": info.process}
         log("worker_ready", worker=info.worker, workers=ready, **about)
+
+    def _refuse(self, slot: Slot, info: WorkerInfo, reason: str, *, starts: int) -> None:
+        """Replace a worker unlike the others; of the first set, raise ClusterError after so many starts of it."""
+        if not self._started and slot.failed_starts + 1 >= starts:
+            raise ClusterError(f"worker {info.worker} on {info.node}: {reason}")
+        self._lost(slot, reason)
 
     def _kill(self, slot: Slot) -> None:
         if ray.is_initialized():

@@ -9,8 +9,13 @@ from typing import Any
 import in_process
 import pytest
 
+from optimizer.errors import LeaseLost
 from optimizer.service import pool as pools
 from optimizer.service.pool import PoolCache, cluster_settings, model_source
+from optimizer.service.runner import process
+from optimizer.stages.progress import Progress
+from storage.database import Database
+from storage.queue import jobs, leases
 from workers.errors import ClusterError
 
 
@@ -33,6 +38,10 @@ class Workers:
         self.closed += 1
 
 
+def wanted() -> None:
+    """The job is."""
+
+
 def inputs(batch_size: int) -> Any:
     cluster = {"workers": 1, "batch_size": batch_size}
     return SimpleNamespace(spec=in_process.spec(cluster=cluster), task=None, fingerprint="")
@@ -48,15 +57,15 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> PoolCache:
 
 def test_a_failed_job_ends_the_pool_that_it_was_lent_before_others_start_one_and_no_other(cache: PoolCache) -> None:
     with pytest.raises(ClusterError), cache.lent() as lend_first:
-        first = lend_first(inputs(8)).of  # type: ignore[attr-defined]
+        first = lend_first(inputs(8), wanted).of  # type: ignore[attr-defined]
         with pytest.raises(ClusterError), cache.lent() as lend_second:
-            assert lend_second(inputs(8)).of is first  # type: ignore[attr-defined]
+            assert lend_second(inputs(8), wanted).of is first  # type: ignore[attr-defined]
             raise ClusterError("no worker is left")
         assert first.closed == 1
         raise ClusterError("the cluster has ended")
     assert first.closed == 1
     with cache.lent() as lend:
-        other = lend(inputs(16)).of  # type: ignore[attr-defined]
+        other = lend(inputs(16), wanted).of  # type: ignore[attr-defined]
         with pytest.raises(ClusterError), cache.lent():
             raise ClusterError("it was lent none")
         assert other is not first and other.closed == 0
@@ -68,7 +77,7 @@ def test_a_job_waits_for_one_that_came_before_it_and_waits(cache: PoolCache) -> 
     def job(name: str, batch_size: int) -> threading.Thread:
         def work() -> None:
             with cache.lent() as lend:
-                lend(inputs(batch_size))
+                lend(inputs(batch_size), wanted)
                 order.append(name)
 
         thread = threading.Thread(target=work, daemon=True)
@@ -76,7 +85,7 @@ def test_a_job_waits_for_one_that_came_before_it_and_waits(cache: PoolCache) -> 
         return thread
 
     with cache.lent() as lend:
-        lend(inputs(8))
+        lend(inputs(8), wanted)
         suits = job("suits and is the next", 8)
         suits.join(10)
         other = job("needs another", 16)
@@ -87,3 +96,17 @@ def test_a_job_waits_for_one_that_came_before_it_and_waits(cache: PoolCache) -> 
     for thread in (other, last):
         thread.join(10)
     assert order == ["suits and is the next", "needs another", "suits, but came later"]
+
+
+def test_a_job_that_waits_for_other_workers_ends_when_it_is_cancelled(cache: PoolCache, db: Database) -> None:
+    number = jobs.submit(db, {}, "hash").id
+    waiting = leases.claim(db, "me", 60, number)
+    assert waiting is not None
+    with cache.lent() as lend:
+        lend(inputs(8), wanted)
+        threading.Timer(0.3, lambda: jobs.cancel(db, number)).start()
+        with pytest.raises(LeaseLost, match=f"job {number} was cancelled"), cache.lent() as lend_other:
+            process(db, waiting, Progress(), lambda still_held: lend_other(inputs(16), still_held), lease_seconds=1.0)
+        with cache.lent() as lend_next:  # no longer in the way of those that suit
+            lend_next(inputs(8), wanted)
+    assert jobs.get(db, number).state == "cancelled"

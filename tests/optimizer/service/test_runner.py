@@ -52,7 +52,7 @@ def run(db: Database, job: jobs.Job, monkeypatch: pytest.MonkeyPatch, outcome: o
         return outcome
 
     monkeypatch.setattr(pipeline, "run", end)
-    return runner.process(db, job, Progress(), lambda: (Inputs(), SimpleNamespace(fingerprint="f")))  # type: ignore
+    return runner.process(db, job, Progress(), lambda still_held: (Inputs(), SimpleNamespace(fingerprint="f")))  # type: ignore
 
 
 @pytest.mark.parametrize(

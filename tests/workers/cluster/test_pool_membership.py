@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from workers.cluster.connection import MISSED_CALLS, HeadWatch
 from workers.cluster.pool import WorkerPool
 from workers.cluster.settings import ClusterSettings, WorkerSettings
 from workers.cluster.share import PoolShare
-from workers.errors import ClusterError, ModelError
+from workers.errors import ClusterError, ClusterLost, ModelError
 from workers.messages import EvaluatePlans, Evaluation, Evaluations, Failure, ModelSource, WorkerInfo
 from workers.tasks import Task, load_spec, load_task
 
@@ -56,6 +57,16 @@ class Fragile(Sleeper):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().setup()
+
+
+class Changed(Sleeper):
+    """Holds another model where it replaces a worker: the files of its node are others by then."""
+
+    def setup(self) -> WorkerInfo:
+        mark = Path(os.environ["CHANGED_MARK"]) / str(self._number)
+        info = super().setup() if not mark.exists() else replace(super().setup(), fingerprint="0" * 64)
+        mark.touch()
+        return info
 
 
 class Unable(Sleeper):
@@ -206,6 +217,44 @@ def test_a_request_that_takes_too_long_is_given_up(ray_cluster: None, tiny_direc
         wait_for_end(first)
 
 
+def test_a_replacement_of_another_model_ends_no_job_and_the_last_workers_end_tells_all_of_them(
+    ray_cluster: None, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "FAILED_STARTS", 1)
+
+    class Marked(Changed):
+        def __init__(self, model: ModelSource, task: Task, settings: WorkerSettings) -> None:
+            os.environ["CHANGED_MARK"] = str(tmp_path)
+            super().__init__(model, task, settings)
+
+    errors: list[BaseException] = []
+
+    def ask(share: PoolShare) -> None:
+        try:
+            answers(share, [600])
+        except ClusterError as error:
+            errors.append(error)
+
+    with build(tiny_directory, Marked, workers=2) as pool:
+        first, second = (info.process for info in pool.info)
+        os.kill(first, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while pool.size == 2 and time.monotonic() < deadline:
+            answers(pool, [1])
+        assert [info.process for info in pool.info] == [second]  # the replacement is given up, and nothing else
+        threads = [threading.Thread(target=ask, args=(pool.share(small_task(size)),)) for size in (4, 7)]
+        for thread in threads:
+            thread.start()
+        while pool.info and pool._slots[0].ticket is None:
+            time.sleep(0.05)
+        os.kill(second, signal.SIGKILL)
+        for thread in threads:
+            thread.join(60)
+    assert [type(error) for error in errors] == [ClusterLost] * 2
+    reasons = {str(error) for error in errors}
+    assert len(reasons) == 1 and "the last one failed: it holds another model than the others" in reasons.pop()
+
+
 def wait_for_end(process: int) -> None:
     for _ in range(100):
         os.kill(process, 0)
@@ -246,10 +295,13 @@ class Stubborn(OtherNodes):
         super().__init__(replace(model, dtype="auto"), task, settings)
 
 
-def test_all_workers_compute_in_what_auto_is_on_the_first(ray_cluster: None, tiny_directory: Path) -> None:
+def test_all_workers_compute_in_what_auto_is_on_the_first(
+    ray_cluster: None, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with build(tiny_directory, OtherNodes, workers=2) as pool:
         assert [info.dtype for info in pool.info] == ["bfloat16", "bfloat16"] and pool.dtype == "bfloat16"
         assert [each.plan for each in answers(pool, [0, 0])] == ["RR", "RR"]
+    monkeypatch.setattr(pools, "FAILED_STARTS", 1)
     with pytest.raises(ClusterError, match="would compute in float32, where the first worker computes in bfloat16"):
         build(tiny_directory, Stubborn, workers=2).start()
 
