@@ -12,7 +12,7 @@ from optimizer.reports.chart import SERIES, Chart, axis
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.formatting import Summary
 from optimizer.reports.html import Page, render
-from optimizer.reports.sections import Section, Table
+from optimizer.reports.parts import Section, Table
 from storage.database import Database
 from storage.records.plans import Plan
 

@@ -18,8 +18,8 @@ from optimizer.job.result import drafting_of, judging
 from optimizer.reports import formatting, progress, provenance, sections, theory
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.formatting import Summary
+from optimizer.reports.parts import Section
 from optimizer.reports.progress import Step
-from optimizer.reports.sections import Section
 from storage.database import Database
 from storage.records import overview
 from storage.records.engine_latencies import EngineLatency

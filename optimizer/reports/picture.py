@@ -13,6 +13,7 @@ from optimizer.reports import figures, formatting, latency, sections, theory
 from optimizer.reports.chart import COLOURS, Chart, Trace
 from optimizer.reports.data import JobReport, collect
 from optimizer.reports.html import search_curves
+from optimizer.reports.parts import StripRow
 from storage.database import Database
 from workers.runtime.plan import LETTERS, Action
 
@@ -167,7 +168,7 @@ def _heat_map(axes: Axes, trace: Trace) -> None:
     axes.set_xticks(range(len(trace["x"])), [str(layer) for layer in trace["x"]])
 
 
-def strips(part: SubFigure, rows: Sequence[sections.StripRow]) -> None:
+def strips(part: SubFigure, rows: Sequence[StripRow]) -> None:
     """Draw plans as rows of coloured cells, one a layer."""
     from matplotlib.patches import Patch, Rectangle
 

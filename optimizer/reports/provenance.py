@@ -9,7 +9,7 @@ import yaml
 from optimizer.job.result import shown_spec
 from optimizer.reports.data import JobReport
 from optimizer.reports.formatting import NOT_MEASURED, count, duration, share
-from optimizer.reports.sections import Section, Table
+from optimizer.reports.parts import Section, Table
 from optimizer.stages.failed_samples import recorded
 
 

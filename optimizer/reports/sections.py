@@ -2,185 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeVar
 
-from optimizer.job.result import Loss, drafting_of, judgement, losses
+from optimizer.job.result import drafting_of, losses
 from optimizer.reports import figures, formatting, latency
 from optimizer.reports.chart import Chart
+from optimizer.reports.columns import (
+    DRAFT_TRIAL_COLUMNS,
+    DRAFTED_COLUMNS,
+    ENGINE_COLUMNS,
+    GUARD_COLUMNS,
+    LOSS_COLUMNS,
+    MEASUREMENT_COLUMNS,
+    OFF_TASK_COLUMNS,
+    PLAN_COLUMNS,
+    STEP_COLUMNS,
+    TRIAL_COLUMNS,
+    drafted,
+    known,
+    of_drafter,
+)
 from optimizer.reports.data import JobReport, TrialSummary
 from optimizer.reports.heights import allowed_loss, is_mean
+from optimizer.reports.parts import Column, Section, StripRow, Strips, Table
 from optimizer.reports.progress import Step, reference
 from optimizer.reports.theory import TheoryCheck
 from optimizer.search.goals import LEAST_LIMIT, Goals
-from optimizer.search.trial import DraftValue
 from optimizer.statistics.rank_agreement import Agreement
-from storage.records.engine_latencies import EngineLatency
-from storage.records.measurements import Redundancy
 from storage.records.plans import Plan
 from workers.runtime.plan import Action
 
 STRIPS_SHOWN = 12
 TRIALS_SHOWN = 100
-
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True)
-class StripRow:
-    """A plan drawn as one cell a layer."""
-
-    label: str
-    plan: str
-    text: str
-
-    @property
-    def spoken(self) -> str:
-        """The plan for a screen reader."""
-        return formatting.layers(self.plan)
-
-
-@dataclass(frozen=True)
-class Strips:
-    """A group of plans drawn under each other."""
-
-    title: str
-    rows: tuple[StripRow, ...]
-
-
-@dataclass(frozen=True)
-class Column(Generic[Row]):
-    """A table's column: its heading, the cell of a row, and whether it is aligned to the right as numbers are."""
-
-    heading: str
-    cell: Callable[[Row], str]
-    number: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table behind a fold; ``numbers`` are the columns aligned to the right, ``chosen`` the rows to stress."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numbers: tuple[int, ...] = ()
-    chosen: tuple[int, ...] = ()
-    open: bool = False
-
-    @classmethod
-    def of(cls, title: str, rows: Iterable[Row], columns: Sequence[Column[Row]]) -> Table:
-        """Fill a table column by column."""
-        return cls(
-            title,
-            tuple(column.heading for column in columns),
-            tuple(tuple(column.cell(row) for column in columns) for row in rows),
-            tuple(index for index, column in enumerate(columns) if column.number),
-        )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with what stands under it."""
-
-    name: str
-    short: str
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    legend: tuple[tuple[str, str, str], ...] = ()
-    strips: tuple[Strips, ...] = ()
-    charts: tuple[Chart, ...] = ()
-    tables: tuple[Table, ...] = ()
-    texts: tuple[tuple[str, str], ...] = ()
-
-
-def _known(value: float | None, write: Callable[[float], str]) -> str:
-    """Return a figure, or nothing where it is not known."""
-    return "" if value is None else write(value)
-
-
-_JUDGEMENTS = {None: "not judged", True: "yes", False: "no"}
-
-_PLAN_COLUMNS: tuple[Column[Plan], ...] = (
-    Column("plan", lambda plan: str(plan.id)),
-    Column("layers", lambda plan: formatting.layers(plan.plan)),
-    Column("accuracy, held-out", formatting.accuracy, number=True),
-    Column("difference, points", formatting.difference, number=True),
-    Column("speed-up, measured", formatting.speedup, number=True),
-    Column("a request", lambda plan: formatting.milliseconds(plan.latency_seconds), number=True),
-    Column("KV cache", formatting.kv_cache, number=True),
-    Column("compensation", lambda plan: plan.compensation),
-    Column("within the limits", lambda plan: judgement(plan, _JUDGEMENTS)),
-)
-
-Served = tuple[Plan, EngineLatency]
-
-
-def _beside_dense(name: str, write: Callable[[float], str]) -> Callable[[Served], str]:
-    """Return the cell of a figure with dense's behind it."""
-
-    def cell(served: Served) -> str:
-        own, dense = getattr(served[1], name), getattr(served[1], f"dense_{name}")
-        return _known(own, write) + (f" (dense {write(dense)})" if dense is not None else "")
-
-    return cell
-
-
-_ENGINE_COLUMNS: tuple[Column[Served], ...] = (
-    Column("plan", lambda each: str(each[0].id)),
-    Column("engine", lambda each: f"{each[1].engine} {each[1].version}, {each[1].dtype}"),
-    Column("requests at once", lambda each: str(each[1].concurrency), number=True),
-    Column(
-        "speed-up",
-        lambda each: formatting.span(each[1].speedup, each[1].speedup_low, each[1].speedup_high),
-        number=True,
-    ),
-    Column("first token", _beside_dense("first_token_seconds", formatting.milliseconds), number=True),
-    Column("each further token", _beside_dense("seconds_per_token", formatting.milliseconds), number=True),
-    Column("a request", _beside_dense("latency_seconds", formatting.milliseconds), number=True),
-    Column("requests a second", _beside_dense("requests_per_second", "{:.1f}".format), number=True),
-    Column("tokens in the KV cache", _beside_dense("kv_cache_tokens", formatting.count), number=True),
-)
-
-_GUARD_COLUMNS: tuple[Column[Plan], ...] = (
-    Column("plan", lambda plan: str(plan.id)),
-    Column("reads the input of layer", lambda plan: str(plan.secondary["guard"]["layer"]), number=True),
-    Column("false alarms, set", lambda plan: formatting.percent(plan.secondary["guard"]["false_alarms"]), number=True),
-    Column(
-        "task's own prompts sent to dense",
-        lambda plan: formatting.sent(plan.secondary["guard"]["held_out"]),
-        number=True,
-    ),
-    Column("others sent to dense", lambda plan: formatting.sent_elsewhere(plan.secondary["guard"])),
-    Column("net speed-up", lambda plan: formatting.net_speedup(plan.secondary["guard"]), number=True),
-)
-
-_TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (
-    Column("plan", lambda each: each.plan),
-    Column("difference, points", lambda each: _known(each.difference, formatting.signed), number=True),
-    Column("accuracy, search split", lambda each: f"{each.accuracy:.3f}", number=True),
-    Column("samples", lambda each: str(each.n_samples), number=True),
-    Column("speed-up, predicted", lambda each: _known(each.predicted_speedup, "{:.2f}".format), number=True),
-    Column("within the limits", lambda each: "yes" if each.within else "no"),
-    Column("tried as number", lambda each: str(each.order), number=True),
-)
-
-_MEASUREMENT_COLUMNS: tuple[Column[Redundancy], ...] = (
-    Column("measure", lambda each: figures.row_name(each.name, each.token_group)),
-    Column("layer", lambda each: str(each.layer), number=True),
-    Column("value", lambda each: f"{each.value:.6g}", number=True),
-    Column("standard error", lambda each: _known(each.standard_error, "{:.2g}".format), number=True),
-    Column("n", lambda each: f"{each.n:,}", number=True),
-)
-
-_STEP_COLUMNS: tuple[Column[tuple[str, Step]], ...] = (
-    Column("search", lambda row: row[0]),
-    Column("plans tried", lambda row: str(row[1].plans), number=True),
-    Column("covered, %", lambda row: f"{100 * row[1].covered:.2f}", number=True),
-    Column("plan", lambda row: row[1].plan),
-)
 
 
 def front(report: JobReport) -> Section:
@@ -207,7 +62,7 @@ def front(report: JobReport) -> Section:
         number = formatting.count(below)
         paragraphs.append(f"{number} of the dots lie below the range shown; the table holds the best of them.")
     guarded = [plan for plan in report.plans if "checksum" in plan.secondary.get("guard", {})]
-    guards = (Table.of(f"Guards ({len(guarded)})", guarded, _GUARD_COLUMNS),) if guarded else ()
+    guards = (Table.of(f"Guards ({len(guarded)})", guarded, GUARD_COLUMNS),) if guarded else ()
     paragraphs += _guard_notes(report.plans)
     tables = (_plans_table(report), *_losses_table(report), *guards, _trials_table(report.trials))
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=tables)
@@ -236,65 +91,6 @@ def _awaited(report: JobReport) -> str:
     return ": what was tried by several losses is known once the search has ended" if report.awaits_trials else ""
 
 
-_DRAFTED_COLUMNS: tuple[Column[Plan], ...] = (
-    Column("plan", lambda plan: str(plan.id)),
-    Column("layers", lambda plan: formatting.layers(plan.plan)),
-    Column("acceptance, held-out", lambda plan: _drafted(plan, formatting.acceptance), number=True),
-    Column(
-        "tokens a round, expected",
-        lambda plan: _drafted(plan, lambda own: f"{own['tokens_per_round']:.2f}"),
-        number=True,
-    ),
-    Column(
-        "accepted a round, measured",
-        lambda plan: _drafted(plan, lambda own: f"{own['accepted_per_round']:.2f}"),
-        number=True,
-    ),
-    Column("speed-up of a request", formatting.speedup, number=True),
-    Column("speed-up of decoding", lambda plan: _drafted(plan, formatting.decoding), number=True),
-    Column("extra memory", lambda plan: _known(plan.extra_bytes, lambda own: f"{own / 1e6:.1f} MB"), number=True),
-    Column("answers compared", lambda plan: _drafted(plan, lambda own: str(own["answers_compared"])), number=True),
-    Column("near ties", lambda plan: _drafted(plan, lambda own: str(own["near_ties"])), number=True),
-    Column("compensation", lambda plan: plan.compensation),
-    Column("within the limits", lambda plan: judgement(plan, _JUDGEMENTS)),
-)
-
-OffTaskRow = tuple[Plan, str, dict[str, Any]]
-
-_OFF_TASK_COLUMNS: tuple[Column[OffTaskRow], ...] = (
-    Column("plan", lambda row: str(row[0].id)),
-    Column("prompts of", lambda row: row[1]),
-    Column("acceptance", lambda row: f"{row[2]['acceptance']:.3f}", number=True),
-    Column(
-        "speed-up of a request",
-        lambda row: formatting.span(row[2]["speedup"], row[2]["speedup_low"], row[2]["speedup_high"]),
-        number=True,
-    ),
-    Column("speed-up of decoding", lambda row: formatting.decoding(row[2]), number=True),
-    Column("answers compared", lambda row: str(row[2]["answers_compared"]), number=True),
-    Column("near ties", lambda row: str(row[2]["near_ties"]), number=True),
-)
-
-_DRAFT_TRIAL_COLUMNS: tuple[Column[TrialSummary], ...] = (
-    Column("plan", lambda each: each.plan),
-    Column("acceptance, search split", lambda each: f"{each.accuracy:.3f}", number=True),
-    Column("samples", lambda each: str(each.n_samples), number=True),
-    Column("time a token (dense = 1)", lambda each: _of_drafter(each, lambda own: f"{own.time:.3f}"), number=True),
-    Column("tokens a draft", lambda each: _of_drafter(each, lambda own: str(own.draft_length)), number=True),
-    Column("extra memory", lambda each: _of_drafter(each, lambda own: f"{own.memory:.1%}"), number=True),
-    Column("tried as number", lambda each: str(each.order), number=True),
-)
-
-
-def _drafted(plan: Plan, write: Callable[[dict[str, Any]], str]) -> str:
-    found = drafting_of(plan)
-    return "" if found is None else write(found)
-
-
-def _of_drafter(trial: TrialSummary, write: Callable[[DraftValue], str]) -> str:
-    return "" if trial.drafter is None else write(trial.drafter)
-
-
 def drafting(report: JobReport) -> Section:
     """Show what plans are worth as drafters, and what was tried."""
     section = Section("drafting", "Drafting", "What the drafts are worth")
@@ -306,7 +102,7 @@ def drafting(report: JobReport) -> Section:
         f"Limits of the job: {'; '.join(formatting.constraint(report))}.",
     )
     chosen = tuple(row for row, plan in enumerate(report.plans) if report.is_answer(plan))
-    measured = Table.of(f"Verified plans ({len(report.plans)})", report.plans, _DRAFTED_COLUMNS)
+    measured = Table.of(f"Verified plans ({len(report.plans)})", report.plans, DRAFTED_COLUMNS)
     tables = [replace(measured, chosen=chosen, open=True)]
     rows = [
         (plan, name, figures_of)
@@ -314,10 +110,10 @@ def drafting(report: JobReport) -> Section:
         for name, figures_of in ((drafting_of(plan) or {}).get("off_task") or {}).items()
     ]
     if rows:
-        tables.append(Table.of(f"Beside the task ({len(rows)})", rows, _OFF_TASK_COLUMNS))
+        tables.append(Table.of(f"Beside the task ({len(rows)})", rows, OFF_TASK_COLUMNS))
     ordered = sorted(report.trials, key=lambda each: 2.0 if each.drafter is None else each.drafter.time)
     shown = f"the first {TRIALS_SHOWN} of {len(ordered):,}" if len(ordered) > TRIALS_SHOWN else f"{len(ordered)}"
-    tables.append(Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], _DRAFT_TRIAL_COLUMNS))
+    tables.append(Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], DRAFT_TRIAL_COLUMNS))
     chart = figures.drafting(report)
     return replace(section, paragraphs=paragraphs, charts=() if chart is None else (chart,), tables=tuple(tables))
 
@@ -328,20 +124,10 @@ def _guard_notes(plans: Sequence[Plan]) -> list[str]:
     return [f"The plans have no guard: {note}." for note in notes if note]
 
 
-_LOSS_COLUMNS: tuple[Column[tuple[Plan, Loss]], ...] = (
-    Column("plan", lambda row: str(row[0].id)),
-    Column("judged on", lambda row: row[1].name),
-    Column("samples", lambda row: formatting.count(row[1].n_samples), number=True),
-    Column("accuracy", lambda row: f"{row[1].accuracy:.3f} (dense {row[1].dense_accuracy:.3f})", number=True),
-    Column("loss, its interval and limit", lambda row: formatting.loss(row[1])),
-    Column("within", lambda row: _JUDGEMENTS[row[1].within]),
-)
-
-
 def _losses_table(report: JobReport) -> tuple[Table, ...]:
     """Show every loss of every plan, where the job judges by several."""
     rows = [(plan, each) for plan in report.plans for each in losses(plan)]
-    return (replace(Table.of(f"Losses held-out ({len(rows)})", rows, _LOSS_COLUMNS), open=True),) if rows else ()
+    return (replace(Table.of(f"Losses held-out ({len(rows)})", rows, LOSS_COLUMNS), open=True),) if rows else ()
 
 
 def _below(report: JobReport, chart: Chart) -> int:
@@ -352,14 +138,14 @@ def _below(report: JobReport, chart: Chart) -> int:
 
 def _plans_table(report: JobReport) -> Table:
     chosen = tuple(row for row, plan in enumerate(report.plans) if report.is_answer(plan))
-    return replace(Table.of(f"Verified plans ({len(report.plans)})", report.plans, _PLAN_COLUMNS), chosen=chosen)
+    return replace(Table.of(f"Verified plans ({len(report.plans)})", report.plans, PLAN_COLUMNS), chosen=chosen)
 
 
 def _trials_table(tried: Sequence[TrialSummary]) -> Table:
     """Return the plans tried, the best of them first: within the limits, then by predicted speed-up."""
     ordered = sorted(tried, key=lambda each: (not each.within, not each.complete, -(each.predicted_speedup or 0.0)))
     shown = f"the first {TRIALS_SHOWN} of {len(tried):,}" if len(tried) > TRIALS_SHOWN else f"{len(tried)}"
-    return Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], _TRIAL_COLUMNS)
+    return Table.of(f"Plans tried ({shown})", ordered[:TRIALS_SHOWN], TRIAL_COLUMNS)
 
 
 def strips(report: JobReport) -> Section:
@@ -377,9 +163,8 @@ def strips(report: JobReport) -> Section:
         StripRow(
             f"try {each.order}",
             each.plan,
-            _of_drafter(each, lambda own: f"{own.time:.2f} of plain decoding's time a token, predicted")
-            or _known(each.predicted_speedup, "{:.2f}x predicted, ".format)
-            + _known(each.difference, formatting.points),
+            of_drafter(each, lambda own: f"{own.time:.2f} of plain decoding's time a token, predicted")
+            or known(each.predicted_speedup, "{:.2f}x predicted, ".format) + known(each.difference, formatting.points),
         )
         for each in best[:STRIPS_SHOWN]
     )
@@ -402,7 +187,7 @@ def strips(report: JobReport) -> Section:
 
 def _worth(plan: Plan) -> str:
     """Return what a plan costs in accuracy, or how much of its drafts is accepted."""
-    return _drafted(plan, lambda own: f"{own['acceptance']:.3f} accepted") or (
+    return drafted(plan, lambda own: f"{own['acceptance']:.3f} accepted") or (
         f"{formatting.points(plan.difference)}{formatting.on_task(plan)}"
     )
 
@@ -422,7 +207,7 @@ def redundancy(report: JobReport) -> Section:
         "Statistics of every layer on the calibration split, vision and text tokens apart. Rows have different "
         "units, so each is coloured from its own lowest to its own highest value: compare within a row."
     )
-    table = Table.of(f"Measurements ({len(report.redundancy)})", report.redundancy, _MEASUREMENT_COLUMNS)
+    table = Table.of(f"Measurements ({len(report.redundancy)})", report.redundancy, MEASUREMENT_COLUMNS)
     return replace(section, paragraphs=(text,), charts=(chart,), tables=(table,))
 
 
@@ -475,7 +260,7 @@ def progress(report: JobReport, curves: Sequence[tuple[str, Sequence[Step]]]) ->
             "latency profile and limits."
         )
     rows = [(name, step) for name, found in curves for step in found]
-    table = Table.of(f"Plans that widened the front ({len(rows)})", rows, _STEP_COLUMNS)
+    table = Table.of(f"Plans that widened the front ({len(rows)})", rows, STEP_COLUMNS)
     return replace(section, paragraphs=tuple(paragraphs), charts=(chart,), tables=(table,))
 
 
@@ -484,7 +269,7 @@ def breakdown(report: JobReport) -> Section:
     section = Section("latency", "Latency", "Where the time goes")
     chart = latency.breakdown(report)
     served = [(plan, each) for plan in report.plans for each in plan.engine_latencies]
-    in_engines = (Table.of(f"Latency in engines ({len(served)})", served, _ENGINE_COLUMNS),) if served else ()
+    in_engines = (Table.of(f"Latency in engines ({len(served)})", served, ENGINE_COLUMNS),) if served else ()
     if chart is None or report.profile is None:
         return replace(section, paragraphs=(f"Latency profile: {formatting.NOT_MEASURED}.",), tables=in_engines)
     profile = report.profile

@@ -171,12 +171,13 @@ class TokenLayer(NotCopied):
         """Return the arguments of a call for some of its rows; attention sees all rows still."""
         return {
             **self._rows_of(rows, arguments),
-            self._mask_name: self._mask_rows(rows, arguments.get(self._mask_name)),
+            self._mask_name: self._rows_of_mask(rows, arguments.get(self._mask_name)),
         }
 
     def _mask_rows(self, rows: TokenRows, mask: Any) -> Tensor | None:
-        if mask is None and self._mask_may_be_none:
-            return None
+        return None if mask is None and self._mask_may_be_none else self._rows_of_mask(rows, mask)
+
+    def _rows_of_mask(self, rows: TokenRows, mask: Any) -> Tensor:
         if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2] != rows.length:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise RuntimeError(f"frozen and bypassed layers need a mask [batch, heads, queries, keys], got {shape}")

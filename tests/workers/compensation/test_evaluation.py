@@ -46,6 +46,19 @@ def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Ev
         assert next(r for r in fast.results if r.plan == plan).scores == by_plan[plan].scores
 
 
+def test_prompts_that_need_no_padding_are_fitted_on_too(evaluators: EvaluationDispatch) -> None:
+    """Of prompts of one length, attention is given no mask; frozen and bypassed layers then make their own."""
+    recipe = LINEAR.replace("200", "20")
+    batches = evaluators.plain.compensator.calibration(Recipe.parse(recipe)).batches
+    assert all(batch.kwargs["attention_mask"].all() for batch in batches)
+    plans = ("RFBSRR", "BRSFSR")
+    asked = {"plans": plans, "split": "search", "n_samples": 20, "compensation": recipe}
+    fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
+    for one, other in zip(fast.results, plain.results, strict=True):
+        assert isinstance(one, Evaluation) and isinstance(other, Evaluation)
+        assert one.path == "fast" and one.scores == other.scores
+
+
 @pytest.mark.parametrize(
     ("recipe", "places"),
     [
