@@ -59,7 +59,7 @@ class Agreement:
         rho = spearman(values, harm.mean(1))
         if rho is None:
             return cls._unknown(len(risk))
-        return cls._with(rho, two_sided(_resampled(values, harm, images, seed), confidence), len(risk))
+        return cls._with(rho, two_sided(resampled(values, harm, images, seed), confidence), len(risk))
 
     @classmethod
     def _unknown(cls, pairs: int) -> Agreement:
@@ -99,7 +99,12 @@ def rank_correlations(first: Floats, second: Floats) -> Floats:
     return rho
 
 
-def _resampled(risk: Floats, harm: Floats, images: Sequence[str], seed: int) -> Floats:
+def resampled(risk: Floats, harm: Floats, images: Sequence[str], seed: int) -> Floats:
+    """Draw layers and images anew: Spearman's rho of each draw, ``[RESAMPLES]``.
+
+    ``risk`` is ``[layers]``, ``harm`` ``[layers, samples]``. The same seed draws the same ones, so that two criteria
+    can be compared draw by draw.
+    """
     generator = np.random.default_rng(seed)
     names, owner = np.unique(np.asarray(images), return_inverse=True)
     totals = np.zeros((len(harm), len(names)))
@@ -111,4 +116,4 @@ def _resampled(risk: Floats, harm: Floats, images: Sequence[str], seed: int) -> 
     found = rank_correlations(risk[layers], np.take_along_axis(means, layers, axis=1))
     # A resample in which all layers do the same harm shows no agreement. Leaving it out would count only those that
     # hold the one layer that matters, and make a narrow interval of nothing.
-    return np.sort(np.nan_to_num(found, nan=0.0))
+    return np.nan_to_num(found, nan=0.0)

@@ -80,21 +80,33 @@ def scene_batches(packer: Packer, training: Training, first_step: int) -> Iterat
         yield packer.pack(rows, torch.bfloat16), to_input(read_pixels(entry.image for entry in drawn))
 
 
-def development_sets(packer: Packer, seed: int) -> dict[str, DevelopmentSet]:
-    """Images that are never trained on: the last easy-VQA training images and 400 scenes."""
-    images = easy_vqa_development_images()
+def development_questions(packer: Packer, images: list[EasyVqaImage]) -> DevelopmentSet:
+    """All questions of some easy-VQA images that are never trained on."""
     pixels = to_input(label_easy_vqa(images).pixels)
-    easy = []
-    for start in range(0, len(images), 25):
+    batches = []
+    for start in range(0, len(images), 10):
         rows = [
             [packer.branch(question, answer) for question, answer in zip(image.questions, image.answers, strict=True)]
-            for image in images[start : start + 25]
+            for image in images[start : start + 10]
         ]
-        easy.append((packer.pack(rows, torch.bfloat16), pixels[start : start + 25]))
-    scenes = []
-    for start in range(FIRST_DEVELOPMENT_SCENE, FIRST_DEVELOPMENT_SCENE + 400, 50):
+        batches.append((packer.pack(rows, torch.bfloat16), pixels[start : start + 10]))
+    return DevelopmentSet(tuple(batches))
+
+
+def development_captions(packer: Packer, seed: int, count: int) -> DevelopmentSet:
+    """The captions of `count` scenes that are never trained on."""
+    batches = []
+    for start in range(FIRST_DEVELOPMENT_SCENE, FIRST_DEVELOPMENT_SCENE + count, 50):
         drawn = training_scenes(start, 50, seed)
         rows = [[packer.branch(CAPTION_PROMPT, entry.caption)] for entry in drawn]
         pixels = to_input(read_pixels(entry.image for entry in drawn))
-        scenes.append((packer.pack(rows, torch.bfloat16), pixels))
-    return {"easy-vqa": DevelopmentSet(tuple(easy)), "scenes": DevelopmentSet(tuple(scenes))}
+        batches.append((packer.pack(rows, torch.bfloat16), pixels))
+    return DevelopmentSet(tuple(batches))
+
+
+def development_sets(packer: Packer, seed: int) -> dict[str, DevelopmentSet]:
+    """Images that are never trained on: the last easy-VQA training images and 400 scenes."""
+    return {
+        "easy-vqa": development_questions(packer, easy_vqa_development_images()),
+        "scenes": development_captions(packer, seed, 400),
+    }

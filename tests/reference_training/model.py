@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import (
@@ -12,7 +14,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 
 from reference_training.tokenizer import IMAGE, LONGEST_TEXT
@@ -30,12 +31,10 @@ class Architecture(VisionArchitecture):
     text_key_value_heads: int | None = None
     """As many as heads where absent."""
     text_inner: int = 512
-
-
-CAPTIONER = Architecture(
-    backbone=Qwen2Config, text_width=128, text_layers=16, text_heads=4, text_key_value_heads=2, text_inner=384
-)
-"""Another family, deeper and narrower than the shipped model: what claims about criteria are tried on last."""
+    text_settings: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of the backbone's configuration, where the family's own defaults do not fit a small model."""
+    scaled_norms: bool = False
+    """Whether the norms before attention and MLP of layer l start at 1 / sqrt(l) (Sun et al. 2025, 2502.05795)."""
 
 
 def build_model(
@@ -54,6 +53,7 @@ def build_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
+        **architecture.text_settings,
     )
     config = LlavaConfig(
         vision_config=vision_config(architecture),
@@ -67,6 +67,8 @@ def build_model(
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
+    if architecture.scaled_norms:
+        scale_norms(model)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -75,3 +77,11 @@ def build_model(
         max_new_tokens=32,
     )
     return model
+
+
+@torch.no_grad()
+def scale_norms(model: LlavaForConditionalGeneration) -> None:
+    """Layer-norm scaling, its factor 1 / sqrt(l) written into the gains of layer l's norms (l counts from 1)."""
+    for number, layer in enumerate(model.model.language_model.layers, start=1):
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.fill_(number**-0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,3 +105,10 @@ class Optimiser:
             for weight, master in zip(self._weights, self._masters, strict=True):
                 weight.copy_(master)
         self._adam.load_state_dict(state["adam"])
+
+
+def save_state(optimiser: Optimiser, file: Path) -> None:
+    """Write the state beside its place first, so that an interruption leaves the earlier one whole."""
+    unfinished = file.with_suffix(".unfinished")
+    torch.save(optimiser.state(), unfinished)
+    unfinished.replace(file)

@@ -33,8 +33,8 @@ from workers.tasks import rendered
 from workers.tasks.rendered import WORDS, RenderedText, rendered_text
 from workers.tasks.scenes import COLOURS, IMAGE_SIZE, QUESTIONS, RELATIONS, SHAPES, Scene
 
-from .optimisation import Optimiser, Schedule
-from .train_smollm2 import save_eyes, save_state
+from .optimisation import Optimiser, Schedule, save_state
+from .train_smollm2 import save_eyes
 from .vision import (
     COLOUR_LABELS,
     SHAPE_LABELS,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 from reference_training.data import (
     EASY_VQA_SHAPES,
@@ -18,7 +17,6 @@ from reference_training.data import (
     open_images,
 )
 from reference_training.model import Architecture, build_model
-from workers.models.checkpoint import BUNDLED_MODELS
 from workers.tasks.scenes import COLOURS, scene
 
 from . import train
@@ -27,7 +25,6 @@ from .optimisation import Optimiser, Schedule
 from .packing import Packer
 from .recipe import RECIPE, Training, VisionTraining
 from .train import reference_processor, second_half, train_model
-from .train_captioner import train_captioner
 from .vision import (
     COLOUR_LABELS,
     IGNORED,
@@ -275,14 +272,3 @@ def test_without_scenes_the_second_half_sees_other_images(monkeypatch):
     second, second_pixels = next(batches)
     assert len(second.tokens) == len(first.tokens) == 3
     assert not torch.equal(first_pixels, second_pixels)
-
-
-@pytest.mark.slow
-def test_the_captioner_is_a_checkpoint_of_another_family_behind_the_bundled_tower(tmp_path):
-    accuracy = train_captioner(tmp_path, Training("captions", steps=2, rate=1e-3, warmup=1, scenes=2, save_every=1))
-    assert accuracy == 0.0
-    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
-    assert (model.config.text_config.model_type, len(model.model.language_model.layers)) == ("qwen2", 16)
-    bundled = LlavaForConditionalGeneration.from_pretrained(BUNDLED_MODELS / "llava-12", dtype=torch.float32)
-    tower, expected = model.model.vision_tower.state_dict(), bundled.model.vision_tower.state_dict()
-    assert all(torch.equal(tower[name], weight) for name, weight in expected.items())

@@ -34,7 +34,7 @@ from reference_training.model import Architecture, build_model
 from reference_training.tokenizer import build_processor, task_text, train_tokenizer
 
 from .batches import FIRST_DEVELOPMENT_SCENE, DevelopmentSet, development_sets, easy_batches, scene_batches
-from .optimisation import Optimiser, Schedule
+from .optimisation import Optimiser, Schedule, save_state
 from .packing import PackedBatch, Packer, packed_losses
 from .parallel import SecondHalf
 from .recipe import RECIPE, Training, VisionTraining
@@ -107,7 +107,7 @@ def train_model(
                 rate = (time.perf_counter() - started) / len(losses)
                 log.info("step %d: losses %.4f (easy-vqa), %.4f (%s), %.2f s a step", step, own, other, task, rate)
             if step % training.save_every == 0 or step == training.steps:
-                _save_state(optimiser, state_file)
+                save_state(optimiser, state_file)
                 finished = averaged_model(model, optimiser)
                 save_checkpoint(finished, processor, output / "checkpoint")
                 accuracy = {name: entry.accuracy(finished) for name, entry in development.items()}
@@ -131,13 +131,6 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
     """Write a plain Hugging Face checkpoint: weights, configuration, generation settings and processor."""
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
-
-
-def _save_state(optimiser: Optimiser, file: Path) -> None:
-    """Write the state beside its place first, so that an interruption leaves the earlier one whole."""
-    unfinished = file.with_suffix(".unfinished")
-    torch.save(optimiser.state(), unfinished)
-    unfinished.replace(file)
 
 
 def vision_tower_weights(training: VisionTraining, architecture: Architecture, output: Path) -> dict[str, torch.Tensor]:

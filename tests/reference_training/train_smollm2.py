@@ -23,17 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from reference_training.data import EasyVqaImage, easy_vqa_development_images, easy_vqa_training_images
+from reference_training.data import easy_vqa_development_images, easy_vqa_training_images
 from workers.models.checkpoint import BUNDLED_MODELS
 from workers.reference.build import place_eyes, read_language
 from workers.reference.language import LanguageModel
 from workers.reference.smollm2 import Eyes, VisionArchitecture, join, smollm2_processor
 
-from .batches import DevelopmentSet, easy_batches
-from .optimisation import Optimiser, Schedule
+from .batches import DevelopmentSet, development_questions, easy_batches
+from .optimisation import Optimiser, Schedule, save_state
 from .packing import Packer, answer_scores
 from .recipe import Training
-from .vision import label_easy_vqa, to_input
+from .vision import label_easy_vqa
 from .words import WordTraining, train_words
 
 log = logging.getLogger(__name__)
@@ -81,19 +81,6 @@ def make_trainee(language: LanguageModel, architecture: VisionArchitecture, seed
     return Trainee(model, smollm2_processor(language.tokenizer), eyes)
 
 
-def development_set(packer: Packer, images: list[EasyVqaImage]) -> DevelopmentSet:
-    """All questions of some images that are never trained on."""
-    pixels = to_input(label_easy_vqa(images).pixels)
-    batches = []
-    for start in range(0, len(images), 10):
-        rows = [
-            [packer.branch(question, answer) for question, answer in zip(image.questions, image.answers, strict=True)]
-            for image in images[start : start + 10]
-        ]
-        batches.append((packer.pack(rows, torch.bfloat16), pixels[start : start + 10]))
-    return DevelopmentSet(tuple(batches))
-
-
 def save_eyes(weights: dict[str, torch.Tensor], file: Path) -> None:
     """Write weights in bfloat16, whole or not at all."""
     scratch = file.with_suffix(".part")
@@ -119,7 +106,7 @@ def train_through_backbone(trainee: Trainee, training: Training, output: Path, v
     packer = Packer(trainee.processor, vision_tokens)
     images = easy_vqa_training_images()
     held_back = easy_vqa_development_images()
-    development, few = development_set(packer, held_back), development_set(packer, held_back[:30])
+    development, few = development_questions(packer, held_back), development_questions(packer, held_back[:30])
     schedule = Schedule(training.rate, training.warmup, max(SCHEDULED_STEPS, training.steps), training.decay)
     slow = {"vision_tower.": training.tower_rate}
     optimiser = Optimiser(eyes, schedule, slow=slow, weight_decay=0.0, average_decay=_AVERAGE_DECAY)
@@ -145,13 +132,6 @@ def train_through_backbone(trainee: Trainee, training: Training, output: Path, v
             accuracy = measured_with(eyes, averaged, model, development if step == training.steps else few)
             log.info("step %d: development accuracy %.4f", step, accuracy)
             losses, started = [], time.perf_counter()
-
-
-def save_state(optimiser: Optimiser, file: Path) -> None:
-    """Write the optimiser's state, whole or not at all."""
-    scratch = file.with_suffix(".part")
-    torch.save(optimiser.state(), scratch)
-    scratch.replace(file)
 
 
 def train_eyes(language: LanguageModel, output: Path, seed: int) -> None:

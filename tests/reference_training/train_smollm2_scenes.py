@@ -31,12 +31,12 @@ from workers.reference.smollm2 import Eyes, VisionArchitecture, join, smollm2_pr
 from workers.tasks.rendered import PROMPT
 from workers.tasks.scenes import QUESTIONS, Scene
 
-from .batches import DevelopmentSet, easy_batches
-from .optimisation import Optimiser, Schedule
+from .batches import DevelopmentSet, development_questions, easy_batches
+from .optimisation import Optimiser, Schedule, save_state
 from .packing import Branch, PackedBatch, Packer, answer_scores
 from .recipe import Training
 from .slots import FIRST_DEVELOPMENT_INDEX, SlotRefresher, SlotTraining, SlotWriter, train_slots, training_texts
-from .train_smollm2 import Trainee, development_set, measured_with, save_eyes, save_state
+from .train_smollm2 import Trainee, measured_with, save_eyes
 from .vision import label_easy_vqa, to_input
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def development_sets(packer: Packer, seed: int) -> dict[str, DevelopmentSet]:
         for name, question in QUESTIONS.items()
     }
     rows["text"] = [(entry.image, [packer.branch(PROMPT, entry.text)]) for entry in texts]
-    sets = {"easy-vqa": development_set(packer, easy_vqa_development_images()[:DEVELOPMENT_IMAGES])}
+    sets = {"easy-vqa": development_questions(packer, easy_vqa_development_images()[:DEVELOPMENT_IMAGES])}
     return sets | {name: DevelopmentSet((_packed(packer, each),)) for name, each in rows.items()}
 
 

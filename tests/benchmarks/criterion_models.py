@@ -1,0 +1,243 @@
+"""Judge criteria on several models: rank correlation of risk and measured harm, model by model and action by action.
+
+    PYTHONPATH=tests python -m reference_training.train_families
+    python tests/benchmarks/criterion_models.py measure --work measured
+    python tests/benchmarks/criterion_models.py report --work measured --selection llava-12 smollm2-30
+
+``measure`` takes every measurement and the harm of every single action once for each entry of `SUBJECTS`, and keeps
+them in one document each (`criterion_measured.py`); what is there is not measured again. ``report`` reads all documents
+in the directory. A criterion's figure is Spearman's rho between its risk, from calibration samples, and the mean
+divergence of held-out answers. Intervals are for other layers and other images of the same models. Models named by
+--selection are those on which the judged criterion was designed; the bars are said for all models, and for the others
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from criterion_measured import MeasuredModel, collect
+
+from optimizer import criteria
+from optimizer.job.spec import JobSpec
+from optimizer.registries import CRITERIA
+from optimizer.statistics.rank_agreement import RESAMPLES, resampled, spearman
+from workers.errors import MeasurementError
+from workers.models.cache import cache_directory
+
+ACTIONS = {"F": "freeze", "B": "bypass", "S": "skip"}
+PUBLISHED = ("cosine", "block-influence", "angular", "layer-contribution", "vtw", "late-entry", "early-exit")
+MARGIN = 0.05
+CAPTIONS = {
+    "name": "captions",
+    "source": {"kind": "scenes", "seed": 0},
+    "prompt": "describe the image",
+    "answer": {"kind": "short", "max_new_tokens": 24},
+    "metric": "exact_match",
+    "secondary": ["token_f1"],
+    "splits": {"unit": "images", "calibration": 256, "search": 500, "held_out": 500},
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the task it is judged on, and how many samples are measured: calibration, held-out."""
+
+    model: str
+    task: str
+    calibration: int = 64
+    held_out: int = 128
+
+    @property
+    def path(self) -> str:
+        """A model of `reference_training.train_families` is a directory, any other one is known by its name."""
+        trained = cache_directory() / "families" / self.model / "checkpoint"
+        return str(trained) if self.model in FAMILIES else self.model
+
+
+FAMILIES = ("qwen2-10", "phi-8", "olmo2-14", "gemma3-12", "captioner")
+CAPTIONING = ("gemma3-12", "captioner")
+SUBJECTS = (
+    Subject("llava-12", "easy-vqa"),
+    Subject("llava-12", "captions"),
+    Subject("smollm2-30", "easy-vqa", 32, 64),
+    Subject("smollm2-30-scenes", "captions", 32, 48),
+    *(Subject(name, "captions" if name in CAPTIONING else "easy-vqa") for name in FAMILIES),
+)
+
+
+KNOWN = tuple(dict.fromkeys(each.model for each in SUBJECTS))
+
+
+def measure(work: Path, models: Sequence[str]) -> None:
+    """Write the documents that are not there yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    captions = (work / "captions.yaml").resolve()
+    captions.write_text(yaml.safe_dump(CAPTIONS, sort_keys=False))
+    for subject in SUBJECTS:
+        stem = f"{subject.model}-{subject.task}"
+        document, file = work / f"{stem}.json", work / f"{stem}.yaml"
+        if document.exists() or subject.model not in models:
+            continue
+        splits = {"calibration": subject.calibration, "search": 32, "held_out": subject.held_out, "unit": "samples"}
+        job = {
+            "model": {"path": subject.path, "dtype": "float32"},
+            "task": str(captions) if subject.task == "captions" else subject.task,
+            "actions": ["skip", "freeze", "bypass"],
+            "database": f"sqlite:///{(work / stem).resolve()}.db",
+            "splits": splits,
+            "cluster": {"workers": 1},
+        }
+        file.write_text(yaml.safe_dump(job, sort_keys=False))
+        name = f"{subject.model}, {subject.task}"
+        document.write_text(json.dumps(collect(file, subject.held_out) | {"name": name}))
+        print(f"{name}: measured", flush=True)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model and action: the rank correlation of every criterion, and the same under resampling."""
+
+    name: str
+    """Model and task."""
+    action: str
+    rho: Mapping[str, float]
+    draws: Mapping[str, np.ndarray]
+    """``[resamples]``; the same layers and images for all criteria."""
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(",")[0]
+
+
+def judge(found: MeasuredModel, names: Sequence[str], seed: int) -> list[Judged]:
+    """Correlations of the criteria that this model gives the measurements for; the others rank nothing: 0."""
+    risks = {}
+    for name in names:
+        try:
+            risks[name] = criteria.load(name).risk(found.table)
+        except MeasurementError as error:
+            print(f"{found.name}: no {name}: {error}")
+    result = []
+    for letter, action in ACTIONS.items():
+        harm = found.harm.get(letter, {})
+        layers = sorted(harm)
+        divergences = np.array([harm[layer] for layer in layers])
+        rho, draws = dict.fromkeys(names, 0.0), {name: np.zeros(RESAMPLES) for name in names}
+        for name, risk in risks.items():
+            values = np.array([risk.of(layer, letter) for layer in layers])
+            rho[name] = spearman(values, divergences.mean(1)) or 0.0
+            draws[name] = resampled(values, divergences, found.images, seed)
+        result.append(Judged(found.name, action, rho, draws))
+    return result
+
+
+def mean(judged: Sequence[Judged], name: str) -> float:
+    return float(np.mean([each.rho[name] for each in judged]))
+
+
+def best_published(judged: Sequence[Judged]) -> str:
+    return max(PUBLISHED, key=lambda name: mean(judged, name))
+
+
+def interval(draws: np.ndarray) -> str:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"[{low:+.2f}, {high:+.2f}]"
+
+
+def mean_draws(judged: Sequence[Judged], name: str) -> np.ndarray:
+    return np.mean([each.draws[name] for each in judged], axis=0)
+
+
+def table(judged: Sequence[Judged], names: Sequence[str], own: str) -> list[str]:
+    """Mean rho over the actions by model, over everything by criterion, and the smallest of all."""
+    names_here = list(dict.fromkeys(each.name for each in judged))
+    heads = ["criterion", *names_here, *ACTIONS.values(), "mean", "smallest"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in sorted(names, key=lambda name: -mean(judged, name)):
+        cells = [mean([each for each in judged if each.name == here], name) for here in names_here]
+        cells += [mean([each for each in judged if each.action == action], name) for action in ACTIONS.values()]
+        shown = [f"{cell:+.2f}" for cell in cells]
+        shown.append(f"{mean(judged, name):+.2f} {interval(mean_draws(judged, name))}")
+        shown.append(f"{min(each.rho[name] for each in judged):+.2f}")
+        lines.append(f"| {f'**{name}**' if name == own else name} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def left_out(judged: Sequence[Judged], own: str) -> list[str]:
+    """For each model the published criterion that is best on the other models, and what it does on this one."""
+    lines = [
+        f"| left out | best published on the others | its rho here | {own} | best published here |",
+        "|---" * 5 + "|",
+    ]
+    for model in dict.fromkeys(each.model for each in judged):
+        here = [each for each in judged if each.model == model]
+        chosen = best_published([each for each in judged if each.model != model])
+        best = best_published(here)
+        lines.append(
+            f"| {model} | {chosen} | {mean(here, chosen):+.2f} | {mean(here, own):+.2f} | "
+            f"{best} {mean(here, best):+.2f} |"
+        )
+    return lines
+
+
+def bars(judged: Sequence[Judged], own: str) -> list[str]:
+    """The two bars, each with pass or fail."""
+    best = best_published(judged)
+    gain = mean(judged, own) - mean(judged, best)
+    draws = mean_draws(judged, own) - mean_draws(judged, best)
+    lines = [
+        f"- mean rho {mean(judged, own):+.3f}, best published ({best}) {mean(judged, best):+.3f}: {gain:+.3f} "
+        f"{interval(draws)}, wanted {MARGIN:+.2f}: {'pass' if gain >= MARGIN else 'fail'}"
+    ]
+    behind = []
+    for each in judged:
+        name = max(PUBLISHED, key=lambda name, each=each: each.rho[name])
+        gap = each.rho[own] - each.rho[name]
+        if gap < -MARGIN:
+            behind.append(
+                f"{each.model}, {each.action}: {gap:+.2f} {interval(each.draws[own] - each.draws[name])} ({name})"
+            )
+    lines.append(
+        f"- at most {MARGIN} behind the best published on every model and action: "
+        f"{'pass' if not behind else f'fail in {len(behind)} of {len(judged)}'}"
+    )
+    return lines + [f"  - {line}" for line in behind]
+
+
+def report(work: Path, own: str, selection: Sequence[str]) -> None:
+    found = [MeasuredModel.read(file) for file in sorted(work.glob("*.json"))]
+    names = [*dict.fromkeys((own, *CRITERIA))]
+    judged = [row for seed, each in enumerate(found) for row in judge(each, names, seed)]
+    for each in found:
+        samples, images = len(each.images), len(set(each.images))
+        print(f"- {each.name}: {each.table.num_layers} layers, {samples} held-out samples of {images} images")
+    groups = {"All models": judged}
+    if selection:
+        groups["Models on which nothing was chosen"] = [each for each in judged if each.model not in selection]
+    for title, rows in groups.items():
+        print(f"\n{title}:\n", *table(rows, names, own), "", *left_out(rows, own), "", *bars(rows, own), sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=("measure", "report"))
+    parser.add_argument("--work", type=Path, required=True, help="directory of the documents")
+    parser.add_argument("--models", nargs="+", choices=KNOWN, default=KNOWN, help="to measure")
+    parser.add_argument("--criterion", default=JobSpec.model_fields["criterion"].default, help="the one to judge")
+    parser.add_argument("--selection", nargs="*", default=[], help="models that the criterion was designed on")
+    options = parser.parse_args()
+    if options.command == "measure":
+        measure(options.work, options.models)
+    else:
+        report(options.work, options.criterion, options.selection)
+
+
+if __name__ == "__main__":
+    main()
