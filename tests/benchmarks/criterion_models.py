@@ -25,9 +25,10 @@ import yaml
 from criterion_measured import MeasuredModel, collect
 
 from optimizer import criteria
+from optimizer.criteria import Risk
 from optimizer.job.spec import JobSpec
 from optimizer.registries import CRITERIA
-from optimizer.statistics.rank_agreement import RESAMPLES, resampled, spearman
+from optimizer.statistics.rank_agreement import resampled, spearman
 from workers.errors import MeasurementError
 from workers.models.cache import cache_directory
 
@@ -116,24 +117,27 @@ class Judged:
         return self.name.partition(",")[0]
 
 
-def judge(found: MeasuredModel, names: Sequence[str], seed: int) -> list[Judged]:
-    """Correlations of the criteria that this model gives the measurements for; the others rank nothing: 0."""
+def risks_of(found: MeasuredModel, names: Sequence[str]) -> dict[str, Risk]:
+    """Risks by criterion, of those that the model gives the measurements for."""
     risks = {}
     for name in names:
         try:
             risks[name] = criteria.load(name).risk(found.table)
         except MeasurementError as error:
-            print(f"{found.name}: no {name}: {error}")
+            print(f"- {name} is left out: {found.name}: {error}")
+    return risks
+
+
+def judge(found: MeasuredModel, risks: Mapping[str, Risk], seed: int) -> list[Judged]:
+    """Correlations of each criterion with harm, by action."""
     result = []
     for letter, action in ACTIONS.items():
         harm = found.harm.get(letter, {})
         layers = sorted(harm)
         divergences = np.array([harm[layer] for layer in layers])
-        rho, draws = dict.fromkeys(names, 0.0), {name: np.zeros(RESAMPLES) for name in names}
-        for name, risk in risks.items():
-            values = np.array([risk.of(layer, letter) for layer in layers])
-            rho[name] = spearman(values, divergences.mean(1)) or 0.0
-            draws[name] = resampled(values, divergences, found.images, seed)
+        values = {name: np.array([risk.of(layer, letter) for layer in layers]) for name, risk in risks.items()}
+        rho = {name: spearman(risk, divergences.mean(1)) or 0.0 for name, risk in values.items()}
+        draws = {name: resampled(risk, divergences, found.images, seed) for name, risk in values.items()}
         result.append(Judged(found.name, action, rho, draws))
     return result
 
@@ -143,6 +147,7 @@ def mean(judged: Sequence[Judged], name: str) -> float:
 
 
 def best_published(judged: Sequence[Judged]) -> str:
+    """The published criterion of the highest mean."""
     return max(PUBLISHED, key=lambda name: mean(judged, name))
 
 
@@ -213,14 +218,22 @@ def bars(judged: Sequence[Judged], own: str) -> list[str]:
 
 def report(work: Path, own: str, selection: Sequence[str]) -> None:
     found = [MeasuredModel.read(file) for file in sorted(work.glob("*.json"))]
-    names = [*dict.fromkeys((own, *CRITERIA))]
-    judged = [row for seed, each in enumerate(found) for row in judge(each, names, seed)]
+    if not found:
+        raise SystemExit(f"{work}: holds no documents; `measure` writes them")
     for each in found:
         samples, images = len(each.images), len(set(each.images))
         print(f"- {each.name}: {each.table.num_layers} layers, {samples} held-out samples of {images} images")
+    risks = [risks_of(each, [*CRITERIA]) for each in found]
+    names = [name for name in CRITERIA if all(name in each for each in risks)]
+    judged = [
+        row
+        for seed, (each, own_risks) in enumerate(zip(found, risks, strict=True))
+        for row in judge(each, {name: own_risks[name] for name in names}, seed)
+    ]
     groups = {"All models": judged}
-    if selection:
-        groups["Models on which nothing was chosen"] = [each for each in judged if each.model not in selection]
+    others = [each for each in judged if each.model not in selection]
+    if 0 < len(others) < len(judged):
+        groups["Models on which nothing was chosen"] = others
     for title, rows in groups.items():
         print(f"\n{title}:\n", *table(rows, names, own), "", *left_out(rows, own), "", *bars(rows, own), sep="\n")
 

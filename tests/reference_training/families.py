@@ -31,15 +31,17 @@ class Family:
 
 
 def _easy_vqa(steps: int, rate: float = 3e-3) -> Training:
+    """Nearly all questions in balance: the images' own ones teach habits, which are right on 87 % of them."""
     return Training(
         "easy-vqa",
         steps,
         rate,
         warmup=30,
-        decay=0.3,
+        decay=0.25,
         easy_images=8,
+        questions=1,
         scenes=0,
-        question_weight=0.2,
+        question_weight=0.5,
         save_every=50,
     )
 
@@ -72,19 +74,19 @@ FAMILIES = {
             text_inner=256,
             scaled_norms=True,
         ),
-        _easy_vqa(450),
+        _easy_vqa(600),
         _WORDS,
     ),
     "phi-8": Family(
         Architecture(backbone=PhiConfig, vision_layers=5, text_width=112, text_layers=8, text_heads=4, text_inner=320),
-        _easy_vqa(450),
+        _easy_vqa(600),
         _WORDS,
     ),
     "olmo2-14": Family(
         Architecture(
             backbone=Olmo2Config, vision_layers=3, text_width=96, text_layers=14, text_heads=4, text_inner=256
         ),
-        _easy_vqa(450),
+        _easy_vqa(600),
         _WORDS,
     ),
     "gemma3-12": Family(
