@@ -94,7 +94,7 @@ def validate_theory(
     """Compare every criterion with measured harm: risks from calibration, harm on held-out samples.
 
     For each action: rank correlation over layers, sets of layers that should be safe and unsafe, overlap with what
-    published methods take. A criterion that does not predict harm is marked.
+    published methods take, and the claims of the paper. A criterion that does not predict harm is marked.
 
     [bold]Example:[/bold] skipplan validate-theory configs/quickstart.yaml --samples 256 --plot theory.png
     """

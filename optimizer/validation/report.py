@@ -19,6 +19,8 @@ from optimizer.registries import CRITERIA
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.redundancy import measured
 from optimizer.statistics.rank_agreement import Agreement
+from optimizer.validation import claims
+from optimizer.validation.claims import Cell, Claim
 from optimizer.validation.harm import Measured, PlanHarm, measure
 from workers.errors import MeasurementError
 from workers.redundancy.kinds import KINDS
@@ -90,6 +92,9 @@ class ValidationReport:
     actions: tuple[ActionReport, ...]
     sets: tuple[SetHarm, ...]
     overlaps: tuple[Overlap, ...]
+    claims: tuple[Claim, ...]
+    conditions: tuple[Cell, ...]
+    """The layers by the two conditions of bypass, with the harm of bypassing one of them."""
     failed: dict[str, str]
     left_out: dict[str, str]
     """Criteria that read what this model does not give, and why."""
@@ -124,7 +129,16 @@ def validate(
     sets = _sets(predicted, allowed, size, seed)
     singles = [plan_of(num_layers, (layer,), letter) for letter in allowed for layer in allowed[letter]]
     together = [plan_of(num_layers, each.layers, each.action) for each in sets]
-    harm = measure(context, [*singles, *together], samples)
+    bands = {
+        (name, letter): plan_of(num_layers, claims.band(name, allowed[letter]), letter)
+        for name in claims.BANDS
+        for letter in claims.BAND_ACTIONS
+        if letter in allowed
+    }
+    harm = measure(context, [*singles, *together, *bands.values()], samples)
+    in_bands = {key: harm.harm(plan, confidence, seed) for key, plan in bands.items()}
+    cells, both_needed = _conditions(predicted, allowed, harm, confidence, seed)
+    choices = _choices(predicted, allowed, size)
     return ValidationReport(
         model=spec.model.path,
         task=context.task.name,
@@ -142,7 +156,16 @@ def validate(
         sets=tuple(
             replace(each, harm=harm.harm(plan, confidence, seed)) for each, plan in zip(sets, together, strict=True)
         ),
-        overlaps=tuple(_overlaps(predicted, allowed, size)),
+        overlaps=tuple(
+            Overlap(letter, name, size, len(set(theirs) & set(ours)), size * size / len(allowed[letter]))
+            for name, letter, theirs, ours in choices
+        ),
+        claims=(
+            *claims.band_claims(in_bands, spec.constraint.max_accuracy_drop),
+            both_needed,
+            claims.overlap_claim([each[1:] for each in choices], allowed, confidence, seed),
+        ),
+        conditions=cells,
         failed=harm.failed,
         left_out=predicted.left_out,
     )
@@ -230,17 +253,31 @@ def _sets(predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], size: i
     return found
 
 
-def _overlaps(predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], size: int) -> list[Overlap]:
-    found = []
-    for each in predicted.criteria[1:]:
-        for letter in each.published_for:
-            layers = allowed.get(letter, ())
-            if len(layers) < size:
-                continue
-            theirs = set(predicted.choice(each, letter, layers, size))
-            ours = set(safest(predicted.own, letter, layers, size))
-            found.append(Overlap(letter, each.name, size, len(ours & theirs), size * size / len(layers)))
-    return found
+def _choices(
+    predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], size: int
+) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
+    """By published method and action: its name, the letter, its layers, and the equally many that are safest."""
+    return [
+        (
+            each.name,
+            letter,
+            predicted.choice(each, letter, allowed[letter], size),
+            safest(predicted.own, letter, allowed[letter], size),
+        )
+        for each in predicted.criteria[1:]
+        for letter in each.published_for
+        if len(allowed.get(letter, ())) >= size
+    ]
+
+
+def _conditions(
+    predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], harm: Measured, confidence: float, seed: int
+) -> tuple[tuple[Cell, ...], Claim]:
+    """Sort the layers that may be bypassed by the conditions; what the model does not give leaves it open."""
+    num_layers = predicted.table.num_layers
+    plans = {layer: plan_of(num_layers, (layer,), claims.BYPASS) for layer in allowed.get(claims.BYPASS, ())}
+    divergences = claims.divergences_of(harm, plans)
+    return claims.condition_cells(predicted.table, divergences, harm.kl_images, confidence, seed)
 
 
 def _action(

@@ -95,10 +95,12 @@ def measurements_csv(table: LayerTable) -> str:
 
 
 def validation_tables(report: ValidationReport) -> Iterator[Table]:
-    """Rank correlations, sets of layers, overlaps."""
+    """Rank correlations, sets of layers, overlaps, the paper's claims."""
     yield _correlations(report)
     yield _sets(report)
     yield _overlaps(report)
+    yield _conditions(report)
+    yield _claims(report)
 
 
 def _correlations(report: ValidationReport) -> Table:
@@ -155,4 +157,22 @@ def _overlaps(report: ValidationReport) -> Table:
         drawn.add_row(
             Action.of(each.action).label, each.method, f"{each.shared} of {each.size}", f"{each.expected:.1f}"
         )
+    return drawn
+
+
+def _conditions(report: ValidationReport) -> Table:
+    title = "Bypass at single layers by its two conditions, each split at its median: geometric mean of the KL"
+    drawn = Table("redundant", "little attention", "layers", "KL", title=title, title_justify="left")
+    for cell in report.conditions:
+        known = cell.kl is not None and cell.low is not None and cell.high is not None
+        harm = f"{number(cell.kl)} [{number(cell.low)}, {number(cell.high)}]" if known else "-"
+        layers = " ".join(map(str, cell.layers)) or "-"
+        drawn.add_row(*("yes" if each else "no" for each in (cell.redundant, cell.little_attention)), layers, harm)
+    return drawn
+
+
+def _claims(report: ValidationReport) -> Table:
+    drawn = Table("claim", "answer", "evidence", "rule", title="Claims of the paper", title_justify="left")
+    for each in report.claims:
+        drawn.add_row(each.claim, each.answer, each.evidence, each.rule, end_section=True)
     return drawn

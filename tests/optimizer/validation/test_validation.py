@@ -63,7 +63,11 @@ def test_the_report_on_the_reference_model(store: Database, worker: in_process.O
     document = report.to_json()
     assert document["actions"][0]["action"] == "freeze" and document["criterion"] == "skip-it"
     drawn = list(tables.validation_tables(report))
-    assert len(drawn) == 3 and all(table.row_count for table in drawn)
+    assert len(drawn) == 5 and all(table.row_count for table in drawn)
+    claims = {each["claim"]: each for each in document["claims"]}
+    early = claims["early vision tokens are redundant (bypass)"]
+    assert early["answer"] != "yes" and early["evidence"].startswith("BBBRRRRRRRRR: -")  # the model reads them at once
+    assert len(claims) == 6 and sum(len(cell.layers) for cell in report.conditions) == 12
 
 
 def test_a_second_report_runs_no_plan_again(store: Database, worker: in_process.OneWorker) -> None:

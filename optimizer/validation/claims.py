@@ -1,0 +1,191 @@
+"""Answer the paper's claims on one model: yes, no or not decided, each by a rule that is stated with the answer.
+
+The claims are those of Hartman et al., arXiv 2509.25584: early and late vision tokens are redundant; skipping a
+modality's tokens needs redundancy and little attention both; popular methods skip the layers that the theory calls
+redundant. The rules are this project's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimizer.criteria.published import group_values
+from optimizer.criteria.skip_it import vision_attention
+from optimizer.statistics.intervals import Interval, two_sided
+from optimizer.validation.harm import Measured, PlanHarm
+from workers.redundancy.table import LayerTable
+from workers.runtime.plan import Action
+
+Floats = NDArray[np.float64]
+
+YES, NO, OPEN = "yes", "no", "not decided"
+BANDS = ("early", "late")
+BYPASS = Action.BYPASS.letter
+BAND_ACTIONS = (Action.FREEZE.letter, BYPASS)
+RESAMPLES = 4000
+MARGIN = 0.02
+"""Loss of accuracy that counts as none where the job sets no ``constraint.max_accuracy_drop``."""
+LEAST_KL = 1e-9
+"""Divergences below this are taken as this, so that they have a logarithm."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, the answer that this model gives, what it rests on, and the rule."""
+
+    claim: str
+    answer: str
+    evidence: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Layers that meet or miss each condition of bypass, and the harm that bypassing one of them does.
+
+    ``kl`` is the geometric mean over the layers, with its interval for other layers and images; None without layers.
+    """
+
+    redundant: bool
+    little_attention: bool
+    layers: tuple[int, ...]
+    kl: float | None
+    low: float | None
+    high: float | None
+
+
+def band(name: str, layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the first or the last quarter of the layers that may take an action, at least one."""
+    size = max(1, round(len(layers) / 4))
+    return tuple(layers[:size] if name == "early" else layers[-size:])
+
+
+def band_claims(harms: Mapping[tuple[str, str], PlanHarm | None], margin: float | None) -> list[Claim]:
+    """Answer whether vision tokens are redundant in the early and in the late layers.
+
+    ``harms`` are by band and letter those of the plan that takes the action at all layers of the band; ``margin`` is
+    the loss of accuracy that still counts as none, ``MARGIN`` if None.
+    """
+    claims: list[Claim] = []
+    margin = MARGIN if margin is None else margin
+    for (name, letter), harm in harms.items():
+        action = Action.of(letter).label
+        if harm is None:
+            answer, evidence = OPEN, "the model cannot take the plan"
+        else:
+            answer = YES if harm.difference_low >= -margin else NO if harm.difference_high < -margin else OPEN
+            points = [100 * each for each in (harm.difference, harm.difference_low, harm.difference_high)]
+            evidence = f"{harm.plan}: {points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}] points"
+        rule = (
+            f"{action} in the {'first' if name == 'early' else 'last'} quarter of the layers: yes where the interval "
+            f"of the difference to dense is at or above {-100 * margin:g} points, no where it is below"
+        )
+        claims.append(Claim(f"{name} vision tokens are redundant ({action})", answer, evidence, rule))
+    return claims
+
+
+def condition_cells(
+    table: LayerTable, divergences: Mapping[int, Floats], images: Sequence[str], confidence: float, seed: int
+) -> tuple[tuple[Cell, ...], Claim]:
+    """Sort layers by the two conditions of bypass, each split at its median, and answer whether both are needed.
+
+    ``divergences`` are by layer those of bypassing it, ``[samples]``.
+    """
+    layers = sorted(divergences)
+    distance, attention = group_values(table, "cosine_distance")[0], vision_attention(table)
+    halves = [np.median([values[layer] for layer in layers]) if layers else 0.0 for values in (distance, attention)]
+    draws = _log_means([divergences[layer] for layer in layers], images, seed) if layers else np.zeros((1, 0))
+    generator = np.random.default_rng([seed, 1])
+    cells, logs = [], {}
+    for redundant in (True, False):
+        for little in (True, False):
+            there = [
+                index
+                for index, layer in enumerate(layers)
+                if (distance[layer] <= halves[0], attention[layer] <= halves[1]) == (redundant, little)
+            ]
+            own = tuple(layers[index] for index in there)
+            if not there:
+                cells.append(Cell(redundant, little, (), None, None, None))
+                continue
+            chosen = generator.choice(np.array(there), size=(len(draws), len(there)))
+            logs[redundant, little] = np.take_along_axis(draws, chosen, axis=1).mean(1)
+            centre = float(np.mean([math.log(max(LEAST_KL, divergences[layer].mean())) for layer in own]))
+            interval = two_sided(np.sort(logs[redundant, little]), confidence)
+            harm = [math.exp(each) for each in (centre, interval.low, interval.high)]
+            cells.append(Cell(redundant, little, own, *harm))
+    return tuple(cells), _conditions_claim(logs, confidence)
+
+
+def _log_means(divergences: Sequence[Floats], images: Sequence[str], seed: int) -> Floats:
+    """Logarithms of the layers' mean divergences on other images: ``[resamples, layers]``."""
+    names, owner = np.unique(np.asarray(images), return_inverse=True)
+    totals = np.zeros((len(names), len(divergences)))
+    np.add.at(totals, owner, np.stack(divergences, axis=1))
+    sizes = np.bincount(owner, minlength=len(names))
+    weights = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    means: Floats = np.log(np.maximum(LEAST_KL, weights @ totals / (weights @ sizes)[:, None]))
+    return means
+
+
+def _conditions_claim(logs: Mapping[tuple[bool, bool], Floats], confidence: float) -> Claim:
+    rule = (
+        "bypass at single layers, each condition split at its median: yes where missing either condition multiplies "
+        "the harm of layers that meet both (both intervals of the ratio above 1), no where an interval is below 1"
+    )
+    needed = "bypass needs redundancy and little attention both"
+    missing = {"attention": (True, False), "redundancy": (False, True)}
+    if (True, True) not in logs or any(cell not in logs for cell in missing.values()):
+        return Claim(needed, OPEN, "no layer meets both conditions, or none misses just one of them", rule)
+    ratios: dict[str, Interval] = {
+        name: two_sided(np.sort(logs[cell] - logs[True, True]), confidence) for name, cell in missing.items()
+    }
+    above = all(each.low > 0 for each in ratios.values())
+    below = any(each.high < 0 for each in ratios.values())
+    evidence = "; ".join(
+        f"without {name}: harm times [{math.exp(each.low):.2g}, {math.exp(each.high):.2g}]"
+        for name, each in ratios.items()
+    )
+    return Claim(needed, YES if above else NO if below else OPEN, evidence, rule)
+
+
+def overlap_claim(
+    choices: Sequence[tuple[str, Sequence[int], Sequence[int]]],
+    allowed: Mapping[str, Sequence[int]],
+    confidence: float,
+    seed: int,
+) -> Claim:
+    """Answer whether published methods choose the predicted layers more often than chance would.
+
+    ``choices`` are by method its action's letter, its layers, and the equally many that are predicted safest. By
+    chance equally many layers of each action are drawn, the same ones for all of its methods.
+    """
+    rule = (
+        "layers shared by all methods together, against as many layers drawn at random for each action: yes where at "
+        f"most {(1 - confidence) / 2:.3g} of the draws share as many, no where as few do"
+    )
+    claim = "popular methods choose the layers that are predicted redundant"
+    if not choices:
+        return Claim(claim, OPEN, "no published method applies", rule)
+    shared = sum(len(set(theirs) & set(ours)) for _, theirs, ours in choices)
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros(RESAMPLES)
+    for letter in dict.fromkeys(letter for letter, _, _ in choices):
+        order = generator.permuted(np.tile(np.asarray(allowed[letter]), (RESAMPLES, 1)), axis=1)
+        for _, theirs, ours in (each for each in choices if each[0] == letter):
+            drawn += np.isin(order[:, : len(ours)], list(theirs)).sum(1)
+    tail = (1 - confidence) / 2
+    as_many, as_few = float((drawn >= shared).mean()), float((drawn <= shared).mean())
+    answer = YES if as_many <= tail else NO if as_few <= tail else OPEN
+    evidence = f"{shared} shared, {drawn.mean():.1f} by chance; as many in {as_many:.1%} of the draws"
+    return Claim(claim, answer, evidence, rule)
+
+
+def divergences_of(measured: Measured, plans: Mapping[int, str]) -> dict[int, Floats]:
+    """Return by layer the divergences of its plan, where they were measured."""
+    return {layer: measured.kl[plan] for layer, plan in plans.items() if plan in measured.kl}
