@@ -46,6 +46,7 @@ CRITERIA: Registry[Any] = Registry(
     {
         "skip-it": "optimizer.criteria.skip_it:SkipIt",
         "skip-it-static": "optimizer.criteria.skip_it:SkipItStatic",
+        "calibrated": "optimizer.criteria.calibrated:Calibrated",
         "skip-it-causal": "optimizer.criteria.skip_it:SkipItCausal",
         "cosine": "optimizer.criteria.published:Cosine",
         "block-influence": "optimizer.criteria.published:BlockInfluence",

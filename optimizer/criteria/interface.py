@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from workers.redundancy.table import LayerTable
@@ -17,6 +17,10 @@ class Risk:
 
     criterion: str
     risk: dict[str, tuple[float, ...]]
+    spread: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Standard error of the risk's logarithm, as ``risk``; empty where a criterion knows none."""
+    unseen: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """The risk as predicted without any action measured at the layer itself; empty where a criterion reads none."""
 
     def __post_init__(self) -> None:
         for letter, values in self.risk.items():
@@ -26,6 +30,21 @@ class Risk:
     def of(self, layer: int, letter: str) -> float:
         """Return the risk of one action at one layer."""
         return 0.0 if letter == Action.RUN.letter else self._of(letter)[layer]
+
+    def weighed(self, weight: float) -> Risk:
+        """Return the risk as far as it is to be trusted: one standard error up, and drawn to each action's mean.
+
+        With a ``weight`` of 1 nothing is drawn, with 0 all layers are alike.
+        """
+
+        def of(letter: str, values: tuple[float, ...]) -> tuple[float, ...]:
+            spread = self.spread.get(letter, (0.0,) * len(values))
+            careful = [value * math.exp(error) for value, error in zip(values, spread, strict=True)]
+            finite = [value for value in careful if math.isfinite(value)]
+            mean = sum(finite) / len(finite) if finite else 0.0
+            return tuple(weight * value + (1 - weight) * mean if math.isfinite(value) else value for value in careful)
+
+        return replace(self, risk={letter: of(letter, values) for letter, values in self.risk.items()})
 
     def order(self, letter: str) -> tuple[int, ...]:
         """Layers from the least to the most risky for an action; ties go to the lower layer."""

@@ -29,9 +29,11 @@ class Problem:
     rungs: tuple[int, ...]
     """Prefix sizes of the search split, the last one the whole split."""
     risk: Risk
-    """Predicted by the job's criterion."""
+    """Predicted by the job's criterion, as far as it is to be trusted."""
     table: LayerTable
     """The measurements that published criteria read."""
+    trust: float = 1.0
+    """How much of the criterion's order counts; below 1 fewer of its chains are searched."""
     seed: int = 0
     batch: int = 8
     seeds: tuple[Candidate, ...] = ()

@@ -36,7 +36,7 @@ def with_seeds(
             seeds=tuple(dict.fromkeys(first)),
             reserve=tuple(dict.fromkeys([*elsewhere, *seeds.reserve])),
             chains=seeds.chains,
-            bisections=spec.trials // 2,
+            bisections=round(problem.trust * (spec.trials // 2)),
             known=tuple(known),
         )
     most = max(1, spec.trials // 2)

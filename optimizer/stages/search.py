@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from optimizer import criteria
+from optimizer.criteria.evidence import check
 from optimizer.errors import UsageFault
 from optimizer.job.sections import TRANSFORMERS
 from optimizer.registries import METHODS, STRATEGIES, find
@@ -103,13 +104,18 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
 def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Problem:
     spec, space = context.spec, context.space
     drafting = drafting_of(context, profile) if spec.is_lossless else None
+    risk = criteria.load(spec.criterion, spec.thresholds).risk(table)
+    evidence = check(risk, table)
+    if evidence.warning:
+        context.progress.note(evidence.warning)
     ratio = partial(latency_ratio, profile) if drafting is None else drafting.costs.step
     problem = Problem(
         space=space,
         limits=limits_of(context, profile),
         ratio=ratio,
         rungs=rung_sizes(spec.search.rungs, context.search_size),
-        risk=criteria.load(spec.criterion, spec.thresholds).risk(table),
+        risk=risk.weighed(evidence.weight),
+        trust=evidence.weight,
         table=table,
         seed=spec.search.seed,
         batch=spec.search.batch,

@@ -15,7 +15,13 @@ def require(holds: bool, promise: str) -> None:
 
 def made_up_table(layers: int) -> LayerTable:
     """Make a table of every kind of measurement but probes, larger at higher layers."""
-    harms = ("withdrawal", "final_divergence", *(f"layer_contribution@{each.label}" for each in INTERVENTIONS))
+    harms = (
+        "withdrawal",
+        "final_divergence",
+        "trial_divergence@freeze",
+        "trial_divergence@bypass",
+        *(f"layer_contribution@{each.label}" for each in INTERVENTIONS),
+    )
     names = [(name, group) for name in harms for group in ("last", ANSWER)]
     names += [(name, ANSWER) for name in ("propagation_gain", "final_change", "final_distance")]
     names += [("vision_attention", "text"), ("vision_attention", "last")]

@@ -31,6 +31,8 @@ LAYER_COLUMNS = (
     ("probe gap", "functional_gap", "last"),
     ("info gap", "information_gap", "last"),
     ("KL removed", "final_divergence", "answer"),
+    ("KL freeze, tried", "trial_divergence@freeze", "answer"),
+    ("KL bypass, tried", "trial_divergence@bypass", "answer"),
     ("KL freeze", "layer_contribution@freeze", "answer"),
     ("KL bypass", "layer_contribution@bypass", "answer"),
     ("KL skip", "layer_contribution@skip", "answer"),

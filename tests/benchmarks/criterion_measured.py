@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from optimizer.stages.redundancy import measured
 from optimizer.validation.harm import measure
 from optimizer.validation.report import plan_of
 from storage.database import Database
-from workers.redundancy.kinds import KINDS
+from workers.redundancy.kinds import KINDS, TRIED, trial_layers
 from workers.redundancy.table import LayerMeasurement, LayerTable
 
 
@@ -43,6 +43,7 @@ class MeasuredModel:
     def read(cls, file: Path) -> MeasuredModel:
         found = json.loads(file.read_text())
         rows = tuple(LayerMeasurement(**row) for row in found["rows"])
+        rows += tuple(_trials_of(rows, found["layers"]))
         harm = {
             letter: {int(layer): np.array(each["kl"]) for layer, each in layers.items()}
             for letter, layers in found["harm"].items()
@@ -52,6 +53,16 @@ class MeasuredModel:
     def mean_harm(self, letter: str) -> Mapping[int, float]:
         """Mean divergence by layer, of the layers that may take the action."""
         return {layer: float(values.mean()) for layer, values in self.harm[letter].items()}
+
+
+def _trials_of(rows: Sequence[LayerMeasurement], layers: int) -> Iterator[LayerMeasurement]:
+    """Yield the kind ``trials`` of a document that has none: its replays are some of the causal kind's."""
+    if any(row.name.startswith("trial_divergence") for row in rows):
+        return
+    names = {f"layer_contribution@{action.label}": f"trial_divergence@{action.label}" for action in TRIED}
+    for row in rows:
+        if row.name in names and row.layer in trial_layers(layers):
+            yield replace(row, name=names[row.name])
 
 
 def collect(file: Path, samples: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from workers.runtime.plan import Action, PlanError, SkipPlan
 
 from .batches import Batch
 from .collectors import array, cosine_distance
-from .kinds import ANSWER, GROUPS, INTERVENTIONS
+from .kinds import ANSWER, GROUPS, INTERVENTIONS, TRIED, trial_layers
 from .replay import DensePass, replay
 from .sums import ratio_sums, sample_sums
 
@@ -32,6 +32,7 @@ class Interventions:
         # Divergences of the answer's first token, and of all its tokens.
         self._removal = ratio_sums(2, self._layers)
         self._kl = ratio_sums(2, len(INTERVENTIONS), self._layers)
+        self._trials = ratio_sums(2, len(TRIED), self._layers)
         self._withdrawal = ratio_sums(2, 1, self._layers)
         self.executions: dict[str, float] = dict.fromkeys(kinds, 0.0)
         """Decoder layers run, times samples as in ``RedundancySums``; a removal serves both the gain and the
@@ -45,15 +46,24 @@ class Interventions:
         for layer in range(self._layers):
             if self._kinds & {"propagation", "causal"}:
                 self._remove(batch, dense, layer, changes[layer])
-            for number, action in enumerate(INTERVENTIONS if "causal" in self._kinds else ()):
-                if action is not Action.SKIP:  # its replay serves the gain too
-                    plan, name = run.with_action(layer, action), f"{action.label} at {layer}"
-                    replayed = self._replay(("causal",), name, batch, dense, plan, layer)
-                    self._add_kl(self._kl[:, :, number, layer], batch, dense, replayed)
+            for number, action in enumerate(TRIED):
+                self._try(batch, dense, run.with_action(layer, action), layer, number)
             if "withdrawal" in self._kinds:
                 plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
                 replayed = self._replay(("withdrawal",), str(layer), batch, dense, plan, layer)
                 self._add_kl(self._withdrawal[:, :, 0, layer], batch, dense, replayed)
+
+    def _try(self, batch: Batch, dense: DensePass, plan: SkipPlan, layer: int, number: int) -> None:
+        """Replay the action of that number in ``TRIED`` at a layer, for each kind that asks for it there."""
+        there = {"causal": True, "trials": layer in trial_layers(self._layers)}
+        kinds = [kind for kind in there if kind in self._kinds and there[kind]]
+        if not kinds:
+            return
+        replayed = self._replay(kinds, f"{TRIED[number].label} at {layer}", batch, dense, plan, layer)
+        if "causal" in kinds:
+            self._add_kl(self._kl[:, :, INTERVENTIONS.index(TRIED[number]), layer], batch, dense, replayed)
+        if "trials" in kinds:
+            self._add_kl(self._trials[:, :, number, layer], batch, dense, replayed)
 
     def _replay(
         self, kinds: Sequence[str], name: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int
@@ -106,6 +116,7 @@ class Interventions:
     def sums(self) -> dict[str, KindSums]:
         found = {
             "propagation": {"gain": self._gain, "kl": self._removal},
+            "trials": {"kl": self._trials},
             "causal": {"kl": self._kl},
             "withdrawal": {"kl": self._withdrawal},
         }

@@ -33,7 +33,10 @@ HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
 """Bins of the cosine distance, for its quantiles: 255 of them, each 6 % wide."""
 
 INTERVENTIONS = tuple(action for action in Action if action is not Action.RUN)
-"""Actions that are tried at every layer, in the order of their sums."""
+"""Actions that the causal kind tries at every layer, in the order of their sums."""
+
+TRIED = (Action.FREEZE, Action.BYPASS)
+"""Actions that are tried at few layers; a removal is measured at all of them."""
 
 AFTER_ALL = ("causal", "withdrawal")
 """Kinds that run actions themselves, a pass for each: not measured unless asked for."""
@@ -143,6 +146,18 @@ def _contribution_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement
     yield from _divergence_rows(sums.added["kl"].astype(float), names, layers)
 
 
+def trial_layers(layers: int) -> tuple[int, ...]:
+    """Return the eighth of the layers, at least one, that actions are tried at: spread evenly over the stack."""
+    count = max(1, round(layers / 8))
+    return tuple((2 * number + 1) * layers // (2 * count) for number in range(count))
+
+
+def _trial_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``kl`` is ``[6, 2, tried actions, layers]``, with counts at the layers that were tried alone."""
+    names = tuple(f"trial_divergence@{action.label}" for action in TRIED)
+    yield from _divergence_rows(sums.added["kl"].astype(float), names, layers)
+
+
 def _withdrawal_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
     """``kl`` is ``[6, 2, 1, layers]``: vision tokens withdrawn from this layer on."""
     yield from _divergence_rows(sums.added["kl"].astype(float), ("withdrawal",), layers)
@@ -161,6 +176,7 @@ KINDS: dict[str, Kind] = {
     "probes": Kind("linear probes of the dense model's answer", "states", probe_rows),
     "attention": Kind("attention mass of text on vision tokens", "attention", _attention_rows),
     "propagation": Kind("how a layer's removal grows on the way up", "propagation", _propagation_rows),
+    "trials": Kind("KL divergence under freeze and bypass at an eighth of the layers", "trials", _trial_rows),
     "causal": Kind("KL divergence of the answer under every action at every layer", "causal", _contribution_rows),
     "withdrawal": Kind("KL divergence with vision tokens gone from a layer on", "withdrawal", _withdrawal_rows),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 _UNANSWERED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why harm is measured at a model's first answer token alone (empty: at all of them), found out once likewise."""
 
-INTERVENTION_KINDS = frozenset({"propagation", "causal", "withdrawal"})
+INTERVENTION_KINDS = frozenset({"propagation", "trials", "causal", "withdrawal"})
 
 
 def measure_redundancy(
@@ -90,6 +90,8 @@ class _Measurement:
         self.layers = self.descriptor.num_layers
         self.kinds = kinds
         self.samples = 0
+        self.attended = False
+        """Whether the attention of the batch at hand was read while its answers were generated."""
         self.executions = {"states": 0.0}
         self.notes: list[str] = []
         self.collectors: dict[str, StatesCollector] = {
@@ -102,13 +104,14 @@ class _Measurement:
     def add(self, batch: Batch) -> None:
         """Run all passes over one batch."""
         self.samples += batch.size
+        self.attended = False
         if self.interventions is not None:
             batch = self._answered(batch)
         if self.collectors or self.interventions is not None:
             dense, changes = self._dense_pass(batch)
             if self.interventions is not None:
                 self._intervene(batch, dense, changes)
-        if self.attention is not None:
+        if self.attention is not None and not self.attended:
             self._count("attention", batch.work * self.layers)
             with self.attention.listening(self.stack, batch):
                 prefill(self.loaded, batch)
@@ -120,8 +123,11 @@ class _Measurement:
             if reason := _UNANSWERED.get(model):
                 self._note(f"harm is measured at the answer's first token alone: {reason}")
             return batch
+        self.attended = self.attention is not None
+        attending = self.attention.listening(self.stack, batch) if self.attention is not None else nullcontext()
         try:
-            answered = with_answers(self.loaded, self.task, batch, self.descriptor.vision_token_ids)
+            with attending:
+                answered = with_answers(self.loaded, self.task, batch, self.descriptor.vision_token_ids)
         except NoPromptsReturnedError as error:
             _UNANSWERED[model] = str(error)
             return self._answered(batch)

@@ -15,6 +15,7 @@ from workers.redundancy.measure import measure_redundancy
 from workers.tasks import Task
 
 LAYERS = 6
+CALIBRATED = ("distance", "attention", "angular", "propagation", "trials")
 WITHOUT_CAUSAL = ("distance", "cka", "angular", "probes", "attention", "propagation")
 
 
@@ -64,9 +65,17 @@ def test_all_but_the_causal_part_takes_at_most_layers_plus_three_passes(tiny: Lo
     passes = counts["layers"] / (scores.samples * LAYERS)
     assert passes <= LAYERS + 3
     assert sum(scores.layer_executions.values()) == pytest.approx(counts["layers"])
-    # Prefixes are shared: L passes of removals cost (L - 1) / 2, beside the dense one, its answers, and attention.
-    assert passes <= (3 + (LAYERS - 1) / 2) * scores.forward_passes["states"] + 1e-9
+    # Prefixes are shared: L passes of removals cost (L - 1) / 2, beside the dense one, and its answers with attention.
+    assert passes <= (2 + (LAYERS - 1) / 2) * scores.forward_passes["states"] + 1e-9
     assert scores.forward_passes["states"] < 1.1  # the answers' tokens are few beside the prompts'
+
+
+def test_calibration_costs_at_most_half_as_much_again(tiny: LoadedModel, few: Task) -> None:
+    without = 2 + (LAYERS - 1) / 2  # dense, attention and removals, over prompts alone
+    with counted(tiny, few) as counts:
+        scores = measure_redundancy(tiny, few, CALIBRATED)
+    assert counts["layers"] <= 1.5 * without * scores.samples * LAYERS
+    assert sum(scores.layer_executions.values()) == pytest.approx(counts["layers"])
 
 
 def test_the_causal_part_takes_at_most_three_fifths_of_whole_passes(tiny: LoadedModel, few: Task) -> None:

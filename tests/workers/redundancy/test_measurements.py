@@ -18,7 +18,7 @@ from workers.redundancy.attention import VisionAttention
 from workers.redundancy.batches import Batch, token_groups
 from workers.redundancy.collectors import cosine_distance, unbiased_hsic
 from workers.redundancy.interventions import answer_kl
-from workers.redundancy.kinds import GROUPS, HISTOGRAM_EDGES, finish, histogram_quantile
+from workers.redundancy.kinds import GROUPS, HISTOGRAM_EDGES, finish, histogram_quantile, trial_layers
 from workers.redundancy.measure import measure_redundancy
 from workers.redundancy.sums import merge
 from workers.tasks import Task
@@ -211,6 +211,12 @@ def test_propagation_and_contribution_equal_whole_passes(
                 row = table.row(name, group, layer)
                 assert row is not None and row.n == len(values)
                 assert row.value == pytest.approx(np.mean(values), rel=1e-3, abs=1e-7), (name, group)
+    tried = finish(measure_redundancy(tiny, task, ("trials",), batch_size=3))
+    for group in ("last", "answer"):
+        found = tried.row("trial_divergence@bypass", group, 3)
+        expected = table.row("layer_contribution@bypass", group, 3)
+        assert found is not None and expected is not None and found.value == pytest.approx(expected.value, rel=1e-5)
+    assert {row.layer for row in tried.rows} == {3} == set(trial_layers(LAYERS))  # an eighth of six layers
     last = table.row("propagation_gain", "all", LAYERS - 1)
     assert last is not None and last.value == pytest.approx(1.0, rel=1e-5)  # nothing is above the last layer
     frozen = table.row("layer_contribution@freeze", "answer", LAYERS - 1)
