@@ -1,7 +1,8 @@
 """Score candidates: read known evaluations from the database, ask the workers for the rest, and store it at once.
 
 Plans of one recipe go to the workers in groups, neighbours by their text, because a worker shares work between plans
-that begin alike; where there are more workers than groups, a group's samples are shared by several. A plan that was
+that begin alike. Workers divide the samples first, so that groups stay large, and the plans where samples are too few.
+A plan that was
 scored on a shorter prefix of the split before is only run on the samples that the longer one adds. In a lossless job
 the dense model's answers go with the requests, and scores are acceptances.
 """
@@ -20,7 +21,7 @@ from optimizer.job.inputs import split_hash
 from optimizer.search.space import Candidate
 from optimizer.search.trial import Scores
 from optimizer.stages import dense_answers
-from optimizer.stages.context import JobContext
+from optimizer.stages.context import LEAST_SLICE, JobContext
 from storage.queue import stages
 from storage.records import evaluations
 from storage.records.evaluations import EvaluationKey, EvaluationRecord, EvaluationResult
@@ -119,6 +120,8 @@ class CachedEvaluation:
     def _run(self, groups: Sequence[Sequence[_Missing]]) -> Iterator[tuple[Candidate, Scores]]:
         again: list[_Missing] = []
         slices = [(number, cut) for number, group in enumerate(groups) for cut in self._slices(group, len(groups))]
+        layers = [_layers_run(group) for group in groups]
+        slices.sort(key=lambda each: layers[each[0]] * (each[1][0] - each[1][1]))  # the longest first
         waiting = Counter(number for number, _ in slices)
         arrived: dict[int, dict[int, object]] = {number: {} for number in waiting}
         for index, result in self._context.run([self._message(groups[number], *cut) for number, cut in slices]):
@@ -146,21 +149,31 @@ class CachedEvaluation:
         return result.results
 
     def _groups(self, missing: Sequence[_Missing]) -> list[list[_Missing]]:
-        """Neighbours by text together, the same samples in one request, about as many requests as workers."""
+        """Neighbours by text together, the same samples in one request, in as few groups as keep all workers busy."""
         groups: list[list[_Missing]] = []
         ordered = sorted(missing, key=lambda each: (each.start, each.n_samples, each.candidate.plan.text))
         for _, same in groupby(ordered, key=lambda each: (each.start, each.n_samples)):
             plans = list(same)
-            count = max(min(self._context.pool.size, len(plans)), -(-len(plans) // LARGEST_GROUP))
+            if self._fits(plans):
+                wanted = self._context.pool.size
+            else:
+                requests, most = self._context.requests_at_once, (plans[0].n_samples - plans[0].start) // LEAST_SLICE
+                wanted = next(n for n in range(1, requests + 1) if requests % n == 0 and requests // n <= max(1, most))
+            count = max(min(wanted, len(plans)), -(-len(plans) // LARGEST_GROUP))
             cuts = [len(plans) * number // count for number in range(count + 1)]
             groups += [plans[first:last] for first, last in pairwise(cuts)]
         return groups
 
     def _slices(self, group: Sequence[_Missing], groups: int) -> list[tuple[int, int]]:
         """Cut a group's samples among the workers that there are for it; not where each would fit the same maps."""
-        first, (start, stop) = group[0], (group[0].start, group[0].n_samples)
-        fits = first.candidate.compensation != NO_COMPENSATION and not all(self._maps.get(e.candidate) for e in group)
-        return [(start, stop)] if fits else self._context.slices(start, stop, requests=groups)
+        start, stop = group[0].start, group[0].n_samples
+        return [(start, stop)] if self._fits(group) else self._context.slices(start, stop, requests=groups)
+
+    def _fits(self, group: Sequence[_Missing]) -> bool:
+        """Whether workers fit maps for plans of one recipe before they score them."""
+        return group[0].candidate.compensation != NO_COMPENSATION and not all(
+            self._maps.get(each.candidate) for each in group
+        )
 
     def _message(self, group: Sequence[_Missing], start: int, stop: int) -> EvaluatePlans:
         first = group[0]
@@ -271,6 +284,12 @@ class CachedEvaluation:
         if stored.failure is None:
             self.secondary[_candidate(stored)] = dict(stored.secondary)
         return Scores(stored.scores, stored.failure, stored.kl, stored.secondary)
+
+
+def _layers_run(group: Sequence[_Missing]) -> int:
+    """Count the layers that a worker runs of a sample for plans that share what they begin with."""
+    plans = [each.candidate.plan for each in group]
+    return len({plan.text[: layer + 1] for plan in plans for layer in plan.kept})
 
 
 def _candidate(each: EvaluationRecord) -> Candidate:

@@ -168,10 +168,14 @@ class JobContext:
             self._under_way.pop(stage).set()
         return value
 
+    @property
+    def requests_at_once(self) -> int:
+        """The number of requests that keep all workers busy and let them end at about the same time."""
+        return self.pool.size * (SLICES_PER_WORKER if self.pool.size >= MANY_WORKERS else 1)
+
     def slices(self, start: int, stop: int, *, requests: int = 1) -> list[tuple[int, int]]:
         """Cut samples for the workers that there are for each of so many ``requests``."""
-        wanted = self.pool.size * (SLICES_PER_WORKER if self.pool.size >= MANY_WORKERS else 1)
-        count = max(1, min(wanted // requests, (stop - start) // LEAST_SLICE))
+        count = max(1, min(self.requests_at_once // requests, (stop - start) // LEAST_SLICE))
         return list(pairwise(start + (stop - start) * number // count for number in range(count + 1)))
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | Failure]]:
