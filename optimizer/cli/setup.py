@@ -24,6 +24,7 @@ app = typer.Typer()
 reference = typer.Typer(no_args_is_help=True, help="Reference models that are assembled from published parts.")
 app.add_typer(reference, name="reference")
 
+HARNESS = "lmms-eval"  # as in workers/tasks/spec.py, which would be imported before a command runs
 AREAS_OF_CODE_4 = ("database", "cluster")
 
 
@@ -57,6 +58,9 @@ def init(
 
 def _seen_from(directory: Path, name: str) -> str:
     """Rewrite a path given from here as a job file in ``directory`` has to say it; a name that is no path stays."""
+    if name.startswith(f"{HARNESS}:") and "/" in name:
+        include, _, task = name.removeprefix(f"{HARNESS}:").rpartition("/")
+        return f"{HARNESS}:{_seen_from(directory, include)}/{task}"
     return os.path.relpath(Path(name).resolve(), directory) if Path(name).exists() else name
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from workers.models.loading import LoadedModel
     from workers.runtime.folding import Maps
-    from workers.tasks import Sample, Task
+    from workers.tasks import Sample, Task, TaskSpec
 
 LOGPROB_TOLERANCE = 1e-4
 """Largest allowed difference of log-probabilities as a share of the largest logit, both computing in float32."""
@@ -299,20 +299,20 @@ def _logprob_difference(logits: Tensor, reply: ChatReply, steps: int) -> float:
 
 def _accuracy(task: Task, samples: Sequence[Sample], answers: Mapping[str, str], confidence: float) -> Accuracy:
     from optimizer.statistics.intervals import effective_sample_size, wilson_interval
-    from workers.tasks.metrics import METRICS
+    from workers.tasks.scoring import score_answer
 
-    metrics = {sample.id: _metric(task, sample) for sample in samples}
-    samples = [sample for sample in samples if metrics[sample.id] in METRICS]  # choices are not scored as texts
+    specs = {sample.id: _spec(task, sample) for sample in samples}
+    samples = [sample for sample in samples if not specs[sample.id].is_choice]  # which are not scored as texts
     if not samples:
         raise ExportFault(f"task {task.name}: none of the samples asked is scored as a text; ask more with --samples")
-    scores = [METRICS[metrics[sample.id]](answers[sample.id], sample.answers) for sample in samples]
+    scores = [score_answer(specs[sample.id], sample, answers[sample.id])[0] for sample in samples]
     share = math.fsum(scores) / len(scores)
     size = effective_sample_size(scores, [sample.image_key for sample in samples])
     interval = wilson_interval(share, size, confidence)
     return Accuracy(share, interval.low, interval.high)
 
 
-def _metric(task: Task, sample: Sample) -> str:
-    """Name the metric of a sample: that of its part, where several tasks are joined."""
+def _spec(task: Task, sample: Sample) -> TaskSpec:
+    """Return what a sample is scored by: that of its part, where several tasks are joined."""
     own = next((part for part in task.parts if sample.id.startswith(f"{part.name}/")), task)
-    return own.spec.metric
+    return own.spec

@@ -28,7 +28,7 @@ from workers.tasks import Sample, Task, load_spec, load_task
 from workers.tasks.images import ImageFile
 from workers.tasks.joint import join_tasks, require_apart
 from workers.tasks.passages import TEXT, Passage, TextTask
-from workers.tasks.spec import TaskSpec
+from workers.tasks.spec import LmmsEvalSource, TaskSpec
 from workers.tasks.splits import SPLITS
 from workers.versions import installed_versions
 
@@ -187,7 +187,7 @@ def tasks_of(spec: JobSpec) -> tuple[TaskSpec, ...]:
         tasks = tuple(load_spec(name).with_splits(**sizes) for name in spec.task_names)
     except TaskError as error:
         raise UsageFault(str(error)) from None
-    if spec.is_lossless:
+    if spec.is_lossless and not isinstance(tasks[0].source, LmmsEvalSource):
         _require_long_answers(tasks[0])
     return tasks
 
@@ -210,6 +210,8 @@ def load_job_task(spec: JobSpec) -> Task:
     """Load the data of the job's task, or of its tasks, joined, with the job's split sizes. Raises UsageFault."""
     try:
         tasks = [load_task(task) for task in tasks_of(spec)]
+        if spec.is_lossless:
+            _require_long_answers(tasks[0].spec)  # which the harness of its own may have settled
         return tasks[0] if len(tasks) == 1 else join_tasks(tasks)
     except TaskError as error:
         raise UsageFault(str(error)) from None

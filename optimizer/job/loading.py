@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from optimizer.errors import UsageFault
 from optimizer.job.spec import DEFAULT_DATABASE, JobSpec
+from workers.tasks.spec import HARNESS
 from workers.validation import explain, load_yaml
 
 if TYPE_CHECKING:
@@ -168,7 +169,13 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
 
 
 def resolve_name(name: str, base: Path) -> str:
-    """Make a path relative to ``base`` absolute; a name that no file there has stays as it is."""
+    """Make a path relative to ``base`` absolute; a name that no file there has stays as it is.
+
+    Of ``lmms-eval:DIRECTORY/NAME`` the directory is the path.
+    """
+    if name.startswith(f"{HARNESS}:") and "/" in name:
+        directory, _, task = name.removeprefix(f"{HARNESS}:").rpartition("/")
+        return f"{HARNESS}:{(base / Path(directory).expanduser()).resolve()}/{task}"
     path = Path(name).expanduser()
     if path.is_absolute() or name.startswith((".", "~")):
         return str((base / path).resolve())

@@ -26,7 +26,7 @@ from workers.messages import ModelSource
 from workers.models.checkpoint import find_here, fingerprint_checkpoint
 from workers.tasks.joint import JOINED_BY, joint_hash
 from workers.tasks.loading import hash_data, hash_definition
-from workers.tasks.spec import DrawnSource, HubSource, TaskSpec, load_spec
+from workers.tasks.spec import HARNESS, DrawnSource, HubSource, LmmsEvalSource, TaskSpec, load_spec
 
 LOCAL = "local"
 MOST_COMBINATIONS = 1_000
@@ -74,7 +74,7 @@ class PresentVersions:
             joined = JOINED_BY.join(sorted(part.strip() for part in name.split(JOINED_BY)))
             if name not in known and joined in known:
                 name = joined
-            elif name not in known and Path(name).is_file():
+            elif name not in known and (Path(name).is_file() or name.startswith(f"{HARNESS}:")):
                 spec = _read_spec(name)
                 name = name if spec is None else spec.name
                 self._specs[name] = spec
@@ -148,7 +148,7 @@ class PresentVersions:
             spec = self._last_job(task_ids=[each.id for each in versions])
             self._specs[task.name] = _read_spec(str(spec.get("task") or task.name)) if _is_local(spec) else None
         found = self._specs[task.name]
-        if found is None:
+        if found is None or isinstance(found.source, LmmsEvalSource):  # whose harness would be started to ask it
             return last.data_hash, last.definition_hash
         if isinstance(found.source, HubSource) and not Path(found.source.id).is_dir():  # its rows would be fetched
             return last.data_hash, hash_definition(found)

@@ -86,7 +86,10 @@ class JobSpec(Section):
     )
     model: ModelSpec
     task: str | None = Field(
-        default=None, min_length=1, description="Name of a bundled task, or path of a task file; or several in tasks."
+        default=None,
+        min_length=1,
+        description="Name of a bundled task, path of a task file, or lmms-eval:NAME (see docs/how-to/lmms-eval.md); or "
+        "several in tasks.",
     )
     actions: tuple[ActionName, ...] = Field(
         default=("skip",), min_length=1, description="What may happen at a layer: skip, freeze, bypass."

@@ -15,7 +15,8 @@ from workers.messages import ModelSource
 from workers.models.describe import ModelDescription, describe_model
 from workers.runtime.plan import Action
 from workers.tasks import load_spec, load_task
-from workers.tasks.spec import FileSource, SplitSizes, TaskSpec
+from workers.tasks.loading import settled
+from workers.tasks.spec import FileSource, LmmsEvalSource, SplitSizes, TaskSpec
 
 ACTIONS = tuple(action.label for action in Action if action is not Action.RUN)
 TRIALS_PER_LAYER = 8
@@ -39,7 +40,7 @@ def describe(model: str, task: str, directory: Path) -> FirstJob:
     """
     try:
         found = describe_model(ModelSource(resolve_name(model, directory)))
-        spec = load_spec(resolve_name(task, directory))
+        spec = settled(load_spec(resolve_name(task, directory)))
         splits, remark = _splits(spec)
     except (ModelError, TaskError) as error:
         raise UsageFault(str(error)) from None
@@ -52,7 +53,7 @@ def describe(model: str, task: str, directory: Path) -> FirstJob:
 
 def _splits(spec: TaskSpec) -> tuple[SplitSizes, str]:
     """Return the sizes of the task's splits, and a remark on them; smaller ones where its file has too few samples."""
-    if isinstance(spec.source, FileSource):
+    if isinstance(spec.source, FileSource | LmmsEvalSource):
         try:
             load_task(spec)
         except TooFewSamplesError as error:

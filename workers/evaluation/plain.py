@@ -42,7 +42,7 @@ from workers.runtime.families import describe
 from workers.runtime.folding import Maps
 from workers.runtime.plan import PlanError, SkipPlan
 from workers.tasks import Sample, Task, TaskSpec
-from workers.tasks.metrics import METRICS
+from workers.tasks.scoring import score_answer
 from workers.text import describe_error
 
 DEFAULT_CACHE_BYTES = 1 << 30
@@ -350,7 +350,7 @@ def scores_of(spec: TaskSpec, sample: Sample, answers: Answers) -> tuple[float, 
         return tuple(Choice.of(name, sample.choices, likelihoods).score(sample) for name in spec.metrics)
     if sample.id not in answers.texts:
         return (0.0,) * len(spec.metrics)
-    return tuple(METRICS[name](answers.texts[sample.id], sample.answers) for name in spec.metrics)
+    return score_answer(spec, sample, answers.texts[sample.id])
 
 
 def excluded_samples(plan: SkipPlan, failed: Mapping[str, str]) -> frozenset[str]:

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from workers.cache_directory import cache_directory
+
 FORMAT = 1
 """Another number where the entries mean something else, so that older ones are not read."""
 SMALLEST_BYTES = 16 << 20
@@ -31,15 +33,6 @@ OTHER_SECONDS = 600.0
 """How long another process that reads the same file is waited for, before this one reads it as well."""
 
 Entry = tuple[str, ...]
-
-
-def cache_directory() -> Path:
-    """Return the directory of built models and of hashes: SKIPPLAN_CACHE, else within the user's cache directory."""
-    own = os.environ.get("SKIPPLAN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "skipplan"
 
 
 def remembered(file: Path, compute: Callable[[], list[Entry]]) -> list[Entry]:

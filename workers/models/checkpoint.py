@@ -10,11 +10,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from workers.cache_directory import cache_directory
 from workers.errors import ModelError
 from workers.messages import ModelSource
 from workers.text import did_you_mean, one_line
 
-from .cache import Entry, cache_directory, remembered
+from .cache import Entry, remembered
 
 BUNDLED_MODELS = Path(__file__).resolve().parents[2] / "configs" / "reference"
 BUILT_MODELS = {"smollm2-30": "smollm2", "smollm2-30-scenes": "smollm2-scenes"}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from workers.tasks.metrics import METRICS, normalise_vqa
+from workers.tasks.metrics import normalise_vqa
 from workers.tasks.samples import Sample
+from workers.tasks.scoring import score_answer
 from workers.tasks.spec import TaskSpec
 
 MOST_SAMPLES = 2000
@@ -39,10 +40,9 @@ def _blind_answers(spec: TaskSpec, samples: Sequence[Sample]) -> list[Chance]:
         own = {normalise_vqa(answer): answer for answer in reversed(sample.answers)}
         counts.update(own.keys())
         spelled = own | spelled
-    score = METRICS[spec.metric]
     return [
         Chance(
-            fsum(score(spelled[each], sample.answers) for sample in samples) / len(samples),
+            fsum(score_answer(spec, sample, spelled[each])[0] for sample in samples) / len(samples),
             f"always answering {spelled[each]!r}",
         )
         for each, _ in counts.most_common(MOST_ANSWERS)

@@ -20,8 +20,10 @@ from .spec import (
     EasyVqaSource,
     FileSource,
     HubSource,
+    LmmsEvalSource,
     RenderedTextSource,
     ScenesSource,
+    SettledLmmsEvalSource,
     SplitSizes,
     TaskSpec,
     load_spec,
@@ -93,6 +95,7 @@ def load_task(task: str | Path | TaskSpec) -> Task:
         TaskError: naming the field, file, column or row, and what would be right.
     """
     spec = task if isinstance(task, TaskSpec) else load_spec(task)
+    spec = settled(spec)
     data = _read(spec)
     if "vqa_accuracy" in spec.metrics:
         _require_annotators(data.regions, spec)
@@ -110,6 +113,15 @@ def load_task(task: str | Path | TaskSpec) -> Task:
     )
 
 
+def settled(spec: TaskSpec) -> TaskSpec:
+    """Return a spec with what its harness says of the task; one of no harness as it is. Raises TaskError."""
+    if not isinstance(spec.source, LmmsEvalSource):
+        return spec
+    from .harness.source import settle
+
+    return settle(spec, spec.source)
+
+
 def hash_data(spec: TaskSpec) -> str:
     """Read a task's source and return the ``data_hash`` that its task has. Raises TaskError."""
     return _read(spec).hash
@@ -118,12 +130,16 @@ def hash_data(spec: TaskSpec) -> str:
 def hash_definition(spec: TaskSpec) -> str:
     """Hash how samples are asked and scored: prompt, answer format, metrics, and the versions of what does it.
 
-    Of a dataset of the hub also which one it is, since its rows are too many to be read only to compare them.
+    Of a dataset of the hub also which one it is, since its rows are too many to be read only to compare them. Of a task
+    of lmms-eval, which was loaded, also what identifies the harness and the task's YAML and code.
     """
     fields: tuple[object, ...] = (spec.prompt, spec.plain_prompt, spec.answer, spec.metric, spec.secondary)
     if isinstance(spec.source, HubSource):
         fields += (spec.source,)
-    versions = {"images": READING, "prompts": ASKING_VERSION} | {name: metric_version(name) for name in spec.metrics}
+    metrics = spec.metrics
+    if isinstance(spec.source, SettledLmmsEvalSource):
+        fields, metrics = (*fields, spec.source.identity, spec.source.task, spec.source.limit), ()
+    versions = {"images": READING, "prompts": ASKING_VERSION} | {name: metric_version(name) for name in metrics}
     return _hash_text(repr((fields, versions)))
 
 
@@ -145,6 +161,10 @@ def _read(spec: TaskSpec) -> _Data:
         return _read_easy_vqa()
     if isinstance(source, DrawnSource):
         return _Data(_draw(source, spec.splits))
+    if isinstance(source, LmmsEvalSource):
+        from .harness.source import read_samples
+
+        return _Data([Region(SPLITS, tuple(read_samples(source)))])
     rows = read_file(spec, source) if isinstance(source, FileSource) else read_hub(spec, source)
     return _Data([Region(SPLITS, tuple(rows))])
 

@@ -11,6 +11,15 @@ from .images import ImageReference
 
 
 @dataclass(frozen=True)
+class Document:
+    """The document of a harness's task that a sample was read from, by which that harness scores its answers."""
+
+    number: int
+    hash: str
+    """Of all its fields."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question about one image, with the answers that count as right."""
 
@@ -22,12 +31,15 @@ class Sample:
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
     """The options, of which ``answers`` holds the right one; empty where the task is not to choose."""
+    document: Document | None = None
+    """Where a harness scores the answers."""
 
     @property
     def content(self) -> list[Any]:
         """Fields that its score depends on, as JSON holds them."""
         options = [list(self.choices)] if self.choices else []
-        return [self.image_key, self.question, list(self.answers), *options]
+        scored_by = [self.document.hash] if self.document is not None else []
+        return [self.image_key, self.question, list(self.answers), *options, *scored_by]
 
     def __post_init__(self) -> None:
         if not any(answer.strip() for answer in self.answers):

@@ -25,6 +25,10 @@ from workers.tasks.metrics import CHOICE_METRICS, METRICS
 from workers.text import did_you_mean
 from workers.validation import explain, load_yaml, require_one_of
 
+HARNESS = "lmms-eval"
+"""Begins the names of tasks (``lmms-eval:textvqa_val``) and metrics that are lmms-eval's."""
+HARNESS_SPLITS = {"calibration": 100, "search": 300, "held_out": 300}
+"""Images of the splits where a job names a task of lmms-eval and no sizes."""
 BUNDLED_TASKS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz")
@@ -39,6 +43,8 @@ def _not_empty(text: str) -> str:
 
 
 def _metric(name: str) -> str:
+    if name == HARNESS:
+        return name
     return require_one_of(name, (*METRICS, *CHOICE_METRICS))
 
 
@@ -142,10 +148,37 @@ class HubSource(_Section):
     columns: Columns = Columns()
 
 
+class LmmsEvalSource(_Section):
+    """A task of lmms-eval, which says prompts, images, answers and scores.
+
+    ``include`` is a directory of YAML files, of which ``task`` names one; without it the task is the harness's own.
+    ``metric`` is the one that counts (its first one if absent), ``max_new_tokens`` replaces the task's own, and
+    ``limit`` takes the first documents alone.
+    """
+
+    kind: Literal["lmms-eval"] = "lmms-eval"
+    task: Text
+    include: Text | None = None
+    metric: Text | None = None
+    max_new_tokens: Count | None = None
+    limit: Count | None = None
+
+    def located(self, base: Path) -> LmmsEvalSource:
+        """Return the source with a directory that is relative to ``base`` made absolute."""
+        return self if self.include is None else self.changed(include=str((base / self.include).resolve()))
+
+
+class SettledLmmsEvalSource(LmmsEvalSource):
+    """The same after the harness was asked: its version, and the hash of it and of the task's YAML and code."""
+
+    version: str
+    identity: str
+
+
 DrawnSource = ScenesSource | RenderedTextSource
 """Sources of which as many samples are drawn as the splits hold."""
 
-Source = EasyVqaSource | DrawnSource | FileSource | HubSource
+Source = EasyVqaSource | DrawnSource | FileSource | HubSource | LmmsEvalSource
 
 
 class Answer(_Section):
@@ -232,6 +265,18 @@ class TaskSpec(_Section):
         """Return the same task with other split sizes: fields of :class:`SplitSizes`."""
         return self.changed(splits=self.splits.changed(**changes))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_to_harness(cls, content: Any) -> Any:
+        """Let tasks of lmms-eval say nothing that the harness says; it is asked when the task is loaded."""
+        source = content.get("source") if isinstance(content, Mapping) else None
+        if not isinstance(source, Mapping) or source.get("kind") != HARNESS:
+            return content
+        if said := [name for name in ("prompt", "answer", "metric", "secondary") if content.get(name) is not None]:
+            raise ValueError(f"{said[0]} is what lmms-eval says of its task; source takes metric and max_new_tokens")
+        unknown = {"kind": "free", "max_new_tokens": 1}
+        return {**content, "prompt": "{question}", "answer": unknown, "metric": HARNESS}
+
     @field_validator("prompt", "plain_prompt")
     @classmethod
     def _known_placeholders(cls, template: str, info: ValidationInfo) -> str:
@@ -253,6 +298,8 @@ class TaskSpec(_Section):
         columns = self.source.columns if isinstance(self.source, FileSource | HubSource) else Columns()
         if self.is_choice and columns.choices is None:
             raise ValueError("answer.kind: choice needs source.columns.choices, the column that holds the options")
+        if isinstance(self.source, LmmsEvalSource):
+            return self
         allowed = CHOICE_METRICS if self.is_choice else METRICS
         for name in self.metrics:
             if name not in allowed:
@@ -269,6 +316,8 @@ def bundled_tasks() -> tuple[str, ...]:
 def load_spec(name_or_path: str | Path) -> TaskSpec:
     """Read a task file: a bundled task's name, or the path of a YAML file. Raises TaskError."""
     path = Path(name_or_path)
+    if str(name_or_path).startswith(f"{HARNESS}:"):
+        return _harness_spec(str(name_or_path))
     if str(name_or_path) in bundled_tasks():
         path = BUNDLED_TASKS / f"{name_or_path}.yaml"
     elif not path.is_file():
@@ -287,13 +336,21 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
     return parse_spec(content, where=str(path), base=path.resolve().parent)
 
 
+def _harness_spec(name: str) -> TaskSpec:
+    """Build the spec of ``lmms-eval:NAME``, or of ``lmms-eval:DIRECTORY/NAME`` where a directory has the YAML file."""
+    _, _, place = name.partition(":")
+    include, _, task = place.rpartition("/")
+    source = {"kind": HARNESS, "task": task} | ({"include": include} if include else {})
+    return parse_spec({"name": f"{HARNESS}:{task}", "source": source, "splits": HARNESS_SPLITS}, where=f"task {name}")
+
+
 def parse_spec(content: Any, *, where: str = "task", base: Path | None = None) -> TaskSpec:
     """Build a TaskSpec from a mapping; relative paths in it are relative to ``base``. Raises TaskError."""
     try:
         spec = TaskSpec.model_validate(content)
     except ValidationError as error:
         raise TaskError(f"{where}: {explain(error, TaskSpec)}") from None
-    if isinstance(spec.source, FileSource):
+    if isinstance(spec.source, FileSource | LmmsEvalSource):
         return spec.changed(source=spec.source.located(base or Path.cwd()))
     return spec
 

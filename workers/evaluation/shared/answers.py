@@ -9,7 +9,7 @@ matters only if the answer could still score.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from workers.layerwise.decoder import NotExactError
 from workers.models.ties import tie_bound
 from workers.tasks import Sample, TaskSpec
 from workers.tasks.metrics import can_still_score
+from workers.tasks.scoring import score_answer
 
 from .draft import Draft
 
@@ -103,12 +104,10 @@ class AnswerScorer:
         self,
         spec: TaskSpec,
         decode: Callable[[Sequence[int]], str],
-        metrics: Mapping[str, Callable[..., float]],
         *,
         stable: bool = True,
     ):
-        self._names = (spec.metric, *spec.secondary)
-        self._metrics = {name: metrics[name] for name in self._names if name in metrics}  # others score no texts
+        self._spec, self._names = spec, spec.metrics
         self._decode = decode
         self._stable = stable
         self._texts: dict[tuple[int, ...], str] = {}
@@ -123,11 +122,7 @@ class AnswerScorer:
 
     def scores(self, sample: Sample, tokens: tuple[int, ...]) -> tuple[float, ...]:
         """Return the metric and the secondary metrics of a finished answer."""
-        return self.scores_of_text(sample, self.text(tokens))
-
-    def scores_of_text(self, sample: Sample, text: str) -> tuple[float, ...]:
-        """Return the metric and the secondary metrics of an answer's text."""
-        return tuple(self._metrics[name](text, sample.answers) for name in self._names)
+        return score_answer(self._spec, sample, self.text(tokens))
 
     def cannot_score(self, sample: Sample, tokens: tuple[int, ...]) -> bool:
         """Whether no answer that begins with these tokens can score under any of the metrics."""

@@ -12,7 +12,6 @@ from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluation, Evaluat
 from workers.runtime.folding import Maps
 from workers.runtime.plan import SkipPlan
 from workers.tasks import Sample
-from workers.tasks.metrics import METRICS
 
 from .answers import AnswerScorer, require_plain_decoding
 from .chunks import ChunkCache
@@ -48,7 +47,6 @@ class FastEvaluator(SharedEvaluator[Sample]):
         self._scorer = AnswerScorer(
             spec,
             lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
-            METRICS,
             stable=not getattr(tokenizer, "clean_up_tokenization_spaces", False),
         )
         if targets is not None:

@@ -12,7 +12,6 @@ from workers.evaluation.shared.answers import AnswerScorer, GreedyTokens, grade_
 from workers.evaluation.shared.draft import Draft
 from workers.tasks import Sample, load_spec
 from workers.tasks.images import SceneImage
-from workers.tasks.metrics import METRICS
 
 END, RED, GREEN, AND, DARK, THE = range(6)
 WORDS = {RED: "red", GREEN: "green", AND: " and", DARK: " dark", THE: "the "}
@@ -24,7 +23,7 @@ def scorer() -> AnswerScorer:
     def decode(tokens: Sequence[int]) -> str:
         return "".join(WORDS[token] for token in tokens if token != END)
 
-    return AnswerScorer(load_spec("easy-vqa"), decode, METRICS)
+    return AnswerScorer(load_spec("easy-vqa"), decode)
 
 
 def logits(*best: int, ties: dict[int, int] | None = None) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Evaluate plans inside lmms-eval, as a model of it: ``--model skipplan``."""
