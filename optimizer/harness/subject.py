@@ -18,7 +18,7 @@ from storage.records import plans as published
 from storage.records.plans import LOSSLESS
 from workers.messages import Artifact, ModelSource
 from workers.models.loading import LoadedModel, load_model
-from workers.runtime import SkipPlan, describe
+from workers.runtime import SkipPlan
 from workers.runtime.folding import Maps
 
 CHECKPOINT, REMOTE_CODE = "transformers", "transformers-remote-code"
@@ -30,7 +30,8 @@ class Evaluated:
     """A loaded model, and the plan with its maps under which it answers."""
 
     loaded: LoadedModel
-    plan: SkipPlan
+    plan: SkipPlan | None
+    """None where the model holds it already."""
     maps: Maps | None
 
 
@@ -69,7 +70,7 @@ def of_export(directory: Path, model_path: str | None, device: str | None) -> Ev
     loaded = load_model(source, device=device, measuring=True)
     if loader == REMOTE_CODE:
         loaded.model.guard = None  # the plan itself is evaluated, whichever prompts it is asked
-    return Evaluated(loaded, SkipPlan.dense(describe(loaded.model).num_layers), None)
+    return Evaluated(loaded, None, None)
 
 
 def _under_plan(described: PlanDocument, source: ModelSource, content: bytes | None, device: str | None) -> Evaluated:

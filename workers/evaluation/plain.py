@@ -11,6 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -204,9 +205,12 @@ class PlainEvaluator:
         none = (False,) * len(self.targets[sample.id] or (0,))
         return scores_of_agreement(agrees or none, self.task.spec.answer.max_new_tokens)
 
-    def answer(self, plan: SkipPlan, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
-        """Generate the model's answers under a plan, batch by batch; tied samples once more alone."""
-        with torch.inference_mode(), apply(self.loaded.model, plan, maps):
+    def answer(self, plan: SkipPlan | None, samples: Sequence[Sample], maps: Maps | None = None) -> Answers:
+        """Generate the model's answers under a plan, batch by batch; tied samples once more alone.
+
+        Without a plan the model answers as it is: one that holds a plan for good takes no other, not even dense.
+        """
+        with torch.inference_mode(), nullcontext() if plan is None else apply(self.loaded.model, plan, maps):
             answers = self._answers(samples)
             alone = self._answers([sample for sample in samples if sample.id in answers.tied], alone=True)
         return answers.joined(alone)
