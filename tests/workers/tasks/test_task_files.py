@@ -212,7 +212,8 @@ def test_a_corrupt_image_is_no_error_before_it_is_opened(write: Write, tmp_path:
         (
             "source.kind",
             "s3",
-            r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'rendered-text', 'file', 'hub', 'lmms-eval', not 's3'",
+            r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'rendered-text', 'file', 'hub', "
+            r"'lmms-eval', not 's3'",
         ),
         (
             "source.path",
@@ -235,7 +236,8 @@ def test_a_corrupt_image_is_no_error_before_it_is_opened(write: Write, tmp_path:
         (
             "source.kind",
             None,
-            r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'rendered-text', 'file', 'hub', 'lmms-eval', not None",
+            r"task: source\.kind: must be one of 'easy-vqa', 'scenes', 'rendered-text', 'file', 'hub', "
+            r"'lmms-eval', not None",
         ),
         ("source.path", None, r"task: source\.path: missing"),
         ("source.pth", "x", r"task: source\.pth: unknown field; did you mean path\?"),
