@@ -2,8 +2,8 @@
 
     python tests/benchmarks/search_inputs.py --model llava-12 --task easy-vqa
 
-Writes tests/fixtures/search_inputs_<model>_<task>.json, so that the search benchmark gives the same proposals
-wherever it is run.
+Writes search_inputs_<model>_<task>.json in tests/fixtures, or in --inputs, so that the search benchmark gives the same
+proposals wherever it is run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="llava-12")
     parser.add_argument("--name", help="of the file, where the model is a directory")
     parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--inputs", type=Path, default=PROJECT / "tests" / "fixtures", help="directory to write in")
     parser.add_argument("--calibration", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="of measurement")
     parser.add_argument("--dtype", default="auto", help="float32 where the processor has no bfloat16 instructions")
@@ -47,7 +48,7 @@ def main() -> None:
     )
     table = finish(handler.handle(MeasureRedundancy(tuple(options.kinds), 0, 1)))
     profile = handler.handle(ProfileLatency(actions="RFBS", repeats=20, workload=Workload(1, 4)))
-    path = PROJECT / "tests" / "fixtures" / f"search_inputs_{options.name or options.model}_{options.task}.json"
+    path = options.inputs / f"search_inputs_{options.name or options.model}_{task.name}.json"
     rows = [[row.name, row.token_group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
     times = {
         "dense_latency_seconds": profile.dense_latency_seconds,

@@ -3,6 +3,12 @@
     python tests/benchmarks/search_inputs.py --model smollm2-30 --kinds distance attention angular propagation causal
     python tests/benchmarks/search_live.py --model smollm2-30 --cache live.jsonl --runs live-runs.json
 
+What theory seeds are worth within 15 and 30 plans of a model that is a directory, M:
+
+    python tests/benchmarks/search_inputs.py --model M --name qwen2-10 --inputs . --dtype float32
+    python tests/benchmarks/search_live.py --model M --name qwen2-10 --inputs . --dtype float32 --samples 64 --seeds 5
+        --plans 30 --only surrogate --cache qwen2.jsonl --runs qwen2-runs.json
+
 Runs as search_strategies.py does, but evaluates what is not in the cache, on one worker in this process. The cache
 holds one line per plan and number of samples; an interrupted benchmark goes on where it was. Without compensation.
 """
@@ -16,9 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from search_strategies import CHECKPOINTS, REFERENCE, SAMPLERS, Cache, load_inputs, print_table, problem_of, run, shares
+from search_strategies import (
+    CHECKPOINTS,
+    FIXTURES,
+    REFERENCE,
+    SAMPLERS,
+    Cache,
+    load_inputs,
+    print_gain,
+    print_table,
+    problem_of,
+    run,
+    shares,
+)
 
 from optimizer.job.sections import SearchSpec
+from optimizer.job.spec import JobSpec
 from optimizer.search.pareto import hypervolume
 from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores
@@ -81,7 +100,11 @@ class Live:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-30")
+    parser.add_argument("--name", help="of the file that search_inputs.py wrote, where the model is a directory")
+    parser.add_argument("--inputs", type=Path, default=FIXTURES, help="directory of that file")
     parser.add_argument("--task", default="easy-vqa")
+    parser.add_argument("--criterion", default=JobSpec.model_fields["criterion"].default, help="that seeds come from")
+    parser.add_argument("--plans", type=int, default=EVALUATIONS[-1], help="that a run evaluates")
     parser.add_argument("--dtype", default="auto", help="float32 where the processor has no bfloat16 instructions")
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--seeds", type=int, default=2)
@@ -94,38 +117,41 @@ def main() -> None:
     handler = Handler.load(
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )
-    table, times = load_inputs(options.model, options.task)
+    name = f"{options.name or options.model}/{task.name}"
+    table, times = load_inputs(options.name or options.model, task.name, options.inputs)
     space = PlanSpace(handler.info.allowed_actions, table.num_layers)
     evaluate, cache = Live(handler, options.cache, options.samples), Cache(options.runs)
     for strategy, seeds in STRATEGIES:
         if options.only and strategy not in options.only:
             continue
         for seed in range(1 if strategy in ONE_RUN else options.seeds):
-            key = f"{options.model}/{options.task}/{strategy}/{seeds}/{seed}"
+            key = f"{name}/{strategy}/{seeds}/{seed}"
             if key in cache.runs:
                 continue
             search = SearchSpec(
-                trials=EVALUATIONS[-1],
+                trials=options.plans,
                 strategy=strategy,
                 seeds=seeds if strategy in SAMPLERS else "theory",
                 seed=seed,
             )
-            result = run(problem_of(space, table, times, options.samples, search), search, evaluate)
+            result = run(problem_of(space, table, times, options.samples, search, options.criterion), search, evaluate)
             cache.add(key, result)
             print(f"{key}: {result['evaluations']} plans in {result['seconds']:.1f} s", flush=True)
     everything = [(step[3], step[4]) for result in cache.runs.values() for step in result["steps"]]
     best, full = hypervolume(everything, REFERENCE), options.samples * table.num_layers
+    plans = [each for each in EVALUATIONS if each <= options.plans]
     rows = {}
     for strategy, seeds in STRATEGIES:
-        start = f"{options.model}/{options.task}/{strategy}/{seeds}/"
+        start = f"{name}/{strategy}/{seeds}/"
         results = [result for key, result in cache.runs.items() if key.startswith(start)]
         if results:
             by_cost = [shares(r["steps"], best, 0, np.array(CHECKPOINTS[:2]) * full) for r in results]
             rows[strategy, seeds] = [
-                cost + shares(r["steps"], best, 1, EVALUATIONS) for cost, r in zip(by_cost, results, strict=True)
+                cost + shares(r["steps"], best, 1, plans) for cost, r in zip(by_cost, results, strict=True)
             ]
-    heads = [*(f"{each} full" for each in CHECKPOINTS[:2]), *(f"{each} plans" for each in EVALUATIONS)]
-    print_table(f"{options.model}, {options.task}: share of the best known hypervolume", heads, rows)
+    heads = [*(f"{each} full" for each in CHECKPOINTS[:2]), *(f"{each} plans" for each in plans)]
+    print_table(f"{name}: share of the best known hypervolume", heads, rows)
+    print_gain(heads, rows)
 
 
 if __name__ == "__main__":

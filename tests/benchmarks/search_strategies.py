@@ -120,8 +120,8 @@ def plan_of(mask: int, layers: int) -> str:
     return "".join("S" if mask >> layer & 1 else "R" for layer in range(layers))
 
 
-def load_inputs(model: str, task: str) -> tuple[LayerTable, Times]:
-    document = json.loads((FIXTURES / f"search_inputs_{model}_{task}.json").read_text())
+def load_inputs(model: str, task: str, directory: Path = FIXTURES) -> tuple[LayerTable, Times]:
+    document = json.loads((directory / f"search_inputs_{model}_{task}.json").read_text())
     rows = tuple(
         LayerMeasurement(n, g, layer, value, None, count) for n, g, layer, value, count in document["measurements"]
     )
@@ -130,13 +130,15 @@ def load_inputs(model: str, task: str) -> tuple[LayerTable, Times]:
     return LayerTable(document["num_layers"], rows), Times(times["dense_latency_seconds"], seconds)
 
 
-def problem_of(space: PlanSpace, table: LayerTable, times: Times, samples: int, spec: SearchSpec) -> Problem:
+def problem_of(
+    space: PlanSpace, table: LayerTable, times: Times, samples: int, spec: SearchSpec, criterion: str = "skip-it"
+) -> Problem:
     problem = Problem(
         space=space,
         limits=Limits(ConstraintSpec(max_accuracy_drop=REFERENCE[1]), times.dense_latency_seconds),
         ratio=partial(latency_ratio, times),
         rungs=rung_sizes(spec.rungs, samples),
-        risk=criteria.load("skip-it").risk(table),
+        risk=criteria.load(criterion).risk(table),
         table=table,
         seed=spec.seed,
         batch=spec.batch,
@@ -283,6 +285,16 @@ def bootstrap_gain(first: Sequence[float], second: Sequence[float]) -> tuple[flo
     return float(np.mean(first) - np.mean(second)), *map(float, np.quantile(draws, [0.025, 0.975]))
 
 
+def print_gain(heads: Sequence[str], rows: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> None:
+    """What the theory's seeds are worth, where both kinds of seeds were run."""
+    theory, other = rows.get(("surrogate", "theory")), rows.get(("surrogate", "random"))
+    if theory and other:
+        print(f"\nTheory seeds ({len(theory)} runs) less random seeds ({len(other)}), mean and 95 % interval:\n")
+        for column, head in enumerate(heads):
+            gain, low, high = bootstrap_gain([row[column] for row in theory], [row[column] for row in other])
+            print(f"- {head}: {100 * gain:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]")
+
+
 def report(options: argparse.Namespace) -> None:
     cache = Cache(options.cache)
     for task in options.tasks:
@@ -299,12 +311,7 @@ def report(options: argparse.Namespace) -> None:
             for pair, results in found.items()
         }
         print_table(f"{task}, search split ({recorded.samples} samples): median (least) of runs", heads, on_search)
-        theory, other = on_search.get(("surrogate", "theory")), on_search.get(("surrogate", "random"))
-        if theory and other:
-            print("\nTheory seeds less random seeds, mean and 95 % interval:\n")
-            for column, head in enumerate(heads):
-                gain, low, high = bootstrap_gain([row[column] for row in theory], [row[column] for row in other])
-                print(f"- {head}: {100 * gain:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]")
+        print_gain(heads, on_search)
         drops = held_out_drops(options.model, task)
         if drops:
             _, times = load_inputs(options.model, task)
