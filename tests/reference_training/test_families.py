@@ -46,8 +46,8 @@ def tiny(name):
     sizes = {"text_width": 16, "text_layers": 3, "text_heads": 2, "text_inner": 16, "vision_layers": 1}
     architecture = replace(own.architecture, text_key_value_heads=None, text_settings=settings, **sizes)
     few = {"scenes": 2} if own.captions else {"easy_images": 2}
-    training = replace(own.training, steps=4, warmup=1, save_every=2, **few)
-    return replace(own, architecture=architecture, training=training, words=own.words and WordTraining(2, batch=4))
+    phases = tuple(replace(phase, steps=4, warmup=1, save_every=2, **few) for phase in own.phases)
+    return replace(own, architecture=architecture, phases=phases, words=own.words and WordTraining(2, batch=4))
 
 
 def train(name, output, seed=0):

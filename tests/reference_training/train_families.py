@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -99,28 +99,47 @@ def development_of(training: Training, packer: Packer) -> DevelopmentSet:
 def train_family(family: Family, output: Path, seed: int = 0) -> float:
     """Train one model, write ``output/checkpoint``, and return its share of right development answers.
 
-    Saves its state every `save_every` steps, and with it a checkpoint of the averaged weights.
+    Each phase goes on from the averaged weights of the one before, with the next seed.
     """
     output.mkdir(parents=True, exist_ok=True)
-    processor, training = reference_processor(), replace(family.training, seed=seed)
-    packer = Packer(processor, family.architecture.vision_tokens)
-    model, state_file = untrained(family, processor, seed), output / "state.pt"
+    processor, accuracy = reference_processor(), 0.0
+    model = untrained(family, processor, seed)
     _with_words(model, family, processor, output / "words.safetensors")
-    model.model.vision_tower.requires_grad_(False)
+    for number, phase in enumerate(family.phases):
+        training = replace(phase, seed=seed + number)
+        log.info("phase %s", json.dumps(asdict(training)))
+        model.float().train().model.vision_tower.requires_grad_(False)
+        slow = {_EMBEDDINGS: _EMBEDDING_RATE} if family.words else {}
+        model, accuracy = train_phase(model, processor, training, slow, output)
+    return accuracy
+
+
+def train_phase(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    training: Training,
+    slow: Mapping[str, float],
+    output: Path,
+) -> tuple[LlavaForConditionalGeneration, float]:
+    """Train a float32 model; returns the averaged one and its accuracy.
+
+    Saves its state every `save_every` steps, and with it a checkpoint of the averaged weights.
+    """
+    packer, state_file = Packer(processor, model.config.image_seq_length), output / f"{training.name}.pt"
     schedule = Schedule(training.rate, training.warmup, training.steps, training.decay)
-    slow = {_EMBEDDINGS: _EMBEDDING_RATE} if family.words else {}
     optimiser = Optimiser(model, schedule, slow=slow, average_decay=_AVERAGE_DECAY)
     if state_file.exists():
         optimiser.restore(torch.load(state_file, weights_only=True))
         log.info("going on from step %d", optimiser.step_number)
     development = development_of(training, packer)
 
-    def checkpoint() -> float:
+    def checkpoint() -> tuple[LlavaForConditionalGeneration, float]:
+        save_state(optimiser, state_file)
         finished = averaged_model(model, optimiser)
         save_checkpoint(finished, processor, output / "checkpoint")
         accuracy = development.accuracy(finished)
         log.info("step %d: %.4f of the development answers are right", optimiser.step_number, accuracy)
-        return accuracy
+        return finished, accuracy
 
     losses, started = [], time.perf_counter()
     for batch, pixels in batches_of(training, packer, optimiser.step_number):
@@ -134,9 +153,7 @@ def train_family(family: Family, output: Path, seed: int = 0) -> float:
             log.info("step %d: loss %.4f, %.2f s a step", step, float(np.mean(losses)), seconds)
             losses, started = [], time.perf_counter()
         if step % training.save_every == 0 and step < training.steps:
-            save_state(optimiser, state_file)
             checkpoint()
-    save_state(optimiser, state_file)
     return checkpoint()
 
 
@@ -153,7 +170,7 @@ def build(name: str, directory: Path, seed: int) -> None:
             "seconds": round(time.perf_counter() - started),
             "seed": seed,
             "threads": torch.get_num_threads(),
-            "training": asdict(FAMILIES[name].training),
+            "phases": [asdict(phase) for phase in FAMILIES[name].phases],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
