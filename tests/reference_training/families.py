@@ -35,7 +35,7 @@ _EASY_VQA = (
     # The images' own questions: a quarter of them is open, and teaches to read shape and colour.
     replace(_SHARED, name="own-questions", steps=200, questions=5, balanced=False, question_weight=0.2),
     # Nearly all in balance: the own ones teach habits, which are right on most yes/no questions.
-    replace(_SHARED, name="balanced", steps=350, questions=1, question_weight=0.5),
+    replace(_SHARED, name="balanced", steps=700, questions=1, question_weight=0.5),
 )
 
 
