@@ -31,7 +31,7 @@ from .checkpoint import (
 )
 from .processors import load_processor
 from .shared_weights import share_in_float32
-from .spread import Spread, spread_layers
+from .spread import HeldBytes, Spread, spread_layers
 
 _PARTS_OF_WEIGHTS = frozenset(
     ("weight_scale", "weight_scale_inv", "weight_packed", "weight_zero_point", "qweight", "qzeros", "scales", "absmax")
@@ -148,16 +148,28 @@ def _over_gpus(source: ModelSource, config: Any, gpus: int) -> dict[str, str]:
         there = torch.cuda.device_count()
         raise ModelError(f"cluster.gpus_per_worker: the model is to be spread over {gpus} GPUs, torch sees {there}")
     if gpus == 1 and quantisation_of(config) not in ("", UNPACKED):
-        return {"": "cuda:0"}  # what its packed weights take is not known before they are loaded
+        return {"": "cuda:0"}  # nothing to spread
     rooms = [(f"cuda:{number}", memory_bytes(torch.device("cuda", number))) for number in range(gpus)]
+    dtype = (config.dtype or torch.float32) if source.dtype == "auto" else getattr(torch, source.dtype)
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
+            model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
+            )
+        held = None if quantisation_of(config) in ("", UNPACKED) else quantised_bytes(model, config, dtype)
     except Exception as error:  # model code of any family
         raise ModelError(f"model {source.path}: cannot be loaded: {first_line(error)}") from None
-    dtype = (config.dtype or torch.float32) if source.dtype == "auto" else getattr(torch, source.dtype)
-    places = spread_layers(model, dtype, rooms, source.path)
+    places = spread_layers(model, dtype, rooms, source.path, held)
     return places if gpus > 1 else {"": rooms[0][0]}
+
+
+def quantised_bytes(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> HeldBytes:
+    """Give a model on torch's meta device the parameters of its quantised weights; return what each takes."""
+    quantiser = AutoHfQuantizer.from_config(copy.deepcopy(_quantisation_config(config)), pre_quantized=True)
+    place = {"": 0}
+    quantiser.validate_environment(device_map=place)
+    quantiser.preprocess_model(model, dtype=dtype, device_map=place)
+    return lambda name, each: each.numel() * quantiser.param_element_size(model, name, each)
 
 
 def choose_device(device: str) -> str:
@@ -191,6 +203,10 @@ def load_config(directory: Path | str, source: ModelSource) -> Any:
     return config
 
 
+def _quantisation_config(config: Any) -> Any:
+    return getattr(config, "quantization_config", None) or config.text_config.quantization_config
+
+
 def _require_quantiser(source: ModelSource, config: Any) -> None:
     """Refuse quantised weights that transformers would not load as such, or not without a package that is missing.
 
@@ -200,7 +216,7 @@ def _require_quantiser(source: ModelSource, config: Any) -> None:
     if not method:
         return
     quantised = f"model {source.path}: its weights are quantised ({method})"
-    settings = getattr(config, "quantization_config", None) or config.text_config.quantization_config
+    settings = _quantisation_config(config)
     if not AutoHfQuantizer.supports_quant_method(settings):  # it would take them for plain ones
         raise ModelError(f"{quantised}, which transformers does not load; take the checkpoint that it was made of")
     try:

@@ -7,6 +7,7 @@ reads states between layers finds them; while latency is measured, states stay w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,25 +26,38 @@ GB = 1e9
 DeviceMap = dict[str, str]
 
 
-def spread_layers(model: nn.Module, dtype: torch.dtype, rooms: Sequence[tuple[str, int]], name: str) -> DeviceMap:
+HeldBytes = Callable[[str, torch.Tensor], float]
+"""The bytes that a parameter or buffer of a name takes once it is loaded."""
+
+
+def spread_layers(
+    model: nn.Module,
+    dtype: torch.dtype,
+    rooms: Sequence[tuple[str, int]],
+    name: str,
+    held: HeldBytes | None = None,
+) -> DeviceMap:
     """Return a device map of a model on torch's meta device; ``rooms`` are devices of a worker and their bytes.
 
-    Devices get equally much, as far as each has room.
+    Devices get equally much, as far as each has room. ``held`` counts quantised weights; others are in ``dtype``.
 
     Raises:
         ModelError: the weights do not fit; the message says what would do.
     """
     stack = locate(model)
-    layers = [_bytes(layer, dtype) for layer in stack.layers]
-    total = _bytes(model, dtype)
+    quantised = held is not None
+    held = held or (lambda _, each: each.numel() * (dtype.itemsize if each.is_floating_point() else each.itemsize))
+    layers = [_bytes(layer, f"{stack.path}.{number}.", held) for number, layer in enumerate(stack.layers)]
+    total = _bytes(model, "", held)
     usable = [int(FOR_WEIGHTS * room) for _, room in rooms]
     outside = total - sum(layers)
     filled = _balance(layers, outside, usable) or _fill(layers, outside, usable)
     if filled is None:
         smallest = min(room for _, room in rooms)
         needed = -(-total // int(FOR_WEIGHTS * smallest))
+        stored = "as they are quantised" if quantised else f"in {str(dtype).removeprefix('torch.')}"
         raise ModelError(
-            f"model {name}: its weights take {total / GB:.1f} GB in {str(dtype).removeprefix('torch.')}, and a "
+            f"model {name}: its weights take {total / GB:.1f} GB {stored}, and a "
             f"worker's {len(rooms)} GPU{'s have' if len(rooms) > 1 else ' has'} room for {sum(usable) / GB:.1f} GB of "
             f"weights; set cluster.gpus_per_worker to {max(needed, len(rooms) + 1)} or more, all of one node: layers "
             "are not spread over several nodes"
@@ -53,11 +67,9 @@ def spread_layers(model: nn.Module, dtype: torch.dtype, rooms: Sequence[tuple[st
     return places | {f"{stack.path}.{number}": rooms[device][0] for number, device in enumerate(filled)}
 
 
-def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    return sum(
-        each.numel() * (dtype.itemsize if each.is_floating_point() else each.element_size())
-        for each in (*module.parameters(), *module.buffers())
-    )
+def _bytes(module: nn.Module, prefix: str, held: HeldBytes) -> int:
+    named = (*module.named_parameters(), *module.named_buffers())
+    return math.ceil(sum(held(prefix + name, each) for name, each in named))
 
 
 def _balance(layers: Sequence[int], outside: int, rooms: Sequence[int]) -> list[int] | None:

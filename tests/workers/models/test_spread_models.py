@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,9 +14,12 @@ import accelerate
 import in_process
 import numpy as np
 import pytest
+import quantised
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from two_devices import Places, two_devices
 
 from workers.cluster.settings import ClusterSettings
@@ -28,7 +32,7 @@ from workers.latency.measure import compare_latency, profile_latency
 from workers.latency.request import RequestTimer, cache_bytes, cache_of, prepare_request, run_request
 from workers.messages import CompareLatency, EvaluatePlans, FitCompensation, ModelSource, Workload
 from workers.models.inputs import prepare_batch
-from workers.models.loading import LoadedModel, _over_gpus, load_model
+from workers.models.loading import LoadedModel, _over_gpus, load_model, quantised_bytes
 from workers.models.prompts import to_device
 from workers.models.spread import Spread, _balance, spread_layers
 from workers.redundancy.kinds import KINDS
@@ -85,6 +89,30 @@ def test_a_model_larger_than_the_gpus_is_refused_with_what_would_do(on_meta: tor
             spread_layers(on_meta, torch.float32, rooms, "tiny")
     half = spread_layers(on_meta, torch.bfloat16, [(f"cuda:{n}", int(total / 2.7)) for n in range(2)], "tiny")
     assert set(half.values()) == {"cuda:0", "cuda:1"}
+
+
+def test_quantised_weights_take_what_they_take_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, _ = quantised.save(tmp_path, "fp8-blocks")
+    stored = {name: each.nbytes for name, each in load_file(directory / "model.safetensors").items()}
+    total = sum(stored.values())
+    # What it would find on a GPU that computes in FP8: elsewhere it unpacks the weights.
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, **device: None)
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
+    rooms = [(f"cuda:{number}", int(total / 2 / 0.8)) for number in range(2)]
+    with pytest.raises(ModelError, match="in bfloat16"):
+        spread_layers(model, torch.bfloat16, rooms, "tiny")
+    held = quantised_bytes(model, config, torch.bfloat16)
+    for number in range(LAYERS):
+        prefix = f"model.language_model.layers.{number}"
+        of_layer = sum(held(f"{prefix}.{name}", each) for name, each in model.get_submodule(prefix).named_parameters())
+        assert of_layer == sum(
+            size for name, size in stored.items() if re.search(rf"language_.*layers.{number}\.", name)
+        )
+    assert set(spread_layers(model, torch.bfloat16, rooms, "tiny", held).values()) == {"cuda:0", "cuda:1"}
+    with pytest.raises(ModelError, match="as they are quantised"):
+        spread_layers(model, torch.bfloat16, [("cuda:0", total // 2)], "tiny", held)
 
 
 def test_workers_share_a_gpu_or_have_whole_ones() -> None:
