@@ -29,7 +29,14 @@ from storage.records.plans import LOSSLESS, Plan
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import Action, SkipPlan
 
-ACTION_STYLES = {Action.RUN: "green", Action.FREEZE: "cyan", Action.BYPASS: "blue", Action.SKIP: "red"}
+ACTION_STYLES = {
+    Action.RUN: "green",
+    Action.FREEZE: "cyan",
+    Action.BYPASS: "blue",
+    Action.SKIP: "red",
+    Action.SKIP_ATTENTION: "magenta",
+    Action.SKIP_MLP: "yellow",
+}
 
 
 class Screen:

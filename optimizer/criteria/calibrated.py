@@ -20,9 +20,9 @@ from scipy.stats import norm, rankdata
 
 from workers.redundancy.kinds import ANSWER, TRIED
 from workers.redundancy.table import LayerTable
-from workers.runtime.plan import SAVING_LETTERS, Action
+from workers.runtime.plan import Action
 
-from .interface import Risk, Thresholds
+from .interface import MEASURED_LETTERS, Risk, Thresholds
 from .published import Angular, BlockInfluence, Cosine, EarlyExit
 from .skip_it import SkipIt
 
@@ -60,7 +60,7 @@ class Calibrated(Thresholds):
     name = "calibrated"
     source = "skipplan, docs/theory.md"
     needs: ClassVar[tuple[str, ...]] = (*SkipIt.needs, "trials")
-    published_for = SAVING_LETTERS
+    published_for = MEASURED_LETTERS
 
     def __post_init__(self) -> None:
         if not self.safe > 0:
@@ -69,7 +69,7 @@ class Calibrated(Thresholds):
     def risk(self, table: LayerTable) -> Risk:
         model = _Model.of(table)
         layers = range(table.num_layers)
-        everywhere = [(letter, layer) for letter in SAVING_LETTERS for layer in layers]
+        everywhere = [(letter, layer) for letter in MEASURED_LETTERS for layer in layers]
         centre, spread = model.predict(everywhere)
         unseen = np.empty(len(everywhere))
         for layer in layers:
@@ -81,7 +81,7 @@ class Calibrated(Thresholds):
             found = dict(zip(everywhere, values.tolist(), strict=True))
             if known is not None:
                 found |= dict.fromkeys(nothing, known)
-            return {letter: tuple(found[letter, layer] for layer in layers) for letter in SAVING_LETTERS}
+            return {letter: tuple(found[letter, layer] for layer in layers) for letter in MEASURED_LETTERS}
 
         return Risk(
             self.name,
@@ -108,7 +108,8 @@ class _Model:
         """Read a table. Raises MeasurementError when a criterion's measurement, or every removal, is missing."""
         risks = [kind().risk(table) for kind in COMBINED]
         ranks = {
-            letter: np.stack([_normal_scores(risk.risk[letter]) for risk in risks], axis=1) for letter in SAVING_LETTERS
+            letter: np.stack([_normal_scores(risk.risk[letter]) for risk in risks], axis=1)
+            for letter in MEASURED_LETTERS
         }
         names = {Action.SKIP.letter: "final_divergence"}
         names |= {action.letter: f"trial_divergence@{action.label}" for action in TRIED}
@@ -169,7 +170,7 @@ class _Model:
     def _design(self, places: Sequence[Place]) -> Floats:
         """``[places, criteria + actions]``: ranks, and which action it is."""
         ranks = np.array([self.ranks[letter][layer] for letter, layer in places])
-        return np.hstack([ranks, [[float(letter == other) for other in SAVING_LETTERS] for letter, _ in places]])
+        return np.hstack([ranks, [[float(letter == other) for other in MEASURED_LETTERS] for letter, _ in places]])
 
 
 def _normal_scores(values: Sequence[float]) -> Floats:

@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from workers.redundancy.kinds import INTERVENTIONS
 from workers.redundancy.table import LayerTable
-from workers.runtime.plan import SAVING_LETTERS, Action
+from workers.runtime.plan import Action
+
+MEASURED_LETTERS = "".join(action.letter for action in INTERVENTIONS)
+"""Letters of the actions that criteria give a risk of their own."""
 
 
 @dataclass(frozen=True)
 class Risk:
-    """Predicted harm, at least 0, of every action at every layer: ``risk[letter][layer]``; running (R) has none."""
+    """Predicted harm, at least 0, of every action at every layer: ``risk[letter][layer]``; running (R) has none.
+
+    Leaving out a part of a layer, where a criterion gives that no risk of its own, is held as harmful as skipping it.
+    """
 
     criterion: str
     risk: dict[str, tuple[float, ...]]
@@ -52,6 +59,8 @@ class Risk:
         return tuple(sorted(range(len(values)), key=lambda layer: (values[layer], layer)))
 
     def _of(self, letter: str) -> tuple[float, ...]:
+        if letter not in self.risk and Action.of(letter).row.leaves_out:
+            letter = Action.SKIP.letter
         if letter not in self.risk:
             raise ValueError(f"criterion {self.criterion} predicts no risk of {letter}")
         return self.risk[letter]
@@ -106,7 +115,7 @@ class Thresholds:
 
 def everywhere(criterion: str, values: tuple[float, ...]) -> Risk:
     """Predict the same risk whatever the action: for criteria that rank layers and know no actions."""
-    return Risk(criterion, dict.fromkeys(SAVING_LETTERS, values))
+    return Risk(criterion, dict.fromkeys(MEASURED_LETTERS, values))
 
 
 def known_values(table: LayerTable, name: str, group: str) -> tuple[float, ...]:

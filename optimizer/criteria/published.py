@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from workers.redundancy.kinds import INTERVENTIONS
 from workers.redundancy.table import LayerTable
-from workers.runtime.plan import SAVING_LETTERS, Action
+from workers.runtime.plan import Action
 
-from .interface import Risk, Thresholds, everywhere, known_values
+from .interface import MEASURED_LETTERS, Risk, Thresholds, everywhere, known_values
 
 SKIP, BYPASS, FREEZE = Action.SKIP.letter, Action.BYPASS.letter, Action.FREEZE.letter
 
@@ -25,7 +25,7 @@ class Cosine(Thresholds):
     name = "cosine"
     source = "Hartman et al., arXiv 2509.25584 (average cosine distance); the step to actions is ours"
     needs = ("distance",)
-    published_for = SAVING_LETTERS
+    published_for = MEASURED_LETTERS
 
     def risk(self, table: LayerTable) -> Risk:
         vision, text = group_values(table, "cosine_distance")

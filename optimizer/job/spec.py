@@ -92,7 +92,9 @@ class JobSpec(Section):
         "several in tasks.",
     )
     actions: tuple[ActionName, ...] = Field(
-        default=("skip",), min_length=1, description="What may happen at a layer: skip, freeze, bypass."
+        default=("skip",),
+        min_length=1,
+        description="What may happen at a layer: skip it, freeze or bypass vision tokens, leave out a part.",
     )
     criterion: str = Field(
         default="skip-it",
@@ -205,6 +207,16 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _compensation_fits(self) -> JobSpec:
+        partial = [action.label for action in Action if action.row.leaves_out and action.label in self.actions]
+        if partial and self.compensation.kind != "none":
+            raise ValueError(
+                f"compensation: plans with {' and '.join(partial)} are not compensated; leave these actions out, or "
+                "take compensation none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_can_be_asked(self) -> JobSpec:
         engine, workload = self.latency.engine, self.workload
         if engine == TRANSFORMERS and workload.concurrency != 1:
@@ -245,7 +257,7 @@ class JobSpec(Section):
                 )
         if self.actions != (Action.SKIP.label,):
             raise ValueError(
-                "actions: a lossless plan drafts text, where freeze and bypass save nothing; leave actions at [skip]"
+                "actions: a lossless plan drafts text by leaving whole layers out; leave actions at [skip]"
             )
         if self.workload.new_tokens < LEAST_TOKENS:
             raise ValueError(

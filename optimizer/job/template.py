@@ -85,7 +85,8 @@ model:
 task: {_scalar(task)}
 
 actions: [{first}]{more}
-#   skip leaves a whole layer out, and exports as a plain checkpoint; freeze and bypass spare vision tokens only.
+#   skip leaves a whole layer out, and exports as a plain checkpoint; freeze and bypass spare vision tokens only;
+#   skip_attention and skip_mlp leave a part of the layer out.
 
 constraint:
   max_accuracy_drop: 0.01   # one point, judged on the upper end of the loss's interval on held-out samples

@@ -62,9 +62,10 @@ class CacheSizes:
     bypass: float
 
     def of(self, plan: SkipPlan) -> float:
-        """Predict the bytes of a plan's cache: a frozen layer keeps all keys and values, a skipped one none."""
+        """Predict the bytes of a plan's cache: a frozen layer keeps all keys and values, one without attention none."""
         bypassed = sum(action.row.hides_vision for action in plan)
-        return bypassed * self.bypass + (len(plan.kept) - bypassed) * self.run
+        keeping = sum(action.row.keeps_keys for action in plan)
+        return bypassed * self.bypass + (keeping - bypassed) * self.run
 
 
 def cache_sizes(context: JobContext) -> CacheSizes:

@@ -15,6 +15,7 @@ import numpy as np
 
 from optimizer import criteria
 from optimizer.criteria import Criterion, Risk
+from optimizer.criteria.interface import MEASURED_LETTERS
 from optimizer.registries import CRITERIA
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.redundancy import measured
@@ -25,7 +26,7 @@ from optimizer.validation.harm import Measured, PlanHarm, measure
 from workers.errors import MeasurementError
 from workers.redundancy.kinds import KINDS
 from workers.redundancy.table import LayerTable
-from workers.runtime.plan import SAVING_LETTERS, Action
+from workers.runtime.plan import Action
 
 CONTROL = "scrambled (control)"
 RANDOM_SETS = 3
@@ -122,7 +123,7 @@ def validate(
     predicted = _predict(context, own, others)
     confidence, seed, num_layers = spec.constraint.confidence, spec.search.seed, predicted.table.num_layers
     predicted.risks[CONTROL] = scrambled(predicted.risks[own.name], seed)
-    allowed = {letter: layers for letter in SAVING_LETTERS if (layers := _allowed(context, letter))}
+    allowed = {letter: layers for letter in MEASURED_LETTERS if (layers := _allowed(context, letter))}
     if not allowed:
         raise JobFailed("no layer of this model may take any action")
     size = set_size or max(1, round(num_layers / 4))

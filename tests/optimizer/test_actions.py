@@ -10,7 +10,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-import fifth_action
+import another_action
 import pytest
 
 from optimizer.cli.screen import ACTION_STYLES
@@ -31,9 +31,9 @@ UNRUN = {"live model", "pruned checkpoint"}
         pytest.param("", UNRUN, marks=pytest.mark.slow),
     ],
 )
-def test_every_consumer_takes_a_fifth_action_or_names_it(flags: str, unrun: set[str]) -> None:
+def test_every_consumer_takes_another_action_or_names_it(flags: str, unrun: set[str]) -> None:
     run = subprocess.run(
-        [sys.executable, fifth_action.__file__, flags], capture_output=True, text=True, env=environment(), check=False
+        [sys.executable, another_action.__file__, flags], capture_output=True, text=True, env=environment(), check=False
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, str] = json.loads(run.stdout.splitlines()[-1])

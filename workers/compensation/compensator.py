@@ -59,6 +59,7 @@ class Compensator:
         recipe = Recipe.parse(compensation)
         if recipe.is_none:
             return None
+        require_whole_layers(plan)
         if artifact is None:
             return self.fitted(plan, recipe).maps
         known = self._read.get(artifact.checksum)
@@ -82,7 +83,9 @@ class Compensator:
         if recipe.is_none:
             raise CompensationError("compensation none has no maps to fit")
         self.text = request.text
-        fitted = self.fitted(SkipPlan.parse(request.plan), recipe)
+        plan = SkipPlan.parse(request.plan)
+        require_whole_layers(plan)
+        fitted = self.fitted(plan, recipe)
         calibration = self.calibration(recipe)
         provenance = Provenance(
             model_fingerprint=self.loaded.fingerprint,
@@ -149,4 +152,14 @@ class Compensator:
             f"dtype={str(self.loaded.model.dtype).removeprefix('torch.')} attention={config._attn_implementation} "
             f"device={self.loaded.device.type} threads={torch.get_num_threads()} python={platform.python_version()} "
             f"torch={torch.__version__} transformers={transformers.__version__}"
+        )
+
+
+def require_whole_layers(plan: SkipPlan) -> None:
+    """Raise :class:`CompensationError` where a plan leaves out parts of layers: its gaps are not compensated."""
+    if plan.partial:
+        layer = plan.partial[0]
+        raise CompensationError(
+            f"layer {layer}: a plan with {plan[layer].letter} ({plan[layer].label}) is not compensated; take "
+            "compensation none"
         )

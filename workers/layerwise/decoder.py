@@ -22,6 +22,7 @@ from workers.runtime.families import describe_stack, family_of, layer_kinds
 from workers.runtime.locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters, locate
 from workers.runtime.plan import Action
 from workers.runtime.special_layers import VISION_ACTIONS
+from workers.runtime.sublayers import Block, block_of, leave_out
 from workers.runtime.text_cache import MergingCache
 from workers.runtime.token_layers import TokenLayer, query_scale, shares_keys
 from workers.runtime.token_rows import TokenRows, TokenSplit
@@ -132,6 +133,7 @@ class Decoder:
             }
             for number, layer in enumerate(self.layers)
         )
+        self._blocks: dict[int, Block] = {}
         self._gives_tuple: bool | None = None
 
     @property
@@ -237,13 +239,53 @@ class Decoder:
     ) -> LayerOutput:
         """Run one layer over the rows ``split.text``; the others keep their state.
 
-        With ``FREEZE`` the other rows give keys and values, with ``BYPASS`` they are not seen.
+        With ``FREEZE`` the other rows give keys and values, with ``BYPASS`` they are not seen. An action that leaves a
+        part of the layer out goes for all rows.
         """
+        if action.row.leaves_out:
+            with self.without(layer, action):
+                return self.run(layer, hidden, arguments, watch)
         if split is None:
             return self.run(layer, hidden, arguments, watch)
         self._split.current = split
         gathering = self._gathering[layer][action]
         return self._watched(lambda: gathering(hidden, **arguments), watch, split, hidden)
+
+    def run_text(
+        self,
+        layer: int,
+        action: Action,
+        split: TokenSplit,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        watch: Watch | None = None,
+    ) -> LayerOutput:
+        """Run one layer over the rows ``split.text`` alone: what it does to text under an action.
+
+        The other rows are seen, as ``arguments`` have it, and keep their state.
+        """
+        with self.without(layer, action):
+            if action.row.keeps_keys:
+                return self.run_rows(layer, Action.FREEZE, split, hidden, arguments, watch)
+            rows = split.text.take(hidden, hidden.dim() - 2, hidden.dim() - 3)
+            output = hidden_of(self.layers[layer](rows, **arguments))
+            return LayerOutput(split.text.put(hidden, output))
+
+    @contextmanager
+    def without(self, layer: int, action: Action) -> Iterator[None]:
+        """Have a layer run without the part that an action leaves out, if it does."""
+        if not action.row.leaves_out:
+            yield
+            return
+        own = self.layers[layer]
+        if layer not in self._blocks:
+            self._blocks[layer] = block_of(own, int(self.stack.text_config.hidden_size))
+        edits = Edits()
+        try:
+            leave_out(edits, own, self._blocks[layer], layer, action)
+            yield
+        finally:
+            edits.undo()
 
     def run_with_keys(
         self, layer: int, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None = None

@@ -11,7 +11,7 @@ from workers.runtime.plan import Action, SkipPlan
 
 @dataclass(frozen=True)
 class Execute:
-    """A decoder layer is run, frozen or bypassed."""
+    """A decoder layer is run, under an action that leaves some of it."""
 
     layer: int
     action: Action

@@ -32,7 +32,7 @@ QUANTILES = (0.5, 0.9, 0.99)
 HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
 """Bins of the cosine distance, for its quantiles: 255 of them, each 6 % wide."""
 
-INTERVENTIONS = tuple(action for action in Action if action is not Action.RUN)
+INTERVENTIONS = tuple(action for action in Action if action is not Action.RUN and not action.row.leaves_out)
 """Actions that the causal kind tries at every layer, in the order of their sums."""
 
 TRIED = (Action.FREEZE, Action.BYPASS)

@@ -18,10 +18,15 @@ from .layer_removal import remove_layers
 from .locate import DecoderStack, locate
 from .plan import Action, PlanError, SkipPlan
 from .reload_check import require_faithful_reload
+from .sublayers import block_of, leave_out
 from .token_layers import TokenLayer
 from .vision_tokens import VisionTokens
 
 MASKED_ATTENTION = ("sdpa", "eager")
+INCOMPLETE = (
+    "the plan {0} left parts of layers out of this model for good, and a checkpoint of what is left could be loaded by "
+    "nothing: export the plan in format runtime, and copy its directory to hand it on"
+)
 CHANGING = threading.RLock()
 """Held while a plan is put on a model or taken off, so that two threads cannot do so at a time."""
 
@@ -99,10 +104,12 @@ class AppliedPlan(NotCopied):
 
     def _install(self, permanent: bool) -> None:
         stack, plan = self._stack, self.plan
-        if not permanent or plan.needs_vision_tokens:
+        if not permanent or plan.partial or plan.needs_vision_tokens:
             self._edits.set_instance_attribute(stack.layers, APPLIED, self)
         if not permanent:
             self._refuse_what_would_go_wrong()
+        elif plan.partial and hasattr(stack.model, "save_pretrained"):
+            self._edits.set_instance_attribute(stack.model, "save_pretrained", _refusal(INCOMPLETE.format(plan.text)))
         if plan.needs_vision_tokens:
             self._require_masked_attention()
         layers = list(stack.layers)
@@ -112,6 +119,10 @@ class AppliedPlan(NotCopied):
             remove_layers(self._edits, stack, plan.kept, permanent=permanent)
             if permanent:
                 require_faithful_reload(stack)
+        for new, old in enumerate(plan.kept):
+            if plan[old].row.leaves_out:
+                block = block_of(layers[old], int(stack.text_config.hidden_size))
+                leave_out(self._edits, layers[old], block, new, plan[old], permanent=permanent)
         if not plan.needs_vision_tokens:
             if not permanent:
                 for method in ("forward", "generate"):
@@ -155,7 +166,8 @@ def _refusal(reason: str) -> Callable[..., NoReturn]:
 
 def _require_known(plan: SkipPlan) -> None:
     for layer, action in enumerate(plan):
-        if not (action is Action.RUN or action.row.removes_layer or action.row.vision_only):
+        row = action.row
+        if not (action is Action.RUN or row.removes_layer or row.vision_only or row.leaves_out):
             raise PlanError(f"layer {layer}: nothing here runs {action.letter} ({action.label})")
 
 
@@ -175,7 +187,8 @@ def apply_permanently(model: nn.Module, plan: SkipPlan, compensation: Maps | Non
     """Put ``plan`` on ``model`` for good: skipped layers leave the model, its configuration and memory.
 
     Maps given as ``compensation`` stay in the weights.
-    What is left is an ordinary model (after a plan of R and S: it can be saved, described and given further plans).
+    Layers without attention or without an MLP lose those modules. After a plan of R and S what is left is an ordinary
+    model: it can be saved, described and given further plans.
     Raises :class:`PlanError`, the model as it was, when transformers would load such a model differently once saved.
     """
     applied = AppliedPlan(model, plan, compensation)

@@ -85,6 +85,28 @@ def plan_cut(stack: DecoderStack, plan: SkipPlan, checkpoint: Path, *, original_
     return Cut(files, {section: names_of.renumbered(own) for section, own in _settings(checkpoint).items()})
 
 
+def leave_out_tensors(directory: Path, modules: Iterable[str]) -> None:
+    """Take the tensors of some modules out of a checkpoint whose tensors have their names in memory."""
+    left_out = tuple(f"{name}." for name in modules)
+    if not left_out:
+        return
+    for file in _weight_files(directory):
+        names = {name: name for name in _read_header(file)[1] if name != "__metadata__"}
+        kept = {name: name for name in names if not name.startswith(left_out)}
+        if not kept:
+            file.unlink()
+        elif len(kept) < len(names):
+            shorter = file.with_name(f".{file.name}")
+            _copy_tensors(file, shorter, kept)
+            shorter.replace(file)
+    if (directory / INDEX).is_file():
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        places = {name: file for name, file in index["weight_map"].items() if not name.startswith(left_out)}
+        size = sum((directory / file).stat().st_size for file in set(places.values()))
+        index |= {"metadata": {"total_size": size}, "weight_map": places}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def stored_quantisation(checkpoint: Path | None) -> str:
     """Name the method that a checkpoint's weights are quantised by; empty for none, and without a checkpoint."""
     settings = {} if checkpoint is None else _settings(checkpoint)

@@ -23,7 +23,7 @@ from transformers.generation import logits_process
 
 from .applied import apply_permanently
 from .folding import Maps
-from .plan import PlanError, SkipPlan
+from .plan import Action, PlanError, SkipPlan
 
 STATEFUL = (
     logits_process.SynthIDTextWatermarkLogitsProcessor,
@@ -46,11 +46,10 @@ def drafting_model(model: nn.Module, plan: SkipPlan, maps: Maps | None) -> nn.Mo
     tokens apart.
     """
     for layer, action in enumerate(plan):
-        if action.row.vision_only:
-            raise PlanError(
-                f"layer {layer}: a drafter generates text, where {action.letter} ({action.label}) saves nothing; "
-                "speculate() takes plans of R and S"
-            )
+        if action is not Action.RUN and not action.row.removes_layer:
+            own = f"{action.letter} ({action.label})"
+            reason = f"a drafter generates text, where {own} saves nothing" if action.row.vision_only else f"not {own}"
+            raise PlanError(f"layer {layer}: {reason}; speculate() takes plans of R and S")
     drafter = sharing_copy(model)
     apply_permanently(drafter, plan, maps)
     return drafter

@@ -13,7 +13,8 @@ from .layer_config import LayerNames, unknown_per_layer_lists
 from .locate import CACHE_ARGUMENTS, DecoderStack, argument_name, locate, vision_token_ids
 from .loop_guard import attribute_uses, counts_rows, loop_facts
 from .plan import Action
-from .special_layers import VISION_ACTIONS, OnRemoval, Refusals, refuse
+from .special_layers import PARTIAL_ACTIONS, VISION_ACTIONS, OnRemoval, Refusals, refuse
+from .sublayers import NotSeparableError, block_of
 from .token_layers import scales_queries_by_row
 from .vision_tokens import takes_vision
 
@@ -122,6 +123,7 @@ def describe_stack(stack: DecoderStack) -> FamilyDescriptor:
         reason = "the model takes no image inputs by a name that is known, so prompts with images cannot be told apart"
         refuse(refusals, range(num_layers), VISION_ACTIONS, reason)
     _refuse_by_kind(stack, kinds, refusals)
+    _refuse_by_block(stack, kinds, refusals)
     _refuse_by_names(stack, family, refusals)
     for restrict in family.restrict:
         restrict(stack, refusals)
@@ -169,6 +171,19 @@ def _refuse_by_kind(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refus
             refuse(refusals, (index,), VISION_ACTIONS, reason)
 
 
+def _refuse_by_block(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refusals) -> None:
+    """Refuse to leave out a part where a block cannot be taken apart, and what keeps more than keys and values."""
+    without_attention = [action for action in PARTIAL_ACTIONS if not action.row.keeps_keys]
+    for index, (layer, kind) in enumerate(zip(stack.layers, kinds, strict=True)):
+        try:
+            block_of(layer, int(stack.text_config.hidden_size))
+        except NotSeparableError as error:
+            refuse(refusals, (index,), PARTIAL_ACTIONS, str(error))
+        if kind not in ATTENTION_KINDS:
+            reason = f"its kind is {kind}, and what is left out is attention over a plain KV cache only"
+            refuse(refusals, (index,), without_attention, reason)
+
+
 def _refuse_by_names(stack: DecoderStack, family: Family, refusals: Refusals) -> None:
     """Refuse what depends on a layer's place in a way that no table names."""
     everywhere = range(len(stack.layers))
@@ -189,4 +204,4 @@ def _refuse_by_names(stack: DecoderStack, family: Family, refusals: Refusals) ->
     carried = facts.carried - family.carried
     if carried:
         reason = f"layers of {owner} hand each other more than hidden states: {', '.join(sorted(carried))}"
-        refuse(refusals, everywhere, (Action.SKIP, *VISION_ACTIONS), reason)
+        refuse(refusals, everywhere, (Action.SKIP, *VISION_ACTIONS, *PARTIAL_ACTIONS), reason)

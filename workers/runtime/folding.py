@@ -170,6 +170,8 @@ def fold(edits: Edits, stack: DecoderStack, plan: SkipPlan, maps: Maps) -> None:
     if given not in ([(gap.layer, gap.end) for gap in gaps(plan, drift=drift)] for drift in (False, True)):
         raise FoldingError(f"the maps given are not those of the gaps of plan {plan.text}")
     for index in sorted(maps):
+        if plan[index].row.leaves_out == "mlp":
+            raise FoldingError(f"layer {index} cannot hold a map: the plan {plan.text} leaves out its MLP")
         fold_site_map(edits, fold_site(stack, index), maps[index])
 
 

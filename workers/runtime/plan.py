@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import total_ordering
-from typing import overload
+from typing import Literal, overload
 
 
 class PlanError(ValueError):
@@ -33,6 +33,13 @@ class ActionRow:
     """Whether vision tokens are treated apart: they keep their state."""
     hides_vision: bool = False
     """Whether text does not attend to vision tokens at the layer: no keys, values or cache entries for them."""
+    leaves_out: Literal["", "attention", "mlp"] = ""
+    """The part of the layer that adds nothing for any token, where it is not the whole layer."""
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether the layer has keys and values in the KV cache."""
+        return not self.removes_layer and self.leaves_out != "attention"
 
 
 class Action(Enum):
@@ -69,6 +76,22 @@ class Action(Enum):
         meaning="are skipped for every token",
         work=0.0,
         removes_layer=True,
+    )
+    SKIP_ATTENTION = ActionRow(
+        letter="A",
+        past="without attention",
+        summary="the MLP alone runs, no KV cache",
+        meaning="run without attention, for every token",
+        work=2 / 3,
+        leaves_out="attention",
+    )
+    SKIP_MLP = ActionRow(
+        letter="M",
+        past="without MLP",
+        summary="attention alone runs",
+        meaning="run without their MLP, for every token",
+        work=1 / 3,
+        leaves_out="mlp",
     )
 
     row: ActionRow
@@ -189,6 +212,11 @@ class SkipPlan:
     def remainder(self) -> SkipPlan:
         """The plan over the layers that stay."""
         return SkipPlan(tuple(self.actions[layer] for layer in self.kept))
+
+    @property
+    def partial(self) -> tuple[int, ...]:
+        """The layers that run without their attention or without their MLP, in order."""
+        return tuple(layer for layer, own in enumerate(self.actions) if own.row.leaves_out)
 
     @property
     def is_dense(self) -> bool:

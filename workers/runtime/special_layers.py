@@ -21,6 +21,8 @@ OnRemoval = Callable[[Edits, DecoderStack, Sequence[int], bool], None]
 """Called with the kept layers before they are renumbered, and whether the change is permanent."""
 
 VISION_ACTIONS = tuple(action for action in Action if action.row.vision_only)
+PARTIAL_ACTIONS = tuple(action for action in Action if action.row.leaves_out)
+KEYLESS_ACTIONS = tuple(action for action in Action if not action.row.keeps_keys)
 BLOCKS_OF_LAYERS = ("embed_tokens_per_layer", "per_layer_model_projection")
 """Modules whose results hold a block per layer, side by side in the last dimension."""
 
@@ -91,7 +93,7 @@ def refuse_shared_keys(stack: DecoderStack, refusals: Refusals) -> None:
     providers = [layer for layer, mode in enumerate(modes) if mode == "store"]
     if not consumers:
         return
-    refuse(refusals, providers, (Action.SKIP,), "later layers use its keys and values (KV sharing)")
+    refuse(refusals, providers, KEYLESS_ACTIONS, "later layers use its keys and values (KV sharing)")
     refuse(refusals, providers, (Action.BYPASS,), "later layers use its keys and values of vision tokens (KV sharing)")
     refuse(refusals, consumers, (Action.BYPASS,), "its keys and values are those of an earlier layer (KV sharing)")
 

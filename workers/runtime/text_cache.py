@@ -14,19 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, DynamicCache
 
+from .cache_lengths import LengthLayer, cache_entry
 from .token_rows import TokenRows
 
 
-class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
+class TextOnlyLayer(LengthLayer):
     """A cache layer that stores text tokens only and reports the length of the whole sequence.
 
     ``columns``, ``[batch or 1, stored]``, gives the original position of the first stored tokens, -1 for padding of
@@ -34,20 +28,7 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
     """
 
     def __init__(self, replaced: Any) -> None:
-        super().__init__()
-        self.window: int | None = None
-        self.static_length: int | None = None
-        self.record_past = getattr(replaced, "record_past", False)
-        if isinstance(replaced, DynamicSlidingWindowLayer):
-            self.window = int(replaced.sliding_window)
-        elif isinstance(replaced, StaticSlidingWindowLayer):
-            self.window = self.static_length = int(replaced.max_cache_len)
-        elif isinstance(replaced, StaticLayer):
-            self.static_length = int(replaced.max_cache_len)
-        elif type(replaced) is not DynamicLayer:
-            raise RuntimeError(f"a bypassed layer cannot store its keys in a {type(replaced).__name__}")
-        self.is_sliding = self.window is not None
-        self.length = int(replaced.get_seq_length())
+        super().__init__(replaced)
         self.columns: Tensor | None = None
         self._incoming: TokenRows | None = None
         self._padded = False
@@ -63,34 +44,6 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         self.values = replaced.values[..., end - stored : end, :]
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         self.columns = torch.arange(self.length - stored, self.length, device=self.device)[None]
-
-    # What the rest of the model sees: the geometry of the layer that was replaced ---------------------------------
-
-    def get_seq_length(self) -> int:
-        """Tokens of the whole sequence so far, vision tokens included."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that masks are made for, as the replaced layer would give them."""
-        if self.window is None:
-            return (self.length + query_length if self.static_length is None else self.static_length), 0
-        offset = max(self.length - self.window + 1, 0)
-        if self.length >= self.window:
-            return self.window - 1 + query_length, offset
-        if self.static_length is not None and self.length + query_length <= self.window:
-            return self.window, offset
-        return self.length + query_length, offset
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether masks must be made as for a static cache (this layer itself grows)."""
-        return self.static_length is not None
-
-    def get_max_length(self) -> int:
-        """Return the most tokens the replaced layer could hold, -1 for no limit."""
-        if self.window is not None:
-            return self.window
-        return -1 if self.static_length is None else self.static_length
 
     # Storing ------------------------------------------------------------------------------------------------------
 
@@ -191,10 +144,6 @@ class TextOnlyLayer(DynamicLayer):  # type: ignore[misc]
         columns = columns[:, :keep]
         self.columns = columns.masked_fill(columns >= self.length, -1)
 
-    def activate_past_recording(self) -> None:
-        """Keep tokens outside the window, so that :meth:`crop` can go back."""
-        self.record_past = True
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
         self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -270,14 +219,9 @@ def existing_text_only_layer(cache: Cache, layer_idx: int) -> TextOnlyLayer | No
 
 def text_only_layer(cache: Cache, layer_idx: int) -> TextOnlyLayer:
     """Return the cache's text-only entry of a layer, put in place of the ordinary one on first use."""
-    while len(cache.layers) <= layer_idx:
-        if cache.layer_class_to_replicate is None:
-            raise RuntimeError(f"the cache has {len(cache.layers)} layers, the decoder needs layer {layer_idx}")
-        cache.layers.append(cache.layer_class_to_replicate())
-    entry = existing_text_only_layer(cache, layer_idx)
-    if entry is None:
-        entry = TextOnlyLayer(cache.layers[layer_idx])
-        cache.layers[layer_idx] = entry
+    entry = cache_entry(cache, layer_idx)
+    if not isinstance(entry, TextOnlyLayer):
+        entry = cache.layers[layer_idx] = TextOnlyLayer(entry)
     return entry
 
 

@@ -31,13 +31,13 @@ def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps:
 def write_served_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
     """Write the checkpoint with a tokenizer that engines read as transformers does. Raises as write_checkpoint.
 
-    Layers that are neither run nor skipped are named by ``skip_plan`` of ``config.json``, one letter a layer that is
+    Where layers are neither run nor skipped, ``skip_plan`` of ``config.json`` has one letter for each layer that is
     left: only an engine that knows the field serves the plan.
     """
     write_checkpoint(loaded, plan.removal, directory, maps)
     write_vocabulary(loaded, directory)
     write_start_of_text(loaded, directory)
-    if plan.needs_vision_tokens:
+    if plan.needs_vision_tokens or plan.partial:
         file = directory / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         config["skip_plan"] = plan.remainder.text

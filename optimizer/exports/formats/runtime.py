@@ -1,4 +1,4 @@
-"""Format ``runtime``: the checkpoint without its skipped layers, and the code that freezes and bypasses the others.
+"""Format ``runtime``: the checkpoint without what is skipped, and the code that freezes and bypasses the others.
 
 The code is the package that the workers themselves run, copied as it is, with two small modules that make it Hugging
 Face remote code. ``config.json`` gets a model type of its own, so that loading without the code fails instead of
@@ -96,6 +96,8 @@ GUARD_LIMIT = (
 def write(subject: Subject, directory: Path) -> None:
     """Write checkpoint, code, and a configuration that names the code."""
     from workers.runtime import save_pruned
+    from workers.runtime.cutting import leave_out_tensors
+    from workers.runtime.sublayers import unused_modules
 
     model = subject.model.model
     sources = {type(model): MODELING, type(model.config): CONFIGURATION}
@@ -113,6 +115,7 @@ def write(subject: Subject, directory: Path) -> None:
         compensation=subject.maps,
         checkpoint=subject.checkpoint,
     )
+    leave_out_tensors(directory, unused_modules(model, subject.plan))
     model_type = MODEL_TYPE_PREFIX + model.config.model_type
     code = directory / CODE_DIRECTORY
     code.mkdir()
@@ -225,7 +228,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
             "Frozen and bypassed layers need `sdpa` (the default) or `eager` attention.",
             "Loading without the code fails by design: the weights alone would run every layer for every token.",
             "Servers with model code of their own (SGLang, llama.cpp) cannot run frozen and bypassed layers; vLLM does "
-            "with the plug-in `skipplan-vllm`.",
+            "with the plug-in `skipplan-vllm`. None of them runs layers without attention or without an MLP.",
             "Copy the directory to hand it on; `save_pretrained` does not write the code.",
         ),
     )
@@ -244,7 +247,7 @@ def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
 
 FORMAT = ExportFormat(
     name="runtime",
-    summary="the checkpoint without the skipped layers, and the code that freezes and bypasses others",
+    summary="the checkpoint without what is skipped, and the code that freezes and bypasses other layers",
     needs_model=True,
     refusal=takes_everything,
     write=write,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from export_builders import document, drafting_document
+from safetensors import safe_open
 
 from optimizer.errors import UsageFault
 from optimizer.exports.formats.runtime import changed_code, runtime_modules
@@ -43,6 +44,21 @@ def test_a_mixed_plan_answers_in_a_fresh_process(runtime_export: Path, model_dir
     found = verify_export(runtime_export, ModelSource(str(model_directory)), samples=2)
     assert found.passed and len(found.answers) == 2, found
     assert found.model_class == "SkipPlanForImageTextToText"
+
+
+def test_layers_without_a_part_answer_in_a_fresh_process(model_directory: Path, tmp_path: Path):
+    """The weights of what is left out are not written, in one file or in several."""
+    plan = document("ASMRAM", model_directory)
+    directory = export_plan(plan, ModelSource(str(model_directory)), "runtime", tmp_path / "runtime").directory
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        stored = file.keys()
+    names = [name.partition("language_model.layers.")[2] for name in stored]
+    written = {(name.split(".")[0], name.split(".")[1]) for name in names if name}
+    parts = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    gone = {"A": {"self_attn", "input_layernorm"}, "M": {"mlp", "post_attention_layernorm"}, "R": set()}
+    assert written == {(str(new), part) for new, letter in enumerate("AMRAM") for part in parts - gone[letter]}
+    found = verify_export(directory, ModelSource(str(model_directory)), samples=2)
+    assert found.passed and len(found.answers) == 2, found
 
 
 def test_another_plan_does_not_pass(checkpoint_export: Path, model_directory: Path, loaded_here: None):

@@ -146,6 +146,12 @@ def test_an_engine_goes_with_what_it_can_serve():
 def test_letters_follow_the_actions():
     assert JobSpec.model_validate(MINIMAL).letters == "RS"
     assert JobSpec.model_validate({**MINIMAL, "actions": ["skip", "bypass", "freeze"]}).letters == "RFBS"
+    assert JobSpec.model_validate({**MINIMAL, "actions": ["skip_mlp", "skip_attention"]}).letters == "RAM"
+
+
+def test_layers_without_a_part_are_not_compensated():
+    with pytest.raises(ValueError, match="plans with skip_mlp are not compensated; leave these actions out, or"):
+        JobSpec.model_validate({**MINIMAL, "actions": ["skip", "skip_mlp"], "compensation": {"kind": "both"}})
 
 
 @given(

@@ -404,12 +404,14 @@ def test_attention_without_masks_takes_no_split_plan() -> None:
         assert len(model.model.language_model.layers) == LAYERS - 1
 
 
-def test_a_text_model_takes_only_run_and_skip() -> None:
+def test_a_text_model_has_no_vision_tokens_to_treat_apart() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=20)
     )
     descriptor = describe(model)
-    assert all(allowed == {Action.RUN, Action.SKIP} for allowed in descriptor.allowed)
+    assert all(
+        allowed == {Action.RUN, Action.SKIP, Action.SKIP_ATTENTION, Action.SKIP_MLP} for allowed in descriptor.allowed
+    )
     with pytest.raises(PlanError, match=r"layer 1 cannot take F .*placeholder"):
         validate(SkipPlan.parse("RFR"), descriptor)
 

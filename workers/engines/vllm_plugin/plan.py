@@ -21,8 +21,8 @@ class Treatment(Enum):
     RUN = "run"
     FREEZE = "freeze"
     BYPASS = "bypass"
-    SKIP_ATTENTION = "skip attention"
-    SKIP_MLP = "skip mlp"
+    SKIP_ATTENTION = "skip_attention"
+    SKIP_MLP = "skip_mlp"
     SKIP = "skip"
 
     @property
@@ -51,7 +51,14 @@ class Treatment(Enum):
         }[frozenset(parts)]
 
 
-LETTERS = {"R": Treatment.RUN, "F": Treatment.FREEZE, "B": Treatment.BYPASS, "S": Treatment.SKIP}
+LETTERS = {
+    "R": Treatment.RUN,
+    "F": Treatment.FREEZE,
+    "B": Treatment.BYPASS,
+    "S": Treatment.SKIP,
+    "A": Treatment.SKIP_ATTENTION,
+    "M": Treatment.SKIP_MLP,
+}
 """The letters of ``skip_plan``, as the runtime's table of actions has them."""
 
 Plan = tuple[Treatment, ...]

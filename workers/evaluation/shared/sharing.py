@@ -250,13 +250,21 @@ class SharedEvaluator(Generic[Item]):
 def mixed_plan(descriptor: FamilyDescriptor) -> SkipPlan:
     """Return a plan with every action somewhere, as far as the model can take them, that leaves most layers running."""
     plan = SkipPlan.dense(descriptor.num_layers)
-    wanted = [action for action in Action if action is not Action.RUN]
-    for number, action in enumerate(wanted, start=1):
-        layer = number * descriptor.num_layers // (len(wanted) + 1)
-        changed = plan.with_action(layer, action)
-        try:
-            validate(changed, descriptor)
-        except PlanError:
-            continue
-        plan = changed
+    whole = [action for action in Action if action is not Action.RUN and not action.row.leaves_out]
+    for number, action in enumerate(whole, start=1):
+        layer = number * descriptor.num_layers // (len(whole) + 1)
+        plan = _where_possible(plan, layer, action, descriptor) or plan
+    for partial in (action for action in Action if action.row.leaves_out):
+        running = reversed(plan.layers(Action.RUN))
+        changed = (_where_possible(plan, layer, partial, descriptor) for layer in running)
+        plan = next((each for each in changed if each is not None), plan)
     return plan
+
+
+def _where_possible(plan: SkipPlan, layer: int, action: Action, descriptor: FamilyDescriptor) -> SkipPlan | None:
+    changed = plan.with_action(layer, action)
+    try:
+        validate(changed, descriptor)
+    except PlanError:
+        return None
+    return changed

@@ -132,8 +132,8 @@ class Walker:
         before = self.state(node.parent, chunk)
         self._count(chunk, node)
         layer, arguments = self._text_arguments(node, chunk.context)
-        return self._decoder.run_rows(
-            layer, Action.FREEZE, chunk.answer_split, before.hidden, arguments, self._watch(node)
+        return self._decoder.run_text(
+            layer, step.action, chunk.answer_split, before.hidden, arguments, self._watch(node)
         )
 
     def _text_arguments(self, node: Node, context: Context) -> tuple[int, dict[str, Any]]:
@@ -150,8 +150,8 @@ class Walker:
     def continued(self, node: Node, continuation: Continuation, before: Sequence[Keys]) -> tuple[Tensor, list[Keys]]:
         """Return final states ``[positions, hidden]`` of a continuation, under the plan that ends at a node.
 
-        ``before`` is what the pass before gave as second result: keys and values of the tokens it has fed, layer by
-        layer. Like decoding on the plain path, it is not counted.
+        ``before`` is what the pass before gave as second result: keys and values of the tokens it has fed, by layer
+        that has any. Like decoding on the plain path, it is not counted.
         """
         nodes = node.ancestry()[1:]
         own = LayerOutput(continuation.hidden)
@@ -160,10 +160,16 @@ class Walker:
             if isinstance(each.step, ApplyMap):
                 own = LayerOutput(self._mapped(each, own))
                 continue
+            assert isinstance(each.step, Execute)
+            action = each.step.action
             layer, arguments = self._text_arguments(each, continuation.context)
+            if not action.row.keeps_keys:
+                own = self._decoder.run_rows(layer, action, None, own.hidden, arguments, self._watch(each))
+                continue
             of_chunks = [self._keys_at(each, chunk) for chunk, _ in continuation.sources]
             seen = continuation.known(of_chunks, before[len(fed)] if before else None)
-            own = self._decoder.run_new(layer, continuation.new, own.hidden, arguments, seen, self._watch(each))
+            with self._decoder.without(layer, action):
+                own = self._decoder.run_new(layer, continuation.new, own.hidden, arguments, seen, self._watch(each))
             fed.append(continuation.kept(seen))
         return continuation.answers_in(own.hidden), fed
 

@@ -204,6 +204,7 @@ PLANS = {
     "frozen from the first layer on": "FRFFFR",
     "frozen, all rows as queries": "RFFRSF",
     "bypassed": "BRBFRB",
+    "without parts": "ARMRSA",
     "given as an option": "SFRSFR",
 }
 

@@ -186,7 +186,7 @@ def test_layers_of_another_kind_are_refused_by_name():
         def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
             return hidden_states
 
-    with pytest.raises(PlanRefusedError, match=r"layer 0: skip mlp is known .* and Sandwich has .*post_feedforward"):
+    with pytest.raises(PlanRefusedError, match=r"layer 0: skip_mlp is known .* and Sandwich has .*post_feedforward"):
         install(nn.ModuleList([Sandwich()]), (NO_MLP,), {}, Step())
     with pytest.raises(PlanRefusedError, match="layer 0: freeze is not known for Gated, which takes hidden_states"):
         install(nn.ModuleList([Gated("layers.0")]), (FREEZE,), {}, Step())

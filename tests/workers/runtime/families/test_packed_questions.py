@@ -15,8 +15,9 @@ from workers.layerwise.decoder import Decoder, NotExactError
 from workers.layerwise.trie import build_trie
 from workers.runtime import SkipPlan, apply
 
-from .catalogue import by_name, mixed_plans
+from .catalogue import by_name, mixed_plans, single
 from .comparing import distance, supported
+from .test_sublayers import plan_of
 from .tiny import Family, Prompt, batch_inputs, build, forget_positions, prompt_ids
 
 EXACT = ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "idefics3", "internvl", "mistral3")
@@ -48,7 +49,8 @@ def test_packed_questions_give_the_logits_of_each_alone(name: str) -> None:
     decoder = Decoder(model)
     forget_positions(model)
     prompts = [[*prompt_ids(family, Prompt((2, 0, 1), seed=1)).tolist(), *question] for question in QUESTIONS]
-    plans = [SkipPlan.dense(family.layers), *map(SkipPlan.parse, mixed_plans(family, 4, seed=9))]
+    partial = [*(single(family, family.layers - 1, letter) for letter in "AM"), plan_of(family, 9), plan_of(family, 8)]
+    plans = [SkipPlan.dense(family.layers), *map(SkipPlan.parse, [*mixed_plans(family, 4, seed=9), *partial])]
     with torch.inference_mode():
         image = shared_prompts(decoder, asked(family, QUESTIONS[0]), prompts, tuple(range(len(prompts))))
         rows = make_rows([image], lambda sample: (Draft(ANSWERS[sample], 8),))

@@ -1,6 +1,6 @@
-"""Add a fifth action, D (dim), as one row of the table, and ask every consumer of actions what it makes of it.
+"""Add an action, D (dim), as one row of the table, and ask every consumer of actions what it makes of it.
 
-Run as ``python fifth_action.py FLAGS`` with the row's flags as keywords, for example ``"vision_only=True"``. Prints a
+Run as ``python another_action.py FLAGS`` with the row's flags as keywords, for example ``"vision_only=True"``. Prints a
 JSON object: by consumer, what it gave, or ``"refused: ..."`` with the error.
 """
 

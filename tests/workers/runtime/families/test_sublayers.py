@@ -1,0 +1,231 @@
+"""Layers without attention or without an MLP, on every family: against references that compute and then discard."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from workers.runtime import Action, PlanError, SkipPlan, apply, apply_permanently, describe
+from workers.runtime.cache_lengths import KeylessLayer
+
+from .catalogue import (
+    ONE_PICTURE,
+    TEXT_ONLY,
+    TWO_PICTURES,
+    by_name,
+    every_family,
+    model_of,
+    prompts_of,
+    single,
+)
+from .comparing import assert_close, distance, greedy, plain_logits, supported
+from .expected import expected_generation, expected_logits
+from .test_families import check_generation, planned_logits, snapshot
+from .test_generation import LENGTH, beam_reference, check_against_reference, generate
+from .test_less_work import PROMPT, lengths, prefill, rows_counted
+from .tiny import CACHE, Family, batch_inputs, build, decoder_layers
+
+WHOLE = ("gemma3n", "gemma3n_text", "gemma4", "qwen4_exp", "glm5_next", "mistral_large4")
+"""Per-layer inputs, several residual streams, or an index that is handed from layer to layer."""
+
+
+def refused(family: Family, layer: int) -> set[str]:
+    """The letters of the two actions that a layer must decline, from what the configuration says of it."""
+    if family.name in WHOLE:
+        return {"A", "M"}
+    text = model_of(family.name).config.get_text_config()
+    if layer in (getattr(text, "cross_attention_layers", None) or ()):
+        return {"A", "M"}
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * family.layers
+    if kinds[layer] not in ("full_attention", "sliding_attention", "chunked_attention"):
+        return {"A"}
+    sharing = getattr(text, "kv_sharing_modes", None)
+    return {"A"} if sharing is not None and sharing[layer] == "store" and "reuse" in sharing else set()
+
+
+def plan_of(family: Family, seed: int, letters: str = "RAM") -> str:
+    """A random plan that leaves out both, as far as the layers may, the same in every run."""
+    generator = random.Random(f"{family.name} {seed} {letters}")
+    other = {layer: family.refused.get(layer, "") + family.may_refuse.get(layer, "") for layer in range(family.layers)}
+    choices = [
+        [letter for letter in letters if letter not in refused(family, layer) | set(other[layer])]
+        for layer in range(family.layers)
+    ]
+    wanted = {letter for own in choices for letter in own} & {"A", "M"}
+    for _ in range(1000):
+        plan = "".join(generator.choice(own) for own in choices)
+        if wanted <= set(plan) and family.possible(plan):
+            return plan
+    raise AssertionError("no plan leaves out both")
+
+
+@every_family
+def test_exactly_the_layers_that_cannot_be_taken_apart_are_refused(family: Family) -> None:
+    model = supported(family)
+    descriptor = describe(model)
+    for layer in range(family.layers):
+        found = {letter for letter in "AM" if Action.of(letter) not in descriptor.allowed[layer]}
+        assert found == refused(family, layer), f"layer {layer}"
+        for letter in found:
+            reason = descriptor.reason(layer, Action.of(letter))
+            with pytest.raises(PlanError, match=f"layer {layer} cannot take {letter} ") as caught:
+                apply(model, SkipPlan.parse(single(family, layer, letter)))
+            assert str(caught.value).endswith(reason) and len(reason) > 20
+
+
+@every_family
+def test_logits_and_cached_generation(family: Family) -> None:
+    model = supported(family)
+    if family.name in WHOLE:
+        pytest.skip("its layers are declined")
+    prompt = ONE_PICTURE if family.multimodal else TEXT_ONLY
+    first = [letter for letter in "AM" if letter not in refused(family, 0)]
+    for plan in (*(single(family, 0, letter) for letter in first), plan_of(family, 0)):
+        expected = expected_logits(family, plan, prompt)
+        assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
+    check_generation(family, plan_of(family, 1, "RAMFBS"), prompts_of(family))
+
+
+@pytest.mark.slow
+@every_family
+def test_every_layer_and_many_plans(family: Family) -> None:
+    model = supported(family)
+    if family.name in WHOLE:
+        pytest.skip("its layers are declined")
+    for layer in range(family.layers):
+        for letter in {"A", "M"} - refused(family, layer):
+            plan = single(family, layer, letter)
+            for prompt in prompts_of(family):
+                expected = expected_logits(family, plan, prompt)
+                assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
+    for seed in range(2, 12):
+        check_generation(family, plan_of(family, seed, "RAMFBS"), prompts_of(family))
+
+
+@every_family
+def test_a_model_for_good_has_lost_the_parts(family: Family) -> None:
+    supported(family)
+    if family.name in WHOLE:
+        pytest.skip("its layers are declined")
+    model = build(family)
+    plan, prompt = plan_of(family, 0), prompts_of(family)[0]
+    expected = expected_logits(family, plan, prompt)
+    before = [sum(each.numel() for each in layer.parameters()) for layer in decoder_layers(model, family)]
+    apply_permanently(model, SkipPlan.parse(plan))
+    assert_close(family, plain_logits(model, family, prompt), expected, plan)
+    layers = decoder_layers(model, family)
+    for layer, (letter, count) in enumerate(zip(plan, before, strict=True)):
+        left = sum(each.numel() for each in layers[layer].parameters())
+        assert left == count if letter == "R" else left < count, f"layer {layer}"
+    ids, logits = greedy(model, family, [prompt], 3)[0]
+    expected_ids, expected = expected_generation(family, plan, prompt, 3, guess=ids)
+    assert_close(family, logits, expected, plan)
+    assert ids == expected_ids
+
+
+SOME = ("llava", "qwen2_vl", "gemma3", "aya_vision", "llava over phi")
+"""Pre-norms, multimodal rotary positions, sliding windows with norms on both sides, a parallel block, layer norms."""
+some_families = pytest.mark.parametrize("family", [by_name(name) for name in SOME], ids=str, scope="module")
+FIRST = "ARAMRRAM"
+"""The first layer, from which transformers reads the length of the sequence, has no keys."""
+
+
+def first(family: Family) -> str:
+    return FIRST[: family.layers].ljust(family.layers, "R")
+
+
+@some_families
+def test_beams_of_a_padded_batch(family: Family) -> None:
+    model = model_of(family.name)
+    plan, prompts = first(family), [ONE_PICTURE, prompts_of(family)[1]]
+    expected = [beam_reference(family, plan, prompt, 3) for prompt in prompts]
+    with apply(model, SkipPlan.parse(plan)):
+        assert generate(model, family, prompts, num_beams=3, do_sample=False) == expected
+
+
+@some_families
+@pytest.mark.parametrize("settings", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
+def test_static_caches_and_caches_that_are_cropped(family: Family, settings: dict[str, Any]) -> None:
+    model, plan = model_of(family.name), first(family)
+    with apply(model, SkipPlan.parse(plan)):
+        if "cache_implementation" in settings:
+            found = greedy(model, family, [ONE_PICTURE], LENGTH, **settings)
+            check_against_reference(family, plan, [ONE_PICTURE], found)
+        else:
+            expected_ids, _ = expected_generation(family, plan, ONE_PICTURE, LENGTH)
+            assert generate(model, family, [ONE_PICTURE], do_sample=False, **settings) == [expected_ids]
+
+
+@some_families
+def test_what_is_left_out_costs_no_row_and_no_key(family: Family) -> None:
+    model, plan = model_of(family.name), first(family)
+    tokens, _ = lengths(family, PROMPT)
+    with rows_counted(model, family) as rows, apply(model, SkipPlan.parse(plan)):
+        cache = prefill(model, family, [PROMPT])
+    mlp = "fc2" if family.name == "llava over phi" else "down_proj"
+    with rows_of(model, family, mlp) as mlp_rows, apply(model, SkipPlan.parse(plan)):
+        prefill(model, family, [PROMPT])
+    for layer, letter in enumerate(plan):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            assert rows[layer, name] == (0 if letter == "A" else tokens), (layer, name)
+        assert mlp_rows[layer] == (0 if letter == "M" else tokens), layer
+        entry = cache.layers[layer]
+        assert isinstance(entry, KeylessLayer) == (letter == "A")
+        assert (entry.keys is None) == (letter == "A")
+        assert entry.get_seq_length() == tokens
+
+
+class rows_of:
+    """Rows through one projection of every decoder layer."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, name: str) -> None:
+        self._modules = [
+            next(module for path, module in layer.named_modules() if path.rsplit(".", 1)[-1] == name)
+            for layer in decoder_layers(model, family)
+        ]
+        self._rows = dict.fromkeys(range(family.layers), 0)
+
+    def __enter__(self) -> dict[int, int]:
+        def count(layer: int) -> Any:
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                self._rows[layer] += output.numel() // output.shape[-1]
+
+            return hook
+
+        self._handles = [module.register_forward_hook(count(layer)) for layer, module in enumerate(self._modules)]
+        return self._rows
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@some_families
+def test_a_model_is_restored_bitwise(family: Family) -> None:
+    model, plan = model_of(family.name), first(family)
+    greedy(model, family, [ONE_PICTURE], 2)
+    before, logits = snapshot(model), plain_logits(model, family, ONE_PICTURE)
+    with apply(model, SkipPlan.parse(plan)):
+        assert distance(plain_logits(model, family, ONE_PICTURE), logits) > family.tolerance
+        greedy(model, family, [ONE_PICTURE], 2)
+    after = snapshot(model)
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert before[1:] == after[1:]
+    assert torch.equal(plain_logits(model, family, ONE_PICTURE), logits)
+
+
+def test_a_second_turn_goes_on_from_the_lengths_of_the_first() -> None:
+    family = by_name("llava")
+    model, plan = model_of("llava"), "AARMRAR"
+    expected = expected_logits(family, plan, TWO_PICTURES)
+    inputs = batch_inputs(family, [TWO_PICTURES])
+    ids = inputs["input_ids"]
+    with torch.no_grad(), apply(model, SkipPlan.parse(plan)):
+        begun = model(**{**inputs, "input_ids": ids[:, :-2], "attention_mask": torch.ones_like(ids[:, :-2])})
+        ended = model(input_ids=ids[:, -2:], attention_mask=torch.ones_like(ids), **{CACHE: begun[CACHE]})
+    assert_close(family, torch.cat([begun.logits, ended.logits], 1)[0], expected, plan)
