@@ -28,7 +28,7 @@ from workers.messages import (  # noqa: E402
 from workers.redundancy.kinds import finish  # noqa: E402
 from workers.tasks import load_spec, load_task  # noqa: E402
 
-KINDS = ("distance", "cka", "angular", "attention", "propagation", "causal", "withdrawal")
+KINDS = ("distance", "cka", "angular", "attention", "propagation", "trials", "causal", "withdrawal")
 
 
 def main() -> None:
