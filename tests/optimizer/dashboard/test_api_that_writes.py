@@ -129,6 +129,8 @@ class TestWhoMayDoWhat:
 
 class TestWhatAJobMayReach:
     OUTSIDE = (
+    "lmms-eval:docvqa_val",  # a program that would run here
+    "lmms-eval:a/../tasks/own",
         "/etc/passwd", "../secret.yaml", "link.yaml", "~/x", "a/../../secret.yaml", ".", "", "x\x00y", "x" * 5000,
         "file:///etc/passwd", "http://127.0.0.1/x",
     )  # fmt: skip
