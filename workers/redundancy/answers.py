@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
 from transformers import BatchFeature
 
 from workers.models.fed_answers import append_answers, generate_fed_answers
@@ -17,12 +19,12 @@ from .replay import NotANumberError, prefill
 MOST_TOKENS = 32
 """Tokens of an answer that count at most; what goes wrong later in long answers has begun before."""
 
-LARGEST_CHANGE = 0.05
+LARGEST_CHANGE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 0.03}
 """By how much, relative to the largest logit, an answer may move what is read before it: rounding, and no more."""
 
 
 def with_answers(loaded: LoadedModel, task: Task, batch: Batch, vision_token_ids: tuple[int, ...]) -> Batch:
-    """Return the batch with the dense model's answers behind its prompts.
+    """Return the batch with the dense model's answers behind its prompts, each up to its first vision token.
 
     Raises NoPromptsReturnedError for families whose answers cannot be had, NotANumberError when logits hold NaN.
     """
@@ -30,6 +32,7 @@ def with_answers(loaded: LoadedModel, task: Task, batch: Batch, vision_token_ids
     answers, failed = generate_fed_answers(loaded, prompts, min(MOST_TOKENS, task.spec.answer.max_new_tokens))
     if failed:
         raise NotANumberError(tuple(failed))
+    answers = [before_vision(answer, vision_token_ids) for answer in answers]
     width = max(map(len, answers))
     if not width:
         return batch
@@ -38,8 +41,15 @@ def with_answers(loaded: LoadedModel, task: Task, batch: Batch, vision_token_ids
     return replace(batch, inputs=inputs, groups=token_groups(inputs, vision_token_ids, width), answer_tokens=width)
 
 
+def before_vision(answer: Tensor, vision_token_ids: tuple[int, ...]) -> Tensor:
+    """Return an answer's tokens before its first vision token: fed back, that one would ask for an image."""
+    vision = torch.isin(answer, torch.tensor(vision_token_ids, dtype=answer.dtype)).nonzero()
+    return answer[: int(vision[0])] if len(vision) else answer
+
+
 def answers_change_prompts(loaded: LoadedModel, prompts: Batch, answered: Batch) -> bool:
     """Whether answers change what is read at the prompts' last token: some families let prompts see what follows."""
     alone = prefill(loaded, prompts)[:, 0]
     followed = prefill(loaded, answered)[:, 0]
-    return bool((alone - followed).abs().max() > LARGEST_CHANGE * alone.abs().max().clamp(min=1.0))
+    largest = LARGEST_CHANGE[loaded.model.dtype] * alone.abs().max()
+    return bool((alone - followed).abs().max() > largest)

@@ -29,7 +29,7 @@ from .batches import Batch, batches
 from .collectors import COLLECTORS, StatesCollector
 from .interventions import Interventions
 from .kinds import KINDS
-from .replay import DensePass, NotANumberError, prefill, prefixes_can_be_shared, record_dense_pass
+from .replay import AnswerLogitsError, DensePass, NotANumberError, prefill, prefixes_can_be_shared, record_dense_pass
 
 _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why a model's prefixes cannot be shared (empty: they can), found out once for each model that a process holds."""
@@ -134,8 +134,11 @@ class _Measurement:
         self._count("answers", answered.work * self.layers)  # decoding feeds every token once
         if model not in _UNANSWERED and answered.answer_tokens:
             self._count("check", (batch.work + answered.work) * self.layers)
-            changed = answers_change_prompts(self.loaded, batch, answered)
-            _UNANSWERED[model] = "the prompt's tokens see the answer's" if changed else ""
+            try:
+                changed = answers_change_prompts(self.loaded, batch, answered)
+                _UNANSWERED[model] = "the prompt's tokens see the answer's" if changed else ""
+            except AnswerLogitsError as error:
+                _UNANSWERED[model] = str(error)
         return self._answered(batch) if _UNANSWERED.get(model) else answered
 
     def _count(self, name: str, executions: float) -> None:

@@ -48,10 +48,21 @@ class NotANumberError(MeasurementError):
         self.samples = tuple(samples)
 
 
+class AnswerLogitsError(MeasurementError):
+    """The model does not give the logits of all answer tokens."""
+
+    def __init__(self, given: int, wanted: int) -> None:
+        super().__init__(f"the model gives logits of {given} of the {wanted} tokens that the answer is read from")
+
+
 def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
     """Logits ``[batch, 1 + answer tokens, vocabulary]`` of the answer's tokens, 0 where there is no answer token.
 
-    The model is entered the way its family prepares inputs for. Raises NotANumberError when logits hold NaN.
+    The model is entered the way its family prepares inputs for.
+
+    Raises:
+        AnswerLogitsError: the model gives logits of fewer tokens, or none.
+        NotANumberError: logits hold NaN.
     """
     read: list[Tensor] = []
     places = 1 + batch.answer_tokens
@@ -76,6 +87,9 @@ def prefill(loaded: LoadedModel, batch: Batch) -> Tensor:
             num_beams=1,
             pad_token_id=loaded.processor.tokenizer.pad_token_id,
         )
+    given = read[0].shape[1] if read else 0
+    if given != places:
+        raise AnswerLogitsError(given, places)
     logits = torch.where(batch.answering[..., None].to(read[0].device), read[0], 0.0)
     if bool(logits.isnan().any()):
         rows = logits.isnan().flatten(1).any(-1).nonzero().flatten().tolist()

@@ -14,6 +14,7 @@ from measurement_tables import columns
 from workers.errors import MeasurementError
 from workers.messages import TOKEN_GROUPS, ModelSource
 from workers.models.loading import LoadedModel, load_model
+from workers.redundancy.answers import before_vision
 from workers.redundancy.attention import VisionAttention
 from workers.redundancy.batches import Batch, token_groups
 from workers.redundancy.collectors import cosine_distance, unbiased_hsic
@@ -221,6 +222,22 @@ def test_propagation_and_contribution_equal_whole_passes(
     assert last is not None and last.value == pytest.approx(1.0, rel=1e-5)  # nothing is above the last layer
     frozen = table.row("layer_contribution@freeze", "answer", LAYERS - 1)
     assert frozen is not None and frozen.value == pytest.approx(0.0, abs=1e-9)  # nobody reads the last vision states
+
+
+def test_answers_end_before_a_vision_token(tiny_directory: Path, tiny: LoadedModel, captioned: Task) -> None:
+    task = replace(captioned, calibration=captioned.calibration[:2])
+    words = plain.greedy(tiny.model, tiny, task, task.calibration[0])
+    drawing = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    image = drawing.processor.image_token_id
+    with torch.no_grad():  # it says the placeholder of images where it would say its first word
+        drawing.model.lm_head.weight[image] = 2 * drawing.model.lm_head.weight[words[0]]
+    one = task.spec.answer.model_copy(update={"max_new_tokens": 2})
+    shortest = replace(task, spec=task.spec.model_copy(update={"answer": one}))
+    assert plain.greedy(drawing.model, drawing, shortest, task.calibration[0]) == [image]
+    found = measure_redundancy(drawing, task, ("propagation",))
+    assert found.samples == 2 and found.failed_samples == {}
+    assert before_vision(torch.tensor([4, 9, 3, 9]), (8, 9)).tolist() == [4]
+    assert before_vision(torch.tensor([4, 3]), ()).tolist() == [4, 3]
 
 
 def test_a_choice_is_measured_where_the_prompt_ends(tiny: LoadedModel, few: Task) -> None:
