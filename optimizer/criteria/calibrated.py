@@ -155,7 +155,8 @@ class _Model:
             np.vstack([np.hstack([whitened, -offsets]), np.diag(1 / spreads)]),
             np.concatenate([np.linalg.solve(factor, values), wanted / spreads]),
         )
-        beta = np.concatenate([weights[:criteria], weights[criteria : criteria + 3] - weights[criteria + 3 :]])
+        up, down = np.split(weights[criteria:], 2)
+        beta = np.concatenate([weights[:criteria], up - down])
         between = _covariance(places, self.places)
         left = np.linalg.solve(covariance, values - design @ beta)
         centre = self._design(places) @ beta + between @ left

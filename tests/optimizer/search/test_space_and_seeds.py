@@ -168,6 +168,12 @@ def test_seeds_of_the_sampler_come_from_solutions_nested_sets_and_papers():
     assert all(each in problem.space for each in (*problem.seeds, *problem.reserve))
 
 
+def test_a_criterion_that_does_not_predict_has_fewer_of_its_chains_searched():
+    problem = problem_of(small(), seeded=False)
+    asked = [with_seeds(replace(problem, trust=trust), SearchSpec(trials=60)).bisections for trust in (1.0, 0.25, 0.0)]
+    assert asked == [30, 8, 0]
+
+
 def test_given_plans_come_before_all_others():
     seeded = problem_of(small())
     given = seeded.seeds[-1].plan.text
