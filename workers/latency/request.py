@@ -108,6 +108,10 @@ def cache_of(output: Any) -> Any:
     return output.cache if "cache" in output else output.past_key_values
 
 
+CACHE_CODE = ("transformers.", "workers.runtime.")
+"""Where the classes of caches and of their entries are from; those of bypassed layers are the runtime's."""
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a KV cache object holds, each storage counted once."""
     storages: dict[int, int] = {}
@@ -125,7 +129,7 @@ def cache_bytes(cache: Any) -> int:
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item)
-        elif type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__"):
+        elif type(value).__module__.startswith(CACHE_CODE) and hasattr(value, "__dict__"):
             visit(vars(value))
 
     visit(cache)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from workers.latency.request import cache_bytes
 from workers.runtime import SkipPlan, apply
 
 from .catalogue import by_name, model_of
@@ -129,6 +130,19 @@ def test_the_cache_holds_no_skipped_layer_and_no_bypassed_vision(family: Family)
         assert held[4] <= text
         return
     assert held == [tokens, tokens, tokens, tokens, text, tokens]
+
+
+def test_bytes_of_a_cache_are_those_of_the_tokens_that_each_layer_stores() -> None:
+    family, positions = by_name("llava"), 8  # bytes of the place of each token that a bypassed layer stores
+    tokens, text = lengths(family, PROMPT)
+    stored = {"RRRRRRR": (7, 0), "BRRRBRR": (5, 2), "BBBBBBB": (0, 7), "ARMSRFB": (4, 1)}
+    found = {}
+    for plan in stored:
+        with apply(model_of("llava"), SkipPlan.parse(plan)):
+            found[plan] = cache_bytes(prefill(model_of("llava"), family, [PROMPT]))
+    one = found["RRRRRRR"] / (7 * tokens)
+    for plan, (whole, part) in stored.items():
+        assert found[plan] == whole * tokens * one + part * text * (one + positions), plan
 
 
 @families
