@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from scipy.stats import rankdata
@@ -14,6 +15,11 @@ from workers.runtime.plan import Action
 
 from .interface import Risk
 
+STAGE = "evidence"
+"""Name under which a job keeps how its criterion agreed with removals when its search began."""
+USEFUL = 0.5
+"""Rank correlation that is worth following: a criterion fails only where its interval lies below."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -23,36 +29,56 @@ class Evidence:
     agreement: Agreement
 
     @property
-    def predicts(self) -> bool:
-        """Whether the interval of rho is above 0; true where there is nothing to compare."""
-        return self.agreement.low is None or self.agreement.low > 0
+    def agrees(self) -> bool:
+        """Whether the interval of rho is above 0."""
+        return self.agreement.low is not None and self.agreement.low > 0
+
+    @property
+    def fails(self) -> bool:
+        """Whether the interval of rho reaches down to 0 and not up to ``USEFUL``. Too little evidence fails nobody."""
+        return not self.agrees and self.agreement.high is not None and self.agreement.high < USEFUL
 
     @property
     def weight(self) -> float:
-        """How much the risk's order counts: 1 for a criterion that predicts, else rho, at least 0."""
-        return 1.0 if self.predicts or self.agreement.rho is None else max(0.0, self.agreement.rho)
+        """How much the risk's order counts: rho, at least 0, for a criterion that fails, else 1."""
+        return max(0.0, self.agreement.rho or 0.0) if self.fails else 1.0
 
     @property
-    def warning(self) -> str:
-        """One line about a criterion that does not predict, empty for one that does."""
+    def verdict(self) -> str:
+        """What the comparison says of the criterion, with its numbers; empty where there was nothing to compare."""
         found = self.agreement
-        if self.predicts or found.rho is None or found.low is None or found.high is None:
+        if found.rho is None or found.low is None or found.high is None:
             return ""
+        if self.agrees:
+            said = "agrees with removals on calibration samples"
+        elif self.fails:
+            said = "does not predict harm on this model"
+        else:
+            said = f"is not shown to predict harm on this model ({found.pairs} layers)"
+        counts = f"{self.weight:.2f}" if self.fails else "in full"
         return (
-            f"criterion {self.criterion} does not predict harm on this model: rank correlation with {found.pairs} "
-            f"measured removals {found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}]; its order counts "
-            f"{self.weight:.2f} in the first plans and in the sampler's prior"
+            f"criterion {self.criterion} {said}: rank correlation over {found.pairs} layers {found.rho:+.2f} "
+            f"[{found.low:+.2f}, {found.high:+.2f}]; its order counts {counts} in the first plans and in the sampler's "
+            "prior"
         )
 
 
-def check(risk: Risk, table: LayerTable) -> Evidence:
-    """Compare a risk with what actions were measured to do at layers, as far as the table says.
+def check(risk: Risk, table: LayerTable, needs: Collection[str]) -> Evidence:
+    """Compare a risk with what actions were measured to do at layers, where its criterion ``needs`` those kinds.
+
+    Other kinds are left alone, whatever the table holds of them, so that a job's search hangs on nothing that other
+    jobs measured. A criterion that needs the causal kind reads the harm of every action itself: there is nothing left
+    to compare it with.
 
     Actions differ in size, so that ranks are taken within each; a layer counts once, by its mean rank over actions. A
     criterion that reads removals itself is judged by what it predicts without the layer's own.
     """
-    names = {Action.SKIP.letter: "final_divergence"}
-    names |= {action.letter: f"trial_divergence@{action.label}" for action in TRIED}
+    names: dict[str, str] = {}
+    if "causal" not in needs:
+        if "propagation" in needs:
+            names[Action.SKIP.letter] = "final_divergence"
+        if "trials" in needs:
+            names |= {action.letter: f"trial_divergence@{action.label}" for action in TRIED}
     ranks: dict[int, list[tuple[float, float]]] = {}
     for letter, name in names.items():
         values = (risk.unseen or risk.risk).get(letter, ())

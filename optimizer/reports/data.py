@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from optimizer.criteria.evidence import STAGE, Evidence
 from optimizer.job.result import JobResult, load_result, meets_constraint, task_names, tasks_of_job
 from optimizer.reports.evaluations import names_of_tasks
 from optimizer.reports.heights import Objective, allowed_loss
@@ -173,6 +174,8 @@ class JobReport:
     split_hashes: dict[tuple[str, str], str]
     """By the name of what was scored, a task or text, and the split."""
     events: tuple[Event, ...]
+    evidence: Evidence | None = None
+    """How the criterion agreed with removals when the search began; None where that was not recorded."""
     ids: tuple[int, int] | None = field(default=None, repr=False)
     """Model and task row."""
     ids_scored: tuple[int, int] | None = field(default=None, repr=False)
@@ -258,6 +261,7 @@ def collect(db: Database, job_id: int, *, profile: ProfileRecord | None = None) 
         settings=next((row.settings for row in rows), ""),
         split_hashes={(names[row.task_id], row.split): row.split_hash for row in rows},
         events=tuple(events.for_job(db, job_id)),
+        evidence=_evidence(db, job_id),
         ids=ids,
         ids_scored=(rows[0].model_id, rows[0].task_id) if rows else ids,
     )
@@ -292,6 +296,11 @@ def _as_drafters(
         within = each.complete and touched(SkipPlan.parse(each.plan)) <= most
         found.append(replace(each, drafter=own, predicted_speedup=speedup, within=within))
     return tuple(found)
+
+
+def _evidence(db: Database, job_id: int) -> Evidence | None:
+    recorded = stages.get(db, job_id, STAGE)
+    return None if recorded is None else TypeAdapter(Evidence).validate_python(recorded.payload["value"])
 
 
 def _drafters(db: Database, job_id: int) -> dict[tuple[str, str], DraftValue]:

@@ -214,7 +214,8 @@ def redundancy(report: JobReport) -> Section:
 def theory(check: TheoryCheck | None) -> Section:
     """Compare predicted risk with measured harm."""
     section = Section("theory", "Theory", "Did the criterion foresee the harm?")
-    if check is None or not (check.plans.pairs or check.layers or check.evidence.agreement.rho is not None):
+    before = "" if check is None or check.evidence is None else check.evidence.verdict
+    if check is None or not (check.plans.pairs or check.layers or before):
         return replace(section, paragraphs=(f"Predicted risk against harm: {formatting.NOT_MEASURED}.",))
     paragraphs = []
     charts = []
@@ -226,17 +227,8 @@ def theory(check: TheoryCheck | None) -> Section:
             "uncertainty is larger; `skipplan validate-theory` tests the criterion on held-out data, against chance.",
         ]
         charts.append(figures.theory(check))
-    if check.evidence.agreement.rho is not None:
-        paragraphs.append(
-            "Before the search, against the removals of single layers that were measured on calibration samples: "
-            f"{_correlation(check.evidence.agreement)} "
-            + (
-                "The criterion predicts harm on this model."
-                if check.evidence.predicts
-                else "The criterion does not predict harm on this model: its order counted "
-                f"{check.evidence.weight:.2f} in the search."
-            )
-        )
+    if before:
+        paragraphs.append(f"When the search began: {before} (95 % interval).")
     if check.layers:
         found = [f"{Action.of(letter).label}: {_correlation(each.agreement)}" for letter, each in check.layers.items()]
         paragraphs.append(f"Layer by layer, against the divergence that an action alone causes. {' '.join(found)}")

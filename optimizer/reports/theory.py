@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from optimizer import criteria
 from optimizer.criteria import Risk
 from optimizer.criteria.evidence import Evidence
-from optimizer.criteria.evidence import check as evidence_of
 from optimizer.errors import UsageFault
 from optimizer.reports.data import JobReport
 from optimizer.statistics.rank_agreement import Agreement
@@ -54,8 +53,8 @@ class TheoryCheck:
     criterion: str
     plans: Comparison
     """Predicted risk of each plan (the sum over its layers) against its loss of accuracy in points."""
-    evidence: Evidence
-    """How its risk agrees with the removals that were measured before the search."""
+    evidence: Evidence | None
+    """How its risk agreed with removals when the search began; None where that was not recorded."""
     layers: dict[str, Comparison]
     """By letter, each layer's risk against the divergence that the action alone causes at it (KL, nats), where that
     was measured and is not itself the prediction."""
@@ -85,8 +84,8 @@ def check(report: JobReport) -> TheoryCheck | None:
         and set(each.plan) <= {Action.RUN.letter, *risk.risk}
     ]
     causal = "causal" in criterion.needs
-    evidence = evidence_of(risk, table)
-    return TheoryCheck(criterion.name, Comparison.of(plans), evidence, {} if causal else _by_layer(table, risk))
+    by_layer = {} if causal else _by_layer(table, risk)
+    return TheoryCheck(criterion.name, Comparison.of(plans), report.evidence, by_layer)
 
 
 def _by_layer(table: LayerTable, risk: Risk) -> dict[str, Comparison]:

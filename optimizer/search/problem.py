@@ -33,7 +33,7 @@ class Problem:
     table: LayerTable
     """The measurements that published criteria read."""
     trust: float = 1.0
-    """How much of the criterion's order counts; below 1 fewer of its chains are searched."""
+    """How much of the criterion's order counts; below 1 fewer of its plans are tried."""
     seed: int = 0
     batch: int = 8
     seeds: tuple[Candidate, ...] = ()

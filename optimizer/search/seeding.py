@@ -23,7 +23,7 @@ def with_seeds(
     """Return the problem with its seeds; ``known`` are earlier evaluations, ``elsewhere`` good plans of other tasks.
 
     The project's own sampler judges most seeds before it evaluates them; Optuna's samplers get them as first trials,
-    for at most half of the trials.
+    for at most half of the trials. Where the criterion is trusted less, random plans take the place of its own.
     """
     if spec.seeds == "none":
         return replace(problem, known=tuple(known))
@@ -43,7 +43,9 @@ def with_seeds(
     if spec.seeds == "random":
         return replace(problem, seeds=random_seeds(problem.feasible, most, problem.seed).first, known=tuple(known))
     nested = [each for each in nested_sets(problem.space, problem.risk) if each in problem.feasible]
-    return replace(problem, seeds=tuple(dict.fromkeys([*elsewhere, *nested]))[:most], known=tuple(known))
+    own = nested[: round(problem.trust * most)]
+    others = () if problem.trust == 1 else random_seeds(problem.feasible, most, problem.seed).first
+    return replace(problem, seeds=tuple(dict.fromkeys([*elsewhere, *own, *others]))[:most], known=tuple(known))
 
 
 def with_given(problem: Problem, plans: Sequence[str]) -> Problem:

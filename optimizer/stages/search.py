@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from optimizer import criteria
-from optimizer.criteria.evidence import check
+from optimizer.criteria.evidence import STAGE, Evidence, check
 from optimizer.errors import UsageFault
 from optimizer.job.sections import TRANSFORMERS
 from optimizer.registries import METHODS, STRATEGIES, find
@@ -104,10 +104,11 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
 def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Problem:
     spec, space = context.spec, context.space
     drafting = drafting_of(context, profile) if spec.is_lossless else None
-    risk = criteria.load(spec.criterion, spec.thresholds).risk(table)
-    evidence = check(risk, table)
-    if evidence.warning:
-        context.progress.note(evidence.warning)
+    criterion = criteria.load(spec.criterion, spec.thresholds)
+    risk = criterion.risk(table)
+    evidence = context.load_or_compute(STAGE, Evidence, lambda: check(risk, table, criterion.needs))
+    if evidence.verdict and not evidence.agrees:
+        context.progress.note(evidence.verdict)
     ratio = partial(latency_ratio, profile) if drafting is None else drafting.costs.step
     problem = Problem(
         space=space,

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from report_builders import LAYERS, claimed, finished_job, identities, queued, record_profile
 from scipy.stats import spearmanr
 from sqlalchemy import text
 
+from optimizer.criteria.evidence import STAGE, Evidence
 from optimizer.reports import figures, progress, theory
 from optimizer.reports.data import collect
 from optimizer.reports.html import write_report
 from optimizer.search.pareto import hypervolume
+from optimizer.statistics.rank_agreement import Agreement
 from storage.database import Database
 from storage.errors import NotFound
 from storage.queue import jobs, leases
 from storage.records.measurements import Redundancy
+from storage.schema import JobStageRow
 
 
 class Page(HTMLParser):
@@ -206,6 +210,18 @@ def test_rank_correlation_is_scipy_s(db: Database) -> None:
     assert agreement.rho == pytest.approx(spearmanr(list(expected.values()), losses).statistic)
     assert agreement.low is not None and agreement.high is not None
     assert agreement.low < agreement.rho < agreement.high
+
+
+def test_what_the_report_says_of_the_criterion_is_what_the_search_recorded(db: Database) -> None:
+    number = finished_job(db)
+    assert "When the search began" not in write_report(db, number)  # nothing was recorded, so nothing is said
+    evidence = Evidence("cosine", Agreement.of_pairs([0.1, 0.2, 0.3, 0.4, 0.5], [5.0, 4.0, 3.0, 2.0, 1.5]))
+    payload = {"value": TypeAdapter(Evidence).dump_python(evidence, mode="json")}
+    with db.transaction() as session:
+        session.add(JobStageRow(job_id=number, stage=STAGE, attempt=1, payload=payload))
+    assert collect(db, number).evidence == evidence and evidence.fails
+    said = " ".join(write_report(db, number).split())
+    assert "When the search began: criterion cosine does not predict harm" in said and "counts 0.00" in said
 
 
 def test_progress_is_the_hypervolume_after_each_plan(db: Database) -> None:

@@ -207,3 +207,15 @@ def test_random_seeds_are_of_the_space_and_repeatable():
     seeds = random_seeds(plans, 12, 5)
     assert len(seeds.first) == 12 and all(each in space for each in seeds.first)
     assert random_seeds(plans, 12, 5) == seeds != random_seeds(plans, 12, 6)
+
+
+@pytest.mark.parametrize(("trust", "own"), [(1.0, 8), (0.5, 4), (0.0, 0)])
+def test_random_plans_take_the_place_of_those_of_a_criterion_that_is_not_trusted(trust, own):
+    spec = SearchSpec(trials=16, strategy="tpe")
+    problem = replace(problem_of(small(), "RFS", seeded=False), trust=trust)
+    problem = replace(problem, risk=problem.risk.weighed(trust))
+    nested = [each for each in nested_sets(problem.space, problem.risk) if each in problem.feasible]
+    seeds = with_seeds(problem, spec).seeds
+    assert len(seeds) == 8 and list(seeds[:own]) == nested[:own]
+    others = random_seeds(problem.feasible, 8, problem.seed).first
+    assert set(seeds[own:]) <= set(others)
