@@ -164,7 +164,6 @@ def main() -> None:
     run(plain, [dense], split, arguments.samples)  # processed inputs are kept from here on
     for key in arguments.sets.split(","):
         compare(sets[key][0], plain, fast, sets[key][1], split, arguments.samples, arguments.plain)
-    print(f"states kept at most {fast.states.peak / 2**20:.0f} MiB of a budget of {arguments.memory * 1024:.0f} MiB")
 
 
 if __name__ == "__main__":
