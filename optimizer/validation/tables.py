@@ -36,7 +36,7 @@ LAYER_COLUMNS = (
     ("KL freeze", "layer_contribution@freeze", "answer"),
     ("KL bypass", "layer_contribution@bypass", "answer"),
     ("KL skip", "layer_contribution@skip", "answer"),
-    ("KL withdrawn", "withdrawal", "last"),
+    ("KL withdrawn, first token", "withdrawal", "last"),
 )
 """Heading, name and group of the measurements that the per-layer table shows; JSON and CSV hold all of them."""
 

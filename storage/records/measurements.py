@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import case, select
+from sqlalchemy import case, or_, select, true
 from sqlalchemy.orm import Session
 
 from storage import upsert
@@ -15,7 +15,7 @@ from storage.database import reads, writes
 from storage.queue import leases
 from storage.queue.jobs import Job
 from storage.records import lookup
-from storage.schema import DeviceRow, LatencyProfileRow, RedundancyRow
+from storage.schema import DeviceRow, JobRow, LatencyProfileRow, RedundancyRow
 from storage.types import database_now
 
 
@@ -113,14 +113,18 @@ def redundancy(
 
 @reads
 def redundancy_of_job(session: Session, job_id: int, model_id: int, task_id: int) -> list[Redundancy]:
-    """Read the statistics that a job used, by name, token group and layer; bookkeeping rows are left out.
+    """Read statistics of a job's model and task, by name, token group and layer; bookkeeping rows are left out.
 
-    Statistics are shared between jobs: where this one wrote none itself, the last ones measured of its model and task.
+    Statistics are shared between jobs, and which ones a job used is not stored: those that it wrote, or else the last
+    ones that were there when it ended, which may be of another dtype, device or version.
     """
+    ended = session.scalar(select(JobRow.finished_at).filter_by(id=job_id))
+    there = RedundancyRow.job_id == job_id
     chosen = session.scalar(
         select(RedundancyRow.calibration_hash)
         .filter_by(model_id=model_id, task_id=task_id)
-        .order_by(case((RedundancyRow.job_id == job_id, 0), else_=1), RedundancyRow.id.desc())
+        .where(true() if ended is None else or_(there, RedundancyRow.measured_at <= ended))
+        .order_by(case((there, 0), else_=1), RedundancyRow.id.desc())
         .limit(1)
     )
     if chosen is None:

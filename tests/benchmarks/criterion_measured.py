@@ -1,8 +1,9 @@
 """Measure one model and task for the benchmarks of criteria: every measurement, and the harm of every single action.
 
-Writes a JSON document: ``name``, ``layers``, ``rows`` (the table's measurements on the calibration split), ``images``
-(of the held-out samples), and under ``harm`` by letter and layer the divergence and the score of each held-out sample,
-with ``dense`` for the dense model's scores. Benchmarks read such files, so that nothing is measured twice.
+Writes a JSON document: ``version`` of the format, ``name``, ``model`` and ``task`` (fingerprint and hash), ``job`` (the
+job file), ``samples``, ``layers``, ``rows`` (the table's measurements on the calibration split), ``images`` (of the
+held-out samples), and under ``harm`` by letter and layer the divergence and the score of each held-out sample, with
+``dense`` for the dense model's scores. Benchmarks read such files, so that nothing is measured twice.
 
     python tests/benchmarks/criterion_measured.py job.yaml --samples 64 --output measured.json
 """
@@ -11,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from optimizer.job.inputs import prepare
+from optimizer.job.inputs import prepare, task_hash
 from optimizer.job.loading import load_job
 from optimizer.service.adhoc import adhoc_job
 from optimizer.stages.progress import Progress
@@ -26,8 +28,11 @@ from optimizer.stages.redundancy import measured
 from optimizer.validation.harm import measure
 from optimizer.validation.report import plan_of
 from storage.database import Database
-from workers.redundancy.kinds import KINDS, TRIED, trial_layers
+from workers.redundancy.kinds import KINDS
 from workers.redundancy.table import LayerMeasurement, LayerTable
+
+VERSION = 2
+"""Of the documents, and of what the measurements in them mean."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +40,47 @@ class MeasuredModel:
     """What such a file holds: the table, and ``harm[letter][layer]``, ``[samples]``, in nats over the answer."""
 
     name: str
+    model: str
+    """Fingerprint."""
+    task: str
+    """Hash."""
     table: LayerTable
     images: tuple[str, ...]
     harm: dict[str, dict[int, np.ndarray]]
 
     @classmethod
     def read(cls, file: Path) -> MeasuredModel:
-        found = json.loads(file.read_text())
+        """Read a document. Raises SystemExit for what is none, or of another version."""
+        found = load(file)
+        if found.get("version") != VERSION:
+            raise SystemExit(f"{file}: not a document of version {VERSION}; measure it again")
         rows = tuple(LayerMeasurement(**row) for row in found["rows"])
-        rows += tuple(_trials_of(rows, found["layers"]))
         harm = {
             letter: {int(layer): np.array(each["kl"]) for layer, each in layers.items()}
             for letter, layers in found["harm"].items()
         }
-        return cls(found["name"], LayerTable(found["layers"], rows), tuple(found["images"]), harm)
+        table = LayerTable(found["layers"], rows)
+        return cls(found["name"], found["model"], found["task"], table, tuple(found["images"]), harm)
 
     def mean_harm(self, letter: str) -> Mapping[int, float]:
         """Mean divergence by layer, of the layers that may take the action."""
         return {layer: float(values.mean()) for layer, values in self.harm[letter].items()}
 
 
-def _trials_of(rows: Sequence[LayerMeasurement], layers: int) -> Iterator[LayerMeasurement]:
-    """Yield the kind ``trials`` of a document that has none: its replays are some of the causal kind's."""
-    if any(row.name.startswith("trial_divergence") for row in rows):
-        return
-    names = {f"layer_contribution@{action.label}": f"trial_divergence@{action.label}" for action in TRIED}
-    for row in rows:
-        if row.name in names and row.layer in trial_layers(layers):
-            yield replace(row, name=names[row.name])
+def load(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises SystemExit where there is none."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{file}: not JSON ({error})") from None
+    return found if isinstance(found, dict) else {}
+
+
+def store(document: dict[str, Any], file: Path) -> None:
+    """Write a document as a whole, or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(document))
+    unfinished.replace(file)
 
 
 def collect(file: Path, samples: int) -> dict[str, Any]:
@@ -80,6 +98,11 @@ def collect(file: Path, samples: int) -> dict[str, Any]:
         }
         harm = measure(context, [plan for layers in plans.values() for plan in layers.values()], samples)
         return {
+            "version": VERSION,
+            "model": context.worker.fingerprint,
+            "task": task_hash(context.task),
+            "job": yaml.safe_load(file.read_text()),
+            "samples": samples,
             "name": f"{Path(spec.model.path).name}, {context.task.name}",
             "layers": table.num_layers,
             "rows": [asdict(row) for row in table.rows],
@@ -102,7 +125,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="held-out samples (default: 64)")
     parser.add_argument("--output", type=Path, required=True, help="the document")
     arguments = parser.parse_args()
-    arguments.output.write_text(json.dumps(collect(arguments.job, arguments.samples)))
+    store(collect(arguments.job, arguments.samples), arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,30 +2,32 @@
 
     PYTHONPATH=tests python -m reference_training.train_families
     python tests/benchmarks/criterion_models.py measure --work measured
-    python tests/benchmarks/criterion_models.py report --work measured --selection llava-12 smollm2-30
+    python tests/benchmarks/criterion_models.py report --work measured --criterion calibrated
 
 ``measure`` takes every measurement and the harm of every single action once for each entry of `SUBJECTS`, and keeps
-them in one document each (`criterion_measured.py`); what is there is not measured again. ``report`` reads all documents
+them in one document each (`criterion_measured.py`); one that is there, of the same job and model files, is not measured
+again. ``report`` reads all documents
 in the directory. A criterion's figure is Spearman's rho between its risk, from calibration samples, and the mean
-divergence of held-out answers. Intervals are for other layers and other images of the same models. Models named by
---selection are those on which the judged criterion was designed; the bars are said for all models, and for the others
-alone.
+divergence of held-out answers. Intervals are for other layers and other images of the same models. Models
+that a criterion was designed on (`DESIGNED_ON`, and --selection for more) are left out of a second table and its bars,
+and so are those that share layers with them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
-from criterion_measured import MeasuredModel, collect
+from criterion_measured import VERSION, MeasuredModel, collect, load, store
 
 from optimizer import criteria
 from optimizer.criteria import Risk
+from optimizer.job.inputs import model_fingerprint
+from optimizer.job.loading import load_job
 from optimizer.job.spec import JobSpec
 from optimizer.registries import CRITERIA
 from optimizer.statistics.rank_agreement import resampled, spearman
@@ -56,6 +58,8 @@ class Subject:
     task: str
     calibration: int = 64
     held_out: int = 128
+    group: str = ""
+    """Models of one group share layers: none of them is left out alone."""
 
     @property
     def path(self) -> str:
@@ -69,24 +73,33 @@ CAPTIONING = ("gemma3-12", "captioner")
 SUBJECTS = (
     Subject("llava-12", "easy-vqa"),
     Subject("llava-12", "captions"),
-    Subject("smollm2-30", "easy-vqa", 32, 64),
-    Subject("smollm2-30-scenes", "captions", 32, 48),
+    Subject("smollm2-30", "easy-vqa", 32, 64, "smollm2"),
+    Subject("smollm2-30-scenes", "captions", 32, 48, "smollm2"),
     *(Subject(name, "captions" if name in CAPTIONING else "easy-vqa") for name in FAMILIES),
 )
 
 
 KNOWN = tuple(dict.fromkeys(each.model for each in SUBJECTS))
+GROUPS = {each.model: each.group or each.model for each in SUBJECTS}
+DESIGNED_ON = {
+    "skip-it": ("llava-12", "smollm2-30", "captioner"),
+    "skip-it-static": ("llava-12", "smollm2-30"),
+    "skip-it-causal": ("llava-12", "smollm2-30"),
+    "calibrated": ("llava-12", "smollm2-30", "smollm2-30-scenes", "captioner"),
+}
+"""Models whose measurements were seen when a criterion was made. `calibrated` is built on `skip-it`, some of whose
+variants go back to a captioner of the same shape."""
 
 
 def measure(work: Path, models: Sequence[str]) -> None:
-    """Write the documents that are not there yet."""
+    """Write the documents that are not there yet, or are of other settings or files."""
     work.mkdir(parents=True, exist_ok=True)
     captions = (work / "captions.yaml").resolve()
     captions.write_text(yaml.safe_dump(CAPTIONS, sort_keys=False))
     for subject in SUBJECTS:
         stem = f"{subject.model}-{subject.task}"
         document, file = work / f"{stem}.json", work / f"{stem}.yaml"
-        if document.exists() or subject.model not in models:
+        if subject.model not in models:
             continue
         splits = {"calibration": subject.calibration, "search": 32, "held_out": subject.held_out, "unit": "samples"}
         job = {
@@ -99,7 +112,11 @@ def measure(work: Path, models: Sequence[str]) -> None:
         }
         file.write_text(yaml.safe_dump(job, sort_keys=False))
         name = f"{subject.model}, {subject.task}"
-        document.write_text(json.dumps(collect(file, subject.held_out) | {"name": name}))
+        settings = {"version": VERSION, "name": name, "job": job, "samples": subject.held_out}
+        there = load(document) if document.exists() else {}
+        if there and there.items() >= (settings | {"model": model_fingerprint(load_job(file))}).items():
+            continue
+        store(collect(file, subject.held_out) | settings, document)
         print(f"{name}: measured", flush=True)
 
 
@@ -115,8 +132,13 @@ class Judged:
     """``[resamples]``; the same layers and images for all criteria."""
 
     @property
-    def model(self) -> str:
-        return self.name.partition(",")[0]
+    def group(self) -> str:
+        """The models that share layers with this one, by one name."""
+        return group_of(self.name.partition(",")[0])
+
+
+def group_of(model: str) -> str:
+    return GROUPS.get(model, model)
 
 
 def risks_of(found: MeasuredModel, names: Sequence[str]) -> dict[str, Risk]:
@@ -178,18 +200,18 @@ def table(judged: Sequence[Judged], names: Sequence[str], own: str) -> list[str]
 
 
 def left_out(judged: Sequence[Judged], own: str) -> list[str]:
-    """For each model the published criterion that is best on the other models, and what it does on this one."""
+    """For each group of models the published criterion that is best on the others, and what it does on this one."""
     lines = [
         f"| left out | best published on the others | its rho here | {own} | best published here |",
         "|---" * 5 + "|",
     ]
-    models = list(dict.fromkeys(each.model for each in judged))
-    for model in models if len(models) > 1 else ():
-        here = [each for each in judged if each.model == model]
-        chosen = best_of([each for each in judged if each.model != model])
+    groups = list(dict.fromkeys(each.group for each in judged))
+    for group in groups if len(groups) > 1 else ():
+        here = [each for each in judged if each.group == group]
+        chosen = best_of([each for each in judged if each.group != group])
         best = best_of(here)
         lines.append(
-            f"| {model} | {chosen} | {mean(here, chosen):+.2f} | {mean(here, own):+.2f} | "
+            f"| {group} | {chosen} | {mean(here, chosen):+.2f} | {mean(here, own):+.2f} | "
             f"{best} {mean(here, best):+.2f} |"
         )
     return lines
@@ -200,9 +222,10 @@ def bars(judged: Sequence[Judged], own: str, rivals: Sequence[str]) -> list[str]
     best = best_of(judged, rivals)
     gain = mean(judged, own) - mean(judged, best)
     draws = mean_draws(judged, own) - mean_draws(judged, best)
+    passed = gain >= MARGIN and np.quantile(draws, 0.025) > 0
     lines = [
         f"- mean rho {mean(judged, own):+.3f}, best of {len(rivals)} ({best}) {mean(judged, best):+.3f}: {gain:+.3f} "
-        f"{interval(draws)}, wanted {MARGIN:+.2f}: {'pass' if gain >= MARGIN else 'fail'}"
+        f"{interval(draws)}, wanted {MARGIN:+.2f} and an interval above 0: {'pass' if passed else 'fail'}"
     ]
     behind = []
     for each in judged:
@@ -222,11 +245,17 @@ def report(work: Path, own: str, selection: Sequence[str]) -> None:
     found = [MeasuredModel.read(file) for file in sorted(work.glob("*.json"))]
     if not found:
         raise SystemExit(f"{work}: holds no documents; `measure` writes them")
+    seen: dict[tuple[str, str], str] = {}
     for each in found:
+        if other := seen.get((each.model, each.task)):
+            raise SystemExit(f"{work}: {each.name} and {other} are documents of the same model and task; remove one")
+        seen[each.model, each.task] = each.name
         samples, images = len(each.images), len(set(each.images))
         print(f"- {each.name}: {each.table.num_layers} layers, {samples} held-out samples of {images} images")
     risks = [risks_of(each, [*CRITERIA]) for each in found]
     names = [name for name in CRITERIA if all(name in each for each in risks)]
+    if own not in names:
+        raise SystemExit(f"{own}: a document lacks a measurement that this criterion needs")
     judged = [
         row
         for seed, (each, own_risks) in enumerate(zip(found, risks, strict=True))
@@ -234,8 +263,11 @@ def report(work: Path, own: str, selection: Sequence[str]) -> None:
     ]
     cheaper = [name for name in PUBLISHED if name != TRIES_ALL]
     groups = {"All models": judged}
-    others = [each for each in judged if each.model not in selection]
-    if 0 < len(others) < len(judged):
+    designed_on = {group_of(model) for model in (*DESIGNED_ON.get(own, ()), *selection)}
+    others = [each for each in judged if each.group not in designed_on]
+    if not others:
+        print(f"\nOn every model something was chosen for {own}: none is held out.")
+    elif len(others) < len(judged):
         groups["Models on which nothing was chosen"] = others
     for title, rows in groups.items():
         print(f"\n{title}:\n", *table(rows, names, own), "", *left_out(rows, own), sep="\n")
@@ -248,8 +280,12 @@ def main() -> None:
     parser.add_argument("command", choices=("measure", "report"))
     parser.add_argument("--work", type=Path, required=True, help="directory of the documents")
     parser.add_argument("--models", nargs="+", choices=KNOWN, default=KNOWN, help="to measure")
-    parser.add_argument("--criterion", default=JobSpec.model_fields["criterion"].default, help="the one to judge")
-    parser.add_argument("--selection", nargs="*", default=[], help="models that the criterion was designed on")
+    parser.add_argument(
+        "--criterion", choices=[*CRITERIA], default=JobSpec.model_fields["criterion"].default, help="the one to judge"
+    )
+    parser.add_argument(
+        "--selection", nargs="*", choices=KNOWN, default=[], help="further models that the criterion was designed on"
+    )
     options = parser.parse_args()
     if options.command == "measure":
         measure(options.work, options.models)

@@ -253,7 +253,8 @@ class WorkerPool:
         tickets = [Ticket(self._tickets + place, request, share, results) for place, request in enumerate(requests)]
         self._tickets += len(tickets)
         self._queue += tickets
-        self._dispatch()
+        if self._ended is None:  # who waits for the results is told why otherwise
+            self._dispatch()
         return [ticket.number for ticket in tickets]
 
     def _next(self, results: deque[tuple[int, Result]], give_up: float | None = None) -> tuple[int, Result] | None:

@@ -125,10 +125,10 @@ class Decoder:
         self._cache_name = argument_name(self.layers[0], CACHE_ARGUMENTS) or CACHE_ARGUMENTS[0]
         self._first_argument = next(iter(forward_parameters(self.layers[0])))
         self._split = _GivenSplit()
-        causal = self.stack.text_config._attn_implementation == "sdpa"
+        mask_may_be_none = self.stack.text_config._attn_implementation == "sdpa"
         self._gathering = tuple(
             {
-                action: TokenLayer(layer, number, action, self._split, mask_may_be_none=causal)
+                action: TokenLayer(layer, number, action, self._split, mask_may_be_none=mask_may_be_none)
                 for action in VISION_ACTIONS
             }
             for number, layer in enumerate(self.layers)

@@ -19,8 +19,10 @@ from .replay import NotANumberError, prefill
 MOST_TOKENS = 32
 """Tokens of an answer that count at most; what goes wrong later in long answers has begun before."""
 
-LARGEST_CHANGE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 0.03}
-"""By how much, relative to the largest logit, an answer may move what is read before it: rounding, and no more."""
+LARGEST_CHANGE = {torch.float32: 1e-3, torch.float16: 5e-3}
+LARGEST_CHANGE_OTHERWISE = 0.03
+"""By how much, relative to the largest logit, an answer may move what is read before it: rounding, and no more.
+Otherwise is bfloat16, alone or beside quantised weights."""
 
 
 def with_answers(loaded: LoadedModel, task: Task, batch: Batch, vision_token_ids: tuple[int, ...]) -> Batch:
@@ -51,5 +53,5 @@ def answers_change_prompts(loaded: LoadedModel, prompts: Batch, answered: Batch)
     """Whether answers change what is read at the prompts' last token: some families let prompts see what follows."""
     alone = prefill(loaded, prompts)[:, 0]
     followed = prefill(loaded, answered)[:, 0]
-    largest = LARGEST_CHANGE[loaded.model.dtype] * alone.abs().max()
+    largest = LARGEST_CHANGE.get(loaded.model.dtype, LARGEST_CHANGE_OTHERWISE) * alone.abs().max()
     return bool((alone - followed).abs().max() > largest)

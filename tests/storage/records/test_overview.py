@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -67,6 +68,16 @@ def test_redundancy_is_the_job_s_own_or_else_the_latest(db: Database) -> None:
         for job_id in (first.job.id, second.job.id, NOBODY)
     ]
     assert read == [[0.25], [0.75], [0.75]]
+
+
+def test_redundancy_of_an_ended_job_is_none_that_was_measured_later(db: Database) -> None:
+    first, user, later = (scene(db, f"driver-{number}") for number in (1, 2, 3))
+    measure(db, first, "as before", 0.25)
+    leases.finish(db, user.job)
+    time.sleep(0.01)
+    measure(db, later, "with other versions", 0.75)
+    (found,) = measurements.redundancy_of_job(db, user.job.id, user.model_id, user.task_id)
+    assert found.value == 0.25
 
 
 def test_jobs_like_another(db: Database) -> None:

@@ -113,6 +113,13 @@ def test_requests_that_nobody_waits_for_any_more_are_dropped(pool: WorkerPool) -
     assert not pool._queue  # those that run go on
 
 
+def test_a_pool_that_has_ended_hands_nothing_out(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_ended", ClusterError("all workers are lost"))
+    with pytest.raises(ClusterError, match="all workers are lost"):
+        next(pool.run([evaluate(0.1)]))
+    assert pool.idle
+
+
 def test_who_waits_for_a_pool_that_is_closed_is_told(pool: WorkerPool) -> None:
     errors: list[BaseException] = []
 
