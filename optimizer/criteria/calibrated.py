@@ -60,7 +60,7 @@ class Calibrated(Thresholds):
     name = "calibrated"
     source = "skipplan, docs/theory.md"
     needs: ClassVar[tuple[str, ...]] = (*SkipIt.needs, "trials")
-    published_for = MEASURED_LETTERS
+    published_for = ""
 
     def __post_init__(self) -> None:
         if not self.safe > 0:

@@ -89,7 +89,10 @@ class Criterion(Protocol):
 
     @property
     def published_for(self) -> str:
-        """Letters of the actions its source defines it for; on the others it is tried as it stands."""
+        """Letters of the actions that its publication defines it for; on the others it is tried as it stands.
+
+        Empty for what is no published method, as this project's own criteria: they are never counted as one.
+        """
         ...
 
     @property

@@ -134,7 +134,7 @@ class LinearRedundancy(Thresholds):
     name = "linear-redundancy"
     source = "skipplan, docs/compensation.md"
     needs = ("linear",)
-    published_for = SKIP
+    published_for = ""
 
     def risk(self, table: LayerTable) -> Risk:
         before = known_values(table, "linear_redundancy@1", "all")

@@ -16,7 +16,7 @@ from workers.redundancy.kinds import ANSWER
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
 
-from .interface import MEASURED_LETTERS, Risk, Thresholds, known_values
+from .interface import Risk, Thresholds, known_values
 from .published import contributions, group_values
 
 
@@ -40,7 +40,7 @@ class SkipItStatic(Thresholds):
     name = "skip-it-static"
     source = "conditions: Hartman et al., arXiv 2509.25584; formulas: this project"
     needs: ClassVar[tuple[str, ...]] = ("distance", "attention", "angular")
-    published_for = MEASURED_LETTERS
+    published_for = ""
 
     def __post_init__(self) -> None:
         for name, threshold in self.thresholds.items():

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
+from scipy.stats import ttest_ind
 
 from optimizer.criteria.published import group_values
 from optimizer.criteria.skip_it import vision_attention
-from optimizer.statistics.intervals import Interval, two_sided
+from optimizer.statistics.intervals import Interval
 from optimizer.validation.harm import Measured, PlanHarm
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
@@ -30,6 +32,8 @@ BAND_ACTIONS = (Action.FREEZE.letter, BYPASS)
 RESAMPLES = 4000
 MARGIN = 0.02
 """Loss of accuracy that counts as none where the job sets no ``constraint.max_accuracy_drop``."""
+FEWEST_LAYERS = 5
+"""Of a cell, for the claim about both conditions to be decided."""
 LEAST_KL = 1e-9
 """Divergences below this are taken as this, so that they have a logarithm."""
 
@@ -48,7 +52,7 @@ class Claim:
 class Cell:
     """Layers that meet or miss each condition of bypass, and the harm that bypassing one of them does.
 
-    ``kl`` is the geometric mean over the layers, with its interval for other layers and images; None without layers.
+    ``kl`` is the geometric mean over the layers, None without any, with its interval for other layers, None for one.
     """
 
     redundant: bool
@@ -90,68 +94,68 @@ def band_claims(harms: Mapping[tuple[str, str], PlanHarm | None], margin: float 
 
 
 def condition_cells(
-    table: LayerTable, divergences: Mapping[int, Floats], images: Sequence[str], confidence: float, seed: int
+    table: LayerTable, divergences: Mapping[int, Floats], confidence: float
 ) -> tuple[tuple[Cell, ...], Claim]:
     """Sort layers by the two conditions of bypass, each split at its median, and answer whether both are needed.
 
-    ``divergences`` are by layer those of bypassing it, ``[samples]``.
+    ``divergences`` are by layer those of bypassing it, ``[samples]``. Layers are taken as independent.
     """
     layers = sorted(divergences)
     distance, attention = group_values(table, "cosine_distance")[0], vision_attention(table)
     halves = [np.median([values[layer] for layer in layers]) if layers else 0.0 for values in (distance, attention)]
-    draws = _log_means([divergences[layer] for layer in layers], images, seed) if layers else np.zeros((1, 0))
-    generator = np.random.default_rng([seed, 1])
     cells, logs = [], {}
     for redundant in (True, False):
         for little in (True, False):
-            there = [
-                index
-                for index, layer in enumerate(layers)
+            own = tuple(
+                layer
+                for layer in layers
                 if (distance[layer] <= halves[0], attention[layer] <= halves[1]) == (redundant, little)
-            ]
-            own = tuple(layers[index] for index in there)
-            if not there:
-                cells.append(Cell(redundant, little, (), None, None, None))
-                continue
-            chosen = generator.choice(np.array(there), size=(len(draws), len(there)))
-            logs[redundant, little] = np.take_along_axis(draws, chosen, axis=1).mean(1)
-            centre = float(np.mean([math.log(max(LEAST_KL, divergences[layer].mean())) for layer in own]))
-            interval = two_sided(np.sort(logs[redundant, little]), confidence)
-            harm = [math.exp(each) for each in (centre, interval.low, interval.high)]
-            cells.append(Cell(redundant, little, own, *harm))
+            )
+            values = np.log([max(LEAST_KL, float(divergences[layer].mean())) for layer in own])
+            logs[redundant, little] = values
+            kl = math.exp(values.mean()) if own else None
+            interval = mean_interval(values, confidence)
+            ends = (None, None) if interval is None else (math.exp(interval.low), math.exp(interval.high))
+            cells.append(Cell(redundant, little, own, kl, *ends))
     return tuple(cells), _conditions_claim(logs, confidence)
 
 
-def _log_means(divergences: Sequence[Floats], images: Sequence[str], seed: int) -> Floats:
-    """Logarithms of the layers' mean divergences on other images: ``[resamples, layers]``."""
-    names, owner = np.unique(np.asarray(images), return_inverse=True)
-    totals = np.zeros((len(names), len(divergences)))
-    np.add.at(totals, owner, np.stack(divergences, axis=1))
-    sizes = np.bincount(owner, minlength=len(names))
-    weights = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    means: Floats = np.log(np.maximum(LEAST_KL, weights @ totals / (weights @ sizes)[:, None]))
-    return means
-
-
 def _conditions_claim(logs: Mapping[tuple[bool, bool], Floats], confidence: float) -> Claim:
+    """Answer from the logarithms of the layers' divergences, by cell; "no" is two tests, so each has half the error."""
     rule = (
-        "bypass at single layers, each condition split at its median: yes where missing either condition multiplies "
-        "the harm of layers that meet both (both intervals of the ratio above 1), no where an interval is below 1"
+        f"bypass at single layers, each condition split at its median, cells of at least {FEWEST_LAYERS} layers: yes "
+        "where missing either condition multiplies the harm of layers that meet both (both intervals of the ratio "
+        "above 1), no where one of them, with half the error, is below 1"
     )
     needed = "bypass needs redundancy and little attention both"
-    missing = {"attention": (True, False), "redundancy": (False, True)}
-    if (True, True) not in logs or any(cell not in logs for cell in missing.values()):
-        return Claim(needed, OPEN, "no layer meets both conditions, or none misses just one of them", rule)
-    ratios: dict[str, Interval] = {
-        name: two_sided(np.sort(logs[cell] - logs[True, True]), confidence) for name, cell in missing.items()
-    }
+    missing = {"attention": logs[True, False], "redundancy": logs[False, True]}
+    both = logs[True, True]
+    if min(len(both), *(len(values) for values in missing.values())) < FEWEST_LAYERS:
+        counts = ", ".join(f"{len(values)} without {name}" for name, values in missing.items())
+        return Claim(needed, OPEN, f"too few layers: {len(both)} meet both conditions, {counts}", rule)
+    ratios = {name: welch_interval(values, both, confidence) for name, values in missing.items()}
+    stricter = [welch_interval(values, both, (1 + confidence) / 2) for values in missing.values()]
     above = all(each.low > 0 for each in ratios.values())
-    below = any(each.high < 0 for each in ratios.values())
+    below = any(each.high < 0 for each in stricter)
     evidence = "; ".join(
         f"without {name}: harm times [{math.exp(each.low):.2g}, {math.exp(each.high):.2g}]"
         for name, each in ratios.items()
     )
     return Claim(needed, YES if above else NO if below else OPEN, evidence, rule)
+
+
+def mean_interval(values: Floats, confidence: float) -> Interval | None:
+    """Student's t interval of the mean of ``[layers]``; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    half = student.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Interval(float(values.mean() - half), float(values.mean() + half))
+
+
+def welch_interval(first: Floats, second: Floats, confidence: float) -> Interval:
+    """Interval of the difference of two means (Welch 1947), each of at least two values."""
+    found = ttest_ind(first, second, equal_var=False).confidence_interval(confidence)
+    return Interval(float(found.low), float(found.high))
 
 
 def overlap_claim(

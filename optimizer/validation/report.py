@@ -138,7 +138,7 @@ def validate(
     }
     harm = measure(context, [*singles, *together, *bands.values()], samples)
     in_bands = {key: harm.harm(plan, confidence, seed) for key, plan in bands.items()}
-    cells, both_needed = _conditions(predicted, allowed, harm, confidence, seed)
+    cells, both_needed = _conditions(predicted, allowed, harm, confidence)
     choices = _choices(predicted, allowed, size)
     return ValidationReport(
         model=spec.model.path,
@@ -272,13 +272,13 @@ def _choices(
 
 
 def _conditions(
-    predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], harm: Measured, confidence: float, seed: int
+    predicted: _Predicted, allowed: Mapping[str, tuple[int, ...]], harm: Measured, confidence: float
 ) -> tuple[tuple[Cell, ...], Claim]:
     """Sort the layers that may be bypassed by the conditions; what the model does not give leaves it open."""
     num_layers = predicted.table.num_layers
     plans = {layer: plan_of(num_layers, (layer,), claims.BYPASS) for layer in allowed.get(claims.BYPASS, ())}
     divergences = claims.divergences_of(harm, plans)
-    return claims.condition_cells(predicted.table, divergences, harm.kl_images, confidence, seed)
+    return claims.condition_cells(predicted.table, divergences, confidence)
 
 
 def _action(

@@ -166,8 +166,8 @@ def _conditions(report: ValidationReport) -> Table:
     title = "Bypass at single layers by its two conditions, each split at its median: geometric mean of the KL"
     drawn = Table("redundant", "little attention", "layers", "KL", title=title, title_justify="left")
     for cell in report.conditions:
-        known = cell.kl is not None and cell.low is not None and cell.high is not None
-        harm = f"{number(cell.kl)} [{number(cell.low)}, {number(cell.high)}]" if known else "-"
+        interval = "" if cell.low is None else f" [{number(cell.low)}, {number(cell.high)}]"
+        harm = "-" if cell.kl is None else f"{number(cell.kl)}{interval}"
         layers = " ".join(map(str, cell.layers)) or "-"
         drawn.add_row(*("yes" if each else "no" for each in (cell.redundant, cell.little_attention)), layers, harm)
     return drawn

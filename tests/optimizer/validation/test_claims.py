@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optimizer.validation.claims import band, band_claims, condition_cells, overlap_claim
+from optimizer.validation.claims import (
+    band,
+    band_claims,
+    condition_cells,
+    mean_interval,
+    overlap_claim,
+    welch_interval,
+)
 from optimizer.validation.harm import PlanHarm
 from workers.redundancy.table import LayerMeasurement, LayerTable
 
@@ -35,7 +42,7 @@ def planted(rule: dict[tuple[bool, bool], float], layers: int = LAYERS) -> tuple
     ],
 )
 def test_both_conditions(rule: dict[tuple[bool, bool], float], answer: str) -> None:
-    cells, claim = condition_cells(*planted(rule), IMAGES, 0.95, 0)
+    cells, claim = condition_cells(*planted(rule), 0.95)
     assert claim.answer == answer
     for cell in cells:
         assert len(cell.layers) == LAYERS // 4
@@ -46,9 +53,37 @@ def test_both_conditions(rule: dict[tuple[bool, bool], float], answer: str) -> N
 def test_conditions_that_no_layer_misses_alone_decide_nothing() -> None:
     table, divergences = planted(dict.fromkeys([(True, True), (True, False), (False, True), (False, False)], 0.1))
     only = {layer: values for layer, values in divergences.items() if layer % 4 in (0, 3)}
-    cells, claim = condition_cells(table, only, IMAGES, 0.95, 0)
+    cells, claim = condition_cells(table, only, 0.95)
     assert claim.answer == "not decided" and [len(cell.layers) for cell in cells] == [6, 0, 0, 6]
-    assert condition_cells(table, {}, (), 0.95, 0)[1].answer == "not decided"
+    assert condition_cells(table, {}, 0.95)[1].answer == "not decided"
+
+
+@pytest.mark.parametrize("layers", [8, 20, 30])
+def test_harm_that_knows_no_conditions_is_seldom_decided(layers: int) -> None:
+    generator = np.random.default_rng(layers)
+    answers = []
+    for _ in range(200):
+        rows = []
+        for layer, (distance, attention) in enumerate(generator.uniform(size=(layers, 2)).tolist()):
+            rows += [
+                LayerMeasurement("cosine_distance", group, layer, distance, None, 1) for group in ("vision", "text")
+            ]
+            rows.append(LayerMeasurement("vision_attention", "text", layer, attention, None, 1))
+        harm = np.exp(generator.normal(-4, 2, layers))
+        shown = {layer: harm[layer] * generator.lognormal(0, 0.3, 20) for layer in range(layers)}
+        answers.append(condition_cells(LayerTable(layers, tuple(rows)), shown, 0.95)[1].answer)
+    assert sum(answer != "not decided" for answer in answers) <= 10  # 5 %
+    assert layers > 8 or set(answers) == {"not decided"}
+
+
+def test_intervals_are_those_of_textbooks() -> None:
+    # Student's t with 4 degrees of freedom, 2.776; mean 3, standard error sqrt(2.5 / 5).
+    interval = mean_interval(np.arange(1.0, 6.0), 0.95)
+    assert interval is not None and interval.high == pytest.approx(3 + 2.776 * 0.5**0.5, abs=1e-3)
+    assert mean_interval(np.ones(1), 0.95) is None
+    # Equal sizes and spreads: Welch's degrees of freedom are 8, t 2.306, standard error 1.
+    found = welch_interval(np.arange(1.0, 6.0), np.arange(1.0, 6.0) + 1, 0.95)
+    assert (found.low, found.high) == pytest.approx((-1 - 2.306, -1 + 2.306), abs=1e-3)
 
 
 def test_bands_of_layers() -> None:
