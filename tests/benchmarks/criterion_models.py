@@ -6,11 +6,10 @@
 
 ``measure`` takes every measurement and the harm of every single action once for each entry of `SUBJECTS`, and keeps
 them in one document each (`criterion_measured.py`); one that is there, of the same job and model files, is not measured
-again. ``report`` reads all documents
-in the directory. A criterion's figure is Spearman's rho between its risk, from calibration samples, and the mean
-divergence of held-out answers. Intervals are for other layers and other images of the same models. Models
-that a criterion was designed on (`DESIGNED_ON`, and --selection for more) are left out of a second table and its bars,
-and so are those that share layers with them.
+again. ``report`` reads all documents in the directory. A criterion's figure is Spearman's rho between its risk, from
+calibration samples, and the mean divergence of held-out answers. Intervals are for other layers and other images of the
+same models. Models that a criterion was designed on (`DESIGNED_ON`, and --selection for more) are left out of a second
+table and its bars, and so are those that share layers with them.
 """
 
 from __future__ import annotations

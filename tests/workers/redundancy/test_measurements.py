@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import plain
 import pytest
 import torch
 from measurement_tables import columns
+from transformers.utils import ModelOutput
 
 from workers.errors import MeasurementError
 from workers.messages import TOKEN_GROUPS, ModelSource
@@ -238,6 +240,24 @@ def test_answers_end_before_a_vision_token(tiny_directory: Path, tiny: LoadedMod
     assert found.samples == 2 and found.failed_samples == {}
     assert before_vision(torch.tensor([4, 9, 3, 9]), (8, 9)).tolist() == [4]
     assert before_vision(torch.tensor([4, 3]), ()).tolist() == [4, 3]
+
+
+def test_a_model_that_gives_one_logit_is_measured_at_the_first_token(tiny_directory: Path, captioned: Task) -> None:
+    model = load_model(ModelSource(str(tiny_directory), device="cpu"))
+
+    def cut(_: object, __: object, output: ModelOutput) -> None:
+        output.logits = output.logits[:, -1:]
+
+    task = replace(captioned, calibration=captioned.calibration[:2])
+    with model.model.register_forward_hook(cut):
+        found = measure_redundancy(model, task, ("propagation",))
+    assert found.failed_samples == {}
+    (note,) = found.notes
+    assert re.fullmatch(
+        r"harm is measured at .* first token alone: the model gives logits of 1 of the \d tokens .*", note
+    )
+    table = finish(found)
+    assert table.values("final_divergence", "answer") == table.values("final_divergence", "last")
 
 
 def test_a_choice_is_measured_where_the_prompt_ends(tiny: LoadedModel, few: Task) -> None:
