@@ -33,7 +33,7 @@ RESAMPLES = 4000
 MARGIN = 0.02
 """Loss of accuracy that counts as none where the job sets no ``constraint.max_accuracy_drop``."""
 FEWEST_LAYERS = 5
-"""Of a cell, for the claim about both conditions to be decided."""
+"""Of a cell, for it to have an interval and the claim about both conditions an answer."""
 LEAST_KL = 1e-9
 """Divergences below this are taken as this, so that they have a logarithm."""
 
@@ -52,7 +52,7 @@ class Claim:
 class Cell:
     """Layers that meet or miss each condition of bypass, and the harm that bypassing one of them does.
 
-    ``kl`` is the geometric mean over the layers, None without any, with its interval for other layers, None for one.
+    ``kl`` is the geometric mean over the layers, None without any, with its interval for other layers, None for few.
     """
 
     redundant: bool
@@ -145,8 +145,8 @@ def _conditions_claim(logs: Mapping[tuple[bool, bool], Floats], confidence: floa
 
 
 def mean_interval(values: Floats, confidence: float) -> Interval | None:
-    """Student's t interval of the mean of ``[layers]``; None for fewer than two."""
-    if len(values) < 2:
+    """Student's t interval of the mean of ``[layers]``; None for fewer than ``FEWEST_LAYERS``."""
+    if len(values) < FEWEST_LAYERS:
         return None
     half = student.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return Interval(float(values.mean() - half), float(values.mean() + half))

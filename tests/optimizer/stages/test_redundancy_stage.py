@@ -6,7 +6,8 @@ import in_process
 import pytest
 from measurement_tables import columns
 
-from optimizer.stages import redundancy
+from optimizer.criteria.evidence import STAGE
+from optimizer.stages import profile, redundancy, search
 from optimizer.stages.context import JobContext
 from storage.database import Database
 from storage.queue import stages
@@ -59,3 +60,26 @@ def test_other_samples_or_settings_are_measured_anew(store: Database, worker, mo
 def test_a_criterion_that_needs_no_measurement_asks_for_none(store: Database, worker) -> None:
     table = redundancy.run(in_process.context(store, worker, in_process.spec(criterion="early-exit")))
     assert asked(worker) == [] and table.rows == () and table.num_layers == 12
+
+
+def test_a_search_hangs_on_nothing_that_other_jobs_measured(store: Database, worker) -> None:
+    fields = {"criterion": "cosine", "search": {"latency_model": "layers"}, "actions": ["skip"]}
+    problems = []
+    for criterion in ("cosine", "skip-it", "cosine"):  # the second stores removals beside the distances
+        context = in_process.context(store, worker, in_process.spec(**fields | {"criterion": criterion}))
+        table = redundancy.run(context)
+        problems.append(search._problem(context, profile.run(context), table))
+        found = stages.get(store, context.job.id, STAGE)
+        assert found is not None and found.payload["value"]["agreement"]["pairs"] == (
+            12 if criterion == "skip-it" else 0
+        )
+    assert table.has("final_divergence", "answer")
+    assert problems[0].risk == problems[2].risk and problems[0].seeds == problems[2].seeds
+
+
+def test_a_search_that_goes_on_is_told_what_it_was_told_before(store: Database, worker) -> None:
+    context = in_process.context(store, worker, in_process.spec(search={"latency_model": "layers"}, actions=["skip"]))
+    table = redundancy.run(context)
+    agreement = {"rho": 0.2, "low": -0.1, "high": 0.4, "pairs": 12, "verdict": ""}
+    stages.record_stage(store, context.job, STAGE, {"value": {"criterion": "skip-it", "agreement": agreement}})
+    assert search._problem(context, profile.run(context), table).trust == 0.2

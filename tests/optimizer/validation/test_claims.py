@@ -80,7 +80,7 @@ def test_intervals_are_those_of_textbooks() -> None:
     # Student's t with 4 degrees of freedom, 2.776; mean 3, standard error sqrt(2.5 / 5).
     interval = mean_interval(np.arange(1.0, 6.0), 0.95)
     assert interval is not None and interval.high == pytest.approx(3 + 2.776 * 0.5**0.5, abs=1e-3)
-    assert mean_interval(np.ones(1), 0.95) is None
+    assert mean_interval(np.arange(4.0), 0.95) is None
     # Equal sizes and spreads: Welch's degrees of freedom are 8, t 2.306, standard error 1.
     found = welch_interval(np.arange(1.0, 6.0), np.arange(1.0, 6.0) + 1, 0.95)
     assert (found.low, found.high) == pytest.approx((-1 - 2.306, -1 + 2.306), abs=1e-3)
