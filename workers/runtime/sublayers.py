@@ -114,9 +114,18 @@ def leave_out(
     )
     for name, module in ((part.name, stand_in), *((each, nn.Identity()) for each in part.around)):
         if permanent:
-            edits.set_item(layer._modules, name, module)
+            edits.set_item(layer._modules, name, _emptied(getattr(layer, name), module.forward))
         else:
             edits.set_instance_attribute(getattr(layer, name), "forward", module.forward)
+
+
+def _emptied(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Return a module of the same class, by which layers choose how they call it, with this forward and no weights."""
+    kind = type(module)
+    emptied: nn.Module = object.__new__(kind)
+    nn.Module.__init__(emptied)
+    emptied.__dict__.update(forward=forward, _is_hf_initialized=True)  # transformers would look for its weights
+    return emptied.train(module.training)
 
 
 def _states(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -166,6 +175,23 @@ def _child(layer: nn.Module, names: Sequence[str], what: str) -> str:
     return found[0]
 
 
+class _StandIn:
+    """A call in the place of a module; it passes for one of the module's class, by which some layers choose a branch.
+
+    Nothing else of the module is there.
+    """
+
+    def __init__(self, module: nn.Module, called: Callable[..., Any]) -> None:
+        self._kind, self._called = type(module), called
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self._kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._called(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of a module's stand-in."""
@@ -193,7 +219,7 @@ class _Rehearsal:
         """
         calls: list[_Call] = []
 
-        def stand_in(name: str, module: nn.Module) -> Callable[..., Any]:
+        def stand_in(name: str, module: nn.Module) -> _StandIn:
             def called(*args: Any, **kwargs: Any) -> Any:
                 states = _states(args, kwargs)
                 if name in self.parts:
@@ -205,7 +231,7 @@ class _Rehearsal:
                 results = self.parts.get(name, 1)
                 return result if results == 1 else (result, *(None,) * (results - 1))
 
-            return called
+            return _StandIn(module, called)
 
         layer = self.layer
         shell = object.__new__(type(layer))

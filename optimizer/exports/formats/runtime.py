@@ -227,8 +227,8 @@ def guide(subject: Subject, directory: Path) -> Guide:
             *((GUARD_LIMIT,) if subject.guard else ()),
             "Frozen and bypassed layers need `sdpa` (the default) or `eager` attention.",
             "Loading without the code fails by design: the weights alone would run every layer for every token.",
-            "Servers with model code of their own (SGLang, llama.cpp) cannot run frozen and bypassed layers; vLLM does "
-            "with the plug-in `skipplan-vllm`. None of them runs layers without attention or without an MLP.",
+            "Servers with model code of their own (SGLang, llama.cpp) cannot run frozen and bypassed layers, nor those "
+            "without attention or without an MLP; vLLM does with the plug-in `skipplan-vllm`.",
             "Copy the directory to hand it on; `save_pretrained` does not write the code.",
         ),
     )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workers.runtime import PlanError, SkipPlan, apply, apply_permanently
-from workers.runtime.sublayers import NotSeparableError, block_of
+from workers.runtime import Action, PlanError, SkipPlan, apply, apply_permanently
+from workers.runtime.edits import Edits
+from workers.runtime.sublayers import NotSeparableError, block_of, leave_out
 
 HIDDEN = 8
 
@@ -124,6 +125,34 @@ def test_a_layer_that_is_examined_stays_as_it_is() -> None:
     before = {name: id(module) for name, module in layer.named_modules()}, list(vars(layer)), layer.training
     block_of(layer, HIDDEN)
     assert ({name: id(module) for name, module in layer.named_modules()}, list(vars(layer)), layer.training) == before
+
+
+class Routed(nn.Linear):
+    """An MLP that returns its router's scores, too; the layer tells it from others by its class."""
+
+    def forward(self, states: Tensor) -> Any:
+        return super().forward(states), states.sum(-1)
+
+
+def by_class(layer: Any, x: Tensor) -> Tensor:
+    x = x + layer.self_attn(layer.first(x))
+    if isinstance(layer.mlp, Routed):
+        y, _ = layer.mlp(layer.second(x))
+    else:
+        y = layer.mlp(layer.second(x))
+    return x + y
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+@pytest.mark.parametrize("mlp", [Routed, nn.Linear])
+def test_a_layer_that_calls_its_mlp_by_its_class_runs_without_it(mlp: type[nn.Linear], permanent: bool) -> None:
+    layer = Layer(by_class, mlp=mlp(HIDDEN, HIDDEN))
+    states = torch.randn(1, 3, HIDDEN)
+    expected = states + layer.self_attn(layer.first(states))
+    leave_out(Edits(), layer, block_of(layer, HIDDEN), 0, Action.SKIP_MLP, permanent=permanent)
+    torch.testing.assert_close(layer(states), expected, rtol=0, atol=0)
+    left = {name.split(".")[0] for name, _ in layer.named_parameters()}
+    assert left == {"self_attn", "first"} | ({"mlp", "second"} if not permanent else set())
 
 
 # A forward written by hand ------------------------------------------------------------------------------------------
