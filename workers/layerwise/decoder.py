@@ -268,7 +268,8 @@ class Decoder:
             if action.row.keeps_keys:
                 return self.run_rows(layer, Action.FREEZE, split, hidden, arguments, watch)
             rows = split.text.take(hidden, hidden.dim() - 2, hidden.dim() - 3)
-            output = hidden_of(self.layers[layer](rows, **arguments))
+            given = self._gathering[layer][Action.FREEZE].rows_of(split.text, arguments)  # its MLP may read some
+            output = hidden_of(self.layers[layer](rows, **given))
             return LayerOutput(split.text.put(hidden, output))
 
     @contextmanager

@@ -94,7 +94,7 @@ class TokenLayer(NotCopied):
         mask = self._mask_rows(split.text, arguments.get(self._mask_name))
         if mask is None:
             mask = self._causal_mask(split.text, cache)
-        text = self._rows_of(split.text, arguments)
+        text = self.rows_of(split.text, arguments)
         text[self._mask_name] = mask
         if self._shares_keys:  # it takes all keys from an earlier layer
             return self._run_text(split.text, hidden_states, text, cache)
@@ -119,7 +119,7 @@ class TokenLayer(NotCopied):
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         # What makes of the text rows' keys and values, ``[batch, heads, rows, size]``, those of all rows.
         vision = split.vision
-        captured = self.capture(_take_tokens(vision, hidden_states), self._rows_of(vision, arguments))
+        captured = self.capture(_take_tokens(vision, hidden_states), self.rows_of(vision, arguments))
         return lambda keys, values: (
             split.merge_along_tokens(keys, captured.keys),
             split.merge_along_tokens(values, captured.values),
@@ -149,7 +149,7 @@ class TokenLayer(NotCopied):
     def _bypass(self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
         cache: Cache | None = arguments.get(self._cache_name)
         mask = self._mask_rows(split.text, arguments.get(self._mask_name))
-        text = self._rows_of(split.text, arguments)
+        text = self.rows_of(split.text, arguments)
         if cache is not None:
             entry = text_only_layer(cache, self._layer_idx)
             text[self._mask_name] = entry.mask_for(mask, split.text, split.text.width)
@@ -170,7 +170,7 @@ class TokenLayer(NotCopied):
     def arguments_of(self, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call for some of its rows; attention sees all rows still."""
         return {
-            **self._rows_of(rows, arguments),
+            **self.rows_of(rows, arguments),
             self._mask_name: self._rows_of_mask(rows, arguments.get(self._mask_name)),
         }
 
@@ -183,7 +183,8 @@ class TokenLayer(NotCopied):
             raise RuntimeError(f"frozen and bypassed layers need a mask [batch, heads, queries, keys], got {shape}")
         return rows.take(mask, token_dim=2, batch_dim=0)
 
-    def _rows_of(self, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
+    def rows_of(self, rows: TokenRows, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call for some of its rows; the mask stays as it is."""
         skip = (self._cache_name, self._mask_name, *UNTOUCHED)
         selected = {}
         for name, value in arguments.items():

@@ -164,7 +164,8 @@ class Walker:
             action = each.step.action
             layer, arguments = self._text_arguments(each, continuation.context)
             if not action.row.keeps_keys:
-                own = self._decoder.run_rows(layer, action, None, own.hidden, arguments, self._watch(each))
+                given = self._decoder.arguments_of(layer, continuation.new, arguments)
+                own = self._decoder.run_rows(layer, action, None, own.hidden, given, self._watch(each))
                 continue
             of_chunks = [self._keys_at(each, chunk) for chunk, _ in continuation.sources]
             seen = continuation.known(of_chunks, before[len(fed)] if before else None)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from workers.layerwise.decoder import Decoder
 from workers.runtime import Action, PlanError, SkipPlan, apply, apply_permanently, describe
 from workers.runtime.cache_lengths import KeylessLayer
+from workers.runtime.token_rows import TokenSplit
 
 from .catalogue import (
     ONE_PICTURE,
@@ -229,3 +231,19 @@ def test_a_second_turn_goes_on_from_the_lengths_of_the_first() -> None:
         begun = model(**{**inputs, "input_ids": ids[:, :-2], "attention_mask": torch.ones_like(ids[:, :-2])})
         ended = model(input_ids=ids[:, -2:], attention_mask=torch.ones_like(ids), **{CACHE: begun[CACHE]})
     assert_close(family, torch.cat([begun.logits, ended.logits], 1)[0], expected, plan)
+
+
+def test_some_rows_without_attention_are_given_their_own_rows_of_what_the_mlp_reads() -> None:
+    """Ernie's experts are chosen by each token's kind, which the layer is given for all tokens."""
+    model = model_of("ernie4_5_vl_moe")
+    decoder, tokens = Decoder(model), 6
+    states = torch.randn(1, tokens, model.config.get_text_config().hidden_size)
+    arguments = {"position_embeddings": None, "moe_mm_token_type_ids": torch.tensor([[1, 1, 1, 0, 1, 0]])}
+    last = torch.arange(tokens)[None] >= 3
+    split = TokenSplit.from_vision_mask(~last)
+    assert split is not None
+    with torch.no_grad():
+        every = decoder.run_rows(1, Action.SKIP_ATTENTION, None, states, arguments).hidden
+        some = decoder.run_text(1, Action.SKIP_ATTENTION, split, states, arguments).hidden
+    torch.testing.assert_close(some[last], every[last])
+    assert torch.equal(some[~last], states[~last])
