@@ -119,7 +119,8 @@ def main() -> None:
     )
     name = f"{options.name or options.model}/{task.name}"
     table, times = load_inputs(options.name or options.model, task.name, options.inputs)
-    space = PlanSpace(handler.info.allowed_actions, table.num_layers)
+    allowed = tuple("".join(letter for letter in own if letter in "RFBS") for own in handler.info.allowed_actions)
+    space = PlanSpace(allowed, table.num_layers)
     evaluate, cache = Live(handler, options.cache, options.samples), Cache(options.runs)
     for strategy, seeds in STRATEGIES:
         if options.only and strategy not in options.only:
