@@ -163,6 +163,29 @@ def test_a_changed_document_yaml_or_function_is_another_task(tasks: Path, tmp_pa
     assert copied("code", "utils.py", "def pair", "def pairs")[1] != first[1]
 
 
+def test_guesses_are_the_same_in_every_process(tmp_path: Path) -> None:
+    directory = tmp_path / "tasks"
+    harness_tasks.write(directory, 6)
+    (directory / "guessing.py").write_text(
+        "import random\n\ndef guess(doc, results): return {'overlap': random.random()}\n", encoding="utf-8"
+    )
+    yaml = f"task: guessed\n{harness_tasks.SCORED.format(metric='overlap')}process_results: !function guessing.guess\n"
+    (directory / "guessed.yaml").write_text(yaml, encoding="utf-8")
+    said = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        bridge = Bridge(tmp_path)
+        bridge.ask({"open": {"task": "guessed", "include": str(directory)}})
+        replies = bridge.ask({"read": {"images": str(tmp_path), "limit": None}})
+        contents = [reply["sample"]["hash"] for reply in replies[:-1]]
+        scores = {}
+        for number in order:
+            request = {"document": number, "hash": contents[number], "answer": "?"}
+            scores[number] = bridge.ask({"score": request})[0]["scores"]["overlap"]
+        said.append(scores)
+    assert said[0] == said[1]
+    assert len(set(said[0].values())) == 3
+
+
 def test_the_recording_that_the_fast_tests_read_is_what_the_harness_says(tmp_path: Path) -> None:
     harness_tasks.write(tmp_path / "tasks", 12)
     recorded = (Path(__file__).parents[2] / "fixtures" / "lmms_eval.jsonl").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from PIL import Image
 from workers.errors import TaskError
 from workers.tasks import Task, load_spec, load_task, parse_spec
 from workers.tasks.chance import chance
-from workers.tasks.harness import process
+from workers.tasks.harness import process, source
 from workers.tasks.harness.bridge import Refused, _judge, cut, one_image, sampling, stops
 from workers.tasks.loading import hash_definition
 from workers.tasks.scoring import score_answer
@@ -50,9 +50,9 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     program.write_text(REPLAY.replace("{directory!r}", repr(str(directory))).replace("{images!r}", repr(str(images))))
     program.chmod(0o755)
     monkeypatch.setenv(process.PYTHON_VARIABLE, str(program))
-    process.open_task.cache_clear()
+    process.opened.cache_clear()
     yield directory
-    process.open_task.cache_clear()  # which ends the programs
+    process.opened.cache_clear()  # which ends the programs
 
 
 def load(tasks: Path, name: str = "overlapping") -> Task:
@@ -145,7 +145,7 @@ def test_a_harness_that_is_not_there_is_said_in_one_line(
     program: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(process.PYTHON_VARIABLE, program)
-    process.open_task.cache_clear()
+    process.opened.cache_clear()
     with pytest.raises(TaskError, match=said) as raised:
         load_task("lmms-eval:docvqa_val")
     assert "\n" not in str(raised.value)
@@ -168,8 +168,44 @@ def test_a_score_that_takes_too_long_ends_the_harness(tasks: Path, monkeypatch: 
     program.write_text(program.read_text().replace("for line in sys.stdin:\n", waiting))
     monkeypatch.setattr(process, "SCORE_SECONDS", 0.2)
     task = load(tasks)
+    first = next(s for split in SIZES for s in task.split(split) if s.document is not None and s.document.number == 0)
     with pytest.raises(TaskError, match=r"not scored within 0.2 s"):
-        score_answer(task.spec, task.held_out[0], "another one")
+        score_answer(task.spec, first, "Triangle")
+    program.write_text(program.read_text().replace(waiting, "for line in sys.stdin:\n"))
+    monkeypatch.setattr(process, "SCORE_SECONDS", 60.0)
+    assert score_answer(task.spec, first, "Triangle") == (7 / 8,)  # by another one
+
+
+def test_another_harness_or_task_than_the_one_that_was_read_scores_nothing(tasks: Path) -> None:
+    task = load(tasks)
+    other = task.spec.changed(source=task.spec.source.changed(identity="0" * 64))
+    source._scores.clear()
+    with pytest.raises(TaskError, match=r"lmms-eval itself \(here version 0.7.3\) is another than when the task was"):
+        score_answer(other, task.held_out[0], "blue")
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_the_harness(tasks: Path) -> None:
+    load(tasks)
+    harness = process.open_task("overlapping", str(tasks))
+    assert os.getpgid(harness._process.pid) != os.getpgid(0)
+
+
+def test_an_interrupted_score_is_not_taken_for_the_next_one(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load(tasks)
+    first = next(s for split in SIZES for s in task.split(split) if s.document is not None and s.document.number == 0)
+    source._scores.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(process.select, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        score_answer(task.spec, first, "blue")
+    assert score_answer(task.spec, first, "triangle") == (7 / 8,)
+
+
+def test_places_are_relative_to_where_the_command_runs(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tasks.parent.parent)
+    monkeypatch.setenv(process.PYTHON_VARIABLE, f"{tasks.parent.name}/replay")
+    assert load(tasks).name == "lmms-eval:overlapping"
+    with pytest.raises(TaskError, match=r"^lmms-eval task matched: .*/nowhere is no directory$"):
+        load_task("lmms-eval:nowhere/matched")
 
 
 def test_blind_answers_are_scored_by_the_harness(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +260,7 @@ def test_scores_that_are_asked_of_others_are_found_through_functions_and_imports
     namespace: dict[str, object] = {}
     exec("import httpx\ndef ask(x): return httpx.get(x)\ndef score(d, r): return [ask(e) for e in r]", namespace)
     assert _judge(namespace["score"]) == "httpx"
+    exec(
+        "def score(d, r):\n from lmms_eval.verifiers.openai import OpenAIVerifier\n return OpenAIVerifier(r)", namespace
+    )
+    assert _judge(namespace["score"]) == "lmms_eval.verifiers.openai"

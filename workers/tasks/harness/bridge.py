@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -33,6 +35,8 @@ SEED = 1234
 """Of examples in prompts: the harness's default."""
 JUDGES = (
     "lmms_eval.llm_judge",
+    "lmms_eval.verifiers.gemini",
+    "lmms_eval.verifiers.openai",
     "openai",
     "anthropic",
     "google.generativeai",
@@ -82,6 +86,13 @@ def _explained(error: BaseException) -> str:
     attempt = getattr(error, "last_attempt", None)
     cause = attempt.exception() if attempt is not None else error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+
+
+def draw_again(document: int = SEED) -> None:
+    """Seed what tasks draw by chance in prompts and scores, so that it is the same in every process."""
+    random.seed(document)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(document)
 
 
 def cut(answer: str, until: Sequence[str]) -> str:
@@ -164,6 +175,7 @@ class HarnessTask:
         Raises Refused naming the document that shows other than one image.
         """
         task = self._task
+        draw_again()
         task.build_all_requests(limit=limit)
         images.mkdir(parents=True, exist_ok=True)
         media = task.dataset[self._split]
@@ -246,7 +258,7 @@ class HarnessTask:
         return found
 
     def _results(self, document: int, answer: str) -> dict[str, Any]:
-        """Score one answer by the steps of ``lmms_eval.evaluator``."""
+        """Score one answer by the steps of ``lmms_eval.evaluator``; one that is guessed by chance always the same."""
         from lmms_eval.api.instance import Instance
         from lmms_eval.api.reasoning import strip_reasoning_tags
 
@@ -260,6 +272,7 @@ class HarnessTask:
                 filtered = strip_reasoning_tags(filtered, self._tags)
             elif isinstance(filtered, list):
                 filtered = [strip_reasoning_tags(e, self._tags) if isinstance(e, str) else e for e in filtered]
+        draw_again(document)
         results: dict[str, Any] = task.process_results(self._documents[document], [filtered])
         return results
 
@@ -371,13 +384,16 @@ def _names(code: Any) -> Iterator[str]:
 
 
 def _included(yaml_file: Path) -> Iterator[Path]:
-    """List a YAML file and those that it includes."""
+    """List a YAML file, those that it includes, and the Python files whose functions they name."""
     import yaml
     from lmms_eval.utils import ignore_constructor
 
+    content = yaml_file.read_bytes()
     yield yaml_file
+    for name in re.findall(rb"!function\s+(\S+)\.\w+", content):
+        yield (yaml_file.parent / f"{name.decode()}.py").resolve()
     yaml.add_constructor("!function", ignore_constructor)
-    names = (yaml.full_load(yaml_file.read_bytes()) or {}).get("include") or []
+    names = (yaml.full_load(content) or {}).get("include") or []
     for name in [names] if isinstance(names, str) else names:
         place = Path(name) if Path(name).is_file() else yaml_file.parent / name
         if place.is_file():

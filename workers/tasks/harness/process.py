@@ -31,6 +31,8 @@ class Harness:
 
     def __init__(self, python: str, task: str, include: str | None) -> None:
         """Open a task. Raises TaskError with the harness's reason."""
+        if include is not None and not Path(include).is_dir():
+            raise TaskError(f"lmms-eval task {task}: {include} is no directory")
         self._name = task
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the program
         self._lock = threading.Lock()
@@ -45,6 +47,7 @@ class Harness:
                 cwd=include,
                 env=inherited | {"TQDM_DISABLE": "1"},
                 bufsize=0,
+                start_new_session=True,  # Ctrl-C in the terminal is for this process, which ends the other
             )
         except OSError as error:
             raise TaskError(f"{PYTHON_VARIABLE} names {python}, which does not start: {error.strerror}") from None
@@ -55,6 +58,11 @@ class Harness:
         except TaskError:
             self.close()
             raise
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its program has ended."""
+        return self._process.poll() is not None
 
     def read(self, images: Path, limit: int | None) -> Iterator[dict[str, Any]]:
         """Yield the task's documents; their images are written to a directory. Raises TaskError."""
@@ -71,7 +79,12 @@ class Harness:
     def _ask(self, request: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
         with self._lock:
             self._send(request)
-            return self._reply(seconds)
+            try:
+                return self._reply(seconds)
+            except KeyboardInterrupt:  # the reply would be taken for that to the next request
+                self._process.kill()
+                self._process.wait()
+                raise
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -88,6 +101,7 @@ class Harness:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._process.stdout], [], [], left)[0]:
                 self._process.kill()
+                self._process.wait()
                 raise TaskError(f"lmms-eval task {self._name}: an answer was not scored within {seconds:g} s")
             found = os.read(self._process.stdout.fileno(), 1 << 16)
             if not found:
@@ -114,9 +128,17 @@ def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
             each.close()
 
 
-@lru_cache(maxsize=8)
 def open_task(task: str, include: str | None) -> Harness:
-    """Open a task once in a process. Raises TaskError, also where no environment has lmms-eval."""
+    """Open a task once in a process; again where its program ended. Raises TaskError, also where there is none."""
+    if (found := opened(task, include)).has_ended:
+        opened.cache_clear()
+        found = opened(task, include)
+    return found
+
+
+@lru_cache(maxsize=8)
+def opened(task: str, include: str | None) -> Harness:
+    """Open a task, or return the one that was opened. Raises TaskError."""
     named = os.environ.get(PYTHON_VARIABLE)
     if not named:
         raise TaskError(
@@ -126,4 +148,4 @@ def open_task(task: str, include: str | None) -> Harness:
     python = shutil.which(Path(named).expanduser())
     if python is None:
         raise TaskError(f"{PYTHON_VARIABLE} names {named}, which is no program")
-    return Harness(python, task, include)
+    return Harness(str(Path(python).absolute()), task, include)  # links kept: they are what makes an environment

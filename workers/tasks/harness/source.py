@@ -66,13 +66,23 @@ _scores: dict[tuple[str, str | None, Document, str], dict[str, float]] = {}
 
 
 def score_answer(spec: TaskSpec, source: LmmsEvalSource, sample: Sample, text: str) -> tuple[float, ...]:
-    """Return the task's metrics of an answer, by the harness's own ``process_results``. Raises TaskError."""
+    """Return the task's metrics of an answer, by the harness's own ``process_results``.
+
+    Raises:
+        TaskError: the harness ended, or is not the one, with the task, by which the task was read.
+    """
     assert sample.document is not None
     key = (source.task, source.include, sample.document, text)
     if key not in _scores:
         if len(_scores) >= MOST_REMEMBERED:
             _scores.clear()
         harness = open_task(source.task, source.include)
+        if isinstance(source, SettledLmmsEvalSource) and harness.description["identity"] != source.identity:
+            raise TaskError(
+                f"lmms-eval task {source.task}: the YAML, the code or lmms-eval itself (here version "
+                f"{harness.description['version']}) is another than when the task was read (version {source.version}); "
+                "let every node have the same, and start again"
+            )
         _scores[key] = harness.score(sample.document.number, sample.document.hash, text)
     found = _scores[key]
     return tuple(found[name.removeprefix(f"{HARNESS}:")] for name in spec.metrics)
