@@ -106,17 +106,20 @@ def _problem(context: JobContext, profile: LayerTimes, table: LayerTable) -> Pro
     drafting = drafting_of(context, profile) if spec.is_lossless else None
     criterion = criteria.load(spec.criterion, spec.thresholds)
     risk = criterion.risk(table)
-    evidence = context.load_or_compute(STAGE, Evidence, lambda: check(risk, table, criterion.needs))
-    if evidence.verdict and not evidence.agrees:
-        context.progress.note(evidence.verdict)
+    weight = 1.0  # published methods are tried as they are
+    if spec.search.strategy not in METHODS:
+        evidence = context.load_or_compute(STAGE, Evidence, lambda: check(risk, table, criterion.needs))
+        weight = evidence.weight
+        if evidence.verdict and not evidence.agrees:
+            context.progress.note(evidence.verdict)
     ratio = partial(latency_ratio, profile) if drafting is None else drafting.costs.step
     problem = Problem(
         space=space,
         limits=limits_of(context, profile),
         ratio=ratio,
         rungs=rung_sizes(spec.search.rungs, context.search_size),
-        risk=risk.weighed(evidence.weight),
-        trust=evidence.weight,
+        risk=risk.weighed(weight),
+        trust=weight,
         table=table,
         seed=spec.search.seed,
         batch=spec.search.batch,

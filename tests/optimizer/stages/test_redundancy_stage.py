@@ -83,3 +83,7 @@ def test_a_search_that_goes_on_is_told_what_it_was_told_before(store: Database, 
     agreement = {"rho": 0.2, "low": -0.1, "high": 0.4, "pairs": 12, "verdict": ""}
     stages.record_stage(store, context.job, STAGE, {"value": {"criterion": "skip-it", "agreement": agreement}})
     assert search._problem(context, profile.run(context), table).trust == 0.2
+    method = {"latency_model": "layers", "strategy": "skip-it"}
+    other = in_process.context(store, worker, in_process.spec(search=method, actions=["skip"]))
+    stages.record_stage(store, other.job, STAGE, {"value": {"criterion": "skip-it", "agreement": agreement}})
+    assert search._problem(other, profile.run(other), table).trust == 1.0  # a method is tried as it is
