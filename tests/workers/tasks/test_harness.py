@@ -164,7 +164,7 @@ def test_a_harness_that_ends_while_it_scores_is_said_with_its_last_line(
 
 def test_a_score_that_takes_too_long_ends_the_harness(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = Path(os.environ[process.PYTHON_VARIABLE])
-    waiting = 'for line in sys.stdin:\n    if "score" in line: import time; time.sleep(60)\n'
+    waiting = "for line in sys.stdin:\n    if line.startswith('{\"score'): import time; time.sleep(60)\n"
     program.write_text(program.read_text().replace("for line in sys.stdin:\n", waiting))
     monkeypatch.setattr(process, "SCORE_SECONDS", 0.2)
     task = load(tasks)
