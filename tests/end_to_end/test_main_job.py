@@ -81,6 +81,7 @@ def test_every_stage_is_on_record_and_the_profile_speaks_of_all_layers(finished_
         "inputs",
         "profile",
         "dense",
+        "evidence",
         "warm start",
         "search",
         "verify",

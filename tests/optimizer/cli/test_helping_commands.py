@@ -86,7 +86,8 @@ def test_init_writes_a_job_file_that_is_usable(
     monkeypatch.chdir(tmp_path)
     assert _run(["init", "--model", "llava-12", "--task", "scenes", "--output", "job.yaml", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == {"output": "job.yaml", "layers": 12, "actions": ["freeze", "bypass", "skip"]}
+    actions = ["freeze", "bypass", "skip", "skip_attention", "skip_mlp"]
+    assert told == {"output": "job.yaml", "layers": 12, "actions": actions}
     spec = load_job(Path("job.yaml"), environment={})
     assert (spec.model.path, spec.task, spec.workload.new_tokens) == ("llava-12", "scenes", 24)
     assert "12 decoder layers (0 to 11)" in Path("job.yaml").read_text()
