@@ -93,7 +93,7 @@ class Calibrated(Thresholds):
 
 @dataclass(frozen=True)
 class _Model:
-    """What the Gaussian process knows: ranks of every place, and the logarithms that were measured at some."""
+    """A Gaussian process over places (action and layer): ranks of them all, logarithms of harm measured at some."""
 
     prior: Risk
     ranks: dict[str, Floats]

@@ -45,7 +45,7 @@ class Evidence:
 
     @property
     def verdict(self) -> str:
-        """What the comparison says of the criterion, with its numbers; empty where there was nothing to compare."""
+        """Whether the criterion agrees with the removals, in a sentence with numbers; empty where none was compared."""
         found = self.agreement
         if found.rho is None or found.low is None or found.high is None:
             return ""

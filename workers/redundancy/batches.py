@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def work(self) -> float:
-        """What a pass over the batch costs, in passes over a prompt alone."""
+        """Cost of a pass over the batch, answers included, in passes over one prompt without an answer."""
         return self.size * self.tokens / (self.last + 1)
 
     @property

@@ -145,7 +145,7 @@ def hash_definition(spec: TaskSpec) -> str:
 
 @dataclass(frozen=True)
 class _Data:
-    """What a task's source holds."""
+    """Samples of a task's source by region, and a hash of their content."""
 
     regions: list[Region]
 

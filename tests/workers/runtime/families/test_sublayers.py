@@ -84,7 +84,7 @@ def test_exactly_the_layers_that_cannot_be_taken_apart_are_refused(family: Famil
 def test_logits_and_cached_generation(family: Family) -> None:
     model = supported(family)
     if family.name in WHOLE:
-        pytest.skip("its layers are declined")
+        pytest.skip(f"{family.name}: attention and MLP of its layers cannot be told apart, and the plan is refused")
     prompt = ONE_PICTURE if family.multimodal else TEXT_ONLY
     first = [letter for letter in "AM" if letter not in refused(family, 0)]
     for plan in (*(single(family, 0, letter) for letter in first), plan_of(family, 0)):
@@ -98,7 +98,7 @@ def test_logits_and_cached_generation(family: Family) -> None:
 def test_every_layer_and_many_plans(family: Family) -> None:
     model = supported(family)
     if family.name in WHOLE:
-        pytest.skip("its layers are declined")
+        pytest.skip(f"{family.name}: attention and MLP of its layers cannot be told apart, and the plan is refused")
     for layer in range(family.layers):
         for letter in {"A", "M"} - refused(family, layer):
             plan = single(family, layer, letter)
@@ -113,7 +113,7 @@ def test_every_layer_and_many_plans(family: Family) -> None:
 def test_a_model_for_good_has_lost_the_parts(family: Family) -> None:
     supported(family)
     if family.name in WHOLE:
-        pytest.skip("its layers are declined")
+        pytest.skip(f"{family.name}: attention and MLP of its layers cannot be told apart, and the plan is refused")
     model = build(family)
     plan, prompt = plan_of(family, 0), prompts_of(family)[0]
     expected = expected_logits(family, plan, prompt)
