@@ -19,6 +19,7 @@ from .catalogue import (
     ONE_PICTURE,
     TEXT_ONLY,
     TWO_PICTURES,
+    batch_of,
     by_name,
     every_family,
     model_of,
@@ -90,7 +91,7 @@ def test_logits_and_cached_generation(family: Family) -> None:
     for plan in (*(single(family, 0, letter) for letter in first), plan_of(family, 0)):
         expected = expected_logits(family, plan, prompt)
         assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
-    check_generation(family, plan_of(family, 1, "RAMFBS"), prompts_of(family))
+    check_generation(family, plan_of(family, 1, "RAMFBS"), batch_of(family))
 
 
 @pytest.mark.slow
@@ -106,7 +107,7 @@ def test_every_layer_and_many_plans(family: Family) -> None:
                 expected = expected_logits(family, plan, prompt)
                 assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
     for seed in range(2, 12):
-        check_generation(family, plan_of(family, seed, "RAMFBS"), prompts_of(family))
+        check_generation(family, plan_of(family, seed, "RAMFBS"), batch_of(family))
 
 
 @every_family
