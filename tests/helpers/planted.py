@@ -66,7 +66,7 @@ SMALL = (0.5, 0.01, 0.0, 0.2, 0.0, 0.02, 0.0, 0.6)
 
 
 def small(**fields: object) -> Planted:
-    return Planted({(layer, letter): harm for layer, harm in enumerate(SMALL) for letter in "FBSC"}, **fields)
+    return Planted({(layer, letter): harm for layer, harm in enumerate(SMALL) for letter in "FBSCAM"}, **fields)
 
 
 def risk_of(singles: Mapping[tuple[int, str], float], layers: int) -> Risk:
@@ -86,7 +86,7 @@ def problem_of(
 ) -> Problem:
     spec = spec or SearchSpec()
     space = PlanSpace((letters,) * planted.layers, max_touched or planted.layers, compensations)
-    cost = {"R": 0.0, "F": 0.4, "B": 0.5, "S": 1.0}
+    cost = {"R": 0.0, "F": 0.4, "B": 0.5, "S": 1.0, "A": 0.3, "M": 0.6}
     problem = Problem(
         space=space,
         limits=Limits(constraint or ConstraintSpec(max_accuracy_drop=0.05), dense_latency_seconds=0.1),

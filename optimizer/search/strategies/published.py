@@ -22,6 +22,8 @@ KINDS = {
 }
 """Kinds of measurement that a method reads beside the job's criterion."""
 
+SUBLAYER_ACTIONS = (Action.SKIP_ATTENTION, Action.SKIP_MLP)
+
 
 def skip_it(problem: Problem) -> PlanList:
     """Apply every action to the 1, 2, 3, ... layers that the job's criterion holds safest.
@@ -124,6 +126,18 @@ def need_plain_skips(problem: Problem, strategy: str) -> None:
     _need_action(problem, strategy, Action.SKIP)
     if not any(SKIP in own for own in problem.space.genome_letters):
         raise UsageFault(f"search.strategy: {strategy} skips without compensation (compensation: none or both)")
+
+
+def need_sublayers(problem: Problem, strategy: str) -> None:
+    """Refuse a job that leaves out neither attention nor MLPs, or both but no layer as a whole. Raises UsageFault."""
+    named = [action for action in SUBLAYER_ACTIONS if any(action.letter in own for own in problem.space.letters)]
+    if not named:
+        raise UsageFault(
+            f"search.strategy: {strategy} needs an action that leaves out a part of a layer "
+            f"(actions: [{', '.join(action.label for action in SUBLAYER_ACTIONS)}, {Action.SKIP.label}])"
+        )
+    if len(named) > 1:
+        need_plain_skips(problem, strategy)  # a layer that loses both is skipped
 
 
 def _need_action(problem: Problem, strategy: str, action: Action) -> None:

@@ -67,6 +67,36 @@ def test_sleb_removes_greedily_what_hurts_least_measured_anew():
     assert len(planted.asked) == len(set(planted.asked))
 
 
+ATTENTION, MLP = (0.5, 0.01, 0.03), (0.2, 0.3, 0.02)
+"""Harm of leaving out a part of each of three layers; a layer that loses both is skipped."""
+PARTS = {
+    (layer, letter): harm
+    for layer in range(3)
+    for letter, harm in (("A", ATTENTION[layer]), ("M", MLP[layer]), ("S", ATTENTION[layer] + MLP[layer]))
+}
+TOGETHER = {((1, first), (2, second)): 0.4 for first in "AS" for second in "MS"}
+"""What else it costs that attention of layer 1 and the MLP of layer 2 are both gone."""
+
+
+def test_finercut_removes_attention_or_mlp_whichever_hurts_least_measured_anew():
+    # Worked out by hand: attention of 1 (0.01), then of 2 (0.03); the MLP of 2, the next best alone, costs 0.42 now, so
+    # the MLP of 0 goes (0.2), then that of 1 (0.3), which leaves nothing of layer 1, then that of 2 (0.42).
+    planted = Planted(PARTS, TOGETHER, layers=3)
+    outcome = search(planted, "RSAM", strategy="finercut", constraint=LOOSE, trials=100)
+    complete = [plan for plan, size in planted.asked if size == 200]
+    assert complete == ["RRR", "RAR", "RAA", "MAA", "MSA", "MSS"]
+    assert len(planted.asked) == len(set(planted.asked))
+    assert outcome.stopped_because == "finercut has removed everything that may go"
+
+
+@pytest.mark.parametrize(("letters", "last"), [("RA", "AAA"), ("RM", "MMM")])
+def test_finercut_removes_one_kind_alone_where_the_job_allows_no_other(letters, last):
+    planted = Planted(PARTS, TOGETHER, layers=3)
+    search(planted, letters, strategy="finercut", constraint=LOOSE, trials=100)
+    assert [plan for plan, size in planted.asked if size == 200][-1] == last
+    assert set("".join(plan for plan, _ in planted.asked)) == set(letters)
+
+
 def test_evopress_keeps_the_budget_and_gets_better():
     planted = small()
     outcome = search(planted, strategy="evopress", constraint=LOOSE, trials=220)
@@ -158,6 +188,8 @@ def test_exhaustive_tries_every_plan_few_touched_layers_first():
         ("shortv", "RS", "freeze"),
         ("vtw", "RS", "bypass"),
         ("replaceme", "RS", "compensation: linear or both"),
+        ("finercut", "RS", r"leaves out a part of a layer \(actions: \[skip_attention, skip_mlp, skip\]"),
+        ("finercut", "RAM", "skip"),
     ],
 )
 def test_what_a_method_needs_is_said(strategy, letters, missing):
@@ -175,7 +207,9 @@ def test_every_published_strategy_ends_and_says_why():
     for strategy in METHODS:
         planted = small()
         outcome = (
-            search(planted, "RFBS", strategy=strategy, trials=40, compensations=("none", "linear x"), constraint=LOOSE)
+            search(
+                planted, "RFBSAM", strategy=strategy, trials=40, compensations=("none", "linear x"), constraint=LOOSE
+            )
             if strategy != "exhaustive"
             else search(planted, strategy=strategy, trials=40)
         )
