@@ -33,7 +33,7 @@ def _outcome(db: Database, number: int) -> object:
     return jobs.get(db, number).state, scored, ended["verify"].payload, set(ended)
 
 
-@pytest.mark.parametrize("gpus", [True, False])
+@pytest.mark.parametrize("gpus", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_jobs_find_does_not_depend_on_workers_or_on_jobs_beside_them(tmp_path: Path, gpus: bool) -> None:
     alone = serve(tmp_path / "alone.db", SimulatedCluster(1, 1, driver=False), at_once=1)
     cluster = SimulatedCluster(2, 8, gpus=gpus, driver=False)

@@ -82,14 +82,14 @@ def test_activations_are_quantised_where_the_format_says_so(saved: Path) -> None
 
 
 def test_the_shared_evaluation_scores_quantised_plans_as_the_dequantised_model(saved: Path, small_task: Task) -> None:
-    request = EvaluatePlans(("RRRRRR", PLAN, "RRSSRR", "RFRBRR", "SRFRBS"), "search", 8, path="fast")
+    request = EvaluatePlans(("RRRRRR", PLAN, "SRFRBS"), "search", 4, path="fast")
     texts = []
     for directory in pair(saved, "int8"):
         plain = PlainEvaluator(load(directory), small_task)
         found = EvaluationDispatch(plain, memory_bytes=1 << 28).evaluate(request).results
         slow = plain.evaluate_all(request).results
         assert [each.scores for each in found] == [each.scores for each in slow]  # type: ignore[union-attr]
-        answers = [plain.answer(SkipPlan.parse(plan), small_task.search) for plan in request.plans]
+        answers = [plain.answer(SkipPlan.parse(plan), small_task.search[:4]) for plan in request.plans]
         texts.append((found, [repr(each) for each in answers]))
     assert texts[0][1] == texts[1][1]
     assert [each.scores for each in texts[0][0]] == [each.scores for each in texts[1][0]]

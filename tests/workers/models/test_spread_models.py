@@ -42,7 +42,7 @@ from workers.runtime.locate import locate
 from workers.tasks import Task
 
 LAYERS = 6
-PLANS = ("RRRRRR", "RSRRSR", "RSFRBR", "BRRFSR", "SSRRRR")
+PLANS = ("RRRRRR", "RSFRBR", "SSRRRR")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def on_two_devices(directory: Path, on_meta: torch.nn.Module) -> LoadedModel:
     return loaded
 
 
-@pytest.fixture(scope="module", params=[on_disk, off_the_device, on_two_devices])
+@pytest.fixture(scope="module", params=[on_disk, pytest.param(off_the_device, marks=pytest.mark.slow), on_two_devices])
 def parts(request: pytest.FixtureRequest, tiny_directory: Path, on_meta: torch.nn.Module) -> LoadedModel:
     loaded: LoadedModel = request.param(tiny_directory, on_meta)
     return loaded
