@@ -55,7 +55,8 @@ def redundancy(
         pictures.check_picture(plot)
     spec = load_job(config, database=global_options(context).database)
     criterion = criteria.load(spec.criterion, spec.thresholds)
-    kinds = [kind for kind in KINDS if causal or kind not in AFTER_ALL or kind in criterion.needs]
+    needs = criteria.kinds_for(criterion, spec.letters)
+    kinds = [kind for kind in KINDS if causal or kind not in AFTER_ALL or kind in needs]
     with _context(context, spec, "redundancy", as_json) as (job, screen):
         warning = dense.warn(job)
         table = measured(job, kinds)

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 from optimizer.errors import UsageFault
 from optimizer.registries import CRITERIA, find
+from workers.redundancy.kinds import PER_OPERATOR
+from workers.runtime import Action
 
 from .interface import Criterion, Risk
 
-__all__ = ["Criterion", "Risk", "load"]
+__all__ = ["Criterion", "Risk", "kinds_for", "load"]
 
 
 def load(name: str, thresholds: Mapping[str, float] | None = None) -> Criterion:
@@ -30,3 +32,13 @@ def load(name: str, thresholds: Mapping[str, float] | None = None) -> Criterion:
     except ValueError as error:
         raise UsageFault(f"thresholds: criterion {name}: {error}") from None
     return criterion
+
+
+def kinds_for(criterion: Criterion, letters: str) -> tuple[str, ...]:
+    """Return the kinds of measurement that a criterion reads for actions, by their letters.
+
+    Where some leave out a part of a layer, those that say the same of attention and of the MLP are among them.
+    """
+    parts = any(Action.of(letter).row.leaves_out for letter in letters)
+    also = [PER_OPERATOR[kind] for kind in criterion.needs if parts and kind in PER_OPERATOR]
+    return tuple(dict.fromkeys([*criterion.needs, *also]))

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.kinds import INTERVENTIONS, OPERATORS
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
 
 MEASURED_LETTERS = "".join(action.letter for action in INTERVENTIONS)
-"""Letters of the actions that criteria give a risk of their own."""
+"""Letters of the actions on whole layers, that every criterion gives a risk."""
 
 
 @dataclass(frozen=True)
 class Risk:
     """Predicted harm, at least 0, of every action at every layer: ``risk[letter][layer]``; running (R) has none.
 
-    Leaving out a part of a layer, where a criterion gives that no risk of its own, is held as harmful as skipping it.
+    Leaving out a part of a layer, where a criterion gives that no risk of its own, is held as harmful as skipping it,
+    and leaving out a part for vision tokens alone as freezing them.
     """
 
     criterion: str
@@ -59,8 +60,8 @@ class Risk:
         return tuple(sorted(range(len(values)), key=lambda layer: (values[layer], layer)))
 
     def _of(self, letter: str) -> tuple[float, ...]:
-        if letter not in self.risk and Action.of(letter).row.leaves_out:
-            letter = Action.SKIP.letter
+        if letter not in self.risk and (row := Action.of(letter).row).leaves_out:
+            letter = (Action.FREEZE if row.vision_only else Action.SKIP).letter
         if letter not in self.risk:
             raise ValueError(f"criterion {self.criterion} predicts no risk of {letter}")
         return self.risk[letter]
@@ -119,6 +120,16 @@ class Thresholds:
 def everywhere(criterion: str, values: tuple[float, ...]) -> Risk:
     """Predict the same risk whatever the action: for criteria that rank layers and know no actions."""
     return Risk(criterion, dict.fromkeys(MEASURED_LETTERS, values))
+
+
+def per_operator(table: LayerTable, values: Callable[[str, bool], tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    """Return the risks of leaving out a part, by letter; empty where the kind ``operators`` was not measured.
+
+    ``values`` gives them for the part ("attention" or "mlp"), and for whether vision tokens alone go without it.
+    """
+    if not table.has("operator_distance@mlp", "text"):
+        return {}
+    return {each.letter: values(each.row.leaves_out, each.row.vision_only) for each in OPERATORS}
 
 
 def known_values(table: LayerTable, name: str, group: str) -> tuple[float, ...]:

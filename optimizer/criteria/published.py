@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from workers.redundancy.kinds import INTERVENTIONS
+from workers.redundancy.kinds import INTERVENTIONS, OPERATORS
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
 
-from .interface import MEASURED_LETTERS, Risk, Thresholds, everywhere, known_values
+from .interface import MEASURED_LETTERS, Risk, Thresholds, everywhere, known_values, per_operator
 
 SKIP, BYPASS, FREEZE = Action.SKIP.letter, Action.BYPASS.letter, Action.FREEZE.letter
 
@@ -19,7 +19,8 @@ SKIP, BYPASS, FREEZE = Action.SKIP.letter, Action.BYPASS.letter, Action.FREEZE.l
 class Cosine(Thresholds):
     """Adjacent cosine distance per token group: the simplest reading of the geometric notion of redundancy.
 
-    Freeze: the vision tokens' mean distance. Bypass and skip: the larger of both groups' mean distances.
+    Freeze: the vision tokens' mean distance. Bypass and skip: the larger of both groups' mean distances. A part alone:
+    likewise, of what the part adds.
     """
 
     name = "cosine"
@@ -28,14 +29,21 @@ class Cosine(Thresholds):
     published_for = MEASURED_LETTERS
 
     def risk(self, table: LayerTable) -> Risk:
-        vision, text = group_values(table, "cosine_distance")
-        both = tuple(max(pair) for pair in zip(vision, text, strict=True))
-        return Risk(self.name, {FREEZE: vision, BYPASS: both, SKIP: both})
+        def of(name: str, vision_only: bool = False) -> tuple[float, ...]:
+            vision, text = group_values(table, name)
+            return vision if vision_only else tuple(map(max, vision, text))
+
+        both = of("cosine_distance")
+        parts = per_operator(table, lambda part, vision_only: of(f"operator_distance@{part}", vision_only))
+        return Risk(self.name, {FREEZE: of("cosine_distance", True), BYPASS: both, SKIP: both} | parts)
 
 
 @dataclass(frozen=True)
 class BlockInfluence(Thresholds):
-    """Block Influence, 1 - E cos(X_{l-1}, X_l) over all tokens: published for removing layers."""
+    """Block Influence, 1 - E cos(X_{l-1}, X_l) over all tokens: published for removing layers.
+
+    Of a part alone, the same of the state before and behind it, which LLM-Drop (arXiv 2406.15786) ranks parts by.
+    """
 
     name = "block-influence"
     source = "ShortGPT, arXiv 2403.03853"
@@ -43,7 +51,12 @@ class BlockInfluence(Thresholds):
     published_for = SKIP
 
     def risk(self, table: LayerTable) -> Risk:
-        return everywhere(self.name, known_values(table, "cosine_distance", "all"))
+        def of(part: str, vision_only: bool) -> tuple[float, ...]:
+            group = "vision" if vision_only and table.has("cosine_distance", "vision") else "all"
+            return known_values(table, f"operator_distance@{part}", group)
+
+        layers = everywhere(self.name, known_values(table, "cosine_distance", "all"))
+        return Risk(self.name, layers.risk | per_operator(table, of))
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,8 @@ def contributions(table: LayerTable, group: str) -> dict[str, tuple[float, ...]]
     ``group`` is ``last``, the answer's first token, or ``answer``, the mean over the tokens of the dense answer.
     """
     found = {action.letter: f"layer_contribution@{action.label}" for action in INTERVENTIONS}
+    parts = {action.letter: f"layer_contribution@{action.label}" for action in OPERATORS}
+    found |= {letter: name for letter, name in parts.items() if table.has(name, group)}
     if not any(table.has(name, group) for name in found.values()):
         table.values(found[SKIP], group)  # says what is missing
     return {letter: table.values(name, group, default=math.inf) for letter, name in found.items()}

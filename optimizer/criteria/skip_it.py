@@ -8,7 +8,7 @@ text. Every formula here is ours; ``docs/theory.md`` says which variants were co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from workers.redundancy.kinds import ANSWER
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
 
-from .interface import Risk, Thresholds, known_values
+from .interface import Risk, Thresholds, known_values, per_operator
 from .published import contributions, group_values
 
 
@@ -29,6 +29,8 @@ class SkipItStatic(Thresholds):
     - Skip: how far the layer turns the last prompt token, from whose state the answer is read.
     - Bypass takes the vision tokens' part from what the layer does for text: that angle, times the share of attention
       that the layer's own text pays to vision tokens.
+    - A part of the layer alone: as skip, with how far the part turns the last prompt token; for vision tokens alone as
+      freeze, with the distance that the part moves them.
 
     Each is over its threshold, so that at most 1 means predicted safe.
     """
@@ -49,23 +51,35 @@ class SkipItStatic(Thresholds):
 
     def risk(self, table: LayerTable) -> Risk:
         turned = known_values(table, "angular_distance@1", "last")
-        return self._risk(table, gain=(1.0,) * table.num_layers, through_attention=turned, removed=turned)
+        return self._risk(table, (1.0,) * table.num_layers, turned, lambda part: _turned_by(table, part))
 
     def _risk(
-        self, table: LayerTable, *, gain: Sequence[float], through_attention: Sequence[float], removed: Sequence[float]
+        self,
+        table: LayerTable,
+        gain: Sequence[float],
+        removed: Sequence[float],
+        part_removed: Callable[[str], Sequence[float]],
     ) -> Risk:
-        vision, _ = group_values(table, "cosine_distance")
+        """Combine what removing layers and parts of them does with what text reads of vision tokens."""
         attention = vision_attention(table)
-        freeze = [d * grown * read for d, grown, read in zip(vision, gain, later_attention(attention), strict=True)]
-        bypass = [moved * share for moved, share in zip(through_attention, attention, strict=True)]
-        return Risk(
-            self.name,
-            {
-                Action.FREEZE.letter: tuple(value / self.freeze for value in freeze),
-                Action.BYPASS.letter: tuple(value / self.bypass for value in bypass),
-                Action.SKIP.letter: tuple(value / self.skip for value in removed),
-            },
-        )
+
+        def frozen(distance: str) -> tuple[float, ...]:
+            vision, _ = group_values(table, distance)
+            each = zip(vision, gain, later_attention(attention), strict=True)
+            return tuple(d * grown * read / self.freeze for d, grown, read in each)
+
+        def of_part(part: str, vision_only: bool) -> tuple[float, ...]:
+            if vision_only:
+                return frozen(f"operator_distance@{part}")
+            return tuple(value / self.skip for value in part_removed(part))
+
+        bypass = [moved * share for moved, share in zip(removed, attention, strict=True)]
+        layers = {
+            Action.FREEZE.letter: frozen("cosine_distance"),
+            Action.BYPASS.letter: tuple(value / self.bypass for value in bypass),
+            Action.SKIP.letter: tuple(value / self.skip for value in removed),
+        }
+        return Risk(self.name, layers | per_operator(table, of_part))
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,8 @@ class SkipIt(SkipItStatic):
       moves when the layer is removed, at that token and on average over text. The last token alone says nothing about
       an answer whose first word is always the same.
     - Bypass: that, times the share of attention that the layer's own text pays to vision tokens.
+    - A part of the layer alone: as skip, with how far the part turns the last prompt token, and with the last layer's
+      state moved by the part's share of the layer's change.
     """
 
     freeze: float = 0.005
@@ -88,11 +104,27 @@ class SkipIt(SkipItStatic):
 
     def risk(self, table: LayerTable) -> Risk:
         turned = known_values(table, "angular_distance@1", "last")
-        moved = (_cautious(table, "final_change", group) for group in ("text", "last"))
-        removed = [math.prod(each) ** (1 / 3) for each in zip(turned, *moved, strict=True)]
+        moved = {group: _cautious(table, "final_change", group) for group in ("text", "last")}
+        removed = _geometric_mean(turned, *moved.values())
+
+        def part_removed(part: str) -> list[float]:
+            shares = {group: known_values(table, f"operator_share@{part}", group) for group in moved}
+            by_part = ([m * s for m, s in zip(moved[group], shares[group], strict=True)] for group in moved)
+            return _geometric_mean(_turned_by(table, part), *by_part)
+
         with_vision = table.has("propagation_gain", "vision")
         gain = _cautious(table, "propagation_gain", "vision") if with_vision else (1.0,) * table.num_layers
-        return self._risk(table, gain=gain, through_attention=removed, removed=removed)
+        return self._risk(table, gain, removed, part_removed)
+
+
+def _geometric_mean(*columns: Sequence[float]) -> list[float]:
+    """Layer by layer."""
+    return [math.prod(each) ** (1 / len(columns)) for each in zip(*columns, strict=True)]
+
+
+def _turned_by(table: LayerTable, part: str) -> tuple[float, ...]:
+    """How far a part turns the last prompt token; infinite at layers that cannot be taken apart."""
+    return known_values(table, f"operator_angle@{part}", "last")
 
 
 def _cautious(table: LayerTable, name: str, group: str) -> tuple[float, ...]:
@@ -132,7 +164,7 @@ class SkipItCausal(SkipIt):
         predicted = super().risk(table)
         measured = contributions(table, ANSWER)
         both = {
-            letter: tuple(kl + 1e-6 * risk for kl, risk in zip(measured[letter], predicted.risk[letter], strict=True))
-            for letter in measured
+            letter: tuple(kl + 1e-6 * predicted.of(layer, letter) for layer, kl in enumerate(values))
+            for letter, values in measured.items()
         }
         return Risk(self.name, both)

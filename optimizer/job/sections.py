@@ -124,7 +124,8 @@ class SearchSpec(Section):
     layer_executions: int | None = Field(
         default=None,
         ge=1,
-        description="Most layer executions (samples times layers that run, each plan as if evaluated alone).",
+        description="Most layer executions (samples times layers that run, each plan as if evaluated alone; without "
+        "attention a layer counts two thirds, without its MLP one third).",
     )
     seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="Most seconds of searching; the batch under way ends."

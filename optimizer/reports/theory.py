@@ -14,7 +14,7 @@ from optimizer.reports.data import JobReport
 from optimizer.statistics.rank_agreement import Agreement
 from workers.errors import MeasurementError
 from workers.messages import NO_COMPENSATION
-from workers.redundancy.kinds import ANSWER, INTERVENTIONS
+from workers.redundancy.kinds import ANSWER, INTERVENTIONS, OPERATORS
 from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime.plan import Action
 
@@ -90,7 +90,7 @@ def check(report: JobReport) -> TheoryCheck | None:
 
 def _by_layer(table: LayerTable, risk: Risk) -> dict[str, Comparison]:
     found: dict[str, Comparison] = {}
-    for action in INTERVENTIONS:
+    for action in (*INTERVENTIONS, *OPERATORS):
         letter = action.letter
         rows = [table.row(f"layer_contribution@{action.label}", ANSWER, layer) for layer in range(table.num_layers)]
         pairs = [Pair(str(row.layer), risk.of(row.layer, letter), row.value) for row in rows if row is not None]

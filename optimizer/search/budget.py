@@ -22,15 +22,16 @@ def rung_sizes(rungs: Sequence[int] | None, n_samples: int) -> tuple[int, ...]:
 class Budget:
     """Count what a search spends, and say why it must stop.
 
-    Layer executions are counted as if every candidate was evaluated alone (new samples times layers that run), so
-    that the count depends neither on which candidates shared work nor on what was known before.
+    Layer executions are counted as if every candidate was evaluated alone (new samples times layers that run, of those
+    that run in part their share), so that the count depends neither on which candidates shared work nor on what was
+    known before.
     """
 
     spec: SearchSpec
     elapsed: Callable[[], float]
     """Seconds that the search has taken; see the search stage for what counts."""
     trials: int = 0
-    layer_executions: int = 0
+    layer_executions: float = 0.0
     _quiet: int = field(default=0, repr=False)
 
     def spent(self) -> str | None:

@@ -61,7 +61,7 @@ class Search:
             trials=tuple(self._trials.values()),
             failed={str(candidate): reason for candidate, reason in self._failed.items()},
             stopped_because=stopped,
-            layer_executions=self._budget.layer_executions,
+            layer_executions=round(self._budget.layer_executions),
         )
 
     def _batches(self) -> str:
@@ -131,7 +131,7 @@ class Search:
     def _record(self, candidate: Candidate, scores: Scores) -> None:
         trial = self._problem.trial(candidate, scores, self._dense)
         seen = self._trials[candidate].n_samples if candidate in self._trials else 0
-        self._budget.layer_executions += max(0, trial.n_samples - seen) * len(candidate.plan.kept)
+        self._budget.layer_executions += max(0, trial.n_samples - seen) * candidate.plan.executions
         self._on_rung[candidate, trial.n_samples] = trial
         if trial.n_samples >= seen:
             self._trials[candidate] = trial

@@ -129,7 +129,7 @@ class SearchOutcome:
     failed: dict[str, str] = field(default_factory=dict)
     stopped_because: str = ""
     layer_executions: int = 0
-    """As the budget counts them: samples times the layers that run, each candidate as if evaluated alone."""
+    """As the budget counts them, each candidate as if evaluated alone."""
 
     def front(self) -> tuple[Trial, ...]:
         """Return the front of the trials."""

@@ -35,7 +35,8 @@ DONE = "measured"
 
 def run(context: JobContext) -> LayerTable:
     """Measure what the job's criterion and strategy need, or read it back."""
-    kinds = [*criteria.load(context.spec.criterion, context.spec.thresholds).needs]
+    criterion = criteria.load(context.spec.criterion, context.spec.thresholds)
+    kinds = [*criteria.kinds_for(criterion, context.spec.letters)]
     kinds += STRATEGY_KINDS.get(context.spec.search.strategy, ())
     if context.spec.compensation.kind != "none":
         kinds.append(LINEAR)

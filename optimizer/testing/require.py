@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workers.messages import TOKEN_GROUPS
-from workers.redundancy.kinds import ANSWER, INTERVENTIONS
+from workers.redundancy.kinds import ANSWER, INTERVENTIONS, OPERATORS, PARTS
 from workers.redundancy.table import LayerMeasurement, LayerTable
 
 
@@ -20,7 +20,7 @@ def made_up_table(layers: int) -> LayerTable:
         "final_divergence",
         "trial_divergence@freeze",
         "trial_divergence@bypass",
-        *(f"layer_contribution@{each.label}" for each in INTERVENTIONS),
+        *(f"layer_contribution@{each.label}" for each in (*INTERVENTIONS, *OPERATORS)),
     )
     names = [(name, group) for name in harms for group in ("last", ANSWER)]
     names += [(name, ANSWER) for name in ("propagation_gain", "final_change", "final_distance")]
@@ -28,6 +28,7 @@ def made_up_table(layers: int) -> LayerTable:
     for group in (*TOKEN_GROUPS, "last"):
         names += [(name, group) for name in ("cosine_distance", "relative_update", "cka", "propagation_gain")]
         names += [(name, group) for name in ("final_change", "final_distance")]
+        names += [(f"operator_{name}@{part}", group) for name in ("distance", "angle", "share") for part in PARTS]
     for length in range(1, layers + 1):
         names += [(f"angular_distance@{length}", "last"), (f"linear_redundancy@{length}", "all")]
     rows = [

@@ -24,7 +24,7 @@ from optimizer.validation import claims
 from optimizer.validation.claims import Cell, Claim
 from optimizer.validation.harm import Measured, PlanHarm, measure
 from workers.errors import MeasurementError
-from workers.redundancy.kinds import KINDS
+from workers.redundancy.kinds import KINDS, OPERATORS
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
 
@@ -123,7 +123,9 @@ def validate(
     predicted = _predict(context, own, others)
     confidence, seed, num_layers = spec.constraint.confidence, spec.search.seed, predicted.table.num_layers
     predicted.risks[CONTROL] = scrambled(predicted.risks[own.name], seed)
-    allowed = {letter: layers for letter in MEASURED_LETTERS if (layers := _allowed(context, letter))}
+    # Leaving out a part of a layer is compared where the job searches it: it takes passes of its own.
+    letters = MEASURED_LETTERS + "".join(each.letter for each in OPERATORS if each.letter in spec.letters)
+    allowed = {letter: layers for letter in letters if (layers := _allowed(context, letter))}
     if not allowed:
         raise JobFailed("no layer of this model may take any action")
     size = set_size or max(1, round(num_layers / 4))
@@ -196,13 +198,14 @@ class _Predicted:
 
 def _predict(context: JobContext, own: Criterion, others: Sequence[Criterion]) -> _Predicted:
     """Measure for all criteria and predict. Raises JobFailed when the job's own criterion cannot be had."""
-    common = dict.fromkeys(kind for each in (own, *others) for kind in each.needs if kind in KINDS)
+    needs = {each.name: criteria.kinds_for(each, context.spec.letters) for each in (own, *others)}
+    common = dict.fromkeys(kind for kinds in needs.values() for kind in kinds if kind in KINDS)
     table = measured(context, tuple(common))  # in as few passes as there can be
     risks: dict[str, Risk] = {}
     left_out: dict[str, str] = {}
     for each in (own, *others):
         try:
-            table = measured(context, (*common, *each.needs))
+            table = measured(context, (*common, *needs[each.name]))
             risks[each.name] = each.risk(table)
         except (JobFailed, MeasurementError) as error:
             if each is own:

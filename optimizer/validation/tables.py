@@ -15,6 +15,7 @@ from optimizer.criteria import Risk
 from optimizer.reports.formatting import span
 from optimizer.statistics.rank_agreement import Agreement
 from optimizer.validation.report import ValidationReport, finite
+from workers.redundancy.kinds import OPERATORS
 from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime.plan import Action
 
@@ -23,6 +24,10 @@ LAYER_COLUMNS = (
     ("d text", "cosine_distance", "text"),
     ("d last", "cosine_distance", "last"),
     ("P(d>0.1) V", "cosine_distance_tail@0.1", "vision"),
+    ("d attention V", "operator_distance@attention", "vision"),
+    ("d attention T", "operator_distance@attention", "text"),
+    ("d MLP V", "operator_distance@mlp", "vision"),
+    ("d MLP T", "operator_distance@mlp", "text"),
     ("attention on V", "vision_attention", "text"),
     ("1-CKA V", "cka", "vision"),
     ("1-CKA T", "cka", "text"),
@@ -36,6 +41,7 @@ LAYER_COLUMNS = (
     ("KL freeze", "layer_contribution@freeze", "answer"),
     ("KL bypass", "layer_contribution@bypass", "answer"),
     ("KL skip", "layer_contribution@skip", "answer"),
+    *((f"KL {each.label}", f"layer_contribution@{each.label}", "answer") for each in OPERATORS),
     ("KL withdrawn, first token", "withdrawal", "last"),
 )
 """Heading, name and group of the measurements that the per-layer table shows; JSON and CSV hold all of them."""

@@ -246,7 +246,7 @@ class SimulatedCluster:
                     {},
                     seconds / len(request.plans),
                     kl=scores.kl[request.start :] if scores.kl else None,
-                    layer_executions=len(samples) * len(SkipPlan.parse(plan).kept),
+                    layer_executions=round(len(samples) * SkipPlan.parse(plan).executions),
                     path="fast",
                 )
             )

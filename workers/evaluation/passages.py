@@ -135,7 +135,7 @@ class PassageEvaluator:
                     seconds=time.perf_counter() - started,
                     compensation=request.compensation,
                     kl=tuple(scores.kl.get(each.id, math.nan) for each in passages),
-                    layer_executions=len(plan.kept) * (len(passages) - len(scores.failed)),
+                    layer_executions=round(plan.executions * (len(passages) - len(scores.failed))),
                 )
             )
         return Evaluations(tuple(results))

@@ -184,7 +184,7 @@ class PlainEvaluator:
             **summarise(self.secondary, scores, marked),
             failed_samples=answers.failed,
             seconds=seconds,
-            layer_executions=len(plan.kept) * (len(samples) - len(answers.failed)),
+            layer_executions=round(plan.executions * (len(samples) - len(answers.failed))),
             near_ties=len(answers.tied),
         )
 

@@ -81,9 +81,10 @@ class Evaluation:
     The score of a failed sample is NaN: it is marked, and left out of means. It is 0 where the failure is the plan's.
 
     ``secondary`` is the mean under each secondary metric, ``seconds`` the time that the evaluation took.
-    A layer execution is one decoder layer run over one sample's prompt (a frozen or bypassed layer counts as one):
-    the dense model over n samples takes n * layers. ``layer_executions_saved`` are those that sharing work with other
-    plans made unnecessary, so that executions + saved = n * (layers that the plan does not skip).
+    A layer execution is one decoder layer run over one sample's prompt (a frozen or bypassed layer counts as one, one
+    without attention or MLP by ``ActionRow.executions``): the dense model over n samples takes n * layers.
+    ``layer_executions_saved`` are those that sharing work with other plans made unnecessary, so that executions + saved
+    = n * (layers that the plan does not skip). Both are rounded to whole ones.
     """
 
     plan: str

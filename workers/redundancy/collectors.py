@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import zlib
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from workers.layerwise.hooks import Hooks, hidden_of
 from workers.messages import TOKEN_GROUPS, KindSums
+from workers.runtime.locate import DecoderStack
+from workers.runtime.sublayers import NotSeparableError, block_of
 
 from .batches import Batch
-from .kinds import GROUPS, HISTOGRAM_EDGES, TAIL_THRESHOLDS
+from .kinds import GROUPS, HISTOGRAM_EDGES, PARTS, TAIL_THRESHOLDS
 from .probes import PROBE_SAMPLES
 from .sums import Floats, ratio_sums, sample_sums
 
@@ -81,6 +87,58 @@ class Distances:
 
     def sums(self) -> KindSums:
         return KindSums({"distances": self._sums, "histogram": self._histogram})
+
+
+class Operators:
+    """What attention and the MLP each add to the stream: how far it turns the states, and its size beside the layer's.
+
+    Attention is compared with the layer's input, the MLP with what it is added to, as in LLM-Drop (arXiv 2406.15786).
+    """
+
+    def __init__(self, layers: int, shards: int) -> None:
+        self._sums = ratio_sums(3, len(PARTS), len(GROUPS), layers)
+        self._added: dict[str, Tensor] = {}
+        self._refused: dict[str, str] = {}
+
+    @contextmanager
+    def listening(self, stack: DecoderStack) -> Iterator[None]:
+        """Take what the parts of every layer add, where its block can be taken apart."""
+        with Hooks() as hooks:
+            for number, layer in enumerate(stack.layers):
+                try:
+                    block = block_of(layer, int(stack.text_config.hidden_size))
+                except NotSeparableError as error:
+                    self._refused[str(number)] = str(error)
+                    continue
+                for name, part in zip(PARTS, (block.attention, block.mlp), strict=True):
+                    hooks.after(layer.get_submodule(part.end), partial(self._take, name, part.scale))
+            yield
+
+    def _take(self, name: str, scale: float, output: Any) -> None:
+        self._added[name] = hidden_of(output).float() * scale
+
+    def begin(self, batch: Batch) -> None:
+        self._masks = torch.stack([batch.groups[group] for group in GROUPS]).double()  # [groups, batch, tokens]
+        self._counts = array(self._masks.sum(-1))
+
+    def layer(self, layer: int, before: Tensor, after: Tensor) -> None:
+        added = {name: each.to(before.device).reshape(before.shape) for name, each in self._added.items()}
+        self._added.clear()
+        for number, name in enumerate(PARTS):
+            if name not in added:
+                return
+            first, second = (before, before + added[name]) if name == "attention" else (after - added[name], after)
+            distance = cosine_distance(first, second).clamp(0.0, 2.0)
+            share = added[name].norm(dim=-1) / (after - before).norm(dim=-1).clamp_min(1e-12)
+            values = torch.stack([distance, torch.arccos(1.0 - distance) / torch.pi, share]).double()
+            totals = torch.einsum("gbt,kbt->kgb", self._masks, values)
+            self._sums[:, :, number, :, layer] += sample_sums(array(totals), self._counts)
+
+    def end(self, logits: Tensor) -> None:
+        pass
+
+    def sums(self) -> KindSums:
+        return KindSums({"operators": self._sums}, refused=self._refused)
 
 
 class Similarity:
@@ -211,8 +269,9 @@ class AnswerStates(_LastStates):
         )
 
 
-COLLECTORS: dict[str, type[Distances] | type[Similarity] | type[Angles] | type[AnswerStates]] = {
+COLLECTORS: dict[str, type[Distances] | type[Operators] | type[Similarity] | type[Angles] | type[AnswerStates]] = {
     "distance": Distances,
+    "operators": Operators,
     "cka": Similarity,
     "angular": Angles,
     "probes": AnswerStates,

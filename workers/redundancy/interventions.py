@@ -17,7 +17,7 @@ from workers.runtime.plan import Action, PlanError, SkipPlan
 
 from .batches import Batch
 from .collectors import array, cosine_distance
-from .kinds import ANSWER, GROUPS, INTERVENTIONS, TRIED, trial_layers
+from .kinds import ANSWER, GROUPS, INTERVENTIONS, OPERATORS, TRIED, trial_layers
 from .replay import DensePass, replay
 from .sums import ratio_sums, sample_sums
 
@@ -32,6 +32,7 @@ class Interventions:
         # Divergences of the answer's first token, and of all its tokens.
         self._removal = ratio_sums(2, self._layers)
         self._kl = ratio_sums(2, len(INTERVENTIONS), self._layers)
+        self._operators = ratio_sums(2, len(OPERATORS), self._layers)
         self._trials = ratio_sums(2, len(TRIED), self._layers)
         self._withdrawal = ratio_sums(2, 1, self._layers)
         self.executions: dict[str, float] = dict.fromkeys(kinds, 0.0)
@@ -48,6 +49,10 @@ class Interventions:
                 self._remove(batch, dense, layer, changes[layer])
             for number, action in enumerate(TRIED):
                 self._try(batch, dense, run.with_action(layer, action), layer, number)
+            for number, action in enumerate(OPERATORS if "operator_causal" in self._kinds else ()):
+                name, plan = f"{action.label} at {layer}", run.with_action(layer, action)
+                replayed = self._replay(("operator_causal",), name, batch, dense, plan, layer)
+                self._add_kl(self._operators[:, :, number, layer], batch, dense, replayed)
             if "withdrawal" in self._kinds:
                 plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
                 replayed = self._replay(("withdrawal",), str(layer), batch, dense, plan, layer)
@@ -76,7 +81,7 @@ class Interventions:
                 self.refused[kind][name] = str(error)
             return None
         start = first if self.shared_prefixes else 0
-        self.executions[kinds[0]] += batch.work * (self._layers - start - len(plan.removed))
+        self.executions[kinds[0]] += batch.work * (plan.executions - start)
         return replay(self._loaded, self._stack, dense, batch, plan, start)
 
     def _remove(self, batch: Batch, dense: DensePass, layer: int, change: Tensor) -> None:
@@ -118,6 +123,7 @@ class Interventions:
             "propagation": {"gain": self._gain, "kl": self._removal},
             "trials": {"kl": self._trials},
             "causal": {"kl": self._kl},
+            "operator_causal": {"kl": self._operators},
             "withdrawal": {"kl": self._withdrawal},
         }
         return {kind: KindSums(dict(found[kind]), refused=self.refused[kind]) for kind in self._kinds}

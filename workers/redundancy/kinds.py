@@ -35,10 +35,18 @@ HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
 INTERVENTIONS = tuple(action for action in Action if action is not Action.RUN and not action.row.leaves_out)
 """Actions that the causal kind tries at every layer, in the order of their sums."""
 
+OPERATORS = tuple(action for action in Action if action.row.leaves_out)
+"""Actions that leave out a part of the layer; kinds of their own run them, for jobs that search them."""
+
+PER_OPERATOR = {"distance": "operators", "angular": "operators", "causal": "operator_causal"}
+"""By kind of measurement the one that says the same of attention and of the MLP."""
+
+PARTS = ("attention", "mlp")
+
 TRIED = (Action.FREEZE, Action.BYPASS)
 """Actions that are tried at few layers; a removal is measured at all of them."""
 
-AFTER_ALL = ("causal", "withdrawal")
+AFTER_ALL = ("causal", "operator_causal", "withdrawal")
 """Kinds that run actions themselves, a pass for each: not measured unless asked for."""
 
 Finish = Callable[[KindSums, int], Iterable[LayerMeasurement]]
@@ -116,6 +124,14 @@ def _similarity_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
             yield LayerMeasurement("cka", group, layer, float(value), error, int(sums.added["tokens"][position]))
 
 
+def _operator_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+    """``operators`` is ``[6, 3, parts, groups, layers]``: distance, angle, and share of the layer's change."""
+    for number, part in enumerate(PARTS):
+        names = tuple(f"operator_{name}@{part}" for name in ("distance", "angle", "share"))
+        for position, group in enumerate(GROUPS):
+            yield from rows_of(sums.added["operators"][:, :, number, position].astype(float), names, group, layers)
+
+
 def _attention_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
     """``attention`` is ``[6, 2, layers]``: from all text queries, and from the last prompt token."""
     shares = sums.added["attention"].astype(float)
@@ -140,10 +156,10 @@ def _angular_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
     yield from rows_of(sums.added["angles"].astype(float), names, "last", layers)
 
 
-def _contribution_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
-    """``kl`` is ``[6, 2, actions, layers]``."""
-    names = tuple(f"layer_contribution@{action.label}" for action in INTERVENTIONS)
-    yield from _divergence_rows(sums.added["kl"].astype(float), names, layers)
+def contribution_rows(actions: tuple[Action, ...]) -> Finish:
+    """Make the rows of what actions do alone; ``kl`` is ``[6, 2, actions, layers]``."""
+    names = tuple(f"layer_contribution@{action.label}" for action in actions)
+    return lambda sums, layers: _divergence_rows(sums.added["kl"].astype(float), names, layers)
 
 
 def trial_layers(layers: int) -> tuple[int, ...]:
@@ -174,10 +190,16 @@ KINDS: dict[str, Kind] = {
     "cka": Kind("linear CKA of every layer's input and output", "states", _similarity_rows),
     "angular": Kind("angular distance of every block of layers", "states", _angular_rows),
     "probes": Kind("linear probes of the dense model's answer", "states", probe_rows),
+    "operators": Kind("what attention and the MLP of every layer add", "states", _operator_rows),
     "attention": Kind("attention mass of text on vision tokens", "attention", _attention_rows),
     "propagation": Kind("how a layer's removal grows on the way up", "propagation", _propagation_rows),
     "trials": Kind("KL divergence under freeze and bypass at an eighth of the layers", "trials", _trial_rows),
-    "causal": Kind("KL divergence of the answer under every action at every layer", "causal", _contribution_rows),
+    "causal": Kind(
+        "KL divergence of the answer under every action at every layer", "causal", contribution_rows(INTERVENTIONS)
+    ),
+    "operator_causal": Kind(
+        "the same without attention, and without the MLP", "operator_causal", contribution_rows(OPERATORS)
+    ),
     "withdrawal": Kind("KL divergence with vision tokens gone from a layer on", "withdrawal", _withdrawal_rows),
 }
 

@@ -26,7 +26,7 @@ from workers.tasks import Task
 from .answers import answers_change_prompts, with_answers
 from .attention import VisionAttention
 from .batches import Batch, batches
-from .collectors import COLLECTORS, StatesCollector
+from .collectors import COLLECTORS, Operators, StatesCollector
 from .interventions import Interventions
 from .kinds import KINDS
 from .replay import AnswerLogitsError, DensePass, NotANumberError, prefill, prefixes_can_be_shared, record_dense_pass
@@ -37,7 +37,7 @@ _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 _UNANSWERED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why harm is measured at a model's first answer token alone (empty: at all of them), found out once likewise."""
 
-INTERVENTION_KINDS = frozenset({"propagation", "trials", "causal", "withdrawal"})
+INTERVENTION_KINDS = frozenset({"propagation", "trials", "causal", "operator_causal", "withdrawal"})
 
 
 def measure_redundancy(
@@ -185,7 +185,9 @@ class _Measurement:
             for collector in self.collectors.values():
                 collector.layer(layer, first, second)
 
-        with Hooks() as hooks:
+        operators = self.collectors.get("operators")
+        listening = operators.listening(self.stack) if isinstance(operators, Operators) else nullcontext()
+        with listening, Hooks() as hooks:
             for number, layer in enumerate(self.stack.layers):
                 hooks.before(layer, partial(before, number))
                 hooks.after(layer, partial(after, number))

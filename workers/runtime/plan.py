@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -35,6 +36,16 @@ class ActionRow:
     """Whether text does not attend to vision tokens at the layer: no keys, values or cache entries for them."""
     leaves_out: Literal["", "attention", "mlp"] = ""
     """The part of the layer that adds nothing for any token, where it is not the whole layer."""
+
+    @property
+    def executions(self) -> float:
+        """Layer executions that a layer counts as: its part of the work where a part of it is left out for all tokens.
+
+        A layer that text tokens alone pass counts in full.
+        """
+        if self.removes_layer:
+            return 0.0
+        return self.work if self.leaves_out and not self.vision_only else 1.0
 
     @property
     def keeps_keys(self) -> bool:
@@ -217,6 +228,11 @@ class SkipPlan:
     def partial(self) -> tuple[int, ...]:
         """The layers that run without their attention or without their MLP, in order."""
         return tuple(layer for layer, own in enumerate(self.actions) if own.row.leaves_out)
+
+    @property
+    def executions(self) -> float:
+        """Layer executions of one sample under the plan: layers that run, of those that run in part their share."""
+        return math.fsum(action.row.executions for action in self.actions)
 
     @property
     def is_dense(self) -> bool:

@@ -9,6 +9,7 @@ Shapes: states are ``[batch, tokens, hidden]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -42,12 +43,15 @@ class NotSeparableError(ValueError):
 class Sublayer:
     """Attention or MLP of a layer: the module, and how many values it returns.
 
-    ``around`` names the modules in front of it and behind it that serve it alone: norms, mostly.
+    ``around`` names the modules in front of it and behind it that serve it alone: norms, mostly. What ``end`` returns,
+    the part or the last module behind it, is added to the residual stream, times ``scale``.
     """
 
     name: str
     results: int
     around: tuple[str, ...]
+    end: str
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -263,30 +267,35 @@ def _examined(rehearsal: _Rehearsal, attention: str, mlp: str) -> Block:
     nothing, calls = rehearsal.run({})
     if not torch.equal(nothing, states):
         raise NotSeparableError("without both its output is not its input (norms behind the sums, or further parts)")
-    alone = {}
+    alone, factors, behind = {}, {}, {}
     for name, own in added.items():
         if sum(call.name == name for call in calls) != 1:
             raise NotSeparableError(f"its {name} does not run exactly once")
-        alone[name], _ = rehearsal.run({name: own})
-        if _multiple(alone[name] - states, own) is None:
+        alone[name], given = rehearsal.run({name: own})
+        factor = _multiple(alone[name] - states, own)
+        if factor is None:
             raise NotSeparableError(f"it does more to what its {name} returns than to add it")
+        factors[name] = factor
+        behind[name] = [each for each in given if each.name != name and _multiple(each.states, own) is not None]
     both, _ = rehearsal.run(added)
     if not torch.allclose(both + states, alone[attention] + alone[mlp]):
         raise NotSeparableError("what it adds is not the sum of what attention and MLP return")
     parts = {}
     for name in added:
         other = next(each for each in added if each != name)
-        around = tuple(_serving(rehearsal, name, added[name], calls))
+        around = tuple(_serving(rehearsal, name, behind[name], calls))
         _, with_them = rehearsal.run({other: added[other]})
         found, without = rehearsal.run({other: added[other]}, around)
         others = [[call.states for call in each if call.name not in (name, *around)] for each in (with_them, without)]
         if not torch.equal(found, alone[other]) or not all(map(torch.equal, *others)):
             raise NotSeparableError(f"others read what {' and '.join(around)} make for its {name}")
-        parts[name] = Sublayer(name, rehearsal.parts[name], around)
+        end = next((each.name for each in reversed(behind[name]) if each.name in around), name)
+        gain = math.prod(_multiple(each.result, each.states) or 1.0 for each in behind[name])
+        parts[name] = Sublayer(name, rehearsal.parts[name], around, end, factors[name] / gain)
     return Block(parts[attention], parts[mlp])
 
 
-def _serving(rehearsal: _Rehearsal, name: str, added: Tensor, calls: Sequence[_Call]) -> Iterator[str]:
+def _serving(rehearsal: _Rehearsal, name: str, behind: Sequence[_Call], calls: Sequence[_Call]) -> Iterator[str]:
     """Yield the modules whose results only the part reads, and those that only what the part returns goes through."""
     once = {call.name for call in calls if sum(each.name == call.name for each in calls) == 1}
     reads = next(call.states for call in calls if call.name == name)
@@ -297,9 +306,7 @@ def _serving(rehearsal: _Rehearsal, name: str, added: Tensor, calls: Sequence[_C
             break
         yield maker.name
         reads = maker.states
-    for call in rehearsal.run({name: added})[1]:
-        if call.name == name or _multiple(call.states, added) is None:
-            continue
+    for call in behind:
         if call.name in once:
             yield call.name
         elif not isinstance(rehearsal.layer.get_submodule(call.name), nn.Dropout):

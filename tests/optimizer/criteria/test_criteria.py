@@ -207,6 +207,65 @@ def test_propagation_tells_layers_apart_that_turn_the_state_alike() -> None:
     assert criteria.load("skip-it", {"skip": 1}).risk(table(**refused)).risk["S"] == pytest.approx((worst, 0.2, 0.1))
 
 
+PARTS: dict[str, list[float | None]] = {
+    "operator_distance_at_attention__vision": [0.05, 0.01, 0.2],
+    "operator_distance_at_attention__text": [0.2, 0.05, 0.1],
+    "operator_distance_at_attention__all": [0.1, 0.02, 0.15],
+    "operator_angle_at_attention__last": [0.1, 0.04, 0.2],
+    "operator_share_at_attention__text": [0.5, 0.5, 1.0],
+    "operator_share_at_attention__last": [0.5, 0.25, 1.0],
+    "operator_distance_at_mlp__vision": [0.04, 0.03, None],
+    "operator_distance_at_mlp__text": [0.3, 0.02, None],
+    "operator_distance_at_mlp__all": [0.2, 0.03, None],
+    "operator_angle_at_mlp__last": [0.3, 0.08, None],
+    "operator_share_at_mlp__text": [0.9, 0.9, None],
+    "operator_share_at_mlp__last": [0.8, 0.9, None],
+}
+
+
+def test_parts_are_as_risky_as_their_share_of_the_layer() -> None:
+    risk = criteria.load("skip-it", {"skip": 1}).risk(table(**MEASURED, **PARTS))
+    # Cube roots of angle x share x change at the last token x share x change over text.
+    attention = [0.1 * 0.45 * 0.3, 0.04 * 0.1 * 0.1, 0.2 * 0.05 * 0.1]
+    assert risk.risk["A"] == pytest.approx([each ** (1 / 3) for each in attention])
+    assert risk.risk["M"] == pytest.approx(
+        [(0.3 * 0.8 * 0.9 * 0.9 * 0.6) ** (1 / 3), (0.08 * 0.9 * 0.4 * 0.9 * 0.2) ** (1 / 3), math.inf]
+    )
+    static = criteria.load("skip-it-static", {"skip": 0.1}).risk(table(**MEASURED, **PARTS))
+    assert static.risk["A"] == pytest.approx((1.0, 0.4, 2.0))
+    cosine = criteria.load("cosine").risk(table(**MEASURED, **PARTS))
+    assert cosine.risk["A"] == (0.2, 0.05, 0.2) and cosine.risk["M"] == (0.3, 0.03, math.inf)
+    everything = table(cosine_distance__all=[0.2, 0.4, 0.3], **PARTS)
+    influence = criteria.load("block-influence").risk(everything)
+    assert influence.risk["A"] == (0.1, 0.02, 0.15) and influence.risk["M"] == (0.2, 0.03, math.inf)
+
+
+def test_parts_without_a_risk_of_their_own_are_as_risky_as_the_layer() -> None:
+    measured = table(**MEASURED)  # by a job that leaves out no parts
+    for name in ("skip-it", "cosine"):
+        risk = criteria.load(name).risk(measured)
+        assert set(risk.risk) == set("FBS")
+        assert [risk.of(layer, "A") for layer in range(3)] == list(risk.risk["S"]) and risk.order("M") == risk.order(
+            "S"
+        )
+
+
+def test_criteria_read_parts_where_a_job_leaves_them_out() -> None:
+    skip_it, influence = criteria.load("skip-it-causal"), criteria.load("block-influence")
+    assert criteria.kinds_for(skip_it, "RFBS") == skip_it.needs
+    assert set(criteria.kinds_for(skip_it, "RSM")) == {*skip_it.needs, "operators", "operator_causal"}
+    assert criteria.kinds_for(influence, "RA") == ("distance", "operators")
+    assert criteria.kinds_for(criteria.load("vtw"), "RA") == ("withdrawal",)
+
+
+def test_the_contribution_of_a_part_is_its_own() -> None:
+    actions = {f"layer_contribution_at_{name}__answer": [0.2, 0.1, 0.0] for name in ("freeze", "bypass", "skip")}
+    actions["layer_contribution_at_skip_attention__answer"] = [0.02, 0.3, None]
+    risk = criteria.load("skip-it-causal").risk(table(**MEASURED, **PARTS, **actions))
+    assert risk.risk["A"] == pytest.approx((0.02, 0.3, math.inf), abs=1e-4)
+    assert risk.of(0, "M") == pytest.approx(0.2, abs=1e-4)  # not measured: as skip
+
+
 def test_the_causal_variant_is_the_contribution_with_ties_broken() -> None:
     actions = {f"layer_contribution_at_{name}__answer": [0.2, 0.0, 0.0] for name in ("freeze", "bypass", "skip")}
     risk = criteria.load("skip-it-causal").risk(table(**MEASURED, **actions))

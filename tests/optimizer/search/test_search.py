@@ -124,6 +124,9 @@ def test_layer_executions_count_new_samples_times_layers_that_run():
     outcome = search(planted, first=["SSSSSSSR", "RRSRRRRR"], trials=2)
     # Dense on all samples, one layer on the first rung, seven layers on all samples (the first rung is part of them).
     assert outcome.layer_executions == 200 * 8 + 50 * 1 + 200 * 7
+    parts = search(small(), "RSAM", first=["AMRRRRRR"], trials=1)
+    # Of a layer without attention two thirds, of one without its MLP a third; it is dropped on the first rung.
+    assert parts.layer_executions == 200 * 8 + 50 * (6 + 2 / 3 + 1 / 3)
     limited = search(small(), trials=10_000, layer_executions=20_000)
     assert 20_000 <= limited.layer_executions < 20_000 + 8 * 200 * 8
     assert limited.stopped_because == "the budget of 20000 layer executions is spent"

@@ -90,6 +90,18 @@ def test_the_causal_part_takes_at_most_three_fifths_of_whole_passes(tiny: Loaded
     assert counts["tower"] == 2 * scores.samples  # the picture is looked at for the answers, and for everything else
 
 
+def test_parts_are_measured_in_the_dense_pass_and_left_out_from_their_layer_on(tiny: LoadedModel, few: Task) -> None:
+    with counted(tiny, few) as counts:
+        scores = measure_redundancy(tiny, few, ("operators",))
+    assert counts["layers"] == scores.samples * LAYERS
+    with counted(tiny, few) as counts:
+        scores = measure_redundancy(tiny, few, ("operator_causal",))
+    # Two replays from every layer on. The MLP that is left out is called all the same, once for every layer; the parts
+    # that the two replays have of a layer make one.
+    left_out = scores.layer_executions["states"]
+    assert sum(scores.layer_executions.values()) == pytest.approx(counts["layers"] - left_out)
+
+
 def test_states_and_attention_take_a_pass_each(tiny: LoadedModel, few: Task) -> None:
     with counted(tiny, few) as counts:
         scores = measure_redundancy(tiny, few, ("distance", "cka", "angular", "probes", "attention"))

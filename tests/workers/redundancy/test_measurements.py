@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,48 @@ def test_distances_equal_numpy(tiny: LoadedModel, few: Task, prompts: list[plain
             assert median.value == pytest.approx(np.quantile(np.concatenate(distances), 0.5), rel=0.08)
 
 
+def test_what_parts_add_equals_numpy(tiny: LoadedModel, few: Task) -> None:
+    middles: list[np.ndarray] = []
+    with ExitStack() as hooks:
+        for layer in tiny.model.model.language_model.layers:
+            norm = layer.post_attention_layernorm  # it reads the state between attention and the MLP
+            hooks.callback(
+                norm.register_forward_pre_hook(lambda _, args: middles.append(args[0][0].double().numpy())).remove
+            )
+        prompts = plain.prompts(tiny, few)
+    table = finish(measure_redundancy(tiny, few, ("operators",), batch_size=6))
+    for group in GROUPS:
+        for layer in range(LAYERS):
+            triples = [
+                tuple(state[p.groups[group]] for state in (p.states[layer], middle, p.states[layer + 1]))
+                for p, middle in zip(prompts, middles[layer::LAYERS], strict=True)
+            ]
+            for part, (first, second) in (("attention", (0, 1)), ("mlp", (1, 2))):
+                distances = [plain.distance(each[first], each[second]) for each in triples]
+                shares = [
+                    np.linalg.norm(each[second] - each[first], axis=1) / np.linalg.norm(each[2] - each[0], axis=1)
+                    for each in triples
+                ]
+                angles = [np.arccos(1 - each) / np.pi for each in distances]
+                for name, samples in (("distance", distances), ("share", shares), ("angle", angles)):
+                    row = table.row(f"operator_{name}@{part}", group, layer)
+                    mean, error = plain.ratio(samples)
+                    assert row is not None and row.n == sum(map(len, samples))
+                    assert row.value == pytest.approx(mean, rel=1e-3, abs=1e-6)
+                    assert row.standard_error == pytest.approx(error, rel=2e-2, abs=1e-6)
+
+
+def test_layers_that_cannot_be_taken_apart_have_no_parts(
+    tiny: LoadedModel, few: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = tiny.model.model.language_model.layers[2]
+    monkeypatch.setitem(layer._modules, "ffn", torch.nn.Identity())  # which of the two is its MLP?
+    sums = measure_redundancy(tiny, few, ("operators",))
+    assert sums.kinds["operators"].refused == {"2": "it has 2 modules that are its MLP by name, not one"}
+    table = finish(sums)
+    assert table.row("operator_share@mlp", "text", 2) is None and table.row("operator_share@mlp", "text", 3) is not None
+
+
 def test_cka_equals_numpy(tiny: LoadedModel, few: Task, prompts: list[plain.Prompt]) -> None:
     single = replace(few, calibration=few.calibration[:1])  # one prompt: one minibatch, every token in it
     table = finish(measure_redundancy(tiny, single, ("cka",)))
@@ -180,7 +223,8 @@ def test_propagation_and_contribution_equal_whole_passes(
     monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", end)
     answers = [plain.greedy(tiny.model, tiny, task, sample) for sample in task.calibration]
     assert len({len(answer) for answer in answers}) > 1
-    table = finish(measure_redundancy(tiny, task, ("propagation", "causal", "withdrawal"), batch_size=3))
+    kinds = ("propagation", "causal", "operator_causal", "withdrawal")
+    table = finish(measure_redundancy(tiny, task, kinds, batch_size=3))
     asked = list(zip(task.calibration, answers, strict=True))
     dense = [plain.forward(tiny.model, tiny, task, sample, answer=answer) for sample, answer in asked]
 
@@ -202,7 +246,13 @@ def test_propagation_and_contribution_equal_whole_passes(
                 assert row.standard_error == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)), rel=2e-2)
         plans = {
             f"layer_contribution@{name}": "R" * layer + letter + "R" * (LAYERS - layer - 1)
-            for letter, name in (("F", "freeze"), ("B", "bypass"), ("S", "skip"))
+            for letter, name in (
+                ("F", "freeze"),
+                ("B", "bypass"),
+                ("S", "skip"),
+                ("A", "skip_attention"),
+                ("M", "skip_mlp"),
+            )
         }
         plans |= {
             "withdrawal": "R" * layer + "B" * (LAYERS - layer),

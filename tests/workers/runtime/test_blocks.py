@@ -47,6 +47,30 @@ def parallel_with_one_norm(layer: Any, x: Tensor) -> Tensor:
     return x + layer.self_attn(y) + layer.mlp(y)
 
 
+def times_a_half(layer: Any, x: Tensor) -> Tensor:
+    x = x + 0.5 * layer.self_attn(layer.first(x))
+    return x + 0.5 * layer.mlp(layer.second(x))
+
+
+@pytest.mark.parametrize("forward", [pre_norm, sandwich, parallel_with_one_norm, times_a_half])
+def test_parts_say_what_they_add(forward: Any) -> None:
+    torch.manual_seed(0)
+    layer, x, ends = Layer(forward), torch.randn(2, 3, HIDDEN), []
+    block = block_of(layer, HIDDEN)
+    for part in (block.attention, block.mlp):
+        end = layer.get_submodule(part.end)
+        end.register_forward_hook(lambda _, args, output, scale=part.scale: ends.append(scale * output))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x + ends[0] + ends[1])
+    # Neither is a share of the other: each is what its own part returned.
+    only = Layer(forward)
+    only.load_state_dict(layer.state_dict())
+    for values in (only.mlp.weight, only.mlp.bias, only.second.bias):
+        torch.nn.init.zeros_(values)
+    with torch.no_grad():
+        torch.testing.assert_close(only(x), x + ends[0])
+
+
 @pytest.mark.parametrize(
     ("forward", "around_attention", "around_mlp"),
     [(pre_norm, ("first",), ("second",)), (sandwich, ("first",), ("second",)), (parallel_with_one_norm, (), ())],

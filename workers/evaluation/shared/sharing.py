@@ -229,8 +229,8 @@ class SharedEvaluator(Generic[Item]):
         """Return a plan's scores as a reply: by sample the score and the secondary ones; ``excluded`` are marked."""
         outcome, samples = scoring.outcomes[plan.text], scoring.samples
         indices = range(scoring.start, scoring.start + len(samples))
-        executed = self.walker.tally.by_plan.get(plan.text, 0)
-        needed = len(plan.kept) * (len(samples) - len(outcome.failed))
+        executed = round(self.walker.tally.by_plan.get(plan.text, 0.0))
+        needed = round(plan.executions * (len(samples) - len(outcome.failed)))
         return Evaluation(
             plan=plan.text,
             split=request.split,

@@ -27,10 +27,10 @@ from .state_cache import StateCache
 
 @dataclass
 class Tally:
-    """Layer executions so far, in samples: each is one decoder layer over one sample's prompt."""
+    """Layer executions so far, as ``Evaluation`` counts them."""
 
-    executions: int = 0
-    by_plan: dict[str, int] = field(default_factory=dict)
+    executions: float = 0.0
+    by_plan: dict[str, float] = field(default_factory=dict)
 
 
 class Walker:
@@ -100,9 +100,10 @@ class Walker:
         return self.maps.watch(self._decoder.layers[step.layer])
 
     def _count(self, chunk: Chunk, node: Node) -> None:
-        samples = chunk.n_samples
-        self.tally.executions += samples
-        self.tally.by_plan[self._charged] = self.tally.by_plan.get(self._charged, 0) + samples
+        assert isinstance(node.step, Execute)
+        executions = chunk.n_samples * node.step.action.row.executions
+        self.tally.executions += executions
+        self.tally.by_plan[self._charged] = self.tally.by_plan.get(self._charged, 0.0) + executions
 
     # Ends -----------------------------------------------------------------------------------------------------------
 
