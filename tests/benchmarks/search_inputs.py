@@ -26,9 +26,10 @@ from workers.messages import (  # noqa: E402
     Workload,
 )
 from workers.redundancy.kinds import finish  # noqa: E402
+from workers.runtime.plan import LETTERS  # noqa: E402
 from workers.tasks import load_spec, load_task  # noqa: E402
 
-KINDS = ("distance", "cka", "angular", "attention", "propagation", "trials", "causal", "withdrawal")
+KINDS = ("distance", "cka", "angular", "operators", "attention", "propagation", "trials", "causal", "withdrawal")
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )
     table = finish(handler.handle(MeasureRedundancy(tuple(options.kinds), 0, 1)))
-    profile = handler.handle(ProfileLatency(actions="RFBS", repeats=20, workload=Workload(1, 4)))
+    profile = handler.handle(ProfileLatency(actions=LETTERS, repeats=20, workload=Workload(1, 4)))
     path = options.inputs / f"search_inputs_{options.name or options.model}_{task.name}.json"
     rows = [[row.name, row.token_group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
     times = {
