@@ -37,7 +37,7 @@ class Risk:
 
     def of(self, layer: int, letter: str) -> float:
         """Return the risk of one action at one layer."""
-        return 0.0 if letter == Action.RUN.letter else self._of(letter)[layer]
+        return 0.0 if letter == Action.RUN.letter else self.values(letter)[layer]
 
     def weighed(self, weight: float) -> Risk:
         """Return the risk as far as it is to be trusted: one standard error up, and drawn to each action's mean.
@@ -56,10 +56,11 @@ class Risk:
 
     def order(self, letter: str) -> tuple[int, ...]:
         """Layers from the least to the most risky for an action; ties go to the lower layer."""
-        values = self._of(letter)
+        values = self.values(letter)
         return tuple(sorted(range(len(values)), key=lambda layer: (values[layer], layer)))
 
-    def _of(self, letter: str) -> tuple[float, ...]:
+    def values(self, letter: str) -> tuple[float, ...]:
+        """Return the risk of an action at every layer. Raises ValueError for one that there is none of."""
         if letter not in self.risk and (row := Action.of(letter).row).leaves_out:
             letter = (Action.FREEZE if row.vision_only else Action.SKIP).letter
         if letter not in self.risk:

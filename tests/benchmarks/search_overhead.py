@@ -1,7 +1,7 @@
 """Time the driver takes per proposal: python tests/benchmarks/search_overhead.py
 
 A study of so many finished trials of random plans near a planted front; then batches are proposed and reported.
-It prints processor time per proposal, the study's own bookkeeping included.
+It prints processor time per proposal, the study's own bookkeeping included, and proposals that were made twice.
 """
 
 from __future__ import annotations
@@ -21,17 +21,24 @@ from optimizer.registries import STRATEGIES  # noqa: E402
 from optimizer.search.space import Candidate  # noqa: E402
 from optimizer.search.trial import Trial, trial_of  # noqa: E402
 from workers.runtime import SkipPlan  # noqa: E402
+from workers.runtime.plan import LETTERS  # noqa: E402
 
-CASES = ((30, 200, 50.0), (30, 1000, 50.0), (80, 1000, 250.0))
-"""Layers, finished evaluations, bar in milliseconds."""
+CASES = (
+    (30, "RFBS", 200, 50.0),
+    (30, "RFBS", 1000, 50.0),
+    (30, LETTERS, 1000, 50.0),
+    (80, "RFBS", 1000, 250.0),
+    (80, LETTERS, 1000, 250.0),
+)
+"""Layers, actions, finished evaluations, bar in milliseconds."""
 BATCHES = 5
 
 
-def overhead(layers: int, evaluations: int) -> float:
-    """Milliseconds per proposal, the median of some batches."""
-    planted = random_problem(layers, "RFBS", 1)
+def overhead(layers: int, letters: str, evaluations: int) -> tuple[float, int, int]:
+    """Milliseconds per proposal, the median of some batches; proposals, and how many of them were known plans."""
+    planted = random_problem(layers, letters, 1)
     spec = SearchSpec(trials=evaluations + 100, rungs=(100,))
-    problem = problem_of(planted, "RFBS", spec=spec, constraint=ConstraintSpec(max_accuracy_drop=0.2), seeded=False)
+    problem = problem_of(planted, letters, spec=spec, constraint=ConstraintSpec(max_accuracy_drop=0.2), seeded=False)
     strategy = STRATEGIES["surrogate"](problem)
     dense = Candidate(SkipPlan.dense(layers))
     scores = planted.scores(dense, planted.samples)
@@ -45,14 +52,16 @@ def overhead(layers: int, evaluations: int) -> float:
     known = {dense}
     while len(known) < evaluations:
         share = random.uniform(0.0, 0.5)
-        letters = ["RFBS"[int(random.integers(1, 4))] if random.random() < share else "R" for _ in range(layers)]
-        candidate = Candidate(SkipPlan.parse("".join(letters)))
+        drawn = [letters[random.integers(1, len(letters))] if random.random() < share else "R" for _ in range(layers)]
+        candidate = Candidate(SkipPlan.parse("".join(drawn)))
         if candidate not in known:
             known.add(candidate)
             strategy.begin_with([candidate])
             (ask,) = strategy.ask(1)
             strategy.tell([(ask.candidate, seen(ask.candidate))])
-    times = []
+    times: list[float] = []
+    proposed = 0
+    before = len(strategy._study.trials)
     for _ in range(BATCHES):
         started = time.process_time()
         asked = strategy.ask(spec.batch)
@@ -61,14 +70,18 @@ def overhead(layers: int, evaluations: int) -> float:
         started = time.process_time()
         strategy.tell(answers)
         times.append(1000 * (spent + time.process_time() - started) / len(asked))
-    return float(np.median(times))
+        proposed += len(asked)
+    made = len(strategy._study.trials) - before
+    return float(np.median(times)), made, made - proposed  # known plans are asked for once more, and failed
 
 
 def main() -> None:
-    print("| layers | evaluations | ms per proposal | bar |")
-    print("|---|---|---|---|")
-    for layers, evaluations, bar in CASES:
-        print(f"| {layers} | {evaluations} | {overhead(layers, evaluations):.1f} | {bar:.0f} |", flush=True)
+    print("| layers | actions | evaluations | ms per proposal | bar | proposals | known before |")
+    print("|---|---|---|---|---|---|---|")
+    for layers, letters, evaluations, bar in CASES:
+        milliseconds, made, known = overhead(layers, letters, evaluations)
+        figures = f"{evaluations} | {milliseconds:.1f} | {bar:.0f} | {made} | {known}"
+        print(f"| {layers} | {letters} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def random_problem(layers: int, letters: str, seed: int, *, cubed: bool = False)
     numbers = np.random.default_rng(seed)
     base = numbers.lognormal(-4.5, 1.2, layers)
     base[numbers.permutation(layers)[: max(2, layers // 8)]] += 0.3
-    scale = {"F": 0.3, "B": 0.6, "S": 1.0, "C": 0.15}
+    scale = {"F": 0.3, "B": 0.6, "S": 1.0, "C": 0.15, "A": 0.4, "M": 0.6}
     singles = {
         (layer, letter): float(base[layer] * scale[letter] * numbers.lognormal(0, 0.3))
         for layer in range(layers)

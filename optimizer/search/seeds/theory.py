@@ -15,6 +15,7 @@ from optimizer.search.seeds.blocks import Unexplained, best_blocks
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.seeds.nested import nested_chains, nested_sets
 from optimizer.search.space import COMPENSATED, RUN, SKIP, Candidate, PlanSpace
+from workers.runtime import Action
 
 COMPENSATION_GAIN = 0.15
 """Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
@@ -79,11 +80,22 @@ def theory_seeds(
         problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
         solutions.append(problem.solutions(budgets(saving, BUDGETS)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]
-    chains = [*solutions, by_size, *nested_chains(space, risk), *published]
+    nested = (chain for chain in nested_chains(space, risk) if not _of_parts(space, chain))
+    chains = [*solutions, by_size, *nested, *published]
     possible = [tuple(each for each in plans if each in feasible) for plans in chains]
     mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
     reserve = tuple(each for each in dict.fromkeys(mixed) if each in feasible)
     return Seeds((), reserve, tuple(chain for chain in possible if chain))
+
+
+def _of_parts(space: PlanSpace, chain: Sequence[Candidate]) -> bool:
+    """Whether a chain leaves out parts of layers that its space can leave out as wholes.
+
+    Parts are in the additive solutions too; a bisection of their own costs more than it shows.
+    """
+    rows = [action.row for candidate in chain[:1] for action in candidate.plan if action.row.leaves_out]
+    wholes = (Action.FREEZE.letter,) if rows and rows[0].vision_only else (SKIP, COMPENSATED)
+    return bool(rows) and any(letter in own for own in space.genome_letters for letter in wholes)
 
 
 def random_seeds(feasible: FeasiblePlans, count: int, seed: int) -> Seeds:

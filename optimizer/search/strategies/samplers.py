@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from optimizer.search.problem import Problem, Strategy
 from optimizer.search.seeds.blocks import unexplained_shares
 from optimizer.search.seeds.theory import with_compensated
+from optimizer.search.space import RUN
 from optimizer.search.strategies.bisection import Bisection
 from optimizer.search.strategies.study import StudyStrategy, distributions, genome_of, parameters
 from optimizer.search.surrogate.sampler import Settings, Space, SurrogateSampler
@@ -55,6 +56,8 @@ def random(problem: Problem) -> Strategy:
 def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> SurrogateSampler:
     """Make the project's own sampler for a problem."""
     space, drafting = problem.space, problem.drafting
+    risk = with_compensated(problem.risk, unexplained_shares(problem.table))
+    letters = {letter for own in space.genome_letters for letter in own if letter != RUN}
 
     def expected(genomes: Sequence[str], losses: Floats) -> Floats:
         assert drafting is not None
@@ -73,7 +76,7 @@ def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> Sur
     )
     return SurrogateSampler(
         view,
-        with_compensated(problem.risk, unexplained_shares(problem.table)).risk,
+        {letter: risk.values(letter) for letter in letters},
         -problem.limits.least_difference(1.0),
         seed=problem.seed,
         batch=problem.batch,

@@ -51,6 +51,19 @@ def test_the_last_good_plan_of_every_chain_is_tried(letters: str) -> None:
             assert by_speed[sum(good) - 1] in tried
 
 
+@pytest.mark.parametrize(("letters", "own"), [("RFSAM", "FS"), ("RFAM", "FAM")])
+def test_parts_of_layers_have_chains_where_whole_layers_cannot_go(letters: str, own: str) -> None:
+    # The criterion of these problems gives parts no risk of their own.
+    problem = problem_of(small(), letters, constraint=LIMIT)
+    texts = [{str(each).replace("R", "") for each in chain} for chain in problem.chains]
+    of_one_action = {
+        next(iter(text))[0] for text in texts if all(len(set(each)) == 1 for each in text) and len(text) > 5
+    }
+    assert of_one_action == set(own)
+    outcome = search(small(), letters, strategy="surrogate", trials=30, constraint=LIMIT)
+    assert any(each.candidate.plan.partial for each in outcome.trials)
+
+
 def test_chains_take_their_share_of_the_evaluations_and_no_more() -> None:
     planted = small()
     problem = replace(problem_of(planted, "RFBS", constraint=LIMIT), seeds=(), bisections=3)

@@ -65,6 +65,29 @@ def test_the_profile_finds_the_slow_layer_and_predicts_plans(lopsided: LoadedMod
     assert "thread" in profile.device
 
 
+def test_the_profile_tells_attention_from_the_mlp_and_predicts_plans_without_either(
+    tiny_directory: Path, small_task: Task
+) -> None:
+    loaded = load_model(ModelSource(str(tiny_directory), device="cpu"))
+    slow = loaded.model.model.language_model.layers[SLOW_LAYER]
+    slow.self_attn.q_proj.register_forward_pre_hook(spin)
+    for part in (slow.mlp.gate_proj, slow.mlp.down_proj):  # twice as long as attention
+        part.register_forward_pre_hook(spin)
+    workload = Workload(batch_size=2, new_tokens=3)
+    profile = profile_latency(loaded, small_task, actions="RSAM", repeats=5, workload=workload)
+    seconds = {letter: layers[SLOW_LAYER] for letter, layers in profile.layer_seconds.items()}
+    assert set(seconds) == {"R", "S", "A", "M"} and seconds["S"] == 0.0
+    attention, mlp = seconds["R"] - seconds["A"], seconds["R"] - seconds["M"]
+    assert attention > 0.6 * 3 * EXTRA_SECONDS
+    assert mlp / attention == pytest.approx(2.0, rel=0.25)
+    assert attention + mlp == pytest.approx(seconds["R"], rel=0.25)
+    assert profile.relative_error < 0.25  # of random plans over all four
+    for plan in ("RRRARR", "RARMRS"):
+        measured = compare_latency(loaded, small_task, CompareLatency(plan, workload, precision=0.05, max_seconds=4))
+        predicted = profile.dense_latency_seconds / predict_seconds(profile, SkipPlan.parse(plan))
+        assert predicted == pytest.approx(measured.speedup, rel=0.15)
+
+
 def test_a_comparison_shows_what_skipping_the_slow_layer_saves(lopsided: LoadedModel, small_task: Task) -> None:
     plan = SkipPlan.parse("RRRSRR")
     comparison = compare_latency(
