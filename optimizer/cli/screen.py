@@ -36,6 +36,8 @@ ACTION_STYLES = {
     Action.SKIP: "red",
     Action.SKIP_ATTENTION: "magenta",
     Action.SKIP_MLP: "yellow",
+    Action.FREEZE_ATTENTION: "bright_magenta",
+    Action.FREEZE_MLP: "bright_yellow",
 }
 
 

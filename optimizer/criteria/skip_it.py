@@ -66,7 +66,7 @@ class SkipItStatic(Thresholds):
         def frozen(distance: str) -> tuple[float, ...]:
             vision, _ = group_values(table, distance)
             each = zip(vision, gain, later_attention(attention), strict=True)
-            return tuple(d * grown * read / self.freeze for d, grown, read in each)
+            return tuple(d if math.isinf(d) else d * grown * read / self.freeze for d, grown, read in each)
 
         def of_part(part: str, vision_only: bool) -> tuple[float, ...]:
             if vision_only:

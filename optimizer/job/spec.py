@@ -94,7 +94,8 @@ class JobSpec(Section):
     actions: tuple[ActionName, ...] = Field(
         default=("skip",),
         min_length=1,
-        description="What may happen at a layer: skip it, freeze or bypass vision tokens, leave out a part.",
+        description="What may happen at a layer: skip it, freeze or bypass vision tokens, leave out a part, for every "
+        "token or for vision tokens alone.",
     )
     criterion: str = Field(
         default="skip-it",

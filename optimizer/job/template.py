@@ -86,7 +86,7 @@ task: {_scalar(task)}
 
 actions: [{first}]{more}
 #   skip leaves a whole layer out, and exports as a plain checkpoint; freeze and bypass spare vision tokens only;
-#   skip_attention and skip_mlp leave a part of the layer out.
+#   skip_attention and skip_mlp leave a part of the layer out, freeze_attention and freeze_mlp for vision tokens only.
 
 constraint:
   max_accuracy_drop: 0.01   # one point, judged on the upper end of the loss's interval on held-out samples

@@ -157,8 +157,8 @@ class Compensator:
 
 def require_whole_layers(plan: SkipPlan) -> None:
     """Raise :class:`CompensationError` where a plan leaves out parts of layers: its gaps are not compensated."""
-    if plan.partial:
-        layer = plan.partial[0]
+    layer = next((layer for layer, action in enumerate(plan) if action.row.leaves_out), None)
+    if layer is not None:
         raise CompensationError(
             f"layer {layer}: a plan with {plan[layer].letter} ({plan[layer].label}) is not compensated; take "
             "compensation none"

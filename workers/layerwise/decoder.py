@@ -19,12 +19,19 @@ from workers.errors import WorkersError
 from workers.runtime.descriptor import FamilyDescriptor
 from workers.runtime.edits import Edits
 from workers.runtime.families import describe_stack, family_of, layer_kinds
-from workers.runtime.locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters, locate
+from workers.runtime.locate import (
+    CACHE_ARGUMENTS,
+    MASK_ARGUMENTS,
+    argument_name,
+    forward_parameters,
+    locate,
+    shares_keys,
+)
 from workers.runtime.plan import Action
 from workers.runtime.special_layers import VISION_ACTIONS
 from workers.runtime.sublayers import Block, block_of, leave_out
 from workers.runtime.text_cache import MergingCache
-from workers.runtime.token_layers import TokenLayer, query_scale, shares_keys
+from workers.runtime.token_layers import TokenLayer, query_scale
 from workers.runtime.token_rows import TokenRows, TokenSplit
 from workers.runtime.vision_tokens import VisionTokens
 
@@ -121,6 +128,7 @@ class Decoder:
         self.kinds = layer_kinds(self.stack)
         self._require_plain_layers()
         self.layers: tuple[Any, ...] = tuple(self.stack.layers)
+        self._blocks: dict[int, Block] = {}
         self.mask_name = argument_name(self.layers[0], MASK_ARGUMENTS) or MASK_ARGUMENTS[0]
         self._cache_name = argument_name(self.layers[0], CACHE_ARGUMENTS) or CACHE_ARGUMENTS[0]
         self._first_argument = next(iter(forward_parameters(self.layers[0])))
@@ -128,12 +136,19 @@ class Decoder:
         mask_may_be_none = self.stack.text_config._attn_implementation == "sdpa"
         self._gathering = tuple(
             {
-                action: TokenLayer(layer, number, action, self._split, mask_may_be_none=mask_may_be_none)
+                action: TokenLayer(
+                    layer,
+                    number,
+                    action,
+                    self._split,
+                    mask_may_be_none=mask_may_be_none,
+                    block=self._block(number) if action.row.leaves_out else None,
+                )
                 for action in VISION_ACTIONS
+                if action in self.descriptor.allowed[number]
             }
             for number, layer in enumerate(self.layers)
         )
-        self._blocks: dict[int, Block] = {}
         self._gives_tuple: bool | None = None
 
     @property
@@ -239,10 +254,11 @@ class Decoder:
     ) -> LayerOutput:
         """Run one layer over the rows ``split.text``; the others keep their state.
 
-        With ``FREEZE`` the other rows give keys and values, with ``BYPASS`` they are not seen. An action that leaves a
-        part of the layer out goes for all rows.
+        With ``FREEZE`` the other rows give keys and values, with ``BYPASS`` they are not seen; with actions that freeze
+        a part of the layer, they go through the other part. An action that leaves a part of the layer out goes for all
+        rows.
         """
-        if action.row.leaves_out:
+        if action.row.removes_part:
             with self.without(layer, action):
                 return self.run(layer, hidden, arguments, watch)
         if split is None:
@@ -274,19 +290,21 @@ class Decoder:
 
     @contextmanager
     def without(self, layer: int, action: Action) -> Iterator[None]:
-        """Have a layer run without the part that an action leaves out, if it does."""
-        if not action.row.leaves_out:
+        """Have a layer run without the part that an action leaves out for every token, if it does."""
+        if not action.row.removes_part:
             yield
             return
-        own = self.layers[layer]
-        if layer not in self._blocks:
-            self._blocks[layer] = block_of(own, int(self.stack.text_config.hidden_size))
         edits = Edits()
         try:
-            leave_out(edits, own, self._blocks[layer], layer, action)
+            leave_out(edits, self.layers[layer], self._block(layer), layer, action)
             yield
         finally:
             edits.undo()
+
+    def _block(self, layer: int) -> Block:
+        if layer not in self._blocks:
+            self._blocks[layer] = block_of(self.layers[layer], int(self.stack.text_config.hidden_size))
+        return self._blocks[layer]
 
     def run_with_keys(
         self, layer: int, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None = None

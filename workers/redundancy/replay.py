@@ -24,9 +24,8 @@ from workers.layerwise.hooks import Hooks, hidden_of, with_hidden
 from workers.models.loading import LoadedModel
 from workers.runtime import apply
 from workers.runtime.edits import Edits
-from workers.runtime.locate import DecoderStack, ancestors
+from workers.runtime.locate import DecoderStack, ancestors, shares_keys
 from workers.runtime.plan import SkipPlan
-from workers.runtime.token_layers import shares_keys
 
 from .batches import Batch
 

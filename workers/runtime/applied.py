@@ -110,7 +110,7 @@ class AppliedPlan(NotCopied):
             self._refuse_what_would_go_wrong()
         elif plan.partial and hasattr(stack.model, "save_pretrained"):
             self._edits.set_instance_attribute(stack.model, "save_pretrained", _refusal(INCOMPLETE.format(plan.text)))
-        if plan.needs_vision_tokens:
+        if any(action.row.splits_attention for action in plan):
             self._require_masked_attention()
         layers = list(stack.layers)
         if self.compensation is not None:
@@ -119,10 +119,14 @@ class AppliedPlan(NotCopied):
             remove_layers(self._edits, stack, plan.kept, permanent=permanent)
             if permanent:
                 require_faithful_reload(stack)
+        blocks = {
+            layer: block_of(layers[layer], int(stack.text_config.hidden_size))
+            for layer, action in enumerate(plan)
+            if action.row.leaves_out
+        }
         for new, old in enumerate(plan.kept):
-            if plan[old].row.leaves_out:
-                block = block_of(layers[old], int(stack.text_config.hidden_size))
-                leave_out(self._edits, layers[old], block, new, plan[old], permanent=permanent)
+            if plan[old].row.removes_part:
+                leave_out(self._edits, layers[old], blocks[old], new, plan[old], permanent=permanent)
         if not plan.needs_vision_tokens:
             if not permanent:
                 for method in ("forward", "generate"):
@@ -133,7 +137,14 @@ class AppliedPlan(NotCopied):
         mask_may_be_none = stack.text_config._attn_implementation == "sdpa"
         for new, old in enumerate(plan.kept):
             if plan[old].row.vision_only:
-                special = TokenLayer(layers[old], new, plan[old], self._tokens, mask_may_be_none=mask_may_be_none)
+                special = TokenLayer(
+                    layers[old],
+                    new,
+                    plan[old],
+                    self._tokens,
+                    mask_may_be_none=mask_may_be_none,
+                    block=blocks.get(old),
+                )
                 self._edits.set_instance_attribute(layers[old], "forward", special)
 
     def _refuse_what_would_go_wrong(self) -> None:

@@ -13,7 +13,7 @@ from .layer_config import LayerNames, unknown_per_layer_lists
 from .locate import CACHE_ARGUMENTS, DecoderStack, argument_name, locate, vision_token_ids
 from .loop_guard import attribute_uses, counts_rows, loop_facts
 from .plan import Action
-from .special_layers import PARTIAL_ACTIONS, VISION_ACTIONS, OnRemoval, Refusals, refuse
+from .special_layers import PARTIAL_ACTIONS, SPLITTING_ACTIONS, VISION_ACTIONS, OnRemoval, Refusals, refuse
 from .sublayers import NotSeparableError, block_of
 from .token_layers import scales_queries_by_row
 from .vision_tokens import takes_vision
@@ -153,22 +153,22 @@ def _keep_attention(kinds: tuple[str, ...]) -> Iterable[KeepOne]:
 
 
 def _refuse_by_kind(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refusals) -> None:
-    """Refuse to split tokens where they are mixed by anything but attention over a KV cache."""
+    """Refuse to ask for text alone where tokens are mixed by anything but attention over a KV cache."""
     for index, (layer, kind) in enumerate(zip(stack.layers, kinds, strict=True)):
         if kind == "indexed_attention":
-            refuse(refusals, (index,), VISION_ACTIONS, "its attention picks keys by an index over all tokens")
+            refuse(refusals, (index,), SPLITTING_ACTIONS, "its attention picks keys by an index over all tokens")
         elif kind not in ATTENTION_KINDS:
             reason = f"its kind is {kind}, and tokens can be split in layers of attention over a plain KV cache only"
-            refuse(refusals, (index,), VISION_ACTIONS, reason)
+            refuse(refusals, (index,), SPLITTING_ACTIONS, reason)
         elif named := argument_name(layer, POSITION_BIASES):
             if getattr(stack.text_config, named, True):  # Falcon says whether it uses its own
                 reason = f"its attention adds {named}, a bias for each key's position, which cannot be given in part"
-                refuse(refusals, (index,), VISION_ACTIONS, reason)
+                refuse(refusals, (index,), SPLITTING_ACTIONS, reason)
         elif any(isinstance(module, nn.Conv1d) for module in layer.modules()):
-            refuse(refusals, (index,), VISION_ACTIONS, "it mixes neighbouring tokens by convolution")
+            refuse(refusals, (index,), SPLITTING_ACTIONS, "it mixes neighbouring tokens by convolution")
         elif named := counts_rows(layer, CACHE_ARGUMENTS, scales_queries_by_row):
             reason = f"{named} counts its rows or reaches into the cache, so it cannot be given some rows only"
-            refuse(refusals, (index,), VISION_ACTIONS, reason)
+            refuse(refusals, (index,), SPLITTING_ACTIONS, reason)
 
 
 def _refuse_by_block(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refusals) -> None:
@@ -176,9 +176,13 @@ def _refuse_by_block(stack: DecoderStack, kinds: tuple[str, ...], refusals: Refu
     without_attention = [action for action in PARTIAL_ACTIONS if not action.row.keeps_keys]
     for index, (layer, kind) in enumerate(zip(stack.layers, kinds, strict=True)):
         try:
-            block_of(layer, int(stack.text_config.hidden_size))
+            block = block_of(layer, int(stack.text_config.hidden_size))
         except NotSeparableError as error:
             refuse(refusals, (index,), PARTIAL_ACTIONS, str(error))
+        else:
+            of_mlp = (module for name in block.modules(Action.FREEZE_MLP) for module in getattr(layer, name).modules())
+            if any(isinstance(module, nn.Conv1d) for module in of_mlp):
+                refuse(refusals, (index,), (Action.FREEZE_MLP,), "its MLP mixes neighbouring tokens by convolution")
         if kind not in ATTENTION_KINDS:
             reason = f"its kind is {kind}, and what is left out is attention over a plain KV cache only"
             refuse(refusals, (index,), without_attention, reason)

@@ -97,6 +97,11 @@ def locate(model: nn.Module) -> DecoderStack:
     )
 
 
+def shares_keys(layer: nn.Module) -> bool:
+    """Whether a layer attends to the keys and values of an earlier layer and makes none."""
+    return any(module.__dict__.get("is_kv_shared_layer") is True for module in layer.modules())
+
+
 def vision_token_ids(config: Any) -> tuple[int, ...]:
     """Return placeholder ids of image and video features that ``config`` names."""
     names = {*config.__dict__, *type(config).attribute_map}

@@ -31,11 +31,16 @@ class ActionRow:
     removes_layer: bool = False
     """Whether the layer does nothing for any token, so that a checkpoint can do without it."""
     vision_only: bool = False
-    """Whether vision tokens are treated apart: they keep their state."""
+    """Whether vision tokens are treated apart."""
     hides_vision: bool = False
     """Whether text does not attend to vision tokens at the layer: no keys, values or cache entries for them."""
     leaves_out: Literal["", "attention", "mlp"] = ""
-    """The part of the layer that adds nothing for any token, where it is not the whole layer."""
+    """The part of the layer that adds nothing, where it is not the whole layer: to any token, or to vision tokens."""
+
+    @property
+    def removes_part(self) -> bool:
+        """Whether attention or the MLP does nothing for any token."""
+        return bool(self.leaves_out) and not self.vision_only
 
     @property
     def executions(self) -> float:
@@ -45,12 +50,17 @@ class ActionRow:
         """
         if self.removes_layer:
             return 0.0
-        return self.work if self.leaves_out and not self.vision_only else 1.0
+        return self.work if self.removes_part else 1.0
 
     @property
     def keeps_keys(self) -> bool:
         """Whether the layer has keys and values in the KV cache."""
-        return not self.removes_layer and self.leaves_out != "attention"
+        return not self.removes_layer and not (self.removes_part and self.leaves_out == "attention")
+
+    @property
+    def splits_attention(self) -> bool:
+        """Whether attention is asked by text tokens alone."""
+        return self.vision_only and self.leaves_out != "mlp"
 
 
 class Action(Enum):
@@ -102,6 +112,24 @@ class Action(Enum):
         summary="attention alone runs",
         meaning="run without their MLP, for every token",
         work=1 / 3,
+        leaves_out="mlp",
+    )
+    FREEZE_ATTENTION = ActionRow(
+        letter="Q",
+        past="with vision attention frozen",
+        summary="attention adds nothing to vision tokens, which ask no queries",
+        meaning="run without vision tokens' queries (text still attends to them), and with their MLP",
+        work=5 / 6,
+        vision_only=True,
+        leaves_out="attention",
+    )
+    FREEZE_MLP = ActionRow(
+        letter="P",
+        past="with vision MLP frozen",
+        summary="vision tokens do not go through the MLP (a perceptron)",
+        meaning="run without the MLP of vision tokens, and with their attention",
+        work=2 / 3,
+        vision_only=True,
         leaves_out="mlp",
     )
 
@@ -226,8 +254,8 @@ class SkipPlan:
 
     @property
     def partial(self) -> tuple[int, ...]:
-        """The layers that run without their attention or without their MLP, in order."""
-        return tuple(layer for layer, own in enumerate(self.actions) if own.row.leaves_out)
+        """The layers that run without their attention or without their MLP for every token, in order."""
+        return tuple(layer for layer, own in enumerate(self.actions) if own.row.removes_part)
 
     @property
     def executions(self) -> float:

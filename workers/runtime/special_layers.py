@@ -21,6 +21,7 @@ OnRemoval = Callable[[Edits, DecoderStack, Sequence[int], bool], None]
 """Called with the kept layers before they are renumbered, and whether the change is permanent."""
 
 VISION_ACTIONS = tuple(action for action in Action if action.row.vision_only)
+SPLITTING_ACTIONS = tuple(action for action in Action if action.row.splits_attention)
 PARTIAL_ACTIONS = tuple(action for action in Action if action.row.leaves_out)
 KEYLESS_ACTIONS = tuple(action for action in Action if not action.row.keeps_keys)
 BLOCKS_OF_LAYERS = ("embed_tokens_per_layer", "per_layer_model_projection")

@@ -21,9 +21,8 @@ from transformers.cache_utils import Cache
 
 from .cache_lengths import keyless_layer
 from .edits import Edits
-from .locate import forward_parameters, locate
+from .locate import forward_parameters, locate, shares_keys
 from .plan import Action, SkipPlan
-from .token_layers import shares_keys
 
 ATTENTION = ("self_attn", "self_attention", "attention", "attn")
 MIXERS = ("linear_attn", "conv", "mamba")
@@ -148,7 +147,7 @@ def unused_modules(model: nn.Module, plan: SkipPlan) -> tuple[str, ...]:
     return tuple(
         f"{stack.path}.{new}.{name}"
         for new, old in enumerate(plan.kept)
-        if plan[old].row.leaves_out
+        if plan[old].row.removes_part
         for name in block_of(stack.layers[old], int(stack.text_config.hidden_size)).modules(plan[old])
     )
 

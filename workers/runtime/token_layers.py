@@ -1,6 +1,7 @@
-"""The forward of a frozen or bypassed decoder layer: text rows go through the layer, vision rows keep their state.
+"""The forward of a decoder layer that treats vision tokens apart: frozen or bypassed, the whole layer or a part of it.
 
 The layer's own forward is called on gathered rows, so that norms, gates, experts and residuals need no code of ours.
+Where the MLP alone is frozen, it is the MLP's own forward, and that of the modules that serve it.
 
 Shapes: ``batch`` samples of ``tokens`` each, of which ``rows`` are gathered (the text or the vision tokens of a sample,
 padded to the longest); ``hidden`` is the width of the residual stream, ``heads`` of ``size`` are those of attention.
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .edits import Edits, NotCopied
-from .locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters
+from .locate import CACHE_ARGUMENTS, MASK_ARGUMENTS, argument_name, forward_parameters, shares_keys
 from .plan import Action, PlanError
+from .sublayers import Block, leave_out
 from .text_cache import (
     CapturedKeys,
     CapturingCache,
@@ -41,19 +43,32 @@ UNTOUCHED = ("shared_kv_states",)
 
 
 class TokenLayer(NotCopied):
-    """Forward of one decoder layer that a plan freezes or bypasses.
+    """Forward of one decoder layer in which a plan treats vision tokens apart.
 
-    One thread at a time is in it: for some moments the layer's own modules do something else than usual.
+    ``block`` gives its parts, for actions that leave out one of them. One thread at a time is in it: for some moments
+    the layer's own modules do something else than usual.
     """
 
     def __init__(
-        self, layer: nn.Module, layer_idx: int, action: Action, tokens: VisionTokens, *, mask_may_be_none: bool
+        self,
+        layer: nn.Module,
+        layer_idx: int,
+        action: Action,
+        tokens: VisionTokens,
+        *,
+        mask_may_be_none: bool,
+        block: Block | None = None,
     ) -> None:
-        runs = {Action.FREEZE: self._freeze, Action.BYPASS: self._bypass}
+        runs = {
+            Action.FREEZE: self._freeze,
+            Action.BYPASS: self._bypass,
+            Action.FREEZE_ATTENTION: self._freeze_attention,
+            Action.FREEZE_MLP: self._freeze_mlp,
+        }
         if action not in runs:
             raise PlanError(f"layer {layer_idx}: nothing here runs {action.letter} ({action.label})")
         self._run, self._hides_vision = runs[action], action.row.hides_vision
-        self._layer_idx, self._tokens = layer_idx, tokens
+        self._layer, self._layer_idx, self._tokens, self._block = layer, layer_idx, tokens, block
         self._alone = threading.RLock()
         self._mask_may_be_none = mask_may_be_none
         self._forward: Callable[..., Any] = layer.forward
@@ -81,10 +96,7 @@ class TokenLayer(NotCopied):
             if self._hides_vision:
                 self._hide_vision_columns(arguments, hidden_states.shape[-2])
             return self._forward(hidden_states, **arguments)
-        output = self._run(split, hidden_states, arguments)
-        if isinstance(output, tuple):
-            return (split.text.put(hidden_states, output[0]), *output[1:])
-        return split.text.put(hidden_states, output)
+        return self._run(split, hidden_states, arguments)
 
     # Freeze -------------------------------------------------------------------------------------------------------
 
@@ -104,7 +116,10 @@ class TokenLayer(NotCopied):
     def _run_text(self, rows: TokenRows, hidden_states: Tensor, text: dict[str, Any], cache: Cache | None) -> Any:
         past = self._past_tokens(cache, rows.length) if self._query_scale else 0
         with _scaled_queries(self._query_scale, rows, past):
-            return self._forward(_take_tokens(rows, hidden_states), **text)
+            output = self._forward(_take_tokens(rows, hidden_states), **text)
+        if isinstance(output, tuple):
+            return (rows.put(hidden_states, output[0]), *output[1:])
+        return rows.put(hidden_states, output)
 
     def _past_tokens(self, cache: Cache | None, new_tokens: int) -> int:
         """Tokens of the sequence before this call's."""
@@ -112,6 +127,9 @@ class TokenLayer(NotCopied):
             return 0
         if self._shares_keys:  # it has no length of its own; an earlier layer has stored this call's tokens already
             return int(cache.get_seq_length()) - new_tokens
+        if len(cache.layers) > self._layer_idx and not isinstance(cache.layers[self._layer_idx], CacheLayerMixin):
+            attention = next(number for number, own in enumerate(cache.layers) if isinstance(own, CacheLayerMixin))
+            return int(cache.get_seq_length(attention)) - (new_tokens if attention < self._layer_idx else 0)
         return int(cache.get_seq_length(self._layer_idx))
 
     def _merging(
@@ -164,6 +182,35 @@ class TokenLayer(NotCopied):
         entry = None if cache is None else existing_text_only_layer(cache, self._layer_idx)
         if entry is not None:
             arguments[self._mask_name] = entry.mask_for(arguments.get(self._mask_name), None, new_tokens)
+
+    # Parts --------------------------------------------------------------------------------------------------------
+
+    def _freeze_attention(self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+        """Text rows as in a frozen layer; vision rows go through the layer without attention."""
+        output = self._freeze(split, hidden_states, arguments)
+        vision = {**self.rows_of(split.vision, arguments), self._mask_name: None, self._cache_name: None}
+        assert self._block is not None
+        edits = Edits()
+        try:
+            leave_out(edits, self._layer, self._block, self._layer_idx, Action.SKIP_ATTENTION)
+            own = self._forward(_take_tokens(split.vision, hidden_states), **vision)
+        finally:
+            edits.undo()
+        if isinstance(output, tuple):
+            return (split.vision.put(output[0], own[0]), *output[1:])
+        return split.vision.put(output, own)
+
+    def _freeze_mlp(self, split: TokenSplit, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+        """All rows go through the layer, in which the MLP, and what serves it alone, is given those of text."""
+        assert self._block is not None
+        edits = Edits()
+        try:
+            for name in self._block.modules(Action.SKIP_MLP):
+                module = getattr(self._layer, name)
+                edits.set_instance_attribute(module, "forward", partial(_run_some, split.text, module.forward))
+            return self._forward(hidden_states, **arguments)
+        finally:
+            edits.undo()
 
     # Arguments ----------------------------------------------------------------------------------------------------
 
@@ -226,6 +273,32 @@ def _take_tokens(rows: TokenRows, hidden_states: Tensor) -> Tensor:
     return rows.take(hidden_states, token_dim=dims - 2, batch_dim=dims - 3)
 
 
+def _run_some(rows: TokenRows, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the forward of a module that treats tokens one by one with some rows; for the others it gives zeros."""
+    results = forward(*(_take(rows, each) for each in args), **{name: _take(rows, kwargs[name]) for name in kwargs})
+    whole = isinstance(results, Tensor)
+    first: Tensor = results if whole else results[0]
+    flat = first.dim() == 2
+    own = first.reshape(rows.batch, rows.width, -1) if flat else first
+    nothing = own.new_zeros(()).expand(rows.batch, rows.length, own.shape[-1])
+    put = rows.put(nothing, own)
+    put = put.flatten(0, 1) if flat else put
+    return put if whole else (put, *results[1:])
+
+
+def _take(rows: TokenRows, value: Any) -> Any:
+    """Take the rows of what a module of a layer is given by token, ``[batch, tokens, ...]`` or flattened."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape[:2] == (rows.batch, rows.length):
+        return rows.take(value, token_dim=1, batch_dim=0)
+    if value.shape[0] == rows.batch * rows.length:
+        return rows.take(value.reshape(rows.batch, rows.length, *value.shape[1:]), token_dim=1, batch_dim=0).flatten(
+            0, 1
+        )
+    raise RuntimeError(f"a module of a layer is given {list(value.shape)}, not {[rows.batch, rows.length]} tokens")
+
+
 def _text_columns(mask: Tensor | None, rows: TokenRows) -> Tensor | None:
     """Keep the text columns of a mask that already has text rows, for a call without a cache."""
     if mask is None:
@@ -269,11 +342,6 @@ def _without_queries(projections: tuple[tuple[nn.Module, str, nn.Module], ...]) 
         yield
     finally:
         edits.undo()
-
-
-def shares_keys(layer: nn.Module) -> bool:
-    """Whether a layer attends to the keys and values of an earlier layer and makes none."""
-    return any(module.__dict__.get("is_kv_shared_layer") is True for module in layer.modules())
 
 
 QueryScale = tuple[nn.Module, Callable[[Tensor], Tensor]]

@@ -231,6 +231,9 @@ def test_parts_are_as_risky_as_their_share_of_the_layer() -> None:
     assert risk.risk["M"] == pytest.approx(
         [(0.3 * 0.8 * 0.9 * 0.9 * 0.6) ** (1 / 3), (0.08 * 0.9 * 0.4 * 0.9 * 0.2) ** (1 / 3), math.inf]
     )
+    # Vision's distance x what text reads of it later: nothing behind the last layer.
+    assert risk.risk["Q"][2] == 0 and risk.risk["P"][2] == math.inf
+    assert risk.risk["Q"][0] / risk.risk["P"][0] == pytest.approx(0.05 / 0.04)
     static = criteria.load("skip-it-static", {"skip": 0.1}).risk(table(**MEASURED, **PARTS))
     assert static.risk["A"] == pytest.approx((1.0, 0.4, 2.0))
     cosine = criteria.load("cosine").risk(table(**MEASURED, **PARTS))

@@ -18,7 +18,7 @@ from optimizer.exports.verification import verify_export
 from optimizer.exports.writing import export_plan
 from workers.messages import ModelSource
 
-MIXED = "ASMRFB"
+MIXED = "ASMQPB"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ except ValueError as error:
 
 def test_three_lines_load_it_and_without_the_code_it_does_not_load(runtime_export: Path, tmp_path: Path):
     done = isolated(THREE_LINES, runtime_export, tmp_path)
-    assert done.stdout.splitlines() == ["AMRFB 5 False", "True"], done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["AMQPB 5 False", "True"], done.stderr[-2000:]
 
 
 LOSSLESS = """

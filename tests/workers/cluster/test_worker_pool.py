@@ -63,7 +63,7 @@ def test_results_equal_those_of_this_process(pool: WorkerPool, tiny: LoadedModel
     assert [info.worker for info in pool.info] == [0, 1]
     assert len({info.process for info in pool.info} | {os.getpid()}) == 3
     assert {info.fingerprint for info in pool.info} == {tiny.fingerprint}
-    assert pool.info[0].allowed_actions == ("RFBSAM",) * 6
+    assert pool.info[0].allowed_actions == ("RFBSAMQP",) * 6
     assert (pool.info[0].threads, pool.info[0].dtype, pool.info[0].num_layers) == (1, "float32", 6)
     plans = ["RRRRRR", "RSRRRR", "RRSSRR", "FFFRRR"]
     results = dict(pool.run([evaluate(plan, "search", 24) for plan in plans]))

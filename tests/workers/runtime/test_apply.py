@@ -399,8 +399,8 @@ def test_attention_without_masks_takes_no_split_plan() -> None:
     model = build_model()
     model.config.text_config._attn_implementation = "flash_attention_2"
     with pytest.raises(PlanError, match=r"flash_attention_2.*sdpa"):
-        apply(model, SkipPlan.parse("RFRRRR")).install()
-    with apply(model, SkipPlan.parse("RSRRRR")):
+        apply(model, SkipPlan.parse("RQRRRR")).install()
+    with apply(model, SkipPlan.parse("PSRRRR")):
         assert len(model.model.language_model.layers) == LAYERS - 1
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from workers.runtime import Action, PlanError, SkipPlan
 
-LETTERS = "RFBSAM"
+LETTERS = "RFBSAMQP"
 texts = st.text(alphabet=LETTERS, min_size=1, max_size=80)
 
 
@@ -36,9 +36,10 @@ def test_layers_of_all_actions_partition_the_plan(text: str) -> None:
     assert all(text[layer] == action.letter for action in Action for layer in plan.layers(action))
     assert plan.kept == tuple(layer for layer, letter in enumerate(text) if letter != "S")
     assert plan.is_dense == (set(text) == {"R"})
-    assert plan.needs_vision_tokens == bool({"F", "B"} & set(text))
+    assert plan.needs_vision_tokens == bool(set("FBQP") & set(text))
     assert plan.partial == tuple(layer for layer, letter in enumerate(text) if letter in "AM")
-    assert [action.row.keeps_keys for action in plan] == [letter in "RFBM" for letter in text]
+    assert [action.row.keeps_keys for action in plan] == [letter in "RFBMQP" for letter in text]
+    assert [action.row.splits_attention for action in plan] == [letter in "FBQ" for letter in text]
 
 
 @given(texts.flatmap(lambda text: st.tuples(st.just(text), st.integers(0, len(text) - 1), st.sampled_from(Action))))

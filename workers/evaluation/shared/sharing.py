@@ -248,7 +248,7 @@ class SharedEvaluator(Generic[Item]):
 
 
 def mixed_plan(descriptor: FamilyDescriptor) -> SkipPlan:
-    """Return a plan with every action somewhere, as far as the model can take them, that leaves most layers running."""
+    """Return a plan with every action somewhere, as far as the model has layers that can take them."""
     plan = SkipPlan.dense(descriptor.num_layers)
     whole = [action for action in Action if action is not Action.RUN and not action.row.leaves_out]
     for number, action in enumerate(whole, start=1):

@@ -5,7 +5,8 @@ Every layer is present and computed, nothing is cached, every prompt goes alone 
 - skip: the layer's output is replaced by its input;
 - freeze: the layer's output at vision tokens is replaced by its input there;
 - bypass: the same, and in that layer text tokens cannot attend to vision tokens;
-- skip attention, skip MLP: what that module returns is replaced by zeros.
+- skip attention, skip MLP: what that module returns is replaced by zeros;
+- freeze attention, freeze MLP: the same, at vision tokens.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def reference_plan(model: PreTrainedModel, family: Family, plan: str, ids: Tenso
         if letter == "B":
             handles.append(layer.register_forward_pre_hook(_hide_vision_from_text(vision), with_kwargs=True))
             handles.append(layer.register_forward_hook(_text_alone(vision), with_kwargs=True))
-        if letter in "AM":
+        if letter in PARTS:
             (name,) = PARTS[letter] & {name for name, _ in layer.named_children()}
-            handles.append(layer.get_submodule(name).register_forward_hook(_zeros))
+            rows = torch.ones_like(vision) if letter in "AM" else vision
+            handles.append(layer.get_submodule(name).register_forward_hook(_zeros(rows)))
         if letter in "SFB":
             rows = torch.ones_like(vision) if letter == "S" else vision
             handles.append(layer.register_forward_hook(_put_back(rows), with_kwargs=True))
@@ -58,14 +60,20 @@ def reference_logits(
 
 
 Hook = Callable[..., Any]
-PARTS = {"A": {"self_attn", "attention"}, "M": {"mlp", "feed_forward", "ffn", "fc2"}}
+ATTENTION, MLP = {"self_attn", "attention"}, {"mlp", "feed_forward", "ffn", "fc2"}
+PARTS = {"A": ATTENTION, "M": MLP, "Q": ATTENTION, "P": MLP}
 
 
-def _zeros(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook that takes away what attention or an MLP adds."""
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)
+def _zeros(rows: Tensor) -> Hook:
+    """A forward hook that takes away what attention or an MLP adds to `rows` ([tokens], bool)."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        added = output[0] if isinstance(output, tuple) else output
+        assert added.shape[-2] == len(rows)
+        zeroed = torch.where(rows[:, None], torch.zeros_like(added), added)
+        return (zeroed, *output[1:]) if isinstance(output, tuple) else zeroed
+
+    return hook
 
 
 def _named(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

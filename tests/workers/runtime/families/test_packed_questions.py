@@ -49,7 +49,11 @@ def test_packed_questions_give_the_logits_of_each_alone(name: str) -> None:
     decoder = Decoder(model)
     forget_positions(model)
     prompts = [[*prompt_ids(family, Prompt((2, 0, 1), seed=1)).tolist(), *question] for question in QUESTIONS]
-    partial = [*(single(family, family.layers - 1, letter) for letter in "AM"), plan_of(family, 9), plan_of(family, 8)]
+    partial = [
+        *(single(family, family.layers - 1, letter) for letter in "AMQP"),
+        plan_of(family, 9),
+        plan_of(family, 8),
+    ]
     plans = [SkipPlan.dense(family.layers), *map(SkipPlan.parse, [*mixed_plans(family, 4, seed=9), *partial])]
     with torch.inference_mode():
         image = shared_prompts(decoder, asked(family, QUESTIONS[0]), prompts, tuple(range(len(prompts))))

@@ -1,4 +1,7 @@
-"""Layers without attention or without an MLP, on every family: against references that compute and then discard."""
+"""Layers without attention or without an MLP, for every token or for vision tokens alone, on every family.
+
+The references compute and then discard.
+"""
 
 from __future__ import annotations
 
@@ -28,43 +31,54 @@ from .catalogue import (
 )
 from .comparing import assert_close, distance, greedy, plain_logits, supported
 from .expected import expected_generation, expected_logits
+from .references import reference_plan
 from .test_families import check_generation, planned_logits, snapshot
 from .test_generation import LENGTH, beam_reference, check_against_reference, generate
 from .test_less_work import PROMPT, lengths, prefill, rows_counted
-from .tiny import CACHE, Family, batch_inputs, build, decoder_layers
+from .tiny import CACHE, Family, batch_inputs, build, decoder_layers, prompt_ids
 
 WHOLE = ("gemma3n", "gemma3n_text", "gemma4", "qwen4_exp", "glm5_next", "mistral_large4")
 """Per-layer inputs, several residual streams, or an index that is handed from layer to layer."""
 
 
+PARTS = "AMQP"
+
+
 def refused(family: Family, layer: int) -> set[str]:
-    """The letters of the two actions that a layer must decline, from what the configuration says of it."""
-    if family.name in WHOLE:
-        return {"A", "M"}
+    """The letters of the four actions that a layer must decline, from what the configuration says of it.
+
+    Attention is asked by text alone where it may be in a frozen layer.
+    """
     text = model_of(family.name).config.get_text_config()
-    if layer in (getattr(text, "cross_attention_layers", None) or ()):
-        return {"A", "M"}
+    if family.name in WHOLE or layer in (getattr(text, "cross_attention_layers", None) or ()):
+        return set(PARTS)
+    descriptor = describe(model_of(family.name))
+    found = set() if descriptor.vision_token_ids else {"Q", "P"}
+    if Action.FREEZE not in descriptor.allowed[layer]:
+        found.add("Q")
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * family.layers
-    if kinds[layer] not in ("full_attention", "sliding_attention", "chunked_attention"):
-        return {"A"}
     sharing = getattr(text, "kv_sharing_modes", None)
-    return {"A"} if sharing is not None and sharing[layer] == "store" and "reuse" in sharing else set()
+    if kinds[layer] not in ("full_attention", "sliding_attention", "chunked_attention") or (
+        sharing is not None and sharing[layer] == "store" and "reuse" in sharing
+    ):
+        found.add("A")
+    return found
 
 
 def plan_of(family: Family, seed: int, letters: str = "RAM") -> str:
-    """A random plan that leaves out both, as far as the layers may, the same in every run."""
+    """A random plan that leaves out all parts of which there are letters, where a layer may; the same in every run."""
     generator = random.Random(f"{family.name} {seed} {letters}")
     other = {layer: family.refused.get(layer, "") + family.may_refuse.get(layer, "") for layer in range(family.layers)}
     choices = [
         [letter for letter in letters if letter not in refused(family, layer) | set(other[layer])]
         for layer in range(family.layers)
     ]
-    wanted = {letter for own in choices for letter in own} & {"A", "M"}
+    wanted = {letter for own in choices for letter in own} & set(PARTS)
     for _ in range(1000):
         plan = "".join(generator.choice(own) for own in choices)
         if wanted <= set(plan) and family.possible(plan):
             return plan
-    raise AssertionError("no plan leaves out both")
+    raise AssertionError("no plan leaves out all of them")
 
 
 @every_family
@@ -72,7 +86,7 @@ def test_exactly_the_layers_that_cannot_be_taken_apart_are_refused(family: Famil
     model = supported(family)
     descriptor = describe(model)
     for layer in range(family.layers):
-        found = {letter for letter in "AM" if Action.of(letter) not in descriptor.allowed[layer]}
+        found = {letter for letter in PARTS if Action.of(letter) not in descriptor.allowed[layer]}
         assert found == refused(family, layer), f"layer {layer}"
         for letter in found:
             reason = descriptor.reason(layer, Action.of(letter))
@@ -87,11 +101,11 @@ def test_logits_and_cached_generation(family: Family) -> None:
     if family.name in WHOLE:
         pytest.skip(f"{family.name}: attention and MLP of its layers cannot be told apart, and the plan is refused")
     prompt = ONE_PICTURE if family.multimodal else TEXT_ONLY
-    first = [letter for letter in "AM" if letter not in refused(family, 0)]
+    first = [letter for letter in PARTS if letter not in refused(family, 0)]
     for plan in (*(single(family, 0, letter) for letter in first), plan_of(family, 0)):
         expected = expected_logits(family, plan, prompt)
         assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
-    check_generation(family, plan_of(family, 1, "RAMFBS"), batch_of(family))
+    check_generation(family, plan_of(family, 1, "RAMQPFBS"), batch_of(family))
 
 
 @pytest.mark.slow
@@ -101,13 +115,13 @@ def test_every_layer_and_many_plans(family: Family) -> None:
     if family.name in WHOLE:
         pytest.skip(f"{family.name}: attention and MLP of its layers cannot be told apart, and the plan is refused")
     for layer in range(family.layers):
-        for letter in {"A", "M"} - refused(family, layer):
+        for letter in set(PARTS) - refused(family, layer):
             plan = single(family, layer, letter)
             for prompt in prompts_of(family):
                 expected = expected_logits(family, plan, prompt)
                 assert_close(family, planned_logits(model, family, plan, prompt), expected, f"{plan} {prompt}")
     for seed in range(2, 12):
-        check_generation(family, plan_of(family, seed, "RAMFBS"), batch_of(family))
+        check_generation(family, plan_of(family, seed, ("RAMQPFBS", "RQP")[seed % 2]), batch_of(family))
 
 
 @every_family
@@ -134,7 +148,7 @@ def test_a_model_for_good_has_lost_the_parts(family: Family) -> None:
 SOME = ("llava", "qwen2_vl", "gemma3", "aya_vision", "llava over phi")
 """Pre-norms, multimodal rotary positions, sliding windows with norms on both sides, a parallel block, layer norms."""
 some_families = pytest.mark.parametrize("family", [by_name(name) for name in SOME], ids=str, scope="module")
-FIRST = "ARAMRRAM"
+FIRST = "AQPMRAPQ"
 """The first layer, from which transformers reads the length of the sequence, has no keys."""
 
 
@@ -167,16 +181,18 @@ def test_static_caches_and_caches_that_are_cropped(family: Family, settings: dic
 @some_families
 def test_what_is_left_out_costs_no_row_and_no_key(family: Family) -> None:
     model, plan = model_of(family.name), first(family)
-    tokens, _ = lengths(family, PROMPT)
+    tokens, text = lengths(family, PROMPT)
+    assert text < tokens
     with rows_counted(model, family) as rows, apply(model, SkipPlan.parse(plan)):
         cache = prefill(model, family, [PROMPT])
     mlp = "fc2" if family.name == "llava over phi" else "down_proj"
     with rows_of(model, family, mlp) as mlp_rows, apply(model, SkipPlan.parse(plan)):
         prefill(model, family, [PROMPT])
     for layer, letter in enumerate(plan):
-        for name in ("q_proj", "k_proj", "v_proj"):
+        for name in ("k_proj", "v_proj"):
             assert rows[layer, name] == (0 if letter == "A" else tokens), (layer, name)
-        assert mlp_rows[layer] == (0 if letter == "M" else tokens), layer
+        assert rows[layer, "q_proj"] == {"A": 0, "Q": text}.get(letter, tokens), layer
+        assert mlp_rows[layer] == {"M": 0, "P": text}.get(letter, tokens), layer
         entry = cache.layers[layer]
         assert isinstance(entry, KeylessLayer) == (letter == "A")
         assert (entry.keys is None) == (letter == "A")
@@ -222,9 +238,26 @@ def test_a_model_is_restored_bitwise(family: Family) -> None:
     assert torch.equal(plain_logits(model, family, ONE_PICTURE), logits)
 
 
+@some_families
+def test_freezing_is_freezing_both_parts(family: Family) -> None:
+    """Frozen layers, and layers that freeze one part by the runtime and the other by the reference's hooks."""
+    model = model_of(family.name)
+    for prompt in prompts_of(family):
+        expected = planned_logits(model, family, "F" * family.layers, prompt)
+        ids = prompt_ids(family, prompt)
+        with reference_plan(model, family, "Q" * family.layers, ids):
+            found = planned_logits(model, family, "P" * family.layers, prompt)
+        assert_close(family, found, expected, f"{prompt}")
+        with (
+            reference_plan(model, family, "Q" * family.layers, ids),
+            reference_plan(model, family, "P" * family.layers, ids),
+        ):
+            assert_close(family, plain_logits(model, family, prompt), expected, f"{prompt}")
+
+
 def test_a_second_turn_goes_on_from_the_lengths_of_the_first() -> None:
     family = by_name("llava")
-    model, plan = model_of("llava"), "AARMRAR"
+    model, plan = model_of("llava"), "AQRMPAR"
     expected = expected_logits(family, plan, TWO_PICTURES)
     inputs = batch_inputs(family, [TWO_PICTURES])
     ids = inputs["input_ids"]
