@@ -157,8 +157,8 @@ class CachedEvaluation:
             if self._fits(plans):
                 wanted = self._context.pool.size
             else:
-                requests, most = self._context.requests_at_once, (plans[0].n_samples - plans[0].start) // LEAST_SLICE
-                wanted = next(n for n in range(1, requests + 1) if requests % n == 0 and requests // n <= max(1, most))
+                workers, most = self._context.pool.size, (plans[0].n_samples - plans[0].start) // LEAST_SLICE
+                wanted = next(n for n in range(1, workers + 1) if workers % n == 0 and workers // n <= max(1, most))
             count = max(min(wanted, len(plans)), -(-len(plans) // LARGEST_GROUP))
             cuts = [len(plans) * number // count for number in range(count + 1)]
             groups += [plans[first:last] for first, last in pairwise(cuts)]

@@ -64,12 +64,16 @@ def run(context: JobContext, finalists: Sequence[Candidate]) -> dict[Candidate, 
     Raises :class:`~workers.compensation.recipe.CompensationError` when the artifact store cannot be written.
     """
     compensated = [each for each in finalists if each.compensation != NO_COMPENSATION]
+    if compensated:
+        context.progress.begin("fit maps", len(compensated))
     fitted = context.turns.together(*(partial(_load_or_fit, context, candidate) for candidate in compensated))
     return {candidate: own for candidate, own in zip(compensated, fitted, strict=True) if own is not None}
 
 
 def _load_or_fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:
-    return context.load_or_compute(f"compensate {candidate}", KeptMaps | None, partial(_fit, context, candidate))
+    found = context.load_or_compute(f"compensate {candidate}", KeptMaps | None, partial(_fit, context, candidate))
+    context.progress.advance()
+    return found
 
 
 def _fit(context: JobContext, candidate: Candidate) -> KeptMaps | None:

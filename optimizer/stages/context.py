@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +39,11 @@ T = TypeVar("T")
 LEAST_SLICE = 32
 """Fewest samples of a request where several workers share those of one."""
 
-MANY_WORKERS, SLICES_PER_WORKER = 8, 4
-"""With so many workers, requests are cut so fine that all workers end at about the same time."""
+MANY_WORKERS = 8
+"""With so many workers, the last slices are cut so fine that all workers end at about the same time."""
+
+ROUND_SHARE, SMALLEST_SLICE = 0.6, 4
+"""Of what is left, each round of slices takes so much, in slices of so many samples at least."""
 
 
 class JobFailed(Fault):
@@ -71,6 +75,11 @@ class JobContext:
     def worker(self) -> WorkerInfo:
         """The first worker's description of the model; all workers hold the same one."""
         return self.pool.info[0]
+
+    @property
+    def devices(self) -> int:
+        """The number of devices that the workers have."""
+        return len({info.device_id for info in self.pool.info})
 
     @cached_property
     def space(self) -> PlanSpace:
@@ -168,15 +177,21 @@ class JobContext:
             self._under_way.pop(stage).set()
         return value
 
-    @property
-    def requests_at_once(self) -> int:
-        """The number of requests that keep all workers busy and let them end at about the same time."""
-        return self.pool.size * (SLICES_PER_WORKER if self.pool.size >= MANY_WORKERS else 1)
-
     def slices(self, start: int, stop: int, *, requests: int = 1) -> list[tuple[int, int]]:
-        """Cut samples for the workers that there are for each of so many ``requests``."""
-        count = max(1, min(self.requests_at_once // requests, (stop - start) // LEAST_SLICE))
-        return list(pairwise(start + (stop - start) * number // count for number in range(count + 1)))
+        """Cut samples for the workers that there are for each of so many ``requests``, for many workers in rounds.
+
+        Each round has a slice a worker, and slices shorter than those before, so that little is left to wait for at the
+        end (factoring: Hummel, Schonberg, Flynn 1992).
+        """
+        workers = max(1, min(self.pool.size // requests, (stop - start) // LEAST_SLICE))
+        if self.pool.size < MANY_WORKERS or workers == 1:
+            return list(pairwise(start + (stop - start) * number // workers for number in range(workers + 1)))
+        cuts = [start]
+        while (left := stop - cuts[-1]) > 0:
+            size = max(SMALLEST_SLICE, math.ceil(ROUND_SHARE * left / workers))
+            count = min(workers, math.ceil(left / size))
+            cuts += [min(stop, cuts[-1] + size * number) for number in range(1, count + 1)]
+        return list(pairwise(cuts))
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | Failure]]:
         """Send requests to the workers; yield index and result as they arrive, other stages going on meanwhile."""

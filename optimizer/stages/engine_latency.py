@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from optimizer.job.sections import TRANSFORMERS
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext, JobFailed
-from optimizer.stages.verify import Finalist
+from optimizer.stages.verify import Chosen
 from workers.messages import CompareEngineLatency, EngineComparison, EngineFound, Failure, FindEngine
 from workers.runtime.plan import Action
 
@@ -33,7 +34,7 @@ def find_engine(context: JobContext) -> str:
     return f"{engine} {found.version} {versions}".strip()
 
 
-def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, EngineComparison]:
+def run(context: JobContext, finalists: Sequence[Chosen]) -> dict[Candidate, EngineComparison]:
     """Measure each finalist in the engine, or read it back.
 
     Raises JobFailed where one cannot be served: it may be the best, so that nothing is answered without it. The job
@@ -47,7 +48,7 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     return {finalist.candidate: comparison for finalist, comparison in zip(finalists, measured, strict=True)}
 
 
-def _measure(context: JobContext, finalist: Finalist) -> EngineComparison:
+def _measure(context: JobContext, finalist: Chosen) -> EngineComparison:
     name, engine = str(finalist.candidate), context.spec.latency.engine
     comparison = context.load_or_compute(
         f"measure {name} in {engine}", EngineComparison, partial(_compare, context, finalist)
@@ -57,7 +58,7 @@ def _measure(context: JobContext, finalist: Finalist) -> EngineComparison:
     return comparison
 
 
-def _compare(context: JobContext, finalist: Finalist) -> EngineComparison:
+def _compare(context: JobContext, finalist: Chosen) -> EngineComparison:
     spec = context.spec
     request = CompareEngineLatency(
         finalist.candidate.plan.text,

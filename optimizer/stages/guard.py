@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
 from optimizer.stages.failed_samples import TooManyFailed
-from optimizer.stages.verify import Finalist
+from optimizer.stages.verify import Chosen
 from optimizer.statistics.intervals import wilson_interval
 from workers.compensation import store
 from workers.guard.needs import guard_layer, needed_prompts, too_few
@@ -55,7 +55,7 @@ class Guards:
     note: str = ""
 
 
-def run(context: JobContext, finalists: tuple[Finalist, ...]) -> Guards:
+def run(context: JobContext, finalists: Sequence[Chosen]) -> Guards:
     """Fit a guard for every layer at which finalists need one, or read them back; a note where none can be fitted."""
     if context.spec.guard.false_alarms is None:
         return Guards()

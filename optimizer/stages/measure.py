@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from optimizer.search.space import Candidate
 from optimizer.stages.context import JobContext
-from optimizer.stages.verify import Finalist
+from optimizer.stages.verify import Chosen
 from workers.messages import CompareLatency, LatencyComparison
 
 
-def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate, LatencyComparison]:
+def run(context: JobContext, finalists: Sequence[Chosen]) -> dict[Candidate, LatencyComparison]:
     """Measure each finalist's speed-up, or read it back; one that cannot be measured is left out."""
     context.progress.begin("measure latency", len(finalists))
     measured = context.turns.together(*(partial(_measure, context, finalist) for finalist in finalists))
@@ -21,7 +22,7 @@ def run(context: JobContext, finalists: tuple[Finalist, ...]) -> dict[Candidate,
     }
 
 
-def _measure(context: JobContext, finalist: Finalist) -> LatencyComparison | None:
+def _measure(context: JobContext, finalist: Chosen) -> LatencyComparison | None:
     name, compare = str(finalist.candidate), partial(_compare, context, finalist)
     comparison: LatencyComparison | None = context.load_or_compute(f"measure {name}", LatencyComparison | None, compare)
     if comparison is not None:
@@ -29,7 +30,7 @@ def _measure(context: JobContext, finalist: Finalist) -> LatencyComparison | Non
     return comparison
 
 
-def _compare(context: JobContext, finalist: Finalist) -> LatencyComparison | None:
+def _compare(context: JobContext, finalist: Chosen) -> LatencyComparison | None:
     request = CompareLatency(
         finalist.candidate.plan.text,
         workload=context.workload,

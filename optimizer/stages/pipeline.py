@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from optimizer.search.latency import LayerTimes
+from optimizer.search.space import Candidate
 from optimizer.stages import (
     collateral,
     compensate,
@@ -41,17 +42,24 @@ def run(context: JobContext) -> Published:
     except _OutOfReachError as nothing:
         return publish.none(context, str(nothing))
     outcome = search.run(context, latency, table)
-    finalists = verify.run(context, latency, outcome)
-    if not finalists:
+    chosen = verify.choose(context, latency, outcome)
+    if not chosen:
         return publish.none(context, verify.why_nothing(context, latency, outcome))
     if context.spec.is_lossless:
+        finalists = verify.run(context, latency, chosen)
         drafted = speculate.run(context, finalists)
         latency_of = {candidate: found.latency for candidate, found in drafted.items()}
         beside = collateral.run(context, tuple(each for each in finalists if each.candidate in drafted))
         return publish.run(context, finalists, publish.Measured(latency_of, collateral=beside, speculation=drafted))
-    stages_of_finalists = (measure.run, engine_latency.run, collateral.run, guard.run)
-    measured, served, beside, guards = context.turns.together(
-        *(partial(stage, context, finalists) for stage in stages_of_finalists)
+    # A single device has to be left alone while it is timed, by the driver's statistics too.
+    before = verify.run(context, latency, chosen) if context.devices == 1 else None
+
+    def verified() -> tuple[tuple[verify.Finalist, ...], dict[Candidate, collateral.Collateral]]:
+        finalists = verify.run(context, latency, chosen) if before is None else before
+        return finalists, collateral.run(context, finalists)
+
+    (finalists, beside), measured, served, guards = context.turns.together(
+        verified, *(partial(stage.run, context, chosen) for stage in (measure, engine_latency, guard))
     )
     return publish.run(context, finalists, publish.Measured(measured, served, beside, guards=guards))
 

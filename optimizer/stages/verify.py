@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optimizer.search.latency import LayerTimes
@@ -17,10 +17,23 @@ from optimizer.verification.drafting import DenseFigures, Drafted, verify_drafte
 from optimizer.verification.finalists import choose_finalists, why_none
 from optimizer.verification.goals import HeldOut, verify_goals
 from optimizer.verification.verdict import Verdict, verify
-from workers.messages import Artifact
+from workers.messages import NO_COMPENSATION, Artifact
 from workers.runtime import SkipPlan
 from workers.tasks import Sample
 from workers.tasks.passages import Passage
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A candidate that the search chose to be verified and measured, with its maps if its gaps are compensated."""
+
+    candidate: Candidate
+    maps: KeptMaps | None = None
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The file of its maps."""
+        return None if self.maps is None else self.maps.artifact
 
 
 @dataclass(frozen=True)
@@ -41,13 +54,25 @@ class Finalist:
         return None if self.maps is None else self.maps.artifact
 
 
-def run(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> tuple[Finalist, ...]:
-    """Verify the finalists, or read the verdicts back. Empty when the search left no plan worth verifying."""
-    chosen = choose_finalists(outcome, limits_of(context, profile), context.spec.search.finalists)
+def choose(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> tuple[Chosen, ...]:
+    """Choose the candidates to verify, and fit the maps of the compensated. Empty when the search left none worth it.
+
+    Raises JobFailed where none of those that it left can be fitted.
+    """
+    found = choose_finalists(outcome, limits_of(context, profile), context.spec.search.finalists)
+    maps = compensate.run(context, found)
+    chosen = tuple(Chosen(e, maps.get(e)) for e in found if e in maps or e.compensation == NO_COMPENSATION)
+    if found and not chosen:
+        raise JobFailed(f"none of the {len(found)} plans that the search chose could be fitted")
+    return chosen
+
+
+def run(context: JobContext, profile: LayerTimes, chosen: tuple[Chosen, ...]) -> tuple[Finalist, ...]:
+    """Verify what was chosen, or read the verdicts back."""
     context.progress.begin("verify held-out", len(chosen) + 1)
-    maps = compensate.run(context, chosen)
-    verdicts = context.load_or_compute("verify", tuple[Verdict, ...], lambda: _verify(context, profile, chosen, maps))
-    return tuple(Finalist(verdict, maps.get(verdict.candidate)) for verdict in verdicts)
+    verdicts = context.load_or_compute("verify", tuple[Verdict, ...], lambda: _verify(context, profile, chosen))
+    maps = {each.candidate: each.maps for each in chosen}
+    return tuple(Finalist(verdict, maps[verdict.candidate]) for verdict in verdicts)
 
 
 def why_nothing(context: JobContext, profile: LayerTimes, outcome: SearchOutcome) -> str:
@@ -55,17 +80,12 @@ def why_nothing(context: JobContext, profile: LayerTimes, outcome: SearchOutcome
     return why_none(outcome, limits_of(context, profile))
 
 
-def _verify(
-    context: JobContext, profile: LayerTimes, finalists: tuple[Candidate, ...], maps: Mapping[Candidate, KeptMaps]
-) -> tuple[Verdict, ...]:
-    if not finalists:
-        return ()
+def _verify(context: JobContext, profile: LayerTimes, chosen: Sequence[Chosen]) -> tuple[Verdict, ...]:
     dense = Candidate(SkipPlan.dense(context.worker.num_layers))
     scores: dict[Candidate, Scores] = {}
-    artifacts = {candidate: kept.artifact for candidate, kept in maps.items()}
-    evaluate = GoalEvaluation(context, "held_out", artifacts)
-    fitted = [each for each in finalists if each in maps or each.compensation == dense.compensation]
-    for candidate, result in evaluate([(each, len(context.task.held_out)) for each in (dense, *fitted)]):
+    evaluate = GoalEvaluation(context, "held_out", {e.candidate: e.artifact for e in chosen if e.artifact is not None})
+    asked = [each.candidate for each in chosen]
+    for candidate, result in evaluate([(each, len(context.task.held_out)) for each in (dense, *asked)]):
         context.progress.advance()
         if result.failure is None:
             scores[candidate] = result
@@ -73,9 +93,9 @@ def _verify(
             raise JobFailed(f"the dense model cannot be evaluated: {result.failure}")
         else:
             context.progress.note(f"plan {candidate} could not be verified: {result.failure}")
-    verified = {str(each): each for each in finalists if each in scores}
+    verified = {str(each): each for each in asked if each in scores}
     if not verified:
-        raise JobFailed(f"none of the {len(finalists)} plans that the search chose could be verified")
+        raise JobFailed(f"none of the {len(chosen)} plans that the search chose could be verified")
     if context.spec.is_lossless:
         answers = dense_answers.run(context, "held_out")
         return verify_drafters(

@@ -15,7 +15,7 @@ from optimizer.job.best import find_best
 from optimizer.stages import engine_latency, publish
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.pipeline import check_begun_alike
-from optimizer.stages.verify import Finalist
+from optimizer.stages.verify import Chosen, Finalist
 from optimizer.verification.verdict import verify
 from storage.database import Database
 from storage.errors import NotFound
@@ -50,7 +50,7 @@ def finalists(context: JobContext) -> tuple[Finalist, ...]:
 
 def published(context: JobContext, generate_speedup: float, device: str = "") -> publish.Published:
     chosen = finalists(context)
-    served = engine_latency.run(context, chosen)
+    served = engine_latency.run(context, [Chosen(each.candidate) for each in chosen])
     low, high = 0.98 * generate_speedup, 1.02 * generate_speedup
     where, seconds = device or context.worker.device, (1.0, 1 / generate_speedup)
     timed = LatencyComparison(PLAN, where, Workload(1, 2), *seconds, generate_speedup, low, high, 9, 8, 4)

@@ -23,7 +23,7 @@ from optimizer.stages.cached_evaluation import CachedEvaluation
 from optimizer.stages.collateral import OtherTask
 from optimizer.stages.context import JobContext, JobFailed
 from optimizer.stages.failed_samples import TooManyFailed
-from optimizer.stages.verify import Finalist
+from optimizer.stages.verify import Chosen, Finalist
 from optimizer.verification.verdict import verify
 from storage.database import Database
 from storage.queue import events, leases
@@ -205,7 +205,7 @@ def finalist(plan: Candidate) -> Finalist:
 
 def test_comparing_latency_names_them(begin) -> None:
     context = begin({"calibration": (0,)}, latency={"max_seconds": 0.01}, workload={"new_tokens": 1})
-    measured = measure.run(context, (finalist(PLAN),))[PLAN]
+    measured = measure.run(context, (Chosen(PLAN),))[PLAN]
     name = context.task.calibration[0].id
     assert list(measured.failed_samples) == list(context.failed_samples.of("calibration")) == [name]
     assert profile.cache_sizes(begin({"calibration": (0,)}, workload={"new_tokens": 1})).run > 0

@@ -16,7 +16,7 @@ from optimizer.reports import formatting
 from optimizer.search.space import Candidate
 from optimizer.stages import guard, publish
 from optimizer.stages.context import JobContext
-from optimizer.stages.verify import Finalist
+from optimizer.stages.verify import Chosen, Finalist
 from optimizer.verification.verdict import verify
 from storage.database import Database
 from storage.records import plans
@@ -55,7 +55,9 @@ def timed(context: JobContext) -> LatencyComparison:
 
 def published(context: JobContext) -> dict[str, Any]:
     chosen = finalists(context)
-    measured = publish.Measured({chosen[0].candidate: timed(context)}, guards=guard.run(context, chosen))
+    measured = publish.Measured(
+        {chosen[0].candidate: timed(context)}, guards=guard.run(context, [Chosen(each.candidate) for each in chosen])
+    )
     found: dict[str, Any] = plans.get(context.db, publish.run(context, chosen, measured).plan_ids[0]).secondary
     return found
 

@@ -96,3 +96,39 @@ def test_samples_of_another_task_are_shared(store: Database, worker: in_process.
         asked = {(e.start, e.n_samples) for e in workers.requests if isinstance(e, EvaluateOtherTask)}
         assert asked == ({(0, 80)} if size == 1 else {(0, 40), (40, 80)})
     assert found[1] == found[5] and found[1].tasks["my_other"].n_samples == 80
+
+
+@pytest.mark.parametrize(
+    ("size", "requests", "samples"), [(8, 1, 96), (64, 4, 512), (64, 1, 5000), (9, 9, 200), (16, 3, 129)]
+)
+def test_many_workers_share_samples_in_rounds_of_ever_smaller_slices(
+    store: Database, worker: in_process.OneWorker, size: int, requests: int, samples: int
+) -> None:
+    context, _ = job(store, worker, size)
+    found = context.slices(7, 7 + samples, requests=requests)
+    assert [place for start, stop in found for place in range(start, stop)] == list(range(7, 7 + samples))
+    sizes = [stop - start for start, stop in found]
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    if requests == size:
+        assert sizes == [samples]  # a worker each
+    else:  # what is begun last takes at most a seventh of a worker's part
+        assert sizes[-1] <= max(4, samples * requests // size // 7)
+        assert len(sizes) < samples / 4 + 1
+
+
+def test_ten_workers_wait_less_for_the_last_slices_than_for_equal_ones(
+    store: Database, worker: in_process.OneWorker
+) -> None:
+    context, _ = job(store, worker, 10)
+    slices = [stop - start for start, stop in context.slices(0, 1000)]
+
+    def ends(sizes: list[int]) -> float:
+        """When the last of ten workers ends, of which one is half as fast, if each takes the next slice."""
+        free = [0.0] * 10
+        for samples in sizes:
+            place = free.index(min(free))
+            free[place] += samples * (2 if place == 0 else 1)
+        return max(free)
+
+    assert ends([100] * 10) == 200
+    assert ends(slices) <= 120  # it would be 1000 / 9.5 if nobody waited
