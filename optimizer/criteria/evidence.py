@@ -6,10 +6,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from scipy.stats import rankdata
-
-from optimizer.statistics.rank_agreement import FEWEST_PAIRS, Agreement
-from workers.redundancy.kinds import ANSWER, TRIED
+from optimizer.statistics.rank_agreement import Agreement
+from workers.redundancy.kinds import ANSWER
 from workers.redundancy.table import LayerTable
 from workers.runtime.plan import Action
 
@@ -23,7 +21,7 @@ USEFUL = 0.5
 
 @dataclass(frozen=True)
 class Evidence:
-    """Rank agreement of a criterion's risk with the divergences that actions were measured to cause, 95 % interval."""
+    """Rank agreement of a criterion's risk of skips with the divergences that removals caused, with a 95 % interval."""
 
     criterion: str
     agreement: Agreement
@@ -64,31 +62,16 @@ class Evidence:
 
 
 def check(risk: Risk, table: LayerTable, needs: Collection[str]) -> Evidence:
-    """Compare a risk with what actions were measured to do at layers, where its criterion ``needs`` those kinds.
+    """Compare the risk of skips with what removals did, where its criterion ``needs`` the propagation kind.
 
-    Other kinds are left alone, whatever the table holds of them, so that a job's search hangs on nothing that other
-    jobs measured. A criterion that needs the causal kind reads the harm of every action itself: there is nothing left
-    to compare it with.
-
-    Actions differ in size, so that ranks are taken within each; a layer counts once, by its mean rank over actions. A
-    criterion that reads removals itself is judged by what it predicts without the layer's own.
+    Otherwise removals are left alone, whatever the table holds of them, so that a job's search hangs on nothing that
+    other jobs measured. A criterion that needs the causal kind or trials reads the harm of every action itself: there
+    is nothing left to compare it with.
     """
-    names: dict[str, str] = {}
-    if "causal" not in needs:
-        if "propagation" in needs:
-            names[Action.SKIP.letter] = "final_divergence"
-        if "trials" in needs:
-            names |= {action.letter: f"trial_divergence@{action.label}" for action in TRIED}
-    ranks: dict[int, list[tuple[float, float]]] = {}
-    for letter, name in names.items():
-        values = (risk.unseen or risk.risk).get(letter, ())
-        rows = [table.row(name, ANSWER, layer) for layer in range(len(values))]
-        known = [row for row in rows if row is not None and math.isfinite(values[row.layer])]
-        if len(known) >= FEWEST_PAIRS:
-            predicted, measured = (
-                rankdata(each) / len(known) for each in ([values[row.layer] for row in known], [r.value for r in known])
-            )
-            for row, *pair in zip(known, predicted.tolist(), measured.tolist(), strict=True):
-                ranks.setdefault(row.layer, []).append((pair[0], pair[1]))
-    means = [[sum(column) / len(pairs) for column in zip(*pairs, strict=True)] for pairs in ranks.values()]
-    return Evidence(risk.criterion, Agreement.of_pairs([each[0] for each in means], [each[1] for each in means]))
+    compared = "propagation" in needs and not {"causal", "trials"} & set(needs)
+    pairs = [
+        (value, row.value)
+        for layer, value in enumerate(risk.risk[Action.SKIP.letter] if compared else ())
+        if math.isfinite(value) and (row := table.row("final_divergence", ANSWER, layer)) is not None
+    ]
+    return Evidence(risk.criterion, Agreement.of_pairs([pair[0] for pair in pairs], [pair[1] for pair in pairs]))

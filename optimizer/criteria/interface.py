@@ -27,8 +27,6 @@ class Risk:
     risk: dict[str, tuple[float, ...]]
     spread: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Standard error of the risk's logarithm, as ``risk``; empty where a criterion knows none."""
-    unseen: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """The risk as predicted without any action measured at the layer itself; empty where a criterion reads none."""
 
     def __post_init__(self) -> None:
         for letter, values in self.risk.items():

@@ -190,14 +190,14 @@ def group_values(table: LayerTable, name: str) -> tuple[tuple[float, ...], tuple
     return (known_values(table, name, "vision") if table.has(name, "vision") else text), text
 
 
-def contributions(table: LayerTable, group: str) -> dict[str, tuple[float, ...]]:
-    """Return the causal contribution of every action at every layer; infinite where the model refuses the action.
+def contributions(table: LayerTable, group: str, name: str = "layer_contribution") -> dict[str, tuple[float, ...]]:
+    """Return what every action alone did at every layer, by letter; infinite where the model refuses the action.
 
     ``group`` is ``last``, the answer's first token, or ``answer``, the mean over the tokens of the dense answer.
     """
-    found = {action.letter: f"layer_contribution@{action.label}" for action in INTERVENTIONS}
-    parts = {action.letter: f"layer_contribution@{action.label}" for action in OPERATORS}
-    found |= {letter: name for letter, name in parts.items() if table.has(name, group)}
-    if not any(table.has(name, group) for name in found.values()):
+    found = {action.letter: f"{name}@{action.label}" for action in INTERVENTIONS}
+    parts = {action.letter: f"{name}@{action.label}" for action in OPERATORS}
+    found |= {letter: each for letter, each in parts.items() if table.has(each, group)}
+    if not any(table.has(each, group) for each in found.values()):
         table.values(found[SKIP], group)  # says what is missing
-    return {letter: table.values(name, group, default=math.inf) for letter, name in found.items()}
+    return {letter: table.values(each, group, default=math.inf) for letter, each in found.items()}

@@ -16,15 +16,16 @@ from storage.queue import stages
 from storage.records import measurements
 from workers.errors import MeasurementError
 from workers.messages import LinearRedundancy, MeasureLinearRedundancy, MeasureRedundancy, RedundancySums
-from workers.redundancy.kinds import KINDS, finish
+from workers.redundancy.kinds import KINDS, ON_FEW, TRIED_SHARDS, finish
 from workers.redundancy.sums import merge
 from workers.redundancy.table import LayerMeasurement, LayerTable
 
 SHARD_SAMPLES = 8
 """Samples a worker takes at a time; fixed, so that the sums are the same on any number of workers."""
 
-VERSION = 2
-"""Of what the measurements mean; those of another version are measured anew. 2: harm over the answer's tokens."""
+VERSION = 3
+"""Of what the measurements mean; those of another version are measured anew. 3: every action is tried at all layers,
+on half of the samples."""
 
 LINEAR = "linear"
 """The kind that is measured for compensated plans: what linear maps leave unexplained, for all pairs of layers."""
@@ -50,21 +51,22 @@ def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:
     """
     table, done = _stored(context)
     missing = tuple(kind for kind in kinds if kind not in done)
-    shards = -(-measured_samples(context) // SHARD_SAMPLES)
-    context.progress.begin("measure redundancy", shards if missing else 0)
     states = tuple(kind for kind in missing if kind != LINEAR)
+    count = -(-measured_samples(context) // SHARD_SAMPLES)
+    shards = range(0, count, TRIED_SHARDS if set(states) <= set(ON_FEW) else 1)
+    context.progress.begin("measure redundancy", len(shards) if missing else 0)
     if states:
-        table = table.joined(_measure(context, states, shards))
+        table = table.joined(_measure(context, states, shards, count))
     if LINEAR in missing:
         table = table.joined(_measure_linear(context))
     return table
 
 
-def _measure(context: JobContext, missing: tuple[str, ...], shards: int) -> Sequence[LayerMeasurement]:
-    """Measure kinds shard by shard, and store them."""
+def _measure(context: JobContext, missing: tuple[str, ...], shards: range, count: int) -> Sequence[LayerMeasurement]:
+    """Measure kinds on some of the ``count`` shards, one by one, and store them."""
     replies: dict[int, RedundancySums] = {}
     n_samples = context.spec.redundancy_samples
-    for index, reply in context.ask([MeasureRedundancy(missing, shard, shards, n_samples) for shard in range(shards)]):
+    for index, reply in context.ask([MeasureRedundancy(missing, shard, count, n_samples) for shard in shards]):
         assert isinstance(reply, RedundancySums)
         context.failed_samples.add("calibration", reply.failed_samples)
         replies[index] = reply

@@ -18,9 +18,11 @@ def made_up_table(layers: int) -> LayerTable:
     harms = (
         "withdrawal",
         "final_divergence",
-        "trial_divergence@freeze",
-        "trial_divergence@bypass",
-        *(f"layer_contribution@{each.label}" for each in (*INTERVENTIONS, *OPERATORS)),
+        *(
+            f"{name}@{each.label}"
+            for name in ("layer_contribution", "trial_divergence", "trial_odds")
+            for each in (*INTERVENTIONS, *OPERATORS)
+        ),
     )
     names = [(name, group) for name in harms for group in ("last", ANSWER)]
     names += [(name, ANSWER) for name in ("propagation_gain", "final_change", "final_distance")]

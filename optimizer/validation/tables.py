@@ -38,6 +38,7 @@ LAYER_COLUMNS = (
     ("KL removed", "final_divergence", "answer"),
     ("KL freeze, tried", "trial_divergence@freeze", "answer"),
     ("KL bypass, tried", "trial_divergence@bypass", "answer"),
+    ("KL skip, tried", "trial_divergence@skip", "answer"),
     ("KL freeze", "layer_contribution@freeze", "answer"),
     ("KL bypass", "layer_contribution@bypass", "answer"),
     ("KL skip", "layer_contribution@skip", "answer"),

@@ -28,7 +28,7 @@ from optimizer.stages.redundancy import measured
 from optimizer.validation.harm import measure
 from optimizer.validation.report import plan_of
 from storage.database import Database
-from workers.redundancy.kinds import KINDS
+from workers.redundancy.kinds import KINDS, PER_OPERATOR
 from workers.redundancy.table import LayerMeasurement, LayerTable
 
 VERSION = 2
@@ -88,7 +88,7 @@ def collect(file: Path, samples: int) -> dict[str, Any]:
     spec = load_job(file)
     inputs = prepare(spec)
     with Database.open(spec.database) as db, adhoc_job(db, inputs, Progress(), "criterion-measured") as context:
-        table = measured(context, tuple(KINDS))
+        table = measured(context, tuple(kind for kind in KINDS if kind not in PER_OPERATOR.values()))
         allowed = context.worker.allowed_actions
         plans = {
             letter: {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,58 +17,69 @@ from workers.runtime.plan import Action, PlanError, SkipPlan
 
 from .batches import Batch
 from .collectors import array, cosine_distance
-from .kinds import ANSWER, GROUPS, INTERVENTIONS, OPERATORS, TRIED, trial_layers
+from .kinds import ANSWER, GROUPS, ON_FEW, TRIED
 from .replay import DensePass, replay
 from .sums import ratio_sums, sample_sums
 
 
 class Interventions:
-    """Replay changed plans against one batch's dense pass and add up what they do to the answer."""
+    """Replay changed plans against one batch's dense pass and add up what they do to the answer.
 
-    def __init__(self, loaded: LoadedModel, stack: DecoderStack, descriptor: FamilyDescriptor, kinds: set[str]) -> None:
+    Without ``tries`` nothing is added to the sums of trials.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, stack: DecoderStack, descriptor: FamilyDescriptor, kinds: set[str], *, tries: bool
+    ) -> None:
         self._loaded, self._stack, self._descriptor, self._kinds = loaded, stack, descriptor, kinds
+        self._tries = tries
         self._layers = len(stack.layers)
         self._gain = ratio_sums(3, len(GROUPS) + 1, self._layers)
         # Divergences of the answer's first token, and of all its tokens.
         self._removal = ratio_sums(2, self._layers)
-        self._kl = ratio_sums(2, len(INTERVENTIONS), self._layers)
-        self._operators = ratio_sums(2, len(OPERATORS), self._layers)
-        self._trials = ratio_sums(2, len(TRIED), self._layers)
+        self._kl = {kind: ratio_sums(2, len(actions), self._layers) for kind, actions in TRIED.items()}
+        self._odds = {kind: ratio_sums(len(TRIED[kind]), self._layers) for kind in ON_FEW}
         self._withdrawal = ratio_sums(2, 1, self._layers)
         self.executions: dict[str, float] = dict.fromkeys(kinds, 0.0)
-        """Decoder layers run, times samples as in ``RedundancySums``; a removal serves both the gain and the
-        contribution, counted as the former's when both are asked for."""
+        """Decoder layers run, times samples as in ``RedundancySums``; a replay that serves several kinds is counted
+        as the first one's."""
         self.shared_prefixes = True
         self.refused: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
 
     def add(self, batch: Batch, dense: DensePass, changes: list[Tensor]) -> None:
         """Replay every intervention on a batch; ``changes`` holds each layer's output minus input, per layer."""
-        run = SkipPlan.dense(self._layers)
         for layer in range(self._layers):
-            if self._kinds & {"propagation", "causal"}:
-                self._remove(batch, dense, layer, changes[layer])
-            for number, action in enumerate(TRIED):
-                self._try(batch, dense, run.with_action(layer, action), layer, number)
-            for number, action in enumerate(OPERATORS if "operator_causal" in self._kinds else ()):
-                name, plan = f"{action.label} at {layer}", run.with_action(layer, action)
-                replayed = self._replay(("operator_causal",), name, batch, dense, plan, layer)
-                self._add_kl(self._operators[:, :, number, layer], batch, dense, replayed)
+            for action in Action:
+                self._try(batch, dense, layer, action, changes[layer])
             if "withdrawal" in self._kinds:
                 plan = SkipPlan((*[Action.RUN] * layer, *[Action.BYPASS] * (self._layers - layer)))
                 replayed = self._replay(("withdrawal",), str(layer), batch, dense, plan, layer)
-                self._add_kl(self._withdrawal[:, :, 0, layer], batch, dense, replayed)
+                if replayed is not None:
+                    self._add_kl(self._withdrawal[:, :, 0, layer], self._divergences(batch, dense, replayed))
 
-    def _try(self, batch: Batch, dense: DensePass, plan: SkipPlan, layer: int, number: int) -> None:
-        """Replay the action of that number in ``TRIED`` at a layer, for each kind that asks for it there."""
-        there = {"causal": True, "trials": layer in trial_layers(self._layers)}
-        kinds = [kind for kind in there if kind in self._kinds and there[kind]]
+    def _try(self, batch: Batch, dense: DensePass, layer: int, action: Action, change: Tensor) -> None:
+        """Replay an action at a layer, for all kinds that ask for it."""
+        removed = ["propagation"] if action is Action.SKIP and "propagation" in self._kinds else []
+        tried = [kind for kind in TRIED if kind in self._kinds and action in TRIED[kind]]
+        kinds = [*removed, *(kind for kind in tried if self._tries or kind not in ON_FEW)]
         if not kinds:
             return
-        replayed = self._replay(kinds, f"{TRIED[number].label} at {layer}", batch, dense, plan, layer)
-        if "causal" in kinds:
-            self._add_kl(self._kl[:, :, INTERVENTIONS.index(TRIED[number]), layer], batch, dense, replayed)
-        if "trials" in kinds:
-            self._add_kl(self._trials[:, :, number, layer], batch, dense, replayed)
+        plan = SkipPlan.dense(self._layers).with_action(layer, action)
+        replayed = self._replay(kinds, f"{action.label} at {layer}", batch, dense, plan, layer)
+        if replayed is None:
+            return
+        divergences = self._divergences(batch, dense, replayed)
+        for kind in kinds:
+            if kind == "propagation":
+                self._add_kl(self._removal[:, :, layer], divergences)
+                self._add_gain(batch, layer, change, hidden_of(dense.outputs[-1]), replayed[1])
+                continue
+            number = TRIED[kind].index(action)
+            self._add_kl(self._kl[kind][:, :, number, layer], divergences)
+            if kind in ON_FEW:
+                assert dense.logits is not None
+                changed = squared_odds_changes(dense.logits, replayed[0], batch.answering)
+                self._odds[kind][:, number, layer] += sample_sums(array(changed), np.ones(batch.size))
 
     def _replay(
         self, kinds: Sequence[str], name: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int
@@ -83,16 +94,6 @@ class Interventions:
         start = first if self.shared_prefixes else 0
         self.executions[kinds[0]] += batch.work * (plan.executions - start)
         return replay(self._loaded, self._stack, dense, batch, plan, start)
-
-    def _remove(self, batch: Batch, dense: DensePass, layer: int, change: Tensor) -> None:
-        kinds = [kind for kind in ("propagation", "causal") if kind in self._kinds]
-        plan = SkipPlan.dense(self._layers).with_action(layer, Action.SKIP)
-        replayed = self._replay(kinds, f"skip at {layer}", batch, dense, plan, layer)
-        if "causal" in kinds:
-            self._add_kl(self._kl[:, :, INTERVENTIONS.index(Action.SKIP), layer], batch, dense, replayed)
-        if "propagation" in kinds and replayed is not None:
-            self._add_kl(self._removal[:, :, layer], batch, dense, replayed)
-            self._add_gain(batch, layer, change, hidden_of(dense.outputs[-1]), replayed[1])
 
     def _add_gain(self, batch: Batch, layer: int, change: Tensor, dense: Tensor, final: Tensor) -> None:
         masks = torch.stack([batch.groups[group] for group in (*GROUPS, ANSWER)]).double()  # [groups, batch, tokens]
@@ -110,22 +111,24 @@ class Interventions:
         turned = torch.einsum("gbt,bt->gb", masks, cosine_distance(dense, final).double())
         self._gain[:, 2, :, layer] += sample_sums(array(turned), array(there))
 
-    def _add_kl(self, sums: np.ndarray, batch: Batch, dense: DensePass, replayed: tuple[Tensor, Tensor] | None) -> None:
-        """Add to ``sums`` ``[6, 2]``, of one layer and action."""
-        if replayed is None:
-            return
+    @staticmethod
+    def _divergences(batch: Batch, dense: DensePass, replayed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         assert dense.logits is not None
-        for row, divergence in enumerate(answer_divergences(dense.logits, replayed[0], batch.answering)):
-            sums[:, row] += sample_sums(array(divergence), np.ones(batch.size))
+        return answer_divergences(dense.logits, replayed[0], batch.answering)
+
+    @staticmethod
+    def _add_kl(sums: np.ndarray, divergences: tuple[Tensor, Tensor]) -> None:
+        """Add to ``sums`` ``[6, 2]``, of one layer and action."""
+        for row, divergence in enumerate(divergences):
+            sums[:, row] += sample_sums(array(divergence), np.ones(len(divergence)))
 
     def sums(self) -> dict[str, KindSums]:
         found = {
             "propagation": {"gain": self._gain, "kl": self._removal},
-            "trials": {"kl": self._trials},
-            "causal": {"kl": self._kl},
-            "operator_causal": {"kl": self._operators},
             "withdrawal": {"kl": self._withdrawal},
         }
+        found |= {kind: {"kl": self._kl[kind]} for kind in TRIED}
+        found |= {kind: {"kl": self._kl[kind], "odds": self._odds[kind]} for kind in ON_FEW}
         return {kind: KindSums(dict(found[kind]), refused=self.refused[kind]) for kind in self._kinds}
 
 
@@ -134,10 +137,40 @@ def answer_divergences(dense: Tensor, changed: Tensor, answering: Tensor) -> tup
 
     Logits are ``[batch, tokens, vocabulary]``, and ``answering``, bool ``[batch, tokens]``, says which count.
     """
-    # A token at a time, since logits of many tokens in double precision are large.
-    each = torch.stack([answer_kl(*pair) for pair in zip(dense.unbind(1), changed.unbind(1), strict=True)], dim=1)
-    counted = answering.to(each.device)
-    return each[:, 0], (each * counted).sum(1) / counted.sum(1)
+    each = _by_token(answer_kl, dense, changed)
+    return each[:, 0], _token_mean(each, answering)
+
+
+def squared_odds_changes(dense: Tensor, changed: Tensor, answering: Tensor) -> Tensor:
+    """Squared change of the log odds of the dense model's likeliest token, the mean over the answer's, ``[batch]``.
+
+    Where an action changes few answers, a mean divergence hangs on those few; this counts every sample. Shapes as in
+    `answer_divergences`.
+    """
+
+    def squared(first: Tensor, second: Tensor) -> Tensor:
+        likeliest = first.argmax(-1, keepdim=True)
+        return (_log_odds(second, likeliest) - _log_odds(first, likeliest)).square()
+
+    return _token_mean(_by_token(squared, dense, changed), answering)
+
+
+def _log_odds(logits: Tensor, token: Tensor) -> Tensor:
+    """Log odds ``[batch]`` of one token ``[batch, 1]`` against all others."""
+    logits = logits.double()
+    others = logits.scatter(-1, token, -torch.inf).logsumexp(-1)
+    return logits.gather(-1, token).squeeze(-1) - others
+
+
+def _by_token(compare: Callable[[Tensor, Tensor], Tensor], dense: Tensor, changed: Tensor) -> Tensor:
+    """Compare a token at a time, ``[batch, tokens]``, since logits of many tokens in double precision are large."""
+    return torch.stack([compare(*pair) for pair in zip(dense.unbind(1), changed.unbind(1), strict=True)], dim=1)
+
+
+def _token_mean(values: Tensor, answering: Tensor) -> Tensor:
+    """Mean over the tokens that count, ``[batch]``."""
+    counted = answering.to(values.device)
+    return (values * counted).sum(1) / counted.sum(1)
 
 
 def answer_kl(dense: Tensor, changed: Tensor) -> Tensor:

@@ -33,20 +33,34 @@ HISTOGRAM_EDGES: Floats = np.concatenate([[0.0], np.geomspace(1e-6, 2.0, 255)])
 """Bins of the cosine distance, for its quantiles: 255 of them, each 6 % wide."""
 
 INTERVENTIONS = tuple(action for action in Action if action is not Action.RUN and not action.row.leaves_out)
-"""Actions that the causal kind tries at every layer, in the order of their sums."""
+"""Actions on whole layers."""
 
 OPERATORS = tuple(action for action in Action if action.row.leaves_out)
 """Actions that leave out a part of the layer; kinds of their own run them, for jobs that search them."""
 
-PER_OPERATOR = {"distance": "operators", "angular": "operators", "causal": "operator_causal"}
+PER_OPERATOR = {
+    "distance": "operators",
+    "angular": "operators",
+    "trials": "operator_trials",
+    "causal": "operator_causal",
+}
 """By kind of measurement the one that says the same of attention and of the MLP."""
 
 PARTS = ("attention", "mlp")
 
-TRIED = (Action.FREEZE, Action.BYPASS)
-"""Actions that are tried at few layers; a removal is measured at all of them."""
+TRIED = {
+    "trials": INTERVENTIONS,
+    "operator_trials": OPERATORS,
+    "causal": INTERVENTIONS,
+    "operator_causal": OPERATORS,
+}
+"""Actions that kinds try at every layer, in the order of their sums."""
 
-AFTER_ALL = ("causal", "operator_causal", "withdrawal")
+ON_FEW = ("trials", "operator_trials")
+"""Kinds that try them on every ``TRIED_SHARDS``-th shard of the samples alone."""
+TRIED_SHARDS = 2
+
+AFTER_ALL = (*TRIED, "withdrawal")
 """Kinds that run actions themselves, a pass for each: not measured unless asked for."""
 
 Finish = Callable[[KindSums, int], Iterable[LayerMeasurement]]
@@ -162,16 +176,16 @@ def contribution_rows(actions: tuple[Action, ...]) -> Finish:
     return lambda sums, layers: _divergence_rows(sums.added["kl"].astype(float), names, layers)
 
 
-def trial_layers(layers: int) -> tuple[int, ...]:
-    """Return the eighth of the layers, at least one, that actions are tried at: spread evenly over the stack."""
-    count = max(1, round(layers / 8))
-    return tuple((2 * number + 1) * layers // (2 * count) for number in range(count))
+def trial_rows(actions: tuple[Action, ...]) -> Finish:
+    """Make the rows of trials; ``kl`` is ``[6, 2, actions, layers]``, and ``odds`` ``[6, actions, layers]``."""
+    names = tuple(f"trial_divergence@{action.label}" for action in actions)
+    odds = tuple(f"trial_odds@{action.label}" for action in actions)
 
+    def rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
+        yield from _divergence_rows(sums.added["kl"].astype(float), names, layers)
+        yield from rows_of(sums.added["odds"].astype(float), odds, ANSWER, layers)
 
-def _trial_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
-    """``kl`` is ``[6, 2, tried actions, layers]``, with counts at the layers that were tried alone."""
-    names = tuple(f"trial_divergence@{action.label}" for action in TRIED)
-    yield from _divergence_rows(sums.added["kl"].astype(float), names, layers)
+    return rows
 
 
 def _withdrawal_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
@@ -193,7 +207,14 @@ KINDS: dict[str, Kind] = {
     "operators": Kind("what attention and the MLP of every layer add", "states", _operator_rows),
     "attention": Kind("attention mass of text on vision tokens", "attention", _attention_rows),
     "propagation": Kind("how a layer's removal grows on the way up", "propagation", _propagation_rows),
-    "trials": Kind("KL divergence under freeze and bypass at an eighth of the layers", "trials", _trial_rows),
+    "trials": Kind(
+        "KL divergence and change of odds under every action, on half of the samples",
+        "trials",
+        trial_rows(INTERVENTIONS),
+    ),
+    "operator_trials": Kind(
+        "the same without attention, and without the MLP", "operator_trials", trial_rows(OPERATORS)
+    ),
     "causal": Kind(
         "KL divergence of the answer under every action at every layer", "causal", contribution_rows(INTERVENTIONS)
     ),

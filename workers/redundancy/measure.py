@@ -28,7 +28,7 @@ from .attention import VisionAttention
 from .batches import Batch, batches
 from .collectors import COLLECTORS, Operators, StatesCollector
 from .interventions import Interventions
-from .kinds import KINDS
+from .kinds import KINDS, ON_FEW, TRIED, TRIED_SHARDS
 from .replay import AnswerLogitsError, DensePass, NotANumberError, prefill, prefixes_can_be_shared, record_dense_pass
 
 _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -37,7 +37,7 @@ _UNSHAREABLE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 _UNANSWERED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why harm is measured at a model's first answer token alone (empty: at all of them), found out once likewise."""
 
-INTERVENTION_KINDS = frozenset({"propagation", "trials", "causal", "operator_causal", "withdrawal"})
+INTERVENTION_KINDS = frozenset({"propagation", *TRIED, "withdrawal"})
 
 
 def measure_redundancy(
@@ -63,7 +63,7 @@ def measure_redundancy(
         raise MeasurementError(f"no such kind of measurement: {', '.join(unknown)}; known are {', '.join(KINDS)}")
     failed: dict[str, str] = {}
     while True:  # what a batch added before it failed cannot be taken back: the shard begins anew
-        measurement = _Measurement(loaded, task, kinds, shards)
+        measurement = _Measurement(loaded, task, kinds, shard, shards)
         samples = [each for each in task.calibration[:n_samples][shard::shards] if each.id not in failed]
         ids, batch = measurement.descriptor.vision_token_ids, None
         try:
@@ -84,7 +84,7 @@ def measure_redundancy(
 class _Measurement:
     """The passes over one shard and what they add up to."""
 
-    def __init__(self, loaded: LoadedModel, task: Task, kinds: tuple[str, ...], shards: int) -> None:
+    def __init__(self, loaded: LoadedModel, task: Task, kinds: tuple[str, ...], shard: int, shards: int) -> None:
         self.loaded, self.task, self.stack = loaded, task, locate(loaded.model)
         self.descriptor = describe(loaded.model)
         self.layers = self.descriptor.num_layers
@@ -99,17 +99,21 @@ class _Measurement:
         }
         self.attention = VisionAttention(self.layers) if "attention" in kinds else None
         wanted = INTERVENTION_KINDS & set(kinds)
-        self.interventions = Interventions(loaded, self.stack, self.descriptor, set(wanted)) if wanted else None
+        tries = shard % TRIED_SHARDS == 0
+        self.interventions = (
+            Interventions(loaded, self.stack, self.descriptor, set(wanted), tries=tries) if wanted else None
+        )
+        self.intervenes = bool(wanted if tries else wanted.difference(ON_FEW))
 
     def add(self, batch: Batch) -> None:
         """Run all passes over one batch."""
         self.samples += batch.size
         self.attended = False
-        if self.interventions is not None:
+        if self.intervenes:
             batch = self._answered(batch)
-        if self.collectors or self.interventions is not None:
+        if self.collectors or self.intervenes:
             dense, changes = self._dense_pass(batch)
-            if self.interventions is not None:
+            if self.intervenes:
                 self._intervene(batch, dense, changes)
         if self.attention is not None and not self.attended:
             self._count("attention", batch.work * self.layers)
@@ -153,7 +157,7 @@ class _Measurement:
         for collector in self.collectors.values():
             collector.begin(batch)
         self._count("states", batch.work * self.layers)
-        if self.interventions is None:
+        if not self.intervenes:
             dense = DensePass()
             with self._watching(batch, None):
                 dense.logits = prefill(self.loaded, batch)

@@ -46,6 +46,12 @@ def test_only_what_is_missing_is_measured(store: Database, worker) -> None:
     assert "redundancy_passes_states" in stages.counters(store, context.job.id)
 
 
+def test_trials_alone_are_asked_of_every_other_shard(store: Database, worker) -> None:
+    sizes = {"calibration": 20, "search": 4, "held_out": 8, "unit": "samples"}
+    redundancy.measured(in_process.context(store, worker, in_process.spec(splits=sizes)), ("trials",))
+    assert [(request.shard, request.shards) for request in asked(worker)] == [(0, 3), (2, 3)]
+
+
 def test_other_samples_or_settings_are_measured_anew(store: Database, worker, monkeypatch: pytest.MonkeyPatch) -> None:
     redundancy.measured(in_process.context(store, worker, in_process.spec()), ("distance",))
     asked(worker)

@@ -22,7 +22,7 @@ from workers.redundancy.attention import VisionAttention
 from workers.redundancy.batches import Batch, token_groups
 from workers.redundancy.collectors import cosine_distance, unbiased_hsic
 from workers.redundancy.interventions import answer_kl
-from workers.redundancy.kinds import GROUPS, HISTOGRAM_EDGES, finish, histogram_quantile, trial_layers
+from workers.redundancy.kinds import GROUPS, HISTOGRAM_EDGES, finish, histogram_quantile
 from workers.redundancy.measure import measure_redundancy
 from workers.redundancy.sums import merge
 from workers.tasks import Task
@@ -264,16 +264,43 @@ def test_propagation_and_contribution_equal_whole_passes(
                 row = table.row(name, group, layer)
                 assert row is not None and row.n == len(values)
                 assert row.value == pytest.approx(np.mean(values), rel=1e-3, abs=1e-7), (name, group)
-    tried = finish(measure_redundancy(tiny, task, ("trials",), batch_size=3))
-    for group in ("last", "answer"):
-        found = tried.row("trial_divergence@bypass", group, 3)
-        expected = table.row("layer_contribution@bypass", group, 3)
-        assert found is not None and expected is not None and found.value == pytest.approx(expected.value, rel=1e-5)
-    assert {row.layer for row in tried.rows} == {3} == set(trial_layers(LAYERS))  # an eighth of six layers
     last = table.row("propagation_gain", "all", LAYERS - 1)
     assert last is not None and last.value == pytest.approx(1.0, rel=1e-5)  # nothing is above the last layer
     frozen = table.row("layer_contribution@freeze", "answer", LAYERS - 1)
     assert frozen is not None and frozen.value == pytest.approx(0.0, abs=1e-9)  # nobody reads the last vision states
+
+
+def test_trials_are_whole_passes_on_every_other_shard(tiny: LoadedModel, captioned: Task) -> None:
+    shards = [measure_redundancy(tiny, captioned, ("trials",), shard=shard, shards=3) for shard in range(3)]
+    table = finish(merge(shards))
+    assert not shards[1].kinds["trials"].added["kl"].any() and not sum(shards[1].layer_executions.values())
+    tried = [each for shard in (0, 2) for each in captioned.calibration[shard::3]]
+    asked = [(sample, plain.greedy(tiny.model, tiny, captioned, sample)) for sample in tried]
+    dense = [plain.forward(tiny.model, tiny, captioned, sample, answer=answer) for sample, answer in asked]
+    for letter, action in (("F", "freeze"), ("B", "bypass"), ("S", "skip")):
+        for layer in (0, 3):
+            plan = "R" * layer + letter + "R" * (LAYERS - layer - 1)
+            pairs = [
+                (prompt.logits, plain.forward(tiny.model, tiny, captioned, sample, plan, answer).logits)
+                for prompt, (sample, answer) in zip(dense, asked, strict=True)
+            ]
+            expected = {
+                "trial_divergence": [plain.kl(*pair).mean() for pair in pairs],
+                "trial_odds": [((log_odds(*pair) - log_odds(pair[0], pair[0])) ** 2).mean() for pair in pairs],
+            }
+            for name, values in expected.items():
+                row = table.row(f"{name}@{action}", "answer", layer)
+                assert row is not None and row.n == len(tried)
+                assert row.value == pytest.approx(np.mean(values), rel=2e-3, abs=1e-7), (name, action, layer)
+
+
+def log_odds(dense: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of the tokens that the first logits ``[tokens, vocabulary]`` prefer, under the second ones."""
+    chosen = dense.argmax(-1)
+    shares = np.exp(other - other.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    each = shares[np.arange(len(chosen)), chosen]
+    return np.log(each / (1 - each))
 
 
 def test_answers_end_before_a_vision_token(tiny_directory: Path, tiny: LoadedModel, captioned: Task) -> None:
