@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from optimizer.errors import UsageFault
 from optimizer.exports.document import PlanDocument
 from workers.messages import ModelSource
-from workers.runtime import Action, SkipPlan
+from workers.runtime import SkipPlan
 
 if TYPE_CHECKING:
     from workers.models.loading import LoadedModel
@@ -102,9 +102,8 @@ def takes_everything(plan: SkipPlan, compensation: str) -> str | None:
 
 def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
     """Refuse what a checkpoint without code cannot say."""
-    for layer, action in enumerate(plan):
-        if action is not Action.RUN and not action.row.removes_layer:
-            return f"layer {layer} is {action.letter} ({action.label}), which takes code to run"
+    for layer in plan.needs_code:
+        return f"layer {layer} is {plan[layer].letter} ({plan[layer].label}), which takes code to run"
     return None
 
 

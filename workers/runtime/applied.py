@@ -14,6 +14,7 @@ from .descriptor import FamilyDescriptor, validate
 from .edits import Edits, NotCopied, refuse_copy
 from .families import APPLIED, describe_stack
 from .folding import Maps, fold
+from .layer_config import Kept
 from .layer_removal import remove_layers
 from .locate import DecoderStack, locate
 from .plan import Action, PlanError, SkipPlan
@@ -116,7 +117,7 @@ class AppliedPlan(NotCopied):
         if self.compensation is not None:
             fold(self._edits, stack, plan, self.compensation)
         if plan.removed:
-            remove_layers(self._edits, stack, plan.kept, permanent=permanent)
+            remove_layers(self._edits, stack, Kept(plan.kept, plan.kept), permanent=permanent)
             if permanent:
                 require_faithful_reload(stack)
         blocks = {

@@ -16,9 +16,10 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .layer_config import renumbering
+from .layer_config import Kept, renumbering
 from .locate import DecoderStack
-from .plan import PlanError, SkipPlan
+from .plan import Action, PlanError, SkipPlan
+from .sublayers import block_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, QUANTISATION = "config.json", "quantization_config"
@@ -56,9 +57,10 @@ def plan_cut(stack: DecoderStack, plan: SkipPlan, checkpoint: Path, *, original_
     """Find the tensors that stay of the directory that the model, whose layers are all there, was loaded from.
 
     They keep the checkpoint's names but for the layers' numbers, or with ``original_names`` off get those of the model
-    in memory. Raises :class:`PlanError` where the files do not say whose layer a tensor is of.
+    in memory. Of two layers that the plan joins, tensors of the MLP stay of one, all others of the other. Raises
+    :class:`PlanError` where the files do not say whose layer a tensor is of.
     """
-    number = renumbering(plan.kept)
+    number = _Numbers(stack, plan)
     headers = {file: _read_header(file)[1] for file in _weight_files(checkpoint)}
     places = _Places(stack)
     found = {name: places.find(name) for header in headers.values() for name in header if name != "__metadata__"}
@@ -66,14 +68,15 @@ def plan_cut(stack: DecoderStack, plan: SkipPlan, checkpoint: Path, *, original_
 
     def renamed(name: str) -> str | None:
         place = found[name]
-        if place.layer is not None and place.layer not in number:
+        new = None if place.layer is None else number.of(place.layer, place.path)
+        if place.layer is not None and new is None:
             return None
         if not original_names:
-            return place.name_in_memory(stack.path, number)
-        if place.layer is None:
+            return place.name_in_memory(stack.path, new)
+        if new is None:
             return name
         parts = name.split(".")
-        return ".".join((*parts[:position], str(number[place.layer]), *parts[position + 1 :]))
+        return ".".join((*parts[:position], str(new), *parts[position + 1 :]))
 
     names = {name: renamed(name) for name in found}
     files = tuple(
@@ -120,25 +123,46 @@ def _settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return {name: own for name, section in sections.items() if isinstance(own := section.get(QUANTISATION), dict)}
 
 
+class _Numbers:
+    """New numbers of the layers, by part: the MLP of a layer that is joined goes elsewhere than its attention."""
+
+    def __init__(self, stack: DecoderStack, plan: SkipPlan) -> None:
+        kept, hidden_size = Kept.of_plan(plan), int(stack.text_config.hidden_size)
+        self._layers, self._mlps = renumbering(kept.layers), renumbering(kept.mlps)
+        self._of_mlp = {
+            layer: block_of(stack.layers[layer], hidden_size).modules(Action.SKIP_MLP)
+            for pair in plan.joins
+            for layer in pair
+        }
+
+    def of(self, layer: int, path: str) -> int | None:
+        """Return the new number of what is at ``path`` in a layer; None where it does not stay."""
+        of_mlp = path.partition(".")[0] in self._of_mlp.get(layer, ())
+        return (self._mlps if of_mlp else self._layers).get(layer)
+
+    def parts(self, layer: int, paths: Iterable[str]) -> list[str]:
+        """Return the paths that together are a layer: that of the whole, or those of its parts where it is joined."""
+        return [path for path in paths if path and "." not in path] if layer in self._of_mlp else [""]
+
+
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor of a checkpoint goes: the decoder layer, if any, and its name in memory."""
+    """Where a tensor of a checkpoint goes: the decoder layer, if any, its path in it, and its name in memory."""
 
     stored: str
     name: str
     layer: int | None
+    path: str
     converted: bool
 
-    def name_in_memory(self, path: str, number: Mapping[int, int]) -> str:
+    def name_in_memory(self, stack_path: str, number: int | None) -> str:
+        """Return the name in memory of a layer's tensor once the layer has that number; without one, of any other."""
         if self.converted:
             raise PlanError(
                 f"transformers does not load {self.stored} as it is stored, so it cannot be written under its name in "
                 "memory: this model is exported as a plain checkpoint only, by plans of R and S"
             )
-        if self.layer is None:
-            return self.name
-        rest = self.name.removeprefix(f"{path}.").partition(".")[2]
-        return f"{path}.{number[self.layer]}.{rest}"
+        return self.name if number is None else f"{stack_path}.{number}.{self.path}"
 
 
 class _Places:
@@ -160,11 +184,11 @@ class _Places:
         for name in (renamed, stored):
             for candidate in (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")):
                 if candidate.startswith(self._path):
-                    layer = candidate.removeprefix(self._path).partition(".")[0]
-                    return _Place(stored, candidate, int(layer) if layer.isdigit() else None, pattern is not None)
+                    layer, _, path = candidate.removeprefix(self._path).partition(".")
+                    return _Place(stored, candidate, int(layer) if layer.isdigit() else None, path, pattern is not None)
                 if candidate.rpartition(".")[0] in self._modules:
-                    return _Place(stored, candidate, None, pattern is not None)
-        return _Place(stored, renamed, None, pattern is not None)
+                    return _Place(stored, candidate, None, "", pattern is not None)
+        return _Place(stored, renamed, None, "", pattern is not None)
 
 
 def _layer_position(found: Mapping[str, _Place]) -> int:
@@ -185,7 +209,7 @@ class _Names:
     ``prefixes`` are the names of the list of layers, in memory and in the files. Some methods take a part of a name.
     """
 
-    def __init__(self, stack: DecoderStack, prefixes: Iterable[str], number: Mapping[int, int]) -> None:
+    def __init__(self, stack: DecoderStack, prefixes: Iterable[str], number: _Numbers) -> None:
         self._number = number
         self._paths = [[path for path, _ in layer.named_modules()] for layer in stack.layers]
         self._whole: dict[str, tuple[str, int]] = {}
@@ -223,12 +247,16 @@ class _Names:
         return self._new_names(meant) if meant else [value]
 
     def _new_names(self, names: Iterable[str]) -> list[str]:
-        places = [(name, *self._parts[name]) for name in names]
-        return [
-            f"{prefix}.{self._number[layer]}{name.removeprefix(f'{prefix}.{layer}')}"
-            for name, prefix, layer in places
-            if layer in self._number
-        ]
+        found: list[str] = []
+        for name in names:
+            prefix, layer = self._parts[name]
+            path = name.removeprefix(f"{prefix}.{layer}").removeprefix(".")
+            found += [
+                f"{prefix}.{new}.{each}".rstrip(".")
+                for each in ([path] if path else self._number.parts(layer, self._paths[layer]))
+                if (new := self._number.of(layer, each)) is not None
+            ]
+        return found
 
     def _told_apart(self, pattern: str) -> list[str]:
         """Names that a pattern matches, where it does not match the same ones in every layer; else none."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .edits import Edits
+from .plan import SkipPlan
 
 SLICED_LISTS = frozenset(
     {
@@ -61,6 +62,24 @@ LEADING_COUNTS = frozenset(
 TRAILING_COUNTS = frozenset({"num_kv_shared_layers"})
 """How many of the last layers are of another kind."""
 
+OF_MLP = frozenset(
+    {
+        "activation_sparsity_pattern",
+        "first_k_dense_replace",
+        "intermediate_size",
+        "mlp_layer_types",
+        "mlp_only_layers",
+        "moe_layer_start_index",
+        "moe_layers",
+        "moe_topk",
+        "num_dense_layers",
+        "num_experts",
+        "swiglu_limits",
+        "swiglu_limits_shared",
+    }
+)
+"""Of all these names, those that say what a layer's MLP is; the others go with its attention."""
+
 NOT_PER_LAYER = frozenset(
     {
         "architectures",
@@ -77,6 +96,25 @@ NOT_PER_LAYER = frozenset(
     }
 )
 """Lists that say nothing about layers, whatever their length."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The layers that stay, in order: of each new layer the one that its attention is of, and the one of its MLP."""
+
+    layers: tuple[int, ...]
+    mlps: tuple[int, ...]
+
+    def of(self, name: str) -> tuple[int, ...]:
+        """Return the layers that an attribute of the configuration follows."""
+        return self.mlps if name in OF_MLP else self.layers
+
+    @classmethod
+    def of_plan(cls, plan: SkipPlan) -> Kept:
+        """Return the layers that stay of a plan; two that it joins are one."""
+        mlp_of = dict(plan.joins)
+        layers = tuple(layer for layer in plan.kept if layer not in mlp_of.values())
+        return cls(layers, tuple(mlp_of.get(layer, layer) for layer in layers))
 
 
 @dataclass(frozen=True)
@@ -125,38 +163,38 @@ def renumbering(kept: Sequence[int]) -> dict[int, int]:
     return {old: new for new, old in enumerate(kept)}
 
 
-def keep_layers(edits: Edits, config: Any, names: LayerNames, num_layers: int, kept: Sequence[int]) -> None:
+def keep_layers(edits: Edits, config: Any, names: LayerNames, num_layers: int, kept: Kept) -> None:
     """Change ``config`` in place so that it describes the kept layers only."""
-    new_index = renumbering(kept)
+    new_index = renumbering(kept.layers)
     values = stored(config)
     keep_values(edits, values, names, num_layers, kept)
-    _make_periods_explicit(edits, values, num_layers, new_index)
+    _make_periods_explicit(edits, values, num_layers, renumbering(kept.mlps))
     heterogeneity = values.get("_heterogeneity_spec")
     if heterogeneity is not None:
         overrides = heterogeneity.per_layer_overrides
         rekeyed = {new_index[layer]: own for layer, own in overrides.items() if layer in new_index}
         edits.set_item(values, "_heterogeneity_spec", replace(heterogeneity, per_layer_overrides=rekeyed))
     for name in names.depth:
-        edits.set_item(values, stored_name(config, name), len(kept))
+        edits.set_item(values, stored_name(config, name), len(kept.layers))
 
 
-def keep_values(edits: Edits, values: dict[str, Any], names: LayerNames, num_layers: int, kept: Sequence[int]) -> None:
+def keep_values(edits: Edits, values: dict[str, Any], names: LayerNames, num_layers: int, kept: Kept) -> None:
     """Change the layer-indexed entries of ``values``: those of a configuration, or copies kept on a module."""
-    new_index = renumbering(kept)
     for name in names.sliced:
         value = values.get(name)
         if isinstance(value, (list, tuple)) and len(value) == num_layers:
-            edits.set_item(values, name, type(value)(value[layer] for layer in kept))
+            edits.set_item(values, name, type(value)(value[layer] for layer in kept.of(name)))
     for name in names.indices - ({"mlp_only_layers"} if _has_sparse_period(values) else set()):
         value = values.get(name)
         if isinstance(value, (list, tuple)):
+            new_index = renumbering(kept.of(name))
             edits.set_item(values, name, type(value)(new_index[layer] for layer in value if layer in new_index))
     for name in names.leading:
         if _is_count(values.get(name)):
-            edits.set_item(values, name, sum(layer < values[name] for layer in kept))
+            edits.set_item(values, name, sum(layer < values[name] for layer in kept.of(name)))
     for name in names.trailing:
         if _is_count(values.get(name)):
-            edits.set_item(values, name, sum(layer >= num_layers - values[name] for layer in kept))
+            edits.set_item(values, name, sum(layer >= num_layers - values[name] for layer in kept.of(name)))
 
 
 def _is_count(value: Any) -> bool:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 from transformers import PreTrainedModel
 
 from .edits import Edits
 from .families import family_of
-from .layer_config import keep_layers, keep_values, renumbering
+from .layer_config import Kept, keep_layers, keep_values, renumbering
 from .locate import INDEX_ATTRIBUTES, DecoderStack, ancestors
 
 HOOKS_INSTALLED = "_output_capturing_hooks_installed"
 
 
-def remove_layers(edits: Edits, stack: DecoderStack, kept: Sequence[int], *, permanent: bool) -> None:
+def remove_layers(edits: Edits, stack: DecoderStack, kept: Kept, *, permanent: bool) -> None:
     """Leave only the layers ``kept`` in the model: module list, layer numbers, configuration, per-layer weights.
+
+    Their MLPs are in their places already (:mod:`workers.runtime.joining`).
 
     ``permanent`` slices weights that hold a block per layer; otherwise their results are sliced, which copies nothing.
     """
@@ -26,18 +26,19 @@ def remove_layers(edits: Edits, stack: DecoderStack, kept: Sequence[int], *, per
     layers = dict(stack.layers._modules)
     num_layers = len(layers)
     _forget_lazy_hooks(edits, stack)
-    for old, new in renumbering(kept).items():
+    for old, new in renumbering(kept.layers).items():
         if old != new:
-            _renumber(edits, stack.layers[old], old, new)
-    remaining = {str(new): layers[str(old)] for new, old in enumerate(kept)}
+            renumber(edits, stack.layers[old], old, new)
+    remaining = {str(new): layers[str(old)] for new, old in enumerate(kept.layers)}
     edits.set_instance_attribute(stack.layers, "_modules", remaining)
     for config in stack.configs:
         keep_layers(edits, config, family.names, num_layers, kept)
     keep_values(edits, stack.owner.__dict__, family.names, num_layers, kept)
 
 
-def _renumber(edits: Edits, layer: nn.Module, old: int, new: int) -> None:
-    for module in layer.modules():
+def renumber(edits: Edits, part: nn.Module, old: int, new: int) -> None:
+    """Give a layer, or a part of it, and all modules inside its new number."""
+    for module in part.modules():
         for name in INDEX_ATTRIBUTES:
             value = module.__dict__.get(name)
             if value == old and not isinstance(value, bool):

@@ -263,6 +263,28 @@ class SkipPlan:
         return math.fsum(action.row.executions for action in self.actions)
 
     @property
+    def joins(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of layers that make one: the first runs its attention, the second its MLP, and nothing between runs."""
+        found: list[tuple[int, int]] = []
+        attention: int | None = None
+        for layer, action in enumerate(self.actions):
+            if action is Action.SKIP_ATTENTION and attention is not None:
+                found.append((attention, layer))
+            if not action.row.removes_layer:
+                attention = layer if action is Action.SKIP_MLP else None
+        return tuple(found)
+
+    @property
+    def needs_code(self) -> tuple[int, ...]:
+        """The layers that no plain checkpoint can say, in order: neither run, nor skipped, nor joined."""
+        joined = {layer for pair in self.joins for layer in pair}
+        return tuple(
+            layer
+            for layer, action in enumerate(self.actions)
+            if not (action is Action.RUN or action.row.removes_layer or layer in joined)
+        )
+
+    @property
     def is_dense(self) -> bool:
         """Whether every layer runs."""
         return all(action is Action.RUN for action in self.actions)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .descriptor import KeepOne, UnsupportedFamilyError
 from .edits import Edits
-from .layer_config import LayerNames, keep_layers, renumbering, stored
+from .layer_config import Kept, LayerNames, keep_layers, renumbering, stored
 from .locate import DecoderStack
 from .plan import Action
 
 Refusals = list[dict[Action, str]]
-OnRemoval = Callable[[Edits, DecoderStack, Sequence[int], bool], None]
+OnRemoval = Callable[[Edits, DecoderStack, Kept, bool], None]
 """Called with the kept layers before they are renumbered, and whether the change is permanent."""
 
 VISION_ACTIONS = tuple(action for action in Action if action.row.vision_only)
@@ -57,10 +57,10 @@ def refuse_mapped_deepstack_layers(stack: DecoderStack, refusals: Refusals) -> N
     )
 
 
-def remap_deepstack(edits: Edits, stack: DecoderStack, kept: Sequence[int], permanent: bool) -> None:
+def remap_deepstack(edits: Edits, stack: DecoderStack, kept: Kept, permanent: bool) -> None:
     """Have vision features added before the same layers, by their new numbers."""
     config: Any = stack.model.config
-    new_index = renumbering(kept)
+    new_index = renumbering(kept.layers)
     # A target behind the last layer never comes up, before or after.
     remapped = [(source, new_index.get(target, target)) for source, target in config.deepstack_layer_map or ()]
     edits.set_item(stored(config), "deepstack_layer_map", remapped)
@@ -99,17 +99,17 @@ def refuse_shared_keys(stack: DecoderStack, refusals: Refusals) -> None:
     refuse(refusals, consumers, (Action.BYPASS,), "its keys and values are those of an earlier layer (KV sharing)")
 
 
-def store_keys_as_reloaded(edits: Edits, stack: DecoderStack, kept: Sequence[int], permanent: bool) -> None:
+def store_keys_as_reloaded(edits: Edits, stack: DecoderStack, kept: Kept, permanent: bool) -> None:
     """Have layers keep their keys for others where the shallower configuration says so, as transformers builds them."""
     after = copy(stack.text_config)
     keep_layers(Edits(), after, LayerNames(), len(stack.layers), kept)
-    for old, mode in zip(kept, after.kv_sharing_modes, strict=True):
+    for old, mode in zip(kept.layers, after.kv_sharing_modes, strict=True):
         for module in stack.layers[old].modules():
             if "store_full_length_kv" in module.__dict__:
                 edits.set_instance_attribute(module, "store_full_length_kv", mode == "store")
 
 
-def slice_per_layer_embeddings(edits: Edits, stack: DecoderStack, kept: Sequence[int], permanent: bool) -> None:
+def slice_per_layer_embeddings(edits: Edits, stack: DecoderStack, kept: Kept, permanent: bool) -> None:
     """Keep the blocks of the kept layers: of the weights for good, or of what they give while a plan is applied."""
     if not getattr(stack.text_config, "hidden_size_per_layer_input", None):
         return
@@ -117,9 +117,9 @@ def slice_per_layer_embeddings(edits: Edits, stack: DecoderStack, kept: Sequence
     for name in BLOCKS_OF_LAYERS:
         module = getattr(stack.owner, name)
         if permanent:
-            _slice_weight(edits, module, layers, kept)
+            _slice_weight(edits, module, layers, kept.layers)
         else:
-            edits.set_instance_attribute(module, "forward", _blocks_of(module.forward, layers, kept))
+            edits.set_instance_attribute(module, "forward", _blocks_of(module.forward, layers, kept.layers))
 
 
 def _blocks_of(forward: Callable[[Tensor], Tensor], layers: int, kept: Sequence[int]) -> Callable[[Tensor], Tensor]:

@@ -59,6 +59,8 @@ class Block:
 
     attention: Sublayer
     mlp: Sublayer
+    in_sequence: bool
+    """Whether the MLP reads the states with what attention added, as if the layer were two."""
 
     def part(self, action: Action) -> Sublayer:
         """Return the part that an action leaves out."""
@@ -215,10 +217,12 @@ class _Rehearsal:
             torch.randn(5, 2, hidden_size, generator=generator, dtype=torch.float64, device="cpu") for _ in range(3)
         )
 
-    def run(self, given: dict[str, Tensor], without: Sequence[str] = ()) -> tuple[Tensor, list[_Call]]:
+    def run(
+        self, given: dict[str, Tensor], without: Sequence[str] = (), states: Tensor | None = None
+    ) -> tuple[Tensor, list[_Call]]:
         """Return the layer's output, and the calls in order, where the parts return what is ``given``.
 
-        Parts not named return zeros; modules in ``without`` return what they are given.
+        Parts not named return zeros; modules in ``without`` return what they are given. The layer runs on ``states``.
         """
         calls: list[_Call] = []
 
@@ -253,7 +257,7 @@ class _Rehearsal:
             if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
         }
         with torch.no_grad():
-            output = type(layer).forward(shell, self.states, **arguments)
+            output = type(layer).forward(shell, self.states if states is None else states, **arguments)
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor) or hidden.shape != self.states.shape:
             raise NotSeparableError("it returns no hidden states of the shape that it is given")
@@ -291,13 +295,30 @@ def _examined(rehearsal: _Rehearsal, attention: str, mlp: str) -> Block:
         end = next((each.name for each in reversed(behind[name]) if each.name in around), name)
         gain = math.prod(_multiple(each.result, each.states) or 1.0 for each in behind[name])
         parts[name] = Sublayer(name, rehearsal.parts[name], around, end, factors[name] / gain)
-    return Block(parts[attention], parts[mlp])
+    return Block(parts[attention], parts[mlp], _in_sequence(rehearsal, attention, mlp))
+
+
+def _in_sequence(rehearsal: _Rehearsal, attention: str, mlp: str) -> bool:
+    """Whether the layer does at once what it does without its MLP, and then without its attention."""
+    both, at_once = rehearsal.run({attention: rehearsal.added, mlp: rehearsal.changed})
+    between, first = rehearsal.run({attention: rehearsal.added})
+    after, second = rehearsal.run({mlp: rehearsal.changed}, states=between)
+    pairs = (
+        (both, after),
+        (_read(at_once, attention), _read(first, attention)),
+        (_read(at_once, mlp), _read(second, mlp)),
+    )
+    return all(torch.allclose(own, other) for own, other in pairs)
+
+
+def _read(calls: Sequence[_Call], name: str) -> Tensor:
+    return next(call.states for call in calls if call.name == name)
 
 
 def _serving(rehearsal: _Rehearsal, name: str, behind: Sequence[_Call], calls: Sequence[_Call]) -> Iterator[str]:
     """Yield the modules whose results only the part reads, and those that only what the part returns goes through."""
     once = {call.name for call in calls if sum(each.name == call.name for each in calls) == 1}
-    reads = next(call.states for call in calls if call.name == name)
+    reads = _read(calls, name)
     while True:
         readers = [call.name for call in calls if call.states is reads]
         maker = next((call for call in calls if call.result is reads), None)

@@ -14,9 +14,11 @@ from .cutting import Cut, plan_cut, stored_quantisation
 from .edits import Edits
 from .folding import Maps, fold
 from .hub_names import use_hub_names
+from .joining import join_layers, require_joinable
+from .layer_config import Kept
 from .layer_removal import remove_layers
 from .locate import DecoderStack
-from .plan import Action, PlanError, SkipPlan
+from .plan import PlanError, SkipPlan
 from .quantised import quantisation_of
 from .reload_check import require_faithful_files, require_faithful_reload
 
@@ -34,6 +36,9 @@ def save_pruned(
 ) -> Path:
     """Write ``model`` without the layers that ``plan`` skips as an ordinary checkpoint; the model stays as it was.
 
+    Where a plan runs a layer without its MLP, skips what follows and runs a later layer without its attention, what is
+    left of the two is written as one layer (:mod:`workers.runtime.joining`).
+
     Weights, configuration, generation configuration and, when given, the processor's files. The layers are taken out
     of the live model while it is saved, so no second copy of it is held. The directory appears when it is complete and
     was checked (:mod:`workers.runtime.reload_check`): a failed save leaves none.
@@ -41,19 +46,21 @@ def save_pruned(
     names in memory, which is what model code outside transformers loads. ``compensation`` holds the maps of the plan's
     gaps, which are folded into the written weights. ``checkpoint`` is the directory that the model was loaded from;
     where weights are quantised, tensors are copied from its files (:mod:`workers.runtime.cutting`). Raises
-    :class:`PlanError` for plans with other actions than run and skip and for models that transformers would not
-    load as they were saved, and ``FileExistsError`` when the directory exists and is not empty.
+    :class:`PlanError` for plans that a checkpoint cannot say and for models that transformers would not load as they
+    were saved, and ``FileExistsError`` when the directory exists and is not empty.
     """
-    for layer, action in enumerate(plan):
-        if action is not Action.RUN and not action.row.removes_layer:
-            raise PlanError(
-                f"layer {layer}: a checkpoint can leave layers out, but cannot say {action.letter} "
-                f"({action.label}); save plans of R and S only"
-            )
+    for layer in plan.needs_code:
+        raise PlanError(
+            f"layer {layer}: a checkpoint can leave layers out, but cannot say {plan[layer].letter} "
+            f"({plan[layer].label}); save plans of R and S, and of M before A with nothing but S between"
+        )
+    if plan.joins and compensation is not None:
+        raise PlanError(f"layer {plan.joins[0][0]}: maps are not folded into a layer that is joined with another")
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")
-    applied = AppliedPlan(model, plan)
+    applied, kept = AppliedPlan(model, plan), Kept.of_plan(plan)
+    require_joinable(applied._stack, applied.descriptor, plan)
     cut = _cut(applied._stack, plan, checkpoint, compensation, original_names=original_names)
     edits = Edits()
     final = target.resolve()
@@ -62,8 +69,9 @@ def save_pruned(
     try:
         if compensation is not None:
             fold(edits, applied._stack, plan, compensation)
-        if plan.removed:
-            remove_layers(edits, applied._stack, plan.kept, permanent=True)
+        if len(kept.layers) < len(plan):
+            join_layers(edits, applied._stack, plan)
+            remove_layers(edits, applied._stack, kept, permanent=True)
             require_faithful_reload(applied._stack)
         if cut is not None:
             _write_settings(model, unchecked)

@@ -8,6 +8,7 @@ from pathlib import Path
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, save_pruned
 from workers.runtime.folding import Maps
+from workers.runtime.joining import is_joinable
 from workers.serving.published_form import write_published_form, write_start_of_text, write_vocabulary
 
 
@@ -28,16 +29,19 @@ def write_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps:
     write_published_form(loaded, directory)
 
 
-def write_served_checkpoint(loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None) -> None:
+def write_served_checkpoint(
+    loaded: LoadedModel, plan: SkipPlan, directory: Path, maps: Maps | None = None, *, plain: bool = False
+) -> None:
     """Write the checkpoint with a tokenizer that engines read as transformers does. Raises as write_checkpoint.
 
-    Where layers are neither run nor skipped, ``skip_plan`` of ``config.json`` has one letter for each layer that is
-    left: only an engine that knows the field serves the plan.
+    What a plain checkpoint cannot hold is raised where it has to be ``plain``. Otherwise ``skip_plan`` of
+    ``config.json`` has one letter for each layer that is left: only an engine that knows the field serves the plan.
     """
-    write_checkpoint(loaded, plan.removal, directory, maps)
+    coded = not plain and bool(plan.needs_code or not is_joinable(loaded.model, plan))
+    write_checkpoint(loaded, plan.removal if coded else plan, directory, maps)
     write_vocabulary(loaded, directory)
     write_start_of_text(loaded, directory)
-    if plan.needs_vision_tokens or plan.partial:
+    if coded:
         file = directory / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         config["skip_plan"] = plan.remainder.text

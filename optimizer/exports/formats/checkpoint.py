@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, needs_plain_skips
@@ -20,7 +21,7 @@ def write_for_engine(subject: Subject, directory: Path) -> None:
     """Write the checkpoint with a chat template that engines read as transformers does."""
     from workers.serving.checkpoint import write_served_checkpoint
 
-    _write(write_served_checkpoint, subject, directory)
+    _write(partial(write_served_checkpoint, plain=True), subject, directory)
 
 
 def _write(writer: Callable[..., None], subject: Subject, directory: Path) -> None:

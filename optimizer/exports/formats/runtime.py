@@ -190,7 +190,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
     """How the model is loaded, with and without remote code, and drafts for the dense one."""
     name, dense = directory.name, subject.document.model.name.replace("`", "")
     lossless = ""
-    if needs_plain_skips(subject.plan, subject.document.compensation) is None:
+    if not subject.plan.partial and needs_plain_skips(subject.plan, subject.document.compensation) is None:
         lossless = (
             f"rafting for the dense model, `{dense}`, whose answers are then given; of this directory the plan and its "
             "maps are read alone:\n\n```python\n"

@@ -75,7 +75,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
         usage=f"```sh\n{command(directory, shlex.quote(directory.name)).removeprefix('exec ')}\n```\n\n"
         f"or `./{SCRIPT}`, which passes further options on.",
         limits=(
-            "vLLM runs plans of R and S only: it has no freeze and no bypass.",
+            "vLLM runs plain layers only: it has no freeze and no bypass.",
             f"vLLM must know the family `{family}`; a pruned checkpoint needs nothing beyond what the dense one needs.",
             "Tensor parallelism is not affected; pipeline parallelism splits the remaining layers.",
             "A speculative (draft, MTP or EAGLE) head trained on the dense model's states no longer fits.",

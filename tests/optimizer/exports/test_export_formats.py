@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from export_builders import document, drafting_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from optimizer.errors import UsageFault
 from optimizer.exports.formats import llama_cpp, vllm
@@ -21,7 +25,7 @@ from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 
 FORMATS = tuple(EXPORT_FORMATS.values())
-PLANS = st.text("RFBS", min_size=1, max_size=24).map(SkipPlan.parse)
+PLANS = st.text("RFBSAM", min_size=1, max_size=24).map(SkipPlan.parse)
 
 
 @settings(deadline=None)  # a busy machine is no fault of a format's
@@ -39,7 +43,7 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
         assert set(refusal.rpartition("formats that can: ")[2].split(", ")) == taking
     assert "runtime" in taking
     without_code = {"checkpoint", "drafter", "llama-cpp", "openvino", "vllm"}
-    assert taking & without_code == (set() if plan.needs_vision_tokens else without_code)
+    assert taking & without_code == (without_code if re.fullmatch("(R|S|MS*A)*", plan.text) else set())
 
 
 def test_an_unknown_format_is_refused():
@@ -61,6 +65,23 @@ def test_exported_files_take_the_users_umask(model_directory: Path, tmp_path: Pa
     for path in (written.directory.parent, written.directory, *written.directory.rglob("*")):
         executable = path.is_dir() or path.name in scripts
         assert path.stat().st_mode & 0o777 == (0o777 if executable else 0o666) & ~umask, path.name
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "vllm"])
+def test_a_gap_between_sublayers_is_written_as_plain_layers(model_directory: Path, tmp_path: Path, name: str) -> None:
+    plan, source = document("RMSARS", model_directory), ModelSource(str(model_directory))
+    directory = export_plan(plan, source, name, tmp_path / name).directory
+    config = json.loads((directory / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 3 and "skip_plan" not in config
+    before, after = load_file(model_directory / "model.safetensors"), load_file(directory / "model.safetensors")
+    layers = "language_model.model.layers"
+    for part, layer in {
+        "self_attn.q_proj": 1,
+        "input_layernorm": 1,
+        "mlp.up_proj": 3,
+        "post_attention_layernorm": 3,
+    }.items():
+        assert torch.equal(after[f"{layers}.1.{part}.weight"], before[f"{layers}.{layer}.{part}.weight"]), part
 
 
 def test_a_lossless_plan_that_would_answer_alone_is_written_with_a_note(model_directory: Path, tmp_path: Path) -> None:

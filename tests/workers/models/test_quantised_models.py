@@ -26,6 +26,7 @@ from workers.messages import EvaluatePlans, ModelSource
 from workers.models.checkpoint import quantisation_method
 from workers.models.loading import LoadedModel, load_model
 from workers.runtime import GapMap, PlanError, SkipPlan, apply, save_pruned
+from workers.runtime.cutting import plan_cut
 from workers.runtime.folding import FoldingError, fold_site
 from workers.runtime.locate import locate
 from workers.serving.checkpoint import write_checkpoint
@@ -108,37 +109,65 @@ def raw(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
     return found
 
 
+JOINED = "SMARRR"
+ATTENTION_OF = {PLAN: [0, 2, 3, 5], JOINED: [1, 3, 4, 5]}
+MLP_OF = {PLAN: [0, 2, 3, 5], JOINED: [2, 3, 4, 5]}
+"""By plan, the layers that the parts of the four new ones are of."""
+STILL_IN_16_BITS = {
+    PLAN: ["layers.1.mlp.down_proj"],
+    JOINED: ["layers.0.mlp.down_proj", "layers.2.self_attn.q_proj"],
+}
+"""Layers 2 and 4 held a projection in 16 bits: of the first plan's, 2 is layer 1 now and 4 is gone."""
+
+
 def expected_after_cut(before: dict[str, tuple[str, list[int], bytes]], plan: str) -> dict[str, object]:
-    kept = [layer for layer, letter in enumerate(plan) if letter != "S"]
     found: dict[str, object] = {}
     for name, value in before.items():
-        match = re.fullmatch(r"(language_model\.model\.layers\.)(\d+)(\..*)", name)
+        match = re.fullmatch(r"(language_model\.model\.layers\.)(\d+)\.(.*)", name)
         if match is None:
             found[name] = value
-        elif int(match[2]) in kept:
-            found[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = value
+            continue
+        of = MLP_OF if re.match(r"mlp\.|post_attention_layernorm\.", match[3]) else ATTENTION_OF
+        if int(match[2]) in of[plan]:
+            found[f"{match[1]}{of[plan].index(int(match[2]))}.{match[3]}"] = value
     return found
 
 
-@pytest.mark.parametrize("kind", quantised.FORMATS)
-def test_layers_are_cut_out_and_kept_tensors_stay_byte_for_byte(saved: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "plan"), [*((kind, PLAN) for kind in quantised.FORMATS), ("int8", JOINED), ("fp8-blocks", JOINED)]
+)
+def test_layers_are_cut_out_and_kept_tensors_stay_byte_for_byte(
+    saved: Path, tmp_path: Path, kind: str, plan: str
+) -> None:
     packed, _ = pair(saved, kind)
     loaded, output = load(packed), tmp_path / "out"
-    write_checkpoint(loaded, SkipPlan.parse(PLAN), output)
-    assert raw(output) == expected_after_cut(raw(packed), PLAN)
+    write_checkpoint(loaded, SkipPlan.parse(plan), output)
+    assert raw(output) == expected_after_cut(raw(packed), plan)
     config = json.loads((output / "config.json").read_text())
     assert config["text_config"]["num_hidden_layers"] == 4
     settings = json.loads((packed / "config.json").read_text())["quantization_config"]
     key = "modules_to_not_convert" if kind == "fp8-blocks" else "ignore"
     assert config["quantization_config"] | {key: 0} == settings | {key: 0}
-    # Layers 2 and 4 held a projection in 16 bits: 2 is layer 1 now, by its name in memory and in the files; 4 is gone.
-    names = ("model.language_model.layers.1.mlp.down_proj", "language_model.model.layers.1.mlp.down_proj")
     if kind == "fp8-blocks":
-        assert config["quantization_config"][key] == [*settings[key][:3], "layers.1.mlp.down_proj"]
-    else:
+        assert config["quantization_config"][key] == [*settings[key][:3], *STILL_IN_16_BITS[plan]]
+    else:  # by their names in memory and in the files
+        prefixes = ("model.language_model", "language_model.model")
+        names = {f"{prefix}.{name}" for prefix in prefixes for name in STILL_IN_16_BITS[plan]}
         assert set(config["quantization_config"][key]) == {*quantised.IGNORED, *names}
     again = AutoModelForImageTextToText.from_pretrained(output, dtype="auto")
-    assert torch.equal(logits(again), logits(loaded.model, PLAN))
+    assert torch.equal(logits(again), logits(loaded.model, plan))
+
+
+def test_of_a_layer_that_the_settings_name_whole_the_part_that_stays_is_named(saved: Path, tmp_path: Path) -> None:
+    packed, _ = pair(saved, "int8")
+    copy, layers = Path(shutil.copytree(packed, tmp_path / "copy")), "model.language_model.layers"
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["ignore"] = [f"{layers}.{layer}" for layer in (1, 2, 4)]
+    (copy / "config.json").write_text(json.dumps(config))
+    cut = plan_cut(locate(load(packed).model), SkipPlan.parse(JOINED), copy, original_names=True)
+    attention, mlp = ("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")
+    expected = {*(f"{layers}.0.{part}" for part in (*attention, *mlp)), f"{layers}.2"}
+    assert set(cut.quantisation[""]["ignore"]) == expected
 
 
 def test_a_checkpoint_of_several_files_loses_those_that_are_left_empty(saved: Path, tmp_path: Path) -> None:

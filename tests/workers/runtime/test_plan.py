@@ -1,9 +1,10 @@
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workers.runtime import Action, PlanError, SkipPlan
@@ -40,6 +41,15 @@ def test_layers_of_all_actions_partition_the_plan(text: str) -> None:
     assert plan.partial == tuple(layer for layer, letter in enumerate(text) if letter in "AM")
     assert [action.row.keeps_keys for action in plan] == [letter in "RFBMQP" for letter in text]
     assert [action.row.splits_attention for action in plan] == [letter in "FBQ" for letter in text]
+
+
+@given(texts)
+@example("RMASMSSARMMASAAMRA")
+def test_a_gap_from_behind_attention_to_before_an_mlp_joins_two_layers(text: str) -> None:
+    plan = SkipPlan.parse(text)
+    assert plan.joins == tuple((found.start(), found.end() - 1) for found in re.finditer("MS*A", text))
+    without = re.sub("MS*A", lambda found: "R" * len(found[0]), text)
+    assert plan.needs_code == tuple(layer for layer, letter in enumerate(without) if letter not in "RS")
 
 
 @given(texts.flatmap(lambda text: st.tuples(st.just(text), st.integers(0, len(text) - 1), st.sampled_from(Action))))
