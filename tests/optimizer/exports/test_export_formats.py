@@ -25,7 +25,7 @@ from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 
 FORMATS = tuple(EXPORT_FORMATS.values())
-PLANS = st.text("RFBSAM", min_size=1, max_size=24).map(SkipPlan.parse)
+PLANS = st.text("RFBSAMQP", min_size=1, max_size=24).map(SkipPlan.parse)
 
 
 @settings(deadline=None)  # a busy machine is no fault of a format's
