@@ -29,6 +29,7 @@ METHODS = {
     "angular": f"{_SEARCH}.published:angular",
     "replaceme": f"{_SEARCH}.published:replaceme",
     "sleb": f"{_SEARCH}.greedy:sleb",
+    "llm-drop": f"{_SEARCH}.published:llm_drop",
     "finercut": f"{_SEARCH}.greedy:finercut",
     "evopress": f"{_SEARCH}.evopress:EvoPress",
     "swift": f"{_SEARCH}.swift:Swift",

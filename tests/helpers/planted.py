@@ -106,6 +106,9 @@ def table_of(planted: Planted) -> LayerTable:
     for layer in range(planted.layers):
         skip = planted.singles.get((layer, "S"), 0.0)
         rows.append(LayerMeasurement("cosine_distance", "all", layer, skip, None, 1))
+        for letter, part in (("A", "attention"), ("M", "mlp")):
+            harm = planted.singles.get((layer, letter), 0.0)
+            rows.append(LayerMeasurement(f"operator_distance@{part}", "all", layer, harm, None, 1))
         for letter, action in (("F", "freeze"), ("B", "bypass"), ("S", "skip")):
             harm = planted.singles.get((layer, letter), 0.0)
             rows.append(LayerMeasurement(f"layer_contribution@{action}", "last", layer, harm, None, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optimizer import criteria
+from optimizer.criteria.interface import known_values
 from optimizer.criteria.published import Angular
 from optimizer.errors import UsageFault
 from optimizer.search.problem import PlanList, Problem
@@ -19,6 +20,7 @@ KINDS = {
     "replaceme": ("angular",),
     "shortv": ("causal",),
     "knapspec": ("angular",),
+    "llm-drop": ("operators",),
 }
 """Kinds of measurement that a method reads beside the job's criterion."""
 
@@ -80,6 +82,28 @@ def replaceme(problem: Problem) -> PlanList:
     return PlanList(plans, problem, "replaceme")
 
 
+def llm_drop(problem: Problem) -> PlanList:
+    """Leave out the attention and the MLPs that turn the states least, in one shot, for every number of them.
+
+    The job's actions choose the method's form: skip_attention alone, skip_mlp alone, or both ranked in one list, where
+    a layer that loses both is skipped. Source: He et al., "What Matters in Transformers?", arXiv 2406.15786.
+    """
+    need_sublayers(problem, "llm-drop")
+    drops = [
+        (value, action.letter, layer)  # attention first where both are alike, as in the paper's list
+        for action in SUBLAYER_ACTIONS
+        if any(action.letter in own for own in problem.space.letters)
+        for layer, value in enumerate(known_values(problem.table, f"operator_distance@{action.row.leaves_out}", "all"))
+    ]
+    plan, plans = [RUN] * problem.space.num_layers, []
+    for _, letter, layer in sorted(drops):
+        letter = letter if plan[layer] == RUN else SKIP
+        if letter in problem.space.letters[layer]:
+            plan[layer] = letter
+            plans.append(problem.space.candidate("".join(plan)))
+    return PlanList(plans, problem, "llm-drop")
+
+
 def vtw(problem: Problem) -> PlanList:
     """Withdraw the vision tokens for good from one layer on: the last, the last but one, and so on.
 
@@ -107,7 +131,7 @@ def exhaustive(problem: Problem) -> PlanList:
 def published_chains(problem: Problem) -> tuple[tuple[Candidate, ...], ...]:
     """Return the plans of every published method that the job's actions and measurements allow, method by method."""
     found = []
-    for method in (shortgpt, angular, shortv, vtw, replaceme):
+    for method in (shortgpt, angular, shortv, vtw, replaceme, llm_drop):
         try:
             found.append(method(problem).plans)
         except (UsageFault, MeasurementError):

@@ -97,6 +97,26 @@ def test_finercut_removes_one_kind_alone_where_the_job_allows_no_other(letters, 
     assert set("".join(plan for plan, _ in planted.asked)) == set(letters)
 
 
+@pytest.mark.parametrize(
+    ("letters", "expected"),
+    [
+        ("RA", ["RAR", "RAA", "AAA"]),
+        ("RM", ["RRM", "MRM", "MMM"]),
+        # Distances 0.01 (A of 1), 0.02 (M of 2), 0.03 (A of 2), 0.2 (M of 0), 0.3 (M of 1); 0.5 would leave no layer.
+        ("RSAM", ["RAR", "RAM", "RAS", "MAS", "MSS"]),
+    ],
+)
+def test_llm_drop_leaves_out_the_parts_that_turn_the_states_least(letters, expected):
+    assert genomes("llm-drop", Planted(PARTS, layers=3), letters) == expected
+
+
+def test_llm_drop_goes_on_where_a_layer_may_not_go_as_a_whole():
+    problem = problem_of(Planted(PARTS, layers=3), "RSAM", seeded=False)
+    space = replace(problem.space, letters=("RSAM", "RSM", "RAM"))
+    found = STRATEGIES["llm-drop"](replace(problem, space=space)).plans
+    assert [each.plan.text for each in found] == ["RRM", "MRM", "MMM", "SMM"]
+
+
 def test_evopress_keeps_the_budget_and_gets_better():
     planted = small()
     outcome = search(planted, strategy="evopress", constraint=LOOSE, trials=220)
@@ -190,6 +210,7 @@ def test_exhaustive_tries_every_plan_few_touched_layers_first():
         ("replaceme", "RS", "compensation: linear or both"),
         ("finercut", "RS", r"leaves out a part of a layer \(actions: \[skip_attention, skip_mlp, skip\]"),
         ("finercut", "RAM", "skip"),
+        ("llm-drop", "RS", "leaves out a part of a layer"),
     ],
 )
 def test_what_a_method_needs_is_said(strategy, letters, missing):
@@ -197,10 +218,10 @@ def test_what_a_method_needs_is_said(strategy, letters, missing):
         genomes(strategy, letters=letters)
 
 
-@pytest.mark.parametrize("strategy", ["shortgpt", "angular", "shortv", "knapspec"])
+@pytest.mark.parametrize("strategy", ["shortgpt", "angular", "shortv", "knapspec", "llm-drop"])
 def test_what_was_not_measured_is_said(strategy):
     with pytest.raises(MeasurementError, match="not measured"):
-        genomes(strategy, table=LayerTable(8, ()))
+        genomes(strategy, letters="RFBSAM", table=LayerTable(8, ()))
 
 
 def test_every_published_strategy_ends_and_says_why():
