@@ -41,10 +41,7 @@ def run(context: JobContext) -> LayerTable:
     kinds += STRATEGY_KINDS.get(context.spec.search.strategy, ())
     if context.spec.compensation.kind != "none":
         kinds.append(LINEAR)
-    table = measured(context, tuple(dict.fromkeys(kinds)))
-    used = {"value": measurement_key(context)}
-    stages.record_stage(context.db, context.job, measurements.REDUNDANCY_STAGE, used)
-    return table
+    return measured(context, tuple(dict.fromkeys(kinds)))
 
 
 def measured(context: JobContext, kinds: Sequence[str]) -> LayerTable:

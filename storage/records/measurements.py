@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, or_, select, true
 from sqlalchemy.orm import Session
 
 from storage import upsert
@@ -15,11 +15,8 @@ from storage.database import reads, writes
 from storage.queue import leases
 from storage.queue.jobs import Job
 from storage.records import lookup
-from storage.schema import DeviceRow, JobStageRow, LatencyProfileRow, RedundancyRow
+from storage.schema import DeviceRow, JobRow, LatencyProfileRow, RedundancyRow
 from storage.types import database_now
-
-REDUNDANCY_STAGE = "redundancy"
-"""Name of the stage under which a job keeps the hash of the redundancy statistics that it used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +115,18 @@ def redundancy(
 def redundancy_of_job(session: Session, job_id: int, model_id: int, task_id: int) -> list[Redundancy]:
     """Read statistics of a job's model and task, by name, token group and layer; bookkeeping rows are left out.
 
-    Statistics are shared between jobs. A job keeps under ``REDUNDANCY_STAGE`` the hash of those that it used; one that
-    keeps none shows those that it wrote itself.
+    Statistics are shared between jobs, and which ones a job used is not stored: those that it wrote, or else the last
+    ones that were there when it ended, which may be of another dtype, device or version.
     """
-    used = session.get(JobStageRow, (job_id, REDUNDANCY_STAGE))
-    written = select(RedundancyRow.calibration_hash).filter_by(model_id=model_id, task_id=task_id, job_id=job_id)
-    chosen = session.scalar(written.limit(1)) if used is None else used.payload["value"]
+    ended = session.scalar(select(JobRow.finished_at).filter_by(id=job_id))
+    there = RedundancyRow.job_id == job_id
+    chosen = session.scalar(
+        select(RedundancyRow.calibration_hash)
+        .filter_by(model_id=model_id, task_id=task_id)
+        .where(true() if ended is None else or_(there, RedundancyRow.measured_at <= ended))
+        .order_by(case((there, 0), else_=1), RedundancyRow.id.desc())
+        .limit(1)
+    )
     if chosen is None:
         return []
     found = redundancy(session, model_id=model_id, task_id=task_id, calibration_hash=chosen)

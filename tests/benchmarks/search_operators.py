@@ -1,7 +1,7 @@
 """What leaving out attention and MLPs is worth to a search: fronts of two sets of actions at equal layer executions.
 
     python tests/benchmarks/search_inputs.py --model llava-12 --dtype float32 --inputs . --calibration 48 \\
-        --kinds distance attention angular propagation operators
+        --kinds distance attention angular operators propagation causal
     python tests/benchmarks/search_operators.py --model llava-12 --dtype float32 --inputs . --samples 64 \\
         --cache live.jsonl --runs runs.json
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--actions", nargs="+", default=["RFBS", "RFBSAM"], help="letters; the first set is compared to"
+        "--actions", nargs="+", default=["RFBS", "RFBSAM", "RFBSAMQP"], help="letters; the first set is compared to"
     )
     parser.add_argument("--budgets", nargs="+", type=int, default=[12, 25, 50], help="full evaluations of dense")
     parser.add_argument("--cache", type=Path, required=True)

@@ -86,7 +86,7 @@ def problem_of(
 ) -> Problem:
     spec = spec or SearchSpec()
     space = PlanSpace((letters,) * planted.layers, max_touched or planted.layers, compensations)
-    cost = {"R": 0.0, "F": 0.4, "B": 0.5, "S": 1.0, "A": 0.3, "M": 0.6}
+    cost = {"R": 0.0, "F": 0.4, "B": 0.5, "S": 1.0, "A": 0.3, "M": 0.6, "Q": 0.1, "P": 0.3}
     problem = Problem(
         space=space,
         limits=Limits(constraint or ConstraintSpec(max_accuracy_drop=0.05), dense_latency_seconds=0.1),
@@ -138,7 +138,7 @@ def random_problem(layers: int, letters: str, seed: int, *, cubed: bool = False)
     numbers = np.random.default_rng(seed)
     base = numbers.lognormal(-4.5, 1.2, layers)
     base[numbers.permutation(layers)[: max(2, layers // 8)]] += 0.3
-    scale = {"F": 0.3, "B": 0.6, "S": 1.0, "C": 0.15, "A": 0.4, "M": 0.6}
+    scale = {"F": 0.3, "B": 0.6, "S": 1.0, "C": 0.15, "A": 0.4, "M": 0.6, "Q": 0.1, "P": 0.2}
     singles = {
         (layer, letter): float(base[layer] * scale[letter] * numbers.lognormal(0, 0.3))
         for layer in range(layers)

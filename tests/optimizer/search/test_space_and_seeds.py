@@ -88,7 +88,7 @@ def test_compensated_candidates_have_one_way_to_be_said():
 @given(st.integers(0, 2**32 - 1))
 def test_additive_problem_is_solved_exactly(seed):
     random = np.random.default_rng(seed)
-    space = PlanSpace(("RFS", "RFS", "RS", "RFS", "RS"), int(random.integers(1, 6)))
+    space = PlanSpace(("RFSAM", "RFS", "RSAM", "RFSQ", "RS"), int(random.integers(1, 6)))
     steps = [(layer, letter) for layer, own in enumerate(space.letters) for letter in own[1:]]
     risk = {step: float(random.random()) for step in steps}
     saving = {step: float(random.uniform(0.02, 0.2)) for step in steps}

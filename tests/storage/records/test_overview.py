@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from storage_builders import Scene, figures, record, record_failure, scene, task
 
 from storage.database import Database
-from storage.queue import leases, stages
+from storage.queue import leases
 from storage.records import evaluations, measurements, overview, plans
 from storage.records.evaluations import EvaluationRecord
 from storage.records.measurements import ProfileRecord, Redundancy
@@ -57,18 +58,26 @@ def test_latency_profile_of_the_job(db: Database) -> None:
     assert (found.device, found.workload, found.layer_seconds) == ("cpu: test, 1 thread", "batch 1", {"R": (0.1, 0.2)})
 
 
-def test_redundancy_of_a_job_is_what_it_used(db: Database) -> None:
-    first, user, later = (scene(db, f"driver-{number}") for number in (1, 2, 3))
+def test_redundancy_is_the_job_s_own_or_else_the_latest(db: Database) -> None:
+    first, second = scene(db, "driver-1"), scene(db, "driver-2")
     measure(db, first, "as before", 0.25)
     measure(db, first, "as before", 1.0, name="measured")
-    stages.record_stage(db, user.job, measurements.REDUNDANCY_STAGE, {"value": "as before"})
-    measure(db, later, "with other versions", 0.75)
-    measure(db, user, "with other versions", 0.5)  # for another kind of measurement, and not used
+    measure(db, second, "with other versions", 0.75)
     read = [
         [each.value for each in measurements.redundancy_of_job(db, job_id, first.model_id, first.task_id)]
-        for job_id in (first.job.id, user.job.id, later.job.id, NOBODY)
+        for job_id in (first.job.id, second.job.id, NOBODY)
     ]
-    assert read == [[0.25], [0.25], [], []]
+    assert read == [[0.25], [0.75], [0.75]]
+
+
+def test_redundancy_of_an_ended_job_is_none_that_was_measured_later(db: Database) -> None:
+    first, user, later = (scene(db, f"driver-{number}") for number in (1, 2, 3))
+    measure(db, first, "as before", 0.25)
+    leases.finish(db, user.job)
+    time.sleep(0.01)
+    measure(db, later, "with other versions", 0.75)
+    (found,) = measurements.redundancy_of_job(db, user.job.id, user.model_id, user.task_id)
+    assert found.value == 0.25
 
 
 def test_jobs_like_another(db: Database) -> None:

@@ -252,6 +252,8 @@ def test_propagation_and_contribution_equal_whole_passes(
                 ("S", "skip"),
                 ("A", "skip_attention"),
                 ("M", "skip_mlp"),
+                ("Q", "freeze_attention"),
+                ("P", "freeze_mlp"),
             )
         }
         plans |= {
