@@ -6,8 +6,11 @@ risks add up.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,13 +68,16 @@ class AdditiveProblem:
         for row, (entries, _, _) in enumerate(rows):
             for column, value in entries.items():
                 matrix[row, column] = value
-        solution = milp(
-            np.array([self.risk[step] for step in steps]),
-            constraints=LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [high for _, _, high in rows]),
-            integrality=np.ones(len(steps), dtype=np.int64),
-            bounds=Bounds(0.0, 1.0),
-            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 0.0},
-        )
+        with _standard_output_closed():
+            solution = milp(
+                np.array([self.risk[step] for step in steps]),
+                constraints=LinearConstraint(
+                    matrix.tocsr(), [low for _, low, _ in rows], [high for _, _, high in rows]
+                ),
+                integrality=np.ones(len(steps), dtype=np.int64),
+                bounds=Bounds(0.0, 1.0),
+                options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 0.0},
+            )
         if solution.x is None:
             return None
         letters = [RUN] * self.space.num_layers
@@ -85,6 +91,22 @@ class AdditiveProblem:
         """Return the solutions for several latency budgets, equal ones once, in the order of the budgets."""
         found = (self.solve(ratio) for ratio in ratios)
         return tuple(dict.fromkeys(candidate for candidate in found if candidate is not None))
+
+
+@contextmanager
+def _standard_output_closed() -> Iterator[None]:
+    """Drop what HiGHS prints on standard output whatever its options say, now and then: results in JSON go there."""
+    library = ctypes.CDLL(None)
+    library.fflush(None)
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def steps_of(space: PlanSpace) -> list[Step]:

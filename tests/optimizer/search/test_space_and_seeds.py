@@ -1,5 +1,6 @@
 """Space and seeds on numbers small enough to check by hand or by trying everything."""
 
+import ctypes
 from dataclasses import replace
 from itertools import product
 
@@ -105,6 +106,18 @@ def test_additive_problem_is_solved_exactly(seed):
     else:
         assert found is not None and found in space and total(found)[1] >= 1 - ratio - 1e-6
         assert total(found)[0] == pytest.approx(min(feasible), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", [16, 210])  # with scipy 1.17, HiGHS prints a line in solving them
+def test_the_solver_prints_nothing(seed, capfd):
+    random = np.random.default_rng(seed)
+    space = PlanSpace(("RFBS",) * 30, 30)
+    steps = [(layer, letter) for layer in range(30) for letter in "FBS"]
+    risk = {step: float(random.lognormal(0, 2)) for step in steps}
+    saving = {step: float(random.uniform(0, 0.03)) for step in steps}
+    assert AdditiveProblem(space, risk, saving).solve(0.8) is not None
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_steps_of_infinite_risk_are_never_taken():
