@@ -72,7 +72,7 @@ class Vllm:
                 f"environment of its own and name that environment's python in {PYTHON_VARIABLE}"
             )
         versions: dict[str, str] = json.loads(last_line(done.stdout, "{}"))
-        return Installed(versions.pop("vllm"), python, versions, letters="RFBSAM" if PLUGIN in versions else "RS")
+        return Installed(versions.pop("vllm"), python, versions, letters="RFBSAMQP" if PLUGIN in versions else "RS")
 
     @contextmanager
     def serve(self, directory: Path, serving: Serving) -> Iterator[Server]:

@@ -128,6 +128,8 @@ class AppliedPlan(NotCopied):
         for new, old in enumerate(plan.kept):
             if plan[old].row.removes_part:
                 leave_out(self._edits, layers[old], blocks[old], new, plan[old], permanent=permanent)
+        if any(action.row.vision_only or action.row.leaves_out == "mlp" for action in plan):
+            self._refuse_router_logits()
         if not plan.needs_vision_tokens:
             if not permanent:
                 for method in ("forward", "generate"):
@@ -159,6 +161,23 @@ class AppliedPlan(NotCopied):
         if self.plan.removed or self.compensation is not None:
             moving = f"the plan {text} is on this model: layers and weights that it put aside would not be moved or "
             self._edits.set_instance_attribute(model, "_apply", _refusal(moving + "converted; leave apply() first"))
+
+    def _refuse_router_logits(self) -> None:
+        """Have calls refused that ask for what transformers makes of the routers' scores of every token and layer."""
+        model = self._stack.model
+        configs = [each for each in (model.config, self._stack.text_config) if hasattr(each, "output_router_logits")]
+
+        def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+            asked = kwargs.get("output_router_logits")
+            if asked or (asked is None and any(each.output_router_logits for each in configs)):
+                raise PlanError(
+                    f"under the plan {self.plan.text} not every token goes through every layer's experts, so how they "
+                    "are balanced is not told: leave output_router_logits at False"
+                )
+            return lambda: None
+
+        if configs:
+            self._calls.watch(self._edits, model, "forward", refuse)
 
     def _require_masked_attention(self) -> None:
         implementation = self._stack.text_config._attn_implementation

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -68,7 +70,22 @@ class LengthLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class KeylessLayer(LengthLayer):
-    """The place of a layer without attention: no keys, no values, the length alone."""
+    """The place of a layer without attention: no keys, no values, the length alone.
+
+    ``layers`` are those of the cache.
+    """
+
+    def __init__(self, replaced: Any, layers: Sequence[Any]) -> None:
+        super().__init__(replaced)
+        self._layers = layers
+
+    def prefetch(self) -> None:
+        """Bring keys and values of the next layer back that are put aside: an offloaded cache asks one layer ahead."""
+        own = next(number for number, layer in enumerate(self._layers) if layer is self)
+        for layer in (*self._layers[own + 1 :], *self._layers[:own]):
+            if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.keys.device != layer.device:
+                layer.prefetch()
+                return
 
     def advance(self, tokens: int) -> None:
         """Count the tokens of a call."""
@@ -111,5 +128,5 @@ def keyless_layer(cache: Cache, layer_idx: int) -> KeylessLayer:
     """Return the cache's entry of a layer without attention, put in place of the ordinary one on first use."""
     entry = cache_entry(cache, layer_idx)
     if not isinstance(entry, KeylessLayer):
-        entry = cache.layers[layer_idx] = KeylessLayer(entry)
+        entry = cache.layers[layer_idx] = KeylessLayer(entry, cache.layers)
     return entry

@@ -74,6 +74,10 @@ def install(layers: nn.ModuleList, plan: Plan, contexts: dict[str, Any], step: S
             layer.post_attention_layernorm, layer.mlp = NoNorm(), Nothing()
         elif treatment is Treatment.FREEZE:
             frozen.append(FrozenLayer(layer, step))
+        elif treatment is Treatment.FREEZE_ATTENTION:
+            frozen.append(FrozenAttention(layer, step))
+        elif treatment is Treatment.FREEZE_MLP:
+            FrozenMlp(layer.mlp, step)
         elif treatment is Treatment.BYPASS:
             BypassedLayer(layer, step)
     return frozen
@@ -113,20 +117,33 @@ class _SplitLayer:
         if rows is None:
             return self._forward(positions, hidden_states, residual)
         self.before(positions, hidden_states, residual)
-        if not len(rows.text):
+        changed = []
+        if len(rows.text):
+            text = _rows(hidden_states, residual, rows.text)
+            changed.append((rows.text, self._forward(positions[..., rows.text], *text)))
+        if (vision := self.of_vision(hidden_states, residual)) is not None:
+            changed.append((rows.vision, vision))
+        if not changed:
             return hidden_states, residual
-        text_hidden, text_residual = self._forward(
-            positions[..., rows.text],
-            hidden_states[rows.text],
-            None if residual is None else residual[rows.text],
-        )
         # Before the first layer, hidden states are the buffer of the model's inputs.
         hidden_states = hidden_states.clone() if residual is None else hidden_states
         residual = torch.zeros_like(hidden_states) if residual is None else residual
-        return hidden_states.index_copy_(0, rows.text, text_hidden), residual.index_copy_(0, rows.text, text_residual)
+        for own, (own_hidden, own_residual) in changed:
+            hidden_states.index_copy_(0, own, own_hidden)
+            residual.index_copy_(0, own, own_residual)
+        return hidden_states, residual
 
     def before(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> None:
-        """Do what is to be done for vision rows."""
+        """Do what text rows need of vision rows."""
+
+    def of_vision(self, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return both for the vision rows behind the layer; None where they stay as they are."""
+        return None
+
+
+def _rows(hidden_states: Tensor, residual: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Copy some rows of both, since norms work in place."""
+    return hidden_states[rows], None if residual is None else residual[rows]
 
 
 class BypassedLayer(_SplitLayer):
@@ -192,12 +209,7 @@ class FrozenLayer(_SplitLayer):
         """Compute keys and values of vision rows by the layer's own modules, which stop before attention."""
         rows = self._step.rows
         assert rows is not None
-        vision = hidden_states[rows.vision]
-        normed = (
-            self._layer.input_layernorm(vision)
-            if residual is None
-            else self._layer.input_layernorm(vision, residual[rows.vision])[0]
-        )
+        normed, _ = _normed(self._layer.input_layernorm, *_rows(hidden_states, residual, rows.vision))
         self._capturing = True
         try:
             self._layer.self_attn(positions=positions[..., rows.vision], hidden_states=normed)
@@ -234,6 +246,42 @@ class FrozenLayer(_SplitLayer):
             return self._attend(query, keys, values)
         queries = query.new_zeros(tokens, query.shape[-1]).index_copy_(0, rows.text, query)
         return self._attend(queries, keys, values)[rows.text]
+
+
+class FrozenAttention(FrozenLayer):
+    """A layer whose attention adds nothing to vision rows, to which text rows attend; the MLP runs for all rows."""
+
+    def of_vision(self, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the MLP on the vision rows."""
+        assert self._step.rows is not None
+        vision = _rows(hidden_states, residual, self._step.rows.vision)
+        normed, stream = _normed(self._layer.post_attention_layernorm, *vision)
+        return self._layer.mlp(normed), stream
+
+
+class FrozenMlp:
+    """Forward of an MLP that adds nothing to vision rows."""
+
+    def __init__(self, mlp: Any, step: Step) -> None:
+        self._step = step
+        self._forward: Callable[[Tensor], Tensor] = mlp.forward
+        mlp.forward = self.run
+
+    def run(self, hidden_states: Tensor) -> Tensor:
+        """Run the MLP on text rows of ``[tokens, hidden]``; the others get zeros."""
+        rows = self._step.rows
+        if rows is None:
+            return self._forward(hidden_states)
+        added = torch.zeros_like(hidden_states)
+        return added.index_copy_(0, rows.text, self._forward(hidden_states[rows.text])) if len(rows.text) else added
+
+
+def _normed(norm: Any, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add both up, as norms of vLLM do, and return the norm and the sum."""
+    if residual is None:
+        return norm(hidden_states), hidden_states
+    normed, stream = norm(hidden_states, residual)
+    return normed, stream
 
 
 def _merged(tokens: int, *parts: tuple[Tensor, Tensor]) -> Tensor:

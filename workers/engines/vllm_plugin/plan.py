@@ -23,6 +23,8 @@ class Treatment(Enum):
     BYPASS = "bypass"
     SKIP_ATTENTION = "skip_attention"
     SKIP_MLP = "skip_mlp"
+    FREEZE_ATTENTION = "freeze_attention"
+    FREEZE_MLP = "freeze_mlp"
     SKIP = "skip"
 
     @property
@@ -38,7 +40,7 @@ class Treatment(Enum):
     @property
     def splits_tokens(self) -> bool:
         """Whether vision tokens are treated apart."""
-        return self in (Treatment.FREEZE, Treatment.BYPASS)
+        return self in PAST
 
     @classmethod
     def without(cls, parts: Iterable[str]) -> Treatment:
@@ -51,6 +53,14 @@ class Treatment(Enum):
         }[frozenset(parts)]
 
 
+PAST = {
+    Treatment.FREEZE: "frozen",
+    Treatment.BYPASS: "bypassed",
+    Treatment.FREEZE_ATTENTION: "frozen in its attention",
+    Treatment.FREEZE_MLP: "frozen in its MLP",
+}
+"""Treatments of vision tokens alone, as messages say them: ``"layer 3 is frozen"``."""
+
 LETTERS = {
     "R": Treatment.RUN,
     "F": Treatment.FREEZE,
@@ -58,6 +68,8 @@ LETTERS = {
     "S": Treatment.SKIP,
     "A": Treatment.SKIP_ATTENTION,
     "M": Treatment.SKIP_MLP,
+    "Q": Treatment.FREEZE_ATTENTION,
+    "P": Treatment.FREEZE_MLP,
 }
 """The letters of ``skip_plan``, as the runtime's table of actions has them."""
 
@@ -186,7 +198,7 @@ def refuse_serving(plan: Plan, serving: Serving) -> None:
             raise PlanRefusedError(f"the plan of config.json is not served with {option}; leave it out")
     if splitting and serving.compiled:
         raise PlanRefusedError(
-            f"layer {splitting[0]} is {_past(plan[splitting[0]])}: vision and text rows are gathered, whose number "
+            f"layer {splitting[0]} is {PAST[plan[splitting[0]]]}: vision and text rows are gathered, whose number "
             "changes from step to step, so nothing may be compiled or captured; add --enforce-eager"
         )
     bypassed = [layer for layer, treatment in enumerate(plan) if treatment is Treatment.BYPASS]
@@ -199,7 +211,3 @@ def refuse_serving(plan: Plan, serving: Serving) -> None:
         raise PlanRefusedError(
             f"layer {bypassed[0]} is bypassed, which is served with attention for CPUs only (CPU_ATTN)"
         )
-
-
-def _past(treatment: Treatment) -> str:
-    return {Treatment.FREEZE: "frozen", Treatment.BYPASS: "bypassed"}[treatment]

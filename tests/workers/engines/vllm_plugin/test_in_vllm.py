@@ -205,6 +205,9 @@ PLANS = {
     "frozen, all rows as queries": "RFFRSF",
     "bypassed": "BRBFRB",
     "without parts": "ARMRSA",
+    "without parts for vision tokens": "QPRSPQ",
+    "without parts for vision tokens, all rows as queries": "QPRSPQ",
+    "all actions": "QAFPBM",
     "given as an option": "SFRSFR",
 }
 
@@ -264,6 +267,14 @@ def case(
         "bypassed": Task(
             exported(dense, "BRBFRB", folder / "bypassed"), waves, CHUNKED | {"enable_prefix_caching": False}
         ),
+        "without parts": Task(exported(dense, "ARMRSA", folder / "parts"), waves, CHUNKED),
+        "without parts for vision tokens": Task(exported(dense, "QPRSPQ", folder / "vision parts"), waves, CHUNKED),
+        "without parts for vision tokens, all rows as queries": Task(
+            str(folder / "vision parts"), waves, CHUNKED, all_rows=True
+        ),
+        "all actions": Task(
+            exported(dense, "QAFPBM", folder / "all"), waves, CHUNKED | {"enable_prefix_caching": False}
+        ),
         "given as an option": Task(str(dense), waves, CHUNKED | overrides),
         "per_layer_config": Task(described(dense, folder / "per_layer", per_layer_config), waves, CHUNKED),
         "block_configs": Task(described(dense, folder / "blocks", block_configs), waves, CHUNKED),
@@ -284,7 +295,7 @@ def test_frozen_and_bypassed_layers_answer_as_the_runtime_does(case: Case, name:
     right = expected(case, lambda model: apply(model, SkipPlan.parse(PLANS[name])))
     assert largest_difference(found, right) < BOUND
     # The last prompt begins as the first one does, for one whole block of the cache at least.
-    assert [answer["cached_tokens"] for answer in found["answers"]] == [0, 0, 0, 0 if name == "bypassed" else BLOCK]
+    assert [answer["cached_tokens"] for answer in found["answers"]] == [0, 0, 0, 0 if "B" in PLANS[name] else BLOCK]
     dense = torch.tensor(case.results["dense"]["answers"][0]["logprobs"])
     assert (dense[0] - right[0][1][0, : dense.shape[1]]).abs().max() > 100 * BOUND  # the plan changes the answers
 

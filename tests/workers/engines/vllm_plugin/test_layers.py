@@ -21,6 +21,7 @@ from workers.engines.vllm_plugin.step import Step
 
 HIDDEN, HEADS, SIZE, TOKENS = 16, 2, 8, 9
 RUN, FREEZE = Treatment.RUN, Treatment.FREEZE
+ASK_NOTHING, TEXT_MLP = Treatment.FREEZE_ATTENTION, Treatment.FREEZE_MLP
 NO_ATTENTION, NO_MLP, NOTHING = Treatment.SKIP_ATTENTION, Treatment.SKIP_MLP, Treatment.SKIP
 
 
@@ -116,13 +117,13 @@ def by_masks(
 ) -> Tensor:
     """The same, every sum over all rows, and what a treatment leaves out taken back."""
     for layer, treatment in zip(layers, plan, strict=True):
-        before = x
-        if treatment.keeps_attention:
-            x = x + layer.self_attn(positions, functional.rms_norm(x, (HIDDEN,)))
-        if treatment.keeps_mlp:
-            x = x + layer.mlp(functional.rms_norm(x, (HIDDEN,)))
-        if treatment is FREEZE:
-            x = torch.where(vision[:, None], before, x)
+        for part, kept, frozen in (
+            (partial(layer.self_attn, positions), treatment.keeps_attention, (FREEZE, ASK_NOTHING)),
+            (layer.mlp, treatment.keeps_mlp, (FREEZE, TEXT_MLP)),
+        ):
+            added = part(functional.rms_norm(x, (HIDDEN,)))
+            changes = torch.full_like(vision, kept) & ~(vision if treatment in frozen else torch.zeros_like(vision))
+            x = torch.where(changes[:, None], x + added, x)
     return x
 
 
@@ -135,6 +136,9 @@ def by_masks(
         (NO_MLP, NO_ATTENTION, NO_ATTENTION, NO_MLP),
         (NOTHING, RUN, NOTHING, NO_ATTENTION),
         (RUN, NOTHING, FREEZE, NOTHING),
+        (ASK_NOTHING, TEXT_MLP, ASK_NOTHING, FREEZE),
+        (TEXT_MLP, NO_ATTENTION, ASK_NOTHING, NO_MLP),
+        (NOTHING, ASK_NOTHING, NOTHING, TEXT_MLP),
     ],
 )
 @pytest.mark.parametrize("seen", ["none", "some", "all"])
@@ -155,10 +159,11 @@ def test_layers_give_what_the_masks_give(plan: tuple[Treatment, ...], seen: str,
 
 
 @pytest.mark.parametrize("vision", [[0, 1, 1, 0, 0, 1, 1, 1, 0], [1] * TOKENS])
-def test_a_frozen_layer_stores_keys_and_values_of_all_rows(vision: list[int]):
+@pytest.mark.parametrize("treatment", [FREEZE, ASK_NOTHING])
+def test_a_frozen_layer_stores_keys_and_values_of_all_rows(vision: list[int], treatment: Treatment):
     states, positions = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2)), torch.arange(TOKENS)
     plain, layers, step = build(1), build(1), Step()
-    install(layers, (FREEZE,), contexts(layers), step)
+    install(layers, (treatment,), contexts(layers), step)
     step.rows = Rows.of(torch.tensor(vision).bool(), TOKENS, torch.device("cpu"))
     for one in (plain, layers):
         one[0](positions, states.clone(), None)

@@ -73,7 +73,7 @@ def fast(plain: PlainEvaluator) -> FastEvaluator:
     return evaluator
 
 
-@pytest.mark.parametrize(("letters", "count", "different"), [("RRRRFBS", 30, 6), ("RRRRRRRRRRAMAMFBS", 30, 3)])
+@pytest.mark.parametrize(("letters", "count", "different"), [("RRRRFBS", 30, 6), ("RRRRRRRRRRAMQPFBS", 30, 3)])
 def test_random_plans_score_the_same_on_every_sample(
     plain: PlainEvaluator, fast: FastEvaluator, letters: str, count: int, different: int
 ) -> None:
@@ -130,7 +130,7 @@ def test_open_answers_are_decoded_on_without_the_plain_path(
     spec = answered.spec.changed(metric="token_f1", answer=answered.spec.answer.changed(max_new_tokens=5))
     again = [(one, replace(one, id=f"{one.id} again", answers=("red",))) for one in answered.search[:12]]
     task = replace(answered, spec=spec, search=tuple(one for pair in again for one in pair))  # the same words are fed
-    letters = "RRRRRRFBSAM" if compensation == "none" else "RRRRFBS"
+    letters = "RRRRRRFBSAMQP" if compensation == "none" else "RRRRFBS"
     plans = random_plans(LAYERS, 8, seed=4, letters=letters)
     request = EvaluatePlans(plans, "search", 24, compensation=compensation)
     expected = evaluations(PlainEvaluator(tiny, task).evaluate_all(request))
@@ -176,7 +176,7 @@ SHARES = {"A": 2 / 3, "M": 1 / 3, "S": 0}
 
 
 def test_every_layer_of_the_trie_is_executed_once(fast: FastEvaluator) -> None:
-    plans = random_plans(LAYERS, 20, seed=2, letters="RRRRAMFBS")
+    plans = random_plans(LAYERS, 20, seed=2, letters="RRRRAMQPFBS")
     fast.evaluate_all(EvaluatePlans(("R" * LAYERS,), "search", 16))
     fast.states.clear()
     before = fast.walker.tally.executions

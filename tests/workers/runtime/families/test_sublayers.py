@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from workers.layerwise.decoder import Decoder
 from workers.runtime import Action, PlanError, SkipPlan, apply, apply_permanently, describe
-from workers.runtime.cache_lengths import KeylessLayer
+from workers.runtime.cache_lengths import KeylessLayer, keyless_layer
 from workers.runtime.token_rows import TokenSplit
 
 from .catalogue import (
@@ -35,7 +35,7 @@ from .references import reference_plan
 from .test_families import check_generation, planned_logits, snapshot
 from .test_generation import LENGTH, beam_reference, check_against_reference, generate
 from .test_less_work import PROMPT, lengths, prefill, rows_counted
-from .tiny import CACHE, Family, batch_inputs, build, decoder_layers, prompt_ids
+from .tiny import CACHE, Family, batch_inputs, build, decoder_layers, prompt_ids, vision_mask
 
 WHOLE = ("gemma3n", "gemma3n_text", "gemma4", "qwen4_exp", "glm5_next", "mistral_large4")
 """Per-layer inputs, several residual streams, or an index that is handed from layer to layer."""
@@ -267,6 +267,31 @@ def test_a_second_turn_goes_on_from_the_lengths_of_the_first() -> None:
     assert_close(family, torch.cat([begun.logits, ended.logits], 1)[0], expected, plan)
 
 
+def test_an_offloaded_cache_fetches_the_layer_behind_one_without_keys() -> None:
+    """Which layer an offloaded cache fetches is told by its parts: only a GPU offloads to another device."""
+    cache = DynamicCache()
+    for layer in (0, 2):
+        cache.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), layer)
+        cache.layers[layer].device = torch.device("meta")  # where it computes
+    keyless_layer(cache, 1)
+    for fetched in (["cpu", "meta"], ["meta", "meta"]):  # the next one, then from the beginning
+        cache.layers[1].prefetch()
+        assert [cache.layers[layer].keys.device.type for layer in (0, 2)] == fetched
+
+
+def test_scores_of_routers_are_refused_where_not_every_token_reaches_every_expert() -> None:
+    family = by_name("qwen3_vl_moe")
+    model, inputs = model_of(family.name), batch_inputs(family, [ONE_PICTURE])
+    for letter in "FPM":
+        with apply(model, SkipPlan.parse(single(family, 1, letter))), pytest.raises(PlanError, match="router_logits"):
+            model(**inputs, output_router_logits=True)
+    with torch.no_grad():
+        dense = model(**inputs, output_router_logits=True).router_logits
+        with apply(model, SkipPlan.parse(single(family, 1, "A"))):
+            found = model(**inputs, output_router_logits=True).router_logits
+    assert [each.shape for each in found] == [each.shape for each in dense]
+
+
 def test_some_rows_without_attention_are_given_their_own_rows_of_what_the_mlp_reads() -> None:
     """Ernie's experts are chosen by each token's kind, which the layer is given for all tokens."""
     model = model_of("ernie4_5_vl_moe")
@@ -281,3 +306,17 @@ def test_some_rows_without_attention_are_given_their_own_rows_of_what_the_mlp_re
         some = decoder.run_text(1, Action.SKIP_ATTENTION, split, states, arguments).hidden
     torch.testing.assert_close(some[last], every[last])
     assert torch.equal(some[~last], states[~last])
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_a_mask_given_by_hand_holds_in_layers_that_know_no_length(name: str) -> None:
+    """Layers of linear attention keep no count of tokens: it is that of an attention layer before or behind them."""
+    family = by_name(name)
+    model, plan = model_of(name), "P" * family.layers
+    expected_ids, expected = expected_generation(family, plan, ONE_PICTURE, 3)
+    inputs = batch_inputs(family, [ONE_PICTURE])
+    with apply(model, SkipPlan.parse(plan)) as applied:
+        applied.vision_mask = vision_mask(family, inputs["input_ids"][0])[None]
+        ids, logits = greedy(model, family, [ONE_PICTURE], 3)[0]
+    assert_close(family, logits, expected, plan)
+    assert ids == expected_ids
