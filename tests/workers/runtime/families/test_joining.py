@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.runtime import PlanError, SkipPlan, apply, save_pruned
+from workers.runtime import Action, PlanError, SkipPlan, apply, describe, save_pruned
 from workers.runtime.joining import is_joinable
 
 from .catalogue import ALL, ONE_PICTURE, TEXT_ONLY, by_name, model_of, prompts_of
@@ -60,11 +60,17 @@ def joinable(family: Family, first: int, last: int) -> bool:
         return False
     if "M" in refused(family, first) or "A" in refused(family, last):
         return False
-    if any("S" in family.refused.get(layer, "") + family.may_refuse.get(layer, "") for layer in range(first, last + 1)):
+    if not all(skippable(family, layer) for layer in range(first, last + 1)):
         return False
     if kinds := OTHER_CALL.get(family.name):
         return kinds[first] == kinds[last]
     return family.possible("R" * first + "R" + "S" * (last - first) + "R" * (family.layers - last - 1))
+
+
+def skippable(family: Family, layer: int) -> bool:
+    if "S" in family.may_refuse.get(layer, ""):
+        return Action.SKIP in describe(model_of(family.name)).allowed[layer]
+    return "S" not in family.refused.get(layer, "")
 
 
 def several(family: Family) -> str:
