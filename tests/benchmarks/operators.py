@@ -1,5 +1,7 @@
 """Prefill and decoding of a random-weight LLaVA with half its attention or half its MLPs left out, beside whole layers.
 
+They are left out for every token, and for vision tokens alone.
+
     PYTHONPATH=. python tests/benchmarks/operators.py --rounds 15 --threads 2
 
 The model is that of `runtime_prefill.py`. Every round times dense and every plan once, in an order drawn anew, and
@@ -27,15 +29,34 @@ PLANS = {
     "half without attention": "RA" * (LAYERS // 2),
     "half without MLP": "RM" * (LAYERS // 2),
     "half skipped": "RS" * (LAYERS // 2),
+    "half with vision attention frozen": "RQ" * (LAYERS // 2),
+    "half with vision MLP frozen": "RP" * (LAYERS // 2),
+    "half frozen": "RF" * (LAYERS // 2),
     "all without attention": "A" * LAYERS,
 }
 
 
-def operations(plan: str, queries: int, keys: int) -> float:
-    """Multiply-adds times two of the layers (attention counted without causal savings)."""
-    attention = 8 * queries * HIDDEN * HIDDEN + 4 * queries * keys * HIDDEN
-    mlp = 6 * queries * HIDDEN * INTERMEDIATE
-    cost = {"R": attention + mlp, "A": mlp, "M": attention, "S": 0.0}
+def operations(plan: str, tokens: int, text: int, keys: int) -> float:
+    """Multiply-adds times two of the layers for ``tokens`` new ones, ``text`` of them words.
+
+    Attention is counted without causal savings.
+    """
+
+    def attention(queries: int) -> float:
+        return 4 * (queries + tokens) * HIDDEN * HIDDEN + 4 * queries * keys * HIDDEN
+
+    def mlp(rows: int) -> float:
+        return 6 * rows * HIDDEN * INTERMEDIATE
+
+    cost = {
+        "R": attention(tokens) + mlp(tokens),
+        "A": mlp(tokens),
+        "M": attention(tokens),
+        "Q": attention(text) + mlp(tokens),
+        "P": attention(tokens) + mlp(text),
+        "F": attention(text) + mlp(text),
+        "S": 0.0,
+    }
     return sum(cost[letter] for letter in plan)
 
 
@@ -85,11 +106,12 @@ def main() -> None:
         f"dense: prefill {prefill:.3f} s, a token {1000 * step:.1f} ms ({options.clock} clock), "
         f"{options.threads} threads, {prompt_tokens} prompt tokens, KV cache {dense[0][2] / 2**20:.1f} MiB"
     )
-    for number, (phase, queries) in enumerate((("prefill", prompt_tokens), ("decoding", 1))):
+    phases = (("prefill", prompt_tokens, options.text_tokens), ("decoding", 1, 1))
+    for number, (phase, *new) in enumerate(phases):
         for name in PLANS:
             ratios = [each[name][number] / each["dense"][number] for each in rounds]
             keys = prompt_tokens + (options.new_tokens // 2 if number else 0)
-            bound = operations(plans["dense"], queries, keys) / operations(plans[name], queries, keys)
+            bound = operations(plans["dense"], *new, keys) / operations(plans[name], *new, keys)
             report(f"{phase}, {name}", ratios, bound)
     for name in PLANS:
         print(f"KV cache, {name}: {rounds[0][name][2] / dense[0][2]:.3f} of dense")
