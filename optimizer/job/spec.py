@@ -98,7 +98,7 @@ class JobSpec(Section):
         "token or for vision tokens alone.",
     )
     criterion: str = Field(
-        default="skip-it",
+        default="calibrated",
         min_length=1,
         description="What predicts the risk of each layer and action, from which the first plans come "
         "(see docs/theory.md).",

@@ -83,8 +83,8 @@ def check(report: JobReport) -> TheoryCheck | None:
         and each.compensation == NO_COMPENSATION
         and set(each.plan) <= {Action.RUN.letter, *risk.risk}
     ]
-    causal = "causal" in criterion.needs
-    by_layer = {} if causal else _by_layer(table, risk)
+    reads_harm = {"causal", "trials"} & set(criterion.needs)
+    by_layer = {} if reads_harm else _by_layer(table, risk)
     return TheoryCheck(criterion.name, Comparison.of(plans), report.evidence, by_layer)
 
 

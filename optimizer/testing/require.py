@@ -20,7 +20,7 @@ def made_up_table(layers: int) -> LayerTable:
         "final_divergence",
         *(
             f"{name}@{each.label}"
-            for name in ("layer_contribution", "trial_divergence", "trial_odds")
+            for name in ("layer_contribution", "trial_divergence")
             for each in (*INTERVENTIONS, *OPERATORS)
         ),
     )

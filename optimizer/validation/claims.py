@@ -26,6 +26,8 @@ from workers.runtime.plan import Action
 Floats = NDArray[np.float64]
 
 YES, NO, OPEN = "yes", "no", "not decided"
+NEEDS = ("distance", "attention")
+"""Kinds of measurement that the conditions are read from."""
 BANDS = ("early", "late")
 BYPASS = Action.BYPASS.letter
 BAND_ACTIONS = (Action.FREEZE.letter, BYPASS)

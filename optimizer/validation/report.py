@@ -199,7 +199,8 @@ class _Predicted:
 def _predict(context: JobContext, own: Criterion, others: Sequence[Criterion]) -> _Predicted:
     """Measure for all criteria and predict. Raises JobFailed when the job's own criterion cannot be had."""
     needs = {each.name: criteria.kinds_for(each, context.spec.letters) for each in (own, *others)}
-    common = dict.fromkeys(kind for kinds in needs.values() for kind in kinds if kind in KINDS)
+    needed = (*claims.NEEDS, *(kind for kinds in needs.values() for kind in kinds if kind in KINDS))
+    common = dict.fromkeys(needed)
     table = measured(context, tuple(common))  # in as few passes as there can be
     risks: dict[str, Risk] = {}
     left_out: dict[str, str] = {}

@@ -71,7 +71,7 @@ def main() -> None:
             f"{report['confidence']:.0%} intervals.\n"
         )
         print("\n".join(correlations(report)))
-        print("\nWhere the default is behind Block Influence, angular distance or cosine:\n")
+        print(f"\nWhere {report['criterion']} is behind Block Influence, angular distance or cosine:\n")
         print("\n".join(behind(report)))
         print(f"\n{report['set_size']} layers at once:\n")
         print("\n".join(sets(report)), "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ class Interventions:
         # Divergences of the answer's first token, and of all its tokens.
         self._removal = ratio_sums(2, self._layers)
         self._kl = {kind: ratio_sums(2, len(actions), self._layers) for kind, actions in TRIED.items()}
-        self._odds = {kind: ratio_sums(len(TRIED[kind]), self._layers) for kind in ON_FEW}
         self._withdrawal = ratio_sums(2, 1, self._layers)
         self.executions: dict[str, float] = dict.fromkeys(kinds, 0.0)
         """Decoder layers run, times samples as in ``RedundancySums``; a replay that serves several kinds is counted
@@ -73,13 +72,8 @@ class Interventions:
             if kind == "propagation":
                 self._add_kl(self._removal[:, :, layer], divergences)
                 self._add_gain(batch, layer, change, hidden_of(dense.outputs[-1]), replayed[1])
-                continue
-            number = TRIED[kind].index(action)
-            self._add_kl(self._kl[kind][:, :, number, layer], divergences)
-            if kind in ON_FEW:
-                assert dense.logits is not None
-                changed = squared_odds_changes(dense.logits, replayed[0], batch.answering)
-                self._odds[kind][:, number, layer] += sample_sums(array(changed), np.ones(batch.size))
+            else:
+                self._add_kl(self._kl[kind][:, :, TRIED[kind].index(action), layer], divergences)
 
     def _replay(
         self, kinds: Sequence[str], name: str, batch: Batch, dense: DensePass, plan: SkipPlan, first: int
@@ -128,7 +122,6 @@ class Interventions:
             "withdrawal": {"kl": self._withdrawal},
         }
         found |= {kind: {"kl": self._kl[kind]} for kind in TRIED}
-        found |= {kind: {"kl": self._kl[kind], "odds": self._odds[kind]} for kind in ON_FEW}
         return {kind: KindSums(dict(found[kind]), refused=self.refused[kind]) for kind in self._kinds}
 
 
@@ -137,40 +130,10 @@ def answer_divergences(dense: Tensor, changed: Tensor, answering: Tensor) -> tup
 
     Logits are ``[batch, tokens, vocabulary]``, and ``answering``, bool ``[batch, tokens]``, says which count.
     """
-    each = _by_token(answer_kl, dense, changed)
-    return each[:, 0], _token_mean(each, answering)
-
-
-def squared_odds_changes(dense: Tensor, changed: Tensor, answering: Tensor) -> Tensor:
-    """Squared change of the log odds of the dense model's likeliest token, the mean over the answer's, ``[batch]``.
-
-    Where an action changes few answers, a mean divergence hangs on those few; this counts every sample. Shapes as in
-    `answer_divergences`.
-    """
-
-    def squared(first: Tensor, second: Tensor) -> Tensor:
-        likeliest = first.argmax(-1, keepdim=True)
-        return (_log_odds(second, likeliest) - _log_odds(first, likeliest)).square()
-
-    return _token_mean(_by_token(squared, dense, changed), answering)
-
-
-def _log_odds(logits: Tensor, token: Tensor) -> Tensor:
-    """Log odds ``[batch]`` of one token ``[batch, 1]`` against all others."""
-    logits = logits.double()
-    others = logits.scatter(-1, token, -torch.inf).logsumexp(-1)
-    return logits.gather(-1, token).squeeze(-1) - others
-
-
-def _by_token(compare: Callable[[Tensor, Tensor], Tensor], dense: Tensor, changed: Tensor) -> Tensor:
-    """Compare a token at a time, ``[batch, tokens]``, since logits of many tokens in double precision are large."""
-    return torch.stack([compare(*pair) for pair in zip(dense.unbind(1), changed.unbind(1), strict=True)], dim=1)
-
-
-def _token_mean(values: Tensor, answering: Tensor) -> Tensor:
-    """Mean over the tokens that count, ``[batch]``."""
-    counted = answering.to(values.device)
-    return (values * counted).sum(1) / counted.sum(1)
+    # A token at a time, since logits of many tokens in double precision are large.
+    each = torch.stack([answer_kl(*pair) for pair in zip(dense.unbind(1), changed.unbind(1), strict=True)], dim=1)
+    counted = answering.to(each.device)
+    return each[:, 0], (each * counted).sum(1) / counted.sum(1)
 
 
 def answer_kl(dense: Tensor, changed: Tensor) -> Tensor:

@@ -170,22 +170,10 @@ def _angular_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
     yield from rows_of(sums.added["angles"].astype(float), names, "last", layers)
 
 
-def contribution_rows(actions: tuple[Action, ...]) -> Finish:
+def divergence_rows(name: str, actions: tuple[Action, ...]) -> Finish:
     """Make the rows of what actions do alone; ``kl`` is ``[6, 2, actions, layers]``."""
-    names = tuple(f"layer_contribution@{action.label}" for action in actions)
+    names = tuple(f"{name}@{action.label}" for action in actions)
     return lambda sums, layers: _divergence_rows(sums.added["kl"].astype(float), names, layers)
-
-
-def trial_rows(actions: tuple[Action, ...]) -> Finish:
-    """Make the rows of trials; ``kl`` is ``[6, 2, actions, layers]``, and ``odds`` ``[6, actions, layers]``."""
-    names = tuple(f"trial_divergence@{action.label}" for action in actions)
-    odds = tuple(f"trial_odds@{action.label}" for action in actions)
-
-    def rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
-        yield from _divergence_rows(sums.added["kl"].astype(float), names, layers)
-        yield from rows_of(sums.added["odds"].astype(float), odds, ANSWER, layers)
-
-    return rows
 
 
 def _withdrawal_rows(sums: KindSums, layers: int) -> Iterator[LayerMeasurement]:
@@ -208,18 +196,24 @@ KINDS: dict[str, Kind] = {
     "attention": Kind("attention mass of text on vision tokens", "attention", _attention_rows),
     "propagation": Kind("how a layer's removal grows on the way up", "propagation", _propagation_rows),
     "trials": Kind(
-        "KL divergence and change of odds under every action, on half of the samples",
+        "KL divergence of the answer under every action at every layer, on half of the samples",
         "trials",
-        trial_rows(INTERVENTIONS),
+        divergence_rows("trial_divergence", INTERVENTIONS),
     ),
     "operator_trials": Kind(
-        "the same without attention, and without the MLP", "operator_trials", trial_rows(OPERATORS)
+        "the same without attention, and without the MLP",
+        "operator_trials",
+        divergence_rows("trial_divergence", OPERATORS),
     ),
     "causal": Kind(
-        "KL divergence of the answer under every action at every layer", "causal", contribution_rows(INTERVENTIONS)
+        "KL divergence of the answer under every action at every layer",
+        "causal",
+        divergence_rows("layer_contribution", INTERVENTIONS),
     ),
     "operator_causal": Kind(
-        "the same without attention, and without the MLP", "operator_causal", contribution_rows(OPERATORS)
+        "the same without attention, and without the MLP",
+        "operator_causal",
+        divergence_rows("layer_contribution", OPERATORS),
     ),
     "withdrawal": Kind("KL divergence with vision tokens gone from a layer on", "withdrawal", _withdrawal_rows),
 }

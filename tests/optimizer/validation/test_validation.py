@@ -48,7 +48,8 @@ class Scrambled:
 
 
 def test_the_report_on_the_reference_model(store: Database, worker: in_process.OneWorker) -> None:
-    context = in_process.context(store, worker, in_process.spec())
+    # Six samples of one image do not show what the third layer does to others, which the state does.
+    context = in_process.context(store, worker, in_process.spec(criterion="skip-it"))
     report = validate(context, samples=8, others=[criteria.load("layer-contribution"), Scrambled()])
     assert (report.held_out_samples, report.calibration_samples, report.set_size) == (8, 6, 3)
     assert report.dense_accuracy == 1.0 and report.failed == {}
@@ -94,4 +95,4 @@ def test_a_criterion_that_lacks_a_measurement_is_left_out_and_named(
     context = in_process.context(store, worker, in_process.spec(actions=["skip"]))
     report = validate(context, samples=2, others=[Demanding()])
     assert report.left_out == {"demanding": "wisdom of all tokens was not measured, or the model has none to measure"}
-    assert set(report.actions[0].risks) == {"skip-it", CONTROL}
+    assert set(report.actions[0].risks) == {"calibrated", CONTROL}
