@@ -3,7 +3,7 @@
     python tests/benchmarks/search_inputs.py --model llava-12 --dtype float32 --inputs . --calibration 48 \\
         --kinds distance attention angular operators propagation causal
     python tests/benchmarks/search_operators.py --model llava-12 --dtype float32 --inputs . --samples 64 \\
-        --cache live.jsonl --runs runs.json
+        --criterion skip-it --cache live.jsonl --runs runs.json
 
 Every set is searched live with every seed (surrogate, seeds of the theory), until so many layer executions are spent;
 evaluations are shared through the cache, and an interrupted benchmark goes on. It prints the share of the hypervolume

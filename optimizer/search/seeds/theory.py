@@ -80,8 +80,8 @@ def theory_seeds(
         problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
         solutions.append(problem.solutions(budgets(saving, BUDGETS)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]
-    nested = (chain for chain in nested_chains(space, risk) if not _of_parts(space, chain))
-    chains = [*solutions, by_size, *nested, *published]
+    others = (chain for chain in (*nested_chains(space, risk), *published) if not _of_parts(space, chain))
+    chains = [*solutions, by_size, *others]
     possible = [tuple(each for each in plans if each in feasible) for plans in chains]
     mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
     reserve = tuple(each for each in dict.fromkeys(mixed) if each in feasible)
