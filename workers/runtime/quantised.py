@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from torch import nn
@@ -42,6 +42,6 @@ def is_quantised(module: nn.Module) -> bool:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep the progress bars of compressed-tensors, which nothing turns off, from standard error."""
-    with redirect_stderr(io.StringIO()):
+    """Keep progress bars of compressed-tensors and lines of gptqmodel, which nothing turns off, from the output."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield

@@ -268,3 +268,29 @@ def test_weights_of_bitsandbytes_are_searched_and_cut(tmp_path: Path, bits: int)
     assert raw(tmp_path / "out") == expected_after_cut(raw(tmp_path / "packed"), PLAN)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
     assert torch.equal(logits(again), logits(loaded.model, PLAN))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_weights_of_gptq_and_awq_are_searched_and_cut(
+    tmp_path: Path, kind: str, small_task: Task, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gptqmodel", reason="install gptqmodel and optimum")
+    packed, plain = quantised.save(tmp_path, kind)
+    theirs = load(plain, "float16")
+    capfd.readouterr()
+    ours = load(packed)
+    assert "INFO" not in capfd.readouterr().out  # commands print JSON there
+    assert ours.dtype == torch.float16
+    for plan in ("RRRRRR", PLAN):  # weights are unpacked in float16 for every product
+        torch.testing.assert_close(logits(ours.model, plan), logits(theirs.model, plan), rtol=0.01, atol=0.03)
+    assert not torch.allclose(logits(ours.model, PLAN), logits(ours.model), atol=0.3)
+    evaluator = PlainEvaluator(ours, small_task)
+    request = EvaluatePlans(("RRRRRR", PLAN, "SRFRBS"), "search", 4)
+    found = EvaluationDispatch(evaluator, memory_bytes=1 << 28).evaluate(request).results
+    slow = evaluator.evaluate_all(request).results
+    assert [each.scores for each in found] == [each.scores for each in slow]  # type: ignore[union-attr]
+    write_checkpoint(ours, SkipPlan.parse(PLAN), tmp_path / "out")
+    assert raw(tmp_path / "out") == expected_after_cut(raw(packed), PLAN)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    assert torch.equal(logits(again), logits(ours.model, PLAN))
