@@ -125,7 +125,7 @@ class PoolCache:
         """
         shares: list[PoolShare] = []
         pools: list[WorkerPool] = []
-        failed = False
+        failure: ClusterError | None = None
 
         def lend(inputs: JobInputs, still_wanted: Callable[[], None]) -> PoolShare:
             with self._lock:
@@ -139,24 +139,24 @@ class PoolCache:
 
         try:
             yield lend
-        except ClusterError:
-            failed = True
+        except ClusterError as error:
+            failure = error
             raise
         finally:
             with self._lock:
                 for share in shares:
                     share.close()
                     self._users -= 1
-                if failed and self._pool in pools:  # not one that another job has started meanwhile
-                    self.close()
+                if failure is not None and self._pool in pools:  # not one that another job has started meanwhile
+                    self.close(failure)
                 self._lock.notify_all()
 
-    def close(self) -> None:
-        """Stop the workers; jobs that use them get a ClusterLost."""
+    def close(self, reason: ClusterError | None = None) -> None:
+        """Stop the workers; jobs that use them get the ``reason``, a ClusterLost where there is none."""
         with self._lock:
             if self._pool is not None:
                 pool, self._pool = self._pool, None
-                self._in_main_thread(pool.close)
+                self._in_main_thread(partial(pool.close, reason))
 
     def close_idle(self) -> None:
         """Stop the workers if no job uses them."""
@@ -171,7 +171,10 @@ class PoolCache:
             pool.interrupt()
 
     def _prepare(self, inputs: JobInputs, still_wanted: Callable[[], None]) -> None:
-        """Have a pool that suits a job, once no job that came before it waits and none needs one that does not."""
+        """Have a pool that suits a job, once no job that came before it waits and none needs one that does not.
+
+        While it starts the lock is free, so that jobs behind this one may stop waiting.
+        """
         self._waiting.append(inputs)
         try:
             while self._waiting[0] is not inputs or (self._users and not self._suits(self._pool, inputs)):
@@ -179,11 +182,23 @@ class PoolCache:
                 if self._interrupted:
                     raise KeyboardInterrupt
                 still_wanted()
+            if self._users:
+                return
+            self._close_unless_it_suits(inputs)
+            if self._pool is None:
+                self._lock.release()
+                try:
+                    started = self._in_main_thread(partial(_start, inputs))
+                finally:
+                    self._lock.acquire()
+                self._pool = started
+            if self._interrupted:
+                raise KeyboardInterrupt
         finally:
             self._waiting = [each for each in self._waiting if each is not inputs]
             self._lock.notify_all()
-        if self._users:
-            return
+
+    def _close_unless_it_suits(self, inputs: JobInputs) -> None:
         pool = self._pool
         if pool is not None and pool.cluster.address == LOCAL and pool.idle and self._suits(pool, inputs):
             try:
@@ -192,10 +207,6 @@ class PoolCache:
                 self.close()  # what is left of it is no use; a new one may do
         else:
             self.close()
-        if self._pool is None:
-            self._pool = self._in_main_thread(partial(_start, inputs))
-        if self._interrupted:
-            raise KeyboardInterrupt
 
     def _suits(self, pool: WorkerPool | None, inputs: JobInputs) -> bool:
         return (

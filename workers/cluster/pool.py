@@ -145,13 +145,14 @@ class WorkerPool:
                     self._step_of_first_start(self._slots[position])
         self._started = True
 
-    def close(self) -> None:
+    def close(self, reason: ClusterError | None = None) -> None:
         """Stop all workers, and the cluster if this pool started it. Unfinished requests are dropped.
 
-        Other threads that wait for results get a ClusterLost.
+        Other threads that wait for results get the ``reason``, a ClusterLost where there is none.
         """
         with self._lock:
-            self._ended = self._ended or ClusterLost("the pool was closed while requests were running")
+            closed = reason or ClusterLost("the pool was closed while requests were running")
+            self._ended = self._ended or closed
             self._queue.clear()
             self._lock.notify_all()
             self._lock.wait_for(lambda: not self._watched, 2 * LONGEST_WAIT_SECONDS)

@@ -27,6 +27,7 @@ class Workers:
     def __init__(self, inputs: Any) -> None:
         self.cluster, self.model, self.fingerprint = cluster_settings(inputs), model_source(inputs.spec), "f" * 64
         self.closed = 0
+        self.reasons: list[str] = []
 
     def check_cluster(self) -> None:
         """The cluster is there."""
@@ -34,8 +35,9 @@ class Workers:
     def share(self, task: Any) -> Any:
         return SimpleNamespace(close=lambda: None, of=self)
 
-    def close(self) -> None:
+    def close(self, reason: ClusterError | None) -> None:
         self.closed += 1
+        self.reasons.append(str(reason))
 
 
 def wanted() -> None:
@@ -61,7 +63,7 @@ def test_a_failed_job_ends_the_pool_that_it_was_lent_before_others_start_one_and
         with pytest.raises(ClusterError), cache.lent() as lend_second:
             assert lend_second(inputs(8), wanted).of is first  # type: ignore[attr-defined]
             raise ClusterError("no worker is left")
-        assert first.closed == 1
+        assert first.closed == 1 and first.reasons == ["no worker is left"]  # what others who wait are told
         raise ClusterError("the cluster has ended")
     assert first.closed == 1
     with cache.lent() as lend:
@@ -69,6 +71,37 @@ def test_a_failed_job_ends_the_pool_that_it_was_lent_before_others_start_one_and
         with pytest.raises(ClusterError), cache.lent():
             raise ClusterError("it was lent none")
         assert other is not first and other.closed == 0
+
+
+def test_a_job_stops_waiting_while_the_pool_of_another_one_starts(
+    cache: PoolCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, goes_on = threading.Event(), threading.Event()
+
+    def start(wanted_by: Any) -> Workers:
+        starts.set()
+        assert goes_on.wait(20)
+        return Workers(wanted_by)
+
+    monkeypatch.setattr(pools, "_start", start)
+    lent: list[Any] = []
+
+    def first() -> None:
+        with cache.lent() as lend:
+            lent.append(lend(inputs(8), wanted))
+
+    def cancelled() -> None:
+        raise LeaseLost("cancelled")
+
+    thread = threading.Thread(target=first, daemon=True)
+    thread.start()
+    assert starts.wait(20)
+    with pytest.raises(LeaseLost), cache.lent() as lend:
+        lend(inputs(16), cancelled)
+    assert not lent  # the first one's pool has not started yet
+    goes_on.set()
+    thread.join(20)
+    assert len(lent) == 1
 
 
 def test_a_job_waits_for_one_that_came_before_it_and_waits(cache: PoolCache) -> None:
