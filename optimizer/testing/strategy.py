@@ -18,13 +18,13 @@ from optimizer.testing.require import made_up_table, require
 from workers.messages import NO_COMPENSATION
 from workers.runtime.plan import LETTERS, SAVING_LETTERS
 
-LAYERS = 6
+LAYERS = 5
 SAMPLES = 40
 TRIALS = 12
 
 
 def check_strategy(factory: Callable[[Problem], Strategy]) -> None:
-    """Check a strategy's function on a problem of six layers with every action, with and without compensation.
+    """Check a strategy's function on a problem of five layers with every action, with and without compensation.
 
     - ``start`` comes first, then ``ask`` and ``tell`` in turn; the strategy keeps to what ``Strategy`` promises: at
       most as many new candidates as were asked for, all of them of the problem's space, on rungs of the problem.

@@ -55,7 +55,7 @@ class Random(PlanList):
 
     def __init__(self, problem: Problem) -> None:
         Random.made += 1
-        texts = ["RRRRRS", "RRRRSR", "RRRSRR"]
+        texts = ["RRRRS", "RRRSR", "RRSRR"]
         super().__init__([Candidate(SkipPlan.parse(texts[Random.made % 3]))], problem, "random")
 
 
