@@ -280,7 +280,7 @@ def _run_some(rows: TokenRows, forward: Callable[..., Any], *args: Any, **kwargs
     first: Tensor = results if whole else results[0]
     flat = first.dim() == 2
     own = first.reshape(rows.batch, rows.width, -1) if flat else first
-    nothing = own.new_zeros(()).expand(rows.batch, rows.length, own.shape[-1])
+    nothing = own.new_zeros((1, 1, 1)).expand(rows.batch, rows.length, own.shape[-1])
     put = rows.put(nothing, own)
     put = put.flatten(0, 1) if flat else put
     return put if whole else (put, *results[1:])

@@ -86,7 +86,7 @@ def test_init_writes_a_job_file_that_is_usable(
     monkeypatch.chdir(tmp_path)
     assert _run(["init", "--model", "llava-12", "--task", "scenes", "--output", "job.yaml", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    actions = ["freeze", "bypass", "skip", "skip_attention", "skip_mlp"]
+    actions = ["freeze", "bypass", "skip", "skip_attention", "skip_mlp", "freeze_attention", "freeze_mlp"]
     assert told == {"output": "job.yaml", "layers": 12, "actions": actions}
     spec = load_job(Path("job.yaml"), environment={})
     assert (spec.model.path, spec.task, spec.workload.new_tokens) == ("llava-12", "scenes", 24)
