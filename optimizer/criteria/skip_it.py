@@ -109,7 +109,7 @@ class SkipIt(SkipItStatic):
 
         def part_removed(part: str) -> list[float]:
             shares = {group: known_values(table, f"operator_share@{part}", group) for group in moved}
-            by_part = ([m * s for m, s in zip(moved[group], shares[group], strict=True)] for group in moved)
+            by_part = ([_times(m, s) for m, s in zip(moved[group], shares[group], strict=True)] for group in moved)
             return _geometric_mean(_turned_by(table, part), *by_part)
 
         with_vision = table.has("propagation_gain", "vision")
@@ -119,7 +119,12 @@ class SkipIt(SkipItStatic):
 
 def _geometric_mean(*columns: Sequence[float]) -> list[float]:
     """Layer by layer."""
-    return [math.prod(each) ** (1 / len(columns)) for each in zip(*columns, strict=True)]
+    return [_times(*each) ** (1 / len(columns)) for each in zip(*columns, strict=True)]
+
+
+def _times(*factors: float) -> float:
+    """Multiply; what could not be measured stays infinite, even where another factor is 0."""
+    return math.inf if math.inf in factors else math.prod(factors)
 
 
 def _turned_by(table: LayerTable, part: str) -> tuple[float, ...]:

@@ -243,6 +243,13 @@ def test_parts_are_as_risky_as_their_share_of_the_layer() -> None:
     assert influence.risk["A"] == (0.1, 0.02, 0.15) and influence.risk["M"] == (0.2, 0.03, math.inf)
 
 
+def test_a_layer_that_cannot_be_taken_apart_is_never_safe_in_parts() -> None:
+    # Removing layer 2 changes nothing, and its MLP cannot be told from the rest.
+    idle = {**MEASURED, "final_change__last": [0.9, 0.4, 0.0], "final_change__text": [0.6, 0.2, 0.0]}
+    risk = criteria.load("skip-it").risk(table(**idle, **PARTS))
+    assert risk.risk["M"][2] == risk.risk["P"][2] == math.inf and risk.risk["A"][2] == risk.risk["S"][2] == 0.0
+
+
 def test_parts_without_a_risk_of_their_own_are_as_risky_as_the_layer() -> None:
     measured = table(**MEASURED)  # by a job that leaves out no parts
     for name in ("skip-it", "cosine"):
