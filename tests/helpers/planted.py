@@ -66,7 +66,7 @@ SMALL = (0.5, 0.01, 0.0, 0.2, 0.0, 0.02, 0.0, 0.6)
 
 
 def small(**fields: object) -> Planted:
-    return Planted({(layer, letter): harm for layer, harm in enumerate(SMALL) for letter in "FBSCAM"}, **fields)
+    return Planted({(layer, letter): harm for layer, harm in enumerate(SMALL) for letter in "FBSCAMQP"}, **fields)
 
 
 def risk_of(singles: Mapping[tuple[int, str], float], layers: int) -> Risk:

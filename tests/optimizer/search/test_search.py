@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 from planted import SAMPLES, Planted, problem_of, search, small
 
+from optimizer import criteria
 from optimizer.job.sections import ConstraintSpec, SearchSpec
-from optimizer.registries import SAMPLERS, STRATEGIES
+from optimizer.registries import CRITERIA, SAMPLERS, STRATEGIES
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
 from optimizer.search.loop import Search
+from optimizer.search.seeding import with_seeds
 from optimizer.search.space import Candidate
 from optimizer.search.trial import Trial, paired_difference
+from workers.redundancy.kinds import ANSWER, GROUPS, INTERVENTIONS, OPERATORS
+from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime import SkipPlan
+from workers.runtime.plan import LETTERS
 
 LAYERS = 8
 
@@ -30,7 +35,7 @@ def test_finds_the_plan_of_all_harmless_layers_and_evaluates_nothing_twice(strat
 @pytest.mark.parametrize("strategy", SAMPLERS)
 def test_evaluations_are_as_many_as_asked_for_and_none_twice(strategy):
     planted = small()
-    outcome = search(planted, strategy=strategy, trials=12)
+    outcome = search(planted, LETTERS, strategy=strategy, trials=12)
     assert len(planted.asked) == len(set(planted.asked)) and len(outcome.trials) == 13
     assert outcome.stopped_because == "the budget of 12 trials is spent"
 
@@ -94,6 +99,32 @@ def test_never_touches_more_layers_than_allowed(strategy):
 def test_all_actions_can_be_proposed(strategy):
     outcome = search(small(), "RFBS", trials=40, strategy=strategy)
     assert set("".join(trial.plan for trial in outcome.trials)) == set("RFBS")
+
+
+def measured(*, parts):
+    """Some value of everything that criteria read, with or without attention and MLPs by themselves."""
+    names = ["cosine_distance", "propagation_gain", "final_change", "vision_attention", "withdrawal"]
+    names += [f"angular_distance@{length}" for length in range(1, LAYERS + 1)]
+    names += [f"linear_redundancy@{length}" for length in range(1, LAYERS)]
+    tried = INTERVENTIONS + (OPERATORS if parts else ())
+    names += [f"{name}@{action.label}" for name in ("layer_contribution", "trial_divergence") for action in tried]
+    if parts:
+        names += [f"operator_{name}@{part}" for name in ("distance", "angle", "share") for part in ("attention", "mlp")]
+    keys = [(name, group, layer) for name in names for group in (*GROUPS, ANSWER) for layer in range(LAYERS)]
+    values = np.random.default_rng(0).random(len(keys))
+    rows = (LayerMeasurement(*key, float(value), 0.01, 9) for key, value in zip(keys, values, strict=True))
+    return LayerTable(LAYERS, tuple(rows))
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["parts measured", "whole layers measured"])
+@pytest.mark.parametrize("criterion", CRITERIA.built_in)
+def test_all_actions_are_searched_under_every_criterion(criterion, parts):
+    table, spec = measured(parts=parts), SearchSpec(strategy="surrogate", trials=9, rungs=(50,))
+    problem = replace(problem_of(small(), LETTERS, spec=spec, table=table, seeded=False), trust=0.5)
+    problem = with_seeds(replace(problem, risk=criteria.load(criterion).risk(table).weighed(0.5)), spec)
+    assert {letter for candidate in problem.reserve for letter in candidate.plan.text} == set(LETTERS)
+    outcome = Search(problem, STRATEGIES["surrogate"](problem), Budget(spec, lambda: 0.0), evaluate=small()).run()
+    assert len(outcome.trials) == 10 and not outcome.failed
 
 
 def test_compensated_and_plain_plans_are_searched_together():

@@ -229,7 +229,7 @@ def test_every_published_strategy_ends_and_says_why():
         planted = small()
         outcome = (
             search(
-                planted, "RFBSAM", strategy=strategy, trials=40, compensations=("none", "linear x"), constraint=LOOSE
+                planted, "RFBSAMQP", strategy=strategy, trials=40, compensations=("none", "linear x"), constraint=LOOSE
             )
             if strategy != "exhaustive"
             else search(planted, strategy=strategy, trials=40)
