@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,20 +94,28 @@ class AdditiveProblem:
         return tuple(dict.fromkeys(candidate for candidate in found if candidate is not None))
 
 
+_closing = threading.Lock()
+"""Two threads at once would each keep the other's closed output."""
+
+
 @contextmanager
 def _standard_output_closed() -> Iterator[None]:
     """Drop what HiGHS prints on standard output whatever its options say, now and then: results in JSON go there."""
     library = ctypes.CDLL(None)
-    library.fflush(None)
-    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    try:
-        yield
-    finally:
+    with _closing, ExitStack() as restoring:
+        try:
+            kept = os.dup(1)
+        except OSError:  # there is none
+            yield
+            return
+        restoring.callback(os.close, kept)
+        restoring.callback(os.dup2, kept, 1)
+        restoring.callback(library.fflush, None)
         library.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
         os.close(nothing)
+        yield
 
 
 def steps_of(space: PlanSpace) -> list[Step]:

@@ -1,6 +1,8 @@
 """Space and seeds on numbers small enough to check by hand or by trying everything."""
 
 import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 
@@ -108,16 +110,26 @@ def test_additive_problem_is_solved_exactly(seed):
         assert total(found)[0] == pytest.approx(min(feasible), abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", [16, 210])  # with scipy 1.17, HiGHS prints a line in solving them
-def test_the_solver_prints_nothing(seed, capfd):
+def large(seed):
     random = np.random.default_rng(seed)
     space = PlanSpace(("RFBS",) * 30, 30)
     steps = [(layer, letter) for layer in range(30) for letter in "FBS"]
     risk = {step: float(random.lognormal(0, 2)) for step in steps}
-    saving = {step: float(random.uniform(0, 0.03)) for step in steps}
-    assert AdditiveProblem(space, risk, saving).solve(0.8) is not None
+    return AdditiveProblem(space, risk, {step: float(random.uniform(0, 0.03)) for step in steps})
+
+
+@pytest.mark.parametrize("seed", [16, 210])  # with scipy 1.17, HiGHS prints a line in solving them
+def test_the_solver_prints_nothing(seed, capfd):
+    assert large(seed).solve(0.8) is not None
     ctypes.CDLL(None).fflush(None)
     assert capfd.readouterr() == ("", "")
+
+
+def test_jobs_that_solve_at_once_keep_their_standard_output(capfd):
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda seed: large(seed).solve(0.8), range(16)))
+    os.write(1, b"results")
+    assert capfd.readouterr().out == "results"
 
 
 def test_steps_of_infinite_risk_are_never_taken():
