@@ -31,6 +31,7 @@ METHODS = {
     "sleb": f"{_SEARCH}.greedy:sleb",
     "llm-drop": f"{_SEARCH}.published:llm_drop",
     "finercut": f"{_SEARCH}.greedy:finercut",
+    "gsop": f"{_SEARCH}.greedy:gsop",
     "evopress": f"{_SEARCH}.evopress:EvoPress",
     "swift": f"{_SEARCH}.swift:Swift",
     "knapspec": f"{_SEARCH}.knapspec:knapspec",

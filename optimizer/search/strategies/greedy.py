@@ -10,13 +10,25 @@ from collections.abc import Mapping, Sequence
 
 from optimizer.search.problem import Answer, Ask, Problem, better_first
 from optimizer.search.space import RUN, SKIP, Candidate
-from optimizer.search.strategies.published import need_plain_skips, need_sublayers
+from optimizer.search.strategies.published import (
+    need_plain_skips,
+    need_sublayers,
+    need_vision_sublayers,
+)
 from optimizer.search.trial import Trial
 from workers.runtime import Action
 
 ATTENTION_GONE, MLP_GONE = Action.SKIP_ATTENTION.letter, Action.SKIP_MLP.letter
+ATTENTION_FROZEN, MLP_FROZEN = Action.FREEZE_ATTENTION.letter, Action.FREEZE_MLP.letter
+FROZEN, BYPASSED = Action.FREEZE.letter, Action.BYPASS.letter
 LAYERS = {RUN: SKIP}
 SUBLAYERS = {RUN: ATTENTION_GONE + MLP_GONE, ATTENTION_GONE: SKIP, MLP_GONE: SKIP}
+VISION_SUBLAYERS = {
+    RUN: ATTENTION_FROZEN + MLP_FROZEN,
+    ATTENTION_FROZEN: FROZEN,
+    MLP_FROZEN: FROZEN,
+    FROZEN: BYPASSED,
+}
 
 
 class Greedy:
@@ -76,3 +88,15 @@ def finercut(problem: Problem) -> Greedy:
     """
     need_sublayers(problem, "finercut")
     return Greedy(problem, "finercut", SUBLAYERS)
+
+
+def gsop(problem: Problem) -> Greedy:
+    """Remove the operation on vision tokens whose removal hurts least, again and again.
+
+    Operations are what attention updates in vision tokens, what the MLP does, and that text attends to vision tokens,
+    which goes last at a layer. Which of them may go follows from the job's actions. Source: Liu et al., "Beyond Token
+    Pruning: Operation Pruning in Vision-Language Models" (GSOP), arXiv 2507.02909v1, with all vision tokens as one
+    group, and without its shortcuts: every remaining operation is measured in every round.
+    """
+    need_vision_sublayers(problem, "gsop")
+    return Greedy(problem, "gsop", VISION_SUBLAYERS)

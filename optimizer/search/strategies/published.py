@@ -25,6 +25,7 @@ KINDS = {
 """Kinds of measurement that a method reads beside the job's criterion."""
 
 SUBLAYER_ACTIONS = (Action.SKIP_ATTENTION, Action.SKIP_MLP)
+VISION_SUBLAYER_ACTIONS = (Action.FREEZE_ATTENTION, Action.FREEZE_MLP)
 
 
 def skip_it(problem: Problem) -> PlanList:
@@ -154,14 +155,25 @@ def need_plain_skips(problem: Problem, strategy: str) -> None:
 
 def need_sublayers(problem: Problem, strategy: str) -> None:
     """Refuse a job that leaves out neither attention nor MLPs, or both but no layer as a whole. Raises UsageFault."""
-    named = [action for action in SUBLAYER_ACTIONS if any(action.letter in own for own in problem.space.letters)]
+    if _parts_named(problem, strategy, SUBLAYER_ACTIONS, Action.SKIP) > 1:
+        need_plain_skips(problem, strategy)  # a layer that loses both is skipped
+
+
+def need_vision_sublayers(problem: Problem, strategy: str) -> None:
+    """Refuse a job that freezes neither attention nor MLPs alone, or both but no layer. Raises UsageFault."""
+    if _parts_named(problem, strategy, VISION_SUBLAYER_ACTIONS, Action.FREEZE) > 1:
+        _need_action(problem, strategy, Action.FREEZE)
+
+
+def _parts_named(problem: Problem, strategy: str, parts: tuple[Action, ...], whole: Action) -> int:
+    """Return how many of the actions on parts of a layer a job has, of which it needs one. Raises UsageFault."""
+    named = sum(any(action.letter in own for own in problem.space.letters) for action in parts)
     if not named:
         raise UsageFault(
             f"search.strategy: {strategy} needs an action that leaves out a part of a layer "
-            f"(actions: [{', '.join(action.label for action in SUBLAYER_ACTIONS)}, {Action.SKIP.label}])"
+            f"(actions: [{', '.join(action.label for action in (*parts, whole))}])"
         )
-    if len(named) > 1:
-        need_plain_skips(problem, strategy)  # a layer that loses both is skipped
+    return named
 
 
 def _need_action(problem: Problem, strategy: str, action: Action) -> None:

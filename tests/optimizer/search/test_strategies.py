@@ -97,6 +97,26 @@ def test_finercut_removes_one_kind_alone_where_the_job_allows_no_other(letters, 
     assert set("".join(plan for plan, _ in planted.asked)) == set(letters)
 
 
+def test_gsop_removes_operations_on_vision_tokens_whichever_hurts_least_measured_anew():
+    # Worked out by hand, in what a step adds: attention of layer 1 (0.01), its MLP (0.02), text's attention to it
+    # (0.05), the MLP of layer 0 (0.1), its attention (0.5), text's attention to it (0.3).
+    harm = {(0, "Q"): 0.3, (0, "P"): 0.1, (0, "F"): 0.6, (0, "B"): 0.9}
+    harm |= {(1, "Q"): 0.01, (1, "P"): 0.04, (1, "F"): 0.03, (1, "B"): 0.08}
+    planted = Planted(harm, layers=2)
+    outcome = search(planted, "RFBQP", strategy="gsop", constraint=LOOSE, trials=100)
+    complete = [plan for plan, size in planted.asked if size == 200]
+    assert complete == ["RR", "RQ", "RF", "RB", "PB", "FB", "BB"]
+    assert len(planted.asked) == len(set(planted.asked))
+    assert outcome.stopped_because == "gsop has removed everything that may go"
+
+
+@pytest.mark.parametrize(("letters", "last"), [("RQ", "QQQ"), ("RP", "PPP"), ("RFQP", "FFF")])
+def test_gsop_goes_as_far_as_the_job_allows(letters, last):
+    planted = Planted({(layer, letter): 0.1 for layer in range(3) for letter in letters[1:]}, layers=3)
+    search(planted, letters, strategy="gsop", constraint=LOOSE, trials=100)
+    assert [plan for plan, size in planted.asked if size == 200][-1] == last
+
+
 @pytest.mark.parametrize(
     ("letters", "expected"),
     [
@@ -211,6 +231,8 @@ def test_exhaustive_tries_every_plan_few_touched_layers_first():
         ("finercut", "RS", r"leaves out a part of a layer \(actions: \[skip_attention, skip_mlp, skip\]"),
         ("finercut", "RAM", "skip"),
         ("llm-drop", "RS", "leaves out a part of a layer"),
+        ("gsop", "RFB", r"leaves out a part of a layer \(actions: \[freeze_attention, freeze_mlp, freeze\]"),
+        ("gsop", "RQP", "freeze"),
     ],
 )
 def test_what_a_method_needs_is_said(strategy, letters, missing):
