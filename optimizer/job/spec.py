@@ -209,11 +209,11 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _compensation_fits(self) -> JobSpec:
-        partial = [action.label for action in Action if action.row.leaves_out and action.label in self.actions]
-        if partial and self.compensation.kind != "none":
+        parts = [action.label for action in Action if action.row.removes_part and action.label in self.actions]
+        if parts and self.compensation.kind != "none" and self.compensation.source == "dense":
             raise ValueError(
-                f"compensation: plans with {' and '.join(partial)} are not compensated; leave these actions out, or "
-                "take compensation none"
+                f"compensation.source: plans with {' and '.join(parts)} are not compensated with source dense; take "
+                "source pruned, or leave these actions out"
             )
         return self
 

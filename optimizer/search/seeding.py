@@ -14,6 +14,7 @@ from optimizer.search.seeds.theory import Seeds, random_seeds, theory_seeds
 from optimizer.search.space import Candidate
 from optimizer.search.strategies.published import published_chains
 from optimizer.search.trial import Trial
+from workers.messages import NO_COMPENSATION
 from workers.runtime import SkipPlan
 
 
@@ -56,7 +57,7 @@ def with_given(problem: Problem, plans: Sequence[str]) -> Problem:
     given = []
     for text in plans:
         plan = SkipPlan.parse(text)
-        candidates = [Candidate(plan, compensation) for compensation in problem.space.compensations]
+        candidates = [Candidate(plan, own) for own in dict.fromkeys([NO_COMPENSATION, *problem.space.compensations])]
         inside = [candidate for candidate in candidates if candidate in problem.space]
         if not inside:
             raise UsageFault(

@@ -12,6 +12,7 @@ from optimizer.errors import UsageFault
 from optimizer.job.spec import JobSpec
 from workers.messages import NO_COMPENSATION, WorkerInfo
 from workers.runtime import Action, SkipPlan
+from workers.runtime.gaps import gaps
 
 RUN, SKIP = Action.RUN.letter, Action.SKIP.letter
 COMPENSATED = "C"
@@ -41,12 +42,15 @@ class PlanSpace:
     """Letters allowed per layer (``R`` first everywhere) and the most layers that may differ from ``R``.
 
     ``compensations`` holds ``"none"``, one recipe's text, or both. Samplers work on genomes: a plan's text in which a
-    compensated skip is ``C``; the skips of one plan are compensated all or none.
+    compensated skip is ``C``; the gaps of one plan are compensated all or none. Plans that skip no layer but leave out
+    parts of some are compensated where the space has no others.
     """
 
     letters: tuple[str, ...]
     max_touched: int
     compensations: tuple[str, ...] = (NO_COMPENSATION,)
+    whole: tuple[str, ...] = ()
+    """Compensations of the space that this one is a part of, if it is one."""
 
     @property
     def num_layers(self) -> int:
@@ -86,9 +90,10 @@ class PlanSpace:
 
     def candidate(self, genome: str) -> Candidate:
         """Return the candidate of a genome."""
-        if COMPENSATED in genome and self.recipe is not None:
-            return Candidate(SkipPlan.parse(genome.replace(COMPENSATED, SKIP)), self.recipe)
-        return Candidate(SkipPlan.parse(genome))
+        plan = SkipPlan.parse(genome.replace(COMPENSATED, SKIP))
+        has_plain = NO_COMPENSATION in (self.whole or self.compensations)
+        compensated = COMPENSATED in genome or (not has_plain and bool(gaps(plan)))
+        return Candidate(plan, self.recipe) if compensated and self.recipe is not None else Candidate(plan)
 
     def allows(self, genome: str) -> bool:
         """Whether a text is the genome of a candidate of this space."""
@@ -100,11 +105,9 @@ class PlanSpace:
         return within and len(genome) - genome.count(RUN) <= self.max_touched
 
     def __contains__(self, candidate: Candidate) -> bool:
-        if candidate.compensation not in (NO_COMPENSATION, self.recipe):
-            return False
-        if candidate.compensation != NO_COMPENSATION and not candidate.plan.layers(Action.SKIP):
-            return False  # nothing to compensate: the same plan without compensation is the one way to say it
-        return self.allows(self.genome(candidate))
+        genome = self.genome(candidate)
+        # A plan that both compensations leave alike is said in one way.
+        return self.allows(genome) and self.candidate(genome) == candidate
 
     @property
     def is_listed(self) -> bool:
@@ -114,7 +117,9 @@ class PlanSpace:
     @property
     def parts(self) -> tuple[PlanSpace, ...]:
         """The space by compensation: the skips of one plan are compensated all or none."""
-        return tuple(PlanSpace(self.letters, self.max_touched, (each,)) for each in self.compensations)
+        return tuple(
+            PlanSpace(self.letters, self.max_touched, (own,), self.compensations) for own in self.compensations
+        )
 
     def enumerate(self) -> Iterator[Candidate]:
         """Every candidate once, the last layers varying fastest; those of one compensation after those of the other."""

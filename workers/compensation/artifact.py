@@ -1,7 +1,8 @@
 """Encode fitted maps as safetensors bytes: equal maps give equal bytes, so that a checksum shows an equal re-fit.
 
 The file holds ``layers.K.matrix`` float32, which is applied from the right to the MLP's output of layer K (``[hidden,
-hidden]``) or, with ``scope=projection``, to what its last projection is given (``[width, hidden]``).
+hidden]``) or, with ``scope=projection``, to what its last projection is given (``[width, hidden]``); where the plan
+leaves out that MLP, to those of its attention.
 Metadata: one JSON text with sorted keys that says what was fitted, on what, and how well.
 """
 
@@ -83,7 +84,7 @@ def decode(content: bytes, *, plan: str | None = None) -> Decoded:
         tensors, record = load(content), _metadata(content)
         own_plan, compensation = str(record["plan"]), str(record["compensation"])
         recipe = Recipe.parse(compensation)
-        open_gaps = {gap.layer: gap.end for gap in gaps(SkipPlan.parse(own_plan), drift=recipe.drift)}
+        open_gaps = {gap.layer: gap for gap in gaps(SkipPlan.parse(own_plan), drift=recipe.drift)}
         shares = {int(gap["layer"]): float(gap["share"]) for gap in record["gaps"]}
     except (SafetensorError, ValueError, KeyError, TypeError, PlanError) as error:
         raise CompensationError(f"compensation maps cannot be read: {one_line(error)}") from None
@@ -96,8 +97,8 @@ def decode(content: bytes, *, plan: str | None = None) -> Decoded:
     if tensors.keys() != {f"layers.{layer}.matrix" for layer in open_gaps} or open_gaps.keys() != shares.keys():
         raise CompensationError(f"the compensation maps do not hold one map for every gap of plan {own_plan}")
     maps = {
-        layer: GapMap(layer, end, tensors[f"layers.{layer}.matrix"], shares[layer], recipe.scope)
-        for layer, end in open_gaps.items()
+        layer: GapMap(layer, gap.end, tensors[f"layers.{layer}.matrix"], shares[layer], recipe.scope, gap.part)
+        for layer, gap in open_gaps.items()
     }
     return Decoded(own_plan, compensation, maps, record)
 

@@ -26,9 +26,13 @@ from workers.models.inputs import PreparedBatch, prepare_batch
 from workers.models.loading import LoadedModel
 from workers.models.multiple_choice import chosen_tokens
 from workers.models.prompts import to_device
+from workers.runtime.edits import Edits
 from workers.runtime.families import describe
-from workers.runtime.folding import FoldingError, FoldSite, added_share, fold_site
+from workers.runtime.folding import FoldingError, added_share, fold_site
+from workers.runtime.gaps import PARTS, Part
 from workers.runtime.locate import DecoderStack, locate
+from workers.runtime.plan import Action
+from workers.runtime.sublayers import block_of, leave_out
 from workers.tasks import Sample, Task
 from workers.tasks.joint import asked_apart
 from workers.text import describe_error
@@ -75,6 +79,16 @@ class CalibrationBatch:
 
 
 @dataclass(frozen=True)
+class Holders:
+    """Which layers can hold a map at the end of one of their parts."""
+
+    shares: dict[int, float] = field(default_factory=dict)
+    """By layer, the factor with which the part's output enters the residual stream."""
+    refusals: dict[int, str] = field(default_factory=dict)
+    """By layer, why it cannot hold a map."""
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The calibration batches of one model and task, and what its layers can hold."""
 
@@ -84,10 +98,7 @@ class Calibration:
     """All tokens of these samples, padding left out."""
     kept: int
     """Tokens whose states fit into the memory budget; the sums run over these."""
-    shares: dict[int, float]
-    """By layer, the factor with which the MLP's output enters the residual stream."""
-    refusals: dict[int, str]
-    """By layer, why it cannot hold a map."""
+    holders: dict[Part, Holders]
     failed_samples: dict[str, str] = field(default_factory=dict)
     """Samples that were left out, and why."""
     text_share: float = 0.0
@@ -103,11 +114,12 @@ class Calibration:
         """Where its states lie."""
         return self.batches[0].kept.device
 
-    def require(self, layer: int) -> float:
-        """Return the share of a layer. Raises :class:`CompensationError` with the reason when it cannot hold a map."""
-        if layer in self.refusals:
-            raise CompensationError(self.refusals[layer])
-        return self.shares[layer]
+    def require(self, layer: int, part: Part = "mlp") -> float:
+        """Return the share of a layer's part. Raises :class:`CompensationError` with the reason if it holds no map."""
+        own = self.holders[part]
+        if layer in own.refusals:
+            raise CompensationError(own.refusals[layer])
+        return own.shares[layer]
 
 
 @dataclass(frozen=True)
@@ -179,8 +191,7 @@ def calibrate(
         samples=tuple(sample.id for each in prepared for sample in each.samples),
         tokens=total,
         kept=len(chosen),
-        shares=prover.shares,
-        refusals=prover.refusals,
+        holders=prover.holders,
         failed_samples=failed,
         text_share=text.share,
     )
@@ -363,19 +374,21 @@ def _dense_pass(
 
 
 class _Prover:
-    """Prove on the first batch that layers are residual + linear projection, by running each twice more."""
+    """Prove on the first batch that layers are residual + linear projection, by running each twice more.
+
+    As often without its MLP, for maps at the end of its attention.
+    """
 
     def __init__(self, stack: DecoderStack) -> None:
         self._stack, self._busy = stack, False
-        self.shares: dict[int, float] = {}
-        self.refusals: dict[int, str] = {}
+        self.holders: dict[Part, Holders] = {part: Holders() for part in PARTS}
 
     @contextmanager
     def proving(self) -> Iterator[None]:
         """While in here, layers that are not proven yet are when they run."""
         handles = []
         for index, layer in enumerate(self._stack.layers):
-            if index in self.shares or index in self.refusals:
+            if any(index in own.shares or index in own.refusals for own in self.holders.values()):
                 continue
             hook = lambda module, args, kwargs, output, index=index: self._prove(index, module, args, kwargs)  # noqa: E731
             handles.append(layer.register_forward_hook(hook, with_kwargs=True))
@@ -394,9 +407,26 @@ class _Prover:
 
         self._busy = True
         try:
-            site: FoldSite = fold_site(self._stack, index)
-            self.shares[index] = added_share(index, site, run)
-        except FoldingError as error:
-            self.refusals[index] = str(error)
+            for part, own in self.holders.items():
+                try:
+                    site = fold_site(self._stack, index, part)
+                    with nullcontext() if part == "mlp" else self._without_mlp(index, layer):
+                        own.shares[index] = added_share(index, site, run)
+                except FoldingError as error:
+                    own.refusals[index] = str(error)
         finally:
             self._busy = False
+
+    @contextmanager
+    def _without_mlp(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Have a layer run without its MLP. Raises :class:`FoldingError` where it cannot."""
+        edits = Edits()
+        try:
+            leave_out(edits, layer, block_of(layer, int(self._stack.text_config.hidden_size)), index, Action.SKIP_MLP)
+            yield
+        except FoldingError:
+            raise
+        except Exception as error:  # whatever the layer's code raises without it
+            raise FoldingError(f"layer {index} cannot hold a map without its MLP: {describe_error(error)}") from error
+        finally:
+            edits.undo()

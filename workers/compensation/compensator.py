@@ -59,7 +59,6 @@ class Compensator:
         recipe = Recipe.parse(compensation)
         if recipe.is_none:
             return None
-        require_whole_layers(plan)
         if artifact is None:
             return self.fitted(plan, recipe).maps
         known = self._read.get(artifact.checksum)
@@ -84,7 +83,6 @@ class Compensator:
             raise CompensationError("compensation none has no maps to fit")
         self.text = request.text
         plan = SkipPlan.parse(request.plan)
-        require_whole_layers(plan)
         fitted = self.fitted(plan, recipe)
         calibration = self.calibration(recipe)
         provenance = Provenance(
@@ -112,7 +110,9 @@ class Compensator:
         width = int(self.loaded.model.config.get_text_config(decoder=True).hidden_size)
         calibration = calibrate(self.loaded, self.task, tokens=tokens_for(width))
         shares = linear_redundancy(self.loaded, calibration, ridge=request.ridge)
-        return LinearRedundancy(shares, calibration.kept, calibration.refusals, calibration.failed_samples)
+        return LinearRedundancy(
+            shares, calibration.kept, calibration.holders["mlp"].refusals, calibration.failed_samples
+        )
 
     def calibration(self, recipe: Recipe) -> Calibration:
         """Return the calibration of a recipe; the last one is kept, since it holds the dense states of all layers."""
@@ -152,14 +152,4 @@ class Compensator:
             f"dtype={str(self.loaded.model.dtype).removeprefix('torch.')} attention={config._attn_implementation} "
             f"device={self.loaded.device.type} threads={torch.get_num_threads()} python={platform.python_version()} "
             f"torch={torch.__version__} transformers={transformers.__version__}"
-        )
-
-
-def require_whole_layers(plan: SkipPlan) -> None:
-    """Raise :class:`CompensationError` where a plan leaves out parts of layers: its gaps are not compensated."""
-    layer = next((layer for layer, action in enumerate(plan) if action.row.leaves_out), None)
-    if layer is not None:
-        raise CompensationError(
-            f"layer {layer}: a plan with {plan[layer].letter} ({plan[layer].label}) is not compensated; take "
-            "compensation none"
         )

@@ -70,11 +70,12 @@ def fit(model: nn.Module, calibration: Calibration, plan: SkipPlan, recipe: Reci
     Raises :class:`CompensationError` when a layer before a gap cannot hold a map, with the reason.
     """
     started = time.perf_counter()
+    require_source(plan, recipe)
     open_gaps = gaps(plan, drift=recipe.drift)
-    shares = {gap.layer: calibration.require(gap.layer) for gap in open_gaps}
+    shares = {gap: calibration.require(gap.layer, gap.part) for gap in open_gaps}
     stack = locate(model)
     for gap in open_gaps:
-        require_holds(stack, gap.layer, recipe)
+        require_holds(stack, gap, recipe)
     weigh = weigher(recipe.weighting, calibration)
     maps: dict[int, GapMap] = {}
     found: list[GapShare] = []
@@ -100,7 +101,7 @@ def fit_gap(
         parts.append(GapSums.of(own.acted_on[batch.kept], residual, target, weigh(batch, target)))
     sums = GapSums.merge(parts)
     solution = solve(sums, ridge=recipe.ridge)
-    fitted = _gap_map(gap, solution, calibration.require(gap.layer), recipe.scope)
+    fitted = _gap_map(gap, solution, calibration.require(gap.layer, gap.part), recipe.scope)
     return fitted, GapShare(gap.layer, gap.end, sums.plain_share, solution.unexplained)
 
 
@@ -109,12 +110,22 @@ def change_of(own: GapMap, device: torch.device) -> Tensor:
     return own.change.float().to(device)
 
 
-def require_holds(stack: DecoderStack, layer: int, recipe: Recipe) -> None:
-    """Raise :class:`CompensationError` unless the layer can hold a map of this recipe."""
+def require_source(plan: SkipPlan, recipe: Recipe) -> None:
+    """Raise :class:`CompensationError` where maps for missing parts would be fitted on states that have them."""
+    layer = next((layer for layer, action in enumerate(plan) if action.row.removes_part), None)
+    if layer is not None and recipe.source == "dense":
+        raise CompensationError(
+            f"layer {layer}: {plan[layer].letter} ({plan[layer].label}) is not compensated with source dense; take "
+            "source pruned"
+        )
+
+
+def require_holds(stack: DecoderStack, gap: Gap, recipe: Recipe) -> None:
+    """Raise :class:`CompensationError` unless the layer before a gap can hold a map of this recipe."""
     try:
-        site = fold_site(stack, layer)
+        site = fold_site(stack, gap.layer, gap.part)
         if recipe.scope == "projection":
-            require_projection(site, layer)
+            require_projection(site, gap.layer)
     except FoldingError as error:
         raise CompensationError(str(error)) from None
 
@@ -123,7 +134,7 @@ def _gap_map(gap: Gap, solution: Solution, share: float, scope: Scope) -> GapMap
     matrix = solution.change
     if scope == "output":
         matrix = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device) + matrix
-    return GapMap(gap.layer, gap.end, matrix.float().cpu(), share, scope)
+    return GapMap(gap.layer, gap.end, matrix.float().cpu(), share, scope, gap.part)
 
 
 class _Reached(BaseException):
@@ -141,7 +152,7 @@ class _Passes:
         stack: DecoderStack,
         applied: AppliedPlan,
         batches: Sequence[CalibrationBatch],
-        shares: dict[int, float],
+        shares: dict[Gap, float],
         scope: Scope,
     ) -> None:
         self._stack, self._applied, self._batches, self._shares = stack, applied, batches, shares
@@ -153,10 +164,10 @@ class _Passes:
 
     def __enter__(self) -> _Passes:
         with Hooks() as hooks:
-            for layer in self._shares:
-                watched = acted_on(fold_site(self._stack, layer), self._scope, layer)
+            for gap, share in self._shares.items():
+                watched = acted_on(fold_site(self._stack, gap.layer, gap.part), self._scope, gap.layer)
                 hooks.enter_context(watched)
-                hooks.after(self._stack.layers[layer], partial(self._behind, layer, watched))
+                hooks.after(self._stack.layers[gap.layer], partial(self._behind, gap.layer, share, watched))
             hooks.enter_context(self._applied)
             self._hooks = hooks.pop_all()
         return self
@@ -177,10 +188,10 @@ class _Passes:
             raise CompensationError(f"layer {layer} did not run once in every forward pass, so no map can be fitted")
         return self._found
 
-    def _behind(self, layer: int, watched: ActedOn, output: Any) -> Any:
+    def _behind(self, layer: int, share: float, watched: ActedOn, output: Any) -> Any:
         """Behind a layer before a gap: put its map in place, or end the pass where it has none yet."""
         state = hidden_of(output)
-        rows = on_all_tokens(watched.take().to(state.device), state, self._batch.vision) * self._shares[layer]
+        rows = on_all_tokens(watched.take_runs(), state, self._batch.vision) * share
         if layer not in self.changes:
             self._found.append(GapStates(rows, state.flatten(0, 1)))
             raise _Reached
@@ -193,11 +204,17 @@ def changed_state(state: Tensor, acted_on: Tensor, change: Tensor) -> Tensor:
     return (state.float() + (acted_on.float() @ change).view(state.shape)).to(state.dtype)
 
 
-def on_all_tokens(rows: Tensor, state: Tensor, vision: Tensor) -> Tensor:
-    """Rows of a layer for all tokens, ``[batch * tokens, width]``: zero for those that did not go through it."""
-    if len(rows) == state.shape[0] * state.shape[1]:
-        return rows
+def on_all_tokens(runs: Sequence[Tensor], state: Tensor, vision: Tensor) -> Tensor:
+    """Rows of a layer's runs for all tokens, ``[batch * tokens, width]``: zero for those that did not go through it.
+
+    The runs, ``[rows, width]`` each, are one of all tokens, one of text, or one of text and one of vision tokens.
+    """
+    runs = [rows.to(state.device) for rows in runs]
+    if len(runs) == 1 and len(runs[0]) == state.shape[0] * state.shape[1]:
+        return runs[0]
     split = TokenSplit.from_vision_mask(vision)
     assert split is not None
-    text = rows.view(split.text.batch, split.text.width, -1)
-    return split.text.put(text.new_zeros(*state.shape[:2], text.shape[-1]), text).flatten(0, 1)
+    every = runs[0].new_zeros(*state.shape[:2], runs[0].shape[-1])
+    for rows, part in zip(runs, (split.text, split.vision), strict=False):
+        every = part.put(every, rows.view(part.batch, part.width, -1))
+    return every.flatten(0, 1)

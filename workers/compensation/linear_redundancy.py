@@ -44,14 +44,15 @@ def linear_redundancy(loaded: LoadedModel, calibration: Calibration, *, ridge: f
 def _outputs(loaded: LoadedModel, calibration: Calibration) -> dict[int, list[Tensor]]:
     """M of every layer that can hold a map, by batch, ``[kept, hidden]``, from one dense pass."""
     stack = locate(loaded.model)
-    sites = {layer: fold_site(stack, layer) for layer in calibration.shares}
+    shares = calibration.holders["mlp"].shares
+    sites = {layer: fold_site(stack, layer) for layer in shares}
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in sites}
     for batch in calibration.batches:
         with ExitStack() as entered, torch.inference_mode():
             watched = {layer: entered.enter_context(ActedOn(site.outputs)) for layer, site in sites.items()}
             stack.owner(*batch.args, **batch.kwargs)
             for layer, each in watched.items():
-                outputs[layer].append(each.take().to(batch.kept.device)[batch.kept] * calibration.shares[layer])
+                outputs[layer].append(each.take().to(batch.kept.device)[batch.kept] * shares[layer])
     return outputs
 
 

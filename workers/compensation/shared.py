@@ -22,12 +22,21 @@ from workers.layerwise.decoder import Decoder, Recording
 from workers.lru import LruCache
 from workers.messages import GapShare
 from workers.runtime.folding import GapMap, acted_on, fold_site
-from workers.runtime.gaps import Gap, gaps
+from workers.runtime.gaps import Gap, Part, gaps, holder
 from workers.runtime.plan import REMOVING_LETTERS, Action, SkipPlan
 from workers.runtime.token_rows import TokenSplit
 
 from .calibration import Calibration
-from .fit import Fitted, GapStates, change_of, changed_state, fit_gap, on_all_tokens, require_holds
+from .fit import (
+    Fitted,
+    GapStates,
+    change_of,
+    changed_state,
+    fit_gap,
+    on_all_tokens,
+    require_holds,
+    require_source,
+)
 from .recipe import Recipe
 from .weighting import weigher
 
@@ -39,6 +48,8 @@ MAPS_BUDGET = 4 << 30
 
 
 RUN = Action.RUN.letter
+GAP_LETTERS = REMOVING_LETTERS + "".join(action.letter for action in Action if action.row.removes_part)
+"""Of the actions that leave a gap."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class SharedFits:
     def fit(self, plan: SkipPlan) -> Fitted:
         """Return the maps of a plan. Raises :class:`CompensationError` when a layer before a gap cannot hold one."""
         started = time.perf_counter()
+        require_source(plan, self.recipe)
         found = [self._map(plan.text[: gap.end + 1]) for gap in gaps(plan, drift=self.recipe.drift)]
         return Fitted(
             plan=plan.text,
@@ -107,21 +119,22 @@ class SharedFits:
         """Return the change of the map of the gap that ends the beginning ``prefix``, ``[hidden or width, hidden]``."""
         return self._map(prefix).change
 
-    def share(self, layer: int) -> float:
-        """Return the factor with which a layer's MLP output enters the stream."""
-        return self._calibration.require(layer)
+    def share(self, layer: int, part: Part) -> float:
+        """Return the factor with which what a part of a layer adds enters the stream."""
+        return self._calibration.require(layer, part)
 
     def _map(self, prefix: str) -> _FittedMap:
         known = self._maps.get(prefix)
         if known is not None:
             return known
         layer = len(prefix.rstrip(REMOVING_LETTERS)) - 1
-        self._calibration.require(layer)
-        require_holds(self._decoder.stack, layer, self.recipe)
+        gap = Gap(layer, len(prefix) - 1, holder(Action.of(prefix[layer])))
+        self.share(layer, gap.part)
+        require_holds(self._decoder.stack, gap, self.recipe)
         with torch.inference_mode():
             before = self._executed(prefix[: layer + 1] if self.recipe.source == "pruned" else RUN * (layer + 1))
             states = [GapStates(m, x.flatten(0, 1)) for m, x in zip(before.acted_on, before.hidden, strict=True)]
-            own, quality = fit_gap(states, self._calibration, Gap(layer, len(prefix) - 1), self.recipe, self._weigh)
+            own, quality = fit_gap(states, self._calibration, gap, self.recipe, self._weigh)
         return self._maps.put(prefix, _FittedMap(own, quality, change_of(own, self._calibration.device)))
 
     # States -----------------------------------------------------------------------------------------------------------
@@ -134,8 +147,8 @@ class SharedFits:
         known = self._states.get(prefix)
         if known is not None:
             return known
-        gap_below = any(letter in executed.lstrip(REMOVING_LETTERS) for letter in REMOVING_LETTERS)
-        if executed == prefix and not (self.recipe.drift and gap_below):
+        gap_below = any(letter in GAP_LETTERS for letter in executed.lstrip(REMOVING_LETTERS)[:-1])
+        if executed == prefix and prefix[-1] not in GAP_LETTERS and not (self.recipe.drift and gap_below):
             states = tuple(hidden for hidden, _ in self._run(prefix, watching=False))
         else:
             before, change = self._executed(executed), self.change(prefix)
@@ -157,8 +170,9 @@ class SharedFits:
         layer, action = len(prefix) - 1, Action.of(prefix[-1])
         entering = self._entering(prefix[:-1])
         self.layer_executions += 1
-        site = fold_site(self._decoder.stack, layer) if watching else None
-        share = self.share(layer) if watching else 1.0
+        part = holder(action)
+        site = fold_site(self._decoder.stack, layer, part) if watching else None
+        share = self.share(layer, part) if watching else 1.0
         rows = zip(entering, self._recordings, self._splits, self._calibration.batches, strict=True)
         for state, recording, split, batch in rows:
             gathered = None if action is Action.RUN else split
@@ -167,5 +181,5 @@ class SharedFits:
                 output = self._decoder.run_rows(layer, action, gathered, state, arguments).hidden
                 found = output
                 if watched is not None:
-                    found = on_all_tokens(watched.take().to(output.device), output, batch.vision) * share
+                    found = on_all_tokens(watched.take_runs(), output, batch.vision) * share
             yield output, found

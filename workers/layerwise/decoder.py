@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -285,8 +285,8 @@ class Decoder:
                 return self.run_rows(layer, Action.FREEZE, split, hidden, arguments, watch)
             rows = split.text.take(hidden, hidden.dim() - 2, hidden.dim() - 3)
             given = self._gathering[layer][Action.FREEZE].rows_of(split.text, arguments)  # its MLP may read some
-            output = hidden_of(self.layers[layer](rows, **given))
-            return LayerOutput(split.text.put(hidden, output))
+            own = self._watched(lambda: self.layers[layer](rows, **given), watch, split, hidden)
+            return replace(own, hidden=split.text.put(hidden, own.hidden))
 
     @contextmanager
     def without(self, layer: int, action: Action) -> Iterator[None]:
@@ -361,10 +361,12 @@ class Decoder:
         with Hooks() as hooks:
             watch.into(found, hooks)
             output = hidden_of(call())
-        width = found[-1].shape[-1]
-        rows = found[-1].to(hidden.device).reshape(*hidden.shape[:-2], -1, width)
-        if split is not None:
-            rows = split.text.put(rows.new_zeros(*hidden.shape[:-1], width), rows)
+        own = [each.to(hidden.device).reshape(*hidden.shape[:-2], -1, each.shape[-1]) for each in found]
+        rows = own[-1]
+        if split is not None and rows.shape[:-1] != hidden.shape[:-1]:  # text's, and behind it vision's, if it ran
+            rows = rows.new_zeros(*hidden.shape[:-1], rows.shape[-1])
+            for each, part in zip(own, (split.text, split.vision), strict=False):
+                rows = part.put(rows, each)
         return LayerOutput(output, rows)
 
     def logits(self, rows: Tensor) -> Tensor:

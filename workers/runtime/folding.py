@@ -1,16 +1,17 @@
 """Folding a linear map into the end of a decoder layer's MLP, so that the layer's own weights apply it.
 
-With M what a layer's MLP adds to the residual stream, a map T changes that to M T. Where M is made by linear
-projections alone, their weights can hold T (W' = T^T W where the weight is [hidden, width]), at no cost at run time.
-Where it is one projection of A [width], a change D of that projection adds A D (W' = W + D^T): every T is such a D,
-and most D are no T.
+Where a layer runs without its MLP, the end of its attention takes its place, here and in all that follows. With M what
+a layer's MLP adds to the residual stream, a map T changes that to M T. Where M is made by linear projections alone,
+their weights can hold T (W' = T^T W where the weight is [hidden, width]), at no cost at run time. Where it is one
+projection of A [width], a change D of that projection adds A D (W' = W + D^T): every T is such a D, and most D are no
+T.
 
 Shapes: ``hidden`` is the width of the residual stream, ``width`` that of A, ``rows`` are the tokens of all samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .edits import Edits
-from .gaps import Scope, gaps
+from .gaps import Part, Scope, gaps
 from .hooked import replace_parameter, stored_parameter
 from .locate import DecoderStack
 from .plan import PlanError, SkipPlan
@@ -30,6 +31,8 @@ PROJECTIONS = frozenset(
     ("down_proj", "fc2", "w2", "c_proj", "dense_4h_to_h", "fc_out", "wo", "output_linear", "dense_2", "linear_2")
 )
 """Names of an MLP's last projection; of experts' too, whose weights may be parameters [experts, ...]."""
+ATTENTION_PROJECTIONS = frozenset(("o_proj", "out_proj", "dense", "c_proj", "wo"))
+"""Names of attention's last projection, and of what stands in its place in some layers."""
 TOKEN_MIXERS = ("attn", "attention", "mamba", "mixer", "conv")
 """Parts of names of what mixes tokens in a layer: the projections in there are not the MLP's."""
 EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,7 +44,7 @@ class FoldingError(PlanError):
 
 @dataclass(frozen=True)
 class GapMap:
-    """The map that compensates one gap: what the MLP of layer ``layer`` adds instead of M.
+    """The map that compensates one gap: what the MLP, or another ``part``, of layer ``layer`` adds instead of M.
 
     With scope ``output`` that is M ``matrix``, ``matrix`` being ``[hidden, hidden]``; with ``projection`` it is M + A
     ``matrix``, A being the input of the MLP's last projection and ``matrix`` ``[width, hidden]``. ``end`` is the last
@@ -54,6 +57,7 @@ class GapMap:
     matrix: Tensor
     share: float = 1.0
     scope: Scope = "output"
+    part: Part = "mlp"
 
     @property
     def change(self) -> Tensor:
@@ -83,10 +87,15 @@ class FoldSite:
 
     outputs: tuple[nn.Module, ...]
     projections: tuple[Projection, ...]
+    part: Part = "mlp"
 
 
-def fold_site(stack: DecoderStack, index: int) -> FoldSite:
-    """Find the end of the MLP of the layer at ``index`` of the dense model.
+NAMES: dict[Part, str] = {"attention": "attention", "mlp": "MLP"}
+"""Of parts, in messages."""
+
+
+def fold_site(stack: DecoderStack, index: int, part: Part = "mlp") -> FoldSite:
+    """Find the end of the MLP, or of the attention, of the layer at ``index`` of the dense model.
 
     What is found is a reading of names and shapes; :func:`added_share` proves it on real states. Raises
     :class:`FoldingError` when there is none, or it is quantised.
@@ -96,15 +105,15 @@ def fold_site(stack: DecoderStack, index: int) -> FoldSite:
     outputs: list[nn.Module] = []
     projections: list[Projection] = []
     for name, child in layer.named_children():
-        if any(part in name for part in TOKEN_MIXERS):
+        if any(own in name for own in TOKEN_MIXERS) != (part == "attention"):
             continue
-        own = list(_projections(name, child, hidden, index))
+        own = list(_projections(name, child, hidden, index, PROJECTIONS if part == "mlp" else ATTENTION_PROJECTIONS))
         if own:
             outputs.append(child)
             projections += own
     if not projections:
-        raise FoldingError(f"layer {index} cannot hold a map: no last projection of its MLP was found")
-    return FoldSite(tuple(outputs), tuple(projections))
+        raise FoldingError(f"layer {index} cannot hold a map: no last projection of its {NAMES[part]} was found")
+    return FoldSite(tuple(outputs), tuple(projections), part)
 
 
 def folded_bytes(stack: DecoderStack) -> tuple[int, ...]:
@@ -120,13 +129,13 @@ def folded_bytes(stack: DecoderStack) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _projections(name: str, child: nn.Module, hidden: int, index: int) -> Iterator[Projection]:
+def _projections(name: str, child: nn.Module, hidden: int, index: int, names: Collection[str]) -> Iterator[Projection]:
     for path, module in child.named_modules():
         own_name = (path or name).rsplit(".", 1)[-1]
-        if own_name in PROJECTIONS:
+        if own_name in names:
             yield _linear(module, hidden, index, own_name)
         for parameter, value in module.named_parameters(recurse=False):
-            if parameter in PROJECTIONS and value.dim() == 3:
+            if parameter in names and value.dim() == 3:
                 yield _experts(module, parameter, value, hidden, index)
 
 
@@ -164,15 +173,16 @@ def _experts(module: nn.Module, name: str, value: Tensor, hidden: int, index: in
 def fold(edits: Edits, stack: DecoderStack, plan: SkipPlan, maps: Maps) -> None:
     """Put ``maps`` into the weights of the layers before the plan's gaps; ``edits`` puts the old weights back.
 
-    Raises :class:`FoldingError` when the maps are not those of the plan's gaps, or a layer cannot hold its map.
+    There may be maps behind further layers that stay: of drift, or of parts that code leaves out where the plan is
+    the skips alone. Raises :class:`FoldingError` when the maps are not those of the plan's gaps, or a layer cannot hold
+    its map.
     """
-    given = sorted((each.layer, each.end) for each in maps.values())
-    if given not in ([(gap.layer, gap.end) for gap in gaps(plan, drift=drift)] for drift in (False, True)):
+    given = {(each.layer, each.end) for each in maps.values()}
+    needed = {(gap.layer, gap.end) for gap in gaps(plan)}
+    if not needed <= given <= needed | {(layer, layer) for layer in plan.kept}:
         raise FoldingError(f"the maps given are not those of the gaps of plan {plan.text}")
     for index in sorted(maps):
-        if plan[index].row.leaves_out == "mlp":
-            raise FoldingError(f"layer {index} cannot hold a map: the plan {plan.text} leaves out its MLP")
-        fold_site_map(edits, fold_site(stack, index), maps[index])
+        fold_site_map(edits, fold_site(stack, index, maps[index].part), maps[index])
 
 
 @contextmanager
@@ -200,7 +210,8 @@ def require_projection(site: FoldSite, index: int) -> Projection:
     """Return the one projection that makes M. Raises :class:`FoldingError` where M is the sum of several ones'."""
     if len(site.projections) != 1 or site.projections[0].experts:
         raise FoldingError(
-            f"layer {index} cannot hold a map of scope projection: several projections end its MLP; use output"
+            f"layer {index} cannot hold a map of scope projection: several projections end its {NAMES[site.part]}; use "
+            "output"
         )
     return site.projections[0]
 
@@ -263,14 +274,22 @@ class ActedOn:
 
         Raises RuntimeError when a module did not run exactly once.
         """
+        found = self.take_runs()
+        if len(found) != 1:
+            raise RuntimeError(f"{len(found)} runs of the modules that hold a map were seen")
+        return found[0]
+
+    def take_runs(self) -> tuple[Tensor, ...]:
+        """Return the same for every run: where attention is frozen for vision tokens, theirs comes behind text's.
+
+        Raises RuntimeError when the modules did not run equally often.
+        """
         found, self._found = self._found, []
-        if len(found) != len(self._modules):
-            raise RuntimeError(f"{len(found)} runs of the {len(self._modules)} parts of an MLP were seen")
+        every = len(self._modules)
+        if not found or len(found) % every:
+            raise RuntimeError(f"{len(found)} runs of the {every} modules that hold a map were seen")
         parts = [part.reshape(-1, part.shape[-1]) for part in found]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return tuple(sum(parts[at + 1 : at + every], parts[at]) for at in range(0, len(parts), every))
 
 
 def acted_on(site: FoldSite, scope: Scope, index: int) -> ActedOn:
@@ -292,7 +311,7 @@ def added_share(index: int, site: FoldSite, run: Callable[[], Tensor], *, seed: 
         output = watched.take().float()
     if plain.dim() != 3 or output.numel() != plain.numel():
         raise FoldingError(
-            f"layer {index} cannot hold a map: its MLP gives {list(output.shape)} where its states are "
+            f"layer {index} cannot hold a map: its {NAMES[site.part]} gives {list(output.shape)} where its states are "
             f"{list(plain.shape)}"
         )
     output = output.view(plain.shape)
@@ -313,7 +332,7 @@ def added_share(index: int, site: FoldSite, run: Callable[[], Tensor], *, seed: 
     error = float((found - share * expected).norm() / found.norm().clamp(min=1e-30))
     if not abs(share) > 1e-4 or not error < (1e-3 if plain.dtype in (torch.float32, torch.float64) else 5e-2):
         raise FoldingError(
-            f"layer {index} cannot hold a map: its block does not end in residual + linear projection (the MLP's "
-            "output is normalised, gated or transformed before it is added)"
+            f"layer {index} cannot hold a map: its block does not end in residual + linear projection (the output of "
+            f"its {NAMES[site.part]} is normalised, gated or transformed before it is added)"
         )
     return 1.0 if abs(share - 1.0) < 1e-2 else share

@@ -54,8 +54,6 @@ def save_pruned(
             f"layer {layer}: a checkpoint can leave layers out, but cannot say {plan[layer].letter} "
             f"({plan[layer].label}); save plans of R and S, and of M before A with nothing but S between"
         )
-    if plan.joins and compensation is not None:
-        raise PlanError(f"layer {plan.joins[0][0]}: maps are not folded into a layer that is joined with another")
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")

@@ -22,8 +22,8 @@ from workers.models.loading import load_model
 from workers.tasks import load_spec, load_task
 
 LINEAR = "linear ridge=0.001 weighting=answers tokens=200"
-PLAN, MIXED = "RSSRSR", "RSFRBR"
-RECIPES = {PLAN: LINEAR, MIXED: f"{LINEAR} drift=yes scope=projection"}
+PLAN, MIXED, PARTS, JOINED = "RSSRSR", "RSFRBR", "RAMSPR", "RMSARS"
+RECIPES = {PLAN: LINEAR, MIXED: f"{LINEAR} drift=yes scope=projection", PARTS: LINEAR, JOINED: LINEAR}
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +52,18 @@ def check_folded(name: str, plan: str, kept: dict[str, Artifact], model_director
     assert FILE_NAME in written.document.export.files
 
 
+@pytest.mark.parametrize("plan", [PLAN, JOINED])
 def test_a_folded_checkpoint_answers_as_the_live_model(
-    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path, loaded_here: None
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path, loaded_here: None, plan: str
 ) -> None:
-    check_folded("checkpoint", PLAN, kept, model_directory, tmp_path)
+    check_folded("checkpoint", plan, kept, model_directory, tmp_path)
 
 
+@pytest.mark.parametrize("plan", [MIXED, PARTS])
 def test_a_folded_model_with_its_runtime_answers_as_the_live_one_in_a_fresh_process(
-    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path
+    kept: dict[str, Artifact], model_directory: Path, tmp_path: Path, plan: str
 ) -> None:
-    check_folded("runtime", MIXED, kept, model_directory, tmp_path)
+    check_folded("runtime", plan, kept, model_directory, tmp_path)
 
 
 def test_a_drafter_holds_the_maps_and_drafts_for_the_dense_model(

@@ -149,9 +149,12 @@ def test_letters_follow_the_actions():
     assert JobSpec.model_validate({**MINIMAL, "actions": ["skip_mlp", "skip_attention"]}).letters == "RAM"
 
 
-def test_layers_without_a_part_are_not_compensated():
-    with pytest.raises(ValueError, match="plans with skip_mlp are not compensated; leave these actions out, or"):
-        JobSpec.model_validate({**MINIMAL, "actions": ["skip", "skip_mlp"], "compensation": {"kind": "both"}})
+def test_layers_without_a_part_are_not_compensated_on_dense_states():
+    job = {**MINIMAL, "actions": ["skip", "skip_mlp"], "compensation": {"kind": "both", "source": "dense"}}
+    with pytest.raises(ValueError, match="plans with skip_mlp are not compensated with source dense; take source pr"):
+        JobSpec.model_validate(job)
+    job["compensation"]["source"] = "pruned"
+    JobSpec.model_validate(job)
 
 
 @given(

@@ -87,6 +87,22 @@ def test_compensated_candidates_have_one_way_to_be_said():
     assert not space.allows("RSC")
 
 
+def test_parts_of_layers_are_compensated_beside_skips_and_where_there_is_no_other_way():
+    both, linear = (PlanSpace(("RSAQ",) * 3, 3, own) for own in (("none", "linear x"), ("linear x",)))
+    for space in (both, linear):
+        every = list(space.enumerate())
+        assert len(every) == len(set(every)) and all(space.candidate(space.genome(each)) == each for each in every)
+        assert all(each in space for each in every)
+        for part in space.parts:
+            assert set(part.enumerate()) <= set(every)
+    beside, alone, neither = (SkipPlan.parse(text) for text in ("ASR", "ARR", "QRR"))
+    assert Candidate(beside, "linear x") in both and Candidate(beside) in both
+    assert Candidate(beside, "linear x") in linear and Candidate(beside) not in linear
+    assert Candidate(alone) in both and Candidate(alone, "linear x") not in both
+    assert Candidate(alone, "linear x") in linear and Candidate(alone) not in linear
+    assert all(Candidate(neither) in space and Candidate(neither, "linear x") not in space for space in (both, linear))
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_additive_problem_is_solved_exactly(seed):

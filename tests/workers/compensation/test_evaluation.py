@@ -26,10 +26,13 @@ def evaluators(tiny: LoadedModel, small_task: Task) -> EvaluationDispatch:
     return EvaluationDispatch(PlainEvaluator(tiny, small_task, batch_size=4), memory_bytes=1 << 28)
 
 
+@pytest.mark.parametrize("letters", ["RRSSF", "RSAMQP"])
 @pytest.mark.parametrize("recipe", [LINEAR, f"{LINEAR} drift=yes", f"{LINEAR} scope=projection"])
-def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: EvaluationDispatch, recipe: str) -> None:
+def test_the_trie_scores_compensated_plans_as_the_plain_path_does(
+    evaluators: EvaluationDispatch, recipe: str, letters: str
+) -> None:
     generator = random.Random(3)
-    plans = tuple({"".join(generator.choice("RRSSF") for _ in range(5)) + "R" for _ in range(8)})
+    plans = tuple({"".join(generator.choice(letters) for _ in range(5)) + "R" for _ in range(8)})
     asked = {"plans": plans, "split": "search", "n_samples": 40, "compensation": recipe}
     fast, plain = (evaluators.evaluate(EvaluatePlans(**asked, path=path)) for path in ("fast", "plain"))
     for one, other in zip(fast.results, plain.results, strict=True):
@@ -39,9 +42,10 @@ def test_the_trie_scores_compensated_plans_as_the_plain_path_does(evaluators: Ev
         assert one.scores == other.scores and one.failed_samples == other.failed_samples == {}
     uncompensated = evaluators.evaluate(EvaluatePlans(plans, "search", 40, path="fast"))
     by_plan = dict(zip(plans, uncompensated.results, strict=True))
-    closer = [r.plan for r in fast.results if "S" in r.plan.lstrip("S") and sum(r.kl) < sum(by_plan[r.plan].kl)]
-    gapped = [plan for plan in plans if "S" in plan.lstrip("S")]
-    assert len(closer) > len(gapped) / 2 > 1
+    gapped = [plan for plan in plans if set("SAM") & set(plan.lstrip("S"))]
+    closer = [r.plan for r in fast.results if r.plan in gapped and sum(r.kl) < sum(by_plan[r.plan].kl)]
+    if "A" not in letters:  # what parts of random weights add is hardly linear in the rest
+        assert len(closer) > len(gapped) / 2 > 1
     for plan in set(plans) - set(gapped):
         assert next(r for r in fast.results if r.plan == plan).scores == by_plan[plan].scores
 
@@ -101,7 +105,7 @@ def test_a_plan_that_cannot_be_compensated_fails_alone(
 ) -> None:
     text = LINEAR.replace("0.001", "0.01")
     calibration = evaluators.plain.compensator.calibration(Recipe.parse(text))
-    monkeypatch.setitem(calibration.refusals, 1, "layer 1 cannot hold a map")
+    monkeypatch.setitem(calibration.holders["mlp"].refusals, 1, "layer 1 cannot hold a map")
     for path in ("fast", "plain"):
         found = evaluators.evaluate(EvaluatePlans(("RRSSRS", "RRRRRR"), "search", compensation=text, path=path))
         refused, dense = found.results

@@ -15,6 +15,7 @@ from workers.compensation.calibration import (
     FIRST_BATCH,
     Calibration,
     CalibrationBatch,
+    Holders,
     by_image,
     calibrate,
 )
@@ -45,11 +46,15 @@ def fitted(tiny: LoadedModel, calibration: Calibration, plan: str, text: str = L
 
 
 def states(tiny: LoadedModel, calibration: Calibration, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """M and the state behind a dense-numbered layer, of the real tokens, under whatever plan is applied."""
+    """M and the state behind a dense-numbered layer, of the real tokens, under whatever plan is applied.
+
+    M is what the MLP gave or, where it is not called, attention.
+    """
     outputs, found = [], []
     module = LAYERS_OF[id(tiny.model)][layer]
+    part = module.self_attn if "forward" in vars(module.mlp) else module.mlp
     hooks = [
-        module.mlp.register_forward_hook(lambda m, a, out: outputs.append(out)),
+        part.register_forward_hook(lambda m, a, out: outputs.append(out[0] if isinstance(out, tuple) else out)),
         module.register_forward_hook(lambda m, a, out: found.append(out)),
     ]
     rows: list[tuple[Tensor, Tensor]] = []
@@ -99,8 +104,9 @@ def test_calibration_holds_whole_samples_with_the_dense_answers(
     tiny: LoadedModel, small_task: Task, calibration: Calibration
 ) -> None:
     assert calibration.samples == tuple(sample.id for sample in by_image(small_task.calibration))
-    assert calibration.kept == calibration.tokens and not calibration.refusals
-    assert set(calibration.shares.values()) == {1.0} and len(calibration.shares) == 6
+    assert calibration.kept == calibration.tokens
+    for own in calibration.holders.values():
+        assert set(own.shares.values()) == {1.0} and len(own.shares) == 6 and not own.refusals
     assert sum(int(batch.vision.sum()) for batch in calibration.batches) == 16 * len(calibration.samples)
     few = calibrate(tiny, small_task, tokens=1)
     assert few.samples == calibration.samples[:1] and len(few.batches) == 1
@@ -122,7 +128,7 @@ def test_answers_follow_their_prompts() -> None:
     assert found["token_type_ids"].tolist() == [[1, 1, 1, 0, 0]] * 2 and found["pixel_values"].shape == (2, 4)
 
 
-@pytest.mark.parametrize("plan", ["RRSRRR", "RSSRRR", "SRRRRS", "RRRSSS"])
+@pytest.mark.parametrize("plan", ["RRSRRR", "RSSRRR", "SRRRRS", "RRRSSS", "RRARRR", "RRMRRR", "ASSRRR", "RMSSRR"])
 def test_one_gap_gets_the_map_that_lstsq_finds(tiny: LoadedModel, calibration: Calibration, plan: str) -> None:
     result = fitted(tiny, calibration, plan)
     ((layer, own),) = result.maps.items()
@@ -140,14 +146,15 @@ def test_one_gap_gets_the_map_that_lstsq_finds(tiny: LoadedModel, calibration: C
     assert gap.unexplained < gap.plain_share
 
 
-@pytest.mark.parametrize("plan", ["RRSRRR", "RSSRRR", "SRRRRS"])
+@pytest.mark.parametrize("plan", ["RRSRRR", "RSSRRR", "SRRRRS", "RASRRR", "RRMRRR"])
 def test_the_whole_projection_gets_the_change_that_lstsq_finds(
     tiny: LoadedModel, calibration: Calibration, plan: str
 ) -> None:
     result = fitted(tiny, calibration, plan, LINEAR.text + " scope=projection")
     ((layer, own),) = result.maps.items()
     given: list[Tensor] = []
-    projection = LAYERS_OF[id(tiny.model)][layer].mlp.down_proj
+    module = LAYERS_OF[id(tiny.model)][layer]
+    projection = module.self_attn.o_proj if plan[layer] == "M" else module.mlp.down_proj
     with apply(tiny.model, SkipPlan.parse(plan)):
         hook = projection.register_forward_pre_hook(lambda m, a: given.append(a[0]))
         _, state = states(tiny, calibration, layer)
@@ -185,16 +192,27 @@ def test_later_maps_are_fitted_on_the_compensated_model(tiny: LoadedModel, calib
         np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
 
 
-def test_drift_is_taken_back_behind_every_kept_layer_above_the_first_gap(
-    tiny: LoadedModel, calibration: Calibration
+@pytest.mark.parametrize(
+    ("text", "drift", "places"),
+    [
+        ("RSRRSR", True, [(0, 1), (2, 2), (3, 4), (5, 5)]),
+        ("RAMRSR", False, [(1, 1), (2, 2), (3, 4)]),
+        ("MRASRR", True, [(0, 0), (1, 1), (2, 3), (4, 4), (5, 5)]),
+    ],
+)
+def test_drift_and_missing_parts_are_taken_back_on_the_compensated_model(
+    tiny: LoadedModel, calibration: Calibration, text: str, drift: bool, places: list[tuple[int, int]]
 ) -> None:
-    plan = SkipPlan.parse("RSRRSR")
-    result = fitted(tiny, calibration, plan.text, LINEAR.text + " drift=yes")
-    assert [(gap.layer, gap.end) for gap in result.gaps] == [(0, 1), (2, 2), (3, 4), (5, 5)]
+    plan = SkipPlan.parse(text)
+    result = fitted(tiny, calibration, plan.text, LINEAR.text + (" drift=yes" if drift else ""))
+    assert [(gap.layer, gap.end) for gap in result.gaps] == places
     for gap in result.gaps:
         below = SkipPlan.parse(plan.text[: gap.layer + 1] + "R" * (5 - gap.layer))
-        identity = GapMap(gap.layer, gap.layer, torch.eye(result.maps[0].matrix.shape[0]))
-        above = {each.layer: replace(identity, layer=each.layer, end=each.end) for each in gaps(below, drift=True)}
+        identity = GapMap(gap.layer, gap.layer, torch.eye(len(calibration.batches[0].targets[0][0])))
+        above = {
+            own.layer: replace(identity, layer=own.layer, end=own.end, part=own.part)
+            for own in gaps(below, drift=drift)
+        }
         with apply(tiny.model, below, above | {k: own for k, own in result.maps.items() if k < gap.layer}):
             output, state = states(tiny, calibration, gap.layer)
         target = targets(calibration, gap.end)
@@ -320,13 +338,22 @@ def _masks(batch: CalibrationBatch) -> tuple[Tensor, Tensor]:
 
 
 def test_a_plan_without_gaps_needs_no_maps(tiny: LoadedModel, calibration: Calibration) -> None:
-    for plan in ("RRRRRR", "SSRRRR", "RFFBRR"):
+    for plan in ("RRRRRR", "SSRRRR", "RFFBRR", "RQPRRR"):
         assert fitted(tiny, calibration, plan).maps == {}
+
+
+def test_missing_parts_are_not_compensated_on_dense_states(tiny: LoadedModel, calibration: Calibration) -> None:
+    with pytest.raises(CompensationError, match=r"layer 1: A \(skip_attention\) is not compensated with source dense"):
+        fitted(tiny, calibration, "RARRRR", LINEAR.text + " source=dense")
 
 
 def test_a_layer_that_cannot_hold_a_map_is_named(tiny: LoadedModel, calibration: Calibration) -> None:
     refusing = Calibration(
-        calibration.batches, calibration.samples, calibration.tokens, calibration.kept, {0: 1.0}, {1: "layer 1 cannot"}
+        calibration.batches,
+        calibration.samples,
+        calibration.tokens,
+        calibration.kept,
+        {"mlp": Holders({0: 1.0}, {1: "layer 1 cannot"})},
     )
     with pytest.raises(CompensationError, match="layer 1 cannot"):
         fitted(tiny, refusing, "RRSRRR")

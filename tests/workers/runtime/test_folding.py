@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from workers.runtime.locate import locate
 MODEL = build_model()
 HIDDEN = 32
 PLAN = SkipPlan.parse("SRSSRS")
+PARTS = SkipPlan.parse("MASRMA")
+"""Without attention or MLP, alone and before a gap; neighbours of both kinds."""
 
 
 def random_maps(plan: SkipPlan, size: float = 0.3, hidden: int = HIDDEN) -> dict[int, GapMap]:
@@ -30,21 +33,26 @@ def random_maps(plan: SkipPlan, size: float = 0.3, hidden: int = HIDDEN) -> dict
             gap.layer,
             gap.end,
             torch.eye(hidden) + size * torch.randn(hidden, hidden, generator=generator) / hidden**0.5,
+            part=gap.part,
         )
         for gap in gaps(plan)
     }
 
 
 class ExplicitMaps:
-    """The maps as a person would write them down: the MLP's output times T, in the live pruned model."""
+    """The maps as a person would write them down: the output of a part times T, in the live pruned model."""
 
-    def __init__(self, model: nn.Module, maps: dict[int, GapMap], mlps: list[nn.Module]) -> None:
-        self._maps, self._mlps, self._handles = maps, mlps, []
+    def __init__(self, maps: dict[int, GapMap], parts: list[nn.Module]) -> None:
+        self._maps, self._parts, self._handles = maps, parts, []
 
     def __enter__(self) -> None:
         for layer, own in self._maps.items():
-            hook = lambda module, args, output, own=own: output @ own.matrix  # noqa: E731
-            self._handles.append(self._mlps[layer].register_forward_hook(hook))
+
+            def hook(module: nn.Module, args: Any, output: Any, own: GapMap = own) -> Any:
+                whole = isinstance(output, tuple)
+                return (output[0] @ own.matrix, *output[1:]) if whole else output @ own.matrix
+
+            self._handles.append(self._parts[layer].register_forward_hook(hook))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -52,30 +60,34 @@ class ExplicitMaps:
 
 
 def explicit_logits(model: nn.Module, plan: SkipPlan, maps: dict[int, GapMap]) -> Tensor:
-    mlps = [layer.mlp for layer in locate(model).layers]
-    with apply(model, plan), ExplicitMaps(model, maps, mlps):
+    layers = zip(locate(model).layers, plan.text, strict=True)
+    parts = [layer.self_attn if letter == "M" else layer.mlp for layer, letter in layers]
+    with apply(model, plan), ExplicitMaps(maps, parts):
         return logits(model)
 
 
-@given(st.text(alphabet="RFBS", min_size=1, max_size=12))
-def test_gaps_are_the_maximal_runs_of_skips_behind_a_kept_layer(text: str) -> None:
+@given(st.text(alphabet="RFBSAMQP", min_size=1, max_size=12))
+def test_gaps_are_the_maximal_runs_of_skips_and_what_is_missing_of_the_layer_before(text: str) -> None:
     found = gaps(SkipPlan.parse(text))
     covered = [layer for gap in found for layer in range(gap.layer + 1, gap.end + 1)]
     leading = len(text) - len(text.lstrip("S"))
     assert covered == [layer for layer, letter in enumerate(text) if letter == "S" and layer >= leading]
+    assert {layer for layer, letter in enumerate(text) if letter in "AM"} <= {gap.layer for gap in found}
     for gap in found:
-        assert text[gap.layer] != "S" and gap.length >= 1
+        assert text[gap.layer] in "AM" or (text[gap.layer] != "S" and gap.length >= 1)
+        assert (gap.part == "attention") == (text[gap.layer] == "M")
         assert gap.end + 1 == len(text) or text[gap.end + 1] != "S"
 
 
-def test_folded_maps_give_the_logits_of_explicit_ones() -> None:
-    maps = random_maps(PLAN)
-    assert sorted(maps) == [1, 4]
-    expected = explicit_logits(MODEL, PLAN, maps)
-    with apply(MODEL, PLAN, maps):
+@pytest.mark.parametrize(("plan", "layers"), [(PLAN, [1, 4]), (PARTS, [0, 1, 4, 5])], ids=str)
+def test_folded_maps_give_the_logits_of_explicit_ones(plan: SkipPlan, layers: list[int]) -> None:
+    maps = random_maps(plan)
+    assert sorted(maps) == layers
+    expected = explicit_logits(MODEL, plan, maps)
+    with apply(MODEL, plan, maps):
         folded = logits(MODEL)
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)
-    with apply(MODEL, PLAN):
+    with apply(MODEL, plan):
         assert (logits(MODEL) - folded).abs().max() > 0.1  # the maps do change the model
 
 
@@ -152,8 +164,9 @@ def test_maps_of_other_gaps_are_refused_and_leave_the_model_as_it_was() -> None:
     assert torch.equal(logits(MODEL), expected)
 
 
-def test_frozen_layers_hold_maps_too() -> None:
-    plan = SkipPlan.parse("RFSBSR")
+@pytest.mark.parametrize("text", ["RFSBSR", "RQSPSR"])
+def test_frozen_layers_hold_maps_too(text: str) -> None:
+    plan = SkipPlan.parse(text)
     maps = random_maps(plan)
     expected = explicit_logits(MODEL, plan, maps)
     with apply(MODEL, plan, maps):
@@ -172,11 +185,24 @@ def test_a_saved_model_has_the_maps_in_its_weights(tmp_path: Path) -> None:
     assert torch.equal(logits(saved), expected)
 
 
-def test_a_permanent_plan_keeps_the_maps() -> None:
-    model, maps = build_model(), random_maps(PLAN)
-    with apply(model, PLAN, maps):
+def test_a_layer_joined_of_two_has_the_maps_of_both(tmp_path: Path) -> None:
+    plan = SkipPlan.parse("RMSARS")
+    maps = random_maps(plan)
+    assert sorted(maps) == [1, 3, 4]
+    with apply(MODEL, plan, maps):
+        expected = logits(MODEL)
+    save_pruned(MODEL, plan, tmp_path / "saved", compensation=maps)
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
+    assert saved.config.text_config.num_hidden_layers == 3
+    assert torch.equal(logits(saved), expected)
+
+
+@pytest.mark.parametrize("plan", [PLAN, PARTS], ids=str)
+def test_a_permanent_plan_keeps_the_maps(plan: SkipPlan) -> None:
+    model, maps = build_model(), random_maps(plan)
+    with apply(model, plan, maps):
         expected = logits(model)
-    apply_permanently(model, PLAN, maps)
+    apply_permanently(model, plan, maps)
     assert torch.equal(logits(model), expected)
 
 

@@ -97,7 +97,7 @@ class Walker:
         if not node.map_follows or not isinstance(step, Execute):
             return None
         assert self.maps is not None
-        return self.maps.watch(self._decoder.layers[step.layer])
+        return self.maps.watch(step)
 
     def _count(self, chunk: Chunk, node: Node) -> None:
         assert isinstance(node.step, Execute)
