@@ -20,6 +20,7 @@ sys.path.insert(0, str(PROJECT))
 from workers.cluster.handler import Handler  # noqa: E402
 from workers.cluster.settings import WorkerSettings  # noqa: E402
 from workers.messages import (  # noqa: E402
+    MeasureLinearRedundancy,
     MeasureRedundancy,
     ModelSource,
     ProfileLatency,
@@ -30,6 +31,7 @@ from workers.runtime.plan import LETTERS  # noqa: E402
 from workers.tasks import load_spec, load_task  # noqa: E402
 
 KINDS = ("distance", "cka", "angular", "operators", "attention", "propagation", "trials", "causal", "withdrawal")
+LINEAR = "linear"
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--task", default="easy-vqa")
     parser.add_argument("--inputs", type=Path, default=PROJECT / "tests" / "fixtures", help="directory to write in")
     parser.add_argument("--calibration", type=int, default=64)
-    parser.add_argument("--kinds", nargs="+", default=KINDS, help="of measurement")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help=f"of measurement; {LINEAR} for compensation")
     parser.add_argument("--dtype", default="auto", help="float32 where the processor has no bfloat16 instructions")
     options = parser.parse_args()
     spec = load_spec(options.task)
@@ -47,10 +49,22 @@ def main() -> None:
     handler = Handler.load(
         ModelSource(options.model, device="cpu", dtype=options.dtype), task, WorkerSettings(worker=0, threads=1)
     )
-    table = finish(handler.handle(MeasureRedundancy(tuple(options.kinds), 0, 1)))
+    table = finish(handler.handle(MeasureRedundancy(tuple(kind for kind in options.kinds if kind != LINEAR), 0, 1)))
     profile = handler.handle(ProfileLatency(actions=LETTERS, repeats=20, workload=Workload(1, 4)))
     path = options.inputs / f"search_inputs_{options.name or options.model}_{task.name}.json"
     rows = [[row.name, row.token_group, row.layer, float(f"{row.value:.6g}"), row.n] for row in table.rows]
+    if LINEAR in options.kinds:
+        linear = handler.handle(MeasureLinearRedundancy())
+        rows += [
+            [
+                f"linear_redundancy@{own.end - own.layer}",
+                "all",
+                own.layer,
+                float(f"{own.unexplained:.6g}"),
+                linear.tokens,
+            ]
+            for own in linear.shares
+        ]
     times = {
         "dense_latency_seconds": profile.dense_latency_seconds,
         "layer_seconds": {letter: list(seconds) for letter, seconds in profile.layer_seconds.items()},

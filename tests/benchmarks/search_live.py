@@ -43,7 +43,7 @@ from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores
 from workers.cluster.handler import Handler
 from workers.cluster.settings import WorkerSettings
-from workers.messages import EvaluatePlans, Evaluation, ModelSource
+from workers.messages import NO_COMPENSATION, EvaluatePlans, Evaluation, ModelSource
 from workers.tasks import load_spec, load_task
 
 STRATEGIES = (
@@ -74,20 +74,22 @@ class Live:
             self._known = {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
 
     def __call__(self, requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
-        for size in sorted({size for _, size in requests}):
-            plans = [candidate.plan.text for candidate, own in requests if own == size]
-            self._evaluate([plan for plan in plans if f"{plan} {size}" not in self._known], size)
+        for size, compensation in sorted({(size, candidate.compensation) for candidate, size in requests}):
+            plans = [own.plan.text for own, asked in requests if (asked, own.compensation) == (size, compensation)]
+            self._evaluate(
+                [plan for plan in plans if key_of(plan, size, compensation) not in self._known], size, compensation
+            )
         for candidate, size in requests:
-            row = self._known[f"{candidate.plan.text} {size}"]
+            row = self._known[key_of(candidate.plan.text, size, candidate.compensation)]
             yield candidate, Scores(tuple(row["scores"]), row.get("failure"), tuple(row["kl"]) if row["kl"] else None)
 
-    def _evaluate(self, plans: Sequence[str], size: int) -> None:
+    def _evaluate(self, plans: Sequence[str], size: int, compensation: str) -> None:
         if not plans:
             return
-        reply = self._measurer.handle(EvaluatePlans(tuple(plans), "search", size))
+        reply = self._measurer.handle(EvaluatePlans(tuple(plans), "search", size, compensation))
         with self._path.open("a") as file:
             for plan, result in zip(plans, reply.results, strict=True):
-                row: dict[str, Any] = {"key": f"{plan} {size}", "scores": [], "kl": None}
+                row: dict[str, Any] = {"key": key_of(plan, size, compensation), "scores": [], "kl": None}
                 if isinstance(result, Evaluation):
                     kl = None if result.kl is None else [float(f"{value:.5g}") for value in result.kl]
                     row |= {"scores": list(result.scores), "kl": kl}
@@ -95,6 +97,11 @@ class Live:
                     row["failure"] = result.reason
                 self._known[row["key"]] = row
                 file.write(json.dumps(row) + "\n")
+
+
+def key_of(plan: str, size: int, compensation: str) -> str:
+    """Name an evaluation in the cache."""
+    return f"{plan} {size}" if compensation == NO_COMPENSATION else f"{plan} {size} {compensation}"
 
 
 def main() -> None:

@@ -8,7 +8,9 @@
 Every set is searched live with every seed (surrogate, seeds of the theory), until so many layer executions are spent;
 evaluations are shared through the cache, and an interrupted benchmark goes on. It prints the share of the hypervolume
 of the best front that all runs found together, and the mean difference to the first set with a 95 % bootstrap interval
-over seeds. Latency is the measured profile's prediction.
+over seeds. Latency is the measured profile's prediction. With ``--compensation`` the gaps of plans are compensated (all
+of them, or as the search chooses), by maps that are fitted on the task's calibration samples alone; the measurements
+need the kind `linear` then.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from search_strategies import (
     shares,
 )
 
-from optimizer.job.sections import SearchSpec
+from optimizer.job.sections import CompensationSpec, SearchSpec
 from optimizer.job.spec import JobSpec
 from optimizer.search.pareto import hypervolume
 from optimizer.search.space import PlanSpace
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--actions", nargs="+", default=["RFBS", "RFBSAM", "RFBSAMQP"], help="letters; the first set is compared to"
     )
+    parser.add_argument("--compensation", choices=("none", "linear", "both"), default="none", help="of skipped layers")
     parser.add_argument("--budgets", nargs="+", type=int, default=[12, 25, 50], help="full evaluations of dense")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
@@ -90,18 +93,19 @@ def main() -> None:
     handler = Handler.load(source, task, WorkerSettings(worker=0, threads=1))
     name = options.name or options.model
     table, times = load_inputs(name, task.name, options.inputs)
+    compensations = CompensationSpec(kind=options.compensation, text_share=0.0).choices()
     full = options.samples * table.num_layers
     evaluate, cache = Live(handler, options.cache, options.samples), Cache(options.runs)
 
     def key(letters: str, seed: int) -> str:
-        return f"{name}/{task.name}/{letters}/{seed}"
+        return f"{name}/{task.name}/{options.compensation}/{letters}/{seed}"
 
     for seed in range(options.seeds):
         for letters in options.actions:
             if key(letters, seed) in cache.runs:
                 continue
             allowed = ("".join(each for each in own if each in letters) for own in handler.info.allowed_actions)
-            space = PlanSpace(tuple(allowed), table.num_layers)
+            space = PlanSpace(tuple(allowed), table.num_layers, compensations)
             # Seeds are made for twice as many plans as full evaluations: most plans end on the first rung.
             seeding = SearchSpec(trials=2 * max(options.budgets), seed=seed)
             spec = SearchSpec(trials=UNLIMITED, layer_executions=max(options.budgets) * full, seed=seed)
