@@ -315,7 +315,7 @@ class JobSpec(Section):
             return ""
         return (
             f"actions: {self.latency.engine} as it is installed does not serve {', '.join(foreign)}; leave them out"
-            + (", or install skipplan-vllm beside it" if self.latency.engine == "vllm" else "")
+            + (", or install this version's skipplan-vllm beside it" if self.latency.engine == "vllm" else "")
         )
 
     def canonical(self) -> dict[str, Any]:

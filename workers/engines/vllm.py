@@ -27,12 +27,18 @@ if importlib.util.find_spec("vllm") is None:
     sys.exit("it has no vllm")
 found = packages_distributions()
 names = ("vllm", "transformers", "torch", "skipplan_vllm")
-print(json.dumps({name: version(found[name][0]) for name in names if name in found}))
+versions = {name: version(found[name][0]) for name in names if name in found}
+letters = "RS"
+if "skipplan_vllm" in versions:
+    from skipplan_vllm.plan import LETTERS
+    letters = "".join(LETTERS)
+print(json.dumps([versions, letters]))
 """
 PLUGIN = "skipplan_vllm"
 MODULE = "vllm.entrypoints.openai.api_server"
 """What ``vllm serve`` runs; that command fails where the package has another name than vllm, as a CPU build has."""
-_ERROR = re.compile(r"((?:\w+\.)*\w*(?:Error|Exception|Killed)\b: .+)")
+_ERROR = re.compile(r"Value error, (.+?) \[type=|((?:\w+\.)*\w*(?:Error|Exception|Killed)\b: .+)")
+"""A line that names a cause; of pydantic's errors the second one, as the first counts them alone."""
 _WRAPPERS = ("initialization failed due to", "Engine core initialization failed", "EngineCore encountered an issue")
 """vLLM ends with these, and tells to look for the cause above."""
 
@@ -71,8 +77,8 @@ class Vllm:
                 f"vllm cannot be imported by {python} ({last_line(done.stderr, 'no message')}); install it into an "
                 f"environment of its own and name that environment's python in {PYTHON_VARIABLE}"
             )
-        versions: dict[str, str] = json.loads(last_line(done.stdout, "{}"))
-        return Installed(versions.pop("vllm"), python, versions, letters="RFBSAMQP" if PLUGIN in versions else "RS")
+        versions, letters = json.loads(last_line(done.stdout, "{}"))
+        return Installed(versions.pop("vllm"), python, versions, letters=letters)
 
     @contextmanager
     def serve(self, directory: Path, serving: Serving) -> Iterator[Server]:
@@ -136,7 +142,7 @@ def environment(serving: Serving) -> dict[str, str]:
 
 def reason(log: str) -> str:
     """Find the cause in vLLM's log: the last error that is not the one that sends readers to look above."""
-    found = [match[1] for line in log.splitlines() if (match := _ERROR.search(line))]
+    found = [match[1] or match[2] for line in log.splitlines() if (match := _ERROR.search(line))]
     causes = [each for each in found if not any(wrapper in each for wrapper in _WRAPPERS)]
     return one_line(causes[-1] if causes else last_line(log, "it said nothing"))[:800]
 
