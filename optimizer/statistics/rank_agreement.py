@@ -9,7 +9,6 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from optimizer.statistics.intervals import Interval, two_sided
 
@@ -92,6 +91,8 @@ def spearman(first: Floats, second: Floats) -> float | None:
 
 def rank_correlations(first: Floats, second: Floats) -> Floats:
     """Spearman's rho of each row of ``[rows, pairs]``; NaN where a row is constant."""
+    from scipy.stats import rankdata  # takes a second to import, and most commands rank nothing
+
     ranks = [rankdata(each, axis=1) for each in (first, second)]
     centred = [each - each.mean(1, keepdims=True) for each in ranks]
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats takes a second to import
 
 from optimizer.search.goals import Goal
 from optimizer.search.space import Candidate
@@ -55,14 +55,14 @@ class _Divergence:
         return cls(float(known.mean()), error, len(known))
 
     def interval(self, confidence: float) -> Interval:
-        half = float(stats.t.ppf(0.5 + confidence / 2, max(1, self.n - 1))) * self.error if self.error else 0.0
+        half = float(stdtrit(max(1, self.n - 1), 0.5 + confidence / 2)) * self.error if self.error else 0.0
         return Interval(max(0.0, self.mean - half), self.mean + half)
 
     def exceeds(self, limit: float) -> float:
         """Return the p-value of a divergence as small as this where the true one is ``limit``."""
         if not self.error:
             return float(self.mean > limit)
-        return float(stats.t.sf((limit - self.mean) / self.error, max(1, self.n - 1)))
+        return float(stdtr(max(1, self.n - 1), (self.mean - limit) / self.error))
 
 
 @dataclass(frozen=True)
