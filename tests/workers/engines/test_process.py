@@ -30,10 +30,16 @@ if len(sys.argv) == 2:
 (place / f"{len(sys.argv)}.tmp").rename(place / f"{len(sys.argv)}.pid")
 time.sleep(120)
 """
+# The supervisor as it is, but for how long it waits for a program that ignores SIGTERM.
 PARENT = """
 import sys, time
+from pathlib import Path
 from workers.engines import supervisor
 from workers.engines.process import running
+program = Path(supervisor.__file__).read_text()
+assert "GRACE_SECONDS = 10.0" in program
+supervisor.__file__ = sys.argv[1] + "/supervisor.py"
+Path(supervisor.__file__).write_text(program.replace("GRACE_SECONDS = 10.0", "GRACE_SECONDS = 0.5"))
 with running("stubborn", [sys.executable, "-I", "-c", open(sys.argv[1] + "/code").read(), sys.argv[1]], {}):
     time.sleep(120)
 """
