@@ -18,8 +18,8 @@ def worker() -> in_process.OneWorker:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Database]:
-    with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
+def store(sqlite_url: str) -> Iterator[Database]:
+    with Database.open(sqlite_url) as database:
         yield database
 
 

@@ -18,10 +18,10 @@ from storage.database import Database
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
-    monkeypatch.setenv("SKIPPLAN_DATABASE", f"sqlite:///{tmp_path / 'out.db'}")
+def database(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
+    monkeypatch.setenv("SKIPPLAN_DATABASE", sqlite_url)
     monkeypatch.chdir(tmp_path)
-    return Database.open(f"sqlite:///{tmp_path / 'out.db'}")
+    return Database.open(sqlite_url)
 
 
 def test_every_evaluation_is_a_row(database: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +29,7 @@ def test_every_evaluation_is_a_row(database: Database, tmp_path: Path, capsys: p
     finished_job(database)  # whose rows must not be among them
     assert _run(["evaluations", str(job), "--output", "all.csv", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    with sqlite3.connect(tmp_path / "out.db") as plain:
+    with sqlite3.connect(tmp_path / "skipplan.db") as plain:
         plain.row_factory = sqlite3.Row
         stored = plain.execute("SELECT * FROM evaluations WHERE job_id = ? ORDER BY id", (job,)).fetchall()
     rows = list(csv.DictReader((tmp_path / "all.csv").open()))

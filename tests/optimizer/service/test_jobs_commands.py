@@ -23,11 +23,10 @@ SPEC = {
 
 
 @pytest.fixture
-def db(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'skipplan.db'}"
-    monkeypatch.setenv("SKIPPLAN_DATABASE", url)
+def db(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    monkeypatch.setenv("SKIPPLAN_DATABASE", sqlite_url)
     monkeypatch.chdir(tmp_path)
-    with Database.open(url) as database:
+    with Database.open(sqlite_url) as database:
         yield database
 
 

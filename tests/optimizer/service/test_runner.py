@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +33,8 @@ class Inputs:
 
 
 @pytest.fixture
-def db(tmp_path: Path):
-    with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
+def db(sqlite_url: str):
+    with Database.open(sqlite_url) as database:
         yield database
 
 

@@ -50,8 +50,8 @@ channel.tell_held(db, job, resumable=RESUMABLE)
 
 
 @pytest.fixture
-def db(tmp_path: Path):
-    with Database.open(f"sqlite:///{tmp_path / 'skipplan.db'}") as database:
+def db(sqlite_url: str):
+    with Database.open(sqlite_url) as database:
         yield database
 
 
