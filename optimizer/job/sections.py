@@ -165,7 +165,10 @@ class SearchSpec(Section):
         default=0, ge=0, lt=2**32, description="Seed of the random numbers of the sampler and of every resampling."
     )
     batch: int = Field(
-        default=8, ge=1, le=4096, description="Plans proposed together; the same on any number of workers."
+        default=8,
+        ge=1,
+        le=4096,
+        description="Plans proposed together, from 32 on in halves; the same on any number of workers.",
     )
     rungs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         default=None,

@@ -17,6 +17,9 @@ from optimizer.search.space import Candidate, PlanSpace
 from optimizer.search.trial import Scores, Trial, trial_of
 from workers.redundancy.table import LayerTable
 
+HALVED = 32
+"""Plans of a batch from which on it goes in halves: the work of one half is then enough for as many workers."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -50,6 +53,11 @@ class Problem:
     """What judges candidates as drafters; None unless the job is lossless."""
     goals: Goals | None = None
     """What candidates are judged by; None where that is the job's one task."""
+
+    @property
+    def batch_parts(self) -> int:
+        """Parts that a batch goes in where the strategy asks ahead, evaluated at the same time."""
+        return 2 if self.batch >= HALVED else 1
 
     @cached_property
     def feasible(self) -> FeasiblePlans:
@@ -96,6 +104,9 @@ class Strategy(Protocol):
     turn: every ``ask`` that returns something is followed by one ``tell``, which answers each :class:`Ask` in the
     order asked. The search ends when the budget is spent or ``ask`` returns nothing; ``done`` is read then.
 
+    A strategy with an attribute ``asks_ahead`` that is true may be asked once more before the ``tell`` of the last
+    ``ask``, for other candidates; where it returns nothing then, it is asked again after that.
+
     A strategy may ask for any candidate of the problem's space. It should not ask for one that is not in
     ``Problem.feasible``, since such a candidate ends on the first rung. Candidates asked for again cost no
     evaluation, and are answered from memory; a strategy that asks for nothing new for many batches in a row is stopped.
@@ -123,13 +134,19 @@ class Strategy(Protocol):
         ...
 
     def tell(self, answers: Sequence[Answer]) -> None:
-        """Take in the answers to the last ``ask``, in the order asked."""
+        """Take in the answers to the oldest ``ask`` without, in the order asked."""
         ...
+
+
+def parts_under_way(problem: Problem, strategy: Strategy) -> int:
+    """Return in how many parts a strategy's batches go."""
+    return problem.batch_parts if getattr(strategy, "asks_ahead", False) else 1
 
 
 class PlanList:
     """A strategy that has its plans from the start and evaluates in order those that the problem allows."""
 
+    asks_ahead = True
     expected_gain: float | None = None
 
     def __init__(self, plans: Sequence[Candidate], problem: Problem, name: str) -> None:

@@ -57,7 +57,7 @@ class CachedEvaluation:
 
     ``maps`` gives the artifacts of candidates whose fitted maps are kept; other compensated candidates are scored with
     maps that the workers fit. ``task`` is one of the job's several tasks, or of those beside it, or its text; its only
-    task when absent.
+    task when absent. So many calls as ``at_once`` share the workers.
     """
 
     def __init__(
@@ -67,8 +67,9 @@ class CachedEvaluation:
         maps: Mapping[Candidate, Artifact] | None = None,
         *,
         task: Task | TextTask | None = None,
+        at_once: int = 1,
     ) -> None:
-        self._context, self._split, self._maps = context, split, maps or {}
+        self._context, self._split, self._maps, self._at_once = context, split, maps or {}, at_once
         self._task, self._name = task or context.task, task.name if task is not None else ""
         self._task_id = context.id_of(self._task)
         self._targets = dense_answers.run(context, split).tokens if context.spec.is_lossless else ()
@@ -157,7 +158,8 @@ class CachedEvaluation:
             if self._fits(plans):
                 wanted = self._context.pool.size
             else:
-                workers, most = self._context.pool.size, (plans[0].n_samples - plans[0].start) // LEAST_SLICE
+                workers = max(1, self._context.pool.size // self._at_once)
+                most = (plans[0].n_samples - plans[0].start) // LEAST_SLICE
                 wanted = next(n for n in range(1, workers + 1) if workers % n == 0 and workers // n <= max(1, most))
             count = max(min(wanted, len(plans)), -(-len(plans) // LARGEST_GROUP))
             cuts = [len(plans) * number // count for number in range(count + 1)]
@@ -167,7 +169,8 @@ class CachedEvaluation:
     def _slices(self, group: Sequence[_Missing], groups: int) -> list[tuple[int, int]]:
         """Cut a group's samples among the workers that there are for it; not where each would fit the same maps."""
         start, stop = group[0].start, group[0].n_samples
-        return [(start, stop)] if self._fits(group) else self._context.slices(start, stop, requests=groups)
+        requests = groups * self._at_once
+        return [(start, stop)] if self._fits(group) else self._context.slices(start, stop, requests=requests)
 
     def _fits(self, group: Sequence[_Missing]) -> bool:
         """Whether workers fit maps for plans of one recipe before they score them."""

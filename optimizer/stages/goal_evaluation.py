@@ -19,7 +19,7 @@ class GoalEvaluation:
 
     With several goals a prefix holds all of them in proportion (:meth:`~optimizer.search.goals.Goals.prefixes`), and
     a candidate that fails on one fails. ``seconds_counter`` names the job's counter of the seconds spent, if they are
-    counted.
+    counted. So many calls as ``at_once`` share the workers.
     """
 
     def __init__(
@@ -29,15 +29,18 @@ class GoalEvaluation:
         maps: Mapping[Candidate, Artifact] | None = None,
         *,
         seconds_counter: str | None = None,
+        at_once: int = 1,
     ) -> None:
         self._context, self._split, self._goals = context, split, context.goals
         if self._goals is None:
-            self._by_goal = {"": CachedEvaluation(context, split, maps)}
+            self._by_goal = {"": CachedEvaluation(context, split, maps, at_once=at_once)}
         else:
             tasks = {name: each.task for name, each in context.judged.items()}
             alone = len(context.task.parts) == 0
             self._by_goal = {
-                name: CachedEvaluation(context, split, maps, task=None if alone and task is context.task else task)
+                name: CachedEvaluation(
+                    context, split, maps, task=None if alone and task is context.task else task, at_once=at_once
+                )
                 for name, task in tasks.items()
             }
         self._seconds_counter = seconds_counter

@@ -15,7 +15,7 @@ from optimizer.search.constraints import Limits
 from optimizer.search.drafting import DraftJudge, Memory, StepCosts
 from optimizer.search.latency import LayerTimes, latency_ratio
 from optimizer.search.loop import Search
-from optimizer.search.problem import Problem
+from optimizer.search.problem import Problem, parts_under_way
 from optimizer.search.seeding import with_given, with_seeds
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.space import Candidate
@@ -41,7 +41,10 @@ def run(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOu
     database instead of being run.
     """
     context.progress.begin("search", context.spec.search.trials)
-    return context.load_or_compute("search", SearchOutcome, lambda: _search(context, profile, table))
+    search = partial(_search, context, profile, table)
+    outcome: SearchOutcome
+    (outcome,) = context.turns.together(partial(context.load_or_compute, "search", SearchOutcome, search))
+    return outcome
 
 
 def limits_of(context: JobContext, profile: LayerTimes) -> Limits:
@@ -76,8 +79,6 @@ def out_of_reach(context: JobContext, profile: LayerTimes) -> str | None:
 
 
 def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> SearchOutcome:
-    scored = GoalEvaluation(context, "search", seconds_counter=SECONDS)
-
     def evaluate(requests: Sequence[tuple[Candidate, int]]) -> Iterator[tuple[Candidate, Scores]]:
         # Plans count as done once their whole batch is: until then this tells that they are under way.
         context.progress.advance(0, news=f"{len(requests)} plans on {requests[0][1]} samples each under way")
@@ -85,14 +86,18 @@ def _search(context: JobContext, profile: LayerTimes, table: LayerTable) -> Sear
 
     try:
         problem = _problem(context, profile, table)
-        search = Search(
-            problem,
-            find(STRATEGIES, context.spec.search.strategy, "search.strategy")(problem),
-            Budget(context.spec.search, scored.elapsed),
-            evaluate=evaluate,
-            on_trial=lambda trial: context.progress.advance(news=_news(trial)),
-        )
-        outcome = search.run()
+        strategy = find(STRATEGIES, context.spec.search.strategy, "search.strategy")(problem)
+        at_once = parts_under_way(problem, strategy)
+        scored = GoalEvaluation(context, "search", seconds_counter=SECONDS, at_once=at_once)
+        with context.turns.beside() as begin:
+            outcome = Search(
+                problem,
+                strategy,
+                Budget(context.spec.search, scored.elapsed),
+                evaluate=evaluate,
+                on_trial=lambda trial: context.progress.advance(news=_news(trial)),
+                begin=begin,
+            ).run()
     except (RuntimeError, MeasurementError, UsageFault) as error:
         raise JobFailed(str(error)) from None
     context.progress.note(f"search ended: {outcome.stopped_because}")

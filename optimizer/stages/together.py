@@ -30,6 +30,9 @@ class _Group:
 _PLACES: ContextVar[tuple[tuple[_Group, int], ...]] = ContextVar("places", default=())
 """The groups that this thread's stage is in, and its place in each; a stage may run parts of itself together."""
 
+Begin = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Begins a part of a stage, and returns what waits for its end."""
+
 
 class Turns:
     """Take turns among the stages of one job that run together."""
@@ -58,34 +61,55 @@ class Turns:
         Where some fail, raises what the first of them in their order raised: those behind it are abandoned at their
         next request, those before it go on, since they would have come first.
         """
+        with self.beside() as begin:
+            ends = [begin(stage) for stage in stages]
+            return [end() for end in ends]
+
+    @contextmanager
+    def beside(self) -> Iterator[Begin]:
+        """Begin parts of a stage beside it; where it computes meanwhile, it has to be one that runs together.
+
+        Their first requests are in their order. Beginning a part returns what waits for its end, which then returns
+        what the part returned or raises what it raised. Those behind one that fails are abandoned at their next
+        request; all are, where the block fails.
+        """
         group = _Group()
         found: dict[int, Any] = {}
         errors: dict[int, BaseException] = {}
+        threads: list[threading.Thread] = []
 
-        def run(place: int, stage: Callable[[], Any], begun: threading.Event) -> None:
+        def run(place: int, part: Callable[[], Any], begun: threading.Event) -> None:
             with self._turn:
                 begun.set()
                 _PLACES.set((*_PLACES.get(), (group, place)))
                 try:
-                    found[place] = stage()
+                    found[place] = part()
                 except BaseException as error:
                     errors[place] = error
                     group.failed = min(group.failed, place)
 
-        threads = []
-        try:
+        def begin(part: Callable[[], Any]) -> Callable[[], Any]:
+            place, begun = len(threads), threading.Event()
+            work = partial(copy_context().run, run, place, part, begun)
+            threads.append(threading.Thread(target=work, daemon=True))
             with self.waiting():
-                for place, stage in enumerate(stages):
-                    begun = threading.Event()
-                    work = partial(copy_context().run, run, place, stage, begun)
-                    threads.append(threading.Thread(target=work, daemon=True))
-                    threads[-1].start()
-                    begun.wait()  # so that their first requests are in order
-                for thread in threads:
-                    thread.join()
-        except BaseException:
-            group.failed = -1  # interrupted: they end at their next request
+                threads[place].start()
+                begun.wait()
+            return partial(end, place)
+
+        def end(place: int) -> Any:
+            with self.waiting():
+                threads[place].join()
+            if place in errors:
+                raise errors[place]
+            return found[place]
+
+        try:
+            yield begin
+        except BaseException as error:
+            group.failed = -1
+            if not isinstance(error, KeyboardInterrupt):  # then they end at their next request, unwaited for
+                with self.waiting():
+                    for thread in threads:
+                        thread.join()
             raise
-        if errors:
-            raise errors[min(errors)]
-        return [found[place] for place in range(len(stages))]

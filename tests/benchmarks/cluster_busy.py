@@ -6,7 +6,8 @@
 
 Seconds of requests are those assumed for a 7B model on a GPU (`Costs` in tests/helpers/simulated_cluster.py), the
 driver's are real. Busy is the time in requests over the time that all workers have, from the first request to the end
-of the last job: with every stage, and with the ends, when few jobs are left.
+of the last job: with every stage, and with the ends, when few jobs are left. Of one job, the rest is told apart: before
+its search (while one device is profiled), in the search, and behind it (while a device each times the finalists).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from simulated_cluster import SimulatedCluster, beside, job_fields
@@ -25,6 +27,7 @@ from optimizer.service.server import Server
 from optimizer.stages.progress import Progress
 from storage.database import Database
 from storage.queue import jobs
+from workers.messages import EvaluatePlans
 
 LARGE = {"trials": 1000, "batch": 64, "search": 2048, "held_out": 4096}
 
@@ -50,11 +53,26 @@ def run(cluster: SimulatedCluster, count: int, at_once: int, sizes: dict[str, in
         "at_once": at_once,
         "workers": cluster.size,
         "busy_share": cluster.busy_share(),
+        **(idle_shares(cluster) if count == 1 else {}),
         "hours": cluster.seconds() / 3600,
         "worker_hours": sum(each.ends - each.began for each in cluster.done) / 3600,
         "requests": len(cluster.done),
         "driver_cpu_seconds_per_job": driver / count,
     }
+
+
+def idle_shares(cluster: SimulatedCluster) -> dict[str, float]:
+    """Shares of all workers' time in which nothing is asked of them: before one job's search, in it, and behind it."""
+    asked = [(each, each.request) for each in cluster.done if isinstance(each.request, EvaluatePlans)]
+    dense = ("R" * cluster.costs.layers,)
+    search = [each for each, request in asked if request.split == "search" and request.plans != dense]
+    first, last = min(each.began for each in cluster.done), max(each.ends for each in cluster.done)
+    bounds = [first, min(each.began for each in search), max(each.ends for each in search), last]
+    found = {}
+    for name, (begins, ends) in zip(("before", "in", "behind"), pairwise(bounds), strict=True):
+        busy = sum(max(0.0, min(each.ends, ends) - max(each.began, begins)) for each in cluster.done)
+        found[f"idle_{name}_search"] = (cluster.size * (ends - begins) - busy) / (cluster.size * (last - first))
+    return found
 
 
 def main() -> None:

@@ -54,8 +54,11 @@ class Chain:
 class Bisection:
     """Bisect the problem's chains, then hand over to the strategy inside, which learns from every evaluation.
 
-    The problem's seeds come before the chains' plans, of which at most ``problem.bisections`` are asked for.
+    The problem's seeds come before the chains' plans, of which at most ``problem.bisections`` are asked for. Where
+    batches go in halves, so do the chains.
     """
+
+    asks_ahead = True
 
     def __init__(self, problem: Problem, inner: StudyStrategy) -> None:
         self._problem, self._inner = problem, inner
@@ -67,6 +70,8 @@ class Bisection:
         # Seeds that the strategy inside will ask for: each once, and none that is known.
         self._seeds = len({each for each in problem.seeds if each not in self._seen and not each.is_dense})
         self._dense_accuracy = 1.0
+        self._waiting: set[Candidate] = set()
+        """Asked for, and not told yet."""
 
     @property
     def done(self) -> str:
@@ -83,21 +88,29 @@ class Bisection:
         self._inner.start(dense)
 
     def ask(self, count: int) -> Sequence[Ask]:
-        """Return seeds, then the middles of open chains, then what the strategy inside asks for."""
+        """Return seeds, then the middles of open chains, then what the strategy inside asks for.
+
+        It is asked too while every open chain waits for its middle.
+        """
         asked = list(self._inner.ask(min(count, self._seeds))) if self._seeds else []
         self._seeds = max(0, self._seeds - count)
-        waiting = {each.candidate for each in asked}
-        middles = [each for each in self._open() if each not in waiting][: min(count - len(asked), self._left)]
-        if not middles and not asked:
+        waiting = self._waiting | {each.candidate for each in asked}
+        middles = self._open()
+        if not asked and not (middles and self._left):
             self._chains = []
-            return self._inner.ask(count)
+        share = -(-len(middles) // self._problem.batch_parts)
+        free = [each for each in middles if each not in waiting]
+        middles = free[: min(count - len(asked), self._left, share)]
         self._left -= len(middles)
         self._inner.begin_with(middles)
-        return [*asked, *self._inner.ask(len(middles))]
+        asked += self._inner.ask(len(middles) if middles or asked else count)
+        self._waiting.update(each.candidate for each in asked)
+        return asked
 
     def tell(self, answers: Sequence[Answer]) -> None:
         self._inner.tell(answers)
         self._seen.update(answers)
+        self._waiting.difference_update(candidate for candidate, _ in answers)
 
     def _open(self) -> list[Candidate]:
         """Return the next plan of every chain, each plan once."""

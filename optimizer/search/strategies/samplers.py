@@ -79,7 +79,7 @@ def surrogate_sampler(problem: Problem, settings: Settings | None = None) -> Sur
         {letter: risk.values(letter) for letter in letters},
         -problem.limits.least_difference(1.0),
         seed=problem.seed,
-        batch=problem.batch,
+        batch=problem.batch // problem.batch_parts,
         reserve=[space.genome(candidate) for candidate in problem.reserve if candidate in space],
         settings=settings,
     )

@@ -30,6 +30,8 @@ COMPENSATION = "compensation"
 class StudyStrategy:
     """Ask an Optuna sampler for candidates that were never asked for before, after the problem's own seeds."""
 
+    asks_ahead = True
+
     def __init__(self, problem: Problem, sampler: optuna.samplers.BaseSampler) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._problem, self._sampler = problem, sampler

@@ -119,7 +119,8 @@ class SurrogateSampler(BaseSampler):
         self._reference = (1.0, largest_cost + MARGIN)
         self._reserve = list(dict.fromkeys(reserve))
         self._trust = TrustRegion(len(space.letters))
-        self._last_batch: tuple[str, ...] = ()
+        self._under_way: set[str] = set()
+        """Proposals, from whose results the trust region has not learnt yet."""
         self._queue: deque[str] = deque()
         self._foresee = cache(space.foresee)
         self._scales, self._fitted_on = START, 0
@@ -201,10 +202,10 @@ class SurrogateSampler(BaseSampler):
 
     def _propose(self, seen: list[Observation], taken: set[str]) -> list[str]:
         good = self._good(seen)
-        came = [each.genome in good for each in seen if each.genome in self._last_batch]
+        came = [each.genome in good for each in seen if each.genome in self._under_way]
         if came:
             self._trust.learn(came)
-            self._last_batch = ()
+            self._under_way &= taken - {each.genome for each in seen}
         points = [(each.ratio, each.cost) for each in self._front(seen)]
         stairs = Stairs(points, self._reference)
         new = self._first_pool(self._parents(seen), taken)
@@ -213,7 +214,7 @@ class SurrogateSampler(BaseSampler):
             return []
         if len(seen) < 3:
             first = [pool[int(index)] for index in self._random.permutation(len(pool))[: self._batch]]
-            self._last_batch += tuple(first)
+            self._under_way.update(first)
             return first
         draws = self._draws(seen)
         costs = self._second_costs(seen, pool, draws(self._design(pool)))
@@ -229,7 +230,7 @@ class SurrogateSampler(BaseSampler):
         rest = [index for index in range(len(pool)) if index not in set(chosen)]
         chosen += self._better_part(rest, pool, costs[0], stairs)[:at_random]
         batch = [pool[index] for index in chosen]
-        self._last_batch += tuple(batch)
+        self._under_way.update(batch)
         return batch
 
     def _better_part(self, rest: Sequence[int], pool: Sequence[str], mean: Floats, stairs: Stairs) -> list[int]:

@@ -1,20 +1,25 @@
 """The search loop on planted problems whose best plans are known."""
 
+import random
+import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from planted import SAMPLES, Planted, problem_of, search, small
+from planted import SAMPLES, Planted, problem_of, random_problem, search, small
 
 from optimizer import criteria
 from optimizer.job.sections import ConstraintSpec, SearchSpec
 from optimizer.registries import CRITERIA, SAMPLERS, STRATEGIES
 from optimizer.search.budget import Budget, rung_sizes
 from optimizer.search.constraints import Limits
-from optimizer.search.loop import Search
+from optimizer.search.loop import Search, at_once
+from optimizer.search.problem import PlanList
 from optimizer.search.seeding import with_seeds
 from optimizer.search.space import Candidate
 from optimizer.search.trial import Trial, paired_difference
+from optimizer.stages.together import Turns
 from workers.redundancy.kinds import ANSWER, GROUPS, INTERVENTIONS, OPERATORS
 from workers.redundancy.table import LayerMeasurement, LayerTable
 from workers.runtime import SkipPlan
@@ -45,6 +50,77 @@ def test_same_seed_same_search_whatever_the_order_of_arrival(strategy):
     first, second = (search(small(order=order), strategy=strategy, seeds="none", trials=24) for order in (1, 2))
     assert first == second
     assert first.trials != search(small(), strategy=strategy, seeds="none", trials=24, seed=1).trials
+
+
+class Noting(PlanList):
+    """Plans of a list, and what the loop asks for and tells in which order."""
+
+    def __init__(self, problem, *, asks_ahead):
+        sets = ([layer for layer in range(LAYERS) if number >> layer & 1] for number in range(1, 200))
+        super().__init__([Candidate(SkipPlan.skipping(LAYERS, each)) for each in sets], problem, "noting")
+        self.asks_ahead, self.said = asks_ahead, []
+
+    def ask(self, count):
+        asked = super().ask(count)
+        self.said.append(f"ask {len(asked)}")
+        return asked
+
+    def tell(self, answers):
+        self.said.append(f"tell {len(answers)}")
+
+
+@pytest.mark.parametrize(
+    ("batch", "asks_ahead", "said"),
+    [
+        (40, True, "ask 20, ask 20, tell 20, ask 20, tell 20, ask 10, tell 20, tell 10"),
+        (40, False, "ask 40, tell 40, ask 30, tell 30"),
+        (31, True, "ask 31, tell 31, ask 31, tell 31, ask 8, tell 8"),
+    ],
+)
+def test_large_batches_go_in_halves_where_the_strategy_asks_ahead(batch, asks_ahead, said):
+    spec = SearchSpec(trials=70, batch=batch, rungs=(50,))
+    problem = problem_of(small(), spec=spec, seeded=False)
+    strategy = Noting(problem, asks_ahead=asks_ahead)
+    outcome = Search(problem, strategy, Budget(spec, lambda: 0.0), evaluate=small()).run()
+    assert ", ".join(strategy.said) == said and len(outcome.trials) == 71
+
+
+class Delayed:
+    """Evaluates after a while, others going on meanwhile; notes where a later batch came first."""
+
+    def __init__(self, planted, turns, seed):
+        self.planted, self.turns, self.chance = planted, turns, random.Random(seed)
+        self.under_way, self.overtaken = [], False
+
+    def __call__(self, requests):
+        self.under_way.append(requests)
+        with self.turns.waiting():
+            time.sleep(self.chance.choice([0.001, 0.03]))
+        self.overtaken |= self.under_way[0] is not requests
+        self.under_way.remove(requests)
+        yield from self.planted(requests)
+
+
+@pytest.mark.parametrize("strategy", ["surrogate", "tpe"])
+def test_halves_under_way_find_the_same_whichever_ends_first(strategy):
+    spec = SearchSpec(strategy=strategy, trials=100, batch=32, rungs=(50,))
+    planted = random_problem(12, "RFBS", 0)
+    problem = problem_of(planted, "RFBS", spec=spec)
+
+    def run(evaluate, begin=at_once):
+        return Search(
+            problem, STRATEGIES[strategy](problem), Budget(spec, lambda: 0.0), evaluate=evaluate, begin=begin
+        ).run()
+
+    def beside(delayed):
+        with delayed.turns.beside() as begin:
+            return run(delayed, begin)
+
+    found, delays = run(planted), [Delayed(planted, Turns(), seed) for seed in range(2)]
+    for delayed in delays:
+        assert delayed.turns.together(partial(beside, delayed)) == [found]
+    assert any(delayed.overtaken for delayed in delays)
+    assert len(found.trials) == 101 and len(planted.asked) == 3 * len(set(planted.asked))
 
 
 def test_seeds_come_first_in_order():

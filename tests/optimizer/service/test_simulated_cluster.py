@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulated_cluster import SimulatedCluster, beside, job_fields
@@ -16,18 +17,21 @@ from storage.queue import jobs, stages
 from storage.records import evaluations
 
 SIZES = {"trials": 16, "calibration": 40, "search": 128, "held_out": 128}
+HALVES = SIZES | {"trials": 80, "batch": 32}
+"""Sizes of a job whose batches go in halves."""
 
 
-def serve(path: Path, cluster: SimulatedCluster, *, at_once: int, count: int = 3) -> list[object]:
+def serve(path: Path, cluster: SimulatedCluster, *, at_once: int = 1, count: int = 3, **sizes: int) -> list[Any]:
     """Serve jobs to their end; return what each evaluated and found out of it."""
     with Database.open(f"sqlite:///{path}") as db, cluster.in_place_of_ray():
-        specs = [JobSpec.model_validate(job_fields(n, path.parent / "artifacts", **SIZES)) for n in range(count)]
+        fields = [job_fields(n, path.parent / "artifacts", **(sizes or SIZES)) for n in range(count)]
+        specs = [JobSpec.model_validate(each) for each in fields]
         found = [jobs.submit(db, stored_spec(spec), f"job {number}").id for number, spec in enumerate(specs)]
         assert Server(db, progress=lambda job: Progress(), at_once=at_once).run(once=True) == count
         return [_outcome(db, number) for number in found]
 
 
-def _outcome(db: Database, number: int) -> object:
+def _outcome(db: Database, number: int) -> tuple[str, dict[Any, Any], Any, set[str]]:
     scored = {(e.split, e.plan, e.n_samples): e.scores for e in evaluations.for_job(db, number)}
     ended = stages.stages(db, number)
     return jobs.get(db, number).state, scored, ended["verify"].payload, set(ended)
@@ -42,6 +46,32 @@ def test_what_jobs_find_does_not_depend_on_workers_or_on_jobs_beside_them(tmp_pa
     timed = [each for each in cluster.done if type(each.request).__name__ == "CompareLatency"]
     together = [o for n, one in enumerate(timed) for o in timed[:n] if one.began < o.ends and o.began < one.ends]
     assert together, "measured at the same time on other devices"
+
+
+def test_halves_of_batches_find_the_same_on_many_workers_and_in_a_job_that_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = serve(tmp_path / "alone.db", SimulatedCluster(1, 1, driver=False), count=1, **HALVES)
+    assert serve(tmp_path / "many.db", SimulatedCluster(2, 8, driver=False), count=1, **HALVES) == alone
+    stored = []
+
+    def record(*arguments: Any, **named: Any) -> Any:
+        stored.append(arguments)
+        if len(stored) == 70:
+            raise OSError("the disk is gone")
+        return kept(*arguments, **named)
+
+    kept = evaluations.record
+    monkeypatch.setattr(evaluations, "record", record)
+    with pytest.raises(KeyError, match="verify"):
+        serve(tmp_path / "broken.db", SimulatedCluster(2, 8, driver=False), count=1, **HALVES)
+    before = len(stored)
+    fewer = SimulatedCluster(1, 5, driver=False)
+    with Database.open(f"sqlite:///{tmp_path / 'broken.db'}") as db, fewer.in_place_of_ray():
+        jobs.resume(db, 1)
+        assert Server(db, progress=lambda job: Progress()).run(once=True) == 1
+        assert [_outcome(db, 1)] == alone
+    assert 70 <= before < len(stored) == len(alone[0][1]) + 1  # nothing was evaluated again
 
 
 def test_jobs_that_share_workers_keep_them_busier(tmp_path: Path) -> None:

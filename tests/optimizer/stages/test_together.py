@@ -74,15 +74,16 @@ def test_the_error_of_the_stage_that_would_have_come_first_is_raised() -> None:
 
 
 def test_parts_of_a_stage_are_abandoned_with_it_and_errors_are_not_swallowed() -> None:
-    turns, failed, seen = Turns(), threading.Event(), []
+    turns, failed, begun, seen = Turns(), threading.Event(), threading.Semaphore(0), []
 
     def first() -> None:
         with turns.waiting():
-            pass
+            assert begun.acquire(timeout=30) and begun.acquire(timeout=30)
         failed.set()
         raise ValueError("of the first")
 
     def part() -> None:
+        begun.release()
         try:
             wait_for(turns, failed)
             with turns.waiting():
@@ -98,6 +99,32 @@ def test_parts_of_a_stage_are_abandoned_with_it_and_errors_are_not_swallowed() -
     with pytest.raises(ValueError, match="of the first"):
         turns.together(first, lambda: turns.together(part, part))
     assert seen == ["abandoned", "abandoned"]
+
+
+def test_a_stage_goes_on_beside_its_parts_and_gets_what_they_return_or_raise() -> None:
+    turns, computed, failed, seen = Turns(), threading.Event(), threading.Event(), []
+
+    def part(number: int) -> int:
+        wait_for(turns, computed)
+        if number == 1:
+            failed.set()
+            raise ValueError("of the second")
+        wait_for(turns, failed if number == 2 else computed)
+        with turns.waiting():
+            pass
+        seen.append(number)
+        return number
+
+    def stage() -> None:
+        with turns.beside() as begin:
+            ends = [begin(partial(part, number)) for number in range(3)]
+            computed.set()  # all three wait for this
+            assert ends[0]() == 0
+            ends[1]()
+
+    with pytest.raises(ValueError, match="of the second"):
+        turns.together(stage)
+    assert seen == [0]  # the third was abandoned
 
 
 def test_what_two_stages_need_is_computed_once(store: Database, worker: OneWorker) -> None:
