@@ -106,6 +106,15 @@ def test_vllm_answers_as_the_live_model_does(reference_export: Path) -> None:
     assert len({answer.live for answer in found.answers.values()}) > 5  # answers that could differ
 
 
+def test_vllm_answers_by_a_plan_that_joins_layers(vllm: None, tmp_path: Path) -> None:
+    """The attention of layer 6 and the MLP of layer 8 are written as one layer."""
+    model = BUNDLED_MODELS / "llava-12"
+    found = served(exported(model, "RRRRRRMSARSR", "vllm", tmp_path / "export"), model, 200)
+    assert found.passed, found
+    assert len(found.having("equal")) >= 198 and found.accuracy.value > 0.9
+    assert len({answer.live for answer in found.answers.values()}) > 5  # answers that could differ
+
+
 def test_vllm_answers_by_a_compensated_plan_of_thirty_layers(vllm: None, tmp_path: Path) -> None:
     """Ten layers skipped, the maps of their gaps in the weights: a plain checkpoint, also for vLLM."""
     model = built_directory("smollm2-30")
@@ -166,10 +175,16 @@ def test_vllm_names_a_tensor_that_it_does_not_know(reference_export: Path, tmp_p
         pass
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"])
-def test_vllm_serves_a_family_by_the_same_log_probabilities(vllm: None, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [(family, plan) for family in ("qwen2_vl", "qwen2_5_vl", "internvl") for plan in ("RSRRSR", "RMSARR")]
+    # The first two layers of this one take vision features of their own.
+    + [("qwen3_vl", plan) for plan in ("RRSRSR", "RRRMAR")]
+    # With RMSARR vLLM ends one of this one's sixteen answers before its first token.
+    + [("smolvlm", "RSRRSR")],
+)
+def test_vllm_serves_a_family_by_the_same_log_probabilities(vllm: None, tmp_path: Path, family: str, plan: str) -> None:
     model = tiny_video_families.save(tmp_path / "model", family, SIZES)
-    plan = "RRSRSR" if family == "qwen3_vl" else "RSRRSR"  # whose first two layers take vision features of their own
     found = served(exported(model, plan, "vllm", tmp_path / "export"), model, 16)
     assert found.passed, found
 
@@ -215,11 +230,12 @@ def asked_without_images(directory: Path, model: Path, plan: str) -> list[Served
     return found
 
 
+@pytest.mark.parametrize("plan", ["RSRRSR", "RMSARR"])
 def test_llama_cpp_answers_as_the_live_model_does(
-    llama_cpp: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama_cpp: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str
 ) -> None:
     model = tiny_video_families.save(tmp_path / "model", "smolvlm", SIZES, letters=True)
-    directory = exported(model, "RSRRSR", "llama-cpp", tmp_path / "export")
+    directory = exported(model, plan, "llama-cpp", tmp_path / "export")
     found = served(directory, model, 200)
     assert found.passed, found
     assert len(found.having("equal")) >= 190  # of random weights, whose largest logits are often close
