@@ -1,9 +1,10 @@
-"""What a job costs: layer executions, seconds, bytes and rows, fitted on two models and checked on a third.
+"""What a job costs: layer executions, seconds, bytes and rows, fitted on two models and checked on two others.
 
     SKIPPLAN_CACHE=CACHE PYTHONPATH=.:tests/helpers python tests/benchmarks/scaling.py
 
-CACHE holds `smollm2-30` (`skipplan reference build smollm2`). Jobs of two sizes run in this process on llava-12 and
-smollm2-30, and one on a third model, of 20 layers with random weights; seconds are processor time. The model:
+CACHE holds `smollm2-30` (`skipplan reference build smollm2`) and `families/qwen2-10` (`python -m
+reference_training.train_families qwen2-10`). Jobs of two sizes run in this process on llava-12 and smollm2-30, and one
+each on qwen2-10 and on a model of 20 layers with random weights; seconds are processor time. The model:
 
     layer executions = shared * kept * layers * plan samples
     seconds          = layer executions * (flop / rate + overhead) + requests * per request
@@ -43,6 +44,7 @@ from storage.database import Database
 from storage.queue import stages
 from storage.records import evaluations
 from storage.schema import Base
+from workers.cache_directory import cache_directory
 from workers.latency.request import prepare_request
 from workers.messages import Reply, Request, Workload
 from workers.runtime.locate import locate
@@ -213,12 +215,12 @@ def _solve(columns: list[list[float]], values: list[float]) -> list[float]:
     return [float(each) for each in found]
 
 
-def third(directory: Path) -> str:
-    """Write the third model: 20 layers of another width than the others', random weights."""
+def random(directory: Path) -> str:
+    """Write a model of 20 layers of another width than the others', with random weights: no plan answers as it does."""
     layers, tiny_llava.LAYERS = tiny_llava.LAYERS, 20
     try:
         sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
-        return str(tiny_llava.save(directory / "third", sizes=sizes))
+        return str(tiny_llava.save(directory / "random", sizes=sizes))
     finally:
         tiny_llava.LAYERS = layers
 
@@ -247,22 +249,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model in the place of each, to try the script")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        models = {"llava-12": "llava-12", "smollm2-30": "smollm2-30", "third": third(directory)}
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        trained = str(cache_directory() / "families" / "qwen2-10" / "checkpoint")
+        models = {"llava-12": "llava-12", "smollm2-30": "smollm2-30", "qwen2-10": trained, "random": random(directory)}
         if options.quick:
             tiny = str(tiny_llava.save(directory / "tiny"))
-            models = {"llava-12": tiny, "smollm2-30": models["third"], "third": tiny}
+            models = {"llava-12": tiny, "smollm2-30": models["random"], "random": tiny}
         jobs = [measure(each, models[each], size, directory) for each in ("llava-12", "smollm2-30") for size in SIZES]
         for job in jobs:
             print(json.dumps(asdict(job)), flush=True)
         costs = fit(jobs)
         print(json.dumps(asdict(costs), indent=2), flush=True)
-        checked = measure("third", models["third"], CHECKED, directory)
-    print(json.dumps(asdict(checked)))
-    print("| cost | predicted | measured | error |\n|---|---|---|---|")
-    for cost, (expected, found) in costs.predicted(checked).items():
-        print(f"| {cost} | {expected:.4g} | {found:.4g} | {expected / found - 1:+.0%} |")
+        for name in [each for each in ("qwen2-10", "random") if each in models]:
+            checked = measure(name, models[name], CHECKED, directory)
+            print(json.dumps(asdict(checked)))
+            print(f"| cost, {name} | predicted | measured | error |\n|---|---|---|---|")
+            for cost, (expected, found) in costs.predicted(checked).items():
+                print(f"| {cost} | {expected:.4g} | {found:.4g} | {expected / found - 1:+.0%} |")
     print(json.dumps(outlook(costs, rate=options.rate), indent=2))
 
 
