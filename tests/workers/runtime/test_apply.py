@@ -88,7 +88,7 @@ def random_plan(generator: random.Random) -> SkipPlan:
 # Leaving nothing behind ---------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_random_cycles_restore_every_bit_and_keep_nothing() -> None:
+def test_three_hundred_random_cycles_restore_every_bit_and_keep_nothing() -> None:
     generator = random.Random(0)
     before = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}
     configuration, expected = str(MODEL.config), logits(MODEL)
@@ -97,12 +97,12 @@ def test_a_thousand_random_cycles_restore_every_bit_and_keep_nothing() -> None:
             logits(MODEL)
     gc.collect()
     objects = len(gc.get_objects())
-    for cycle in range(1000):
+    for cycle in range(300):
         with apply(MODEL, random_plan(generator)):
             if cycle % 20 == 0:
                 logits(MODEL)
     gc.collect()
-    assert len(gc.get_objects()) - objects < 500  # fewer than one per two cycles
+    assert len(gc.get_objects()) - objects < 150  # fewer than one per two cycles
     after = MODEL.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
