@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
@@ -81,7 +81,7 @@ def theory_seeds(
     risk = with_compensated(risk, shares)
     structures = best_blocks(space, shares) if space.recipe and shares else ()
     solutions: list[Sequence[Candidate]] = []
-    for part in space.parts:
+    for part in (*space.parts, *_of_whole_layers(space)):
         problem = AdditiveProblem(part, step_risks(part, risk), savings(part, feasible.ratio), limits=limits)
         solutions.append(problem.solutions(budgets(saving, BUDGETS)))
     by_size = [structures[int(at)] for at in spread_order(len(structures))]
@@ -91,6 +91,12 @@ def theory_seeds(
     mixed = [*_interleave([*solutions, by_size]), *nested_sets(space, risk), *(p for plans in published for p in plans)]
     reserve = tuple(each for each in dict.fromkeys(mixed) if each in feasible)
     return Seeds((), reserve, tuple(chain for chain in possible if chain))
+
+
+def _of_whole_layers(space: PlanSpace) -> tuple[PlanSpace, ...]:
+    """Return the space without what leaves out parts of layers, if it has any: many small risks add up badly."""
+    letters = tuple("".join(own for own in each if not Action.of(own).row.leaves_out) for each in space.letters)
+    return () if letters == space.letters else replace(space, letters=letters).parts
 
 
 def _of_parts(space: PlanSpace, chain: Sequence[Candidate]) -> bool:

@@ -51,6 +51,13 @@ def test_the_last_good_plan_of_every_chain_is_tried(letters: str) -> None:
             assert by_speed[sum(good) - 1] in tried
 
 
+def test_where_parts_are_allowed_the_additive_solutions_of_whole_layers_are_a_chain_too() -> None:
+    planted = random_problem(12, "RFBSAMQP", 0)
+    wholes, parts = (problem_of(planted, letters) for letters in ("RFBS", "RFBSAMQP"))
+    assert wholes.chains[0] and wholes.chains[0] in parts.chains
+    assert any(set("AMQP") & set(str(each)) for each in parts.chains[0])
+
+
 @pytest.mark.parametrize(("letters", "own"), [("RFSAM", "FS"), ("RFAM", "FAM")])
 def test_parts_of_layers_have_chains_where_whole_layers_cannot_go(letters: str, own: str) -> None:
     # The criterion of these problems gives parts no risk of their own.
