@@ -67,6 +67,11 @@ class PlanSpace:
         return math.prod(len(letters) for letters in self.letters)
 
     @property
+    def has_plain(self) -> bool:
+        """Whether gaps may be left as they are, here or elsewhere in the space that this one is a part of."""
+        return NO_COMPENSATION in (self.whole or self.compensations)
+
+    @property
     def recipe(self) -> str | None:
         """The recipe of compensated plans, if the job has any."""
         return next((each for each in self.compensations if each != NO_COMPENSATION), None)
@@ -91,8 +96,7 @@ class PlanSpace:
     def candidate(self, genome: str) -> Candidate:
         """Return the candidate of a genome."""
         plan = SkipPlan.parse(genome.replace(COMPENSATED, SKIP))
-        has_plain = NO_COMPENSATION in (self.whole or self.compensations)
-        compensated = COMPENSATED in genome or (not has_plain and bool(gaps(plan)))
+        compensated = COMPENSATED in genome or (not self.has_plain and bool(gaps(plan)))
         return Candidate(plan, self.recipe) if compensated and self.recipe is not None else Candidate(plan)
 
     def allows(self, genome: str) -> bool:

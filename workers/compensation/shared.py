@@ -23,7 +23,7 @@ from workers.lru import LruCache
 from workers.messages import GapShare
 from workers.runtime.folding import GapMap, acted_on, fold_site
 from workers.runtime.gaps import Gap, Part, gaps, holder
-from workers.runtime.plan import REMOVING_LETTERS, Action, SkipPlan
+from workers.runtime.plan import PART_LETTERS, REMOVING_LETTERS, Action, SkipPlan
 from workers.runtime.token_rows import TokenSplit
 
 from .calibration import Calibration
@@ -48,7 +48,7 @@ MAPS_BUDGET = 4 << 30
 
 
 RUN = Action.RUN.letter
-GAP_LETTERS = REMOVING_LETTERS + "".join(action.letter for action in Action if action.row.removes_part)
+GAP_LETTERS = REMOVING_LETTERS + PART_LETTERS
 """Of the actions that leave a gap."""
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .edits import Edits
-from .gaps import Part, Scope, gaps
+from .gaps import Gap, Part, Scope, gaps
 from .hooked import replace_parameter, stored_parameter
 from .locate import DecoderStack
 from .plan import PlanError, SkipPlan
@@ -173,16 +173,23 @@ def _experts(module: nn.Module, name: str, value: Tensor, hidden: int, index: in
 def fold(edits: Edits, stack: DecoderStack, plan: SkipPlan, maps: Maps) -> None:
     """Put ``maps`` into the weights of the layers before the plan's gaps; ``edits`` puts the old weights back.
 
-    There may be maps behind further layers that stay: of drift, or of parts that code leaves out where the plan is
-    the skips alone. Raises :class:`FoldingError` when the maps are not those of the plan's gaps, or a layer cannot hold
-    its map.
+    A plan of skips alone may be what a checkpoint holds of one whose other actions its code runs: there may be maps for
+    what these leave out. Raises :class:`FoldingError` when the maps are not those of the plan's gaps, or a layer cannot
+    hold its map.
     """
-    given = {(each.layer, each.end) for each in maps.values()}
-    needed = {(gap.layer, gap.end) for gap in gaps(plan)}
-    if not needed <= given <= needed | {(layer, layer) for layer in plan.kept}:
+    given = {Gap(each.layer, each.end, each.part) for each in maps.values()}
+    if not (
+        given in (set(gaps(plan)), set(gaps(plan, drift=True))) or (plan == plan.removal and _of_more(plan, given))
+    ):
         raise FoldingError(f"the maps given are not those of the gaps of plan {plan.text}")
     for index in sorted(maps):
         fold_site_map(edits, fold_site(stack, index, maps[index].part), maps[index])
+
+
+def _of_more(plan: SkipPlan, given: set[Gap]) -> bool:
+    """Whether gaps may be those of a plan that has the skips of ``plan`` and leaves out parts of further layers."""
+    places, needed = ({(gap.layer, gap.end) for gap in each} for each in (given, gaps(plan)))
+    return needed <= places <= needed | {(layer, layer) for layer in plan.kept}
 
 
 @contextmanager

@@ -159,6 +159,8 @@ LETTERS = "".join(_BY_LETTER)
 SAVING_LETTERS = LETTERS.replace(Action.RUN.letter, "")
 """Letters of the actions that save work: all but run."""
 REMOVING_LETTERS = "".join(action.letter for action in Action if action.row.removes_layer)
+PART_LETTERS = "".join(action.letter for action in Action if action.row.removes_part)
+"""Letters of the actions that leave out attention or the MLP for every token."""
 LEGEND = ", ".join(f"{action.letter} {action.label}" for action in Action)
 """``"R run, F freeze, ..."``, to explain the text of plans."""
 

@@ -15,12 +15,11 @@ from optimizer.search.seeds.blocks import Unexplained, best_blocks
 from optimizer.search.seeds.feasible import FeasiblePlans
 from optimizer.search.seeds.nested import nested_chains, nested_sets
 from optimizer.search.space import COMPENSATED, RUN, SKIP, Candidate, PlanSpace
-from workers.messages import NO_COMPENSATION
 from workers.runtime import Action
+from workers.runtime.plan import PART_LETTERS
 
 COMPENSATION_GAIN = 0.15
 """Risk of a compensated skip as a share of a plain one's; only the search's first guess depends on it."""
-PARTS_GONE = "".join(action.letter for action in Action if action.row.removes_part)
 BUDGETS = 16
 """Latency budgets that the additive problem is solved for."""
 
@@ -56,9 +55,7 @@ def with_compensated(risk: Risk, unexplained: Unexplained) -> Risk:
 
 def step_risks(space: PlanSpace, risk: Risk) -> dict[Step, float]:
     """Return the risk of every step of a space; where all gaps are compensated, those of parts of layers as well."""
-    gains = (
-        {} if NO_COMPENSATION in (space.whole or space.compensations) else dict.fromkeys(PARTS_GONE, COMPENSATION_GAIN)
-    )
+    gains = {} if space.has_plain else dict.fromkeys(PART_LETTERS, COMPENSATION_GAIN)
     return {(layer, letter): gains.get(letter, 1.0) * risk.of(layer, letter) for layer, letter in steps_of(space)}
 
 

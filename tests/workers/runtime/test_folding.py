@@ -161,6 +161,11 @@ def test_maps_of_other_gaps_are_refused_and_leave_the_model_as_it_was() -> None:
     for wrong in ({}, random_maps(SkipPlan.parse("SRSRRS")), random_maps(SkipPlan.parse("RSSSRS"))):
         with pytest.raises(PlanError, match="not those of the gaps of plan SRSSRS"), apply(MODEL, PLAN, wrong):
             pass
+    parts = random_maps(PARTS)
+    elsewhere = {layer: replace(own, part="mlp") for layer, own in parts.items()}  # an MLP that does not run
+    for plan, wrong in ((PARTS, elsewhere), (PARTS, {0: parts[0]}), (SkipPlan.parse("RFSBSR"), parts)):
+        with pytest.raises(PlanError, match=f"not those of the gaps of plan {plan.text}"), apply(MODEL, plan, wrong):
+            pass
     assert torch.equal(logits(MODEL), expected)
 
 
