@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -62,6 +62,9 @@ class CalibrationBatch:
     """Places of the kept tokens in the flattened batch, ascending ``[kept]``."""
     targets: tuple[Tensor, ...]
     """The dense model's state behind every layer, ``[kept, hidden]`` each, in the model's dtype."""
+    between: Mapping[int, Tensor] = field(default_factory=dict)
+    """By layer, what the decoder itself adds behind it before the next layer runs (features of images),
+    ``[kept, hidden]``; layers behind which nothing is added are not there."""
     general: bool = False
     """Whether these are general text instead of the task's samples."""
     part: int = 0
@@ -76,6 +79,14 @@ class CalibrationBatch:
     def kept_answers(self) -> Tensor:
         """Which kept tokens the answer is read from, bool ``[kept]``."""
         return self.answers.flatten()[self.kept]
+
+    def wanted(self, layer: int, end: int) -> Tensor:
+        """Return what a gap from ``layer`` to ``end`` should leave behind ``layer``, ``[kept, hidden]``, float64.
+
+        That is the dense state behind ``end``, without what the decoder adds behind ``layer`` under the plan too.
+        """
+        target = self.targets[end].double()
+        return target - self.between[layer].double() if end > layer and layer in self.between else target
 
 
 @dataclass(frozen=True)
@@ -346,8 +357,16 @@ def _dense_pass(
 ) -> CalibrationBatch:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     states: dict[int, Tensor] = {}
+    between: dict[int, Tensor] = {}
     device = loaded.device
     indices = kept.to(device)
+
+    def note_change(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering = args[0] if args else kwargs["hidden_states"]
+        left = states[index - 1]
+        change = entering.reshape(-1, entering.shape[-1])[indices].to(left.device) - left
+        if bool(change.any()):
+            between[index - 1] = change
 
     def note_state(index: int, output: Any) -> None:
         state = hidden_of(output)
@@ -364,13 +383,15 @@ def _dense_pass(
     with Hooks() as hooks, torch.inference_mode():
         hooks.before(stack.owner, lambda args, kwargs: calls.append((args, dict(kwargs))))
         for index, layer in enumerate(stack.layers):
+            if index:
+                hooks.before(layer, partial(note_change, index))
             hooks.after(layer, partial(note_state, index))
         loaded.model(**to_device(inputs, device, loaded.model.dtype), **options)
     if len(calls) != 1:
         raise CompensationError(f"the decoder ran {len(calls)} times in one forward pass, which maps do not allow for")
     args, kwargs = calls[0]
     targets = tuple(states[index] for index in range(len(stack.layers)))
-    return CalibrationBatch(args, kwargs, vision.to(device), answers.to(device), indices, targets)
+    return CalibrationBatch(args, kwargs, vision.to(device), answers.to(device), indices, targets, between)
 
 
 class _Prover:

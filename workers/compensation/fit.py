@@ -97,7 +97,7 @@ def fit_gap(
     parts = []
     for own, batch in zip(states, calibration.batches, strict=True):
         target = batch.targets[gap.end]
-        residual = target.double() - own.state[batch.kept].double()
+        residual = batch.wanted(gap.layer, gap.end) - own.state[batch.kept].double()
         parts.append(GapSums.of(own.acted_on[batch.kept], residual, target, weigh(batch, target)))
     sums = GapSums.merge(parts)
     solution = solve(sums, ridge=recipe.ridge)

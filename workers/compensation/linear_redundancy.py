@@ -62,7 +62,7 @@ def _shares_of(layer: int, outputs: list[Tensor], calibration: Calibration, ridg
         parts = []
         for output, batch in zip(outputs, batches, strict=True):
             target = batch.targets[end]
-            residual = target.double() - batch.targets[layer].double()
+            residual = batch.wanted(layer, end) - batch.targets[layer].double()
             weights = inverse_mean_square(target)
             parts.append(GapSums.of(output, residual, target, weights, products=torch.float32))
         sums = GapSums.merge(parts)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from workers.device.memory import memory_bytes
-from workers.layerwise.decoder import Decoder, Recording
+from workers.layerwise.decoder import Decoder, NotExactError, Recording
 from workers.lru import LruCache
 from workers.messages import GapShare
 from workers.runtime.folding import GapMap, acted_on, fold_site
@@ -77,12 +77,14 @@ class SharedFits:
     """Fits of one recipe, from the bottom up, for plans that come one after another.
 
     Raises:
-        NotExactError: the family's layers cannot be called one at a time.
+        NotExactError: the family's layers cannot be called one at a time, or more than they change the states.
     """
 
     def __init__(
         self, decoder: Decoder, calibration: Calibration, recipe: Recipe, *, budget: int | None = None
     ) -> None:
+        if any(batch.between for batch in calibration.batches):
+            raise NotExactError("its decoder adds to the states between layers")
         self._decoder, self._calibration, self.recipe = decoder, calibration, recipe
         self._weigh = weigher(recipe.weighting, calibration)
         self._states: LruCache[str, tuple[Tensor, ...]] = LruCache(
