@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 from optimizer.exports import fresh_process
 from optimizer.exports.document import PlanDocument
-from optimizer.exports.interface import ExportFault
-from workers.engines.interface import ChatReply, ChatRequest, DraftCounts, Engine, Installed, Serving
+from optimizer.exports.interface import ExportFault, plan_in
+from workers.engines.interface import ChatReply, ChatRequest, DraftCounts, Engine, Serving
 from workers.messages import ModelSource
 from workers.runtime import SkipPlan
 
@@ -132,6 +132,13 @@ def verify_in_engine(
     """
     plan = subject.document
     task, count = questions
+    installed = engine.installed()
+    coded = plan_in(subject.directory)
+    if coded is not None and (foreign := sorted(set(coded.text) - set(installed.letters))):
+        raise ExportFault(
+            f"{engine.name} as it is installed does not serve {', '.join(foreign)} of plan {plan.plan}"
+            + ("; install this version's skipplan-vllm beside it" if engine.name == "vllm" else "")
+        )
     samples = task.held_out[:count]
     if task.spec.is_choice:
         raise ExportFault(
@@ -144,7 +151,7 @@ def verify_in_engine(
     serving = _serving(loaded, task, samples)
     options = {"max_tokens": task.spec.answer.max_new_tokens, "top_logprobs": TOP_LOGPROBS}
     requests = [chat_request(task, sample, **options) for sample in samples]
-    installed, replies, drafts = _ask(engine, subject, loaded, serving, requests)
+    replies, drafts = _ask(engine, subject, loaded, serving, requests)
     rounding = ROUNDING.get(engine.name, 0.0)
     answers = {
         sample.id: compare(live, reply, rounding)
@@ -205,11 +212,10 @@ def _serving(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> Serv
 
 def _ask(
     engine: Engine, subject: Served, dense: LoadedModel, serving: Serving, requests: Sequence[ChatRequest]
-) -> tuple[Installed, list[ChatReply], DraftCounts | None]:
+) -> tuple[list[ChatReply], DraftCounts | None]:
     """Ask the engine that serves the export, or the dense model with the export as its drafter."""
     from workers.serving.checkpoint import write_served_checkpoint
 
-    installed = engine.installed()
     with ExitStack() as stack:
         directory = subject.directory
         if subject.drafts:
@@ -218,7 +224,7 @@ def _ask(
             write_served_checkpoint(dense, subject.plan, directory)
             serving = replace(serving, drafter=subject.directory, kv_cache_bytes=2 * (serving.kv_cache_bytes or 0))
         server = stack.enter_context(engine.serve(directory, serving))
-        return installed, server.ask_all(requests), server.drafts() if subject.drafts else None
+        return server.ask_all(requests), server.drafts() if subject.drafts else None
 
 
 def _live_answers(

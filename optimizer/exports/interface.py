@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,12 @@ def needs_plain_skips(plan: SkipPlan, compensation: str) -> str | None:
     for layer in plan.needs_code:
         return f"layer {layer} is {plan[layer].letter} ({plan[layer].label}), which takes code to run"
     return None
+
+
+def plan_in(directory: Path) -> SkipPlan | None:
+    """Return what the layers of the checkpoint do; None where they all run, so that it is a plain one."""
+    text = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("skip_plan")
+    return None if text is None else SkipPlan.parse(text)
 
 
 class ExportFault(UsageFault):

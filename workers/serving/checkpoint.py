@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from workers.engines.vllm_plugin.register import EXPORTED
 from workers.models.loading import LoadedModel
 from workers.runtime import SkipPlan, save_pruned
 from workers.runtime.folding import Maps
@@ -35,7 +36,8 @@ def write_served_checkpoint(
     """Write the checkpoint with a tokenizer that engines read as transformers does. Raises as write_checkpoint.
 
     What a plain checkpoint cannot hold is raised where it has to be ``plain``. Otherwise ``skip_plan`` of
-    ``config.json`` has one letter for each layer that is left: only an engine that knows the field serves the plan.
+    ``config.json`` has one letter for each layer that is left, and the model type is one of its own: only an engine
+    that knows the field loads it, where others would run every layer that is left for every token.
     """
     coded = not plain and bool(plan.needs_code or not is_joinable(loaded.model, plan))
     write_checkpoint(loaded, plan.removal if coded else plan, directory, maps)
@@ -44,5 +46,5 @@ def write_served_checkpoint(
     if coded:
         file = directory / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
-        config["skip_plan"] = plan.remainder.text
+        config |= {"skip_plan": plan.remainder.text, "model_type": EXPORTED + config["model_type"]}
         file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,11 +17,14 @@ def write(subject: Subject, directory: Path) -> None:
     _write(write_checkpoint, subject, directory)
 
 
-def write_for_engine(subject: Subject, directory: Path) -> None:
-    """Write the checkpoint with a chat template that engines read as transformers does."""
+def write_for_engine(subject: Subject, directory: Path, *, plain: bool = True) -> None:
+    """Write the checkpoint with a chat template that engines read as transformers does.
+
+    Where it need not be ``plain``, ``config.json`` says what an engine with a plug-in does beyond it.
+    """
     from workers.serving.checkpoint import write_served_checkpoint
 
-    _write(partial(write_served_checkpoint, plain=True), subject, directory)
+    _write(partial(write_served_checkpoint, plain=plain), subject, directory)
 
 
 def _write(writer: Callable[..., None], subject: Subject, directory: Path) -> None:

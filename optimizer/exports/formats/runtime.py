@@ -23,9 +23,9 @@ from optimizer.exports.interface import (
     takes_everything,
 )
 from storage.records.plans import LOSSLESS
+from workers.engines.vllm_plugin.register import EXPORTED
 
 CODE_DIRECTORY = "skipplan_runtime"
-MODEL_TYPE_PREFIX = "skipplan_"
 MODEL_CLASS = "SkipPlanForImageTextToText"
 CONFIG_CLASS = "SkipPlanConfig"
 
@@ -116,7 +116,7 @@ def write(subject: Subject, directory: Path) -> None:
         checkpoint=subject.checkpoint,
     )
     leave_out_tensors(directory, unused_modules(model, subject.plan))
-    model_type = MODEL_TYPE_PREFIX + model.config.model_type
+    model_type = EXPORTED + model.config.model_type
     code = directory / CODE_DIRECTORY
     code.mkdir()
     for module in runtime_modules():
@@ -228,7 +228,7 @@ def guide(subject: Subject, directory: Path) -> Guide:
             "Frozen and bypassed layers need `sdpa` (the default) or `eager` attention.",
             "Loading without the code fails by design: the weights alone would run every layer for every token.",
             "Servers with model code of their own (SGLang, llama.cpp) cannot run frozen and bypassed layers, nor those "
-            "without attention or without an MLP; vLLM does with the plug-in `skipplan-vllm`.",
+            "without attention or without an MLP; vLLM with its plug-in can: export with `--format vllm`.",
             "Copy the directory to hand it on; `save_pretrained` does not write the code.",
         ),
     )

@@ -1,4 +1,7 @@
-"""Format ``vllm``: the checkpoint without the skipped layers, with the command that serves it."""
+"""Format ``vllm``: the checkpoint without the skipped layers, with the command that serves it.
+
+What a plain checkpoint cannot hold is named by ``skip_plan`` of ``config.json``, for the plug-in ``skipplan-vllm``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from optimizer.exports.formats import checkpoint
-from optimizer.exports.interface import ExportFormat, Guide, Subject, needs_plain_skips
+from optimizer.exports.interface import ExportFault, ExportFormat, Guide, Loadable, Subject, plan_in, takes_everything
 from workers.engines.interface import ENGINES
+from workers.engines.vllm_plugin.register import ARCHITECTURES
 from workers.errors import EngineAbsent
+from workers.runtime import Action
 
 SCRIPT = "serve.sh"
 
@@ -37,7 +42,13 @@ def write(subject: Subject, directory: Path) -> None:
     """Write the checkpoint and the serve command."""
     from optimizer.exports.target import inside
 
-    checkpoint.write_for_engine(subject, directory)
+    checkpoint.write_for_engine(subject, directory, plain=False)
+    family = subject.model.model.config.model_type
+    if plan_in(directory) is not None and family not in ARCHITECTURES:
+        raise ExportFault(
+            f"--format: vllm cannot take plan {subject.plan.text}: it takes code to run, and vLLM's plug-in serves "
+            f"such plans of {', '.join(ARCHITECTURES)}, not of {family}; formats that can: plan, runtime"
+        )
     script = inside(directory, SCRIPT)
     script.write_text("#!/bin/sh\nset -e\n" + command(directory, '"$(dirname "$0")"') + ' "$@"\n', encoding="utf-8")
     script.chmod(0o755)
@@ -46,8 +57,12 @@ def write(subject: Subject, directory: Path) -> None:
 def command(directory: Path, location: str) -> str:
     """Return the serve command for the checkpoint in ``directory``, as the shell sees it at ``location``."""
     parts = ["exec", "vllm", "serve", location, "--limit-mm-per-prompt", shlex.quote('{"image": 1}')]
-    overrides = needed_overrides(directory)
-    if overrides:
+    plan = plan_in(directory)
+    if plan is not None and plan.needs_vision_tokens:
+        parts.append("--enforce-eager")
+    if plan is not None and Action.BYPASS in plan.actions:
+        parts.append("--no-enable-prefix-caching")
+    if overrides := needed_overrides(directory):
         parts += ["--hf-overrides", shlex.quote(json.dumps(overrides))]
     return " ".join(parts)
 
@@ -70,12 +85,16 @@ def needed_overrides(directory: Path) -> dict[str, object]:
 def guide(subject: Subject, directory: Path) -> Guide:
     """How the checkpoint is served, with the family's limits."""
     family = subject.document.model.family
+    coded = plan_in(directory) is not None
     served = any(each.engine == "vllm" for each in subject.document.figures.engine_latencies)
     return Guide(
         usage=f"```sh\n{command(directory, shlex.quote(directory.name)).removeprefix('exec ')}\n```\n\n"
         f"or `./{SCRIPT}`, which passes further options on.",
         limits=(
-            "vLLM runs plain layers only: it has no freeze and no bypass.",
+            "vLLM needs the plug-in `skipplan-vllm` in its environment; without it neither vLLM nor transformers loads "
+            "the directory, since they would run every layer that is left for every token."
+            if coded
+            else "vLLM runs plain layers only: it has no freeze and no bypass.",
             f"vLLM must know the family `{family}`; a pruned checkpoint needs nothing beyond what the dense one needs.",
             "Tensor parallelism is not affected; pipeline parallelism splits the remaining layers.",
             "A speculative (draft, MTP or EAGLE) head trained on the dense model's states no longer fits.",
@@ -83,6 +102,16 @@ def guide(subject: Subject, directory: Path) -> Guide:
             *FAMILY_LIMITS.get(family, ()),
         ),
     )
+
+
+def loadable(directory: Path, scratch: Path, python: str) -> Loadable:
+    """Load the directory with transformers, where it is a plain checkpoint."""
+    if plan_in(directory) is not None:
+        raise ExportFault(
+            f"{directory} is loaded by vLLM with the plug-in skipplan-vllm alone: name the Python that has them in "
+            "SKIPPLAN_VLLM_PYTHON, or export with --format runtime for transformers"
+        )
+    return checkpoint.loadable(directory, scratch, python)
 
 
 def check() -> Sequence[str]:
@@ -98,10 +127,10 @@ FORMAT = ExportFormat(
     name="vllm",
     summary="the checkpoint with vLLM's serve command",
     needs_model=True,
-    refusal=needs_plain_skips,
+    refusal=takes_everything,
     write=write,
     guide=guide,
-    loadable=checkpoint.loadable,
+    loadable=loadable,
     engine="vllm",
     check=check,
 )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from math import inf, log
+from pathlib import Path
 
 import pytest
 import torch
+from export_builders import document
+from scripted_engine import ScriptedEngine
 
-from optimizer.exports.engine_verification import LiveAnswer, compare
+from optimizer.errors import UsageFault
+from optimizer.exports.engine_verification import LiveAnswer, Served, compare, verify_in_engine
 from workers.engines.interface import ChatReply, Token
+from workers.messages import ModelSource
+from workers.runtime import SkipPlan
+from workers.tasks import load_task
 
 # Two steps over a vocabulary of three; probabilities 1/2, 1/4, 1/4 and 1/8, 1/8, 3/4; the largest logit is 10.
 LOGITS = torch.tensor([[10.0, 10 - log(2), 10 - log(2)], [10 - log(6), 10 - log(6), 10.0]])
@@ -91,3 +99,10 @@ def test_a_character_cut_at_the_end_is_no_difference() -> None:
 def test_another_text_of_the_same_tokens_is_a_difference() -> None:
     assert compare(LIVE, reply("a  c")).outcome == "different"
     assert compare(LIVE, replace(reply("x"), token_ids=None, tokens=())).outcome == "different"
+
+
+def test_a_plan_that_the_installed_engine_does_not_serve_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"skip_plan": "RFQR"}))
+    subject = Served(tmp_path, document("RFQSR"), SkipPlan.parse("RFQSR"), None)
+    with pytest.raises(UsageFault, match="scripted as it is installed does not serve F, Q of plan RFQSR"):
+        verify_in_engine(subject, ScriptedEngine(), ModelSource("absent"), (load_task("easy-vqa"), 1))

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny_video_families
 import torch
 from export_builders import document, drafting_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from optimizer.errors import UsageFault
 from optimizer.exports.formats import llama_cpp, vllm
@@ -41,8 +43,8 @@ def test_a_refusal_names_exactly_the_formats_that_take_the_plan(plan: SkipPlan, 
     assert "plan" in taking
     for refusal in refusals:
         assert set(refusal.rpartition("formats that can: ")[2].split(", ")) == taking
-    assert "runtime" in taking
-    without_code = {"checkpoint", "drafter", "llama-cpp", "openvino", "vllm"}
+    assert {"runtime", "vllm"} <= taking
+    without_code = {"checkpoint", "drafter", "llama-cpp", "openvino"}
     assert taking & without_code == (without_code if re.fullmatch("(R|S|MS*A)*", plan.text) else set())
 
 
@@ -82,6 +84,38 @@ def test_a_gap_between_sublayers_is_written_as_plain_layers(model_directory: Pat
         "post_attention_layernorm": 3,
     }.items():
         assert torch.equal(after[f"{layers}.1.{part}.weight"], before[f"{layers}.{layer}.{part}.weight"]), part
+
+
+def test_vllm_is_given_what_a_plain_checkpoint_cannot_hold_by_a_type_that_nothing_else_loads(
+    model_directory: Path, tmp_path: Path
+) -> None:
+    plan, source = document("RFSAPR", model_directory), ModelSource(str(model_directory))
+    directory = export_plan(plan, source, "vllm", tmp_path / "export").directory
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["skip_plan"], config["text_config"]["num_hidden_layers"]) == ("RFAPR", 5)
+    assert "skipplan-vllm" in (directory / "README.md").read_text()
+    served = (directory / "serve.sh").read_text()
+    assert "--enforce-eager" in served and "prefix-caching" not in served
+    with pytest.raises(ValueError, match="skipplan_llava"):
+        AutoConfig.from_pretrained(directory)
+    with pytest.raises(UsageFault, match="SKIPPLAN_VLLM_PYTHON, or export with --format runtime"):
+        vllm.FORMAT.loadable(directory, tmp_path, "python")
+
+
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [("RRMRAR", ""), ("RQRRRR", " --enforce-eager"), ("RBRRRR", " --enforce-eager --no-enable-prefix-caching")],
+)
+def test_vllm_is_served_with_the_options_that_a_plan_needs(tmp_path: Path, plan: str, options: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Llava"], "skip_plan": plan}))
+    assert vllm.command(tmp_path, "here") == "exec vllm serve here --limit-mm-per-prompt '{\"image\": 1}'" + options
+
+
+def test_vllm_takes_code_for_the_families_of_its_plug_in_alone(tmp_path: Path) -> None:
+    model = tiny_video_families.save(tmp_path / "model", "smolvlm")
+    with pytest.raises(UsageFault, match=r"of llava, qwen2_vl, .*, not of smolvlm; formats .*: plan, runtime"):
+        export_plan(document("RFRRRR", model), ModelSource(str(model)), "vllm", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_lossless_plan_that_would_answer_alone_is_written_with_a_note(model_directory: Path, tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ def test_vllm_answers_by_a_plan_that_joins_layers(vllm: None, tmp_path: Path) ->
     assert len({answer.live for answer in found.answers.values()}) > 5  # answers that could differ
 
 
+def test_vllm_answers_by_a_plan_that_a_plain_checkpoint_cannot_hold(vllm: None, tmp_path: Path) -> None:
+    model = BUNDLED_MODELS / "llava-12"
+    found = served(exported(model, "RRRRFRPSQRAR", "vllm", tmp_path / "export"), model, 200)
+    assert found.passed, found
+    assert len(found.having("equal")) >= 198 and found.accuracy.value > 0.9
+    assert len({answer.live for answer in found.answers.values()}) > 5  # answers that could differ
+
+
 def test_vllm_answers_by_a_compensated_plan_of_thirty_layers(vllm: None, tmp_path: Path) -> None:
     """Ten layers skipped, the maps of their gaps in the weights: a plain checkpoint, also for vLLM."""
     model = built_directory("smollm2-30")
@@ -177,7 +185,11 @@ def test_vllm_names_a_tensor_that_it_does_not_know(reference_export: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    [(family, plan) for family in ("qwen2_vl", "qwen2_5_vl", "internvl") for plan in ("RSRRSR", "RMSARR")]
+    [
+        (family, plan)
+        for family in ("qwen2_vl", "qwen2_5_vl", "internvl")
+        for plan in ("RSRRSR", "RMSARR", "RFSAPR", "RQBMRR")
+    ]
     # The first two layers of this one take vision features of their own.
     + [("qwen3_vl", plan) for plan in ("RRSRSR", "RRRMAR")]
     # With RMSARR vLLM ends one of this one's sixteen answers before its first token.

@@ -25,7 +25,7 @@ ARCHITECTURES = {
 """By ``model_type``, for exports whose own is ``skipplan_llava`` and the like."""
 
 EXPORTED = "skipplan_"
-"""How the ``model_type`` of a ``runtime`` export begins."""
+"""How the ``model_type`` of a checkpoint begins whose ``skip_plan`` must not be passed over."""
 
 
 def register() -> None:
