@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -41,9 +42,14 @@ class DecoderStack:
 
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Named arguments of a module class's forward, without ``self``."""
-    parameters = dict(inspect.signature(type(module).forward).parameters)
+    parameters = dict(_parameters(type(module).forward))
     parameters.pop("self", None)
     return parameters
+
+
+@lru_cache(maxsize=256)
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 def argument_name(module: nn.Module, names: tuple[str, ...]) -> str | None:

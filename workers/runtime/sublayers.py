@@ -10,10 +10,11 @@ Shapes: states are ``[batch, tokens, hidden]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +158,35 @@ def unused_modules(model: nn.Module, plan: SkipPlan) -> tuple[str, ...]:
 # Understanding a block ------------------------------------------------------------------------------------------------
 
 
+_found: WeakKeyDictionary[nn.Module, tuple[Hashable, Block | str]] = WeakKeyDictionary()
+"""By layer what it was when it was examined, and its block, or why it has none."""
+
+
 def block_of(layer: nn.Module, hidden_size: int) -> Block:
-    """Find the attention and the MLP of a layer. Raises :class:`NotSeparableError` with what was found instead."""
+    """Find the attention and the MLP of a layer. Raises :class:`NotSeparableError` with what was found instead.
+
+    A layer is examined once, and again when its own numbers and names or the classes of its modules have changed.
+    """
+    outline = _outline(layer, hidden_size)
+    known = _found.get(layer)
+    if known is None or known[0] != outline:
+        try:
+            known = outline, _examine(layer, hidden_size)
+        except NotSeparableError as error:
+            known = outline, str(error)
+        _found[layer] = known
+    if isinstance(known[1], str):
+        raise NotSeparableError(known[1])
+    return known[1]
+
+
+def _outline(layer: nn.Module, hidden_size: int) -> Hashable:
+    """Return what a layer's forward may branch on, but for objects that it shares with other layers."""
+    plain = tuple((name, own) for name, own in layer.__dict__.items() if isinstance(own, (int, float, str, bool)))
+    return hidden_size, type(layer), plain, tuple((name, type(child)) for name, child in layer.named_children())
+
+
+def _examine(layer: nn.Module, hidden_size: int) -> Block:
     attention = _child(layer, (*ATTENTION, *MIXERS), "attention")
     mlp = _child(layer, MLP, "MLP")
     reason = ""

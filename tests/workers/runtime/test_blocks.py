@@ -71,6 +71,24 @@ def test_parts_say_what_they_add(forward: Any) -> None:
         torch.testing.assert_close(only(x), x + ends[0])
 
 
+def times_its_own(layer: Any, x: Tensor) -> Tensor:
+    x = x + layer.factor * layer.self_attn(layer.first(x))
+    return x + layer.factor * layer.mlp(layer.second(x) if isinstance(layer.second, nn.LayerNorm) else x)
+
+
+def test_a_layer_that_has_changed_is_examined_again() -> None:
+    layer = Layer(times_its_own)
+    for factor in (0.5, 0.25, 0.25):
+        layer.factor = factor
+        assert block_of(layer, HIDDEN).mlp.scale == factor
+    layer.second = nn.Dropout()
+    assert block_of(layer, HIDDEN).mlp.around == ()
+    layer.factor = 0.0
+    for _ in range(2):
+        with pytest.raises(NotSeparableError, match="does more to what its self_attn returns than to add it"):
+            block_of(layer, HIDDEN)
+
+
 @pytest.mark.parametrize(
     ("forward", "around_attention", "around_mlp"),
     [(pre_norm, ("first",), ("second",)), (sandwich, ("first",), ("second",)), (parallel_with_one_norm, (), ())],
