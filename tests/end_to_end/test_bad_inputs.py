@@ -404,7 +404,7 @@ def test_a_plan_that_a_checkpoint_cannot_express_is_refused_with_the_formats_tha
     plan = frozen_plan(directory)
     refused = here(directory, "export", str(plan.id), "--format", "checkpoint", "--output", "out")
     assert refused.code == 2 and not (directory / "out").exists()
-    assert "(freeze)" in refused.errors and refused.errors.strip().endswith("formats that can: plan, runtime")
+    assert "(freeze)" in refused.errors and refused.errors.strip().endswith("formats that can: plan, runtime, vllm")
     assert here(directory, "export", str(plan.id), "--format", "plan", "--output", "out").code == 0
 
 

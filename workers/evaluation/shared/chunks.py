@@ -48,7 +48,6 @@ class ChunkCache(Generic[Item]):
         self._read, self._packer, self._drafts = read, packer, drafts
         self.budget = budget
         self._kept: OrderedDict[tuple[str, int, int], SampleChunks] = OrderedDict()
-        self._bounds: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
 
     @property
     def kept(self) -> tuple[SampleChunks, ...]:
@@ -62,27 +61,22 @@ class ChunkCache(Generic[Item]):
 
     def of(self, split: str, samples: Sequence[Item], start: int, tokens: int) -> Iterator[SampleChunks]:
         """Pack ``samples``, which stand in the split from index ``start`` on, in chunks of at most ``tokens``."""
-        whole = (split, start, start + len(samples))
-        known = self._bounds.get(whole)
-        if known is not None:
-            for first, last in known:
-                yield self._part(split, samples[first - start : last - start], first, tokens)
-            return
-        bounds: list[tuple[int, int]] = []
         first = start
         while first < start + len(samples):
             part = self._part(split, samples[first - start :], first, tokens)
-            bounds.append((part.first, part.last))
             first = part.last
             yield part
-        self._bounds[whole] = bounds
 
     def _part(self, split: str, samples: Sequence[Item], first: int, tokens: int) -> SampleChunks:
-        """Return the part that begins with the first of ``samples``; it ends where its share of the budget does."""
-        for (kept_split, kept_first, kept_last), part in self._kept.items():
-            if (kept_split, kept_first) == (split, first) and kept_last - first <= len(samples):
-                self._kept.move_to_end((kept_split, kept_first, kept_last))
-                return part
+        """Return the longest part kept that begins with the first of ``samples``, or a new one.
+
+        A new one ends where its share of the budget does, so callers go on behind the end of what they are given.
+        """
+        end = first + len(samples)
+        if kept := [key for key in self._kept if key[:2] == (split, first) and key[2] <= end]:
+            longest = max(kept)
+            self._kept.move_to_end(longest)
+            return self._kept[longest]
         failed: dict[str, str] = {}
         images: list[ImagePrompts] = []
         size, last = 0, first

@@ -229,6 +229,13 @@ class SharedEvaluator(Generic[Item]):
         """Return a plan's scores as a reply: by sample the score and the secondary ones; ``excluded`` are marked."""
         outcome, samples = scoring.outcomes[plan.text], scoring.samples
         indices = range(scoring.start, scoring.start + len(samples))
+        lost = [
+            sample.id
+            for index, sample in zip(indices, samples, strict=True)
+            if index not in outcome.scores and sample.id not in outcome.failed
+        ]
+        if lost and not outcome.broken:
+            raise RuntimeError(f"plan {plan} has no score on sample {lost[0]} ({len(lost)} in all), and no reason why")
         executed = round(self.walker.tally.by_plan.get(plan.text, 0.0))
         needed = round(plan.executions * (len(samples) - len(outcome.failed)))
         return Evaluation(

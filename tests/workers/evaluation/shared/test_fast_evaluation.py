@@ -86,6 +86,28 @@ def test_random_plans_score_the_same_on_every_sample(
     assert len({each.scores for each in quick}) > different  # else the comparison would show little
 
 
+def test_every_sample_is_scored_whatever_parts_of_the_split_were_asked_before(
+    plain: PlainEvaluator, fast: FastEvaluator
+) -> None:
+    generator = random.Random(4)
+    plans = random_plans(LAYERS, 30, seed=4)
+    slow = {each.plan: each.scores for each in evaluations(plain.evaluate_all(EvaluatePlans(plans, "search", 48)))}
+    for number, plan in enumerate(plans):
+        start, end = ((0, 24), (0, 8), (0, 24), (0, 24), sorted(generator.sample(range(48), 2)))[number % 5]
+        (found,) = evaluations(fast.evaluate_all(EvaluatePlans((plan,), "search", end, start=start)))
+        assert found.scores == slow[plan][start:end], f"{start} to {end}"
+        assert found.kl is not None and not any(map(math.isnan, found.kl))
+
+
+def test_a_sample_without_a_score_and_without_a_reason_is_an_error(
+    fast: FastEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fast.chunks.of
+    monkeypatch.setattr(fast.chunks, "of", lambda split, samples, *rest: whole(split, samples[:-2], *rest))
+    with pytest.raises(RuntimeError, match=r"plan RRSRRR has no score on sample .* \(2 in all\)"):
+        fast.evaluate_all(EvaluatePlans(("RRSRRR",), "search", 8))
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_positions_that_a_model_keeps_of_earlier_prompts_do_no_harm(
     family: str, tmp_path: Path, small_task: Task
