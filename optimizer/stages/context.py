@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SCORING = 2
+"""Version of how workers score plans, measure redundancy and fit maps: what others stored is not used again."""
 LEAST_SLICE = 32
 """Fewest samples of a request where several workers share those of one."""
 
@@ -155,6 +157,7 @@ class JobContext:
         device = "cpu" if "thread" in self.worker.device else self.worker.device
         versions = " ".join(f"{name}={version}" for name, version in sorted(self.worker.versions.items()))
         how = f"dtype={self.worker.dtype} attention={self.spec.model.attention} evaluation={self.spec.evaluation}"
+        how += f" scoring={SCORING}"
         return f"{how} device={device} {versions}".strip()
 
     def load_or_compute(self, stage: str, kind: Any, compute: Callable[[], T]) -> T:
