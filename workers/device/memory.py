@@ -11,13 +11,23 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container under Linux reads its limit: of control groups, version 2 and 1."""
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the memory that tensors can take in all: the GPU's own, or the machine's."""
+    """Return the memory that this process's tensors can take in all: the GPU's own, or a part of the machine's.
+
+    That part is as large as that of its threads among the processors, since there may be a worker for each; of a
+    container it is a part of its limit.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = (file.read_text().strip() for file in _LIMITS if file.is_file())
+    processors = os.cpu_count() or 1
+    whole = min([machine, *(int(limit) for limit in limits if limit.isdigit())])
+    return whole * min(torch.get_num_threads(), processors) // processors
 
 
 def peak_bytes(work: Callable[[], object], *devices: torch.device) -> int | None:
