@@ -20,6 +20,15 @@ from workers.runtime import Action
 
 SCRIPT = "serve.sh"
 
+PLAIN_LIMITS = (
+    "A pruned checkpoint needs nothing beyond what the dense one needs.",
+    "Tensor parallelism is not affected; pipeline parallelism splits the remaining layers.",
+)
+CODED_LIMITS = (
+    "vLLM needs the plug-in `skipplan-vllm` in its environment; without it neither vLLM nor transformers loads the "
+    "directory, since they would run every layer that is left for every token.",
+    "The plug-in refuses what was not tried with such plans, pipeline parallelism and LoRA among it, by one line.",
+)
 IMAGE_TOKENS = (
     "Image tokens see one another. vLLM's attention for CPUs has no such mask and lets them see earlier ones alone: on "
     "a CPU answers about images differ, those of the dense model too. Requests without images are answered the same.",
@@ -62,7 +71,7 @@ def command(directory: Path, location: str) -> str:
         parts.append("--enforce-eager")
     if plan is not None and Action.BYPASS in plan.actions:
         parts.append("--no-enable-prefix-caching")
-    if overrides := needed_overrides(directory):
+    if plan is None and (overrides := needed_overrides(directory)):  # the plug-in knows the class of a plan's model
         parts += ["--hf-overrides", shlex.quote(json.dumps(overrides))]
     return " ".join(parts)
 
@@ -85,18 +94,13 @@ def needed_overrides(directory: Path) -> dict[str, object]:
 def guide(subject: Subject, directory: Path) -> Guide:
     """How the checkpoint is served, with the family's limits."""
     family = subject.document.model.family
-    coded = plan_in(directory) is not None
     served = any(each.engine == "vllm" for each in subject.document.figures.engine_latencies)
     return Guide(
         usage=f"```sh\n{command(directory, shlex.quote(directory.name)).removeprefix('exec ')}\n```\n\n"
         f"or `./{SCRIPT}`, which passes further options on.",
         limits=(
-            "vLLM needs the plug-in `skipplan-vllm` in its environment; without it neither vLLM nor transformers loads "
-            "the directory, since they would run every layer that is left for every token."
-            if coded
-            else "vLLM runs plain layers only: it has no freeze and no bypass.",
-            f"vLLM must know the family `{family}`; a pruned checkpoint needs nothing beyond what the dense one needs.",
-            "Tensor parallelism is not affected; pipeline parallelism splits the remaining layers.",
+            *(PLAIN_LIMITS if plan_in(directory) is None else CODED_LIMITS),
+            f"vLLM must know the family `{family}`.",
             "A speculative (draft, MTP or EAGLE) head trained on the dense model's states no longer fits.",
             *([] if served else ["The speed-up above was measured in transformers; vLLM's own will differ."]),
             *FAMILY_LIMITS.get(family, ()),

@@ -93,7 +93,8 @@ def test_vllm_is_given_what_a_plain_checkpoint_cannot_hold_by_a_type_that_nothin
     directory = export_plan(plan, source, "vllm", tmp_path / "export").directory
     config = json.loads((directory / "config.json").read_text())
     assert (config["skip_plan"], config["text_config"]["num_hidden_layers"]) == ("RFAPR", 5)
-    assert "skipplan-vllm" in (directory / "README.md").read_text()
+    card = (directory / "README.md").read_text()
+    assert "needs the plug-in `skipplan-vllm`" in card and "splits the remaining layers" not in card
     served = (directory / "serve.sh").read_text()
     assert "--enforce-eager" in served and "prefix-caching" not in served
     with pytest.raises(ValueError, match="skipplan_llava"):
@@ -107,7 +108,7 @@ def test_vllm_is_given_what_a_plain_checkpoint_cannot_hold_by_a_type_that_nothin
     [("RRMRAR", ""), ("RQRRRR", " --enforce-eager"), ("RBRRRR", " --enforce-eager --no-enable-prefix-caching")],
 )
 def test_vllm_is_served_with_the_options_that_a_plan_needs(tmp_path: Path, plan: str, options: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Llava"], "skip_plan": plan}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "skipplan_llava", "skip_plan": plan}))
     assert vllm.command(tmp_path, "here") == "exec vllm serve here --limit-mm-per-prompt '{\"image\": 1}'" + options
 
 
